@@ -1,0 +1,86 @@
+"""What the package knows of a quantization method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+Arguments = Mapping[str, Any]
+LayerKind = Literal["linear", "expert", "lm_head"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """The dtype and shape of one stored tensor.
+
+    Attributes:
+        dtype: safetensors dtype name (`BF16`, `F16`, `F32`, `F8_E4M3`, `I8`, `I32`); `*` stands
+            for any floating-point dtype, as for scales that tools write in F16, BF16 or F32.
+        shape: the stored shape.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """The shape of one linear layer as the plan's shape rules see it.
+
+    Attributes:
+        N: output features of the unfused layer.
+        K: input features.
+        shard_sizes: output features of every shard of the fused module that the layer is part of,
+            in order; `(N,)` for a layer of its own.
+        parallel: how the layer is split over tensor-parallel ranks.
+        tp_size: number of tensor-parallel ranks.
+        dtype: dtype that the model runs in, as a safetensors name (`BF16` or `F16`).
+    """
+
+    N: int
+    K: int
+    shard_sizes: tuple[int, ...]
+    parallel: Literal["column", "row", "replicated"]
+    tp_size: int = 1
+    dtype: str = "BF16"
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodSpec:
+    """A quantization method: its arguments, its stored form and the SGLang class that runs it.
+
+    Attributes:
+        name: the registry key.
+        title: what it is, in one line, for people.
+        aliases: other names that people type -> the arguments that the name implies.
+        defaults: every argument of the method -> its default.
+        argument_schema: file name below schemas/methods/.
+        config_classes: platform (`cuda`, `cpu`) -> lazy `package.module:Class` of the config.
+        build: arguments -> keyword arguments of the config class's constructor; pure.
+        stored: (arguments, N, K, dtype) -> tensor suffix -> its dtype and shape, exactly what the
+            quantizer makes and what a checkpoint must hold; dtype is that of the running model.
+        quantizer: lazy `package.module:function` (weight [N, K], arguments, dtype) -> tensors by
+            suffix; empty if the method cannot quantize.
+        dequantizer: lazy `package.module:function` (tensors by suffix, arguments) -> [N, K] float32.
+        precision: rank for `on_fused_conflict: highest`; bits a weight, then quality.
+        layer_kinds: what the method serves.
+        min_capability: least CUDA compute capability, as major * 10 + minor.
+        check_shape: (arguments, layer shape, device) -> problems as (text, remedy) pairs; device is
+            `cuda` or `cpu`.
+    """
+
+    name: str
+    title: str
+    aliases: Mapping[str, Arguments]
+    defaults: Arguments
+    argument_schema: str
+    config_classes: Mapping[str, str]
+    build: Callable[[Arguments], dict[str, Any]]
+    stored: Callable[[Arguments, int, int, str], dict[str, TensorSpec]]
+    quantizer: str
+    dequantizer: str
+    precision: Callable[[Arguments], float]
+    layer_kinds: frozenset[LayerKind]
+    min_capability: int
+    check_shape: Callable[[Arguments, LayerShape, str], list[tuple[str, str]]]

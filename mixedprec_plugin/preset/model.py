@@ -1,0 +1,98 @@
+"""A preset as the rest of the package sees it: frozen, complete, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where in a YAML file something stands; prints as `qwen3.yaml:14: rules[2].group_size`."""
+
+    file: str
+    line: int
+    key: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {self.key}" if self.key else place
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceReference:
+    """A named checkpoint that layers are taken from.
+
+    Attributes:
+        path: a folder, absolute or relative to the working directory, or a Hugging Face id.
+        revision: branch, tag or commit of a Hugging Face id.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    location: Location
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """A method with its arguments bound.
+
+    Attributes:
+        label: the key under `schemes:`, or for an inline scheme the method as it was typed.
+        method: canonical registry key.
+        arguments: every argument of the method, defaults filled in.
+        source: name of the source the layers are taken from.
+    """
+
+    label: str
+    method: str
+    arguments: Mapping[str, Any]
+    source: str = "model"
+
+    @property
+    def identity(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """What decides whether two schemes are the same for SGLang; label and source do not."""
+        return self.method, tuple(sorted((k, repr(v)) for k, v in self.arguments.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Patterns and the scheme of the layers that they match.
+
+    Attributes:
+        index: position in the merged list of rules, from 0.
+        patterns: globs over layer names; the rule matches where any does.
+        location: the rule's own line, in the file that it was written in.
+    """
+
+    index: int
+    patterns: tuple[str, ...]
+    scheme: Scheme
+    optional: bool
+    location: Location
+
+    def __str__(self) -> str:
+        return f"rule {self.index}, {', '.join(repr(p) for p in self.patterns)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One preset with its parents merged in.
+
+    Attributes:
+        path: the file that was asked for.
+        files: every file that was read, parents first.
+        resolved: the merged mapping, interpolations resolved, as plain data: loading it again as a
+            preset of its own gives the same plan.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    description: str
+    sources: Mapping[str, SourceReference]
+    rules: tuple[Rule, ...]
+    on_fused_conflict: Literal["error", "highest"]
+    trust_sources: bool
+    resolved: Mapping[str, Any]
