@@ -1,0 +1,174 @@
+"""A source: a checkpoint folder as its index and headers tell it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
+from mixedprec_plugin.errors import CheckpointError, Problem
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that layers are taken from.
+
+    Attributes:
+        name: its key in the preset; `model` is the server's --model-path.
+        path: the folder.
+        config: the parsed config.json.
+        tensors: tensor name -> where it lies; the index decides which file is right.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @functools.cached_property
+    def layers(self) -> Mapping[str, Mapping[str, StoredTensor]]:
+        """Layer name -> parameter suffix -> tensor, in the order of the files."""
+        layers: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in self.tensors.items():
+            layer, _, suffix = name.rpartition(".")
+            layers.setdefault(layer, {})[suffix] = tensor
+        return MappingProxyType(layers)
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any]:
+        """What config.json says of the quantization; empty where it says nothing."""
+        config = self.config.get("quantization_config") or self.config.get("compression_config")
+        return config if isinstance(config, Mapping) else {}
+
+
+def open_source(path: str | Path, name: str = "model") -> Source:
+    """Read a checkpoint's config.json, index and headers; no weights.
+
+    Args:
+        path: a local folder.
+        name: the source's key in the preset.
+    Raises:
+        CheckpointError: with every problem found: missing files, damaged headers, a tensor that
+            the index promises and its file lacks.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(
+            Problem(str(path), "no such folder", "give a local checkpoint folder", "file")
+        )
+    config = _read_json(folder / "config.json")
+    if (folder / INDEX_NAME).is_file():
+        tensors = _read_indexed(folder)
+    else:
+        tensors = _read_folder(folder)
+    return Source(name, folder, MappingProxyType(config), MappingProxyType(tensors))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            Problem(str(path), f"cannot be read ({error.strerror})", "download it", "file")
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            Problem(str(path), f"is not JSON ({error})", "download it again", "file")
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(Problem(str(path), "is not a JSON object", rule="file"))
+    return value
+
+
+def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
+    index = _read_json(folder / INDEX_NAME)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            Problem(str(folder / INDEX_NAME), "has no weight_map", "download it again", "file")
+        )
+    problems: list[Problem] = []
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for file_name in sorted(set(weight_map.values())):
+        try:
+            headers[file_name] = read_header(_inside(folder, file_name))
+        except CheckpointError as error:
+            problems.extend(error.problems)
+    tensors: dict[str, StoredTensor] = {}
+    for name, file_name in weight_map.items():
+        if file_name not in headers:
+            continue
+        if name in headers[file_name]:
+            tensors[name] = headers[file_name][name]
+        else:
+            problems.append(
+                Problem(
+                    str(folder / file_name),
+                    f"lacks {name!r}, which {INDEX_NAME} promises",
+                    "download both again",
+                    "file",
+                )
+            )
+    if problems:
+        raise CheckpointError(problems)
+    return _in_file_order(tensors)
+
+
+def _read_folder(folder: Path) -> dict[str, StoredTensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            Problem(
+                str(folder),
+                "holds no safetensors file",
+                "only safetensors checkpoints are read; convert .bin files first",
+                "file",
+            )
+        )
+    if len(files) > 1 and (folder / "model.safetensors") in files:
+        files = [folder / "model.safetensors"]
+    problems: list[Problem] = []
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            header = read_header(file)
+        except CheckpointError as error:
+            problems.extend(error.problems)
+            continue
+        for name in header.keys() & tensors.keys():
+            problems.append(
+                Problem(
+                    str(file),
+                    f"{name!r} is also in {tensors[name].path.name}",
+                    f"remove the stale file, or add {INDEX_NAME}",
+                    "file",
+                )
+            )
+        tensors.update(header)
+    if problems:
+        raise CheckpointError(problems)
+    return _in_file_order(tensors)
+
+
+def _inside(folder: Path, file_name: str) -> Path:
+    if Path(file_name).name != file_name:
+        raise CheckpointError(
+            Problem(
+                str(folder / INDEX_NAME),
+                f"names {file_name!r}, which is outside the folder",
+                "an index may only name files beside it",
+                "file",
+            )
+        )
+    return folder / file_name
+
+
+def _in_file_order(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].path, item[1].start)))

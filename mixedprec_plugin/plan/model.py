@@ -1,0 +1,139 @@
+"""The plan's data: frozen, complete, the same for serving, printing and converting."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from mixedprec_plugin.checkpoint.formats import StoredFormat
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.methods.spec import TensorSpec
+from mixedprec_plugin.plan.architecture import Kind
+from mixedprec_plugin.preset.model import Preset, Rule, Scheme
+
+Action = Literal["as stored", "cast", "quantize", "dequantize"]
+Device = Literal["cuda", "cpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What the plan is made for.
+
+    Attributes:
+        device: `cuda`, or `cpu` for the CPU platform.
+        tp_size: number of tensor-parallel ranks.
+        dtype: dtype that the model runs in, as a safetensors name.
+    """
+
+    device: Device = "cuda"
+    tp_size: int = 1
+    dtype: str = "BF16"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedLayer:
+    """What happens to one layer of the checkpoint.
+
+    Attributes:
+        name: layer name as the checkpoint spells it.
+        module: name of the module that runs it; differs from `name` for a shard of a fused module.
+        shard: the shard id that the fused module's weight loader takes; None if not fused.
+        kind: what the layer is.
+        scheme: the scheme that it runs in; None where the layer is never quantized.
+        rule: the rule that decided; None where none matched.
+        source: name of the source.
+        stored: the format that it is stored in; None where it holds no weight matrix.
+        action: how stored tensors become served ones.
+        inputs: parameter suffix -> stored tensor.
+        outputs: parameter suffix -> what is served.
+    """
+
+    name: str
+    module: str
+    shard: str | int | None
+    kind: Kind
+    scheme: Scheme | None
+    rule: Rule | None
+    source: str
+    stored: StoredFormat | None
+    action: Action
+    inputs: Mapping[str, StoredTensor]
+    outputs: Mapping[str, TensorSpec]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of the weight matrix; 0 where there is none."""
+        return self.stored.N * self.stored.K if self.stored else 0
+
+    @property
+    def method(self) -> str:
+        """Canonical key of the method that the layer runs in."""
+        return self.scheme.method if self.scheme else "bf16"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Served bits a weight, scales and zero points counted; 0 without a weight matrix."""
+        return 8 * self.bytes_after / self.num_weights if self.num_weights else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What every layer of a model runs as.
+
+    Attributes:
+        layers: in natural order of their names.
+        problems: errors and warnings, of the whole preset at once.
+        tied: tied layer name -> the layer whose weight it shares (`lm_head` -> the embedding).
+    """
+
+    preset: Preset
+    source: Source
+    target: Target
+    layers: tuple[PlannedLayer, ...]
+    problems: tuple[Problem, ...]
+    tied: Mapping[str, str]
+
+    @functools.cached_property
+    def modules(self) -> Mapping[str, tuple[PlannedLayer, ...]]:
+        """Module name -> the layers that it runs."""
+        modules: dict[str, tuple[PlannedLayer, ...]] = {}
+        for layer in self.layers:
+            modules[layer.module] = (*modules.get(layer.module, ()), layer)
+        return MappingProxyType(modules)
+
+    @functools.cached_property
+    def by_name(self) -> Mapping[str, PlannedLayer]:
+        """Layer name -> layer."""
+        return MappingProxyType({layer.name: layer for layer in self.layers})
+
+    @property
+    def errors(self) -> tuple[Problem, ...]:
+        """The problems that stop the work."""
+        return tuple(p for p in self.problems if p.severity == "error")
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all stored tensors that the plan takes."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all served tensors, over all ranks."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    def check(self) -> Plan:
+        """Return the plan itself if it can be carried out.
+
+        Raises:
+            PlanError: with every error of the plan.
+        """
+        if self.errors:
+            raise PlanError(self.errors)
+        return self
