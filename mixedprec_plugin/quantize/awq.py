@@ -1,0 +1,106 @@
+"""AWQ's stored form: 4-bit codes with zero points, interleaved along N: w ~= (q - zero) * scale.
+
+Only the form is AWQ's: weights are rounded to nearest, not calibrated, so nothing is folded into
+other layers.
+Source: AutoAWQ `WQLinear_GEMM` and `AwqQuantizer.pseudo_quantize_tensor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mixedprec_plugin.errors import MethodError, Problem
+from mixedprec_plugin.quantize.checks import (
+    refuse,
+    require_finite,
+    require_packable,
+    resolve_group_size,
+    take,
+    weight_shape,
+)
+from mixedprec_plugin.quantize.chunks import row_chunks
+from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq
+from mixedprec_plugin.quantize.rounding import Grid, round_groups
+
+
+def quantize(
+    weight: torch.Tensor, arguments: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Quantize a weight to group-wise 4-bit integers with zero points, AWQ GEMM layout.
+
+    Args:
+        weight: [N, K], floating point, any device; not modified.
+        arguments: "group_size" (divides K; -1 for all of K), "clip_search".
+        dtype: the running model's dtype, which scales are stored in.
+    Returns:
+        "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N] of `dtype`,
+        weight ~= (q - zero) * scale.
+    Raises:
+        ShapeError: not a matrix of floats, not finite, too large for `dtype`, K no multiple of the
+            group size, or N no multiple of 8.
+        MethodError: no zero points were asked for; AWQ's kernels read them.
+    """
+    if not arguments.get("zero_point", True):
+        raise MethodError(
+            Problem(
+                "zero_point",
+                "False cannot be quantized to (expected True)",
+                "use method gptq for symmetric 4-bit weights",
+                "zero-point",
+            )
+        )
+    N, K = weight_shape(weight)
+    require_packable(N, AWQ_PACK_FACTOR)
+    group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)
+    grid = Grid(bits=4, symmetric=False, scale_dtype=dtype)
+    num_groups, num_words = K // group_size, N // AWQ_PACK_FACTOR
+    qweight = torch.empty((K, num_words), dtype=torch.int32, device=weight.device)
+    qzeros = torch.empty((num_groups, num_words), dtype=torch.int32, device=weight.device)
+    scales = torch.empty((num_groups, N), dtype=dtype, device=weight.device)
+    clip_search = bool(arguments.get("clip_search", False))
+    for rows in row_chunks(N, K, multiple=AWQ_PACK_FACTOR):
+        codes, scale, zero = round_groups(weight[rows], group_size, grid, clip_search)
+        words = slice(rows.start // AWQ_PACK_FACTOR, rows.stop // AWQ_PACK_FACTOR)
+        qweight[:, words] = pack_awq(codes)
+        qzeros[:, words] = pack_awq(zero.to(torch.uint8))
+        scales[:, rows] = scale.t()
+    require_finite(scales, weight)
+    return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Undo `quantize`.
+
+    Args:
+        tensors: "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N] of any
+            floating dtype; not modified.
+        arguments: "group_size".
+    Returns:
+        float32 [N, K], exactly (q - zero) * scale.
+    Raises:
+        ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
+    """
+    qweight = tensors.get("qweight")
+    if qweight is None or qweight.dim() != 2 or qweight.dtype != torch.int32:
+        found = "missing" if qweight is None else f"{qweight.dtype} {list(qweight.shape)}"
+        refuse(
+            "qweight",
+            f"{found} (expected torch.int32 [K, N/8])",
+            "check that the layer is stored by this method",
+            "tensor-dtype",
+        )
+    K, num_words = qweight.shape
+    N = num_words * AWQ_PACK_FACTOR
+    group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)
+    num_groups = K // group_size
+    scales = take(tensors, "scales", (num_groups, N)).t().float()
+    zeros = unpack_awq(take(tensors, "qzeros", (num_groups, num_words))).float()
+    weight = torch.empty((N, K), device=qweight.device)
+    for rows in row_chunks(N, K, multiple=AWQ_PACK_FACTOR):
+        words = slice(rows.start // AWQ_PACK_FACTOR, rows.stop // AWQ_PACK_FACTOR)
+        chunk = weight[rows].copy_(unpack_awq(qweight[:, words])).unflatten(1, (num_groups, -1))
+        chunk.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
+    return weight

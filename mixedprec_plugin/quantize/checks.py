@@ -1,0 +1,163 @@
+"""What a weight and its stored tensors must be; every refusal names the tensor and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import torch
+
+from mixedprec_plugin.errors import Problem, ShapeError
+from mixedprec_plugin.quantize.chunks import row_chunks
+
+_KEEP = "check the checkpoint's file, or keep this layer in bf16"
+
+
+def refuse(where: str, what: str, remedy: str, rule: str) -> NoReturn:
+    """Raise the `ShapeError` of one problem.
+
+    Args:
+        where: tensor suffix (`weight`, `qzeros`); callers that know the layer put its name before.
+        what: what is wrong, with what was expected in brackets.
+        remedy: what the reader can do.
+        rule: stable identifier of the check.
+    Raises:
+        ShapeError: always.
+    """
+    raise ShapeError(Problem(where, what, remedy, rule))
+
+
+def weight_shape(weight: torch.Tensor) -> tuple[int, int]:
+    """Return (N, K) of a weight that can be quantized.
+
+    Raises:
+        ShapeError: the weight is not a non-empty matrix of a floating dtype of 16 bits or more.
+    """
+    if weight.dim() != 2 or weight.numel() == 0:
+        refuse(
+            "weight",
+            f"shape {list(weight.shape)} (expected a non-empty [N, K] matrix)",
+            "quantize each expert or shard by itself",
+            "weight-shape",
+        )
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        refuse(
+            "weight",
+            f"dtype {weight.dtype} (expected float16, bfloat16 or float32)",
+            "dequantize the layer before it is quantized again",
+            "weight-dtype",
+        )
+    N, K = weight.shape
+    return N, K
+
+
+def resolve_group_size(K: int, group_size: int, pack_factor: int) -> int:
+    """Return how many elements along K share a scale, with -1 resolved to K.
+
+    Args:
+        K: input features.
+        group_size: elements along K that share a scale; -1 means all of them.
+        pack_factor: codes of an int32 word along K; 1 where words run along N.
+    Raises:
+        ShapeError: the group size does not divide K, or the words do not.
+    """
+    resolved = K if group_size == -1 else group_size
+    if resolved < 1 or K % resolved:
+        fitting = [str(size) for size in (128, 64, 32) if K % size == 0]
+        refuse(
+            "weight",
+            f"group size {group_size} does not divide K = {K} (expected a divisor of K, or -1)",
+            f"use group_size {', '.join([*fitting, '-1'])}, or keep this layer in bf16",
+            "group-size",
+        )
+    if K % pack_factor:
+        refuse(
+            "weight",
+            f"K = {K} does not fill int32 words (expected a multiple of {pack_factor})",
+            "keep this layer in bf16",
+            "pack-factor",
+        )
+    return resolved
+
+
+def require_packable(N: int, pack_factor: int) -> None:
+    """Check that codes packed along N fill whole words.
+
+    Raises:
+        ShapeError: N is not a multiple of the pack factor.
+    """
+    if N % pack_factor:
+        refuse(
+            "weight",
+            f"N = {N} does not fill int32 words (expected a multiple of {pack_factor})",
+            "keep this layer in bf16",
+            "pack-factor",
+        )
+
+
+def require_finite(scales: torch.Tensor, weight: torch.Tensor) -> None:
+    """Check the scales that a weight led to; a weight that is not finite shows in its scales.
+
+    Args:
+        scales: the scales made from `weight`, in the dtype that they are stored in.
+        weight: [N, K]; read again only if a scale is not finite.
+    Raises:
+        ShapeError: the weight holds NaN or Inf (how many, and the first place), or is finite and
+            too large for scales of this dtype.
+    """
+    if bool(torch.isfinite(scales).all()):
+        return
+    count, first = _count_non_finite(weight)
+    if count:
+        row, column = first
+        refuse(
+            "weight",
+            f"{count} of {weight.numel()} values are not finite, the first "
+            f"{weight[row, column].item()!r} at [{row}, {column}] (expected finite values)",
+            _KEEP,
+            "not-finite",
+        )
+    refuse(
+        "weight",
+        f"values as large as {weight.abs().amax().item():.6g} need scales beyond "
+        f"{torch.finfo(scales.dtype).max:.6g}, the largest {scales.dtype}",
+        "run the model in bfloat16, or keep this layer unquantized",
+        "scale-overflow",
+    )
+
+
+def take(tensors: Mapping[str, torch.Tensor], suffix: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a stored tensor after checking that it is there and has the shape it must have.
+
+    Raises:
+        ShapeError: the tensor is missing or has another shape.
+    """
+    if suffix not in tensors:
+        refuse(
+            suffix,
+            f"missing (expected shape {list(shape)}; got {', '.join(sorted(tensors)) or 'nothing'})",
+            "check that the layer is stored by this method",
+            "tensor-missing",
+        )
+    tensor = tensors[suffix]
+    if tuple(tensor.shape) != shape:
+        refuse(
+            suffix,
+            f"shape {list(tensor.shape)} (expected {list(shape)})",
+            "check the method's arguments against the checkpoint",
+            "tensor-shape",
+        )
+    return tensor
+
+
+def _count_non_finite(weight: torch.Tensor) -> tuple[int, tuple[int, int]]:
+    """Count the values that are NaN or Inf and find the first in row order."""
+    count, first = 0, (0, 0)
+    for rows in row_chunks(*weight.shape):
+        bad = ~torch.isfinite(weight[rows])
+        here = int(bad.sum())
+        if here and not count:
+            row, column = bad.nonzero()[0].tolist()
+            first = (rows.start + row, column)
+        count += here
+    return count, first

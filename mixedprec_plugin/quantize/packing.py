@@ -1,0 +1,89 @@
+"""Unsigned 4- and 8-bit codes in int32 words, as GPTQ and AWQ checkpoints store them.
+
+A word holds 32 / bits codes. Three layouts are in use:
+
+    along K, low bits first       GPTQ `qweight` [K/pf, N]
+    along N, low bits first       GPTQ `qzeros` [K/G, N/pf]
+    along N, interleaved          AWQ `qweight` [K, N/8] and `qzeros` [K/G, N/8]: nibble i of a word,
+                                  counted from the low end, holds column `AWQ_ORDER[i]` of its eight
+
+Words are read and written as bytes where that is faster, which takes a little-endian machine: all
+that torch runs on are.
+Source: AutoGPTQ `QuantLinear.pack`, AutoAWQ `WQLinear_GEMM.from_linear`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+AWQ_PACK_FACTOR = 8
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes along the last dimension, low bits first.
+
+    Args:
+        codes: uint8 [..., n], each below 2**bits; n is a multiple of 32 / bits; not modified.
+        bits: 4 or 8.
+    Returns:
+        int32 [..., n * bits / 32], contiguous.
+    """
+    codes = codes.contiguous()
+    if bits == 8:
+        return codes.view(torch.int32)
+    # Two codes, one a byte, read as a 16-bit word: the high byte's low nibble moves down by four.
+    pairs = codes.view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Undo `pack`.
+
+    Args:
+        words: int32 [..., n]; not modified.
+        bits: 4 or 8.
+    Returns:
+        uint8 [..., n * 32 / bits], contiguous.
+    """
+    octets = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return octets
+    codes = torch.empty((*octets.shape, 2), dtype=torch.uint8, device=words.device)
+    torch.bitwise_and(octets, 15, out=codes[..., 0])
+    torch.bitwise_right_shift(octets, 4, out=codes[..., 1])
+    return codes.flatten(-2)
+
+
+def pack_awq(codes: torch.Tensor) -> torch.Tensor:
+    """Pack 4-bit codes along N, interleaved, from [N, K] to AWQ's [K, N/8].
+
+    Args:
+        codes: uint8 [N, K], each below 16; N is a multiple of 8; not modified.
+    Returns:
+        int32 [K, N/8]; a transposed view.
+    """
+    N, K = codes.shape
+    columns = codes.view(N // AWQ_PACK_FACTOR, AWQ_PACK_FACTOR, K)
+    octets = [
+        columns[:, low] | (columns[:, high] << 4)
+        for low, high in zip(AWQ_ORDER[0::2], AWQ_ORDER[1::2], strict=True)
+    ]
+    return torch.stack(octets, dim=-1).view(torch.int32).squeeze(-1).t()
+
+
+def unpack_awq(words: torch.Tensor) -> torch.Tensor:
+    """Undo `pack_awq`.
+
+    Args:
+        words: int32 [K, N/8]; not modified.
+    Returns:
+        uint8 [N, K], contiguous.
+    """
+    K, num_words = words.shape
+    octets = words.t().contiguous().view(torch.uint8).view(num_words, K, 4)
+    codes = torch.empty((num_words, AWQ_PACK_FACTOR, K), dtype=torch.uint8, device=words.device)
+    for nibble, column in enumerate(AWQ_ORDER):
+        octet = octets[..., nibble // 2]
+        codes[:, column] = (octet >> 4) if nibble % 2 else (octet & 15)
+    return codes.flatten(0, 1)
