@@ -10,14 +10,19 @@ Arguments = Mapping[str, Any]
 LayerKind = Literal["linear", "expert", "lm_head"]
 
 
+def _no_reason(_arguments: Arguments) -> str:
+    return ""
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
     """The dtype and shape of one stored tensor.
 
     Attributes:
-        dtype: safetensors dtype name (`BF16`, `F16`, `F32`, `F8_E4M3`, `I8`, `I32`); `*` stands
-            for any floating-point dtype, as for scales that tools write in F16, BF16 or F32.
-        shape: the stored shape.
+        dtype: safetensors dtype name (`BF16`, `F16`, `F32`, `F8_E4M3`, `I8`, `I32`). Where this
+            says one of `BF16`, `F16`, `F32`, a checkpoint may hold another of the three: the
+            weight loaders cast.
+        shape: the stored shape; `()` and `(1,)` are interchangeable in a checkpoint.
     """
 
     dtype: str
@@ -36,6 +41,9 @@ class LayerShape:
         parallel: how the layer is split over tensor-parallel ranks.
         tp_size: number of tensor-parallel ranks.
         dtype: dtype that the model runs in, as a safetensors name (`BF16` or `F16`).
+        shard_ranks: over how many ranks each shard is split under column parallelism, in the order
+            of `shard_sizes`; empty stands for `tp_size` each. Less for the key and value shards of
+            a model with fewer key-value heads than ranks: SGLang repeats those.
     """
 
     N: int
@@ -44,6 +52,7 @@ class LayerShape:
     parallel: Literal["column", "row", "replicated"]
     tp_size: int = 1
     dtype: str = "BF16"
+    shard_ranks: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +65,11 @@ class MethodSpec:
         aliases: other names that people type -> the arguments that the name implies.
         defaults: every argument of the method -> its default.
         argument_schema: file name below schemas/methods/.
-        config_classes: platform (`cuda`, `cpu`) -> lazy `package.module:Class` of the config.
-        build: arguments -> keyword arguments of the config class's constructor; pure.
+        config_classes: platform -> lazy `package.module:Class` of the config. Platforms are `cuda`,
+            `cpu` and, for GPUs below `fallback_below`, `cuda_fallback`; empty if SGLang's
+            unquantized methods serve it.
+        build: (arguments, key of config_classes) -> keyword arguments of that class's constructor;
+            pure.
         stored: (arguments, N, K, dtype) -> tensor suffix -> its dtype and shape, exactly what the
             quantizer makes and what a checkpoint must hold; dtype is that of the running model.
         quantizer: lazy `package.module:function` (weight [N, K], arguments, dtype) -> tensors by
@@ -68,6 +80,11 @@ class MethodSpec:
         min_capability: least CUDA compute capability, as major * 10 + minor.
         check_shape: (arguments, layer shape, device) -> problems as (text, remedy) pairs; device is
             `cuda` or `cpu`.
+        fallback_below: CUDA compute capability below which `cuda_fallback` is the class; 0 if there
+            is no such class.
+        argument_conflict: arguments -> why they contradict each other; empty if they do not.
+        why_not_quantize: arguments -> why a layer cannot be quantized with them and must be stored
+            so; empty if it can.
     """
 
     name: str
@@ -76,7 +93,7 @@ class MethodSpec:
     defaults: Arguments
     argument_schema: str
     config_classes: Mapping[str, str]
-    build: Callable[[Arguments], dict[str, Any]]
+    build: Callable[[Arguments, str], dict[str, Any]]
     stored: Callable[[Arguments, int, int, str], dict[str, TensorSpec]]
     quantizer: str
     dequantizer: str
@@ -84,3 +101,6 @@ class MethodSpec:
     layer_kinds: frozenset[LayerKind]
     min_capability: int
     check_shape: Callable[[Arguments, LayerShape, str], list[tuple[str, str]]]
+    fallback_below: int = 0
+    argument_conflict: Callable[[Arguments], str] = _no_reason
+    why_not_quantize: Callable[[Arguments], str] = _no_reason

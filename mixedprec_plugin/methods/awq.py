@@ -1,0 +1,127 @@
+"""Method `awq`: 4-bit integers with zero points, interleaved nibbles; weight-only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixedprec_plugin.methods import remedies
+from mixedprec_plugin.methods.groups import group_faults, group_quality, num_groups
+from mixedprec_plugin.methods.marlin import marlin_faults
+from mixedprec_plugin.methods.partitions import split_faults
+from mixedprec_plugin.methods.spec import Arguments, LayerShape, MethodSpec, TensorSpec
+
+
+def build(arguments: Arguments, platform: str) -> dict[str, Any]:
+    """Return the constructor arguments of `AWQMarlinConfig` (`cuda`) or `AWQConfig` (the others).
+
+    `AWQMarlinConfig` makes an `AWQConfig` from `full_config` for a layer that Marlin does not fit
+    (awq/awq.py:368), and a `MoeWNA16Config` for such experts (awq.py:382).
+    """
+    flat = {
+        "weight_bits": arguments["bits"],
+        "group_size": arguments["group_size"],
+        "zero_point": arguments["zero_point"],
+        "modules_to_not_convert": None,
+    }
+    if platform != "cuda":
+        return flat
+    return {**flat, "lm_head_quantized": False, "full_config": quantization_config(arguments)}
+
+
+def quantization_config(arguments: Arguments) -> dict[str, Any]:
+    """Return what config.json's `quantization_config` says of such a checkpoint."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": arguments["bits"],
+        "group_size": arguments["group_size"],
+        "zero_point": arguments["zero_point"],
+        "lm_head": False,
+        "modules_to_not_convert": None,
+    }
+
+
+def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:
+    """Return the stored tensors.
+
+    "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N];
+    W = (qweight - qzeros) * scales, transposed.
+
+    Source: `AWQLinearScheme.create_weights` (awq/schemes/awq_linear.py:54-89).
+    """
+    packed = 32 // arguments["bits"]
+    groups = num_groups(K, arguments["group_size"])
+    return {
+        "qweight": TensorSpec("I32", (K, N // packed)),
+        "qzeros": TensorSpec("I32", (groups, N // packed)),
+        "scales": TensorSpec(dtype, (groups, N)),
+    }
+
+
+def fits_marlin(arguments: Arguments, shape: LayerShape) -> bool:
+    """Whether Marlin kernels serve the layer on CUDA; if not, SGLang dequantizes it and multiplies.
+
+    Source: `check_marlin_supports_layer` (marlin_utils.py:211), asked at awq/awq.py:368.
+    """
+    return not marlin_faults(arguments["group_size"], shape)
+
+
+def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
+    """Return what SGLang's AWQ linear methods refuse of a layer.
+
+    A layer that Marlin does not fit runs in the plain AWQ kernel, which dequantizes to fp16 or bf16
+    whatever its shape (kernels/jit/csrc/gemm/awq_dequantize.cuh:196); `AWQConfig` says that it
+    takes fp16 only (awq/awq.py:105), yet nobody asks it when `AWQMarlinConfig` makes one.
+
+    A whole column as one group works with neither: `AWQLinearScheme` divides by the group size, -1
+    (awq/schemes/awq_linear.py:69); `AWQMarlinLinearScheme` finds no group in a part of K
+    (awq/schemes/awq_marlin.py:69).
+    """
+    group_size = arguments["group_size"]
+    found = split_faults(shape)
+    if found:
+        return found
+    if group_size == -1:
+        if device == "cpu":
+            return ["group_size -1 is not served by plain AWQ, which divides K by it"]
+        found = marlin_faults(group_size, shape)
+        if shape.parallel == "row" and shape.tp_size > 1:
+            found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
+        return found
+    return group_faults(group_size, 32 // arguments["bits"], 1, shape)
+
+
+def check_shape(arguments: Arguments, shape: LayerShape, device: str) -> list[tuple[str, str]]:
+    """Return (text, remedy) for everything that keeps the layer from being served in AWQ."""
+    return remedies.pair("awq", arguments, shape, device, faults(arguments, shape, device))
+
+
+_CONFIG = "sglang.srt.layers.quantization.awq.awq:AWQConfig"
+_MARLIN_CONFIG = "sglang.srt.layers.quantization.awq.awq:AWQMarlinConfig"
+
+SPEC = MethodSpec(
+    name="awq",
+    title="4-bit integers with zero points in groups along K, AWQ layout",
+    aliases={
+        "awq_int4": {"bits": 4},
+        "awq_4bit": {"bits": 4},
+        "int4_awq": {"bits": 4},
+        "awq_marlin": {},
+    },
+    defaults={"bits": 4, "group_size": 128, "zero_point": True, "clip_search": False},
+    argument_schema="awq.schema.json",
+    config_classes={
+        "cuda": _MARLIN_CONFIG,
+        "cuda_fallback": _CONFIG,
+        "cpu": "mixedprec_plugin.cpu.configs:CpuAWQConfig",
+    },
+    build=build,
+    stored=stored,
+    quantizer="mixedprec_plugin.quantize.awq:quantize",
+    dequantizer="mixedprec_plugin.quantize.awq:dequantize",
+    precision=lambda arguments: 4.5 + group_quality(arguments["group_size"]),
+    layer_kinds=frozenset({"linear", "expert"}),
+    min_capability=75,
+    check_shape=check_shape,
+    fallback_below=80,
+)

@@ -1,0 +1,35 @@
+"""The shapes that Marlin kernels take."""
+
+from __future__ import annotations
+
+from mixedprec_plugin.methods.partitions import inputs_per_rank, outputs_per_rank, per_rank
+from mixedprec_plugin.methods.spec import LayerShape
+
+MIN_THREAD_N = 64
+MIN_THREAD_K = 128
+
+
+def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
+    """Return what Marlin refuses of a layer that its ranks divide.
+
+    Args:
+        group_size: input features that share a scale; -1 for all.
+        shape: the layer; the shards of a fused module are one matrix for the kernel.
+
+    Source: `verify_marlin_supports_shape` (layers/quantization/marlin_utils.py:40, 41, 161).
+    """
+    found = []
+    N, K = sum(outputs_per_rank(shape)), inputs_per_rank(shape)
+    if N % MIN_THREAD_N:
+        where = per_rank(shape, "column")
+        found.append(
+            f"N = {N}{where} is not a multiple of {MIN_THREAD_N}, which Marlin kernels need"
+        )
+    where = per_rank(shape, "row")
+    if K % MIN_THREAD_K:
+        found.append(
+            f"K = {K}{where} is not a multiple of {MIN_THREAD_K}, which Marlin kernels need"
+        )
+    if group_size < shape.K and K % group_size:
+        found.append(f"group_size {group_size} does not divide K = {K}{where}")
+    return found

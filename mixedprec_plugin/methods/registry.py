@@ -1,0 +1,180 @@
+"""The table of methods, and the binding of a name and arguments to one of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from mixedprec_plugin.errors import MethodError, Problem
+from mixedprec_plugin.methods import awq, bf16, blockwise_int8, fp8, gptq
+from mixedprec_plugin.methods.spec import MethodSpec
+from mixedprec_plugin.names import nearest
+
+ENTRY_POINT_GROUP = "mixedprec.methods"
+
+_BUILT_IN = MappingProxyType(
+    {
+        "bf16": bf16.SPEC,
+        "fp8": fp8.SPEC,
+        "blockwise_int8": blockwise_int8.SPEC,
+        "awq": awq.SPEC,
+        "gptq": gptq.SPEC,
+    }
+)
+
+
+class MethodTable(Mapping[str, MethodSpec]):
+    """Canonical name -> method; other packages' methods are read at the first look.
+
+    Args:
+        built_in: the methods of this package.
+
+    Raises:
+        MethodError: on every look, while a package's entry point fails or clashes.
+    """
+
+    def __init__(self, built_in: Mapping[str, MethodSpec]) -> None:
+        self._built_in = built_in
+        self._complete: Mapping[str, MethodSpec] | None = None
+
+    @property
+    def _methods(self) -> Mapping[str, MethodSpec]:
+        if self._complete is None:
+            points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+            self._complete = MappingProxyType(add_entry_points(self._built_in, points))
+        return self._complete
+
+    def __getitem__(self, name: str) -> MethodSpec:
+        return self._methods[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._methods)
+
+    def __len__(self) -> int:
+        return len(self._methods)
+
+
+METHODS: Mapping[str, MethodSpec] = MethodTable(_BUILT_IN)
+
+
+def add_entry_points(
+    methods: Mapping[str, MethodSpec], points: Iterable[importlib.metadata.EntryPoint]
+) -> dict[str, MethodSpec]:
+    """Return `methods` with those that other packages offer.
+
+    Args:
+        methods: canonical name -> method; not modified.
+        points: entry points whose objects are `MethodSpec`s and whose names are the specs' names.
+
+    Raises:
+        MethodError: an entry point cannot be loaded, is no `MethodSpec`, or has a name that is
+            taken; all of them are named.
+    """
+    complete = dict(methods)
+    problems = []
+    for point in points:
+        spec, what = _load(point)
+        if spec is not None:
+            what = _clash(spec, point.name, complete)
+        if what:
+            package = point.dist.name if point.dist else "unknown package"
+            where = f"{package}: entry point '{point.name} = {point.value}' of {ENTRY_POINT_GROUP}"
+            remedy = f"repair or uninstall {package}"
+            problems.append(Problem(where, what, remedy, rule="method-entry-point"))
+        elif spec is not None:
+            complete[spec.name] = spec
+    if problems:
+        raise MethodError(problems)
+    return complete
+
+
+def _load(point: importlib.metadata.EntryPoint) -> tuple[MethodSpec | None, str]:
+    """The spec behind an entry point, or why there is none."""
+    try:
+        loaded = point.load()
+    # Importing foreign code may raise anything, and whatever it is becomes the error.
+    except Exception as error:
+        return None, f"cannot be loaded: {type(error).__name__}: {error}"
+    if not isinstance(loaded, MethodSpec):
+        return None, f"is a {type(loaded).__name__} (expected a mixedprec_plugin MethodSpec)"
+    return loaded, ""
+
+
+def _clash(spec: MethodSpec, point_name: str, methods: Mapping[str, MethodSpec]) -> str:
+    """Why a foreign spec cannot join the table; empty if it can."""
+    if spec.name != point_name:
+        return f"names its method {spec.name!r} (expected {point_name!r}, as the entry point)"
+    taken = {name: other.name for other in methods.values() for name in _names(other)}
+    for name in _names(spec):
+        if name in taken:
+            return f"the name {name!r} is taken by the method {taken[name]}"
+    return ""
+
+
+def _names(spec: MethodSpec) -> tuple[str, ...]:
+    return (spec.name, *spec.aliases)
+
+
+def method_names() -> tuple[str, ...]:
+    """Return every name that a preset may use for a method, canonical names and aliases."""
+    return tuple(name for spec in METHODS.values() for name in _names(spec))
+
+
+def bind(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Bind a method's name and arguments.
+
+    Args:
+        name: a canonical name or an alias, such as `gptq_int8`.
+        arguments: what the user gave; not modified. Values are not checked here, the method's JSON
+            Schema does that.
+    Returns:
+        The canonical name and all the method's arguments: what was given, then what the alias
+        implies, then the defaults. Binding the result again gives the same.
+    Raises:
+        MethodError: an unknown name, an unknown argument, an argument that contradicts the alias or
+            another argument.
+    """
+    spec = next((spec for spec in METHODS.values() if name in _names(spec)), None)
+    if spec is None:
+        raise MethodError(_unknown_name(name))
+    given = {key: _plain(value) for key, value in arguments.items()}
+    implied = dict(spec.aliases.get(name, {}))
+    problems = [_unknown_argument(name, key, spec) for key in given if key not in spec.defaults]
+    problems += [
+        Problem(
+            name,
+            f"{key}: {given[key]!r} contradicts the name {name!r} (expected {value!r})",
+            f"leave {key} out, or write 'method: {spec.name}'",
+            rule="alias-contradiction",
+        )
+        for key, value in implied.items()
+        if key in given and given[key] != value
+    ]
+    if problems:
+        raise MethodError(problems)
+    bound = {key: _plain(value) for key, value in {**spec.defaults, **implied, **given}.items()}
+    if conflict := spec.argument_conflict(bound):
+        raise MethodError(Problem(name, conflict, rule="argument-conflict"))
+    return spec.name, bound
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that one value has one spelling; lists are copied."""
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _unknown_name(name: str) -> Problem:
+    names = method_names()
+    near = nearest(name, names)
+    remedy = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    what = f"unknown method {name!r} (expected {', '.join(names)})"
+    return Problem("", what, remedy, rule="unknown-method")
+
+
+def _unknown_argument(name: str, key: str, spec: MethodSpec) -> Problem:
+    near = nearest(key, spec.defaults)
+    remedy = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    what = f"unknown argument {key!r} (expected {', '.join(spec.defaults)})"
+    return Problem(name, what, remedy, rule="unknown-argument")
