@@ -95,7 +95,7 @@ def _load(point: importlib.metadata.EntryPoint) -> tuple[MethodSpec | None, str]
     try:
         loaded = point.load()
     # Importing foreign code may raise anything, and whatever it is becomes the error.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return None, f"cannot be loaded: {type(error).__name__}: {error}"
     if not isinstance(loaded, MethodSpec):
         return None, f"is a {type(loaded).__name__} (expected a mixedprec_plugin MethodSpec)"
