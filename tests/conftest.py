@@ -1,0 +1,30 @@
+"""Fixtures that several test packages share: the real model in its shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def original_model() -> Path:
+    """SmolLM2-135M-Instruct in bf16: hidden 576, 9 query and 3 key-value heads."""
+    from demo.model import checkpoint
+
+    return checkpoint("original")
+
+
+@pytest.fixture(scope="session")
+def widened_model() -> Path:
+    """The same function with every dimension a multiple of 128: hidden 768, 12 and 4 heads."""
+    from demo.model import checkpoint
+
+    return checkpoint("widened")
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    """English prose of a little over 2,000 tokens."""
+    root = Path(__file__).resolve().parents[1]
+    return (root / "benchmarks" / "data" / "prose.txt").read_text(encoding="utf-8")
