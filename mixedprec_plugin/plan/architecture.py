@@ -79,3 +79,8 @@ def parallel_kind(name: str) -> Parallel:
     if last in _REPLICATED:
         return "replicated"
     return "row" if last in _ROW_PARALLEL else "column"
+
+
+def shard_order(shard: str | int | None) -> int:
+    """Position of a shard in its fused module, as SGLang lays them out: q, k, v; gate, up."""
+    return "qkv".index(shard) if isinstance(shard, str) else shard or 0

@@ -13,7 +13,7 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.architecture import Kind
+from mixedprec_plugin.plan.architecture import Kind, shard_order
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
 Action = Literal["as stored", "cast", "quantize", "dequantize"]
@@ -102,11 +102,16 @@ class Plan:
 
     @functools.cached_property
     def modules(self) -> Mapping[str, tuple[PlannedLayer, ...]]:
-        """Module name -> the layers that it runs."""
-        modules: dict[str, tuple[PlannedLayer, ...]] = {}
+        """Module name -> the layers that it runs, in the order that SGLang lays them out."""
+        modules: dict[str, list[PlannedLayer]] = {}
         for layer in self.layers:
-            modules[layer.module] = (*modules.get(layer.module, ()), layer)
-        return MappingProxyType(modules)
+            modules.setdefault(layer.module, []).append(layer)
+        return MappingProxyType(
+            {
+                name: tuple(sorted(layers, key=lambda layer: shard_order(layer.shard)))
+                for name, layers in modules.items()
+            }
+        )
 
     @functools.cached_property
     def by_name(self) -> Mapping[str, PlannedLayer]:

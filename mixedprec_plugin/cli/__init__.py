@@ -1,0 +1,1 @@
+"""The console script `mixedprec`: one verb a file."""

@@ -1,0 +1,282 @@
+"""`mixedprec doctor`: does every method fit the installed SGLang, and is the plugin whole?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import platform
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from mixedprec_plugin.errors import MixedPrecisionError, Problem
+
+if TYPE_CHECKING:
+    from mixedprec_plugin.methods.spec import MethodSpec
+
+Status = Literal["ok", "absent", "failed"]
+
+# Names as people type them, with the arguments that are worth a try beside the defaults.
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("fp8", {}),
+    ("fp8_block", {}),
+    ("fp8", {"activation_scheme": "static"}),
+    ("blockwise_int8", {}),
+    ("blockwise_int8", {"weight_block_size": [64, 64]}),
+    ("awq", {}),
+    ("awq", {"group_size": 64}),
+    ("gptq", {}),
+    ("gptq", {"group_size": 64}),
+    ("gptq", {"group_size": -1}),
+    ("gptq", {"desc_act": True}),
+    ("gptq_int8", {}),
+)
+PACKAGES = ("mixedprec-plugin", "sglang", "torch", "transformers", "safetensors")
+_STYLES: Mapping[Status, str] = {"ok": "green", "absent": "yellow", "failed": "bold red"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        section: what it belongs to: `configs`, `registration`, `versions` or `device`.
+        name: what was looked at.
+        status: `absent` is what this machine cannot have, and no fault.
+        text: what was found, or the reason.
+        details: the same as data, for --json.
+    """
+
+    section: str
+    name: str
+    status: Status
+    text: str
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's flags."""
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Examine the installation and print the report.
+
+    Args:
+        args: with `json`.
+        out: where the report is written.
+    Returns:
+        0 if all is well, 1 if anything is wrong.
+    """
+    with _quiet_sglang():
+        findings = [*examine_versions(), *examine_sglang()]
+    if args.json:
+        out.write(json.dumps(_as_data(findings), indent=2) + "\n")
+    else:
+        _print(findings, out)
+    return 1 if any(finding.status == "failed" for finding in findings) else 0
+
+
+@contextlib.contextmanager
+def _quiet_sglang() -> Iterator[None]:
+    """Keep SGLang's chatter about each config out of the report; its errors still show."""
+    logger = logging.getLogger("sglang")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def examine_versions() -> list[Finding]:
+    """Report Python's and the packages' versions; a package that is not installed is a fault."""
+    findings = [Finding("versions", "python", "ok", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            text = f"is not installed; run 'pip install {package}'"
+            findings.append(Finding("versions", package, "failed", text))
+        else:
+            findings.append(Finding("versions", package, "ok", version))
+    return findings
+
+
+def examine_sglang() -> list[Finding]:
+    """Report device, registration and configs, all of which need SGLang itself."""
+    try:
+        from sglang.srt.plugins import load_plugins
+    except ImportError as error:
+        text = f"cannot be imported: {error}; install sglang 0.5.11 or newer"
+        return [Finding("registration", "sglang.srt.plugins", "failed", text)]
+    load_plugins()
+    active, device = examine_device()
+    try:
+        configs = examine_configs(active)
+    except MixedPrecisionError as error:
+        configs = [_failed("configs", problem) for problem in error.problems]
+    return [device, *examine_registration(), *configs]
+
+
+def examine_device() -> tuple[str, Finding]:
+    """Return `cuda` or `cpu`, whichever SGLang runs on, and the line that says what that is."""
+    import torch
+
+    from mixedprec_plugin.methods.construct import cuda_capability
+
+    capability = cuda_capability()
+    if capability is None:
+        name = platform.processor() or platform.machine()
+        details: dict[str, Any] = {"platform": "cpu", "threads": torch.get_num_threads()}
+        return "cpu", Finding("device", "cpu", "ok", name, details)
+    name = torch.cuda.get_device_name()
+    details = {"platform": "cuda", "capability": capability}
+    text = f"{name}, capability {capability // 10}.{capability % 10}"
+    return "cuda", Finding("device", "cuda", "ok", text, details)
+
+
+def examine_registration() -> list[Finding]:
+    """Report whether SGLang knows the load format, the flag, the hooks and the platform."""
+    from mixedprec_plugin.serving import hooks
+
+    problems = hooks.check_registration()
+    findings = [_failed("registration", problem) for problem in problems]
+    if not problems:
+        targets = ", ".join(hook.target.rpartition("srt.")[2] for hook in hooks.HOOKS)
+        findings.append(Finding("registration", "load format", "ok", hooks.LOAD_FORMAT))
+        findings.append(Finding("registration", "hooks", "ok", targets))
+    return [*findings, _examine_flag(), _examine_platform()]
+
+
+def _examine_flag() -> Finding:
+    from sglang.srt.server_args import ServerArgs
+
+    flag = "--mixedprec-config"
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    if flag in parser.format_usage():
+        return Finding("registration", "flag", "ok", flag)
+    text = f"{flag} is not among the server's flags; SGLang's log says why the plugin failed"
+    return Finding("registration", "flag", "failed", text)
+
+
+def _examine_platform() -> Finding:
+    from sglang.srt.platforms import current_platform
+
+    kind = type(current_platform)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__name__ == "SRTPlatform":
+        text = (
+            "no platform: no accelerator is there and the CPU platform is not registered; "
+            "run 'pip install mixedprec-plugin'"
+        )
+        return Finding("registration", "platform", "failed", text)
+    return Finding("registration", "platform", "ok", name)
+
+
+def examine_configs(active: str) -> list[Finding]:
+    """Construct every method's config, with its defaults and with the notable variants.
+
+    Args:
+        active: `cuda` or `cpu`; only this platform's classes must construct.
+    Raises:
+        MethodError: another package's method cannot be registered.
+    """
+    from mixedprec_plugin.methods.construct import config_key, cuda_capability
+    from mixedprec_plugin.methods.registry import METHODS, bind
+
+    tried = {bind(name, arguments)[0] for name, arguments in VARIANTS}
+    variants = [*VARIANTS, *((name, {}) for name in METHODS if name not in tried)]
+    findings = []
+    for name, given in variants:
+        method, arguments = bind(name, given)
+        spec = METHODS[method]
+        label = " ".join([name, *(f"{key}={value}" for key, value in given.items())])
+        if not spec.config_classes:
+            text = "SGLang's unquantized methods, no config"
+            findings.append(Finding("configs", label, "ok", text, {"method": method}))
+            continue
+        in_use = config_key(spec, active, cuda_capability())
+        for key in spec.config_classes:
+            findings.append(_construct(label, spec, arguments, key, key == in_use))
+    return findings
+
+
+def _construct(
+    label: str, spec: MethodSpec, arguments: Mapping[str, Any], key: str, is_in_use: bool
+) -> Finding:
+    from mixedprec_plugin.errors import MethodError
+    from mixedprec_plugin.methods.construct import build_config
+
+    name = f"{label} ({key})"
+    details = {
+        "method": spec.name,
+        "arguments": dict(arguments),
+        "platform": key,
+        "class": spec.config_classes[key],
+    }
+    try:
+        config = build_config(spec.name, arguments, key, capability=spec.fallback_below)
+    except MethodError as error:
+        is_device = all(problem.rule == "config-refused" for problem in error.problems)
+        if is_device and not is_in_use:
+            text = f"not constructible on this device: {_reason(error)}"
+            return Finding("configs", name, "absent", text, {**details, "reason": str(error)})
+        return Finding("configs", name, "failed", str(error), {**details, "reason": str(error)})
+    attributes = _attributes(config)
+    shown = " ".join(f"{name}={value}" for name, value in attributes.items())
+    text = f"{type(config).__name__}: {shown}"
+    return Finding("configs", name, "ok", text, {**details, "attributes": attributes})
+
+
+def _reason(error: BaseException) -> str:
+    """SGLang's own words, without ours around them."""
+    return str(error.__cause__ or error)
+
+
+def _attributes(config: object) -> dict[str, Any]:
+    """A config's attributes that say something: neither empty nor the whole dict it came from."""
+    shown = {}
+    for name, value in vars(config).items():
+        if name.startswith("_") or name == "full_config" or value in (None, [], {}, ""):
+            continue
+        shown[name] = value if isinstance(value, bool | int | str | list) else str(value)
+    return shown
+
+
+def _failed(section: str, problem: Problem) -> Finding:
+    what = f"{problem.what}; {problem.remedy}" if problem.remedy else problem.what
+    return Finding(section, problem.where, "failed", what)
+
+
+def _as_data(findings: list[Finding]) -> dict[str, Any]:
+    report: dict[str, Any] = {"ok": all(f.status != "failed" for f in findings)}
+    for finding in findings:
+        line = {"name": finding.name, "status": finding.status, "text": finding.text}
+        report.setdefault(finding.section, []).append({**line, **finding.details})
+    report["problems"] = [f"{f.name}: {f.text}" for f in findings if f.status == "failed"]
+    return report
+
+
+def _print(findings: list[Finding], out: TextIO) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    # Rich writes plain text where `out` is no terminal; soft_wrap keeps one finding on one line.
+    console = Console(file=out, highlight=False, soft_wrap=True)
+    for section in dict.fromkeys(finding.section for finding in findings):
+        console.print(Text(section, style="bold"))
+        lines = [finding for finding in findings if finding.section == section]
+        width = max(len(finding.name) for finding in lines)
+        for line in lines:
+            mark = Text(f"  {line.status:<6}  ", style=_STYLES[line.status])
+            console.print(mark + Text(f"{line.name:<{width}}  {line.text}"))
+    wrong = sum(finding.status == "failed" for finding in findings)
+    console.print(Text(f"{wrong} wrong" if wrong else "all well", style="bold"))

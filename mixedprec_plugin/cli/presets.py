@@ -1,0 +1,23 @@
+"""`mixedprec presets`: the presets that ship, with what they are for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TextIO
+
+from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.resources import preset_dir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments: none."""
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Print a line for each packaged preset, then where they lie."""
+    files = sorted(preset_dir().glob("*.yaml"))
+    width = max((len(file.stem) for file in files), default=0)
+    for file in files:
+        print(f"{file.stem:{width}}  {load_preset(file).description}", file=out)
+    print(f"\nin {preset_dir()}", file=out)
+    return 0

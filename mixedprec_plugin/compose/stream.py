@@ -1,0 +1,155 @@
+"""The virtual checkpoint: the tensors of a plan, one by one, as they would stand on disk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
+from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
+from mixedprec_plugin.lazy import load_object
+from mixedprec_plugin.methods import registry
+from mixedprec_plugin.methods.spec import TensorSpec
+from mixedprec_plugin.plan.dtype import model_dtype
+from mixedprec_plugin.plan.model import Plan, PlannedLayer, Target
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import load_preset
+
+Tensors = dict[str, torch.Tensor]
+
+
+class VirtualCheckpoint:
+    """Iterates over (tensor name, tensor) of a plan, in the order of the files.
+
+    One layer is in memory at a time. Names are layer names as the checkpoint spells them, plus
+    the suffixes of the method that the layer runs in.
+
+    Args:
+        plan: a plan without errors.
+    Raises (while iterating):
+        CheckpointError: a file cannot be read, or a weight is NaN or infinite.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan.check()
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        with Reader() as reader:
+            for layer in sorted(self.plan.layers, key=_file_order):
+                for suffix, tensor in compose_layer(layer, self.plan.target, reader).items():
+                    yield f"{layer.name}.{suffix}" if layer.name else suffix, tensor
+
+    def __len__(self) -> int:
+        return sum(len(layer.outputs) for layer in self.plan.layers)
+
+
+def open_virtual_checkpoint(
+    model_path: str | Path, preset_path: str | Path, target: Target | None = None
+) -> VirtualCheckpoint:
+    """Plan a preset over a checkpoint folder and open the result.
+
+    Args:
+        target: what to plan for; CUDA, one rank and the checkpoint's own dtype if None.
+    Raises:
+        PresetError, CheckpointError, PlanError: as the pipeline finds them.
+    """
+    source = open_source(model_path)
+    if target is None:
+        target = Target(dtype=model_dtype(source.config))
+    return VirtualCheckpoint(resolve_plan(load_preset(preset_path), source, target))
+
+
+def _file_order(layer: PlannedLayer) -> tuple[str, int]:
+    first = min(layer.inputs.values(), key=lambda tensor: (str(tensor.path), tensor.start))
+    return str(first.path), first.start
+
+
+def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
+    """Read one layer and make of it what the plan says.
+
+    Returns:
+        parameter suffix -> tensor, with the dtypes and shapes of `layer.outputs`.
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or does not fit the model's dtype.
+    """
+    stored = {suffix: _read_finite(tensor, reader) for suffix, tensor in layer.inputs.items()}
+    if layer.action == "quantize":
+        outputs = _quantize(layer, stored.pop("weight"), target) | stored
+    elif layer.action == "dequantize":
+        outputs = _dequantize(layer, stored)
+    else:
+        outputs = stored
+    return {
+        suffix: _fit(outputs[suffix], spec, layer, suffix) for suffix, spec in layer.outputs.items()
+    }
+
+
+def _read_finite(tensor: StoredTensor, reader: Reader) -> torch.Tensor:
+    value = reader.read(tensor)
+    # fp8 weights have no infinity and torch no amax for them; scales beside them are checked
+    if value.is_floating_point() and value.element_size() > 1 and value.numel():
+        largest = value.abs().amax() if value.numel() < 1024 else torch.stack(value.aminmax()).abs().amax()
+        if not bool(torch.isfinite(largest)):
+            count = int((~torch.isfinite(value)).sum())
+            raise CheckpointError(
+                Problem(
+                    tensor.name,
+                    f"{count:,} of {value.numel():,} weights in {tensor.path.name} are NaN or "
+                    "infinite",
+                    "the checkpoint is damaged; download it again",
+                    "finite",
+                )
+            )
+    return value
+
+
+def _quantize(layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:
+    assert layer.scheme is not None
+    quantize = _function(registry.METHODS[layer.scheme.method].quantizer)
+    try:
+        return dict(quantize(weight, layer.scheme.arguments, TORCH_DTYPES[target.dtype]))
+    except ShapeError as error:
+        raise ShapeError(Problem(f"{layer.name}.weight", str(error))) from error
+
+
+def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
+    assert layer.stored is not None
+    spec = registry.METHODS[layer.stored.method]
+    arguments = registry.bind(layer.stored.method, layer.stored.arguments)[1]
+    return {"weight": _function(spec.dequantizer)(stored, arguments), **stored}
+
+
+def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: str) -> torch.Tensor:
+    dtype = TORCH_DTYPES[spec.dtype]
+    if tensor.dtype != dtype and tensor.is_floating_point():
+        cast = tensor.to(dtype)
+        if dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
+            raise CheckpointError(
+                Problem(
+                    f"{layer.name}.{suffix}",
+                    "has values over 65504, which float16 cannot hold",
+                    "start with --dtype bfloat16",
+                    "finite",
+                )
+            )
+        tensor = cast
+    tensor = tensor.reshape(spec.shape) if tensor.numel() == 1 else tensor
+    assert tensor.dtype == dtype, (layer.name, suffix, DTYPE_NAMES[tensor.dtype], spec)
+    assert tuple(tensor.shape) == spec.shape, (layer.name, suffix, tensor.shape, spec)
+    return tensor
+
+
+@functools.cache
+def _function(lazy: str) -> Callable[..., Any]:
+    return load_object(lazy)
+
+
+def tensors_of(plan: Plan) -> Mapping[str, PlannedLayer]:
+    """Tensor name of the virtual checkpoint -> the layer that it belongs to."""
+    return {f"{layer.name}.{suffix}": layer for layer in plan.layers for suffix in layer.outputs}

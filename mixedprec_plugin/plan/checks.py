@@ -1,0 +1,252 @@
+"""What does not fit: rules without layers, layers without a way, shapes without a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.errors import Problem, Severity
+from mixedprec_plugin.methods import registry
+from mixedprec_plugin.methods.spec import LayerShape
+from mixedprec_plugin.names import nearest
+from mixedprec_plugin.plan.architecture import (
+    NEVER_QUANTIZED,
+    Kind,
+    last_component,
+    parallel_kind,
+    shard_order,
+)
+from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.matching import Matches
+from mixedprec_plugin.plan.model import PlannedLayer, Target
+from mixedprec_plugin.preset.model import Preset, Rule
+
+# architectures whose linear layers have the shapes that config.json spells out
+_PLAIN_DECODERS = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+)
+
+
+def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> list[Problem]:
+    """Find rules that match nothing, that later rules shadow wholly, or that ask the impossible.
+
+    Args:
+        kinds: name of every layer, tied ones too -> its kind.
+    """
+    problems = []
+    decided = {rule.index for rule in matches.deciding.values()}
+    for rule in preset.rules:
+        matched = matches.matched[rule.index]
+        if not matched:
+            if not rule.optional:
+                problems.append(_unmatched(rule, kinds))
+        elif rule.index not in decided:
+            problems.append(_shadowed(rule, matches, matched))
+        elif rule.scheme.method != "bf16" and all(kinds[n] in NEVER_QUANTIZED for n in matched):
+            problems.append(_never_quantized(rule, kinds, matched))
+        if rule.scheme.source != "model":
+            problems.append(
+                Problem(
+                    str(rule.location),
+                    f"layers cannot be taken from source {rule.scheme.source!r} in this release "
+                    "(expected 'model')",
+                    "remove source, or serve that checkpoint with --model-path",
+                    "source",
+                )
+            )
+    return problems
+
+
+def _unmatched(rule: Rule, kinds: Mapping[str, Kind]) -> Problem:
+    near = nearest(rule.patterns[0], list(kinds))
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    patterns = ", ".join(repr(p) for p in rule.patterns)
+    return Problem(
+        str(rule.location),
+        f"{patterns} matches no layer of the model",
+        f"{hint}write optional: true if that is meant",
+        "unmatched-rule",
+    )
+
+
+def _shadowed(rule: Rule, matches: Matches, matched: Iterable[str]) -> Problem:
+    later = sorted({matches.deciding[name].index for name in matched})
+    return Problem(
+        str(rule.location),
+        f"decides no layer: rules {', '.join(map(str, later))} match all of its layers after it",
+        "move it after them or remove it",
+        "shadowed-rule",
+        "warning",
+    )
+
+
+def _never_quantized(rule: Rule, kinds: Mapping[str, Kind], matched: Iterable[str]) -> Problem:
+    names = sorted(matched)
+    return Problem(
+        str(rule.location),
+        f"{', '.join(fold_names(names)[:3])} cannot run in {rule.scheme.label}: "
+        f"{NEVER_QUANTIZED[kinds[names[0]]]}",
+        "remove the rule; such layers are served as stored",
+        "never-quantized",
+    )
+
+
+def check_layers(layers: Sequence[PlannedLayer], target: Target) -> list[Problem]:
+    """Check that each layer can be made what the plan says and that its method serves its shape."""
+    modules: dict[str, list[PlannedLayer]] = {}
+    for layer in layers:
+        modules.setdefault(layer.module, []).append(layer)
+    for siblings in modules.values():
+        siblings.sort(key=lambda layer: shard_order(layer.shard))
+    found: dict[tuple[str, str, str, Severity], list[str]] = {}
+    for layer in layers:
+        if layer.scheme is None or layer.stored is None:
+            continue
+        texts = _conversion_problems(layer, target) or _stored_problems(layer)
+        for rule, text, remedy in texts:
+            found.setdefault((rule, text, remedy, "error"), []).append(layer.name)
+        if not texts:
+            spec = registry.METHODS[layer.scheme.method]
+            shape = _layer_shape(layer, modules[layer.module], target)
+            for text, remedy in spec.check_shape(layer.scheme.arguments, shape, target.device):
+                found.setdefault(("shape", text, remedy, "error"), []).append(layer.name)
+            if target.device == "cpu" and not spec.check_shape(
+                layer.scheme.arguments, shape, "cpu"
+            ):
+                for text, remedy in spec.check_shape(layer.scheme.arguments, shape, "cuda"):
+                    key = ("cuda-shape", f"does not run on CUDA: {text}", remedy, "warning")
+                    found.setdefault(key, []).append(layer.name)  # type: ignore[arg-type]
+    return [
+        Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
+        for (rule, text, remedy, severity), names in found.items()
+    ]
+
+
+def _layer_shape(
+    layer: PlannedLayer, siblings: Sequence[PlannedLayer], target: Target
+) -> LayerShape:
+    assert layer.stored is not None
+    return LayerShape(
+        N=layer.stored.N,
+        K=layer.stored.K,
+        shard_sizes=tuple(s.stored.N for s in siblings if s.stored is not None),
+        parallel=parallel_kind(layer.name),
+        tp_size=target.tp_size,
+        dtype=target.dtype,
+    )
+
+
+def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str, str, str]]:
+    """(rule, text, remedy) for what keeps a layer from becoming what its scheme asks."""
+    scheme, stored = layer.scheme, layer.stored
+    assert scheme is not None and stored is not None
+    if layer.kind == "expert" and scheme.method != "bf16":
+        text = f"experts cannot run in {scheme.label} in this release"
+        return [("expert", text, "match '*.experts.*' with method: unquantized")]
+    served = {"BF16": "bfloat16", "F16": "float16"}[target.dtype]
+    wanted = scheme.arguments.get("dtype")
+    if scheme.method == "bf16" and wanted not in (None, served):
+        text = f"the model runs in {served}, not in {scheme.label}"
+        return [("dtype", text, f"start with --dtype {wanted}, or write method: unquantized")]
+    if not stored.method:
+        text = f"is stored as {stored.description}, which this release does not read"
+        return [("stored-format", text, "take a checkpoint in another format")]
+    spec = registry.METHODS[scheme.method]
+    if layer.action == "quantize" and not spec.quantizer:
+        return [("conversion", f"{scheme.method} cannot quantize at load", "use another method")]
+    if layer.action == "quantize" and (reason := spec.why_not_quantize(scheme.arguments)):
+        return [("conversion", f"cannot be quantized at load: {reason}", "change that argument")]
+    if layer.action == "dequantize" and not registry.METHODS[stored.method].dequantizer:
+        text = f"is stored as {stored.description}, which cannot be dequantized"
+        return [("conversion", text, "take a checkpoint in another format")]
+    if layer.action == "as stored" and scheme.method != "bf16":
+        return _mismatch(layer)
+    return []
+
+
+def _mismatch(layer: PlannedLayer) -> list[tuple[str, str, str]]:
+    scheme, stored = layer.scheme, layer.stored
+    assert scheme is not None and stored is not None
+    if stored.method != scheme.method:
+        text = f"is stored as {stored.description}, not as {scheme.label} asks ({scheme.method})"
+        return [("stored-format", text, f"write method: {stored.method}, or bf16 to dequantize")]
+    different = {
+        key: value
+        for key, value in stored.arguments.items()
+        if scheme.arguments.get(key) is not None and scheme.arguments[key] != value
+    }
+    if stored.method == "fp8" and scheme.arguments["weight_block_size"] is None:
+        block = stored.arguments.get("weight_block_size")
+        different |= {"weight_block_size": block} if block else {}
+    if not different:
+        return []
+    asked = ", ".join(f"{key}: {scheme.arguments[key]}" for key in different)
+    text = f"is stored as {stored.description}, not with {asked}"
+    remedy = "write " + ", ".join(f"{key}: {value}" for key, value in different.items())
+    return [("stored-format", text, remedy)]
+
+
+def _stored_problems(layer: PlannedLayer) -> list[tuple[str, str, str]]:
+    """Hold a layer that is taken as stored against what its method stores."""
+    if layer.action != "as stored" or layer.method == "bf16":
+        return []
+    problems = []
+    for suffix, expected in layer.outputs.items():
+        tensor = layer.inputs.get(suffix)
+        if tensor is None:
+            text = f"lacks {suffix}, which {layer.method} needs"
+            problems.append(("stored-tensor", text, "the checkpoint is incomplete"))
+            continue
+        shapes = {expected.shape} | ({(), (1,)} if expected.shape in ((), (1,)) else set())
+        floats = {"BF16", "F16", "F32"}
+        fits_dtype = tensor.dtype == expected.dtype or {tensor.dtype, expected.dtype} <= floats
+        if tensor.shape not in shapes or not fits_dtype:
+            text = (
+                f"{suffix} is stored as {tensor.dtype} {list(tensor.shape)} "
+                f"(expected {expected.dtype} {list(expected.shape)})"
+            )
+            problems.append(("stored-tensor", text, "the checkpoint is damaged"))
+    return problems
+
+
+def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[Problem]:
+    """Hold stored shapes against config.json, for architectures whose shapes it spells out."""
+    config = source.config
+    architectures = config.get("architectures") or [""]
+    if architectures[0] not in _PLAIN_DECODERS:
+        return []
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    num_heads = int(config["num_attention_heads"])
+    head = int(config.get("head_dim") or hidden // num_heads)
+    q, kv = num_heads * head, int(config.get("num_key_value_heads") or num_heads) * head
+    expected = {
+        "q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden),
+        "o_proj": (hidden, q), "gate_proj": (inner, hidden), "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }  # fmt: skip
+    vectors = {"input_layernorm", "post_attention_layernorm", "norm"}
+    tables = {"embed_tokens", "lm_head"}
+    found: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for layer in layers:
+        last = last_component(layer.name)
+        weight = layer.inputs.get("weight")
+        if last in expected and layer.stored is not None and layer.stored.method:
+            got: tuple[int, ...] = (layer.stored.N, layer.stored.K)
+            want: tuple[int, ...] = expected[last]
+        elif last in vectors and weight is not None:
+            got, want = weight.shape, (hidden,)
+        elif last in tables and weight is not None:
+            got, want = weight.shape, (int(config["vocab_size"]), hidden)
+        else:
+            continue
+        if got != want:
+            found.setdefault((last, got, want), []).append(layer.name)
+    return [
+        Problem(
+            ", ".join(fold_names(names)),
+            f"its weight is {list(got)} (expected {list(want)} by config.json)",
+            "config.json and weights are of different models, or a file is damaged",
+            "config-shape",
+        )
+        for (_, got, want), names in found.items()
+    ]

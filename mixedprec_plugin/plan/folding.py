@@ -1,0 +1,48 @@
+"""Folding layer names that differ in one number: `model.layers.0-29.mlp.up_proj`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_NUMBER = re.compile(r"\d+")
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which `layers.2` comes before `layers.10`."""
+    return tuple(
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
+    )
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Fold names that are alike but for their first number.
+
+    Returns:
+        folded names in the order of their first member: `model.layers.0-3,7.mlp`.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    plain: dict[tuple[str, str], str] = {}
+    for name in names:
+        match = _NUMBER.search(name)
+        if match is None:
+            plain[(name, "")] = name
+            groups[(name, "")] = []
+        else:
+            key = (name[: match.start()], name[match.end() :])
+            groups.setdefault(key, []).append(int(match.group()))
+    return [
+        plain[key] if key in plain else f"{key[0]}{fold_numbers(numbers)}{key[1]}"
+        for key, numbers in groups.items()
+    ]
+
+
+def fold_numbers(numbers: Iterable[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2,5`."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

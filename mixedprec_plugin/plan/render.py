@@ -1,0 +1,192 @@
+"""The plan as a table, as JSON and as one screen of log."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Modules that are alike: one row of the table.
+
+    Attributes:
+        name: folded module names, `model.layers.0-29.self_attn.qkv_proj`.
+        shards: what the module fuses, `q,k,v`; empty if nothing.
+    """
+
+    name: str
+    scheme: str
+    action: str
+    stored: str
+    num_modules: int
+    bytes_before: int
+    bytes_after: int
+    num_weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Served bits a weight, scales counted; 0 without a weight matrix."""
+        return 8 * self.bytes_after / self.num_weights if self.num_weights else 0.0
+
+
+def group_modules(plan: Plan) -> list[Group]:
+    """Fold the plan's modules into rows: alike but for a number, same scheme, same action."""
+    buckets: dict[tuple[str, ...], dict[str, tuple[PlannedLayer, ...]]] = {}
+    for module, layers in plan.modules.items():
+        shape = ",".join(f"{x.stored.N}x{x.stored.K}" if x.stored else "" for x in layers)
+        scheme = layers[0].scheme
+        label = scheme.label if scheme else "-"
+        identity = repr(scheme.identity) if scheme else ""
+        folded = fold_names([module])[0] if not any(c.isdigit() for c in module) else _shape(module)
+        key = (folded, label, identity, _actions(layers), _stored(layers), shape)
+        buckets.setdefault(key, {})[module] = layers
+    groups = []
+    for (_, label, _, action, stored, _), modules in buckets.items():
+        layers = tuple(layer for group in modules.values() for layer in group)
+        groups.append(
+            Group(
+                name=", ".join(fold_names(modules)),
+                scheme=label,
+                action=action,
+                stored=stored,
+                num_modules=len(modules),
+                bytes_before=sum(layer.bytes_before for layer in layers),
+                bytes_after=sum(layer.bytes_after for layer in layers),
+                num_weights=sum(layer.num_weights for layer in layers),
+            )
+        )
+    return groups
+
+
+def _shape(name: str) -> str:
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))
+
+
+def _actions(layers: tuple[PlannedLayer, ...]) -> str:
+    return ", ".join(dict.fromkeys(layer.action for layer in layers))
+
+
+def _stored(layers: tuple[PlannedLayer, ...]) -> str:
+    return ", ".join(dict.fromkeys(x.stored.description for x in layers if x.stored))
+
+
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data for JSON.
+
+    Returns:
+        "layers": one entry a layer of the checkpoint, "totals", "problems".
+    """
+    return {
+        "layers": [_layer_as_dict(layer) for layer in plan.layers],
+        "tied": dict(plan.tied),
+        "target": dataclasses.asdict(plan.target),
+        "totals": totals(plan),
+        "problems": [problem_as_dict(problem) for problem in plan.problems],
+    }
+
+
+def _layer_as_dict(layer: PlannedLayer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "module": layer.module,
+        "kind": layer.kind,
+        "scheme": layer.scheme.label if layer.scheme else None,
+        "method": layer.method,
+        "arguments": dict(layer.scheme.arguments) if layer.scheme else {},
+        "source": layer.source,
+        "stored": layer.stored.description if layer.stored else None,
+        "action": layer.action,
+        "shape": [layer.stored.N, layer.stored.K] if layer.stored else None,
+        "bytes_before": layer.bytes_before,
+        "bytes": layer.bytes_after,
+        "bits_per_weight": round(layer.bits_per_weight, 4),
+        "rule": layer.rule.index if layer.rule else None,
+    }
+
+
+def problem_as_dict(problem: Problem) -> dict[str, str]:
+    """A problem as plain data for JSON."""
+    return dataclasses.asdict(problem)
+
+
+def totals(plan: Plan) -> dict[str, Any]:
+    """Sums over the plan; `bytes_unquantized` is the same model wholly in its running dtype."""
+    matrices = [layer for layer in plan.layers if layer.num_weights]
+    num_weights = sum(layer.num_weights for layer in matrices)
+    served = sum(layer.bytes_after for layer in matrices)
+    unquantized = plan.bytes_after - served + 2 * num_weights
+    return {
+        "layers": len(plan.layers),
+        "bytes_before": plan.bytes_before,
+        "bytes": plan.bytes_after,
+        "bytes_unquantized": unquantized,
+        "bits_per_weight": round(8 * served / num_weights, 4) if num_weights else 0.0,
+    }
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the plan: a row for each group of modules, totals, and every problem."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title, right in (
+        ("layers", False), ("scheme", False), ("stored", False), ("action", False),
+        ("before", True), ("after", True), ("bits", True),
+    ):  # fmt: skip
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for group in group_modules(plan):
+        bits = f"{group.bits_per_weight:.2f}" if group.num_weights else ""
+        table.add_row(
+            Text(group.name), group.scheme, group.stored, group.action,
+            format_bytes(group.bytes_before), format_bytes(group.bytes_after), bits,
+        )  # fmt: skip
+    for name, embedding in plan.tied.items():
+        table.add_row(name, "-", f"tied to {embedding}", "as stored", "", "", "")
+    console.print(table)
+    console.print(totals_line(plan), highlight=False)
+    for problem in plan.problems:
+        style = "bold red" if problem.severity == "error" else "yellow"
+        console.print(Text(f"{problem.severity}: ", style=style).append(Text(str(problem), "")))
+
+
+def totals_line(plan: Plan) -> str:
+    """One line of sums: stored, served, and against the same model unquantized."""
+    sums = totals(plan)
+    saved = 1 - sums["bytes"] / sums["bytes_unquantized"] if sums["bytes_unquantized"] else 0.0
+    return (
+        f"{sums['layers']} layers: {format_bytes(sums['bytes_before'])} stored, "
+        f"{format_bytes(sums['bytes'])} served, {sums['bits_per_weight']:.2f} bits a weight; "
+        f"unquantized {format_bytes(sums['bytes_unquantized'])}, {saved:.0%} saved"
+    )
+
+
+def summary_lines(plan: Plan) -> list[str]:
+    """The plan as one screen of log lines."""
+    lines = [f"mixedprec: {plan.preset.path} over {plan.source.path}"]
+    for group in group_modules(plan):
+        bits = f"{group.bits_per_weight:5.2f} bits" if group.num_weights else ""
+        lines.append(
+            f"mixedprec:   {group.name}  {group.scheme}  {group.action}  "
+            f"{format_bytes(group.bytes_after)}  {bits}".rstrip()
+        )
+    lines.append(f"mixedprec: {totals_line(plan)}")
+    lines.extend(f"mixedprec: {p.severity}: {p}" for p in plan.problems)
+    return lines
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`1536` -> `1.5 KiB`."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

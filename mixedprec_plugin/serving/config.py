@@ -1,0 +1,112 @@
+"""The composite quantization config: for each module that the model builds, the plan's method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.methods.construct import build_config
+from mixedprec_plugin.plan.architecture import FUSED_MODULES
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.preset.model import Scheme
+
+
+class MixedPrecisionConfig(QuantizationConfig):
+    """Answers SGLang's question "which method does this layer get?" with what the plan says.
+
+    Not a subclass of any SGLang config and with a name of its own: SGLang takes shortcuts for
+    whole-model FP8 that would be wrong for a mixed one (model_loader/loader.py:221, 1046).
+
+    Attributes:
+        plan: what every layer runs as.
+        built: module name -> the module that the model built for it, filled while it is built.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.built: dict[str, torch.nn.Module] = {}
+        self.packed_modules_mapping = {
+            module: list(shards) for module, shards in FUSED_MODULES.items()
+        }
+        self._children: dict[Any, QuantizationConfig] = {}
+
+    def get_name(self) -> str:  # type: ignore[override]
+        """The name of the load format."""
+        return "mixedprec"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Every dtype that some method runs in; each child is checked on its own."""
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """None of its own; each child is checked on its own."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """No file: the config is made from a plan."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        """Never called: the config is made from a plan."""
+        raise LoadError("MixedPrecisionConfig is made from a plan, not from a config.json")
+
+    def get_scaled_act_names(self) -> list[str]:
+        """No method of ours scales activations."""
+        return []
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return SGLang's method for one module.
+
+        Args:
+            layer: the module that SGLang is building.
+            prefix: its name.
+        Returns:
+            None for embeddings, lm_head, attention and unquantized experts, as SGLang expects.
+        Raises:
+            LoadError: the plan does not know the module, or the method's SGLang class would leave
+                it unquantized.
+        """
+        if isinstance(layer, FusedMoE):
+            return None
+        if not isinstance(layer, LinearBase):
+            return None
+        layers = self.plan.modules.get(prefix)
+        if layers is None:
+            raise LoadError(
+                Problem(
+                    prefix or "(a linear layer without a name)",
+                    f"the model builds it ({type(layer).__name__}), but no layer of the "
+                    "checkpoint belongs to it",
+                    "the architecture names its modules otherwise than the checkpoint does; "
+                    "please report it",
+                    "unknown-module",
+                )
+            )
+        self.built[prefix] = layer
+        scheme = layers[0].scheme
+        if scheme is None or scheme.method == "bf16":
+            return UnquantizedLinearMethod()
+        method = self._child(scheme).get_quant_method(layer, prefix)
+        if method is None or isinstance(method, UnquantizedLinearMethod):
+            raise LoadError(
+                Problem(prefix, f"SGLang would leave it unquantized, not in {scheme.label}")
+            )
+        return method
+
+    def _child(self, scheme: Scheme) -> QuantizationConfig:
+        if scheme.identity not in self._children:
+            device = self.plan.target.device
+            child = build_config(scheme.method, scheme.arguments, device)
+            child.update_packed_modules_mapping(self.packed_modules_mapping)
+            self._children[scheme.identity] = child
+        return self._children[scheme.identity]

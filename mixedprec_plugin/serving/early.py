@@ -1,0 +1,94 @@
+"""Everything that can be found wrong before a process is started or a weight is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.plan.dtype import model_dtype
+from mixedprec_plugin.plan.model import Device, Plan, Target
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
+
+# (field of ServerArgs, the value that we can serve, what it is)
+_SINGLE = (
+    ("pp_size", 1, "pipeline parallelism"),
+    ("ep_size", 1, "expert parallelism"),
+    ("quantization", None, "--quantization beside a preset"),
+)
+
+
+def check_early(args: Any) -> None:
+    """Check preset, plan and launch options of a server with the load format mixedprec.
+
+    Args:
+        args: ServerArgs, or the namespace that they are made from.
+    Raises:
+        PresetError, CheckpointError, PlanError: with every problem.
+    """
+    if getattr(args, "load_format", None) != "mixedprec":
+        return
+    settings, _ = split_extra_config(parse_extra_config(args.model_loader_extra_config))
+    if settings is None:
+        from mixedprec_plugin.serving.flags import read_settings
+
+        settings = read_settings(args)
+    problems = list(_launch_problems(args))
+    preset = load_preset(settings.config, settings.overrides)
+    if os.path.isdir(args.model_path):
+        plan = make_plan(
+            args.model_path, settings, str(args.dtype), int(args.tp_size), serving_device()
+        )
+        problems.extend(plan.errors)
+    del preset
+    if problems:
+        raise PlanError(problems)
+
+
+def make_plan(model_path: str, settings: Settings, dtype: str, tp_size: int, device: Device) -> Plan:
+    """Plan a preset over a local checkpoint for a running server.
+
+    Raises:
+        PresetError, CheckpointError: as the pipeline finds them; plan errors are in the plan.
+    """
+    source = open_source(model_path)
+    target = Target(device, tp_size, model_dtype(source.config, dtype))
+    return resolve_plan(load_preset(settings.config, settings.overrides), source, target)
+
+
+def serving_device() -> Device:
+    """The device that SGLang's platform of this process runs on, as the plan names it.
+
+    Raises:
+        PlanError: the platform is one that no method of ours runs on.
+    """
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.device_type in ("cuda", "cpu"):
+        return "cuda" if current_platform.device_type == "cuda" else "cpu"
+    raise PlanError(
+        Problem(
+            f"platform {current_platform.device_name!r}",
+            "mixed precision runs on CUDA and on plain CPUs",
+            "set SGLANG_PLATFORM=mixedprec_cpu to try the preset on the CPU",
+            "platform",
+        )
+    )
+
+
+def _launch_problems(args: Any) -> Iterable[Problem]:
+    for field, expected, title in _SINGLE:
+        value = getattr(args, field, expected)
+        if value != expected:
+            flag = "--" + field.replace("_", "-")
+            yield Problem(
+                flag,
+                f"{value!r}: {title} cannot be served by --load-format mixedprec in this release "
+                f"(expected {expected!r})",
+                f"start without {flag}",
+                "launch",
+            )

@@ -1,0 +1,173 @@
+"""Every place in SGLang that the plugin stands on, and the check that it stands there.
+
+Line numbers are SGLang 0.5.23's, below sglang/srt. SGLang logs a plugin's exception and goes on,
+and a hook that it cannot apply likewise; so the loader calls `check_registration` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import sglang
+from sglang.srt.arg_groups import choices
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from mixedprec_plugin.errors import MixedPrecisionError, Problem, RegistrationError
+from mixedprec_plugin.serving.flags import LOAD_FORMAT, add_flags, exit_with, fold_flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """One hook: its target, what runs there, and the SGLang lines it stands on."""
+
+    target: str
+    function: Callable[..., Any]
+    kind: HookType
+    stands_on: str
+
+
+def _add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
+    add_flags(parser)
+
+
+def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    from mixedprec_plugin.serving.early import check_early
+
+    try:
+        args = fold_flags(args)
+        check_early(args)
+    except MixedPrecisionError as error:
+        exit_with(error)
+    return original(cls, args)
+
+
+def _verify_load_format(original: Callable[[Any], None], load_config: Any) -> None:
+    if isinstance(load_config.load_format, str) and load_config.load_format.lower() == LOAD_FORMAT:
+        from mixedprec_plugin.serving.loader import MixedPrecisionLoader
+
+        load_config.load_format = MixedPrecisionLoader
+        return
+    original(load_config)
+
+
+def _model_config_from_server_args(
+    original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if server_args.load_format != LOAD_FORMAT:
+        return original(server_args, *args, **kwargs)
+    from mixedprec_plugin.serving.early import check_early
+
+    check_early(server_args)
+    model_config = original(server_args, *args, **kwargs)
+    if not model_config.is_draft_model:
+        model_config.quantization = None
+    return model_config
+
+
+def _update_weights_from_disk(
+    original: Callable[..., Any], updater: Any, model_path: str, load_format: str, **kwargs: Any
+) -> Any:
+    from mixedprec_plugin.serving.loader import is_mixed_precision
+
+    if is_mixed_precision(updater.get_model()):
+        load_format = LOAD_FORMAT
+    return original(updater, model_path, load_format, **kwargs)
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.server_args.ServerArgs.add_cli_args",
+        _add_cli_args,
+        HookType.AFTER,
+        "server_args.py:351: the flags",
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.from_cli_args",
+        _from_cli_args,
+        HookType.AROUND,
+        "server_args.py:446: ServerArgs is sealed and knows only its own fields",
+    ),
+    Hook(
+        "sglang.srt.configs.load_config.LoadConfig._verify_load_format",
+        _verify_load_format,
+        HookType.AROUND,
+        "configs/load_config.py:156, model_loader/loader.py:4170: a class may stand for a format",
+    ),
+    Hook(
+        "sglang.srt.configs.model_config.ModelConfig.from_server_args",
+        _model_config_from_server_args,
+        HookType.AROUND,
+        "configs/model_config.py:2000: the base checkpoint's own quantization must not be taken "
+        "for the whole model's",
+    ),
+    Hook(
+        "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+        ".update_weights_from_disk",
+        _update_weights_from_disk,
+        HookType.AROUND,
+        "weight_updater.py:195: a load format of the request's own would lose the preset",
+    ),
+)
+
+
+def register() -> None:
+    """Register the load format and every hook; SGLang applies the hooks afterwards."""
+    if LOAD_FORMAT not in choices.LOAD_FORMAT_CHOICES:
+        choices.add_load_format_choices([LOAD_FORMAT])
+    for hook in HOOKS:
+        HookRegistry.register(hook.target, hook.function, hook.kind)
+
+
+def check_registration() -> list[Problem]:
+    """Check that the load format is known and that every hook is in its place.
+
+    Returns:
+        a problem for each that is not; empty when the plugin is whole.
+    """
+    problems = []
+    if LOAD_FORMAT not in choices.LOAD_FORMAT_CHOICES:
+        problems.append(Problem("--load-format mixedprec", "is not registered", _remedy()))
+    for hook in HOOKS:
+        if not _is_applied(hook):
+            problems.append(
+                Problem(hook.target, f"is not hooked ({hook.stands_on})", _remedy(), "hook")
+            )
+    return problems
+
+
+def _is_applied(hook: Hook) -> bool:
+    """Whether our function is in the chain of wrappers around the target."""
+    try:
+        function = pkgutil.resolve_name(hook.target)
+    except (ImportError, AttributeError):
+        return False
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook.function for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _remedy() -> str:
+    return (
+        f"look at HOOKS in {__file__} and at the log for the plugin's exception; "
+        f"SGLang is {sglang.__version__}"
+    )
+
+
+@functools.cache
+def require_registration() -> None:
+    """Raise if the plugin is not whole in this process.
+
+    Raises:
+        RegistrationError: with everything that is missing.
+    """
+    problems = check_registration()
+    if problems:
+        raise RegistrationError(problems)

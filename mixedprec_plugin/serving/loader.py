@@ -1,0 +1,174 @@
+"""The load format `mixedprec`: plan, build, check, place, check."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.configs.device_config import DeviceConfig
+from sglang.srt.configs.load_config import LoadConfig, LoadFormat
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
+from sglang.srt.model_loader.utils import set_default_torch_dtype
+from sglang.srt.runtime_context import get_parallel
+
+from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
+from mixedprec_plugin.errors import LoadError, Problem, UsageError
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.render import plan_as_dict, summary_lines
+from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.early import make_plan, serving_device
+from mixedprec_plugin.serving.hooks import require_registration
+from mixedprec_plugin.serving.placement import load_weights
+from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
+from mixedprec_plugin.serving.shapes import check_built
+
+logger = logging.getLogger(__name__)
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+@dataclasses.dataclass
+class Loaded:
+    """What the process serves: `update_weights_from_disk` brings no settings of its own."""
+
+    settings: Settings
+    model_path: str
+    config: MixedPrecisionConfig
+
+
+_loaded: Loaded | None = None
+
+
+def is_mixed_precision(model: torch.nn.Module) -> bool:
+    """Whether a model was loaded by this load format."""
+    return isinstance(getattr(model, "mixedprec_config", None), MixedPrecisionConfig)
+
+
+class MixedPrecisionLoader(DefaultModelLoader):
+    """Loads a model with the method that a preset names for each layer."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        settings, rest = split_extra_config(
+            parse_extra_config(load_config.model_loader_extra_config)
+        )
+        own = copy.copy(load_config)
+        own.load_format = LoadFormat.AUTO
+        own.model_loader_extra_config = rest
+        super().__init__(own)
+        if settings is None and _loaded is not None:
+            settings = _loaded.settings
+        self.settings = settings
+        self._has_opened_new_path = False
+
+    def load_model(
+        self, *, model_config: ModelConfig, device_config: DeviceConfig
+    ) -> torch.nn.Module:
+        """Load a model as its plan says.
+
+        Raises:
+            RegistrationError: the plugin is not whole in this process.
+            PresetError, CheckpointError, PlanError: before a weight is read.
+            LoadError: the model and the plan do not fit each other, or a parameter stayed empty.
+        """
+        require_registration()
+        if model_config.is_draft_model:
+            return super().load_model(model_config=model_config, device_config=device_config)
+        model_config.quantization = None
+        start = time.perf_counter()
+        folder = self._folder(model_config.model_path, model_config.revision)
+        plan = self._plan(folder, model_config).check()
+        config = MixedPrecisionConfig(plan)
+        device = torch.device(device_config.device)
+        with set_default_torch_dtype(model_config.dtype):
+            with device:
+                model = _initialize_model(model_config, self.load_config, config)
+            check_built(config)
+            model.mixedprec_config = config
+            self.load_weights_and_postprocess(model, iter(VirtualCheckpoint(plan)), device)
+        self._remember(folder, config)
+        self._report(plan, time.perf_counter() - start)
+        return model.eval()
+
+    def _get_weights_iterator(  # type: ignore[override]
+        self, source: DefaultModelLoader.Source, **options: Any
+    ) -> Weights:
+        """Open the virtual checkpoint for `update_weights_from_disk`.
+
+        SGLang rolls a failed update back by asking the same loader again, with the new path still
+        in place (weight_updater.py:236); the second time we open what was served before.
+        """
+        assert _loaded is not None and source.model_config is not None
+        path = source.model_or_path
+        if self._has_opened_new_path:
+            path = _loaded.model_path
+        self._has_opened_new_path = True
+        plan = self._plan(self._folder(path, source.revision), source.model_config).check()
+        _check_same_schemes(_loaded.config.plan, plan)
+        return iter(VirtualCheckpoint(plan))
+
+    def load_weights_and_postprocess(  # type: ignore[override]
+        self, model: torch.nn.Module, weights: Weights, target_device: torch.device
+    ) -> None:
+        """Place every tensor, prove that every parameter was filled, and let methods repack."""
+        load_weights(model, model.mixedprec_config, weights)
+        self.postprocess_weights(model, target_device)
+
+    def _folder(self, model_path: str, revision: str | None) -> str:
+        return str(self._prepare_weights(model_path, revision, fall_back_to_pt=False)[0])
+
+    def _plan(self, folder: str, model_config: ModelConfig) -> Plan:
+        if self.settings is None:
+            raise UsageError(
+                Problem(
+                    "--load-format mixedprec",
+                    "no preset reached the loader",
+                    'add --mixedprec-config PRESET, or model_loader_extra_config='
+                    '{"mixedprec_config": PATH} to sgl.Engine',
+                    "flags",
+                )
+            )
+        dtype = {"BF16": "bfloat16", "F16": "float16"}.get(
+            DTYPE_NAMES[model_config.dtype], str(model_config.dtype)
+        )
+        tp_size = get_parallel().tp_size
+        return make_plan(folder, self.settings, dtype, tp_size, serving_device())
+
+    def _remember(self, folder: str, config: MixedPrecisionConfig) -> None:
+        global _loaded
+        assert self.settings is not None
+        _loaded = Loaded(self.settings, folder, config)
+
+    def _report(self, plan: Plan, seconds: float) -> None:
+        assert self.settings is not None
+        if get_parallel().tp_rank != 0:
+            return
+        for line in summary_lines(plan):
+            logger.info(line)
+        logger.info("mixedprec: loaded in %.1f s", seconds)
+        if self.settings.plan_path:
+            text = json.dumps(plan_as_dict(plan), indent=1)
+            Path(self.settings.plan_path).write_text(text + "\n", encoding="utf-8")
+
+
+def _check_same_schemes(served: Plan, new: Plan) -> None:
+    """New weights must fit the methods that the running model was built with."""
+    problems = []
+    for name in served.by_name.keys() | new.by_name.keys():
+        before, after = served.by_name.get(name), new.by_name.get(name)
+        if before is None or after is None:
+            problems.append(Problem(name, "is in only one of the two checkpoints"))
+        elif (before.method, dict(before.outputs)) != (after.method, dict(after.outputs)):
+            problems.append(
+                Problem(name, f"runs in {before.method}, the new weights would need {after.method}")
+            )
+    if problems:
+        raise LoadError(problems)

@@ -1,0 +1,189 @@
+"""Tensors -> the parameters' own weight loaders, and the proof that every one was filled."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.model import PlannedLayer
+from mixedprec_plugin.serving.config import MixedPrecisionConfig
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class WriteRecorder(TorchDispatchMode):
+    """Counts what is written into which memory, and follows stream tensors on their way there.
+
+    SGLang's weight loaders accept tensors that are too short or too long without a word, and its
+    models drop tensors that they do not know; only what was really written tells.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[int, int] = {}
+        self.arrived: set[str] = set()
+        self._names: dict[int, str] = {}
+
+    def follow(self, name: str, tensor: torch.Tensor) -> None:
+        """Watch for `tensor`, or what is made of it, being written anywhere."""
+        self._names[_storage(tensor)] = name
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Do not take `tensor` for one whose freed memory it may have inherited."""
+        self._names.pop(_storage(tensor), None)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
+            target = _storage(args[0])
+            self.written[target] = self.written.get(target, 0) + args[0].numel()
+            for source in args[1:]:
+                if isinstance(source, torch.Tensor) and _storage(source) in self._names:
+                    self.arrived.add(self._names[_storage(source)])
+        elif isinstance(result, torch.Tensor):
+            sources = (_storage(source) for source in args if isinstance(source, torch.Tensor))
+            name = next((self._names[s] for s in sources if s in self._names), None)
+            if name is None:
+                self.forget(result)
+            else:
+                self.follow(name, result)
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def load_weights(
+    model: torch.nn.Module, config: MixedPrecisionConfig, weights: Weights, *, partial: bool = False
+) -> None:
+    """Fill a model with the tensors of its plan.
+
+    Linear layers of the plan go straight to their parameters' weight loaders: module, parameter
+    and shard are known, so no name matching of the model's can lose or rename them. The rest
+    (embeddings, norms, routers, experts) goes through `model.load_weights`.
+
+    Args:
+        model: built with `config`.
+        weights: (tensor name, tensor) of the virtual checkpoint.
+        partial: only a part of the tensors comes; what is not touched stays as it is.
+    Raises:
+        LoadError: a tensor found no parameter, or a parameter was not filled; all are named.
+    """
+    recorder = WriteRecorder()
+    rest: list[str] = []
+    with recorder:
+        model.load_weights(_place(model, config, weights, recorder, rest))
+    problems = _dropped(model, config, rest, recorder)
+    if not partial:
+        problems += _unfilled(model, recorder)
+    if problems:
+        raise LoadError(problems)
+
+
+def _place(
+    model: torch.nn.Module,
+    config: MixedPrecisionConfig,
+    weights: Weights,
+    recorder: WriteRecorder,
+    rest: list[str],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    stream = iter(weights)
+    while True:
+        # reading and quantizing are none of the recorder's business, and faster without it
+        with _disable_current_modes():
+            item = next(stream, None)
+        if item is None:
+            return
+        name, tensor = item
+        layer_name, _, suffix = name.rpartition(".")
+        layer = config.plan.by_name.get(layer_name)
+        if layer is not None and layer.module in config.built:
+            recorder.forget(tensor)
+            _place_tensor(config.built[layer.module], layer, suffix, tensor)
+        else:
+            recorder.follow(name, tensor)
+            rest.append(name)
+            yield name, tensor
+
+
+def _place_tensor(
+    module: torch.nn.Module, layer: PlannedLayer, suffix: str, tensor: torch.Tensor
+) -> None:
+    parameter = getattr(module, suffix, None)
+    if not isinstance(parameter, torch.Tensor):
+        raise LoadError(
+            Problem(
+                f"{layer.name}.{suffix}",
+                f"{layer.module} ({type(module).__name__}) has no parameter {suffix!r} "
+                f"(expected {', '.join(n for n, _ in module.named_parameters())})",
+                "the checkpoint holds a tensor that the model does not use",
+                "unknown-parameter",
+            )
+        )
+    loader = getattr(parameter, "weight_loader", None)
+    if loader is None:
+        parameter.data.copy_(tensor)
+    elif layer.shard is None:
+        loader(parameter, tensor)
+    elif "loaded_shard_id" in inspect.signature(loader).parameters:
+        loader(parameter, tensor, layer.shard)
+    else:
+        raise LoadError(
+            Problem(
+                f"{layer.name}.{suffix}",
+                f"{type(module).__name__} does not take shards, the plan says it is shard "
+                f"{layer.shard!r} of {layer.module}",
+                rule="fused-module",
+            )
+        )
+
+
+def _dropped(
+    model: torch.nn.Module,
+    config: MixedPrecisionConfig,
+    rest: list[str],
+    recorder: WriteRecorder,
+) -> list[Problem]:
+    ties = bool(config.plan.source.config.get("tie_word_embeddings"))
+    dropped = [
+        name
+        for name in rest
+        if name not in recorder.arrived and not (ties and name == "lm_head.weight")
+    ]
+    return [
+        Problem(
+            folded,
+            f"is in the checkpoint, but {type(model).__name__} has no parameter for it",
+            "the model in SGLang and the checkpoint are not of one architecture",
+            "dropped-tensor",
+        )
+        for folded in fold_names(dropped)
+    ]
+
+
+def _unfilled(model: torch.nn.Module, recorder: WriteRecorder) -> list[Problem]:
+    found: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        written = recorder.written.get(_storage(parameter.data), 0)
+        if written < parameter.numel():
+            share = f"{written:,} of {parameter.numel():,} elements"
+            found.setdefault(share, []).append(name)
+    return [
+        Problem(
+            folded,
+            f"{share} were filled from the checkpoint",
+            "the checkpoint lacks a tensor, or SGLang's model loads it under another name",
+            "unfilled-parameter",
+        )
+        for share, names in found.items()
+        for folded in fold_names(names)
+    ]
