@@ -1,0 +1,1 @@
+"""The preset language: a YAML file with its parents -> the ordered rules."""

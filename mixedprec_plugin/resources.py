@@ -1,0 +1,49 @@
+"""The files that ship with the package: schemas, presets and other configuration.
+
+In a checkout they lie beside the package, in a wheel inside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+
+@functools.cache
+def _root(kind: str) -> Path:
+    package = Path(__file__).resolve().parent
+    for parent in (package, package.parent):
+        if (parent / kind).is_dir():
+            return parent / kind
+    raise FileNotFoundError(
+        f"{package / kind}: not there (expected the folder {kind!r} that ships with the package); "
+        "install mixedprec-plugin again"
+    )
+
+
+def schema_path(name: str = "") -> Path:
+    """Path of a JSON Schema, such as `preset.schema.json`; of the schemas' folder without a name.
+
+    Raises:
+        FileNotFoundError: the installation lacks its schemas.
+    """
+    return _root("schemas") / name
+
+
+def config_path(name: str = "") -> Path:
+    """Path of a shipped configuration file, relative to `configs/`.
+
+    Raises:
+        FileNotFoundError: the installation lacks its configuration files.
+    """
+    return _root("configs") / name
+
+
+def preset_dir() -> Path:
+    """The folder of the presets that ship."""
+    return config_path("presets")
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of the presets that ship, sorted; each is a file `NAME.yaml` in `preset_dir()`."""
+    return tuple(sorted(path.stem for path in preset_dir().glob("*.yaml")))
