@@ -101,6 +101,6 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     weight = torch.empty((N, K), device=qweight.device)
     for rows in row_chunks(N, K, multiple=AWQ_PACK_FACTOR):
         words = slice(rows.start // AWQ_PACK_FACTOR, rows.stop // AWQ_PACK_FACTOR)
-        chunk = weight[rows].copy_(unpack_awq(qweight[:, words])).unflatten(1, (num_groups, -1))
+        chunk = weight[rows].copy_(unpack_awq(qweight[:, words])).view(-1, num_groups, group_size)
         chunk.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
     return weight

@@ -108,7 +108,7 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     for rows in row_chunks(N, K):
         chunk = weight[rows].copy_(unpack(qweight[:, rows].t(), bits))
         if order is None:
-            grouped = chunk.unflatten(1, (num_groups, group_size))
+            grouped = chunk.view(-1, num_groups, group_size)
             grouped.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
         else:
             chunk.sub_(zeros[rows][:, order]).mul_(scales[rows][:, order])

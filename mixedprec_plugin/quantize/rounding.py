@@ -19,9 +19,8 @@ import dataclasses
 
 import torch
 
-# Multiples of the plain scale that a clip search tries. 17/16 makes the symmetric 4-bit scale
-# larger / 8, which gives a weight that is on the grid back unchanged.
-CLIP_RATIOS = tuple(17 / 16 - step / 40 for step in range(16))
+# Multiples of the plain scale that a clip search tries.
+CLIP_RATIOS = tuple(1.05 - step / 40 for step in range(15))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,18 @@ class Grid:
     def largest_code(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
+
+    @property
+    def clip_ratios(self) -> tuple[float, ...]:
+        """The ratios that a clip search tries.
+
+        On a symmetric grid one of them makes the scale larger / half, which gives a weight that is
+        on such a grid already, and uses its lowest code, back unchanged.
+        """
+        if not self.symmetric:
+            return CLIP_RATIOS
+        half = 1 << (self.bits - 1)
+        return ((half + 0.5) / half, *CLIP_RATIOS)
 
     def fit(
         self, low: torch.Tensor, high: torch.Tensor, ratio: float = 1.0
@@ -93,8 +104,8 @@ def round_groups(
         rows: [R, K], floating point; not modified. Temporaries take about twice its float32 size.
         group_size: elements along K that share a scale; divides K.
         grid: what the codes stand for.
-        clip_search: take for every group the one of `CLIP_RATIOS`, or 1, that has the least squared
-            error, instead of 1.
+        clip_search: take for every group the one of the grid's clip ratios, or 1, that has the least
+            squared error, instead of 1.
     Returns:
         codes uint8 [R, K], scale float32 [R, K/G] representable in the grid's dtype, zero float32
         [R, K/G].
@@ -133,7 +144,7 @@ def _search_clip(
     """Return each group's scale and zero of least squared error; those given are the first try."""
     scratch = torch.empty_like(values)
     least = _squared_error(values, scale, zero, grid, scratch)
-    for ratio in CLIP_RATIOS:
+    for ratio in grid.clip_ratios:
         next_scale, next_zero = grid.fit(low, high, ratio)
         error = _squared_error(values, next_scale, next_zero, grid, scratch)
         better = error < least

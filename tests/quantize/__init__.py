@@ -1,0 +1,1 @@
+"""Tests of mixedprec_plugin.quantize."""

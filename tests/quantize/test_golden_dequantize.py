@@ -1,0 +1,174 @@
+"""`dequantize` on checkpoints that other tools wrote, against the reference, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mixedprec_plugin.errors import ShapeError
+from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, gptq, packing
+from tests.quantize.peers import LAYERS, config, is_expected, numpy_layer, torch_layer
+from tests.reference.dequantize import dequantize_checkpoint
+
+Tensors = dict[str, torch.Tensor]
+AWQ = ("autoawq-g64", "autoround-awq-asym-g64", "autoround-sym-awqpack-g64")
+GPTQ = (
+    "autoround-gptq-g64",
+    "autoround-native-g64",
+    "gptqmodel-asym-g64",
+    "gptqmodel-gptq-g64",
+)
+BY_CHANNEL: dict[str, Any] = {
+    "llmcompressor-w8a8-int8": blockwise_int8,
+    "autoround-int8": blockwise_int8,
+}
+layers = pytest.mark.parametrize("layer", LAYERS)
+
+
+def assert_as_reference(weight: torch.Tensor, folder: str, layer: str) -> None:
+    reference = dequantize_checkpoint(numpy_layer(folder, layer), config(folder))
+    np.testing.assert_array_equal(weight.numpy(), reference, strict=True)
+
+
+@layers
+@pytest.mark.parametrize("folder", AWQ)
+def test_awq_equals_the_reference(folder: str, layer: str) -> None:
+    assert_as_reference(awq.dequantize(torch_layer(folder, layer), config(folder)), folder, layer)
+
+
+@layers
+@pytest.mark.parametrize("folder", GPTQ)
+def test_gptq_equals_the_reference(folder: str, layer: str) -> None:
+    assert_as_reference(gptq.dequantize(torch_layer(folder, layer), config(folder)), folder, layer)
+
+
+@layers
+def test_fp8_block_with_ragged_edges_equals_the_reference(layer: str) -> None:
+    folder = "llmcompressor-fp8-block"
+    tensors = torch_layer(folder, layer)
+    ours = {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"]}
+    assert ours["weight_scale_inv"].shape == (2, 5)
+    assert_as_reference(fp8.dequantize(ours, {"weight_block_size": [128, 128]}), folder, layer)
+
+
+@layers
+def test_fp8_by_channel_equals_the_reference(layer: str) -> None:
+    folder = "llmcompressor-fp8-dynamic"
+    weight = fp8.dequantize(torch_layer(folder, layer), {"weight_block_size": None})
+    assert_as_reference(weight, folder, layer)
+
+
+@layers
+@pytest.mark.parametrize("folder", sorted(BY_CHANNEL))
+def test_int8_in_blocks_of_one_row_equals_the_reference(folder: str, layer: str) -> None:
+    tensors = torch_layer(folder, layer)
+    ours = {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"]}
+    weight = blockwise_int8.dequantize(ours, {"weight_block_size": [1, 576]})
+    assert_as_reference(weight, folder, layer)
+
+
+@layers
+def test_gptq_reads_groups_out_of_order(layer: str) -> None:
+    folder = "gptqmodel-asym-g64"
+    tensors, arguments = torch_layer(folder, layer), config(folder)
+    order = torch.randperm(576, generator=torch.Generator().manual_seed(0))
+    codes = packing.unpack(tensors["qweight"].t(), 4)
+    shuffled = {
+        **tensors,
+        "qweight": packing.pack(codes[:, order], 4).t().contiguous(),
+        "g_idx": tensors["g_idx"][order],
+    }
+    in_order = gptq.dequantize(tensors, arguments)
+    assert torch.equal(gptq.dequantize(shuffled, arguments), in_order[:, order])
+
+
+@layers
+def test_gptq_v2_stores_the_zero_itself(layer: str) -> None:
+    folder = "gptqmodel-asym-g64"
+    tensors, arguments = torch_layer(folder, layer), config(folder)
+    assert int(packing.unpack(tensors["qzeros"], 4).max()) < 15, "adding one must not carry"
+    v2 = {**tensors, "qzeros": tensors["qzeros"] + 0x11111111}
+    weight = gptq.dequantize(v2, {**arguments, "checkpoint_format": "gptq_v2"})
+    assert_as_reference(weight, folder, layer)
+
+
+def test_gptq_v1_reads_a_stored_15_as_zero_16() -> None:
+    tensors = {
+        "qweight": torch.zeros(4, 8, dtype=torch.int32),
+        "qzeros": torch.full((1, 1), -1, dtype=torch.int32),
+        "scales": torch.ones(1, 8),
+    }
+    weight = gptq.dequantize(tensors, {"bits": 4, "group_size": 32})
+    assert torch.equal(weight, torch.full((8, 32), -16.0))
+
+
+def swap_nibbles(tensors: Tensors) -> Tensors:
+    octets = tensors["qweight"].view(torch.uint8)
+    return {**tensors, "qweight": ((octets << 4) | (octets >> 4)).view(torch.int32)}
+
+
+def zeros_off_by_one(tensors: Tensors) -> Tensors:
+    return {**tensors, "qzeros": tensors["qzeros"] + 0x11111111}
+
+
+def groups_reversed(tensors: Tensors) -> Tensors:
+    return {**tensors, "scales": tensors["scales"].flip(0)}
+
+
+def one_nibble_changed(tensors: Tensors) -> Tensors:
+    qweight = tensors["qweight"].clone()
+    qweight[0, 0] ^= 1
+    return {**tensors, "qweight": qweight}
+
+
+@pytest.mark.parametrize(
+    "mutate", [swap_nibbles, zeros_off_by_one, groups_reversed, one_nibble_changed]
+)
+@pytest.mark.parametrize("folder", [*AWQ, *GPTQ])
+def test_a_mutated_checkpoint_is_noticed(folder: str, mutate: Callable[[Tensors], Tensors]) -> None:
+    method = awq if folder in AWQ else gptq
+    tensors = torch_layer(folder, LAYERS[0])
+    assert is_expected(method.dequantize(tensors, config(folder)).numpy(), folder, LAYERS[0])
+    mutated = method.dequantize(mutate(tensors), config(folder)).numpy()
+    assert not is_expected(mutated, folder, LAYERS[0])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5, 6, 7), (0, 4, 1, 5, 2, 6, 3, 7)])
+def test_another_nibble_order_is_noticed(
+    order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "AWQ_ORDER", order)
+    weight = awq.dequantize(torch_layer(AWQ[1], LAYERS[0]), config(AWQ[1]))
+    assert not is_expected(weight.numpy(), AWQ[1], LAYERS[0])
+
+
+def test_reading_v1_zeros_as_v2_is_noticed() -> None:
+    arguments = {**config(GPTQ[2]), "checkpoint_format": "gptq_v2"}
+    weight = gptq.dequantize(torch_layer(GPTQ[2], LAYERS[0]), arguments)
+    assert not is_expected(weight.numpy(), GPTQ[2], LAYERS[0])
+
+
+def test_transposed_block_scales_are_refused() -> None:
+    tensors = torch_layer("llmcompressor-fp8-block", LAYERS[0])
+    turned = {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"].t()}
+    with pytest.raises(ShapeError, match=r"weight_scale_inv: shape \[5, 2\] \(expected \[2, 5\]\)"):
+        fp8.dequantize(turned, {"weight_block_size": [128, 128]})
+
+
+def test_transposed_square_block_scales_are_noticed() -> None:
+    tensors = torch_layer("llmcompressor-fp8-block", LAYERS[0])
+    square = {
+        "weight": tensors["weight"],
+        "weight_scale_inv": torch.rand(2, 2, generator=torch.Generator().manual_seed(0)),
+    }
+    turned = {**square, "weight_scale_inv": square["weight_scale_inv"].t()}
+    arguments = {"weight_block_size": [128, 288]}
+    rows = torch.arange(192)[:, None] // 128
+    columns = torch.arange(576)[None, :] // 288
+    by_hand = square["weight"].float() * square["weight_scale_inv"][rows, columns]
+    assert torch.equal(fp8.dequantize(square, arguments), by_hand)
+    assert not torch.equal(fp8.dequantize(turned, arguments), by_hand)

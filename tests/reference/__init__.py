@@ -1,0 +1,1 @@
+"""Implementations that share no code with the package, to compare it with."""

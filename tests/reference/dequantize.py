@@ -1,0 +1,140 @@
+"""Dequantize every stored format that is met, in plain numpy: the reference for the package's own code.
+
+Written from the formats' definitions, for legibility. It shares no code with the package, and it is
+checked against checkpoints that other people's tools wrote. Arrays are float32 for every floating
+dtype (`safetensors_file.read_safetensors` returns them so) and integers as stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+F32 = np.float32
+
+
+def dequantize_method(method: str, tensors: Arrays, arguments: Mapping[str, Any]) -> np.ndarray:
+    """Dequantize a layer stored by one of the package's methods.
+
+    Args:
+        method: "fp8", "blockwise_int8", "awq" or "gptq".
+        tensors: tensor suffix -> array.
+        arguments: the method's arguments, such as "group_size".
+    Returns:
+        float32 [N, K].
+    Raises:
+        KeyError: another method, or a missing tensor or argument.
+    """
+    if method in ("fp8", "blockwise_int8"):
+        block = arguments["weight_block_size"]
+        if block is None:
+            return by_channel(tensors["weight"], tensors["weight_scale"])
+        return by_block(tensors["weight"], tensors["weight_scale_inv"], block)
+    readers = {"awq": awq, "gptq": gptq}
+    return readers[method](tensors, arguments)
+
+
+def dequantize_checkpoint(tensors: Arrays, config: Mapping[str, Any]) -> np.ndarray:
+    """Dequantize a layer of another tool's checkpoint.
+
+    Args:
+        tensors: tensor suffix -> array.
+        config: the checkpoint's `quantization_config`.
+    Returns:
+        float32 [N, K].
+    Raises:
+        ValueError: a quant_method that is not known here.
+    """
+    method = config["quant_method"]
+    if method == "compressed-tensors":
+        return compressed(tensors, config["config_groups"]["group_0"])
+    if method == "fp8" and config.get("weight_scale_semantics") == "inverse":
+        return tensors["weight"] / tensors["weight_scale_inv"].reshape(-1, 1)
+    if method == "awq" or config.get("packing_format") == "auto_round:auto_awq":
+        return awq(tensors, config)
+    if method == "gptq" or config.get("packing_format") == "auto_round:auto_gptq":
+        return gptq(tensors, config)
+    raise ValueError(f"quant_method {method!r} is not known")
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """Split int32 words [..., n] into codes [..., n * 32 / bits], lowest bits first."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    codes = (words.view(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
+    return codes.reshape(*words.shape[:-1], -1).astype(np.int32)
+
+
+def awq(tensors: Arrays, arguments: Mapping[str, Any]) -> np.ndarray:
+    """AWQ GEMM: nibble i of a word is column [0, 2, 4, 6, 1, 3, 5, 7][i]; (q - zero) * scale."""
+    column_of_nibble = [0, 2, 4, 6, 1, 3, 5, 7]
+
+    def columns(words: np.ndarray) -> np.ndarray:
+        nibbles = unpack(np.ascontiguousarray(words), 4).reshape(len(words), -1, 8)
+        ordered = np.empty_like(nibbles)
+        ordered[:, :, column_of_nibble] = nibbles
+        return ordered.reshape(len(words), -1)
+
+    codes, zeros = columns(tensors["qweight"]), columns(tensors["qzeros"])
+    group = _group_of_row(len(codes), arguments["group_size"])
+    return ((codes - zeros[group]).astype(F32) * tensors["scales"][group]).T
+
+
+def gptq(tensors: Arrays, arguments: Mapping[str, Any]) -> np.ndarray:
+    """GPTQ: words along K, zeros along N less one (v1); the row's group is g_idx where it is stored."""
+    bits = arguments["bits"]
+    codes = unpack(np.ascontiguousarray(tensors["qweight"].T), bits).T
+    zeros = unpack(np.ascontiguousarray(tensors["qzeros"]), bits)
+    if arguments.get("checkpoint_format") != "gptq_v2":
+        zeros = zeros + 1
+    group = tensors.get("g_idx")
+    if group is None:
+        group = _group_of_row(len(codes), arguments["group_size"])
+    return ((codes - zeros[group]).astype(F32) * tensors["scales"][group]).T
+
+
+def by_channel(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """One scale for the tensor, or for every row: q * scale."""
+    return weight.astype(F32) * scale.reshape(-1, 1)
+
+
+def by_block(
+    weight: np.ndarray, scale: np.ndarray, block: tuple[int, int] | list[int]
+) -> np.ndarray:
+    """One scale for each block of [rows, columns]: element [n, k] has scale [n // rows, k // columns]."""
+    rows = np.arange(weight.shape[0]) // block[0]
+    columns = np.arange(weight.shape[1]) // block[1]
+    if scale.shape != (rows[-1] + 1, columns[-1] + 1):
+        raise ValueError(f"scales of shape {scale.shape} for {weight.shape} in blocks of {block}")
+    return weight.astype(F32) * scale[np.ix_(rows, columns)]
+
+
+def compressed(tensors: Arrays, group: Mapping[str, Any]) -> np.ndarray:
+    """compressed-tensors: pack-quantized, float-quantized and int-quantized."""
+    scale, weights = tensors["weight_scale"], group["weights"]
+    if group["format"] == "pack-quantized":
+        return _pack_quantized(tensors, weights)
+    if weights["strategy"] == "block":
+        return by_block(tensors["weight"], scale, weights["block_structure"])
+    return by_channel(tensors["weight"], scale)
+
+
+def _pack_quantized(tensors: Arrays, weights: Mapping[str, Any]) -> np.ndarray:
+    """Words along K hold q + 8; zero points are packed along N, with 8 added as well."""
+    bits = weights["num_bits"]
+    N, K = tensors["weight_shape"]
+    codes = unpack(tensors["weight_packed"], bits)[:, :K]
+    group = _group_of_row(int(K), weights["group_size"])
+    if weights["symmetric"]:
+        zeros = np.full((int(N), 1), 2 ** (bits - 1))[:, np.zeros_like(group)]
+    else:
+        packed = tensors["weight_zero_point"]
+        zeros = unpack(np.ascontiguousarray(packed.T), bits).T[: int(N)][:, group]
+    return (codes - zeros).astype(F32) * tensors["weight_scale"][:, group]
+
+
+def _group_of_row(K: int, group_size: int) -> np.ndarray:
+    """Group of every input feature when groups are in order."""
+    return np.arange(K) // (K if group_size == -1 else group_size)
