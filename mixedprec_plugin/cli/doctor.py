@@ -145,12 +145,13 @@ def examine_device() -> tuple[str, Finding]:
 def examine_registration() -> list[Finding]:
     """Report whether SGLang knows the load format, the flag, the hooks and the platform."""
     from mixedprec_plugin.serving import hooks
+    from mixedprec_plugin.serving.flags import LOAD_FORMAT
 
     problems = hooks.check_registration()
     findings = [_failed("registration", problem) for problem in problems]
     if not problems:
         targets = ", ".join(hook.target.rpartition("srt.")[2] for hook in hooks.HOOKS)
-        findings.append(Finding("registration", "load format", "ok", hooks.LOAD_FORMAT))
+        findings.append(Finding("registration", "load format", "ok", LOAD_FORMAT))
         findings.append(Finding("registration", "hooks", "ok", targets))
     return [*findings, _examine_flag(), _examine_platform()]
 
@@ -230,7 +231,7 @@ def _construct(
             text = f"not constructible on this device: {_reason(error)}"
             return Finding("configs", name, "absent", text, {**details, "reason": str(error)})
         return Finding("configs", name, "failed", str(error), {**details, "reason": str(error)})
-    attributes = _attributes(config)
+    attributes = _attributes(config, spec.build(arguments, key))
     shown = " ".join(f"{name}={value}" for name, value in attributes.items())
     text = f"{type(config).__name__}: {shown}"
     return Finding("configs", name, "ok", text, {**details, "attributes": attributes})
@@ -241,13 +242,13 @@ def _reason(error: BaseException) -> str:
     return str(error.__cause__ or error)
 
 
-def _attributes(config: object) -> dict[str, Any]:
-    """A config's attributes that say something: neither empty nor the whole dict it came from."""
+def _attributes(config: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """What the builder's arguments became, and whatever else the config has switched on."""
     shown = {}
     for name, value in vars(config).items():
-        if name.startswith("_") or name == "full_config" or value in (None, [], {}, ""):
-            continue
-        shown[name] = value if isinstance(value, bool | int | str | list) else str(value)
+        says_something = value not in (None, [], {}, "") if name in keywords else bool(value)
+        if says_something and not name.startswith("_") and name != "full_config":
+            shown[name] = value if isinstance(value, bool | int | str | list) else str(value)
     return shown
 
 

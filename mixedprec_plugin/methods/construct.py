@@ -1,0 +1,139 @@
+"""A method's arguments -> the config object of the installed SGLang."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mixedprec_plugin.errors import MethodError, Problem
+from mixedprec_plugin.lazy import load_object
+from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.methods.spec import Arguments, MethodSpec
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.quantization.base_config import QuantizationConfig
+
+FALLBACK = "cuda_fallback"
+
+
+def build_config(
+    method: str, arguments: Arguments, platform: str, capability: int | None = None
+) -> QuantizationConfig:
+    """Construct the config object that serves a method.
+
+    Args:
+        method: canonical name of a method that has a config class on the platform.
+        arguments: all its arguments, as `registry.bind` returns them.
+        platform: `cuda` or `cpu`; `cuda_fallback` asks for that class whatever the GPU.
+        capability: CUDA compute capability as major * 10 + minor; None asks torch.
+    Raises:
+        MethodError: the method has no class on the platform; the installed SGLang has not got the
+            class, takes other arguments, or refuses their values.
+    """
+    spec = METHODS[method]
+    key = config_key(spec, platform, cuda_capability() if capability is None else capability)
+    config_class = load_class(spec, key)
+    keywords = spec.build(arguments, key)
+    check_signature(config_class, keywords, method)
+    try:
+        config: QuantizationConfig = config_class(**keywords)
+    except ValueError as error:
+        what = f"{config_class.__name__} of SGLang {sglang_version()} refuses it: {error}"
+        raise MethodError(Problem(method, what, rule="config-refused")) from error
+    return config
+
+
+def config_key(spec: MethodSpec, platform: str, capability: int | None) -> str:
+    """Return the key of `config_classes` for a platform: old GPUs may have a class of their own.
+
+    Args:
+        spec: the method.
+        platform: `cuda`, `cpu` or a key itself.
+        capability: major * 10 + minor of the GPU; None if there is none.
+    Raises:
+        MethodError: the method has no class there.
+    """
+    old = capability is not None and capability < spec.fallback_below
+    key = FALLBACK if platform == "cuda" and old else platform
+    if key in spec.config_classes:
+        return key
+    what = f"has no SGLang config class on {platform!r} (expected {', '.join(spec.config_classes)})"
+    if not spec.config_classes:
+        what = "has no SGLang config class: SGLang's unquantized methods serve it"
+    raise MethodError(Problem(spec.name, what, rule="no-config-class"))
+
+
+def cuda_capability() -> int | None:
+    """Return the compute capability of the current GPU, major * 10 + minor; None without one."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
+
+
+def load_class(spec: MethodSpec, key: str) -> type[QuantizationConfig]:
+    """Import the config class of a method.
+
+    Raises:
+        MethodError: the installed SGLang has not got it.
+    """
+    lazy = spec.config_classes[key]
+    try:
+        config_class: type[QuantizationConfig] = load_object(lazy)
+    except ImportError as error:
+        raise MethodError(
+            Problem(
+                spec.name,
+                f"{lazy} cannot be imported with SGLang {sglang_version()}: {error}",
+                "install a release that mixedprec-plugin supports",
+                rule="no-config-class",
+            )
+        ) from error
+    return config_class
+
+
+def check_signature(config_class: type, keywords: Mapping[str, Any], method: str = "") -> None:
+    """Check that a constructor takes exactly the arguments that a builder made.
+
+    Args:
+        config_class: the class whose constructor is asked.
+        keywords: keyword arguments for it.
+        method: the method's name, for the messages.
+    Raises:
+        MethodError: for every argument that it does not take, and every one that it needs and is
+            not given; each says what it does take.
+    """
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(config_class).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY)
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    required = [name for name in named if parameters[name].default is inspect.Parameter.empty]
+    class_name = f"{config_class.__name__} of SGLang {sglang_version()}"
+    accepted = f"(expected {', '.join(named)})"
+    unknown = [name for name in keywords if name not in named and not takes_any]
+    texts = [f"{class_name} does not take the argument {name!r} {accepted}" for name in unknown]
+    texts += [
+        f"{class_name} needs the argument {name!r}, which the method does not make {accepted}"
+        for name in required
+        if name not in keywords
+    ]
+    if texts:
+        remedy = "install a release that mixedprec-plugin supports, and run 'mixedprec doctor'"
+        raise MethodError(
+            [Problem(method, text, remedy, rule="constructor-argument") for text in texts]
+        )
+
+
+def sglang_version() -> str:
+    """Return the version of the installed SGLang without importing it."""
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
