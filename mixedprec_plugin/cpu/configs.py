@@ -1,0 +1,125 @@
+"""SGLang's quantization configs with linear methods that run on a plain CPU.
+
+Each takes its parent's constructor arguments and decides as its parent does; only the method that
+it hands out differs.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.quantization import blockwise_int8, fp8
+from sglang.srt.layers.quantization.awq import AWQConfig
+from sglang.srt.layers.quantization.base_config import LinearMethodBase
+from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8Config
+from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
+
+from mixedprec_plugin.cpu.awq_linear import CpuAWQLinearScheme
+from mixedprec_plugin.cpu.fp8_linear import Fp8LinearMethod
+from mixedprec_plugin.cpu.gptq_linear import CpuGPTQLinearScheme
+from mixedprec_plugin.cpu.int8_linear import BlockInt8LinearMethod
+from mixedprec_plugin.errors import MethodError, Problem
+
+
+class CpuFp8Config(Fp8Config):
+    """`Fp8Config` on the CPU: per tensor, and per block through `weight_block_size`."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
+        """The layer's method; None where the layer is none that is quantized.
+
+        Raises:
+            MethodError: the layer holds experts, or the config asks for a form of FP8 that the
+                CPU does not run.
+        """
+        _refuse_experts(layer, prefix, "fp8")
+        if not isinstance(layer, LinearBase):
+            return None
+        method = super().get_quant_method(layer, prefix)
+        if not isinstance(method, fp8.Fp8LinearMethod):
+            return method
+        self._check_form(prefix)
+        return Fp8LinearMethod(self)
+
+    def _check_form(self, prefix: str) -> None:
+        """Refuse what would run, and compute something else than CUDA does."""
+        unsupported = {
+            "weights that are not stored in FP8": not self.is_checkpoint_fp8_serialized,
+            "MXFP8": self.use_mxfp8,
+            "power-of-two activation scales (scale_fmt='ue8m0')": self.scale_fmt == "ue8m0",
+        }
+        found = [name for name, present in unsupported.items() if present]
+        if found:
+            raise MethodError(
+                Problem(
+                    where=prefix,
+                    what=f"the CPU platform does not run fp8 with {', '.join(found)}",
+                    remedy="give the layer another method",
+                )
+            )
+
+
+class CpuBlockInt8Config(BlockInt8Config):
+    """`BlockInt8Config` on the CPU."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
+        """The layer's method; None where the layer is none that is quantized.
+
+        Raises:
+            MethodError: the layer holds experts.
+        """
+        _refuse_experts(layer, prefix, "blockwise_int8")
+        method = super().get_quant_method(layer, prefix)
+        is_quantized = isinstance(method, blockwise_int8.BlockInt8LinearMethod)
+        return BlockInt8LinearMethod(self) if is_quantized else method
+
+
+class CpuAWQConfig(AWQConfig):
+    """`AWQConfig` on the CPU; runs bfloat16 too, as `AWQMarlinConfig` does on CUDA."""
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Dtypes that a model may run in."""
+        return [torch.float16, torch.bfloat16]
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
+        """The layer's method; None where the layer is none that is quantized.
+
+        Raises:
+            MethodError: the layer holds experts.
+        """
+        _refuse_experts(layer, prefix, "awq")
+        return super().get_quant_method(layer, prefix)
+
+    def get_linear_scheme(self, layer: torch.nn.Module) -> CpuAWQLinearScheme:
+        """The scheme that `AWQLinearMethod` runs."""
+        return CpuAWQLinearScheme(self)
+
+
+class CpuGPTQConfig(GPTQMarlinConfig):
+    """`GPTQMarlinConfig` on the CPU: symmetric, 4 and 8 bits, with and without act order."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> LinearMethodBase | None:
+        """The layer's method; None where the layer is none that is quantized.
+
+        Raises:
+            MethodError: the layer holds experts.
+        """
+        _refuse_experts(layer, prefix, "gptq")
+        return super().get_quant_method(layer, prefix)
+
+    def get_linear_scheme(self, layer: torch.nn.Module) -> CpuGPTQLinearScheme:
+        """The scheme that `GPTQMarlinLinearMethod` runs."""
+        return CpuGPTQLinearScheme(self)
+
+
+def _refuse_experts(layer: torch.nn.Module, prefix: str, method: str) -> None:
+    """Raise for a layer of experts: running it unquantized would be a silence."""
+    if isinstance(layer, FusedMoE):
+        raise MethodError(
+            Problem(
+                where=prefix,
+                what=f"the CPU platform does not run experts in {method}",
+                remedy="give the experts the method bf16",
+            )
+        )

@@ -1,0 +1,69 @@
+"""FP8 linear layers on the CPU: SGLang's weights and loaders, CUDA's arithmetic in torch."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization import fp8
+from sglang.srt.layers.quantization.utils import convert_to_channelwise
+
+from mixedprec_plugin.cpu.activation import (
+    quantize_fp8_groups,
+    quantize_fp8_static,
+    quantize_fp8_tokens,
+)
+from mixedprec_plugin.cpu.block_matmul import block_matmul
+from mixedprec_plugin.cpu.channel_matmul import channel_matmul
+
+
+class Fp8LinearMethod(fp8.Fp8LinearMethod):
+    """SGLang's `Fp8LinearMethod` with torch arithmetic, per tensor and per block.
+
+    The name is SGLang's: linear layers choose their weight loader by it
+    (sglang/srt/layers/linear.py:140).
+    """
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Leave the parameters as they were loaded, so that they can be loaded again.
+
+        Per tensor, every shard's scale is spread over the shard's channels; nothing is
+        requantized, as on NVIDIA (fp8.py:1201).
+        """
+        if self.block_quant:
+            return
+        layer.channel_scales = convert_to_channelwise(layer.weight_scale.data, layer.logical_widths)
+        static = layer.input_scale is not None
+        layer.token_scale = layer.input_scale.data.max() if static else None
+
+    def apply(
+        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Quantize the activations and multiply.
+
+        Args:
+            layer: a linear layer with weights of this method.
+            x: [..., K].
+            bias: [N] or None.
+        Returns:
+            [..., N] in the dtype of x.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        multiply = self._multiply_blocks if self.block_quant else _multiply_channels
+        out = multiply(layer, rows).view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+    def _multiply_blocks(self, layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
+        """[T, K] -> [T, N], a scale a block."""
+        block_n, block_k = self.quant_config.weight_block_size
+        codes, scales = quantize_fp8_groups(rows, block_k)
+        weight, weight_scales = layer.weight.data, layer.weight_scale_inv.data
+        return block_matmul(codes, scales, weight, weight_scales, (block_n, block_k), rows.dtype)
+
+
+def _multiply_channels(layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
+    """[T, K] -> [T, N], a scale a token and a channel."""
+    if layer.token_scale is None:
+        codes, scales = quantize_fp8_tokens(rows)
+    else:
+        codes, scales = quantize_fp8_static(rows, layer.token_scale), layer.token_scale
+    return channel_matmul(codes, scales, layer.weight.data, layer.channel_scales, rows.dtype)

@@ -1,0 +1,131 @@
+"""Every method in SGLang's own linear layers, loaded through SGLang's own loaders."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cpu.layers import QUANTIZERS, Case, dequantize, fill, make_config, make_layer
+
+K = 768
+SIZES = {"column": (768,), "merged": (768, 768), "qkv": (768, 256, 256), "row": (640,)}
+CASES = [
+    Case("fp8", {"weight_block_size": None}),
+    Case("fp8", {"weight_block_size": [128, 128]}),
+    Case("blockwise_int8", {"weight_block_size": [128, 128]}),
+    Case("blockwise_int8", {"weight_block_size": [64, 64]}),
+    Case("awq", {"bits": 4, "group_size": 128}),
+    Case("awq", {"bits": 4, "group_size": 32}),
+    Case("awq", {"bits": 4, "group_size": -1}),
+    Case("gptq", {"bits": 4, "group_size": 128}),
+    Case("gptq", {"bits": 4, "group_size": -1}),
+    Case("gptq", {"bits": 8, "group_size": 64}),
+    Case("gptq", {"bits": 8, "group_size": -1}),
+]
+# Greatest relative error of an output's RMS that the method's activations cost: half a step of
+# e4m3 is 2**-4 of a value at most and 2**-5.3 in the mean square; int8 truncates, a step of
+# amax / 127. Weight-only methods round the weight and the output to bfloat16.
+TOLERANCE = {"fp8": 0.035, "blockwise_int8": 0.025, "awq": 0.004, "gptq": 0.004}
+
+
+def _stored(case: Case, sizes: tuple[int, ...], seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """A random weight a shard, each on a scale of its own, as the quantizer stores it."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [
+        torch.randn(size, K, generator=generator).mul_(0.02 * 4**index).bfloat16()
+        for index, size in enumerate(sizes)
+    ]
+    quantize = QUANTIZERS[case.method].quantize
+    arguments = {"zero_point": True, "sym": True, "desc_act": None, "clip_search": False}
+    return [quantize(weight, {**arguments, **case.arguments}, torch.bfloat16) for weight in weights]
+
+
+def _relative_error(out: torch.Tensor, exact: np.ndarray) -> float:
+    """RMS of the difference over RMS of the exact values, the worst over tokens."""
+    difference = out.double().numpy() - exact
+    return float(np.sqrt((difference**2).mean(1) / (exact**2).mean(1)).max())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 70])
+@pytest.mark.parametrize("kind", ["column", "merged", "qkv", "row"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_is_near_the_dequantized_matmul(linear_module, case, kind, num_tokens):
+    layer = make_layer(linear_module, kind, make_config(case), SIZES[kind], K)
+    stored = _stored(case, SIZES[kind])
+    fill(layer, kind, stored)
+    x = torch.randn(num_tokens, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out = layer(x)[0]
+    assert out.dtype == torch.bfloat16
+    exact = x.double().numpy() @ dequantize(case, stored).astype(np.float64).T
+    start = 0
+    for size in SIZES[kind]:
+        shard = slice(start, start := start + size)
+        assert _relative_error(out[:, shard], exact[:, shard]) < TOLERANCE[case.method]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_second_load_replaces_the_first(linear_module, case):
+    layer = make_layer(linear_module, "qkv", make_config(case), SIZES["qkv"], K)
+    fill(layer, "qkv", _stored(case, SIZES["qkv"], seed=0))
+    layer.quant_method.restore_weights_before_loading(layer)
+    fill(layer, "qkv", _stored(case, SIZES["qkv"], seed=5))
+    fresh = make_layer(linear_module, "qkv", make_config(case), SIZES["qkv"], K)
+    fill(fresh, "qkv", _stored(case, SIZES["qkv"], seed=5))
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(layer(x)[0], fresh(x)[0])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_partial_load_keeps_the_other_shards(linear_module, case):
+    layer = make_layer(linear_module, "merged", make_config(case), SIZES["merged"], K)
+    first, second = _stored(case, SIZES["merged"], 0), _stored(case, SIZES["merged"], 5)
+    fill(layer, "merged", first)
+    layer.quant_method.restore_weights_before_loading(layer)
+    for suffix, tensor in second[1].items():
+        parameter = getattr(layer, suffix)
+        parameter.weight_loader(parameter, tensor, 1)
+    layer.quant_method.process_weights_after_loading(layer)
+    fresh = make_layer(linear_module, "merged", make_config(case), SIZES["merged"], K)
+    fill(fresh, "merged", [first[0], second[1]])
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(layer(x)[0], fresh(x)[0])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_class_names_are_those_of_v2_loaders(linear_module, case):
+    layer = make_layer(linear_module, "column", make_config(case), (256,), K)
+    assert type(layer.quant_method).__name__ in linear_module.WEIGHT_LOADER_V2_SUPPORTED
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_weights_take_no_more_memory_than_stored(linear_module, case):
+    layer = make_layer(linear_module, "column", make_config(case), (1536,), K)
+    stored = _stored(case, (1536,))
+    fill(layer, "column", stored)
+    kept = sum(
+        t.untyped_storage().nbytes()
+        for t in [*layer.parameters(), *vars(layer).values()]
+        if isinstance(t, torch.Tensor)
+    )
+    expected = sum(t.numel() * t.element_size() for t in stored[0].values())
+    assert kept <= expected * 1.02 + 8 * 1536
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bias_is_added_after_rounding(linear_module, case):
+    layer = make_layer(linear_module, "column", make_config(case), (256,), K)
+    fill(layer, "column", _stored(case, (256,)))
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    bias = torch.randn(256).bfloat16()
+    without = layer.quant_method.apply(layer, x)
+    assert torch.equal(layer.quant_method.apply(layer, x, bias), without + bias)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_leading_dimensions_are_kept(linear_module, case):
+    layer = make_layer(linear_module, "column", make_config(case), (256,), K)
+    fill(layer, "column", _stored(case, (256,)))
+    x = torch.randn(6, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    flat = layer.quant_method.apply(layer, x)
+    assert torch.equal(layer.quant_method.apply(layer, x.view(2, 3, K)), flat.view(2, 3, 256))
