@@ -1,0 +1,51 @@
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint format bench quality memory clean
+
+help:
+	@echo "make demo     serve a real model with a shipped preset and ask it a question"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   let ruff rewrite what it can"
+	@echo "make bench    measure quality (docs/quality.md) and memory (docs/memory.md)"
+	@echo "make clean    remove build products; 'rm -r $(VENV)' removes the environment"
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there; name a Python from 3.10 to 3.12: make PYTHON=python3 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing SGLang, torch and the rest into $(VENV) (the first time: about 11 GB, 5 minutes)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,lint,demo]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(RUN) -m demo.run
+
+test: $(INSTALLED)
+	@$(RUN) -m pytest -q
+
+lint: $(INSTALLED)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+	@$(RUN) -m mypy -p demo -p benchmarks
+
+format: $(INSTALLED)
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: quality memory
+
+quality: $(INSTALLED)
+	@$(RUN) -m benchmarks.quality --out docs/quality.md
+
+memory: $(INSTALLED)
+	@$(RUN) -m benchmarks.memory --out docs/memory.md
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
