@@ -7,6 +7,6 @@
     checks                           what a weight must be before it is quantized
     chunks                           pieces of a weight that fit the cache
 
-Each `quantize(weight, arguments, dtype)` returns a new dict (tensor suffix -> tensor) and leaves the
-weight as it is. Temporary memory is a few MiB whatever the size of the weight.
+Each `quantize(weight, arguments, dtype)` returns a new dict (tensor suffix -> tensor) and leaves
+the weight as it is. Temporary memory is a few MiB whatever the size of the weight.
 """

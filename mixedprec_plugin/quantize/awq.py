@@ -14,14 +14,14 @@ import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.quantize.checks import (
-    refuse,
     require_finite,
     require_packable,
     resolve_group_size,
     take,
+    take_matrix,
     weight_shape,
 )
-from mixedprec_plugin.quantize.chunks import row_chunks
+from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
 from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq
 from mixedprec_plugin.quantize.rounding import Grid, round_groups
 
@@ -61,8 +61,8 @@ def quantize(
     qzeros = torch.empty((num_groups, num_words), dtype=torch.int32, device=weight.device)
     scales = torch.empty((num_groups, N), dtype=dtype, device=weight.device)
     clip_search = bool(arguments.get("clip_search", False))
-    for rows in row_chunks(N, K, multiple=AWQ_PACK_FACTOR):
-        codes, scale, zero = round_groups(weight[rows], group_size, grid, clip_search)
+    for rows, values in float_chunks(weight, multiple=AWQ_PACK_FACTOR):
+        codes, scale, zero = round_groups(values, group_size, grid, clip_search)
         words = slice(rows.start // AWQ_PACK_FACTOR, rows.stop // AWQ_PACK_FACTOR)
         qweight[:, words] = pack_awq(codes)
         qzeros[:, words] = pack_awq(zero.to(torch.uint8))
@@ -83,15 +83,7 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     Raises:
         ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
     """
-    qweight = tensors.get("qweight")
-    if qweight is None or qweight.dim() != 2 or qweight.dtype != torch.int32:
-        found = "missing" if qweight is None else f"{qweight.dtype} {list(qweight.shape)}"
-        refuse(
-            "qweight",
-            f"{found} (expected torch.int32 [K, N/8])",
-            "check that the layer is stored by this method",
-            "tensor-dtype",
-        )
+    qweight = take_matrix(tensors, "qweight", torch.int32, "[K, N/8]")
     K, num_words = qweight.shape
     N = num_words * AWQ_PACK_FACTOR
     group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)

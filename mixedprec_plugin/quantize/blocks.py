@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from mixedprec_plugin.quantize.checks import refuse, require_finite, take, weight_shape
-from mixedprec_plugin.quantize.chunks import block_chunks
+from mixedprec_plugin.quantize.checks import require_finite, take, take_matrix, weight_shape
+from mixedprec_plugin.quantize.chunks import block_chunks, float_block_chunks
 
 # Below the smallest normal number a quotient would lose the half-a-step bound, or divide by zero.
 SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
@@ -49,22 +49,24 @@ def quantize_blocks(
     rows_of_blocks, columns_of_blocks = grid_shape(N, K, block)
     codes = torch.empty((N, K), dtype=code_dtype, device=weight.device)
     scales = torch.empty((rows_of_blocks, columns_of_blocks), device=weight.device)
-    for rows, columns in block_chunks(N, K, block_n, block_k):
-        chunk = weight[rows, columns]
-        tops = chunk.abs().amax(0).float()
+    for rows, columns, values in float_block_chunks(weight, block_n, block_k):
+        tops = torch.maximum(values.amax(0), -values.amin(0))
         ragged = -len(tops) % block_k
         tops = torch.nn.functional.pad(tops, (0, ragged)).view(-1, block_k).amax(1)
         scale = (tops / largest).clamp_(min=SMALLEST_SCALE)
         first = columns.start // block_k
         scales[rows.start // block_n, first : first + len(scale)] = scale
-        spread = scale.repeat_interleave(block_k)[: chunk.shape[1]]
-        encode(chunk.to(torch.float32, copy=True).div_(spread), codes[rows, columns])
+        spread = scale.repeat_interleave(block_k)[: values.shape[1]]
+        encode(values.div_(spread), codes[rows, columns])
     require_finite(scales, weight)
     return {"weight": codes, "weight_scale_inv": scales}
 
 
 def dequantize_blocks(
-    tensors: Mapping[str, torch.Tensor], block: tuple[int, int], code_dtype: torch.dtype
+    tensors: Mapping[str, torch.Tensor],
+    block: tuple[int, int],
+    decode: Callable[[torch.Tensor, torch.Tensor], object],
+    code_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Undo `quantize_blocks`.
 
@@ -72,37 +74,22 @@ def dequantize_blocks(
         tensors: "weight" [N, K] of `code_dtype`, "weight_scale_inv" [ceil(N/bn), ceil(K/bk)] of any
             floating dtype; not modified.
         block: (block_n, block_k).
+        decode: writes a chunk of codes to a float32 chunk.
         code_dtype: dtype that the codes must have.
     Returns:
         float32 [N, K], q * scale_inv rounded once.
     Raises:
         ShapeError: a tensor is missing, or of another shape or dtype.
     """
-    codes = take_codes(tensors, code_dtype)
+    codes = take_matrix(tensors, "weight", code_dtype, "[N, K]")
     N, K = codes.shape
     block_n, block_k = block
     scales = take(tensors, "weight_scale_inv", grid_shape(N, K, block)).float()
-    weight = codes.float()
+    weight = torch.empty((N, K), device=codes.device)
     for rows, columns in block_chunks(N, K, block_n, block_k):
         first, last = columns.start // block_k, -(-columns.stop // block_k)
         spread = scales[rows.start // block_n, first:last].repeat_interleave(block_k)
-        weight[rows, columns] *= spread[: columns.stop - columns.start]
+        chunk = weight[rows, columns]
+        decode(codes[rows, columns], chunk)
+        chunk.mul_(spread[: columns.stop - columns.start])
     return weight
-
-
-def take_codes(tensors: Mapping[str, torch.Tensor], code_dtype: torch.dtype) -> torch.Tensor:
-    """Return the stored "weight" after checking that it is a matrix of `code_dtype`.
-
-    Raises:
-        ShapeError: it is missing, no matrix, or of another dtype.
-    """
-    codes = tensors.get("weight")
-    if codes is None or codes.dim() != 2 or codes.dtype != code_dtype:
-        found = "missing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
-        refuse(
-            "weight",
-            f"{found} (expected {code_dtype} [N, K])",
-            "check that the layer is stored by this method",
-            "tensor-dtype",
-        )
-    return codes

@@ -47,9 +47,14 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
         ShapeError: a tensor is missing, or of another shape or dtype.
     """
     block_n, block_k = arguments["weight_block_size"]
-    return dequantize_blocks(tensors, (block_n, block_k), torch.int8)
+    return dequantize_blocks(tensors, (block_n, block_k), _decode, torch.int8)
 
 
 def _encode(scaled: torch.Tensor, codes: torch.Tensor) -> None:
     """Round to the nearest integer."""
     codes.copy_(scaled.round_())
+
+
+def _decode(codes: torch.Tensor, values: torch.Tensor) -> None:
+    """Write whole numbers as floats."""
+    values.copy_(codes)

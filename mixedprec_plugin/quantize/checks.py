@@ -11,6 +11,7 @@ from mixedprec_plugin.errors import Problem, ShapeError
 from mixedprec_plugin.quantize.chunks import row_chunks
 
 _KEEP = "check the checkpoint's file, or keep this layer in bf16"
+_OTHER_METHOD = "check that the layer is stored by this method"
 
 
 def refuse(where: str, what: str, remedy: str, rule: str) -> NoReturn:
@@ -135,8 +136,8 @@ def take(tensors: Mapping[str, torch.Tensor], suffix: str, shape: tuple[int, ...
     if suffix not in tensors:
         refuse(
             suffix,
-            f"missing (expected shape {list(shape)}; got {', '.join(sorted(tensors)) or 'nothing'})",
-            "check that the layer is stored by this method",
+            f"missing (expected shape {list(shape)}; got {', '.join(sorted(tensors))})",
+            _OTHER_METHOD,
             "tensor-missing",
         )
     tensor = tensors[suffix]
@@ -147,6 +148,26 @@ def take(tensors: Mapping[str, torch.Tensor], suffix: str, shape: tuple[int, ...
             "check the method's arguments against the checkpoint",
             "tensor-shape",
         )
+    return tensor
+
+
+def take_matrix(
+    tensors: Mapping[str, torch.Tensor], suffix: str, dtype: torch.dtype, layout: str
+) -> torch.Tensor:
+    """Return a stored matrix after checking its dtype; its shape tells N and K.
+
+    Args:
+        tensors: tensor suffix -> tensor.
+        suffix: which of them.
+        dtype: what it must be.
+        layout: its shape for the message, such as `[K, N/8]`.
+    Raises:
+        ShapeError: it is missing, no matrix, or of another dtype.
+    """
+    tensor = tensors.get(suffix)
+    if tensor is None or tensor.dim() != 2 or tensor.dtype != dtype:
+        found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        refuse(suffix, f"{found} (expected {dtype} {layout})", _OTHER_METHOD, "tensor-dtype")
     return tensor
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-# A float32 copy of a piece, and one temporary of its size, fit a core's second-level cache.
-CHUNK_BYTES = 1 << 20
+import torch
+
+# About a second-level cache: smaller pieces pay for more calls, larger ones for memory traffic.
+CHUNK_BYTES = 1 << 21
 
 
 def row_chunks(num_rows: int, row_length: int, multiple: int = 1) -> Iterator[slice]:
@@ -25,7 +27,7 @@ def row_chunks(num_rows: int, row_length: int, multiple: int = 1) -> Iterator[sl
 
 
 def block_chunks(N: int, K: int, block_n: int, block_k: int) -> Iterator[tuple[slice, slice]]:
-    """Cut an [N, K] matrix into (rows, columns) slices: one row of blocks by some columns of blocks.
+    """Cut an [N, K] matrix into (rows, columns) slices of whole blocks, one block high.
 
     Args:
         N: rows of the matrix.
@@ -40,3 +42,46 @@ def block_chunks(N: int, K: int, block_n: int, block_k: int) -> Iterator[tuple[s
     for start in range(0, N, block_n):
         for column in columns:
             yield slice(start, min(start + block_n, N)), column
+
+
+def float_chunks(weight: torch.Tensor, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Copy a weight to float32, some rows at a time, always into the same buffer.
+
+    A buffer that is used again stays in the cache; a new one for each chunk costs page faults that
+    take longer than the arithmetic.
+
+    Args:
+        weight: [N, K], any floating dtype; not modified.
+        multiple: as for `row_chunks`.
+    Yields:
+        The slice of rows, and their values, float32 [rows, K], which may be overwritten and are
+        valid until the next step.
+    """
+    N, K = weight.shape
+    buffer = torch.empty(0)
+    for rows in row_chunks(N, K, multiple):
+        num_rows = rows.stop - rows.start
+        if len(buffer) < num_rows:
+            buffer = torch.empty((num_rows, K), device=weight.device)
+        yield rows, buffer[:num_rows].copy_(weight[rows])
+
+
+def float_block_chunks(
+    weight: torch.Tensor, block_n: int, block_k: int
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Copy a weight to float32, some blocks at a time, always into the same buffer.
+
+    Args:
+        weight: [N, K], any floating dtype; not modified.
+        block_n: as for `block_chunks`.
+        block_k: as for `block_chunks`.
+    Yields:
+        The slices of rows and columns, and their values, float32, as `float_chunks` does.
+    """
+    N, K = weight.shape
+    buffer = torch.empty(0)
+    for rows, columns in block_chunks(N, K, block_n, block_k):
+        chunk = weight[rows, columns]
+        if buffer.numel() < chunk.numel():
+            buffer = torch.empty(chunk.numel(), device=weight.device)
+        yield rows, columns, buffer[: chunk.numel()].view(chunk.shape).copy_(chunk)

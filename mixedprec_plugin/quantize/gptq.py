@@ -20,9 +20,10 @@ from mixedprec_plugin.quantize.checks import (
     require_packable,
     resolve_group_size,
     take,
+    take_matrix,
     weight_shape,
 )
-from mixedprec_plugin.quantize.chunks import row_chunks
+from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
 from mixedprec_plugin.quantize.packing import pack, unpack
 from mixedprec_plugin.quantize.rounding import Grid, round_groups
 
@@ -56,8 +57,8 @@ def quantize(
     qweight = torch.empty((K // pack_factor, N), dtype=torch.int32, device=weight.device)
     scales = torch.empty((num_groups, N), dtype=dtype, device=weight.device)
     clip_search = bool(arguments.get("clip_search", False))
-    for rows in row_chunks(N, K):
-        codes, scale, _ = round_groups(weight[rows], group_size, grid, clip_search)
+    for rows, values in float_chunks(weight):
+        codes, scale, _ = round_groups(values, group_size, grid, clip_search)
         qweight[:, rows] = pack(codes, bits).t()
         scales[:, rows] = scale.t()
     require_finite(scales, weight)
@@ -87,15 +88,7 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     """
     bits = int(arguments["bits"])
     pack_factor = 32 // bits
-    qweight = tensors.get("qweight")
-    if qweight is None or qweight.dim() != 2 or qweight.dtype != torch.int32:
-        found = "missing" if qweight is None else f"{qweight.dtype} {list(qweight.shape)}"
-        refuse(
-            "qweight",
-            f"{found} (expected torch.int32 [K/{pack_factor}, N])",
-            "check that the layer is stored by this method",
-            "tensor-dtype",
-        )
+    qweight = take_matrix(tensors, "qweight", torch.int32, f"[K/{pack_factor}, N]")
     K, N = qweight.shape[0] * pack_factor, qweight.shape[1]
     group_size = resolve_group_size(K, arguments["group_size"], pack_factor)
     num_groups = K // group_size

@@ -4,8 +4,8 @@ A word holds 32 / bits codes. Three layouts are in use:
 
     along K, low bits first       GPTQ `qweight` [K/pf, N]
     along N, low bits first       GPTQ `qzeros` [K/G, N/pf]
-    along N, interleaved          AWQ `qweight` [K, N/8] and `qzeros` [K/G, N/8]: nibble i of a word,
-                                  counted from the low end, holds column `AWQ_ORDER[i]` of its eight
+    along N, interleaved          AWQ `qweight` [K, N/8] and `qzeros` [K/G, N/8]: nibble i of a
+                                  word, from the low end, holds column `AWQ_ORDER[i]` of its eight
 
 Words are read and written as bytes where that is faster, which takes a little-endian machine: all
 that torch runs on are.
@@ -81,7 +81,9 @@ def unpack_awq(words: torch.Tensor) -> torch.Tensor:
         uint8 [N, K], contiguous.
     """
     K, num_words = words.shape
-    octets = words.t().contiguous().view(torch.uint8).view(num_words, K, 4)
+    # `contiguous` would keep the strides of a single row, which cannot be viewed as bytes.
+    words = words.t().clone(memory_format=torch.contiguous_format)
+    octets = words.view(torch.uint8).view(num_words, K, 4)
     codes = torch.empty((num_words, AWQ_PACK_FACTOR, K), dtype=torch.uint8, device=words.device)
     for nibble, column in enumerate(AWQ_ORDER):
         octet = octets[..., nibble // 2]

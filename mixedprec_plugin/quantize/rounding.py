@@ -6,11 +6,11 @@ Both grids map a group's whole range onto 2**bits codes with no error above half
                  but min and max always include 0: a group of one sign would saturate otherwise.
     symmetric    zero = 2**(bits - 1). The codes reach one further down than up (-8..7 for 4 bits),
                  so the sign of the scale turns the side with the larger magnitude downwards:
-                 |scale| = max(larger / (half + 1/2), smaller / (half - 1/2)) with half = 2**(bits-1).
+                 |scale| = max(larger / (half + 1/2), smaller / (half - 1/2)), half = 2**(bits - 1).
                  Both ends then sit half a step outside the outermost codes. It is never coarser
-                 than the usual largest / 7.5, and on real weights 8 to 10% closer.
+                 than the usual largest / 7.5, and on real weights about 10% closer.
 
-The scale is rounded to the dtype it is stored in first, and the codes are made with the rounded one.
+The scale is rounded to the dtype it is stored in first; codes are made with the rounded one.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ def store_scale(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         magnitude: float32, not negative; not modified.
         dtype: bfloat16, float16 or float32.
     Returns:
-        float32 of values of `dtype`: the nearest one, except that float16's subnormal numbers, whose
-        steps are coarse, are rounded up so that no code saturates. Inf where `dtype` overflows.
+        float32 of values of `dtype`: the nearest one, except that float16's subnormal numbers,
+        whose steps are coarse, are rounded up so that no code saturates. Inf where `dtype`
+        overflows.
     """
     info = torch.finfo(dtype)
     least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
@@ -96,28 +97,27 @@ def store_scale(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def round_groups(
-    rows: torch.Tensor, group_size: int, grid: Grid, clip_search: bool
+    values: torch.Tensor, group_size: int, grid: Grid, clip_search: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round a few rows of a weight to a grid of codes.
 
     Args:
-        rows: [R, K], floating point; not modified. Temporaries take about twice its float32 size.
+        values: [R, K], float32, contiguous; overwritten.
         group_size: elements along K that share a scale; divides K.
         grid: what the codes stand for.
-        clip_search: take for every group the one of the grid's clip ratios, or 1, that has the least
-            squared error, instead of 1.
+        clip_search: take for every group the one of the grid's clip ratios, or 1, that has the
+            least squared error, instead of 1.
     Returns:
         codes uint8 [R, K], scale float32 [R, K/G] representable in the grid's dtype, zero float32
         [R, K/G].
     """
-    R, K = rows.shape
-    grouped = rows.reshape(R, K // group_size, group_size)
-    low, high = grouped.amin(-1).float(), grouped.amax(-1).float()
-    values = grouped.to(torch.float32, copy=True)
+    R, K = values.shape
+    grouped = values.view(R, K // group_size, group_size)
+    low, high = grouped.amin(-1), grouped.amax(-1)
     scale, zero = grid.fit(low, high)
     if clip_search:
-        scale, zero = _search_clip(values, low, high, grid, scale, zero)
-    codes = _encode(values, scale, zero, grid, out=values)
+        scale, zero = _search_clip(grouped, low, high, grid, scale, zero)
+    codes = _encode(grouped, scale, zero, grid, out=grouped)
     # Casting to int8 is several times faster than to uint8: shift 0..255 to -128..127 and back.
     if grid.bits == 8:
         shifted = codes.sub_(128).to(torch.int8).view(torch.uint8)
