@@ -73,22 +73,21 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
     whatever its shape (kernels/jit/csrc/gemm/awq_dequantize.cuh:196); `AWQConfig` says that it
     takes fp16 only (awq/awq.py:105), yet nobody asks it when `AWQMarlinConfig` makes one.
 
-    A whole column as one group works with neither: `AWQLinearScheme` divides by the group size, -1
-    (awq/schemes/awq_linear.py:69); `AWQMarlinLinearScheme` finds no group in a part of K
-    (awq/schemes/awq_marlin.py:69).
+    A whole column as one group is Marlin's alone: the plain kernel's parameters divide by the group
+    size, -1 (awq/schemes/awq_linear.py:69). Neither holds the scales of a column that is split over
+    ranks: Marlin's find no group in a part of K (awq/schemes/awq_marlin.py:69).
     """
     group_size = arguments["group_size"]
     found = split_faults(shape)
     if found:
         return found
+    found = group_faults(group_size, 32 // arguments["bits"], 1, shape)
     if group_size == -1:
-        if device == "cpu":
-            return ["group_size -1 is not served by plain AWQ, which divides K by it"]
-        found = marlin_faults(group_size, shape)
         if shape.parallel == "row" and shape.tp_size > 1:
             found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
-        return found
-    return group_faults(group_size, 32 // arguments["bits"], 1, shape)
+        if device == "cuda":
+            found += marlin_faults(group_size, shape)
+    return found
 
 
 def check_shape(arguments: Arguments, shape: LayerShape, device: str) -> list[tuple[str, str]]:

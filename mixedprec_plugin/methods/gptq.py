@@ -72,7 +72,7 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
     packed = 32 // arguments["bits"]
     found = group_faults(arguments["group_size"], packed, packed, shape)
     if device == "cuda":
-        found += [text for text in marlin_faults(arguments["group_size"], shape)]
+        found += marlin_faults(arguments["group_size"], shape)
     return found
 
 

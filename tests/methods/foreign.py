@@ -1,0 +1,12 @@
+"""Methods as another package would offer them through the entry-point group."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mixedprec_plugin.methods import gptq
+
+SPEC = dataclasses.replace(gptq.SPEC, name="foreign", aliases={"foreign_int4": {"bits": 4}})
+TAKES_BUILT_IN_NAME = dataclasses.replace(gptq.SPEC, name="fp8", aliases={})
+TAKES_ALIAS = dataclasses.replace(gptq.SPEC, name="mine", aliases={"int8": {}})
+NOT_A_SPEC = {"name": "mine"}
