@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from mixedprec_plugin.errors import Problem
+
 
 @dataclasses.dataclass(frozen=True)
 class Location:
@@ -86,6 +88,7 @@ class Preset:
         files: every file that was read, parents first.
         resolved: the merged mapping, interpolations resolved, as plain data: loading it again as a
             preset of its own gives the same plan.
+        warnings: what is odd but no error, such as a scheme that no rule uses.
     """
 
     path: str
@@ -96,3 +99,4 @@ class Preset:
     on_fused_conflict: Literal["error", "highest"]
     trust_sources: bool
     resolved: Mapping[str, Any]
+    warnings: tuple[Problem, ...] = ()

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.preset.findings import Findings
 from mixedprec_plugin.preset.model import Location
 from mixedprec_plugin.preset.scalars import SurprisingScalarError, read_scalar
 from mixedprec_plugin.preset.tree import Node, Path, join_path
@@ -23,54 +23,53 @@ MAX_DEPTH = 32
 _UNQUOTED_GLOB = re.compile(r"""match\s*:\s*(\[\s*)?[*&!%@{?]|^\s*-\s*[*&!%@{?]|[\[,]\s*\*""")
 
 
-def read_file(path: FilePath) -> tuple[Node | None, list[Problem]]:
+def read_file(path: FilePath, findings: Findings) -> Node | None:
     """Read a preset file.
 
     Returns:
-        The tree, or None where the file cannot be read as YAML at all, and all problems. With
-        problems, the tree is there to look for more of them, not to be used.
+        The tree, or None where the file cannot be read as YAML at all. After problems the tree is
+        there to look for more of them, not to be used.
     """
-    name = str(path)
+    file = Location(str(path), 0)
     try:
         if path.is_dir():
-            return None, [Problem(name, "is a folder (expected a YAML file)", rule="file")]
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
+            findings.add(file, "is a folder (expected a YAML file)", rule="file")
+            return None
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
             what = f"has {size} bytes (expected {MAX_FILE_BYTES} at most)"
-            return None, [Problem(name, what, "a preset is a few kilobytes of rules", "file")]
+            findings.add(file, what, "a preset is a few kilobytes of rules", "file")
+            return None
         content = path.read_bytes()
     except FileNotFoundError:
-        return None, [Problem(name, "no such file (expected a preset)", rule="file")]
+        findings.add(file, "no such file (expected a preset)", rule="file")
+        return None
     except OSError as error:
         what = f"cannot be read: {error.strerror or error}"
-        return None, [Problem(name, what, "check the path and its permissions", "file")]
+        findings.add(file, what, "check the path and its permissions", "file")
+        return None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         what = f"byte {content[error.start]:#04x} is not UTF-8"
-        return None, [Problem(f"{name}:{line}", what, "save the file as UTF-8", "encoding")]
-    return read_text(text, name)
+        findings.add(Location(str(path), line), what, "save the file as UTF-8", "encoding")
+        return None
+    return read_text(text, str(path), findings)
 
 
-def read_text(text: str, name: str) -> tuple[Node | None, list[Problem]]:
+def read_text(text: str, name: str, findings: Findings) -> Node | None:
     """Read YAML text as `read_file` does; `name` stands for the file in messages."""
-    reader = _Reader(text, name)
-    node = reader.document()
+    node = _Reader(text, name, findings).document()
     if node is not None and not isinstance(node.value, dict):
         what = f"{_kind(node)} is not a preset (expected a mapping with 'version' and 'rules')"
-        reader.problems.append(Problem(str(node.location), what, rule="not-a-mapping"))
-        node = None
-    return node, reader.problems
+        findings.add(node.location, what, rule="not-a-mapping")
+        return None
+    return node
 
 
-def read_value(text: str, name: str) -> tuple[Node | None, list[Problem]]:
+def read_value(text: str, name: str, findings: Findings) -> Node | None:
     """Read a single YAML value, such as that of an override; an empty text is null."""
-    reader = _Reader(text, name)
-    node = reader.document(allow_empty=True)
-    return node, [
-        Problem(name, problem.what, problem.remedy, problem.rule) for problem in reader.problems
-    ]
+    return _Reader(text, name, findings, is_file=False).document()
 
 
 class _TooDeepError(Exception):
@@ -80,17 +79,18 @@ class _TooDeepError(Exception):
 class _Reader:
     """Builds nodes from parser events; the parser itself constructs nothing."""
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, name: str, findings: Findings, is_file: bool = True) -> None:
         self.text = text
         self.name = name
-        self.problems: list[Problem] = []
+        self.findings = findings
+        self.is_file = is_file
         self.loader: Any = None
 
-    def document(self, allow_empty: bool = False) -> Node | None:
+    def document(self) -> Node | None:
         try:
             self.loader = yaml.SafeLoader(self.text)
             try:
-                return self._document(allow_empty)
+                return self._document()
             finally:
                 self.loader.dispose()
         except yaml.reader.ReaderError as error:
@@ -101,13 +101,13 @@ class _Reader:
             pass
         return None
 
-    def _document(self, allow_empty: bool) -> Node | None:
+    def _document(self) -> Node | None:
         self.loader.get_event()
         if self.loader.check_event(yaml.StreamEndEvent):
-            if allow_empty:
+            if not self.is_file:
                 return Node(None, Location(self.name, 0))
             what = "the file is empty (expected a mapping with 'version' and 'rules')"
-            self.problems.append(Problem(self.name, what, rule="not-a-mapping"))
+            self.findings.add(Location(self.name, 0), what, rule="not-a-mapping")
             return None
         self.loader.get_event()
         node = self._node(())
@@ -249,10 +249,10 @@ class _Reader:
         return text, line
 
     def _location(self, path: Path, line: int) -> Location:
-        return Location(self.name, line, join_path(path))
+        return Location(self.name, line if self.is_file else 0, join_path(path))
 
     def _problem(self, path: Path, line: int, what: str, remedy: str, rule: str) -> None:
-        self.problems.append(Problem(str(self._location(path, line)), what, remedy, rule))
+        self.findings.add(self._location(path, line), what, remedy, rule)
 
     def _unprintable(self, error: yaml.reader.ReaderError) -> None:
         line = self.text.count("\n", 0, error.position) + 1
@@ -269,6 +269,8 @@ class _Reader:
         remedy = ""
         if "\t" in source[: len(source) - len(source.lstrip())]:
             remedy = "indent with spaces, not tabs"
+        elif "${" in source:
+            remedy = 'within { } or [ ] put interpolations in quotes: "${schemes.NAME}"'
         elif _UNQUOTED_GLOB.search(source):
             remedy = 'put patterns in quotes: match: "*.q_proj"'
         self._problem((), line, what, remedy, "syntax")
