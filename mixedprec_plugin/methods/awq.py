@@ -15,7 +15,7 @@ def build(arguments: Arguments, platform: str) -> dict[str, Any]:
     """Return the constructor arguments of `AWQMarlinConfig` (`cuda`) or `AWQConfig` (the others).
 
     `AWQMarlinConfig` makes an `AWQConfig` from `full_config` for a layer that Marlin does not fit
-    (awq/awq.py:368), and a `MoeWNA16Config` for such experts (awq.py:382).
+    (awq/awq.py:368), and a `MoeWNA16Config` for such experts (awq.py:383).
     """
     flat = {
         "weight_bits": arguments["bits"],

@@ -17,8 +17,8 @@ def grid(N: int, K: int, block_size: Sequence[int]) -> tuple[int, int]:
 def block_faults(block_size: Sequence[int], shape: LayerShape) -> list[str]:
     """Return what SGLang's block methods refuse of a layer that its ranks divide.
 
-    Source: `Fp8LinearMethod.validate_block_quant_shapes` (layers/quantization/fp8.py:586-614) and
-    `BlockInt8LinearMethod.create_weights` (layers/quantization/blockwise_int8.py:162-180) refuse
+    Source: `Fp8LinearMethod.validate_block_quant_shapes` (layers/quantization/fp8.py:570) and
+    `BlockInt8LinearMethod.create_weights` (layers/quantization/blockwise_int8.py:162-178) refuse
     partial blocks where a partition or a shard would begin inside a block; a lone layer's last
     rows may be a partial block. Along K the quantization of activations asserts whole groups for
     every layer: per_token_group_quant_fp8 and sglang_per_token_group_quant_fp8

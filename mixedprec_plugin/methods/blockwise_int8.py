@@ -28,7 +28,7 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
     "weight" [N, K] int8 and "weight_scale_inv" [ceil(N/block_n), ceil(K/block_k)];
     W = weight * scale.
 
-    Source: `BlockInt8LinearMethod.create_weights` (layers/quantization/blockwise_int8.py:187-218).
+    Source: `BlockInt8LinearMethod.create_weights` (layers/quantization/blockwise_int8.py:188-216).
     """
     return {
         "weight": TensorSpec("I8", (N, K)),

@@ -33,7 +33,7 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
     a static scale.
 
     Source: what `Fp8LinearMethod.create_fp8_weight_` registers for each shard
-    (layers/quantization/fp8.py:638-714).
+    (layers/quantization/fp8.py:658-714).
     """
     tensors = {"weight": TensorSpec("F8_E4M3", (N, K))}
     block_size = arguments["weight_block_size"]
@@ -72,7 +72,7 @@ def check_shape(arguments: Arguments, shape: LayerShape, device: str) -> list[tu
 
 
 def argument_conflict(arguments: Arguments) -> str:
-    """Source: `Fp8Config.__init__` (layers/quantization/fp8.py:298-301)."""
+    """Source: `Fp8Config.__init__` (layers/quantization/fp8.py:311)."""
     if arguments["weight_block_size"] is not None and arguments["activation_scheme"] != "dynamic":
         return (
             f"activation_scheme: {arguments['activation_scheme']!r} does not go with "

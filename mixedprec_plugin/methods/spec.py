@@ -74,7 +74,8 @@ class MethodSpec:
             quantizer makes and what a checkpoint must hold; dtype is that of the running model.
         quantizer: lazy `package.module:function` (weight [N, K], arguments, dtype) -> tensors by
             suffix; empty if the method cannot quantize.
-        dequantizer: lazy `package.module:function` (tensors by suffix, arguments) -> [N, K] float32.
+        dequantizer: lazy `package.module:function` (tensors by suffix, arguments) -> [N, K]
+            float32.
         precision: rank for `on_fused_conflict: highest`; bits a weight, then quality.
         layer_kinds: what the method serves.
         min_capability: least CUDA compute capability, as major * 10 + minor.

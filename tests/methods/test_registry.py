@@ -8,8 +8,7 @@ import pytest
 from mixedprec_plugin.errors import MethodError
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.registry import METHODS, MethodTable, add_entry_points, bind
-
-GROUP = "mixedprec.methods"
+from tests.methods.packages import GROUP, install
 
 
 def test_table_keys_are_the_specs_names() -> None:
@@ -152,14 +151,6 @@ def test_all_bad_entry_points_are_reported() -> None:
     with pytest.raises(MethodError) as caught:
         add_entry_points(METHODS, points)
     assert len(caught.value.problems) == 2
-
-
-def install(folder: Path, value: str) -> None:
-    """Write what pip leaves behind of a package with one method."""
-    info = folder / "third_party-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\nforeign = {value}\n")
 
 
 def test_table_finds_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
