@@ -40,7 +40,7 @@ def original(layer: str) -> torch.Tensor:
 
 
 def is_expected(weight: np.ndarray, folder: str, layer: str) -> bool:
-    """Whether a dequantized weight is the one that `expected.json` describes, to its printed digits."""
+    """Whether a dequantized weight is the one of `expected.json`, to its printed digits."""
     expected = EXPECTED[folder][f"{layer}.weight"]
     base = original(layer).float().numpy().astype(np.float64)
     weight = weight.astype(np.float64)

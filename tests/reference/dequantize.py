@@ -1,4 +1,4 @@
-"""Dequantize every stored format that is met, in plain numpy: the reference for the package's own code.
+"""Dequantize every stored format in plain numpy: the reference for the package's own code.
 
 Written from the formats' definitions, for legibility. It shares no code with the package, and it is
 checked against checkpoints that other people's tools wrote. Arrays are float32 for every floating
@@ -83,7 +83,7 @@ def awq(tensors: Arrays, arguments: Mapping[str, Any]) -> np.ndarray:
 
 
 def gptq(tensors: Arrays, arguments: Mapping[str, Any]) -> np.ndarray:
-    """GPTQ: words along K, zeros along N less one (v1); the row's group is g_idx where it is stored."""
+    """GPTQ: words along K, zeros along N less one (v1), a row's group from g_idx."""
     bits = arguments["bits"]
     codes = unpack(np.ascontiguousarray(tensors["qweight"].T), bits).T
     zeros = unpack(np.ascontiguousarray(tensors["qzeros"]), bits)
@@ -103,7 +103,7 @@ def by_channel(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
 def by_block(
     weight: np.ndarray, scale: np.ndarray, block: tuple[int, int] | list[int]
 ) -> np.ndarray:
-    """One scale for each block of [rows, columns]: element [n, k] has scale [n // rows, k // columns]."""
+    """Element [n, k] has scale [n // block rows, k // block columns]."""
     rows = np.arange(weight.shape[0]) // block[0]
     columns = np.arange(weight.shape[1]) // block[1]
     if scale.shape != (rows[-1] + 1, columns[-1] + 1):

@@ -1,0 +1,64 @@
+"""The quantizers with the arguments that the tests go through."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mixedprec_plugin.methods.registry import bind
+from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, gptq
+
+MODULES = {"fp8": fp8, "blockwise_int8": blockwise_int8, "awq": awq, "gptq": gptq}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method with complete arguments."""
+
+    method: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def module(self) -> ModuleType:
+        """The quantizer's module."""
+        return MODULES[self.method]
+
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+    ) -> dict[str, torch.Tensor]:
+        """The stored tensors."""
+        tensors: dict[str, torch.Tensor] = self.module.quantize(weight, self.arguments, dtype)
+        return tensors
+
+    def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight again, float32."""
+        weight: torch.Tensor = self.module.dequantize(tensors, self.arguments)
+        return weight
+
+    def __str__(self) -> str:
+        given = "-".join(f"{key}={value}" for key, value in self.arguments.items())
+        return f"{self.method}-{given}".replace(" ", "")
+
+
+def case(name: str, **arguments: Any) -> Case:
+    """Bind a method's name, as a preset does."""
+    return Case(*bind(name, arguments))
+
+
+CASES = (
+    case("fp8"),
+    case("fp8", weight_block_size=[128, 128]),
+    case("blockwise_int8"),
+    case("awq", group_size=32),
+    case("awq", group_size=64, clip_search=True),
+    case("awq", group_size=-1),
+    case("gptq", bits=4, group_size=32),
+    case("gptq", bits=4, group_size=64, clip_search=True),
+    case("gptq", bits=4, group_size=-1),
+    case("gptq", bits=8, group_size=32),
+    case("gptq", bits=8, group_size=64, clip_search=True),
+)
