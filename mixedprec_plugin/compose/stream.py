@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -78,16 +79,30 @@ def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
     Raises:
         CheckpointError: a weight is NaN or infinite, or does not fit the model's dtype.
     """
-    stored = {suffix: _read_finite(tensor, reader) for suffix, tensor in layer.inputs.items()}
-    if layer.action == "quantize":
-        outputs = _quantize(layer, stored.pop("weight"), target) | stored
-    elif layer.action == "dequantize":
-        outputs = _dequantize(layer, stored)
-    else:
-        outputs = stored
-    return {
-        suffix: _fit(outputs[suffix], spec, layer, suffix) for suffix, spec in layer.outputs.items()
-    }
+    with plain_defaults():
+        stored = {suffix: _read_finite(tensor, reader) for suffix, tensor in layer.inputs.items()}
+        if layer.action == "quantize":
+            outputs = _quantize(layer, stored.pop("weight"), target) | stored
+        elif layer.action == "dequantize":
+            outputs = _dequantize(layer, stored)
+        else:
+            outputs = stored
+        return {
+            suffix: _fit(outputs[suffix], spec, layer, suffix)
+            for suffix, spec in layer.outputs.items()
+        }
+
+
+@contextlib.contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Torch's own defaults: SGLang loads under the model's dtype, which would round constants."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _read_finite(tensor: StoredTensor, reader: Reader) -> torch.Tensor:

@@ -1,0 +1,86 @@
+"""Small checkpoints of real architectures, written with the safetensors library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+
+def llama_config(**changes: Any) -> dict[str, Any]:
+    """config.json of a Llama whose every dimension is a multiple of 128."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_hidden_layers": 3,
+        "vocab_size": 320,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        **changes,
+    }
+
+
+def llama_tensors(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Random weights for `llama_config`."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}self_attn.q_proj.weight": (q, hidden),
+            f"{prefix}self_attn.k_proj.weight": (kv, hidden),
+            f"{prefix}self_attn.v_proj.weight": (kv, hidden),
+            f"{prefix}self_attn.o_proj.weight": (hidden, q),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            f"{prefix}mlp.gate_proj.weight": (inner, hidden),
+            f"{prefix}mlp.up_proj.weight": (inner, hidden),
+            f"{prefix}mlp.down_proj.weight": (hidden, inner),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return {
+        name: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], parts: int = 1
+) -> Path:
+    """Write config.json and the tensors, in one file or in several with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(config)))
+    if parts == 1:
+        save_file(dict(tensors), folder / "model.safetensors")
+        return folder
+    weight_map = {}
+    names = list(tensors)
+    for part in range(parts):
+        file_name = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        chosen = names[part::parts]
+        save_file({name: tensors[name] for name in chosen}, folder / file_name)
+        weight_map |= dict.fromkeys(chosen, file_name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_llama(folder: Path, parts: int = 1, **changes: Any) -> Path:
+    """Write a small random Llama."""
+    config = llama_config(**changes)
+    return write_checkpoint(folder, config, llama_tensors(config), parts)

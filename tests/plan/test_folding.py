@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from mixedprec_plugin.plan.folding import fold_names, fold_numbers, natural_key
+
+
+def test_numbers_fold_to_ranges() -> None:
+    assert fold_numbers([3, 0, 1, 2, 7, 9, 10]) == "0-3,7,9-10"
+
+
+def test_names_fold_over_their_first_number() -> None:
+    names = ["m.0.a", "m.1.a", "m.2.a", "m.0.b", "m.4.a", "head"]
+    assert fold_names(names) == ["m.0-2,4.a", "m.0.b", "head"]
+
+
+def test_second_number_does_not_fold() -> None:
+    assert fold_names(["l.0.e.1.w", "l.1.e.1.w", "l.0.e.2.w"]) == ["l.0-1.e.1.w", "l.0.e.2.w"]
+
+
+def test_natural_order_puts_2_before_10() -> None:
+    assert sorted(["l.10.a", "l.2.b", "l.2.a"], key=natural_key) == ["l.2.a", "l.2.b", "l.10.a"]

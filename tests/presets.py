@@ -1,0 +1,36 @@
+"""Presets written in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.preset.model import Preset
+
+
+def write_preset(folder: Path, *lines: str, head: str = "") -> Path:
+    """Write `preset.yaml` with the given rules, one a line: `match: "*", method: fp8`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rules = "".join(f"  - {{{line}}}\n" for line in lines)
+    path = folder / "preset.yaml"
+    path.write_text(f"version: 1\n{head}rules:\n{rules}", encoding="utf-8")
+    return path
+
+
+def preset(folder: Path, *lines: str, head: str = "") -> Preset:
+    """Load a preset of the given rules."""
+    return load_preset(write_preset(folder, *lines, head=head))
+
+
+def plan(model: Path, *lines: str, head: str = "", target: Target | None = None) -> Plan:
+    """Plan the given rules over a checkpoint."""
+    loaded = preset(model.parent / "presets", *lines, head=head)
+    return resolve_plan(loaded, open_source(model), target or Target())
+
+
+def problem_texts(made: Plan) -> list[str]:
+    """Every problem of a plan as `severity: text`."""
+    return [f"{problem.severity}: {problem}" for problem in made.problems]

@@ -1,0 +1,216 @@
+"""The loader on SGLang's own Llama, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixedprec_plugin.compose.stream import open_virtual_checkpoint
+from mixedprec_plugin.errors import CheckpointError, LoadError, PlanError
+from mixedprec_plugin.plan.model import Target
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
+from tests.presets import write_preset
+
+LoadModel = Callable[..., Any]
+METHODS = ("bf16", "fp8", "fp8_block", "int8", "awq", "gptq", "gptq_int8")
+
+
+@pytest.fixture
+def model_path(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "model", parts=3)
+
+
+@pytest.fixture
+def as_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave parameters as the weight loaders filled them, before methods repack them."""
+    from mixedprec_plugin.serving.loader import MixedPrecisionLoader
+
+    monkeypatch.setattr(MixedPrecisionLoader, "postprocess_weights", staticmethod(lambda *_: None))
+
+
+@pytest.mark.usefixtures("as_loaded")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stored_number_arrives_in_its_parameter(
+    load_model: LoadModel, model_path: Path, tmp_path: Path, method: str
+) -> None:
+    preset = write_preset(tmp_path, f'match: "*", method: {method}')
+    model = load_model(model_path, preset)
+    stream = dict(iter(open_virtual_checkpoint(model_path, preset, Target(device="cpu"))))
+    layer = model.model.layers[1]
+    for name, module in (
+        ("self_attn.o_proj", layer.self_attn.o_proj), ("mlp.down_proj", layer.mlp.down_proj)
+    ):  # fmt: skip
+        held = dict(module.named_parameters())
+        assert held
+        for suffix, parameter in held.items():
+            stored = stream[f"model.layers.1.{name}.{suffix}"]
+            assert parameter.dtype == stored.dtype
+            assert torch.equal(_raw(parameter.data), _raw(stored).reshape(_raw(parameter).shape))
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.usefixtures("as_loaded")
+@pytest.mark.parametrize(
+    ("method", "suffixes"),
+    [
+        ("fp8_block", {"weight": 0, "weight_scale_inv": 0}),
+        ("int8", {"weight": 0, "weight_scale_inv": 0}),
+        ("awq", {"qweight": 1, "qzeros": 1, "scales": 1}),
+        ("gptq", {"qweight": 1, "qzeros": 1, "scales": 1}),
+        ("bf16", {"weight": 0}),
+    ],
+)
+def test_fused_module_holds_its_shards_in_order(
+    load_model: LoadModel, model_path: Path, tmp_path: Path, method: str, suffixes: dict[str, int]
+) -> None:
+    preset = write_preset(tmp_path, f'match: "*", method: {method}')
+    model = load_model(model_path, preset)
+    stream = dict(iter(open_virtual_checkpoint(model_path, preset, Target(device="cpu"))))
+    qkv, gate_up = model.model.layers[2].self_attn.qkv_proj, model.model.layers[2].mlp.gate_up_proj
+    for module, names in (
+        (qkv, [f"self_attn.{shard}_proj" for shard in "qkv"]),
+        (gate_up, ["mlp.gate_proj", "mlp.up_proj"]),
+    ):
+        for suffix, axis in suffixes.items():
+            shards = [stream[f"model.layers.2.{name}.{suffix}"] for name in names]
+            whole = torch.cat([_bytes(shard) for shard in shards], dim=axis)
+            assert torch.equal(_bytes(getattr(module, suffix).data), whole), suffix
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its elements as integers: torch cannot compare fp8."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def test_plan_is_written_as_json(load_model: LoadModel, model_path: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
+    path = tmp_path / "plan.json"
+    load_model(model_path, preset, mixedprec_plan=str(path))
+    made = json.loads(path.read_text())
+    methods = {layer["name"]: layer["method"] for layer in made["layers"]}
+    assert methods["model.layers.0.mlp.up_proj"] == "gptq"
+    assert methods["model.layers.0.self_attn.q_proj"] == "bf16"
+    assert made["problems"] == []
+
+
+def test_tensor_that_the_model_has_no_parameter_for_is_an_error(
+    load_model: LoadModel, tmp_path: Path
+) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    tensors["model.layers.0.self_attn.sinks"] = torch.ones(4, dtype=torch.bfloat16)
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
+    with pytest.raises(LoadError, match=r"model\.layers\.0\.self_attn\.sinks: is in the checkpoint, "
+                       "but LlamaForCausalLM has no parameter for it"):  # fmt: skip
+        load_model(model, preset)
+
+
+def test_bias_that_the_model_does_not_have_is_an_error(
+    load_model: LoadModel, tmp_path: Path
+) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    tensors["model.layers.0.self_attn.o_proj.bias"] = torch.ones(256, dtype=torch.bfloat16)
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
+    with pytest.raises(LoadError, match="has no parameter 'bias'"):
+        load_model(model, preset)
+
+
+def test_norm_that_the_checkpoint_lacks_is_an_error(load_model: LoadModel, tmp_path: Path) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    del tensors["model.layers.1.input_layernorm.weight"]
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
+    with pytest.raises(LoadError, match=r"model\.layers\.1\.input_layernorm\.weight: 0 of 256 "
+                       "elements were filled from the checkpoint"):  # fmt: skip
+        load_model(model, preset)
+
+
+def test_shard_that_the_checkpoint_lacks_is_an_error(load_model: LoadModel, tmp_path: Path) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
+    with pytest.raises(LoadError, match=r"model\.layers\.1\.self_attn\.qkv_proj: the model builds it"):
+        load_model(model, preset)
+
+
+def test_untied_head_that_the_checkpoint_lacks_is_an_error(
+    load_model: LoadModel, tmp_path: Path
+) -> None:
+    tensors = llama_tensors(llama_config())
+    model = write_checkpoint(tmp_path / "model", llama_config(tie_word_embeddings=False), tensors)
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
+    with pytest.raises(LoadError, match=r"lm_head\.weight: 0 of .* elements were filled"):
+        load_model(model, preset)
+
+
+def test_shape_that_the_model_denies_is_an_error_before_a_weight_is_read(
+    load_model: LoadModel, tmp_path: Path
+) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = torch.full((256, 640), torch.nan, dtype=torch.bfloat16)
+    model = write_checkpoint(tmp_path / "model", config | {"architectures": ["MistralForCausalLM"]},
+                             tensors)  # fmt: skip
+    preset = write_preset(tmp_path, 'match: "*.self_attn.*", method: fp8')
+    with pytest.raises(PlanError, match=r"its weight is \[256, 640\] .expected \[256, 512\]"):
+        load_model(model, preset)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("layer", ["mlp.up_proj", "self_attn.q_proj", "input_layernorm"])
+def test_weight_that_is_not_finite_is_an_error(
+    load_model: LoadModel, tmp_path: Path, layer: str, value: float
+) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    name = f"model.layers.2.{layer}.weight"
+    tensors[name].view(-1)[7] = value
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
+    message = rf"model\.layers\.2\.{layer}\.weight: 1 of .* weights in model\.safetensors are NaN"
+    with pytest.raises(CheckpointError, match=message):
+        load_model(model, preset)
+
+
+def test_bf16_weight_that_fp16_cannot_hold_is_an_error(
+    load_model: LoadModel, tmp_path: Path
+) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] = 1e5
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
+    with pytest.raises(CheckpointError, match="has values over 65504, which float16 cannot hold"):
+        load_model(model, preset, dtype="float16")
+
+
+def test_bf16_model_is_the_one_that_sglang_loads_by_itself(
+    load_model: LoadModel, model_path: Path, tmp_path: Path
+) -> None:
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader.loader import get_model_loader
+
+    ours = load_model(model_path, write_preset(tmp_path, 'match: "*", method: bf16'))
+    model_config = ModelConfig(str(model_path), dtype="bfloat16")
+    loader = get_model_loader(LoadConfig(), model_config)
+    stock = loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+    theirs = dict(stock.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
