@@ -95,11 +95,11 @@ def _scheme(
 
 
 def _completed(scheme: Scheme, stored: StoredFormat) -> Scheme:
-    """Act order that the preset leaves open is as the source stores it."""
-    if scheme.method != stored.method or scheme.arguments.get("desc_act", True) is not None:
+    """Act order that the preset leaves open is as the source stores it, and none if we quantize."""
+    if scheme.arguments.get("desc_act", True) is not None:
         return scheme
-    arguments = {**scheme.arguments, "desc_act": stored.arguments["desc_act"]}
-    return dataclasses.replace(scheme, arguments=arguments)
+    desc_act = scheme.method == stored.method and stored.arguments["desc_act"]
+    return dataclasses.replace(scheme, arguments={**scheme.arguments, "desc_act": desc_act})
 
 
 def _planned_layer(

@@ -37,6 +37,10 @@ class SourceReference:
     location: Location
 
 
+# arguments that say how we read and quantize, and that no SGLang config knows
+_OURS = frozenset({"clip_search", "dtype"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Scheme:
     """A method with its arguments bound.
@@ -56,7 +60,9 @@ class Scheme:
     @property
     def identity(self) -> tuple[str, tuple[tuple[str, str], ...]]:
         """What decides whether two schemes are the same for SGLang; label and source do not."""
-        return self.method, tuple(sorted((k, repr(v)) for k, v in self.arguments.items()))
+        return self.method, tuple(
+            sorted((k, repr(v)) for k, v in self.arguments.items() if k not in _OURS)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
