@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.errors import MethodError
+from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.methods.registry import bind
 from mixedprec_plugin.names import PatternError, compile_pattern, nearest
 from mixedprec_plugin.preset.findings import Findings
@@ -105,16 +105,25 @@ class Binder:
         source = entry.get("source", MODEL)
         is_known = source == MODEL or source in self._mapping("sources")
         if not is_known:
-            self._unknown((*path, "source"), "source", source, [MODEL, *self._mapping("sources")])
+            names = [MODEL, *(name for name in self._mapping("sources") if name != MODEL)]
+            self._unknown((*path, "source"), "source", source, names)
         given = {key: _whole(value) for key, value in entry.items() if key not in own_keys}
         try:
             method, arguments = bind(entry["method"], given)
         except MethodError as error:
             for problem in error.problems:
-                what = f"{problem.where}: {problem.what}" if problem.where else problem.what
-                self.findings.add(self.tree.locate(path), what, problem.remedy, problem.rule)
+                self._refused(problem, given, path)
             return None
         return Scheme(label, method, arguments, source) if is_known else None
+
+    def _refused(self, problem: Problem, given: Mapping[str, Any], path: Path) -> None:
+        """Pass on what the registry says, at the argument that it speaks of."""
+        argument, _, rest = problem.what.partition(": ")
+        if argument in given:
+            place, what = (*path, argument), rest
+        else:
+            place, what = path, problem.what
+        self.findings.add(self.tree.locate(place), what, problem.remedy, problem.rule)
 
     def _unknown(self, path: Path, kind: str, name: str, names: list[str]) -> None:
         near = nearest(name, names)
@@ -129,7 +138,8 @@ class Binder:
 
     def _is_sound(self, path: Path) -> bool:
         """Whether nothing at or below `path` was found wrong."""
-        return not self.findings.touches(self.tree.locate(path))
+        places = [self.tree.locate(path), *self.tree.locations(path)]
+        return not any(self.findings.touches(place) for place in places)
 
 
 def _whole(value: Any) -> Any:

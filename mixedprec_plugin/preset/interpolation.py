@@ -23,10 +23,11 @@ from mixedprec_plugin.preset.references import (
     Reference,
     parse_expression,
 )
-from mixedprec_plugin.preset.tree import Key, Node, Path, join_path
+from mixedprec_plugin.preset.tree import Key, Node, Path
 
 MAX_SIZE = 1 << 21
 MAX_CHAIN = 32
+MAX_OPEN = 3 * MAX_CHAIN
 
 
 def resolve(root: Node, findings: Findings) -> Any:
@@ -145,14 +146,19 @@ class _Checker:
                 self._fail(path, what, remedy, "missing-variable")
             return _Extent(len(value or ""), 0)
         target = self._target(path, part)
+        if len(self.open) > MAX_OPEN:
+            self._too_long(path)
         extent = self._extent(target)
-        if extent.depth >= MAX_CHAIN or len(self.open) > 8 * MAX_CHAIN:
-            what = f"more than {MAX_CHAIN} interpolations lie one behind another"
-            self._fail(path, what, "refer to the value itself", "interpolation-chain")
+        if extent.depth >= MAX_CHAIN:
+            self._too_long(path)
         if not whole.is_whole and isinstance(self._behind(target).value, (dict, list)):
             what = f"{part.text} is not text and stands within text"
             self._fail(path, what, "let it stand alone", "interpolation-type")
         return _Extent(extent.size, extent.depth + 1)
+
+    def _too_long(self, path: Path) -> NoReturn:
+        what = f"more than {MAX_CHAIN} interpolations lie one behind another"
+        self._fail(path, what, "refer to the value itself", "interpolation-chain")
 
     def _parse(self, path: Path, text: str) -> Expression:
         try:
@@ -198,7 +204,7 @@ class _Checker:
     def _circle(self, path: Path) -> NoReturn:
         circle = self.open[self.open.index(path) :]
         links = [link for link in circle if _is_interpolated(_at(self.root, link))]
-        chain = " -> ".join(join_path(link) for link in [*links, links[0]])
+        chain = " -> ".join(self.root.locate(link).key for link in [*links, links[0]])
         what = f"interpolations go in a circle: {chain}"
         self._fail(links[0], what, "write one of them out", "interpolation-cycle")
 

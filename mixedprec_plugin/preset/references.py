@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from omegaconf.errors import GrammarParseError
@@ -43,6 +44,7 @@ class ExpressionError(ValueError):
         self.rule = rule
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_expression(text: str) -> Expression:
     """Parse a text that holds `${`.
 

@@ -37,6 +37,7 @@ _EXAMPLES = {
     "path": "path: FOLDER",
     "version": "version: 1",
 }
+_UNQUOTE = "leave the quotes out"
 _PARTS = ("version", "extends", "sources", "schemes", "rules")
 
 
@@ -100,12 +101,24 @@ def _file_validator() -> Validator:
 
 
 def _report(validator: Validator, data: Any, tree: Node, findings: Findings) -> None:
-    for error in validator.iter_errors(data):
+    errors = list(validator.iter_errors(data))
+    mistyped = {tuple(error.absolute_path) for error in errors if error.validator == "type"}
+    for error in errors:
         path: Path = tuple(error.absolute_path)
+        if path in mistyped and error.validator in ("enum", "const"):
+            continue
         for key, what, remedy, rule in _describe(error, path):
             location = tree.locate((*path, *key))
-            if not findings.is_muted(location):
-                findings.add(location, what, remedy, f"schema-{rule}")
+            if findings.is_muted(location):
+                continue
+            if remedy == _UNQUOTE and _is_from_environment(tree, path):
+                remedy = "environment variables are text; override the key on the command line"
+            findings.add(location, what, remedy, f"schema-{rule}")
+
+
+def _is_from_environment(tree: Node, path: Path) -> bool:
+    node = tree.at(path)
+    return node is None or "${" in str(node.value)
 
 
 _Finding = tuple[tuple[str, ...], str, str, str]
@@ -127,6 +140,9 @@ def _describe(error: ValidationError, path: Path) -> list[_Finding]:
         return [((), f"{show(value)} is {_kind(value)} (expected {wanted})", "", rule)]
     if rule == "enum":
         return [((), *_not_one_of(value, expected, path), rule)]
+    if rule == "const" and path == ("version",):
+        what = f"{show(value)} is not a version of the preset language (expected {expected})"
+        return [((), what, "", rule)]
     if rule == "const":
         return [((), f"{show(value)} is not {show(expected)}", "", rule)]
     if rule in ("minItems", "minLength"):
@@ -163,7 +179,7 @@ def _not_one_of(value: Any, expected: list[Any], path: Path) -> tuple[str, str]:
         else []
     )
     if isinstance(value, str) and value in {show(choice) for choice in expected}:
-        return f"{show(value)} is text and not one of {choices}", "leave the quotes out"
+        return f"{show(value)} is text and not one of {choices}", _UNQUOTE
     return f"{show(value)} is not one of {choices}", f"did you mean {_either(near)}?" * bool(near)
 
 

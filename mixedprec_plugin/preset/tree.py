@@ -49,6 +49,18 @@ class Node:
         key = join_path(path[depth:], node.location.key)
         return dataclasses.replace(node.location, key=key)
 
+    def at(self, path: Path) -> Node | None:
+        """The node at a path, or None where there is none."""
+        node: Node | None = self
+        for key in path:
+            node = node.child(key) if node is not None else None
+        return node
+
+    def locations(self, path: Path) -> list[Location]:
+        """The locations of the scalars at and below `path`; overrides have locations of their own."""
+        node = self.at(path)
+        return [scalar.location for _, scalar in node.scalars()] if node is not None else []
+
     def scalars(self, path: Path = ()) -> Iterator[tuple[Path, Node]]:
         """Every scalar below this node with its path."""
         if isinstance(self.value, dict):
