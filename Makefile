@@ -32,7 +32,7 @@ lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(RUN) -m mypy -p demo -p benchmarks
+	@$(RUN) -m mypy --follow-imports silent -p demo -p benchmarks
 
 format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .

@@ -1,0 +1,105 @@
+"""A transformers model that holds a preset's weights, dequantized by independent code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.activations import QuantizedInputLinear, input_quantizer
+from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
+from mixedprec_plugin.plan.model import Target
+from tests.reference.dequantize import dequantize_method
+
+QUANTIZED = frozenset({"fp8", "blockwise_int8", "awq", "gptq"})
+
+
+class ReferenceError(Exception):
+    """The virtual checkpoint and the transformers model do not fit each other."""
+
+
+def load_unquantized(model_path: Path) -> Any:
+    """Load a checkpoint as it is, in fp32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    return model.eval()
+
+
+def load_reference(model_path: Path, preset_path: Path) -> tuple[Any, VirtualCheckpoint]:
+    """Load a checkpoint and put every tensor of the preset's virtual checkpoint in its place.
+
+    Returns:
+        the model in fp32, quantized layers replaced by their dequantized weights and, where the
+        method quantizes activations, by layers that do so; and the virtual checkpoint.
+    Raises:
+        ReferenceError: a layer that transformers does not have, or parameters left as they were.
+    """
+    model = load_unquantized(model_path)
+    stream = open_virtual_checkpoint(model_path, preset_path, Target(device="cpu"))
+    untouched = {name for name, _ in model.named_parameters()}
+    for layer_name, tensors in _layers(stream):
+        layer = stream.plan.by_name[layer_name]
+        if layer.method in QUANTIZED:
+            assert layer.scheme is not None
+            arguments = layer.scheme.arguments
+            weight = torch.from_numpy(_dequantize(layer.method, tensors, arguments))
+            bias = tensors["bias"].float() if "bias" in tensors else None
+            quantizer = input_quantizer(layer.method, arguments)
+            _replace(model, layer_name, QuantizedInputLinear(weight, bias, quantizer))
+            names = {f"{layer_name}.weight"} | (
+                {f"{layer_name}.bias"} if "bias" in tensors else set()
+            )
+        else:
+            names = _copy(model, layer_name, tensors)
+        untouched -= names
+    if untouched:
+        raise ReferenceError(f"no tensor came for {', '.join(sorted(untouched))}")
+    return model, stream
+
+
+def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Return teacher-forced log-probabilities float32 [T - 1, V]; row i is of token i + 1."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens])).logits[0, :-1]
+        return torch.log_softmax(logits.float(), -1)
+
+
+def _layers(stream: VirtualCheckpoint) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Group the stream by layer; it yields a layer's tensors one after the other."""
+    for layer, items in groupby(stream, key=lambda item: item[0].rpartition(".")[0]):
+        yield layer, {name.rpartition(".")[2]: tensor for name, tensor in items}
+
+
+def _dequantize(
+    method: str, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
+) -> np.ndarray:
+    arrays = {
+        suffix: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        for suffix, tensor in tensors.items()
+    }
+    return np.ascontiguousarray(dequantize_method(method, arrays, arguments), dtype=np.float32)
+
+
+def _replace(model: Any, name: str, module: torch.nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    old = model.get_submodule(name)
+    shape = tuple(module.get_buffer("weight").shape)
+    if shape != tuple(old.weight.shape):
+        raise ReferenceError(f"{name}: dequantized to {shape} (expected {tuple(old.weight.shape)})")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _copy(model: Any, layer_name: str, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    names = set()
+    for suffix, tensor in tensors.items():
+        name = f"{layer_name}.{suffix}"
+        parameter = model.get_parameter(name)
+        if parameter.shape != tensor.shape:
+            raise ReferenceError(f"{name}: {tuple(tensor.shape)} (expected {parameter.shape})")
+        parameter.data.copy_(tensor)
+        names.add(name)
+    return names

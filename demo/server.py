@@ -1,0 +1,188 @@
+"""Start an SGLang server on the loopback interface, talk to it, and stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+START_SECONDS = 600.0
+STOP_SECONDS = 30.0
+_LOG_TAIL_LINES = 25
+# A proxy that the environment names must not be asked for the loopback interface.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class ServerError(Exception):
+    """The server died, did not become ready in time, or answered with an error."""
+
+
+class Server:
+    """`sglang serve` as a subprocess: `with Server(model_path, log_path) as server: ...`.
+
+    Args:
+        model_path: checkpoint folder.
+        log_path: file that receives what the server prints.
+        preset_path: served with `--load-format mixedprec` if given, stock if None.
+        flags: more flags of `sglang serve`.
+    Attributes:
+        command: what is run.
+        ready_seconds: from start to ready; 0.0 before.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        log_path: Path,
+        preset_path: Path | None = None,
+        flags: Sequence[str] = (),
+    ) -> None:
+        self.port = free_port()
+        self.log_path = log_path
+        self.ready_seconds = 0.0
+        self.command = [str(Path(sys.executable).parent / "sglang"), "serve"]
+        self.command += ["--model-path", str(model_path)]
+        if preset_path is not None:
+            self.command += ["--load-format", "mixedprec"]
+            self.command += ["--mixedprec-config", str(preset_path)]
+        self.command += [*flags, "--host", "127.0.0.1", "--port", str(self.port)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server, which is its process group's as well."""
+        assert self._process is not None
+        return self._process.pid
+
+    def __enter__(self) -> Server:
+        environment = {**os.environ, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def request(self, path: str, body: Any = None, timeout: float = 300.0) -> Any:
+        """GET a path, or POST a JSON body to it; return the JSON that comes back.
+
+        Raises:
+            ServerError: an HTTP error, or no server any more; with the end of the log.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
+        try:
+            with _opener.open(request, timeout=timeout) as response:
+                return json.loads(response.read() or b"null")
+        except urllib.error.HTTPError as error:
+            raise ServerError(f"{path}: {error}: {error.read()[:500]!r}") from error
+        except OSError as error:
+            raise ServerError(f"{path}: {error}\n{self.log_tail()}") from error
+
+    def log_tail(self) -> str:
+        """Return the last lines of the log under a heading."""
+        lines = self.log_path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+        return "\n".join([f"--- the end of {self.log_path} ---", *lines])
+
+    def stop(self) -> None:
+        """Ask the server to stop; end what is left of its process group."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                print("The server does not stop by itself; ending it.", file=sys.stderr)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        start = time.monotonic()
+        with Progress() as progress:
+            while not self._is_ready():
+                seconds = time.monotonic() - start
+                if self._process.poll() is not None:
+                    raise ServerError(
+                        f"the server ended with exit code {self._process.returncode} "
+                        f"before it was ready\n{self.log_tail()}"
+                    )
+                if seconds > START_SECONDS:
+                    raise ServerError(
+                        f"the server is not ready after {seconds:.0f} s\n{self.log_tail()}"
+                    )
+                progress.show(seconds)
+                time.sleep(0.5)
+        self.ready_seconds = time.monotonic() - start
+
+    def _is_ready(self) -> bool:
+        """Whether /health answers; SGLang opens it before the model is loaded, with status 503."""
+        try:
+            with _opener.open(f"http://127.0.0.1:{self.port}/health", timeout=60) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+
+class Progress:
+    """Seconds waited, on one line of a terminal; every ten seconds a line elsewhere."""
+
+    def __init__(self) -> None:
+        self._shown = -1
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def show(self, seconds: float) -> None:
+        """Print the seconds if enough have passed since the last time."""
+        is_terminal = sys.stderr.isatty()
+        step = int(seconds) if is_terminal else int(seconds) // 10
+        if step > self._shown:
+            self._shown = step
+            text = f"  waiting for the server: {seconds:.0f} s"
+            print(f"\r{text}" if is_terminal else text, end="" if is_terminal else "\n",
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nothing listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
