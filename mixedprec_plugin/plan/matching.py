@@ -1,12 +1,20 @@
-"""Which rule decides which layer."""
+"""Which rule decides which layer.
+
+Layers may be counted from the end, as in Python: `model.layers.-1.*` or `*.layers.{-2..-1}.*`
+match the last layers of a model whatever their number.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 
 from mixedprec_plugin.names import compile_pattern
 from mixedprec_plugin.preset.model import Rule
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_FROM_END = re.compile(r"-\d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +32,34 @@ class Matches:
 
 def match_rules(rules: Collection[Rule], names: Collection[str]) -> Matches:
     """Match every rule against every layer name; the last rule that matches a layer wins."""
+    from_end = names_from_end(names)
     deciding: dict[str, Rule] = {}
     matched: dict[int, frozenset[str]] = {}
     for rule in rules:
-        patterns = [compile_pattern(pattern) for pattern in rule.patterns]
-        hits = frozenset(name for name in names if any(matches(name) for matches in patterns))
-        matched[rule.index] = hits
+        hits: set[str] = set()
+        for pattern in rule.patterns:
+            matches = compile_pattern(pattern)
+            hits.update(name for name in names if matches(name))
+            if _FROM_END.search(pattern):
+                hits.update(name for name, alias in from_end.items() if matches(alias))
+        matched[rule.index] = frozenset(hits)
         deciding.update(dict.fromkeys(hits, rule))
     return Matches(deciding, matched)
+
+
+def names_from_end(names: Collection[str]) -> dict[str, str]:
+    """Layer name -> the same name with its first number counted from the end.
+
+    `model.layers.29.mlp.up_proj` of 30 layers -> `model.layers.-1.mlp.up_proj`; names without a
+    number are left out. Names that differ before the number are counted apart.
+    """
+    found = {name: match for name in names if (match := _NUMBER.search(name))}
+    counts: dict[str, int] = {}
+    for name, match in found.items():
+        prefix = name[: match.start()]
+        counts[prefix] = max(counts.get(prefix, 0), int(match.group()) + 1)
+    return {
+        name: f"{(prefix := name[: match.start()])}{int(match.group()) - counts[prefix]}"
+        f"{name[match.end() :]}"
+        for name, match in found.items()
+    }
