@@ -8,15 +8,32 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.linear import LinearBase
-from sglang.srt.layers.quantization.awq import AWQConfig
+from sglang.srt.layers.quantization.awq import AWQConfig, awq
 from sglang.srt.layers.quantization.awq.schemes import AWQLinearScheme
 
-from mixedprec_plugin.cpu.weight_only import dequantize_awq, matmul
+from mixedprec_plugin.cpu.int4 import Int4Weight, unpack_int4
+from mixedprec_plugin.cpu.weight_only import dequantize, multiply
 from mixedprec_plugin.errors import Problem, ShapeError
+from mixedprec_plugin.quantize.packing import pack_awq, unpack_awq
+
+
+class AWQLinearMethod(awq.AWQLinearMethod):
+    """SGLang's `AWQLinearMethod`, which can be loaded a second time.
+
+    The name is SGLang's: linear layers choose their weight loader by it
+    (sglang/srt/layers/linear.py:140).
+    """
+
+    def restore_weights_before_loading(self, layer: LinearBase) -> None:
+        """Give the parameters the checkpoint's layout again; their values stay."""
+        layer.scheme.restore_weights_before_loading(layer)
 
 
 class CpuAWQLinearScheme(AWQLinearScheme):
-    """SGLang's `AWQLinearScheme` with a torch matmul in the activation's dtype."""
+    """SGLang's `AWQLinearScheme` with torch matmuls in the activation's dtype."""
+
+    quant_config: AWQConfig
+    _weight: Int4Weight | None = None
 
     def _init_kernel(self, quant_config: AWQConfig) -> SimpleNamespace:
         """SGLang's kernel object needs a GPU; nothing here asks it for anything."""
@@ -60,11 +77,30 @@ class CpuAWQLinearScheme(AWQLinearScheme):
         )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Leave the parameters as they were loaded, so that they can be loaded again."""
+        """Replace `qweight` by the layout of torch's kernel, where it takes the layer."""
+        if self._weight is not None:
+            return
+        zeros = unpack_awq(layer.qzeros.data)
+        self._weight = Int4Weight.pack(unpack_awq(layer.qweight.data), layer.scales.data, zeros)
+        if self._weight is not None:
+            layer.qweight.data = self._weight.packed
+            layer.scales.data = self._weight.scales
+
+    def restore_weights_before_loading(self, layer: LinearBase) -> None:
+        """Give `qweight` AWQ's layout again; does nothing where it has it."""
+        if self._weight is not None:
+            layer.qweight.data = pack_awq(unpack_int4(self._weight.packed)).contiguous()
+            self._weight = None
 
     def apply_weights(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Multiply [..., K] by the dequantized weight, [..., N]; the bias is added afterwards."""
-        weight = dequantize_awq(layer.qweight.data, layer.qzeros.data, layer.scales.data)
-        return matmul(x, weight, bias)
+        """Multiply [..., K] by the weight, [..., N]; the bias is added afterwards."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._weight is not None:
+            out = self._weight.multiply(rows)
+        else:
+            codes, zeros = unpack_awq(layer.qweight.data), unpack_awq(layer.qzeros.data)
+            out = multiply(rows, dequantize(codes, zeros, layer.scales.data))
+        out = out.view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias

@@ -1,10 +1,20 @@
-"""The block matmul of FP8 and INT8: one scale a token and K-block, one a weight block."""
+"""The block matmul of FP8 and INT8: one scale a token and K-block, one a weight block.
+
+Everything is a sum over K-blocks of ((codes . weight) * scale) * weight_scale in float32, rounded
+once, as SGLang's Triton kernels `_w8a8_block_fp8_matmul` and `_w8a8_block_int8_matmul` compute it.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from mixedprec_plugin.cpu.e4m3 import decode_e4m3
+from mixedprec_plugin.cpu.e4m3 import E4M3_UNIT, decode_e4m3
+
+# Chunks that keep the float32 copies in a core's cache; measured by benchmarks/cpu_linear.py.
+_TOKENS = 256
+_ROWS = 256
+# Up to here all K-blocks go into one batched matmul: fewer calls; above, it would miss the cache.
+_FEW_TOKENS = 64
 
 
 def block_matmul(
@@ -25,24 +35,75 @@ def block_matmul(
         block_size: (BN, BK). N may be ragged; K is a multiple of BK.
         dtype: dtype of the result.
     Returns:
-        [T, N]: the sum over K-blocks of ((codes . weight) * scale) * weight_scale in float32,
-        rounded once to dtype.
-    Source:
-        SGLang's Triton kernels _w8a8_block_fp8_matmul and _w8a8_block_int8_matmul. Products of two
-        e4m3 or two int8 numbers are exact in float32; so are sums of 128 products of int8.
+        [T, N] in dtype.
     """
-    block_n, block_k = block_size
-    num_rows = weight.shape[0]
-    row_scales = weight_scales.repeat_interleave(block_n, dim=0)[:num_rows].t().contiguous()
-    left, right = _as_float(codes), _as_float(weight)
-    total = torch.zeros(codes.shape[0], num_rows)
-    for index, start in enumerate(range(0, codes.shape[1], block_k)):
-        block = slice(start, start + block_k)
-        partial = left[:, block] @ right[:, block].t()
-        total += partial.mul_(scales[:, index : index + 1]).mul_(row_scales[index])
-    return total.to(dtype)
+    multiply = _multiply_int8 if codes.dtype == torch.int8 else _multiply_fp8
+    row_scales = weight_scales.repeat_interleave(block_size[0], dim=0)[: weight.shape[0]]
+    row_scales = row_scales.t().contiguous()
+    out = torch.empty(codes.shape[0], weight.shape[0], dtype=dtype)
+    for start in range(0, codes.shape[0], _TOKENS):
+        tokens = slice(start, start + _TOKENS)
+        multiply(codes[tokens], scales[tokens], weight, row_scales, out[tokens])
+    return out
 
 
-def _as_float(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as float32, exact."""
-    return codes.float() if codes.dtype == torch.int8 else decode_e4m3(codes)
+def _multiply_int8(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    row_scales: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write [T, N] to out; row_scales [K/BK, N]. A sum of 128 products of int8 is exact."""
+    block_k = codes.shape[1] // scales.shape[1]
+    # Without VNNI `_int_mm` is a plain loop, and float32 is faster and as exact.
+    use_int8 = torch.cpu._is_vnni_supported()
+    total = torch.zeros(out.shape)
+    for index, block in enumerate(_blocks(codes.shape[1], block_k)):
+        left, right = codes[:, block], weight[:, block].t()
+        dot = torch._int_mm(left, right).float() if use_int8 else left.float() @ right.float()
+        total += dot.mul_(scales[:, index : index + 1]).mul_(row_scales[index])
+    out.copy_(total)
+
+
+def _multiply_fp8(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    row_scales: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write [T, N] to out; row_scales [K/BK, N]. The decoded codes' unit is a power of two."""
+    left = decode_e4m3(codes).float()
+    scales = scales * E4M3_UNIT**2
+    multiply = _sum_batched if codes.shape[0] <= _FEW_TOKENS else _sum_blocks
+    for rows in _blocks(weight.shape[0], _ROWS):
+        right = decode_e4m3(weight[rows]).float()
+        out[:, rows] = multiply(left, scales, right, row_scales[:, rows])
+
+
+def _sum_batched(
+    left: torch.Tensor, scales: torch.Tensor, right: torch.Tensor, row_scales: torch.Tensor
+) -> torch.Tensor:
+    """[T, K] x [n, K] -> [T, n], all K-blocks at once."""
+    num_blocks = scales.shape[1]
+    lefts = left.view(left.shape[0], num_blocks, -1).transpose(0, 1)
+    rights = right.view(right.shape[0], num_blocks, -1).permute(1, 2, 0)
+    dots = torch.bmm(lefts, rights)
+    return dots.mul_(scales.t().unsqueeze(2)).mul_(row_scales.unsqueeze(1)).sum(0)
+
+
+def _sum_blocks(
+    left: torch.Tensor, scales: torch.Tensor, right: torch.Tensor, row_scales: torch.Tensor
+) -> torch.Tensor:
+    """[T, K] x [n, K] -> [T, n], one K-block after the other."""
+    total = torch.zeros(left.shape[0], right.shape[0])
+    for index, block in enumerate(_blocks(left.shape[1], left.shape[1] // scales.shape[1])):
+        dot = left[:, block] @ right[:, block].t()
+        total += dot.mul_(scales[:, index : index + 1]).mul_(row_scales[index])
+    return total
+
+
+def _blocks(size: int, block_size: int) -> list[slice]:
+    """Slices of block_size that cover size; the last may be shorter."""
+    return [slice(start, start + block_size) for start in range(0, size, block_size)]

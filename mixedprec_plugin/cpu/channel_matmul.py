@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mixedprec_plugin.cpu.e4m3 import decode_e4m3
+from mixedprec_plugin.cpu.e4m3 import E4M3_UNIT, decode_e4m3
+
+# Rows of weight whose float32 copy stays in a core's cache; measured by benchmarks/cpu_linear.py.
+_ROWS = 256
 
 
 def channel_matmul(
@@ -27,5 +30,12 @@ def channel_matmul(
     Source:
         SGLang's triton_scaled_mm and CUTLASS's fp8_scaled_mm.
     """
-    total = decode_e4m3(codes) @ decode_e4m3(weight).t()
-    return total.mul_(scales).mul_(channel_scales.view(1, -1)).to(dtype)
+    left = decode_e4m3(codes).float()
+    # Both factors are decoded in units of a power of two, so that this rounds as without.
+    scales = scales * E4M3_UNIT**2
+    out = torch.empty(codes.shape[0], weight.shape[0], dtype=dtype)
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        dot = left @ decode_e4m3(weight[rows]).float().t()
+        out[:, rows] = dot.mul_(scales).mul_(channel_scales[rows].t())
+    return out

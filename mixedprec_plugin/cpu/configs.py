@@ -10,15 +10,15 @@ import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.quantization import blockwise_int8, fp8
-from sglang.srt.layers.quantization.awq import AWQConfig
+from sglang.srt.layers.quantization.awq import AWQConfig, awq
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8Config
 from sglang.srt.layers.quantization.fp8 import Fp8Config
-from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
+from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig, gptq
 
-from mixedprec_plugin.cpu.awq_linear import CpuAWQLinearScheme
+from mixedprec_plugin.cpu.awq_linear import AWQLinearMethod, CpuAWQLinearScheme
 from mixedprec_plugin.cpu.fp8_linear import Fp8LinearMethod
-from mixedprec_plugin.cpu.gptq_linear import CpuGPTQLinearScheme
+from mixedprec_plugin.cpu.gptq_linear import CpuGPTQLinearScheme, GPTQMarlinLinearMethod
 from mixedprec_plugin.cpu.int8_linear import BlockInt8LinearMethod
 from mixedprec_plugin.errors import MethodError, Problem
 
@@ -89,7 +89,8 @@ class CpuAWQConfig(AWQConfig):
             MethodError: the layer holds experts.
         """
         _refuse_experts(layer, prefix, "awq")
-        return super().get_quant_method(layer, prefix)
+        method = super().get_quant_method(layer, prefix)
+        return AWQLinearMethod(self) if isinstance(method, awq.AWQLinearMethod) else method
 
     def get_linear_scheme(self, layer: torch.nn.Module) -> CpuAWQLinearScheme:
         """The scheme that `AWQLinearMethod` runs."""
@@ -106,7 +107,11 @@ class CpuGPTQConfig(GPTQMarlinConfig):
             MethodError: the layer holds experts.
         """
         _refuse_experts(layer, prefix, "gptq")
-        return super().get_quant_method(layer, prefix)
+        method = super().get_quant_method(layer, prefix)
+        if not isinstance(method, gptq.GPTQMarlinLinearMethod):
+            return method
+        # Not self: the parent gives every layer a copy, changed where `dynamic` says so.
+        return GPTQMarlinLinearMethod(method.quant_config)
 
     def get_linear_scheme(self, layer: torch.nn.Module) -> CpuGPTQLinearScheme:
         """The scheme that `GPTQMarlinLinearMethod` runs."""

@@ -1,4 +1,4 @@
-"""GPTQ linear layers on the CPU: SGLang's weights and loaders, a torch matmul."""
+"""GPTQ linear layers on the CPU: SGLang's weights and loaders, torch matmuls."""
 
 from __future__ import annotations
 
@@ -6,28 +6,103 @@ from types import SimpleNamespace
 
 import torch
 from sglang.srt.layers.linear import LinearBase
-from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
+from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig, gptq
 from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinLinearScheme
 
-from mixedprec_plugin.cpu.weight_only import dequantize_gptq, matmul
+from mixedprec_plugin.cpu.int4 import Int4Weight, unpack_int4
+from mixedprec_plugin.cpu.int8 import Int8Weight
+from mixedprec_plugin.cpu.weight_only import multiply
+from mixedprec_plugin.quantize.packing import pack, unpack
+
+
+class GPTQMarlinLinearMethod(gptq.GPTQMarlinLinearMethod):
+    """SGLang's `GPTQMarlinLinearMethod`, which can be loaded a second time.
+
+    The name is SGLang's: linear layers choose their weight loader by it
+    (sglang/srt/layers/linear.py:140).
+    """
+
+    def restore_weights_before_loading(self, layer: LinearBase) -> None:
+        """Give the parameters the checkpoint's layout again; their values stay."""
+        layer.scheme.restore_weights_before_loading(layer)
 
 
 class CpuGPTQLinearScheme(GPTQMarlinLinearScheme):
-    """SGLang's `GPTQMarlinLinearScheme` with a torch matmul in the activation's dtype."""
+    """SGLang's `GPTQMarlinLinearScheme` with torch matmuls in the activation's dtype.
+
+    Marlin's zero point is fixed, 2**(bits - 1): `qzeros` is loaded and not read.
+    """
+
+    quant_config: GPTQMarlinConfig
 
     def __init__(self, quant_config: GPTQMarlinConfig) -> None:
         # Not the parent's constructor: it asks for the card's compute capability.
         self.quant_config = quant_config
         self.kernel = SimpleNamespace()
+        self._weight: Int4Weight | Int8Weight | None = None
+        self._order: torch.Tensor | None = None
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Leave the parameters as they were loaded, so that they can be loaded again."""
+        """Replace `qweight` by a layout that is fast here, where groups are runs of K.
+
+        With act order the columns are sorted by group, and the activations as they come.
+        """
+        if self._weight is not None:
+            return
+        self._order = None
+        groups, scales = layer.g_idx.data, layer.scales.data
+        if self.quant_config.desc_act and not _is_in_order(groups, scales.shape[0]):
+            self._order = groups.argsort(stable=True)
+            if not _is_in_order(groups[self._order], scales.shape[0]):
+                return
+        codes = unpack(layer.qweight.data.t(), self.quant_config.weight_bits)
+        if self._order is not None:
+            codes = codes[:, self._order]
+        if self.quant_config.weight_bits == 4:
+            self._weight = Int4Weight.pack(codes, scales, 8)
+        else:
+            self._weight = Int8Weight.pack(codes, scales)
+        if self._weight is not None:
+            layer.qweight.data = self._weight.packed
+            layer.scales.data = self._weight.scales
+
+    def restore_weights_before_loading(self, layer: LinearBase) -> None:
+        """Give `qweight` GPTQ's layout again; does nothing where it has it."""
+        if self._weight is None:
+            return
+        if isinstance(self._weight, Int4Weight):
+            codes = unpack_int4(self._weight.packed)
+        else:
+            codes = self._weight.unpack()
+        if self._order is not None:
+            codes = codes[:, self._order.argsort()]
+        layer.qweight.data = pack(codes, self.quant_config.weight_bits).t().contiguous()
+        self._weight = None
 
     def apply_weights(
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Multiply [..., K] by the dequantized weight, [..., N]; the bias is added afterwards."""
-        groups = layer.g_idx.data if self.quant_config.desc_act else None
-        bits = self.quant_config.weight_bits
-        weight = dequantize_gptq(layer.qweight.data, layer.scales.data, bits, groups)
-        return matmul(x, weight, bias)
+        """Multiply [..., K] by the weight, [..., N]; the bias is added afterwards."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._weight is None:
+            out = multiply(rows, self._dequantize(layer))
+        else:
+            out = self._weight.multiply(rows if self._order is None else rows[:, self._order])
+        out = out.view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+    def _dequantize(self, layer: LinearBase) -> torch.Tensor:
+        """The weight [N, K] from the checkpoint's layout."""
+        bits, scales = self.quant_config.weight_bits, layer.scales.data
+        steps = unpack(layer.qweight.data.t(), bits).to(scales.dtype).sub_(2 ** (bits - 1))
+        if self.quant_config.desc_act:
+            return steps.mul_(scales[layer.g_idx.data].t())
+        grouped = steps.view(steps.shape[0], scales.shape[0], -1)
+        return grouped.mul_(scales.t().unsqueeze(2)).view(steps.shape)
+
+
+def _is_in_order(groups: torch.Tensor, num_groups: int) -> bool:
+    """Whether the groups [K] are runs of equal length: 0 0 0 1 1 1 ..."""
+    runs = torch.arange(num_groups, dtype=groups.dtype)
+    length, rest = divmod(groups.numel(), num_groups)
+    return rest == 0 and torch.equal(groups, runs.repeat_interleave(length))

@@ -75,6 +75,10 @@ def _bind_threads(num_ranks: int) -> None:
     """Split the cores among the ranks unless the user has done so."""
     if os.environ.get(THREADS_BIND):
         return
-    binding = format_binding(split_cores(available_cores(), num_ranks))
+    split = split_cores(available_cores(), num_ranks)
+    binding = format_binding(split)
     os.environ[THREADS_BIND] = binding
+    # without the AMX build of sgl-kernel SGLang binds nothing: ranks whose threads wait for each
+    # other on the same cores load and run ten times slower
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(len(cores) for cores in split)))
     logger.info("%s=%s", THREADS_BIND, binding)

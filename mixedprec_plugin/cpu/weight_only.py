@@ -1,64 +1,46 @@
-"""Weights that are packed in memory and multiplied in the activation's dtype: AWQ and GPTQ."""
+"""Weights of few bits multiplied in the activation's dtype: what AWQ's and Marlin's kernels do."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import linear
 
-from mixedprec_plugin.quantize.packing import unpack, unpack_awq
 
-
-def dequantize_awq(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor
+def dequantize(
+    codes: torch.Tensor, zeros: torch.Tensor | int, scales: torch.Tensor
 ) -> torch.Tensor:
-    """The weight that AWQ's kernels multiply by.
+    """The weight that the kernels multiply by.
 
     Args:
-        qweight: int32 [K, N/8].
-        qzeros: int32 [K/G, N/8].
+        codes: uint8 or int8 [N, K].
+        zeros: zero points, uint8 [N, K/G], or one for all.
         scales: [K/G, N], the dtype of the activations.
     Returns:
-        [N, K]: (q - zero) * scale in the dtype of scales; the difference is exact, the product
+        [N, K]: (code - zero) * scale in the dtype of scales; the difference is exact, the product
         rounded once.
     Source:
-        sglang/kernels/ops/quantization/awq_triton.py, awq_dequantize_kernel.
+        sglang/kernels/ops/quantization/awq_triton.py, awq_dequantize_kernel; for GPTQ the types
+        uint4b8 and uint8b128 of GPTQMarlinConfig.TYPE_MAP.
     """
-    codes, zeros = unpack_awq(qweight).to(scales.dtype), unpack_awq(qzeros).to(scales.dtype)
-    steps = codes.view(*zeros.shape, -1).sub_(zeros.unsqueeze(2))
-    return steps.mul_(scales.t().unsqueeze(2)).flatten(1)
+    num_groups, num_rows = scales.shape
+    steps = codes.to(scales.dtype).view(num_rows, num_groups, -1)
+    if isinstance(zeros, torch.Tensor):
+        steps.sub_(zeros.to(scales.dtype).unsqueeze(2))
+    elif zeros:
+        steps.sub_(zeros)
+    return steps.mul_(scales.t().unsqueeze(2)).view(num_rows, -1)
 
 
-def dequantize_gptq(
-    qweight: torch.Tensor, scales: torch.Tensor, bits: int, groups: torch.Tensor | None
-) -> torch.Tensor:
-    """The weight that Marlin multiplies by: symmetric GPTQ, zero points are not read.
+def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply in the weight's dtype, accumulating in float32.
 
     Args:
-        qweight: int32 [K/(32/bits), N].
-        scales: [K/G, N], the dtype of the activations.
-        bits: 4 or 8.
-        groups: int32 [K], the group of every row (`g_idx`); None where groups are runs of rows.
-    Returns:
-        [N, K]: (q - 2**(bits-1)) * scale in the dtype of scales, rounded once.
-    Source:
-        GPTQMarlinConfig.TYPE_MAP: uint4b8 and uint8b128, a fixed zero point.
-    """
-    steps = unpack(qweight.t(), bits).to(scales.dtype).sub_(2 ** (bits - 1))
-    if groups is not None:
-        return steps.mul_(scales[groups].t())
-    grouped = steps.view(steps.shape[0], scales.shape[0], -1)
-    return grouped.mul_(scales.t().unsqueeze(2)).flatten(1)
-
-
-def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply in the weight's dtype, accumulating in float32; the bias is added afterwards.
-
-    Args:
-        x: [..., K], the dtype of the weight.
+        x: [T, K], the dtype of the weight.
         weight: [N, K].
-        bias: [N] or None.
     Returns:
-        [..., N] in the dtype of x.
+        [T, N] in the dtype of x.
     """
-    out = linear(x, weight)
-    return out if bias is None else out + bias
+    # Without AVX-512 torch multiplies 16-bit matrices one by one; float32 gives the same sums.
+    if x.shape[0] > 1 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return linear(x.float(), weight.float()).to(x.dtype)
+    return linear(x, weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -98,18 +100,46 @@ def test_class_names_are_those_of_v2_loaders(linear_module, case):
     assert type(layer.quant_method).__name__ in linear_module.WEIGHT_LOADER_V2_SUPPORTED
 
 
+def _kept_bytes(layer: Any) -> int:
+    """Bytes of all tensors of a layer, of its scheme and of the scheme's packed weight."""
+    owners = [layer, layer.scheme, getattr(layer.scheme, "_weight", None)]
+    members = [member for owner in owners if owner is not None for member in vars(owner).values()]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in [*members, *layer.parameters()]
+        if isinstance(tensor, torch.Tensor)
+    }
+    return sum(storages.values())
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_weights_take_no_more_memory_than_stored(linear_module, case):
+def test_weights_stay_packed_in_memory(linear_module, case):
     layer = make_layer(linear_module, "column", make_config(case), (1536,), K)
     stored = _stored(case, (1536,))
     fill(layer, "column", stored)
-    kept = sum(
-        t.untyped_storage().nbytes()
-        for t in [*layer.parameters(), *vars(layer).values()]
-        if isinstance(t, torch.Tensor)
-    )
-    expected = sum(t.numel() * t.element_size() for t in stored[0].values())
-    assert kept <= expected * 1.02 + 8 * 1536
+    # The kernel for int4 wants an offset beside every scale: a fifth more for groups of 32.
+    assert _kept_bytes(layer) <= 1.2 * sum(t.numel() * t.element_size() for t in stored[0].values())
+
+
+@pytest.mark.parametrize("order", ["even", "uneven"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_rows_take_the_scale_that_g_idx_names(linear_module, bits, order):
+    case = Case("gptq", {"bits": bits, "group_size": 128, "desc_act": True})
+    tensors = dict(_stored(Case("gptq", {"bits": bits, "group_size": 128}), (256,))[0])
+    generator = torch.Generator().manual_seed(3)
+    if order == "even":
+        tensors["g_idx"] = tensors["g_idx"][torch.randperm(K, generator=generator)]
+    else:
+        tensors["g_idx"] = torch.randint(0, K // 128, (K,), generator=generator).int()
+    layer = make_layer(linear_module, "column", make_config(case), (256,), K)
+    fill(layer, "column", [tensors])
+    layer.quant_method.restore_weights_before_loading(layer)
+    assert torch.equal(layer.qweight.data, tensors["qweight"])
+    layer.quant_method.process_weights_after_loading(layer)
+    for num_tokens in (1, 70):
+        x = torch.randn(num_tokens, K, generator=generator).bfloat16()
+        exact = x.double().numpy() @ dequantize(case, [tensors]).astype(np.float64).T
+        assert _relative_error(layer(x)[0], exact) < TOLERANCE["gptq"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

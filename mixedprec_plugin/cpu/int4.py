@@ -1,0 +1,125 @@
+"""4-bit weights in the layout of torch's int4 kernel for CPUs.
+
+The layout depends on the CPU: rows in blocks of 64 (AVX-512) or 32 (AVX2), K runs over a block's
+columns, a byte holds row r of the block in its low nibble and row r + half in its high one. Which
+one this machine has is found by packing; a machine that has another keeps the checkpoint's layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from mixedprec_plugin.cpu.weight_only import dequantize, multiply
+
+# Group sizes that the kernel takes (aten/src/ATen/native/LinearAlgebra.cpp), the widest first.
+_GROUP_SIZES = (256, 128, 64, 32)
+# Up to so many tokens the kernel is faster than dequantizing; measured by benchmarks/cpu_linear.py.
+_KERNEL_TOKENS = 64
+# Codes that are widened to int32 at once.
+_CHUNK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4Weight:
+    """A weight that is kept packed.
+
+    Attributes:
+        packed: uint8 [N, K/2].
+        scales: bfloat16 [K/G, N].
+        zeros: zero points, uint8 [N, K/G], or one for all.
+        pairs: scales and offsets for the kernel, bfloat16 [K/g, N, 2]; g divides G.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | int
+    pairs: torch.Tensor
+
+    @classmethod
+    def pack(
+        cls, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | int
+    ) -> Int4Weight | None:
+        """Pack codes, uint8 [N, K].
+
+        Returns:
+            None where the kernel takes no such shape, dtype or group size.
+        """
+        num_rows, num_columns = codes.shape
+        group_size = num_columns // scales.shape[0]
+        kernel_group = next((size for size in _GROUP_SIZES if group_size % size == 0), None)
+        rows = block_rows()
+        if scales.dtype != torch.bfloat16 or kernel_group is None or rows is None:
+            return None
+        if num_rows % rows:
+            return None
+        pairs = _pair(scales, zeros)
+        if kernel_group == group_size:
+            scales = pairs[..., 0]
+        else:
+            pairs = pairs.repeat_interleave(group_size // kernel_group, dim=0)
+        return cls(pack_int4(codes), scales, zeros, pairs)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply [T, K] bfloat16 by the weight, [T, N].
+
+        Few tokens go through torch's kernel. It computes the weight and sums in float32; CUDA's
+        kernels round the weight, (q - z) * scale, to bfloat16, and this one rounds the offset,
+        (8 - z) * scale. Many tokens are multiplied by the weight as CUDA rounds it.
+        """
+        if x.shape[0] > _KERNEL_TOKENS:
+            return multiply(x, dequantize(unpack_int4(self.packed), self.zeros, self.scales))
+        group_size = x.shape[1] // self.pairs.shape[0]
+        out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), self.packed, group_size, self.pairs
+        )
+        return out
+
+
+@functools.cache
+def block_rows() -> int | None:
+    """Rows of a block of this machine's layout; None if it is one that is not known here."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (128, 32), dtype=torch.uint8, generator=generator)
+    packed = pack_int4(codes)
+    matches = (rows for rows in (64, 32) if torch.equal(_unpack_blocks(packed, rows), codes))
+    return next(matches, None)
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Pack codes, uint8 [N, K], each below 16, to uint8 [N, K/2]."""
+    num_rows, num_columns = codes.shape
+    packed = torch.empty(num_rows, num_columns // 2, dtype=torch.uint8)
+    # Blocks are independent of each other; 64 rows are whole blocks in every layout.
+    step = max(_CHUNK // num_columns // 64, 1) * 64
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            codes[rows].to(torch.int32), 1
+        )
+    return packed
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """Undo `pack_int4` for whole blocks of rows: uint8 [N, K/2] -> uint8 [N, K]."""
+    rows = block_rows()
+    assert rows is not None
+    return _unpack_blocks(packed, rows)
+
+
+def _unpack_blocks(packed: torch.Tensor, rows: int) -> torch.Tensor:
+    """uint8 [N, K/2] -> uint8 [N, K] for blocks of so many rows."""
+    num_rows, num_columns = packed.shape[0], packed.shape[1] * 2
+    octets = packed.view(num_rows // rows, num_columns, rows // 2)
+    codes = torch.empty(num_rows // rows, 2, rows // 2, num_columns, dtype=torch.uint8)
+    codes[:, 0] = (octets & 15).transpose(1, 2)
+    codes[:, 1] = (octets >> 4).transpose(1, 2)
+    return codes.view(num_rows, num_columns)
+
+
+def _pair(scales: torch.Tensor, zeros: torch.Tensor | int) -> torch.Tensor:
+    """[K/G, N, 2]: scale and offset, W = (q - 8) * scale + offset."""
+    shift = 8 - (zeros.t().float() if isinstance(zeros, torch.Tensor) else zeros)
+    return torch.stack((scales, (scales.float() * shift).to(scales.dtype)), dim=2)
