@@ -1,0 +1,133 @@
+"""`mixedprec plan` as a user runs it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from mixedprec_plugin.cli.main import main
+from tests.checkpoints import write_llama
+from tests.presets import write_preset
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "model")
+
+
+def run(*argv: object) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    code = main([str(arg) for arg in argv], out, err)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_plan_prints_folded_groups_totals_and_exits_0(model: Path, tmp_path: Path) -> None:
+    preset = write_preset(
+        tmp_path, 'match: "*", method: gptq', 'match: "*.self_attn.*_proj", method: fp8_block'
+    )
+    code, out, err = run("plan", "--model", model, "--preset", preset)
+    assert (code, err) == (0, "")
+    rows = [" ".join(line.split()) for line in out.splitlines() if line.strip()]
+    assert rows[0] == "layers scheme stored action before after bits"
+    assert rows[2:] == [
+        "model.embed_tokens - bfloat16 as stored 160.0 KiB 160.0 KiB 16.00",
+        "model.layers.0-2.input_layernorm - as stored 1.5 KiB 1.5 KiB",
+        "model.layers.0-2.mlp.down_proj gptq bfloat16 quantize 768.0 KiB 205.5 KiB 4.28",
+        "model.layers.0-2.mlp.gate_up_proj gptq bfloat16 quantize 1.5 MiB 405.0 KiB 4.22",
+        "model.layers.0-2.post_attention_layernorm - as stored 1.5 KiB 1.5 KiB",
+        "model.layers.0-2.self_attn.qkv_proj fp8_block bfloat16 quantize 768.0 KiB 384.1 KiB 8.00",
+        "model.layers.0-2.self_attn.o_proj fp8_block bfloat16 quantize 384.0 KiB 192.0 KiB 8.00",
+        "model.norm - as stored 512 B 512 B",
+        "lm_head - tied to model.embed_tokens as stored",
+        "29 layers: 3.5 MiB stored, 1.3 MiB served, 5.96 bits a weight; unquantized 3.5 MiB, 63% "
+        "saved",
+    ]
+
+
+def test_json_has_the_documented_keys(model: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, 'match: "*", method: awq')
+    code, out, _ = run("plan", "--model", model, "--preset", preset, "--json")
+    made = json.loads(out)
+    assert code == 0
+    layer = next(x for x in made["layers"] if x["name"] == "model.layers.1.mlp.up_proj")
+    assert layer["module"] == "model.layers.1.mlp.gate_up_proj"
+    assert (layer["scheme"], layer["method"], layer["source"]) == ("awq", "awq", "model")
+    assert (layer["action"], layer["rule"]) == ("quantize", 0)
+    assert layer["bytes"] == 512 * 256 // 2 + 2 * 512 * 2 + 2 * 512 // 2
+    assert layer["bits_per_weight"] == round(8 * layer["bytes"] / (512 * 256), 4)
+    assert made["totals"]["bytes"] == sum(x["bytes"] for x in made["layers"])
+    assert made["problems"] == []
+
+
+def test_preset_that_does_not_fit_exits_1_and_prints_every_problem(
+    model: Path, tmp_path: Path
+) -> None:
+    preset = write_preset(
+        tmp_path,
+        'match: "*", method: gptq',
+        'match: "*.q_proj", method: fp8',
+        'match: "*.up_projj", method: fp8',
+    )
+    code, out, _ = run("plan", "--model", model, "--preset", preset)
+    assert code == 1
+    assert "error: model.layers.0-2.self_attn.qkv_proj: its shards need one scheme" in out
+    text = " ".join(out.split())
+    assert f"error: {preset}:5: rules[2]" in text.replace("\n", "")
+    assert "'*.up_projj' matches no layer of the model; did you mean" in text
+
+
+def test_broken_preset_exits_1_with_its_line_and_no_traceback(model: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, 'match: "*", method: fp9')
+    code, out, err = run("plan", "--model", model, "--preset", preset)
+    assert (code, out) == (1, "")
+    assert f"{preset}:3: rules[0].method: unknown method 'fp9'" in err
+    assert "Traceback" not in err
+
+
+def test_missing_model_exits_1(tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, 'match: "*", method: fp8')
+    code, _, err = run("plan", "--model", tmp_path / "none", "--preset", preset)
+    assert code == 1
+    assert "none: no such folder; give a local checkpoint folder" in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("plan",),
+        ("plan", "--model", "x"),
+        ("frobnicate",),
+        ("plan", "--model", "x", "--preset", "y", "--tp", "0"),
+        ("plan", "--model", "x", "--preset", "y", "--device", "tpu"),
+    ],
+)
+def test_wrong_command_line_exits_2(argv: tuple[str, ...]) -> None:
+    assert run(*argv)[0] == 2
+
+
+def test_dtype_that_cannot_be_mixed_exits_2(model: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, 'match: "*", method: fp8')
+    code, _, err = run("plan", "--model", model, "--preset", preset, "--dtype", "float32")
+    assert code == 2
+    assert "--dtype: 'float32' cannot hold mixed precision (expected bfloat16, float16)" in err
+
+
+def test_override_reaches_the_plan(model: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
+    code, out, _ = run(
+        "plan", "--model", model, "--preset", preset, "--json",
+        "--mixedprec-set", "rules.0.group_size=32",
+    )  # fmt: skip
+    assert code == 0
+    layer = next(x for x in json.loads(out)["layers"] if x["name"].endswith("0.mlp.up_proj"))
+    assert layer["arguments"]["group_size"] == 32
+
+
+def test_presets_lists_what_ships() -> None:
+    code, out, _ = run("presets")
+    names = [line.split()[0] for line in out.splitlines() if line and not line.startswith("in ")]
+    assert code == 0
+    assert "fp8-block" in names and "attention-fp8-mlp-int4" in names
