@@ -1,7 +1,7 @@
 """Reading checkpoints.
 
-    headers   one safetensors file: names, dtypes, shapes, byte ranges, without torch
-    source    a folder: index, config.json, layers and the tensors they own
-    formats   the format that a layer is stored in, told from its tensors
-    reader    bytes -> torch tensors
+headers   one safetensors file: names, dtypes, shapes, byte ranges, without torch
+source    a folder: index, config.json, layers and the tensors they own
+formats   the format that a layer is stored in, told from its tensors
+reader    bytes -> torch tensors
 """

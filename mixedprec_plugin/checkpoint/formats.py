@@ -98,9 +98,7 @@ def _is_block_grid(scale: StoredTensor | None) -> bool:
     return scale is not None and len(scale.shape) == 2
 
 
-def _block_size(
-    scale: StoredTensor, config: Mapping[str, Any], N: int, K: int
-) -> list[int]:
+def _block_size(scale: StoredTensor, config: Mapping[str, Any], N: int, K: int) -> list[int]:
     declared = config.get("weight_block_size")
     if isinstance(declared, (list, tuple)) and len(declared) == 2:
         return [int(n) for n in declared]
@@ -116,9 +114,7 @@ def _square_size(length: int, count: int) -> int:
     return -(-length // count)
 
 
-def _integer_packed(
-    tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
-) -> StoredFormat:
+def _integer_packed(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> StoredFormat:
     scales, zeros, packed = (tensors.get(k) for k in ("scales", "qzeros", "qweight"))
     if scales is None or zeros is None or packed is None or len(scales.shape) != 2:
         return _unreadable(tensors, "a qweight without scales and qzeros")

@@ -104,7 +104,8 @@ def _stored_tensor(name: str, entry: Any, path: Path, data_start: int) -> Stored
         if end - begin != num_bytes or begin < 0 or min(shape, default=0) < 0:
             raise _damaged(
                 path,
-                f"{name!r} spans {end - begin:,} bytes (expected {num_bytes:,} for {dtype} {shape})",
+                f"{name!r} spans {end - begin:,} bytes "
+                f"(expected {num_bytes:,} for {dtype} {shape})",
             )
     return StoredTensor(name, dtype, shape, path, data_start + begin, end - begin)
 

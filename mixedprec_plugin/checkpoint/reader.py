@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -80,12 +84,10 @@ class Reader:
     def _fill(self, buffer: torch.Tensor, tensor: StoredTensor) -> None:
         if tensor.path not in self._descriptors:
             self._descriptors[tensor.path] = os.open(tensor.path, os.O_RDONLY)
-        view = memoryview(buffer.numpy())
+        view = memoryview(cast("Buffer", buffer.numpy()))
         done = 0
         while done < tensor.num_bytes:
-            count = os.preadv(
-                self._descriptors[tensor.path], [view[done:]], tensor.start + done
-            )
+            count = os.preadv(self._descriptors[tensor.path], [view[done:]], tensor.start + done)
             if count == 0:
                 raise CheckpointError(
                     Problem(

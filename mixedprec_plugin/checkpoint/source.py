@@ -64,10 +64,8 @@ def open_source(path: str | Path, name: str = "model") -> Source:
             Problem(str(path), "no such folder", "give a local checkpoint folder", "file")
         )
     config = _read_json(folder / "config.json")
-    if (folder / INDEX_NAME).is_file():
-        tensors = _read_indexed(folder)
-    else:
-        tensors = _read_folder(folder)
+    has_index = (folder / INDEX_NAME).is_file()
+    tensors = _read_indexed(folder) if has_index else _read_folder(folder)
     return Source(name, folder, MappingProxyType(config), MappingProxyType(tensors))
 
 

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
         default=[], help="override a key of the preset; repeatable",
     )  # fmt: skip
-    parser.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor-parallel ranks")
+    parser.add_argument(
+        "--tp", type=_positive, default=1, metavar="N", help="tensor-parallel ranks"
+    )
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float16, as SGLang's")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="what to plan for"

@@ -109,7 +109,11 @@ def _read_finite(tensor: StoredTensor, reader: Reader) -> torch.Tensor:
     value = reader.read(tensor)
     # fp8 weights have no infinity and torch no amax for them; scales beside them are checked
     if value.is_floating_point() and value.element_size() > 1 and value.numel():
-        largest = value.abs().amax() if value.numel() < 1024 else torch.stack(value.aminmax()).abs().amax()
+        largest = (
+            value.abs().amax()
+            if value.numel() < 1024
+            else torch.stack(value.aminmax()).abs().amax()
+        )
         if not bool(torch.isfinite(largest)):
             count = int((~torch.isfinite(value)).sum())
             raise CheckpointError(
@@ -162,7 +166,8 @@ def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: st
 
 @functools.cache
 def _function(lazy: str) -> Callable[..., Any]:
-    return load_object(lazy)
+    function: Callable[..., Any] = load_object(lazy)
+    return function
 
 
 def tensors_of(plan: Plan) -> Mapping[str, PlannedLayer]:

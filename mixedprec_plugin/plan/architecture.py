@@ -17,7 +17,9 @@ FUSED_MODULES: Mapping[str, Mapping[str, str | int]] = {
     "fused_qkv_a_proj_with_mqa": {"q_a_proj": 0, "kv_a_proj_with_mqa": 1},
 }
 _FUSED_BY_SHARD = {
-    shard: (module, index) for module, shards in FUSED_MODULES.items() for shard, index in shards.items()
+    shard: (module, index)
+    for module, shards in FUSED_MODULES.items()
+    for shard, index in shards.items()
 }
 _ROW_PARALLEL = {"o_proj", "down_proj", "out_proj", "dense_4h_to_h", "wo", "w2", "c_proj", "fc2"}
 _REPLICATED = {"q_a_proj", "kv_a_proj_with_mqa"}

@@ -139,7 +139,8 @@ def _layer_shape(
 def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str, str, str]]:
     """(rule, text, remedy) for what keeps a layer from becoming what its scheme asks."""
     scheme, stored = layer.scheme, layer.stored
-    assert scheme is not None and stored is not None
+    assert scheme is not None
+    assert stored is not None
     if layer.kind == "expert" and scheme.method != "bf16":
         text = f"experts cannot run in {scheme.label} in this release"
         return [("expert", text, "match '*.experts.*' with method: unquantized")]
@@ -166,7 +167,8 @@ def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str,
 
 def _mismatch(layer: PlannedLayer) -> list[tuple[str, str, str]]:
     scheme, stored = layer.scheme, layer.stored
-    assert scheme is not None and stored is not None
+    assert scheme is not None
+    assert stored is not None
     if stored.method != scheme.method:
         text = f"is stored as {stored.description}, not as {scheme.label} asks ({scheme.method})"
         return [("stored-format", text, f"write method: {stored.method}, or bf16 to dequantize")]

@@ -26,7 +26,9 @@ def model_dtype(config: Mapping[str, Any], dtype: str = "auto") -> str:
     if dtype != "auto":
         if dtype not in _NAMES:
             raise UsageError(
-                Problem("--dtype", f"{dtype!r} cannot hold mixed precision (expected bfloat16, float16)")
+                Problem(
+                    "--dtype", f"{dtype!r} cannot hold mixed precision (expected bfloat16, float16)"
+                )
             )
         return _NAMES[dtype]
     text_config = config.get("text_config") or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.errors import Problem, Severity
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.plan.architecture import last_component
 from mixedprec_plugin.plan.folding import fold_names
@@ -36,14 +36,15 @@ def settle_fused_modules(
         if preset.on_fused_conflict == "highest":
             best = max(wanted.values(), key=_precision)
             schemes.update(dict.fromkeys(shards, best))
-            text = f"takes {best.label} for all shards, the most precise of {_asked(shards, asked, rules)}"
+            claims = _asked(shards, asked, rules)
+            text = f"takes {best.label} for all shards, the most precise of {claims}"
             conflicts.setdefault((text, ""), []).append(module)
         else:
             text = f"its shards need one scheme, got {_asked(shards, asked, rules)}"
             conflicts.setdefault((text, _remedy(shards)), []).append(module)
-    severity = "warning" if preset.on_fused_conflict == "highest" else "error"
+    severity: Severity = "warning" if preset.on_fused_conflict == "highest" else "error"
     problems = [
-        Problem(", ".join(fold_names(names)), text, remedy, "fused-conflict", severity)  # type: ignore[arg-type]
+        Problem(", ".join(fold_names(names)), text, remedy, "fused-conflict", severity)
         for (text, remedy), names in conflicts.items()
     ]
     return schemes, problems
@@ -53,9 +54,7 @@ def _precision(scheme: Scheme) -> float:
     return registry.METHODS[scheme.method].precision(scheme.arguments)
 
 
-def _asked(
-    shards: list[str], asked: Mapping[str, Scheme | None], rules: Mapping[str, Rule]
-) -> str:
+def _asked(shards: list[str], asked: Mapping[str, Scheme | None], rules: Mapping[str, Rule]) -> str:
     parts = []
     for shard in shards:
         scheme = asked[shard]
@@ -67,4 +66,7 @@ def _asked(
 
 def _remedy(shards: list[str]) -> str:
     names = ",".join(last_component(shard) for shard in shards)
-    return f"match all of them with one rule, such as '*.{{{names}}}', or set on_fused_conflict: highest"
+    return (
+        f"match all of them with one rule, such as '*.{{{names}}}', "
+        "or set on_fused_conflict: highest"
+    )

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from mixedprec_plugin.checkpoint.formats import StoredFormat, detect_format
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
-from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.spec import TensorSpec
 from mixedprec_plugin.plan import checks
@@ -82,9 +81,7 @@ def _tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
     return {"lm_head": embedding} if embedding else {}
 
 
-def _scheme(
-    rule: Rule | None, stored: StoredFormat | None, kind: Kind
-) -> Scheme | None:
+def _scheme(rule: Rule | None, stored: StoredFormat | None, kind: Kind) -> Scheme | None:
     if kind in NEVER_QUANTIZED or stored is None:
         return None
     if rule is not None:

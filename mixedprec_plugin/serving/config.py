@@ -37,7 +37,7 @@ class MixedPrecisionConfig(QuantizationConfig):
         }
         self._children: dict[Any, QuantizationConfig] = {}
 
-    def get_name(self) -> str:  # type: ignore[override]
+    def get_name(self) -> str:
         """The name of the load format."""
         return "mixedprec"
 

@@ -49,7 +49,9 @@ def check_early(args: Any) -> None:
         raise PlanError(problems)
 
 
-def make_plan(model_path: str, settings: Settings, dtype: str, tp_size: int, device: Device) -> Plan:
+def make_plan(
+    model_path: str, settings: Settings, dtype: str, tp_size: int, device: Device
+) -> Plan:
     """Plan a preset over a local checkpoint for a running server.
 
     Raises:

@@ -48,9 +48,20 @@ class Loaded:
 _loaded: Loaded | None = None
 
 
+# where a served model keeps the config that it was built with
+_CONFIG_ATTRIBUTE = "mixedprec_config"
+
+
 def is_mixed_precision(model: torch.nn.Module) -> bool:
     """Whether a model was loaded by this load format."""
-    return isinstance(getattr(model, "mixedprec_config", None), MixedPrecisionConfig)
+    return hasattr(model, _CONFIG_ATTRIBUTE)
+
+
+def served_config(model: torch.nn.Module) -> MixedPrecisionConfig:
+    """The config that a model of this load format was built with."""
+    config = getattr(model, _CONFIG_ATTRIBUTE)
+    assert isinstance(config, MixedPrecisionConfig)
+    return config
 
 
 class MixedPrecisionLoader(DefaultModelLoader):
@@ -81,7 +92,10 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """
         require_registration()
         if model_config.is_draft_model:
-            return super().load_model(model_config=model_config, device_config=device_config)
+            draft: torch.nn.Module = super().load_model(
+                model_config=model_config, device_config=device_config
+            )
+            return draft
         model_config.quantization = None
         start = time.perf_counter()
         folder = self._folder(model_config.model_path, model_config.revision)
@@ -90,23 +104,22 @@ class MixedPrecisionLoader(DefaultModelLoader):
         device = torch.device(device_config.device)
         with set_default_torch_dtype(model_config.dtype):
             with device:
-                model = _initialize_model(model_config, self.load_config, config)
+                model: torch.nn.Module = _initialize_model(model_config, self.load_config, config)
             check_built(config)
-            model.mixedprec_config = config
+            setattr(model, _CONFIG_ATTRIBUTE, config)
             self.load_weights_and_postprocess(model, iter(VirtualCheckpoint(plan)), device)
         self._remember(folder, config)
         self._report(plan, time.perf_counter() - start)
         return model.eval()
 
-    def _get_weights_iterator(  # type: ignore[override]
-        self, source: DefaultModelLoader.Source, **options: Any
-    ) -> Weights:
+    def _get_weights_iterator(self, source: DefaultModelLoader.Source, **options: Any) -> Weights:
         """Open the virtual checkpoint for `update_weights_from_disk`.
 
         SGLang rolls a failed update back by asking the same loader again, with the new path still
         in place (weight_updater.py:236); the second time we open what was served before.
         """
-        assert _loaded is not None and source.model_config is not None
+        assert _loaded is not None
+        assert source.model_config is not None
         path = source.model_or_path
         if self._has_opened_new_path:
             path = _loaded.model_path
@@ -115,11 +128,11 @@ class MixedPrecisionLoader(DefaultModelLoader):
         _check_same_schemes(_loaded.config.plan, plan)
         return iter(VirtualCheckpoint(plan))
 
-    def load_weights_and_postprocess(  # type: ignore[override]
+    def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
     ) -> None:
         """Place every tensor, prove that every parameter was filled, and let methods repack."""
-        load_weights(model, model.mixedprec_config, weights)
+        load_weights(model, served_config(model), weights)
         self.postprocess_weights(model, target_device)
 
     def _folder(self, model_path: str, revision: str | None) -> str:
@@ -131,7 +144,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
                 Problem(
                     "--load-format mixedprec",
                     "no preset reached the loader",
-                    'add --mixedprec-config PRESET, or model_loader_extra_config='
+                    "add --mixedprec-config PRESET, or model_loader_extra_config="
                     '{"mixedprec_config": PATH} to sgl.Engine',
                     "flags",
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from mixedprec_plugin.serving.config import MixedPrecisionConfig
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
-class WriteRecorder(TorchDispatchMode):
+class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is written into which memory, and follows stream tensors on their way there.
 
     SGLang's weight loaders accept tensors that are too short or too long without a word, and its
@@ -25,7 +25,7 @@ class WriteRecorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.written: dict[int, int] = {}
         self.arrived: set[str] = set()
         self._names: dict[int, str] = {}
@@ -79,9 +79,10 @@ def load_weights(
         LoadError: a tensor found no parameter, or a parameter was not filled; all are named.
     """
     recorder = WriteRecorder()
+    load: Callable[[Weights], object] = model.load_weights  # type: ignore[assignment]
     rest: list[str] = []
     with recorder:
-        model.load_weights(_place(model, config, weights, recorder, rest))
+        load(_place(model, config, weights, recorder, rest))
     problems = _dropped(model, config, rest, recorder)
     if not partial:
         problems += _unfilled(model, recorder)

@@ -52,7 +52,9 @@ def parse_extra_config(extra: str | Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         value = json.loads(extra)
     except ValueError as error:
-        raise UsageError(Problem("--model-loader-extra-config", f"is not JSON ({error})")) from error
+        raise UsageError(
+            Problem("--model-loader-extra-config", f"is not JSON ({error})")
+        ) from error
     if not isinstance(value, dict):
         raise UsageError(Problem("--model-loader-extra-config", "is not a JSON object"))
     return value
@@ -72,7 +74,12 @@ def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[
         Problem(key, f"{value!r} is not {kind}")
         for key, value, kind, fits in (
             (CONFIG_KEY, config, "a path", config is None or isinstance(config, str)),
-            (SET_KEY, overrides, "a list of KEY=VALUE", overrides is None or _is_strings(overrides)),
+            (
+                SET_KEY,
+                overrides,
+                "a list of KEY=VALUE",
+                overrides is None or _is_strings(overrides),
+            ),
             (PLAN_KEY, plan_path, "a path", plan_path is None or isinstance(plan_path, str)),
         )
         if not fits

@@ -42,7 +42,8 @@ def check_built(config: MixedPrecisionConfig) -> None:
 def _difference(layer: PlannedLayer, built: torch.nn.Module | None) -> str:
     if built is None:
         return f"is in the checkpoint, but the model builds no {layer.module}"
-    assert isinstance(built, LinearBase) and layer.stored is not None
+    assert isinstance(built, LinearBase)
+    assert layer.stored is not None
     expected = (_output_size(built, layer.shard), built.input_size)
     if expected != (layer.stored.N, layer.stored.K):
         return (

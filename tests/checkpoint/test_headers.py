@@ -41,9 +41,12 @@ def test_reader_agrees_with_the_safetensors_library(file: Path) -> None:
     with safe_open(file, framework="pt") as library, Reader() as reader:
         for name, tensor in read_header(file).items():
             value, expected = reader.read(tensor), library.get_tensor(name)
-            assert value.dtype == expected.dtype and value.shape == expected.shape
-            assert value.view(torch.uint8).equal(expected.view(torch.uint8)) if value.dim() else (
-                value == expected
+            assert value.dtype == expected.dtype
+            assert value.shape == expected.shape
+            assert (
+                value.view(torch.uint8).equal(expected.view(torch.uint8))
+                if value.dim()
+                else (value == expected)
             )
 
 
@@ -68,7 +71,7 @@ def test_file_that_is_no_safetensors_raises(tmp_path: Path, content: bytes) -> N
 
 
 def test_missing_file_raises(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read .No such file"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .No such file"):
         read_header(tmp_path / "model.safetensors")
 
 

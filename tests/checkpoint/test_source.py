@@ -30,7 +30,9 @@ def test_tensor_in_two_files_without_an_index_raises(tmp_path: Path) -> None:
     folder = write_llama(tmp_path, parts=2)
     (folder / INDEX_NAME).unlink()
     save_file({"model.norm.weight": torch.zeros(256)}, folder / "model-0.safetensors")
-    with pytest.raises(CheckpointError, match="'model.norm.weight' is also in model-0.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"'model\.norm\.weight' is also in model-0\.safetensors"
+    ):
         open_source(folder)
 
 

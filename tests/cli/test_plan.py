@@ -130,4 +130,5 @@ def test_presets_lists_what_ships() -> None:
     code, out, _ = run("presets")
     names = [line.split()[0] for line in out.splitlines() if line and not line.startswith("in ")]
     assert code == 0
-    assert "fp8-block" in names and "attention-fp8-mlp-int4" in names
+    assert "fp8-block" in names
+    assert "attention-fp8-mlp-int4" in names

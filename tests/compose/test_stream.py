@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
 from mixedprec_plugin.plan.model import Target
 from mixedprec_plugin.quantize import awq, gptq
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
@@ -39,7 +39,7 @@ def test_stream_yields_exactly_what_the_plan_says(tmp_path: Path) -> None:
         for suffix, spec in layer.outputs.items()
     }
     assert len(VirtualCheckpoint(made)) == len(seen)
-    sizes = {name: spec for name, spec in seen.items()}
+    sizes = dict(seen.items())
     assert sum(layer.bytes_after for layer in made.layers) == sum(
         torch.Size(spec.shape).numel() * _itemsize(spec.dtype) for spec in sizes.values()
     )

@@ -26,9 +26,7 @@ def matched(folder: Path, pattern: str) -> set[str]:
         ("*.layers.-13.*", set()),
     ],
 )
-def test_layers_can_be_counted_from_the_end(
-    tmp_path: Path, pattern: str, layers: set[str]
-) -> None:
+def test_layers_can_be_counted_from_the_end(tmp_path: Path, pattern: str, layers: set[str]) -> None:
     assert matched(tmp_path, pattern) == layers
 
 

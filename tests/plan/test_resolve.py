@@ -47,7 +47,8 @@ def test_shards_go_to_their_fused_module(model: Path) -> None:
 def test_star_leaves_norms_embeddings_and_tied_head_as_stored(model: Path) -> None:
     made = plan(model, 'match: "*", method: awq')
     untouched = [layer.name for layer in made.layers if layer.scheme is None]
-    assert "model.embed_tokens" in untouched and "model.norm" in untouched
+    assert "model.embed_tokens" in untouched
+    assert "model.norm" in untouched
     assert dict(made.tied) == {"lm_head": "model.embed_tokens"}
     assert not made.problems
 
@@ -63,7 +64,8 @@ def test_bytes_count_scales_and_zero_points(model: Path) -> None:
     up = made.by_name["model.layers.0.mlp.up_proj"]
     N, K, G = 512, 256, 64
     expected = N * K // 2 + (K // G) * N * 2 + (K // G) * N // 2 + K * 4
-    assert up.bytes_after == expected and up.bytes_before == 2 * N * K
+    assert up.bytes_after == expected
+    assert up.bytes_before == 2 * N * K
     assert up.bits_per_weight == pytest.approx(8 * expected / (N * K))
 
 
@@ -77,7 +79,10 @@ def test_bytes_count_scales_and_zero_points(model: Path) -> None:
         ),
         ('match: "lm_head", method: awq', r"lm_head cannot run in awq: SGLang has no quantized"),
         ('match: "*.embed_tokens", method: fp8', r"model\.embed_tokens cannot run in fp8: SGLang"),
-        ('match: "*norm*", method: int8', r"input_layernorm.* cannot run in int8: it has no weight"),
+        (
+            'match: "*norm*", method: int8',
+            r"input_layernorm.* cannot run in int8: it has no weight",
+        ),
     ],
 )
 def test_rule_that_asks_the_impossible_is_an_error(model: Path, rule: str, message: str) -> None:
@@ -121,8 +126,9 @@ def test_fused_conflict_highest_takes_the_most_precise(model: Path) -> None:
     assert not made.errors
     qkv = made.modules["model.layers.1.self_attn.qkv_proj"]
     assert {layer.method for layer in qkv} == {"fp8"}
-    assert "warning: model.layers.0-2.self_attn.qkv_proj: takes fp8 for all shards" in (
-        problem_texts(made)[0]
+    assert (
+        "warning: model.layers.0-2.self_attn.qkv_proj: takes fp8 for all shards"
+        in (problem_texts(made)[0])
     )
 
 
@@ -198,7 +204,8 @@ class TestStoredFormats:
         assert not made.errors
         up, o = (made.by_name[f"model.layers.0.{n}"] for n in ("mlp.up_proj", "self_attn.o_proj"))
         assert (up.method, up.action) == ("gptq", "as stored")
-        assert up.scheme is not None and up.scheme.arguments["group_size"] == 64
+        assert up.scheme is not None
+        assert up.scheme.arguments["group_size"] == 64
         assert (o.method, o.action) == ("blockwise_int8", "as stored")
 
     def test_bf16_over_a_quantized_layer_dequantizes(self, model: Path) -> None:

@@ -143,7 +143,9 @@ def test_shard_that_the_checkpoint_lacks_is_an_error(load_model: LoadModel, tmp_
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     model = write_checkpoint(tmp_path / "model", config, tensors)
     preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
-    with pytest.raises(LoadError, match=r"model\.layers\.1\.self_attn\.qkv_proj: the model builds it"):
+    with pytest.raises(
+        LoadError, match=r"model\.layers\.1\.self_attn\.qkv_proj: the model builds it"
+    ):
         load_model(model, preset)
 
 
