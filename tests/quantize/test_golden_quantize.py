@@ -96,3 +96,15 @@ def test_no_further_from_the_original_than_the_peer(
     tensors = module.quantize(weight, arguments, torch.bfloat16)
     ours = relative_rms(module.dequantize(tensors, arguments), weight)
     assert ours < EXPECTED[folder][f"{layer}.weight"]["relative_rms_to_bf16"] * 1.001
+
+
+@layers
+@pytest.mark.parametrize("folder", ["autoround-gptq-g64", "gptqmodel-gptq-g64"])
+def test_gptq_zeros_and_groups_are_stored_as_others_store_them(folder: str, layer: str) -> None:
+    ours = gptq.quantize(original(layer), {**G64, "bits": 4}, torch.float16)
+    theirs = torch_layer(folder, layer)
+    assert ours.keys() == theirs.keys()
+    for suffix, tensor in theirs.items():
+        assert (ours[suffix].dtype, ours[suffix].shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(ours["qzeros"], theirs["qzeros"])
+    assert torch.equal(ours["g_idx"], theirs["g_idx"])
