@@ -109,8 +109,8 @@ def test_tensor_that_the_model_has_no_parameter_for_is_an_error(
     tensors["model.layers.0.self_attn.sinks"] = torch.ones(4, dtype=torch.bfloat16)
     model = write_checkpoint(tmp_path / "model", config, tensors)
     preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
-    with pytest.raises(LoadError, match=r"model\.layers\.0\.self_attn\.sinks: is in the checkpoint, "
-                       "but LlamaForCausalLM has no parameter for it"):  # fmt: skip
+    message = r"0\.self_attn\.sinks: is in the checkpoint, but LlamaForCausalLM has no parameter"
+    with pytest.raises(LoadError, match=message):
         load_model(model, preset)
 
 
