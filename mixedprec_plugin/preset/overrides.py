@@ -12,7 +12,7 @@ from mixedprec_plugin.preset.tree import Node, Path, join_path
 
 FLAG = "--mixedprec-set"
 
-_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+|\[[0-9]+\])*")
+_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+|\[[A-Za-z0-9_-]+\])*")
 _PART = re.compile(r"[A-Za-z0-9_-]+")
 
 

@@ -33,7 +33,7 @@ _TYPES = {
     "null": "null",
 }
 _EXAMPLES = {
-    "match": "match: '*.q_proj'",
+    "match": 'match: "*.q_proj"',
     "path": "path: FOLDER",
     "version": "version: 1",
 }

@@ -57,7 +57,7 @@ class Node:
         return node
 
     def locations(self, path: Path) -> list[Location]:
-        """The locations of the scalars at and below `path`; overrides have locations of their own."""
+        """The locations of all scalars at and below `path`; those of overrides differ."""
         node = self.at(path)
         return [scalar.location for _, scalar in node.scalars()] if node is not None else []
 

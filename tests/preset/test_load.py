@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mixedprec_plugin.names import compile_pattern
+from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.preset.model import Location, Preset
+from mixedprec_plugin.resources import preset_dir, preset_names
+from tests.preset.conftest import Write
+
+LLAMA = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(32)
+    for name in (
+        *(f"self_attn.{part}_proj" for part in "qkvo"),
+        *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+    )
+]
+
+
+def without_places(preset: Preset) -> Any:
+    nowhere = Location("", 0)
+    return (
+        [dataclasses.replace(rule, location=nowhere) for rule in preset.rules],
+        [dataclasses.replace(source, location=nowhere) for source in preset.sources.values()],
+        preset.description,
+        preset.on_fused_conflict,
+        preset.trust_sources,
+        preset.resolved,
+    )
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_shipped_preset_resolves(name: str) -> None:
+    preset = load_preset(name)
+    assert preset.rules
+    assert preset.warnings == ()
+    assert preset.description.endswith(".")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_shipped_preset_has_the_whole_header(name: str) -> None:
+    text = (preset_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=../../schemas/preset.schema.json\n")
+    header = text.partition("version: 1")[0]
+    for part in ("# Purpose   ", "# Command   sglang serve ", "# Override  ", "# Limits    "):
+        assert part in header
+    assert f"--mixedprec-config {name}" in header
+
+
+def test_shipped_presets_are_the_promised_ones() -> None:
+    assert set(preset_names()) >= {
+        "fp8-block",
+        "int8-block",
+        "awq",
+        "gptq",
+        "attention-fp8-mlp-int4",
+        "first-last-bf16-int4",
+        "down-proj-finer",
+    }
+
+
+def decide(preset: Preset, name: str) -> str:
+    """The method of the last rule that matches a layer."""
+    method = ""
+    for rule in preset.rules:
+        if any(compile_pattern(pattern)(name) for pattern in rule.patterns):
+            method = f"{rule.scheme.method}{rule.scheme.arguments.get('bits', '')}"
+    return method
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("fp8-block", [], {"fp8"}),
+        ("int8-block", [], {"blockwise_int8"}),
+        ("awq", [], {"awq4"}),
+        ("gptq", [], {"gptq4"}),
+    ],
+)
+def test_whole_presets_cover_every_layer(
+    name: str, overrides: list[str], expected: set[str]
+) -> None:
+    assert {decide(load_preset(name, overrides), layer) for layer in LLAMA} == expected
+
+
+def test_mixed_presets_decide_as_their_names_say() -> None:
+    preset = load_preset("attention-fp8-mlp-int4")
+    for layer in LLAMA:
+        assert decide(preset, layer) == ("fp8" if "self_attn" in layer else "awq4")
+    preset = load_preset("down-proj-finer")
+    for layer in LLAMA:
+        assert decide(preset, layer) == ("gptq8" if "down_proj" in layer else "gptq4")
+    preset = load_preset("first-last-bf16-int4", ["rules.2.match=*.layers.{30,31}.*"])
+    for layer in LLAMA:
+        at_an_end = layer.split(".")[2] in ("0", "1", "30", "31")
+        assert decide(preset, layer) == ("bf16" if at_an_end else "awq4")
+
+
+def test_packaged_preset_is_found_from_any_folder(write: Write) -> None:
+    assert Path(load_preset("awq").path) == preset_dir() / "awq.yaml"
+
+
+def test_file_in_the_working_directory_goes_before_a_packaged_preset(write: Write) -> None:
+    write("awq", "version: 1\nrules: [{match: '*', method: fp8}]\n")
+    assert load_preset("awq").rules[0].scheme.method == "fp8"
+
+
+words = st.text("ab${}\\.\"'# é:-", max_size=8)
+arguments = st.one_of(
+    st.fixed_dictionaries({"method": st.sampled_from(["gptq", "gptq_int8"])},
+                          optional={"group_size": st.sampled_from([32, 64, 128, -1]),
+                                    "desc_act": st.sampled_from([None, False])}),
+    st.fixed_dictionaries({"method": st.just("fp8")},
+                          optional={"weight_block_size": st.sampled_from([None, [128, 128]])}),
+    st.fixed_dictionaries({"method": st.sampled_from(["bf16", "none", "int8", "awq"])},
+                          optional={"source": st.sampled_from(["model", "s"])}),
+)  # fmt: skip
+globs = st.sampled_from(["*", "*.q_proj", "*.{q,k}_proj", "*.layers.{0..3}.*", "lm_head"])
+matches = globs | st.lists(globs, min_size=1, max_size=3)
+
+
+@st.composite
+def presets(draw: st.DrawFn) -> dict[str, Any]:
+    schemes = draw(st.dictionaries(st.sampled_from(["a", "b", "c"]), arguments, min_size=1))
+    named = st.fixed_dictionaries(
+        {"match": matches, "scheme": st.sampled_from(sorted(schemes))},
+        optional={"optional": st.booleans()},
+    )
+    flat = st.builds(
+        lambda match, method: {"match": match, **method}, match=matches, method=arguments
+    )
+    return {
+        "version": 1,
+        "description": draw(words.filter(lambda text: "${" not in text)),
+        "sources": {"s": {"path": draw(words.filter(lambda t: t and "${" not in t))}},
+        "schemes": {**schemes, "d": "${schemes." + sorted(schemes)[0] + "}"},
+        "rules": draw(st.lists(named | flat, min_size=1, max_size=4)),
+        "on_fused_conflict": draw(st.sampled_from(["error", "highest"])),
+        "trust_sources": draw(st.booleans()),
+    }
+
+
+@given(presets(), words)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_resolved_preset_loads_as_the_same_preset(
+    write: Write, content: dict[str, Any], variable: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXEDPREC_TEST_TEXT", variable)
+        text = yaml.safe_dump(json.loads(json.dumps(content)), allow_unicode=True)
+        first = load_preset(
+            write("p.yaml", text), ["description=${oc.env:MIXEDPREC_TEST_TEXT}"] * ("$" in variable)
+        )
+    as_yaml = load_preset(write("yaml.yaml", yaml.safe_dump(first.resolved, allow_unicode=True)))
+    as_json = load_preset(write("json.yaml", json.dumps(first.resolved, indent=1)))
+    assert without_places(as_yaml) == without_places(first)
+    assert without_places(as_json) == without_places(first)
+
+
+def test_reading_presets_imports_neither_torch_nor_sglang() -> None:
+    code = (
+        "import sys\n"
+        "from mixedprec_plugin.preset.load import load_preset\n"
+        "from mixedprec_plugin.methods.registry import METHODS, bind\n"
+        "load_preset('attention-fp8-mlp-int4')\n"
+        "assert len(METHODS) and bind('int8', {})\n"
+        "print(sorted({'torch', 'sglang', 'transformers', 'numpy'} & set(sys.modules)))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
