@@ -6,10 +6,11 @@ affinity.py        cores of the machine -> ranks
 configs.py         SGLang's quantization configs with CPU linear methods
 fp8_linear.py, int8_linear.py, awq_linear.py, gptq_linear.py
                    the linear methods: SGLang's weights and loaders, arithmetic of our own
+rows.py            tokens flattened, bias added
 activation.py      quantization of activations
-e4m3.py            FP8 codes -> float32
+e4m3.py            FP8 codes -> float16
 block_matmul.py    codes x codes with a scale a block
 channel_matmul.py  codes x codes with a scale a token and a channel
-int4.py, weight_only.py
-                   packed integer weights -> weights of the activation's dtype
+weight_only.py     packed weights -> weights of the activation's dtype
+int4.py, int8.py   weight-only weights in the layouts of torch's kernels
 """

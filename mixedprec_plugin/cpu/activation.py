@@ -1,12 +1,14 @@
 """Quantizes activations as SGLang's CUDA paths do.
 
 All functions work in float32 whatever the input's dtype, and return the codes together with the
-scales: x ~= codes * scale.
+scales: x ~= codes * scale. The functions of groups raise ShapeError where K is no multiple.
 """
 
 from __future__ import annotations
 
 import torch
+
+from mixedprec_plugin.errors import Problem, ShapeError
 
 FP8_MAX = 448.0
 INT8_MIN, INT8_MAX = -128.0, 127.0
@@ -88,7 +90,17 @@ def quantize_fp8_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """[T, K] -> float32 [T, K/G, G]."""
-    return x.float().view(x.shape[0], -1, group_size)
+    num_tokens, num_columns = x.shape
+    num_groups, rest = divmod(num_columns, group_size)
+    if rest:
+        raise ShapeError(
+            Problem(
+                where="",
+                what=f"K = {num_columns} (expected a multiple of {group_size}, the block size)",
+                remedy="give the layer a method without blocks",
+            )
+        )
+    return x.float().reshape(num_tokens, num_groups, group_size)
 
 
 def _amax(groups: torch.Tensor) -> torch.Tensor:

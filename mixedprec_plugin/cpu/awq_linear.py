@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from sglang.srt.layers.quantization.awq import AWQConfig, awq
 from sglang.srt.layers.quantization.awq.schemes import AWQLinearScheme
 
 from mixedprec_plugin.cpu.int4 import Int4Weight, unpack_int4
+from mixedprec_plugin.cpu.rows import multiply_rows
 from mixedprec_plugin.cpu.weight_only import dequantize, multiply
 from mixedprec_plugin.errors import Problem, ShapeError
 from mixedprec_plugin.quantize.packing import pack_awq, unpack_awq
@@ -96,11 +98,11 @@ class CpuAWQLinearScheme(AWQLinearScheme):
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Multiply [..., K] by the weight, [..., N]; the bias is added afterwards."""
-        rows = x.reshape(-1, x.shape[-1])
+        return multiply_rows(partial(self._multiply, layer), x, bias)
+
+    def _multiply(self, layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
         if self._weight is not None:
-            out = self._weight.multiply(rows)
-        else:
-            codes, zeros = unpack_awq(layer.qweight.data), unpack_awq(layer.qzeros.data)
-            out = multiply(rows, dequantize(codes, zeros, layer.scales.data))
-        out = out.view(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
+            return self._weight.multiply(rows)
+        codes, zeros = unpack_awq(layer.qweight.data), unpack_awq(layer.qzeros.data)
+        return multiply(rows, dequantize(codes, zeros, layer.scales.data))

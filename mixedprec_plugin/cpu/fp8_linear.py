@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization import fp8
@@ -14,6 +16,7 @@ from mixedprec_plugin.cpu.activation import (
 )
 from mixedprec_plugin.cpu.block_matmul import block_matmul
 from mixedprec_plugin.cpu.channel_matmul import channel_matmul
+from mixedprec_plugin.cpu.rows import multiply_rows
 
 
 class Fp8LinearMethod(fp8.Fp8LinearMethod):
@@ -47,17 +50,18 @@ class Fp8LinearMethod(fp8.Fp8LinearMethod):
         Returns:
             [..., N] in the dtype of x.
         """
-        rows = x.reshape(-1, x.shape[-1])
-        multiply = self._multiply_blocks if self.block_quant else _multiply_channels
-        out = multiply(layer, rows).view(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
+        if self.block_quant:
+            block_size = self.quant_config.weight_block_size
+            return multiply_rows(partial(_multiply_blocks, layer, block_size), x, bias)
+        return multiply_rows(partial(_multiply_channels, layer), x, bias)
 
-    def _multiply_blocks(self, layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
-        """[T, K] -> [T, N], a scale a block."""
-        block_n, block_k = self.quant_config.weight_block_size
-        codes, scales = quantize_fp8_groups(rows, block_k)
-        weight, weight_scales = layer.weight.data, layer.weight_scale_inv.data
-        return block_matmul(codes, scales, weight, weight_scales, (block_n, block_k), rows.dtype)
+
+def _multiply_blocks(layer: LinearBase, block_size: list[int], rows: torch.Tensor) -> torch.Tensor:
+    """[T, K] -> [T, N], a scale a block."""
+    block_n, block_k = block_size
+    codes, scales = quantize_fp8_groups(rows, block_k)
+    weight, weight_scales = layer.weight.data, layer.weight_scale_inv.data
+    return block_matmul(codes, scales, weight, weight_scales, (block_n, block_k), rows.dtype)
 
 
 def _multiply_channels(layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:

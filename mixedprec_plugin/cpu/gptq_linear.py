@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,7 @@ from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinLinearScheme
 
 from mixedprec_plugin.cpu.int4 import Int4Weight, unpack_int4
 from mixedprec_plugin.cpu.int8 import Int8Weight
+from mixedprec_plugin.cpu.rows import multiply_rows
 from mixedprec_plugin.cpu.weight_only import multiply
 from mixedprec_plugin.quantize.packing import pack, unpack
 
@@ -83,13 +85,13 @@ class CpuGPTQLinearScheme(GPTQMarlinLinearScheme):
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Multiply [..., K] by the weight, [..., N]; the bias is added afterwards."""
-        rows = x.reshape(-1, x.shape[-1])
+        return multiply_rows(partial(self._multiply, layer), x, bias)
+
+    def _multiply(self, layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
+        """[T, K] -> [T, N]."""
         if self._weight is None:
-            out = multiply(rows, self._dequantize(layer))
-        else:
-            out = self._weight.multiply(rows if self._order is None else rows[:, self._order])
-        out = out.view(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
+            return multiply(rows, self._dequantize(layer))
+        return self._weight.multiply(rows if self._order is None else rows[:, self._order])
 
     def _dequantize(self, layer: LinearBase) -> torch.Tensor:
         """The weight [N, K] from the checkpoint's layout."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixedprec_plugin.errors import ShapeError
 from tests.cpu.layers import QUANTIZERS, Case, dequantize, fill, make_config, make_layer
 
 K = 768
@@ -25,10 +26,11 @@ CASES = [
     Case("gptq", {"bits": 8, "group_size": 64}),
     Case("gptq", {"bits": 8, "group_size": -1}),
 ]
-# Greatest relative error of an output's RMS that the method's activations cost: half a step of
-# e4m3 is 2**-4 of a value at most and 2**-5.3 in the mean square; int8 truncates, a step of
-# amax / 127. Weight-only methods round the weight and the output to bfloat16.
-TOLERANCE = {"fp8": 0.035, "blockwise_int8": 0.025, "awq": 0.004, "gptq": 0.004}
+# Greatest relative error of a token's outputs that the method may cost, as a root mean square.
+# FP8 rounds activations by up to 2**-4 of a value, 0.026 in the mean square. INT8 truncates them by
+# up to amax / 127, 0.023 in the mean square for an amax of five standard deviations. Weight-only
+# methods round weights and outputs to bfloat16, by up to 2**-9.
+TOLERANCE = {"fp8": 0.035, "blockwise_int8": 0.035, "awq": 0.004, "gptq": 0.004}
 
 
 def _stored(case: Case, sizes: tuple[int, ...], seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -159,3 +161,39 @@ def test_leading_dimensions_are_kept(linear_module, case):
     x = torch.randn(6, K, generator=torch.Generator().manual_seed(1)).bfloat16()
     flat = layer.quant_method.apply(layer, x)
     assert torch.equal(layer.quant_method.apply(layer, x.view(2, 3, K)), flat.view(2, 3, 256))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_tokens_give_no_rows(linear_module, case):
+    layer = make_layer(linear_module, "column", make_config(case), (256,), K)
+    fill(layer, "column", _stored(case, (256,)))
+    assert layer(torch.empty(0, K, dtype=torch.bfloat16))[0].shape == (0, 256)
+
+
+@pytest.mark.parametrize("block_size", [None, [128, 128]])
+def test_static_and_dynamic_fp8_take_the_dtype_of_the_input(linear_module, block_size):
+    case = Case("fp8", {"weight_block_size": block_size})
+    layer = make_layer(linear_module, "column", make_config(case), (256,), K)
+    fill(layer, "column", _stored(case, (256,)))
+    assert layer(torch.randn(2, K).half())[0].dtype == torch.float16
+
+
+def test_static_scale_of_a_fused_module_is_the_greatest(linear_module):
+    case = Case("fp8", {"weight_block_size": None, "activation_scheme": "static"})
+    layer = make_layer(linear_module, "merged", make_config(case), SIZES["merged"], K)
+    plain = Case("fp8", {"weight_block_size": None})
+    stored = [dict(tensors) for tensors in _stored(plain, SIZES["merged"])]
+    for tensors, scale in zip(stored, (0.01, 0.02), strict=True):
+        tensors["input_scale"] = torch.tensor(scale)
+    fill(layer, "merged", stored)
+    x = torch.randn(5, K).bfloat16()
+    codes = (x.float() / 0.02).clamp(-448, 448).to(torch.float8_e4m3fn)
+    exact = (codes.double().numpy() * 0.02) @ dequantize(plain, stored).astype(np.float64).T
+    assert _relative_error(layer(x)[0], exact) < 0.005
+
+
+def test_ragged_k_is_refused(linear_module):
+    case = Case("blockwise_int8", {"weight_block_size": [128, 128]})
+    layer = make_layer(linear_module, "column", make_config(case), (256,), 192)
+    with pytest.raises(ShapeError, match=r"K = 192 \(expected a multiple of 128, the block size\)"):
+        layer(torch.randn(2, 192).bfloat16())

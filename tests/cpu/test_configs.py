@@ -1,0 +1,92 @@
+"""What the CPU configs hand out, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixedprec_plugin.errors import MethodError, ShapeError
+from tests.cpu.layers import Case, make_config, make_layer
+
+CASES = [
+    Case("fp8", {"weight_block_size": None}),
+    Case("blockwise_int8", {"weight_block_size": [128, 128]}),
+    Case("awq", {"bits": 4, "group_size": 128}),
+    Case("gptq", {"bits": 4, "group_size": 128}),
+]
+
+
+def _empty(cls: type) -> torch.nn.Module:
+    """A layer of a class that is expensive to construct, without its constructor."""
+    layer = cls.__new__(cls)
+    torch.nn.Module.__init__(layer)
+    return layer
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_constructor_is_the_parents(linear_module, case):
+    import inspect
+
+    cls = type(make_config(case))
+    assert inspect.signature(cls) == inspect.signature(cls.__mro__[1])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_embeddings_heads_and_attention_are_not_quantized(linear_module, case):
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    for cls in (VocabParallelEmbedding, ParallelLMHead, RadixAttention):
+        assert make_config(case).get_quant_method(_empty(cls), "layer") is None
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_experts_are_refused(linear_module, case):
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+
+    text = f"model.experts: the CPU platform does not run experts in {case.method}"
+    with pytest.raises(MethodError, match=text):
+        make_config(case).get_quant_method(_empty(FusedMoE), "model.experts")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_models_may_run_in_both_half_precisions(linear_module, case):
+    assert {torch.float16, torch.bfloat16} <= set(make_config(case).get_supported_act_dtypes())
+
+
+def test_ignored_layers_stay_unquantized(linear_module):
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    from mixedprec_plugin.cpu.configs import CpuAWQConfig, CpuFp8Config
+
+    for config in (
+        CpuFp8Config(is_checkpoint_fp8_serialized=True, ignored_layers=["layer"]),
+        CpuAWQConfig(4, 128, True, ["layer"]),
+    ):
+        layer = make_layer(linear_module, "column", config, (64,), 128)
+        assert type(layer.quant_method) is UnquantizedLinearMethod
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, "weights that are not stored in FP8"),
+        ({"is_checkpoint_fp8_serialized": True, "use_mxfp8": True}, "MXFP8"),
+        ({"is_checkpoint_fp8_serialized": True, "scale_fmt": "ue8m0"}, "power-of-two"),
+    ],
+)
+def test_other_forms_of_fp8_are_refused(linear_module, arguments, text):
+    from mixedprec_plugin.cpu.configs import CpuFp8Config
+
+    layer = make_layer(linear_module, "column", None, (64,), 128)
+    with pytest.raises(MethodError, match=f"the CPU platform does not run fp8 with {text}"):
+        CpuFp8Config(**arguments).get_quant_method(layer, "layer")
+
+
+def test_awq_with_one_group_over_split_columns_is_refused(linear_module):
+    config = make_config(Case("awq", {"bits": 4, "group_size": -1}))
+    layer = make_layer(linear_module, "column", config, (64,), 256)
+    with pytest.raises(ShapeError, match="AWQ group size -1 with K = 512 split over ranks"):
+        config.get_linear_scheme(layer).create_weights(
+            layer, 256, [64], torch.bfloat16, None, input_size=512, output_size=64
+        )
