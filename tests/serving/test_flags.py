@@ -1,0 +1,109 @@
+"""The command line's way into `model_loader_extra_config`; needs no SGLang."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from mixedprec_plugin.errors import UsageError
+from mixedprec_plugin.serving.flags import add_flags, fold_flags
+from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--model-loader-extra-config", default="{}")
+    add_flags(parser)
+    return parser.parse_args(argv)
+
+
+def test_flags_travel_in_the_extra_config_with_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").touch()
+    args = fold_flags(
+        parse(
+            "--load-format", "mixedprec", "--mixedprec-config", "x.yaml",
+            "--mixedprec-set", "rules.0.bits=8", "--mixedprec-set", "version=1",
+            "--mixedprec-plan", "plan.json",
+            "--model-loader-extra-config", '{"num_threads": 2}',
+        )
+    )  # fmt: skip
+    extra = json.loads(args.model_loader_extra_config)
+    assert extra == {
+        "num_threads": 2,
+        "mixedprec_config": str(tmp_path / "x.yaml"),
+        "mixedprec_set": ["rules.0.bits=8", "version=1"],
+        "mixedprec_plan": str(tmp_path / "plan.json"),
+    }
+    settings, rest = split_extra_config(extra)
+    assert rest == {"num_threads": 2}
+    assert settings == Settings(
+        str(tmp_path / "x.yaml"), ("rules.0.bits=8", "version=1"), str(tmp_path / "plan.json")
+    )
+
+
+def test_name_of_a_packaged_preset_stays_a_name() -> None:
+    args = fold_flags(parse("--load-format", "mixedprec", "--mixedprec-config", "fp8-block"))
+    assert parse_extra_config(args.model_loader_extra_config) == {"mixedprec_config": "fp8-block"}
+
+
+def test_preset_may_come_in_the_extra_config_itself() -> None:
+    extra = '{"mixedprec_config": "gptq"}'
+    args = fold_flags(
+        parse("--load-format", "mixedprec", "--model-loader-extra-config", extra)
+    )
+    assert json.loads(args.model_loader_extra_config) == {"mixedprec_config": "gptq"}
+
+
+def test_without_the_load_format_nothing_is_touched() -> None:
+    args = parse("--model-loader-extra-config", '{"a":  1}')
+    assert fold_flags(args).model_loader_extra_config == '{"a":  1}'
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--load-format", "mixedprec"), "--load-format mixedprec: needs a preset; add"),
+        (
+            ("--mixedprec-config", "x.yaml"),
+            "--mixedprec-config: needs --load-format mixedprec; add it",
+        ),
+        (
+            ("--mixedprec-set", "a=1", "--mixedprec-plan", "p"),
+            "--mixedprec-set, --mixedprec-plan: needs --load-format mixedprec",
+        ),
+        (
+            ("--load-format", "mixedprec", "--model-loader-extra-config", "{"),
+            "--model-loader-extra-config: is not JSON",
+        ),
+        (
+            ("--load-format", "mixedprec", "--model-loader-extra-config", "[1]"),
+            "--model-loader-extra-config: is not a JSON object",
+        ),
+    ],
+)
+def test_half_a_request_is_refused(argv: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        fold_flags(parse(*argv))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"mixedprec_config": 3},
+        {"mixedprec_config": "x", "mixedprec_set": "a=1"},
+        {"mixedprec_config": "x", "mixedprec_set": [1]},
+        {"mixedprec_config": "x", "mixedprec_plan": []},
+        {"mixedprec_plan": "p"},
+    ],
+)
+def test_settings_of_the_wrong_type_are_refused(extra: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        split_extra_config(extra)
