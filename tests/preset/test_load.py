@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixedprec_plugin.names import compile_pattern
+from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Location, Preset
 from mixedprec_plugin.resources import preset_dir, preset_names
@@ -72,11 +72,8 @@ def test_shipped_presets_are_the_promised_ones() -> None:
 
 def decide(preset: Preset, name: str) -> str:
     """The method of the last rule that matches a layer."""
-    method = ""
-    for rule in preset.rules:
-        if any(compile_pattern(pattern)(name) for pattern in rule.patterns):
-            method = f"{rule.scheme.method}{rule.scheme.arguments.get('bits', '')}"
-    return method
+    scheme = match_rules(preset.rules, LLAMA).deciding[name].scheme
+    return f"{scheme.method}{scheme.arguments.get('bits', '')}"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +98,7 @@ def test_mixed_presets_decide_as_their_names_say() -> None:
     preset = load_preset("down-proj-finer")
     for layer in LLAMA:
         assert decide(preset, layer) == ("gptq8" if "down_proj" in layer else "gptq4")
-    preset = load_preset("first-last-bf16-int4", ["rules.2.match=*.layers.{30,31}.*"])
+    preset = load_preset("first-last-bf16-int4")
     for layer in LLAMA:
         at_an_end = layer.split(".")[2] in ("0", "1", "30", "31")
         assert decide(preset, layer) == ("bf16" if at_an_end else "awq4")
