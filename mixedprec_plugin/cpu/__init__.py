@@ -9,6 +9,7 @@ fp8_linear.py, int8_linear.py, awq_linear.py, gptq_linear.py
 rows.py            tokens flattened, bias added
 activation.py      quantization of activations
 e4m3.py            FP8 codes -> float16
+precision.py       exact float32 matmuls on bfloat16 units
 block_matmul.py    codes x codes with a scale a block
 channel_matmul.py  codes x codes with a scale a token and a channel
 weight_only.py     packed weights -> weights of the activation's dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from mixedprec_plugin.cpu.e4m3 import E4M3_UNIT, decode_e4m3
+from mixedprec_plugin.cpu.precision import exact_in_bfloat16
 
 # Chunks that keep the float32 copies in a core's cache; measured by benchmarks/cpu_linear.py.
 _TOKENS = 256
@@ -77,9 +78,10 @@ def _multiply_fp8(
     left = decode_e4m3(codes).float()
     scales = scales * E4M3_UNIT**2
     multiply = _sum_batched if codes.shape[0] <= _FEW_TOKENS else _sum_blocks
-    for rows in _blocks(weight.shape[0], _ROWS):
-        right = decode_e4m3(weight[rows]).float()
-        out[:, rows] = multiply(left, scales, right, row_scales[:, rows])
+    with exact_in_bfloat16(enabled=multiply is _sum_blocks):
+        for rows in _blocks(weight.shape[0], _ROWS):
+            right = decode_e4m3(weight[rows]).float()
+            out[:, rows] = multiply(left, scales, right, row_scales[:, rows])
 
 
 def _sum_batched(

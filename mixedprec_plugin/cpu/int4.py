@@ -17,7 +17,7 @@ from mixedprec_plugin.cpu.weight_only import dequantize, multiply
 # Group sizes that the kernel takes (aten/src/ATen/native/LinearAlgebra.cpp), the widest first.
 _GROUP_SIZES = (256, 128, 64, 32)
 # Up to so many tokens the kernel is faster than dequantizing; measured by benchmarks/cpu_linear.py.
-_KERNEL_TOKENS = 64
+_KERNEL_TOKENS = 48
 # Codes that are widened to int32 at once.
 _CHUNK = 1 << 20
 

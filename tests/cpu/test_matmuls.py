@@ -11,6 +11,7 @@ from mixedprec_plugin.cpu import block_matmul as blocks
 from mixedprec_plugin.cpu import int4, int8
 from mixedprec_plugin.cpu.block_matmul import block_matmul
 from mixedprec_plugin.cpu.channel_matmul import channel_matmul
+from mixedprec_plugin.cpu.precision import exact_in_bfloat16
 from mixedprec_plugin.cpu.weight_only import dequantize, multiply
 
 SIZES = st.sampled_from([1, 2, 63, 64, 65, 128, 192, 257, 300, 576])
@@ -171,3 +172,18 @@ def test_packed_int8_is_the_plain_product_within_its_roundings(num_tokens, num_g
     columns = scales.double().t().repeat_interleave(768 // num_groups, 1)
     bound = x.double().abs() @ (columns * (codes.double() - 128).abs() * 2**-8.9).t()
     assert ((weight.multiply(x).double() - plain).abs() <= bound + plain.abs() * 2**-7).all()
+
+
+def test_switch_to_bfloat16_is_put_back():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    with exact_in_bfloat16(enabled=True):
+        assert matmul.fp32_precision == "bf16"
+    assert matmul.fp32_precision == before
+
+
+def test_codes_multiply_exactly_in_bfloat16():
+    left, right = (_codes((65, 128), torch.int8, seed).float() for seed in (0, 1))
+    with exact_in_bfloat16(enabled=True):
+        product = left @ right.t()
+    assert torch.equal(product.double(), left.double() @ right.double().t())
