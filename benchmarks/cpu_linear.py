@@ -40,14 +40,16 @@ SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
 REPEATS = 15
 
 
-def make_layer(name: str, given: dict[str, Any], N: int, K: int) -> torch.nn.Module:
+def make_layer(name: str, given: dict[str, Any], N: int, K: int) -> Any:
     """A linear layer of SGLang in one method, filled with a random weight."""
     from sglang.srt.layers.linear import ReplicatedLinear
 
     method, arguments = bind(name, given)
     spec = METHODS[method]
     config = build_config(method, arguments, "cpu")
-    layer = ReplicatedLinear(K, N, bias=False, params_dtype=torch.bfloat16, quant_config=config)
+    layer: Any = ReplicatedLinear(
+        K, N, bias=False, params_dtype=torch.bfloat16, quant_config=config
+    )
     module, function = spec.quantizer.split(":")
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     stored = getattr(import_module(module), function)(weight, arguments, torch.bfloat16)
