@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.engine_logprobs import distributions
 from benchmarks.reference_model import load_reference, load_unquantized, log_probabilities
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, help="write the table here, and its numbers beside it as .json"
     )
     options = parser.parse_args(arguments)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     names = options.preset or [UNQUANTIZED, *sorted(path.stem for path in PRESETS.glob("*.yaml"))]
     known = _read(options.out)
     model_path = checkpoint("widened")
