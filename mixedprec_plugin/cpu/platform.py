@@ -66,6 +66,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
         server_args.disable_overlap_schedule = True
+        # the scheduler polls without rest otherwise, on a core that the model could use
+        server_args.sleep_on_idle = True
         num_ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size
         if num_ranks > 1:
             _bind_threads(num_ranks)
