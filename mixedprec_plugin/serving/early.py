@@ -12,7 +12,7 @@ from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Device, Plan, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
-from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
+from mixedprec_plugin.serving.settings import Settings, read_settings
 
 # (field of ServerArgs, the value that we can serve, what it is)
 _SINGLE = (
@@ -32,19 +32,15 @@ def check_early(args: Any) -> None:
     """
     if getattr(args, "load_format", None) != "mixedprec":
         return
-    settings, _ = split_extra_config(parse_extra_config(args.model_loader_extra_config))
-    if settings is None:
-        from mixedprec_plugin.serving.flags import read_settings
-
-        settings = read_settings(args)
+    settings = read_settings(args)
     problems = list(_launch_problems(args))
-    preset = load_preset(settings.config, settings.overrides)
     if os.path.isdir(args.model_path):
         plan = make_plan(
             args.model_path, settings, str(args.dtype), int(args.tp_size), serving_device()
         )
         problems.extend(plan.errors)
-    del preset
+    else:
+        load_preset(settings.config, settings.overrides)
     if problems:
         raise PlanError(problems)
 

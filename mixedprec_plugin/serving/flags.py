@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, UsageError
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
@@ -96,22 +95,3 @@ def exit_with(error: MixedPrecisionError) -> None:
     for problem in error.problems:
         print(f"  {problem}", file=sys.stderr)
     raise SystemExit(1)
-
-
-def read_settings(server_args: Any) -> Settings:
-    """The settings that `fold_flags` or a caller of `sgl.Engine` left in ServerArgs.
-
-    Raises:
-        UsageError: there are none.
-    """
-    settings, _ = split_extra_config(parse_extra_config(server_args.model_loader_extra_config))
-    if settings is None:
-        raise UsageError(
-            Problem(
-                "model_loader_extra_config",
-                "names no preset",
-                'pass model_loader_extra_config={"mixedprec_config": PATH}',
-                "flags",
-            )
-        )
-    return settings

@@ -27,7 +27,7 @@ from mixedprec_plugin.plan.render import plan_as_dict, summary_lines
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.early import make_plan, serving_device
 from mixedprec_plugin.serving.hooks import require_registration
-from mixedprec_plugin.serving.placement import load_weights
+from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
 from mixedprec_plugin.serving.shapes import check_built
 
@@ -108,6 +108,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             check_built(config)
             setattr(model, _CONFIG_ATTRIBUTE, config)
             self.load_weights_and_postprocess(model, iter(VirtualCheckpoint(plan)), device)
+        close_to_unquantized(model)
         self._remember(folder, config)
         self._report(plan, time.perf_counter() - start)
         return model.eval()

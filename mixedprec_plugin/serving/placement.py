@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ def load_weights(
         LoadError: a tensor found no parameter, or a parameter was not filled; all are named.
     """
     recorder = WriteRecorder()
-    load: Callable[[Weights], object] = model.load_weights  # type: ignore[assignment]
+    # the class's own: the model's is closed to others, see `close_to_unquantized`
+    load = functools.partial(type(model).load_weights, model)  # type: ignore[attr-defined]
     rest: list[str] = []
     with recorder:
         load(_place(model, config, weights, recorder, rest))
@@ -88,6 +90,26 @@ def load_weights(
         problems += _unfilled(model, recorder)
     if problems:
         raise LoadError(problems)
+
+
+def close_to_unquantized(model: torch.nn.Module) -> None:
+    """Refuse tensors that come past the plan, as from `update_weights_from_tensor`.
+
+    SGLang hands them to `model.load_weights`, which would cast them into quantized parameters
+    without a word.
+    """
+
+    def refuse(*_: object, **__: object) -> None:
+        raise LoadError(
+            Problem(
+                type(model).__name__,
+                "serves a mixed-precision plan and takes no tensors past it",
+                "use update_weights_from_disk, which quantizes by the preset",
+                "past-the-plan",
+            )
+        )
+
+    model.load_weights = refuse  # type: ignore[assignment]
 
 
 def _place(

@@ -93,5 +93,24 @@ def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[
     return Settings(str(config), tuple(overrides or ()), str(plan_path or "")), rest
 
 
+def read_settings(server_args: Any) -> Settings:
+    """The settings that the command line or a caller of `sgl.Engine` left in ServerArgs.
+
+    Raises:
+        UsageError: there are none.
+    """
+    settings, _ = split_extra_config(parse_extra_config(server_args.model_loader_extra_config))
+    if settings is None:
+        raise UsageError(
+            Problem(
+                "model_loader_extra_config",
+                "names no preset",
+                'pass model_loader_extra_config={"mixedprec_config": PATH}',
+                "flags",
+            )
+        )
+    return settings
+
+
 def _is_strings(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)

@@ -55,9 +55,7 @@ def test_name_of_a_packaged_preset_stays_a_name() -> None:
 
 def test_preset_may_come_in_the_extra_config_itself() -> None:
     extra = '{"mixedprec_config": "gptq"}'
-    args = fold_flags(
-        parse("--load-format", "mixedprec", "--model-loader-extra-config", extra)
-    )
+    args = fold_flags(parse("--load-format", "mixedprec", "--model-loader-extra-config", extra))
     assert json.loads(args.model_loader_extra_config) == {"mixedprec_config": "gptq"}
 
 

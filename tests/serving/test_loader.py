@@ -216,3 +216,12 @@ def test_bf16_model_is_the_one_that_sglang_loads_by_itself(
     theirs = dict(stock.named_parameters())
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
+
+
+def test_tensors_that_come_past_the_plan_are_refused(
+    load_model: LoadModel, model_path: Path, tmp_path: Path
+) -> None:
+    model = load_model(model_path, write_preset(tmp_path, 'match: "*", method: fp8'))
+    weight = torch.zeros(256, 256, dtype=torch.bfloat16)
+    with pytest.raises(LoadError, match="use update_weights_from_disk"):
+        model.load_weights([("model.layers.0.self_attn.o_proj.weight", weight)])

@@ -1,0 +1,135 @@
+"""The main job: a preset decides each layer's method, and a real server answers with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.engine_logprobs import distributions
+from benchmarks.reference_model import load_reference, log_probabilities
+from mixedprec_plugin.plan.render import summary_lines
+from tests.presets import plan
+from tests.server.conftest import MIXED, Mixed, generate, greedy
+
+NUM_TOKENS = 200
+
+
+def test_server_answers_over_the_openai_api(mixed: Mixed) -> None:
+    body = {
+        "model": "default",
+        "messages": [
+            {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+        ],
+        "temperature": 0,
+        "max_tokens": 20,
+    }
+    answer = mixed.server.request("/v1/chat/completions", body)
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+def test_log_shows_the_plan(mixed: Mixed, widened_model: Path) -> None:
+    log = mixed.log_path.read_text()
+    assert f"mixedprec: {MIXED} over {widened_model}" in log
+    assert "model.layers.18-23.mlp.gate_up_proj  awq  quantize" in log
+    assert "model.layers.6-11.self_attn.qkv_proj  fp8  quantize" in log
+
+
+def test_plan_file_says_what_runs(mixed: Mixed) -> None:
+    made = json.loads(mixed.plan_path.read_text())
+    methods = {layer["name"]: layer["method"] for layer in made["layers"]}
+    assert [methods[f"model.layers.{n}.mlp.up_proj"] for n in (0, 6, 12, 18, 24, 27, 29)] == [
+        "fp8", "fp8", "blockwise_int8", "awq", "gptq", "gptq", "bf16"
+    ]  # fmt: skip
+    assert made["target"] == {"device": "cpu", "tp_size": 1, "dtype": "BF16"}
+
+
+def test_distributions_are_those_of_independently_dequantized_weights(
+    mixed: Mixed, widened_model: Path, prose: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(widened_model)(prose)["input_ids"][:NUM_TOKENS]
+    reference, _ = load_reference(widened_model, MIXED)
+    expected = log_probabilities(reference, tokens)
+    vocabulary_size = expected.shape[1]
+    served = np.concatenate(
+        [rows for _, rows in distributions(mixed.server, tokens, vocabulary_size)]
+    )
+    difference = expected - torch.from_numpy(served)
+    divergence = (expected.exp() * difference).sum(-1)
+    assert float(divergence.mean()) < 0.01
+    chosen = difference.gather(1, torch.tensor(tokens[1:])[:, None])
+    assert abs(float(chosen.mean())) < 0.01
+
+
+class TestUpdateWeightsFromDisk:
+    TEXT = "The three primary colors are"
+
+    @pytest.fixture
+    def other_weights(self, widened_model: Path, tmp_path: Path) -> Path:
+        """The same model with two layers' MLPs exchanged."""
+        folder = tmp_path / "other"
+        shutil.copytree(widened_model, folder)
+        tensors = load_file(widened_model / "model.safetensors")
+        for name in [n for n in tensors if n.startswith("model.layers.3.mlp.")]:
+            twin = name.replace("layers.3.", "layers.20.")
+            tensors[name], tensors[twin] = tensors[twin], tensors[name]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    def update(self, mixed: Mixed, path: Path, **extra: str) -> dict[str, object]:
+        from demo.server import ServerError
+
+        try:
+            body = {"model_path": str(path), **extra}
+            answer: dict[str, object] = mixed.server.request("/update_weights_from_disk", body)
+            return answer
+        except ServerError as error:
+            return {"success": False, "message": str(error)}
+
+    def logprobs(self, mixed: Mixed) -> list[float]:
+        answer = generate(mixed.server, self.TEXT, max_new_tokens=12)
+        return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+
+    def test_new_weights_are_quantized_by_the_preset_and_old_ones_come_back(
+        self, mixed: Mixed, widened_model: Path, other_weights: Path
+    ) -> None:
+        before = self.logprobs(mixed)
+        assert self.update(mixed, other_weights)["success"]
+        changed = self.logprobs(mixed)
+        assert changed != before
+        assert self.update(mixed, widened_model, load_format="auto")["success"]
+        assert self.logprobs(mixed) == before
+
+    def test_weights_that_do_not_fit_leave_the_server_as_it_was(
+        self, mixed: Mixed, original_model: Path, other_weights: Path
+    ) -> None:
+        before = self.logprobs(mixed)
+        answer = self.update(mixed, original_model)
+        assert not answer["success"]
+        assert "K = 576" in str(answer["message"])
+        tensors = load_file(other_weights / "model.safetensors")
+        tensors["model.layers.29.mlp.down_proj.weight"][0, 0] = torch.nan
+        save_file(tensors, other_weights / "model.safetensors", {"format": "pt"})
+        answer = self.update(mixed, other_weights)
+        assert not answer["success"]
+        assert "model.layers.29.mlp.down_proj.weight: 1 of" in str(answer["message"])
+        assert self.logprobs(mixed) == before
+
+
+def test_greedy_output_is_repeatable(mixed: Mixed) -> None:
+    first, second = (greedy(mixed.server, "Water boils at") for _ in range(2))
+    assert first == second
+
+
+def test_summary_fits_one_screen(widened_model: Path) -> None:
+    made = plan(
+        widened_model, 'match: "*", method: gptq', 'match: "*.self_attn.*", method: fp8_block'
+    )
+    assert len(summary_lines(made)) <= 24

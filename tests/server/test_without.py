@@ -1,0 +1,60 @@
+"""A server that does not ask for the load format is one without the plugin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from demo.server import Server, ServerError
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
+from tests.presets import write_preset
+from tests.server.conftest import generate
+
+PROMPTS = ("The capital of France is", "Once upon a time there was a little girl who")
+
+
+def test_installed_plugin_changes_no_byte_of_the_output(
+    widened_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # naming the platform keeps the CPU engine, whatever general plugins SGLANG_PLUGINS admits
+    monkeypatch.setenv("SGLANG_PLATFORM", "mixedprec_cpu")
+    answers = {}
+    for admitted in ("", "no-such-plugin"):
+        monkeypatch.setenv("SGLANG_PLUGINS", admitted)
+        log_path = tmp_path / f"server-{admitted}.log"
+        with Server(widened_model, log_path) as server:
+            answers[admitted] = [
+                (answer["text"], answer["meta_info"]["output_token_logprobs"])
+                for prompt in PROMPTS
+                for answer in [generate(server, prompt, max_new_tokens=24)]
+            ]
+        hooked = "WeightUpdater.update_weights_from_disk" in log_path.read_text()
+        assert hooked == (admitted == "")
+    assert answers[""] == answers["no-such-plugin"]
+
+
+def test_weights_that_are_not_finite_stop_the_server(tmp_path: Path) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    tensors["model.layers.2.mlp.up_proj.weight"][5, 5] = float("nan")
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path, 'match: "*", method: gptq')
+    server = Server(model, tmp_path / "server.log", preset, ["--skip-tokenizer-init"])
+    with pytest.raises(ServerError, match="the server ended with exit code"), server:
+        pass
+    log = (tmp_path / "server.log").read_text()
+    assert "model.layers.2.mlp.up_proj.weight: 1 of 131,072 weights in model.safetensors" in log
+
+
+def test_preset_that_does_not_fit_stops_the_server_with_exit_code_1(tmp_path: Path) -> None:
+    config = llama_config()
+    model = write_checkpoint(tmp_path / "model", config, llama_tensors(config))
+    preset = write_preset(tmp_path, 'match: "*.q_proj", method: gptq')
+    server = Server(model, tmp_path / "server.log", preset, ["--skip-tokenizer-init"])
+    with pytest.raises(ServerError, match="the server ended with exit code 1 "), server:
+        pass
+    log = (tmp_path / "server.log").read_text()
+    assert "mixedprec: 1 error(s)" in log
+    assert "model.layers.0-2.self_attn.qkv_proj: its shards need one scheme" in log
+    assert "Traceback" not in log
