@@ -10,9 +10,11 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
+from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.methods.construct import build_config
+from mixedprec_plugin.methods.construct import build_config, cuda_capability
 from mixedprec_plugin.plan.architecture import FUSED_MODULES
+from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.preset.model import Scheme
 
@@ -73,8 +75,8 @@ class MixedPrecisionConfig(QuantizationConfig):
         Returns:
             None for embeddings, lm_head, attention and unquantized experts, as SGLang expects.
         Raises:
-            LoadError: the plan does not know the module, or the method's SGLang class would leave
-                it unquantized.
+            LoadError: the plan does not know the module, the GPU or the model's dtype is none
+                that the method runs on, or the method's SGLang class would leave it unquantized.
         """
         if isinstance(layer, FusedMoE):
             return None
@@ -107,6 +109,42 @@ class MixedPrecisionConfig(QuantizationConfig):
         if scheme.identity not in self._children:
             device = self.plan.target.device
             child = build_config(scheme.method, scheme.arguments, device)
+            self._check_runs_here(scheme, child)
             child.update_packed_modules_mapping(self.packed_modules_mapping)
             self._children[scheme.identity] = child
         return self._children[scheme.identity]
+
+    def _check_runs_here(self, scheme: Scheme, child: QuantizationConfig) -> None:
+        """Ask a child what SGLang asks the config of a whole model (model_loader/loader.py:252)."""
+        target = self.plan.target
+        found: list[tuple[str, str, str]] = []
+        capability = cuda_capability() if target.device == "cuda" else None
+        least = child.get_min_capability() if capability is not None else 0
+        if capability is not None and capability < least:
+            what = (
+                f"{scheme.label} does not run on this GPU, whose compute capability is "
+                f"{_version(capability)} (expected {_version(least)} or more)"
+            )
+            found.append(("min-capability", what, "give the layers another method"))
+        dtypes = child.get_supported_act_dtypes()
+        if TORCH_DTYPES[target.dtype] not in dtypes:
+            names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+            running = str(TORCH_DTYPES[target.dtype]).removeprefix("torch.")
+            what = (
+                f"{scheme.label} does not run in {running} with {type(child).__name__} "
+                f"(expected {', '.join(names)})"
+            )
+            found.append(("act-dtype", what, f"start with --dtype {names[0]}"))
+        if found:
+            layers = [
+                layer.name
+                for layer in self.plan.layers
+                if layer.scheme is not None and layer.scheme.identity == scheme.identity
+            ]
+            where = ", ".join(fold_names(layers))
+            raise LoadError(Problem(where, what, remedy, rule) for rule, what, remedy in found)
+
+
+def _version(capability: int) -> str:
+    """89 -> "8.9"."""
+    return f"{capability // 10}.{capability % 10}"
