@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from typing import Any
 START_SECONDS = 600.0
 STOP_SECONDS = 30.0
 _LOG_TAIL_LINES = 25
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None)
 # A proxy that the environment names must not be asked for the loopback interface.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -75,6 +78,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         try:
             self._wait()
@@ -155,6 +159,11 @@ class Server:
                 return bool(response.status == 200)
         except OSError:
             return False
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the parent is gone, whatever ended it."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Progress:
