@@ -7,7 +7,7 @@ from typing import Any
 from mixedprec_plugin.methods import remedies
 from mixedprec_plugin.methods.groups import group_faults, group_quality, num_groups
 from mixedprec_plugin.methods.marlin import marlin_faults
-from mixedprec_plugin.methods.partitions import split_faults
+from mixedprec_plugin.methods.partitions import outputs_per_rank, split_faults
 from mixedprec_plugin.methods.spec import Arguments, LayerShape, MethodSpec, TensorSpec
 
 
@@ -61,9 +61,15 @@ def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, Tensor
 def fits_marlin(arguments: Arguments, shape: LayerShape) -> bool:
     """Whether Marlin kernels serve the layer on CUDA; if not, SGLang dequantizes it and multiplies.
 
+    SGLang asks this of the whole layer: its method is chosen before the layer knows its share of a
+    rank (linear.py:276).
+
     Source: `check_marlin_supports_layer` (marlin_utils.py:211), asked at awq/awq.py:368.
     """
-    return not marlin_faults(arguments["group_size"], shape)
+    ranks = shape.tp_size if shape.parallel == "column" else 1
+    N = sum(outputs_per_rank(shape)) * ranks
+    whole = LayerShape(N=N, K=shape.K, shard_sizes=(N,), parallel="replicated")
+    return not marlin_faults(arguments["group_size"], whole)
 
 
 def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
@@ -71,7 +77,9 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
 
     A layer that Marlin does not fit runs in the plain AWQ kernel, which dequantizes to fp16 or bf16
     whatever its shape (kernels/jit/csrc/gemm/awq_dequantize.cuh:196); `AWQConfig` says that it
-    takes fp16 only (awq/awq.py:105), yet nobody asks it when `AWQMarlinConfig` makes one.
+    takes fp16 only (awq/awq.py:105), yet nobody asks it when `AWQMarlinConfig` makes one. A layer
+    that fits as a whole and not in a rank's share is bound to Marlin all the same, and fails
+    (awq/schemes/awq_marlin.py:49).
 
     A whole column as one group is Marlin's alone: the plain kernel's parameters divide by the group
     size, -1 (awq/schemes/awq_linear.py:69). Neither holds the scales of a column that is split over
@@ -85,8 +93,8 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
     if group_size == -1:
         if shape.parallel == "row" and shape.tp_size > 1:
             found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
-        if device == "cuda":
-            found += marlin_faults(group_size, shape)
+    if device == "cuda" and (group_size == -1 or fits_marlin(arguments, shape)):
+        found += marlin_faults(group_size, shape)
     return found
 
 

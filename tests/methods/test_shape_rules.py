@@ -149,6 +149,17 @@ def test_plain_awq_takes_what_marlin_does_not() -> None:
     assert fits_marlin(arguments, DOWN)
 
 
+def test_awq_that_fits_marlin_only_as_a_whole_is_refused_on_cuda() -> None:
+    """SGLang chooses Marlin before it knows a rank's share: a dry run of its layers showed it."""
+    narrow = LayerShape(256, 1024, (256,), "column", tp_size=8)
+    text, remedy = check("awq", {}, narrow, "cuda")[0]
+    assert text == "N = 32 per rank is not a multiple of 64, which Marlin kernels need"
+    assert remedy == "use method: fp8, or serve with --tp 4"
+    assert check("awq", {}, narrow, "cpu") == []
+    short = LayerShape(1024, 512, (1024,), "row", tp_size=8)
+    assert "K = 64 per rank" in check("awq", {"group_size": 64}, short, "cuda")[0][0]
+
+
 def test_whole_columns_need_marlin_on_cuda_only() -> None:
     assert "Marlin" in check("awq", {"group_size": -1}, QKV, "cuda")[0][0]
     assert check("awq", {"group_size": -1}, QKV, "cpu") == []
