@@ -90,9 +90,8 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
     if found:
         return found
     found = group_faults(group_size, 32 // arguments["bits"], 1, shape)
-    if group_size == -1:
-        if shape.parallel == "row" and shape.tp_size > 1:
-            found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
+    if group_size == -1 and shape.parallel == "row" and shape.tp_size > 1:
+        found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
     if device == "cuda" and (group_size == -1 or fits_marlin(arguments, shape)):
         found += marlin_faults(group_size, shape)
     return found
