@@ -1,4 +1,4 @@
-"""A real server with every method in one model, shared by the session."""
+"""A real server with every method in one model, shared by a module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ class Mixed:
     plan_path: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread a rank: two that wait for each other crawl when a neighbour takes a core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
 def mixed(widened_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixed]:
     folder = tmp_path_factory.mktemp("mixed")
     log_path, plan_path = folder / "server.log", folder / "plan.json"
