@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
 
@@ -12,10 +14,11 @@ from mixedprec_plugin.serving.config import MixedPrecisionConfig
 
 
 def check_built(config: MixedPrecisionConfig) -> None:
-    """Check that the model built every planned linear layer, in the planned shape.
+    """Check that the model built every planned linear layer, in a shape that its kernel takes.
 
     Raises:
-        LoadError: a layer that nothing runs, or one of another shape; all are named.
+        LoadError: a layer that nothing runs, or one of another shape than planned or than this GPU
+            takes; all are named.
     """
     found: dict[tuple[str, str], list[str]] = {}
     for module, layers in config.plan.modules.items():
@@ -26,17 +29,40 @@ def check_built(config: MixedPrecisionConfig) -> None:
             text = _difference(layer, built)
             if text:
                 found.setdefault((text, module if built is None else ""), []).append(layer.name)
-    if found:
-        raise LoadError(
-            Problem(
-                folded,
-                text,
-                "config.json and weights are of different models",
-                "built-shape",
+    problems = [
+        Problem(folded, text, "config.json and weights are of different models", "built-shape")
+        for (text, _), names in found.items()
+        for folded in fold_names(names)
+    ]
+    if problems := problems or _kernel_problems(config):
+        raise LoadError(problems)
+
+
+def _kernel_problems(config: MixedPrecisionConfig) -> list[Problem]:
+    """What only this GPU refuses: FP8 without FP8 units runs in Marlin kernels, which have tiles.
+
+    Source: `tile_n_size` in gptq_marlin_repack.cuh and `thread_configs` in gptq_marlin.cuh
+    (sglang/kernels/jit/csrc/gemm/marlin); `Fp8LinearMethod.use_marlin` (fp8.py:518).
+    """
+    found: dict[str, list[str]] = {}
+    built: Any
+    for module, built in config.built.items():
+        if not getattr(built.quant_method, "use_marlin", False):
+            continue
+        N, K = built.output_size_per_partition, built.input_size_per_partition
+        if not any(N % n == 0 and K % k == 0 for n, k in ((64, 128), (128, 64))):
+            text = (
+                f"its share of a rank is [{N}, {K}], and FP8 runs in Marlin kernels on this GPU "
+                "(expected multiples of [64, 128] or [128, 64])"
             )
-            for (text, _), names in found.items()
-            for folded in fold_names(names)
+            found.setdefault(text, []).append(module)
+    return [
+        Problem(
+            folded, text, "give it another method, or use fewer tensor-parallel ranks", "gpu-shape"
         )
+        for text, names in found.items()
+        for folded in fold_names(names)
+    ]
 
 
 def _difference(layer: PlannedLayer, built: torch.nn.Module | None) -> str:
