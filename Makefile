@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench quality memory clean
+.PHONY: help install demo test lint format bench quality memory dryrun clean
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    measure quality (docs/quality.md) and memory (docs/memory.md)"
+	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
 	@echo "make clean    remove build products; 'rm -r $(VENV)' removes the environment"
 
 install: $(INSTALLED)
@@ -45,6 +46,9 @@ quality: $(INSTALLED)
 
 memory: $(INSTALLED)
 	@$(RUN) -m benchmarks.memory --out docs/memory.md
+
+dryrun: $(INSTALLED)
+	@$(RUN) -m tests.dryrun.matrix --out docs/cuda.md
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

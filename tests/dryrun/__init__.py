@@ -1,0 +1,19 @@
+"""SGLang in CUDA mode without a GPU: what each card would run, layer by layer.
+
+cards.py        the cards that are played
+libcuda.c       the driver's symbols that imports look for; driver.py compiles and loads it
+played_cuda.py  torch.cuda answers as the card would
+fake_device.py  CUDA tensors without memory, and what is written into them
+journal.py      what was reached: kernels, writes, answers that were made up
+recorders.py    SGLang's JIT modules, custom operators and Triton launches write into the journal
+ptx.py          Triton kernels are really compiled for the card
+stand_ins.py    shapes of the results of kernels that torch cannot tell
+rank.py         SGLang's context of one tensor-parallel rank, without processes
+methods.py      the methods that are tried
+layers.py       the layer kinds: shapes, checkpoints, SGLang's modules
+cells.py        one method in one layer kind: plan, build, load, process, forward
+llama.py        a whole Llama through the loader, every method in one model
+process.py      all of it for one card, in a process of its own
+matrix.py       all cards, printed: `make dryrun`
+expected.py     what SGLang's sources say that each cell is
+"""

@@ -1,0 +1,170 @@
+"""One method in one layer kind: planned, built, loaded, processed, run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
+from mixedprec_plugin.errors import MixedPrecisionError
+from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.placement import load_weights
+from mixedprec_plugin.serving.shapes import check_built
+from tests.dryrun.cards import Card
+from tests.dryrun.fake_device import fake_card
+from tests.dryrun.journal import JOURNAL
+from tests.dryrun.layers import KINDS, Kind
+from tests.dryrun.methods import Method
+from tests.dryrun.rank import rank
+from tests.presets import plan
+
+_DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16")}
+
+
+@dataclasses.dataclass
+class Cell:
+    """What became of a method in a layer kind on a card.
+
+    Attributes:
+        runs_as: class of the quantization method, and of its scheme where it has one.
+        kernels: what a forward launches, in order.
+        parameters: name -> dtype and shape as loaded, before SGLang repacks them.
+        refused: our own error, if the cell is refused.
+        broken: what went wrong otherwise; empty in every good cell.
+        made_up: operations whose data a dry run has not got.
+    """
+
+    method: str
+    kind: str
+    tp_size: int
+    dtype: str
+    runs_as: str = ""
+    kernels: list[str] = dataclasses.field(default_factory=list)
+    parameters: dict[str, str] = dataclasses.field(default_factory=dict)
+    refused: str = ""
+    broken: str = ""
+    made_up: list[str] = dataclasses.field(default_factory=list)
+
+
+class OneLayer(torch.nn.Module):
+    """A model of one layer; everything goes through the plugin's own placement."""
+
+    def __init__(self, kind: Kind, config: MixedPrecisionConfig) -> None:
+        super().__init__()
+        self.add_module("layer", kind.build(config, kind.module))
+
+    def load_weights(self, weights: Any) -> None:
+        """Load what the plugin leaves to the model: lm_head."""
+        for name, tensor in weights:
+            parameter = getattr(self.layer, name.rpartition(".")[2])
+            parameter.weight_loader(parameter, tensor)
+
+
+def run_cell(
+    card: Card, method: Method, kind_name: str, tp_size: int, checkpoint: Path, dtype: str = ""
+) -> Cell:
+    """Take a cell as far as it goes.
+
+    Args:
+        dtype: what the model runs in; what SGLang would choose on the card if it is empty.
+    """
+    cell = Cell(method.title, kind_name, tp_size, dtype or card.dtype)
+    JOURNAL.clear()
+    try:
+        _run(cell, KINDS[kind_name], method, checkpoint)
+    except MixedPrecisionError as error:
+        cell.refused = str(error)
+    # whatever SGLang, torch or Triton raise is the cell's result, and fails the test
+    except Exception:  # noqa: BLE001
+        cell.broken = traceback.format_exc()
+    return cell
+
+
+def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
+    torch_dtype, name = _DTYPES[cell.dtype]
+    target = Target("cuda", cell.tp_size, name)
+    made = plan(checkpoint, f'match: "*", {method.rule}', target=target).check()
+    config = MixedPrecisionConfig(made)
+    torch.set_default_dtype(torch_dtype)
+    try:
+        with rank(cell.tp_size), fake_card():
+            model = OneLayer(kind, config)
+            check_built(config)
+            load_weights(model, config, VirtualCheckpoint(made))
+            cell.parameters = describe_parameters(model.layer)
+            check_filled(model)
+            quant_method: Any = model.layer.quant_method
+            quant_method.process_weights_after_loading(model.layer)
+            cell.runs_as = class_name(model.layer)
+            JOURNAL.take_kernels()
+            inputs = kind.inputs(cell.tp_size, torch_dtype)
+            output = forward(model.layer, inputs)
+            cell.kernels = JOURNAL.take_kernels()
+            cell.made_up = sorted(set(JOURNAL.made_up))
+            _check_output(output, kind, cell.tp_size, torch_dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def forward(layer: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Run a layer, and assert that no Python function of the plugin is called meanwhile."""
+    names: set[str] = set()
+
+    def profile(frame: FrameType, event: str, _argument: Any) -> None:
+        if event == "call":
+            names.add(str(frame.f_globals.get("__name__", "")))
+
+    method: Any = layer.quant_method
+    sys.setprofile(profile)
+    try:
+        if type(layer).__name__ == "ParallelLMHead":
+            output = method.apply(layer, inputs)
+        else:
+            output = layer(inputs)[0]
+    finally:
+        sys.setprofile(None)
+    assert any(name.startswith("sglang.srt.layers.") for name in names), names
+    ours = sorted(name for name in names if name.startswith("mixedprec_plugin"))
+    assert not ours, f"a forward calls into {ours}"
+    result: torch.Tensor = output
+    return result
+
+
+def class_name(layer: torch.nn.Module) -> str:
+    """The quantization method's class, with the scheme that it works by."""
+    method = type(layer.quant_method)
+    assert method.__module__.startswith("sglang."), method
+    scheme = getattr(layer, "scheme", None)
+    return method.__name__ if scheme is None else f"{method.__name__}/{type(scheme).__name__}"
+
+
+def describe_parameters(module: torch.nn.Module) -> dict[str, str]:
+    """Name -> "dtype [shape]"."""
+    return {
+        name: f"{str(parameter.dtype).removeprefix('torch.')} {list(parameter.shape)}"
+        for name, parameter in module.named_parameters()
+    }
+
+
+def check_filled(model: torch.nn.Module) -> None:
+    """Assert that what was written into each parameter is all of it, and of its dtype and shape."""
+    for name, parameter in model.named_parameters():
+        storage = parameter.data.untyped_storage()._cdata
+        elements, misfits = JOURNAL.written.get(storage), JOURNAL.misfits.get(storage)
+        assert elements is not None, f"{name}: nothing was written"
+        assert elements.all(), f"{name}: {elements.sum()} of {elements.size} elements written"
+        assert not misfits, f"{name}: {misfits}"
+
+
+def _check_output(output: torch.Tensor, kind: Kind, tp_size: int, dtype: torch.dtype) -> None:
+    N = sum(shape[0] for shape in kind.weights.values())
+    if not kind.splits_inputs and kind is not KINDS["replicated"]:
+        N //= tp_size
+    assert (output.shape[-1], output.dtype) == (N, dtype), (output.shape, output.dtype)

@@ -1,0 +1,95 @@
+"""What each cell is, by SGLang's sources; below sglang/srt, line numbers of 0.5.23."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tests.dryrun.cards import Card
+from tests.dryrun.methods import Method
+
+# layers/quantization/marlin_utils_fp8.py and gpu/quantization/gptq_kernels.py: one matmul
+_MARLIN = ("jit:gptq_marlin_gemm",)
+# layers/quantization/fp8_utils.py, `apply_fp8_linear` with CUTLASS: fp8_utils.py:2456
+_FP8 = ("jit:per_token_quant_fp8", "sgl_kernel:fp8_scaled_mm")
+# fp8_utils.py, `deepgemm_w8a8_block_fp8_linear_with_fallback`
+_FP8_BLOCK_DEEPGEMM = ("jit:per_token_group_quant", "deep_gemm:fp8_fp4_gemm_nt")
+# fp8_utils.py, `triton_w8a8_block_fp8_linear`
+_FP8_BLOCK_TRITON = ("jit:per_token_group_quant", "triton:_w8a8_block_fp8_matmul")
+# layers/quantization/int8_utils.py, `apply_w8a8_block_int8_linear`
+_INT8_BLOCK = ("triton:_per_token_group_quant_int8", "triton:_w8a8_block_int8_matmul")
+# gpu/quantization/awq_kernels.py, `AWQLinearKernel.apply`
+_AWQ_PLAIN = ("jit:awq_dequantize", "aten:mm")
+
+# Shapes that no card takes. "narrow" has 32 outputs a rank at tensor parallel 8; "ragged" 1056 in
+# all, 528 and 132 a rank. Blocks: fp8.py:570, blockwise_int8.py:162, a lone unsplit layer may be
+# ragged; Marlin: marlin_utils.py:161, multiples of 64; AWQ and GPTQ: whole words of 8 or 4;
+# FP8 a tensor: multiples of 16.
+_NO_CARD = {
+    "unquantized": set[tuple[str, int]](),
+    "fp8": {("ragged", 8)},
+    "fp8_block": {("narrow", 8), ("ragged", 2), ("ragged", 8)},
+    "blockwise_int8": {("narrow", 8), ("ragged", 2), ("ragged", 8)},
+    "awq": {("narrow", 8), ("ragged", 8)},
+    "gptq_int4": {("narrow", 8), ("ragged", 1), ("ragged", 2), ("ragged", 8)},
+    "gptq_int8": {("narrow", 8), ("ragged", 1), ("ragged", 2), ("ragged", 8)},
+}
+# FP8 before 8.9 goes through Marlin (fp8.py:1300), so its shapes are Marlin's
+_NOT_IN_MARLIN = {("narrow", 8), ("ragged", 1), ("ragged", 2), ("ragged", 8)}
+# get_min_capability: fp8.py:329, blockwise_int8.py:83, gptq/gptq.py:386, awq/awq.py:109
+_LEAST = {"unquantized": 0, "awq": 75}
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a cell must be: a class and its kernels, or a refusal whose text holds `refused`."""
+
+    runs_as: str = ""
+    kernels: tuple[str, ...] = ()
+    refused: str = ""
+
+
+def expect(card: Card, method: Method, kind: str, tp_size: int, dtype: str) -> Expected:
+    """Tell what a cell must be."""
+    name = method.title
+    if kind == "lm_head" and name != "unquantized":
+        return Expected(refused=f"lm_head cannot run in {name}")
+    if (kind, tp_size) in _NO_CARD[name]:
+        return Expected(refused="multiple of")
+    if card.architecture < _LEAST.get(name, 80):
+        return Expected(refused=f"compute capability is {card.architecture / 10} (expected 8.0")
+    if name == "awq" and card.architecture < 80 and dtype == "bfloat16":
+        # AWQConfig: awq/awq.py:105
+        return Expected(refused="does not run in bfloat16 with AWQConfig (expected float16)")
+    if name.startswith("fp8") and card.architecture < 89 and (kind, tp_size) in _NOT_IN_MARLIN:
+        return Expected(refused="FP8 runs in Marlin kernels on this GPU")
+    runs_as, kernels = _kernels(card, name, kind, dtype)
+    if kind == "row" and tp_size > 1:
+        kernels = (*kernels, "ranks:all_reduce")
+    return Expected(runs_as, kernels)
+
+
+def _kernels(card: Card, name: str, kind: str, dtype: str) -> tuple[str, tuple[str, ...]]:
+    if name == "unquantized":
+        if kind == "lm_head":
+            return "UnquantizedEmbeddingMethod", ("aten:mm",)
+        # only the fused qkv has a bias here
+        return "UnquantizedLinearMethod", ("aten:addmm" if kind == "qkv" else "aten:mm",)
+    if name == "fp8":
+        return "Fp8LinearMethod", _FP8 if card.architecture >= 89 else _MARLIN
+    if name == "fp8_block":
+        return "Fp8LinearMethod", _fp8_block(card, kind, dtype)
+    if name == "blockwise_int8":
+        return "BlockInt8LinearMethod", _INT8_BLOCK
+    if name == "awq":
+        if card.architecture < 80 or kind == "ragged":
+            return "AWQLinearMethod/AWQLinearScheme", _AWQ_PLAIN
+        return "AWQLinearMethod/AWQMarlinLinearScheme", _MARLIN
+    return "GPTQMarlinLinearMethod/GPTQMarlinLinearScheme", _MARLIN
+
+
+def _fp8_block(card: Card, kind: str, dtype: str) -> tuple[str, ...]:
+    """DeepGEMM is for Hopper and datacenter Blackwell, bfloat16, and N in multiples of 64."""
+    if card.architecture < 89:
+        return _MARLIN
+    fits = kind != "ragged" and dtype == "bfloat16"
+    return _FP8_BLOCK_DEEPGEMM if card.architecture in (90, 100) and fits else _FP8_BLOCK_TRITON

@@ -1,0 +1,66 @@
+"""All cells of one card, in a process of its own: SGLang decides a lot when it is imported.
+
+python -m tests.dryrun.process "H100" LIBCUDA CHECKPOINTS OUT.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from tests.dryrun.cards import CARDS, Card
+from tests.dryrun.driver import load_stub
+from tests.dryrun.methods import METHODS, TP_SIZES
+
+
+def boot(card: Card, library: Path) -> None:
+    """Play the card, and put every recorder in place, before SGLang is imported."""
+    os.environ["SGLANG_JIT_DEEPGEMM_PRECOMPILE"] = "0"
+    load_stub(library)
+    from tests.dryrun.played_cuda import play
+
+    play(card)
+    from tests.dryrun import fake_device, ptx, recorders, stand_ins
+
+    fake_device.install()
+    recorders.install()
+    ptx.install(card)
+    stand_ins.install()
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+
+
+def main(title: str, library: str, folder: str, out: str) -> None:
+    """Run every cell and the whole model, and write what became of them."""
+    warnings.simplefilter("ignore")
+    card = CARDS[title]
+    boot(card, Path(library))
+    from tests.dryrun.cells import run_cell
+    from tests.dryrun.journal import JOURNAL
+    from tests.dryrun.layers import KINDS
+
+    checkpoints = {name: kind.write(Path(folder) / name) for name, kind in KINDS.items()}
+    cells = [
+        run_cell(card, method, name, tp_size, checkpoints[name])
+        for method in METHODS
+        for name in KINDS
+        for tp_size in TP_SIZES
+    ]
+    other = "float16" if card.dtype == "bfloat16" else "bfloat16"
+    cells += [
+        run_cell(card, method, "column", 1, checkpoints["column"], other) for method in METHODS
+    ]
+    result = {
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+        "compiled": dict(JOURNAL.compiled),
+    }
+    Path(out).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

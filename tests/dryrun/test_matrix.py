@@ -1,0 +1,79 @@
+"""Every card, method, layer kind and tensor-parallel size, as SGLang's sources say."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dryrun.cards import CARDS
+from tests.dryrun.expected import expect
+from tests.dryrun.matrix import Result, render, run_cards
+from tests.dryrun.methods import METHODS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"),
+]
+_BY_TITLE = {method.title: method for method in METHODS}
+_TRITON = {"_w8a8_block_fp8_matmul", "_w8a8_block_int8_matmul", "_per_token_group_quant_int8"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Result]:
+    return run_cards(tmp_path_factory.mktemp("dryrun"))
+
+
+@pytest.mark.parametrize("title", CARDS)
+def test_nothing_breaks(results: Mapping[str, Result], title: str) -> None:
+    broken = {_name(cell): cell["broken"] for cell in results[title]["cells"] if cell["broken"]}
+    assert not broken, "\n".join(f"{name}: {text}" for name, text in broken.items())
+
+
+@pytest.mark.parametrize("title", CARDS)
+def test_class_and_kernels_are_what_sglangs_sources_say(
+    results: Mapping[str, Result], title: str
+) -> None:
+    card = CARDS[title]
+    assert len(results[title]["cells"]) == len(METHODS) * (8 * 3 + 1)
+    wrong = []
+    for cell in results[title]["cells"]:
+        place = _BY_TITLE[cell["method"]], cell["kind"], cell["tp_size"], cell["dtype"]
+        expected = expect(card, *place)
+        got = (cell["runs_as"], tuple(cell["kernels"]))
+        if got != (expected.runs_as, expected.kernels):
+            wrong.append(f"{_name(cell)}: {got} {cell['refused']} (expected {expected})")
+        elif (expected.refused or "nothing") not in (cell["refused"] or "nothing"):
+            wrong.append(f"{_name(cell)}: {cell['refused']} (expected {expected.refused})")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("title", CARDS)
+def test_no_result_depends_on_made_up_data(results: Mapping[str, Result], title: str) -> None:
+    assert not {_name(cell): cell["made_up"] for cell in results[title]["cells"] if cell["made_up"]}
+
+
+@pytest.mark.parametrize("title", CARDS)
+def test_triton_kernels_compile_for_the_card(results: Mapping[str, Result], title: str) -> None:
+    launched = {
+        kernel.removeprefix("triton:")
+        for cell in results[title]["cells"]
+        for kernel in cell["kernels"]
+        if kernel.startswith("triton:")
+    }
+    compiled = {name for name, count in results[title]["compiled"].items() if count}
+    assert launched == compiled
+    assert compiled <= _TRITON
+    assert bool(compiled) == (CARDS[title].capability >= (8, 0))
+
+
+def test_page_holds_the_matrix(results: Mapping[str, Result]) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "cuda.md"
+    assert render(results) in page.read_text(encoding="utf-8"), "run make dryrun"
+
+
+def _name(cell: Mapping[str, Any]) -> str:
+    return f"{cell['method']} in {cell['kind']}, tp {cell['tp_size']}, {cell['dtype']}"
