@@ -16,6 +16,7 @@ from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_chec
 from mixedprec_plugin.plan.model import Target
 from tests.reference.dequantize import dequantize_method
 
+_NOISE = 1e-6
 QUANTIZED = frozenset({"fp8", "blockwise_int8", "awq", "gptq"})
 
 
@@ -66,6 +67,23 @@ def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         logits = model(torch.tensor([tokens])).logits[0, :-1]
         return torch.log_softmax(logits.float(), -1)
+
+
+def noisy_log_probabilities(model: Any, tokens: list[int], num_runs: int) -> Iterator[torch.Tensor]:
+    """Run a model several times; all runs but the first have noise of 1e-6 on the embeddings.
+
+    Quantized activations make a model chaotic: a rounding that turns over makes others do so.
+    """
+    yield log_probabilities(model, tokens)
+    generator = torch.Generator().manual_seed(0)
+
+    def add_noise(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + _NOISE * torch.randn(output.shape, generator=generator))
+
+    hook = model.get_input_embeddings().register_forward_hook(add_noise)
+    for _ in range(num_runs - 1):
+        yield log_probabilities(model, tokens)
+    hook.remove()
 
 
 def _layers(stream: VirtualCheckpoint) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
