@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem, Severity
@@ -91,7 +92,9 @@ def _never_quantized(rule: Rule, kinds: Mapping[str, Kind], matched: Iterable[st
     )
 
 
-def check_layers(layers: Sequence[PlannedLayer], target: Target) -> list[Problem]:
+def check_layers(
+    layers: Sequence[PlannedLayer], target: Target, config: Mapping[str, Any]
+) -> list[Problem]:
     """Check that each layer can be made what the plan says and that its method serves its shape."""
     modules: dict[str, list[PlannedLayer]] = {}
     for layer in layers:
@@ -107,7 +110,7 @@ def check_layers(layers: Sequence[PlannedLayer], target: Target) -> list[Problem
             found.setdefault((rule, text, remedy, "error"), []).append(layer.name)
         if not texts:
             spec = registry.METHODS[layer.scheme.method]
-            shape = _layer_shape(layer, modules[layer.module], target)
+            shape = _layer_shape(layer, modules[layer.module], target, config)
             for text, remedy in spec.check_shape(layer.scheme.arguments, shape, target.device):
                 found.setdefault(("shape", text, remedy, "error"), []).append(layer.name)
             if target.device == "cpu" and not spec.check_shape(
@@ -123,9 +126,14 @@ def check_layers(layers: Sequence[PlannedLayer], target: Target) -> list[Problem
 
 
 def _layer_shape(
-    layer: PlannedLayer, siblings: Sequence[PlannedLayer], target: Target
+    layer: PlannedLayer,
+    siblings: Sequence[PlannedLayer],
+    target: Target,
+    config: Mapping[str, Any],
 ) -> LayerShape:
     assert layer.stored is not None
+    # SGLang repeats key and value heads where there are fewer of them than ranks
+    num_heads = int(config.get("num_key_value_heads") or target.tp_size)
     return LayerShape(
         N=layer.stored.N,
         K=layer.stored.K,
@@ -133,6 +141,11 @@ def _layer_shape(
         parallel=parallel_kind(layer.name),
         tp_size=target.tp_size,
         dtype=target.dtype,
+        shard_ranks=tuple(
+            min(target.tp_size, num_heads) if s.shard in ("k", "v") else target.tp_size
+            for s in siblings
+            if s.stored is not None
+        ),
     )
 
 

@@ -67,7 +67,7 @@ def resolve_plan(preset: Preset, source: Source, target: Target) -> Plan:
                 tensors, source, target,
             )
         )  # fmt: skip
-    problems += checks.check_layers(planned, target)
+    problems += checks.check_layers(planned, target, source.config)
     problems += checks.check_config_shapes(planned, source)
     return Plan(
         preset, source, target, tuple(planned), tuple(problems), MappingProxyType(dict(tied))

@@ -255,3 +255,12 @@ def test_plan_needs_neither_torch_nor_sglang(model: Path) -> None:
         "assert not {'torch', 'sglang'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_more_ranks_than_key_value_heads_repeat_them(tmp_path: Path) -> None:
+    model = write_llama(
+        tmp_path / "model", hidden_size=512, num_attention_heads=8, num_key_value_heads=2
+    )
+    assert not plan(model, 'match: "*.self_attn.*", method: gptq', target=Target(tp_size=4)).errors
+    made = plan(model, 'match: "*.self_attn.*", method: gptq', target=Target(tp_size=3))
+    assert made.errors
