@@ -201,21 +201,70 @@ def test_bf16_weight_that_fp16_cannot_hold_is_an_error(
         load_model(model, preset, dtype="float16")
 
 
+def family(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A small random checkpoint of a dense family: its config.json and its tensors."""
+    architecture, model_type = {
+        "llama": ("LlamaForCausalLM", "llama"),
+        "mistral": ("MistralForCausalLM", "mistral"),
+        "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+        "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    }[name]
+    config = llama_config(
+        architectures=[architecture], model_type=model_type, tie_word_embeddings=name == "qwen3"
+    )
+    tensors = llama_tensors(config)
+    for layer in range(config["num_hidden_layers"]):
+        attention = f"model.layers.{layer}.self_attn"
+        if name == "qwen2":
+            for shard in "qkv":
+                size = tensors[f"{attention}.{shard}_proj.weight"].shape[0]
+                tensors[f"{attention}.{shard}_proj.bias"] = torch.randn(size).to(torch.bfloat16)
+        if name == "qwen3":
+            for norm in ("q_norm", "k_norm"):
+                tensors[f"{attention}.{norm}.weight"] = torch.rand(64).to(torch.bfloat16)
+    return config, tensors
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_bf16_model_is_the_one_that_sglang_loads_by_itself(
-    load_model: LoadModel, model_path: Path, tmp_path: Path
+    load_model: LoadModel, tmp_path: Path, name: str
 ) -> None:
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_loader.loader import get_model_loader
 
+    model_path = write_checkpoint(tmp_path / "model", *family(name), parts=2)
     ours = load_model(model_path, write_preset(tmp_path, 'match: "*", method: bf16'))
     model_config = ModelConfig(str(model_path), dtype="bfloat16")
     loader = get_model_loader(LoadConfig(), model_config)
     stock = loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
     theirs = dict(stock.named_parameters())
-    for name, parameter in ours.named_parameters():
-        assert torch.equal(parameter, theirs[name]), name
+    held = dict(ours.named_parameters())
+    assert held.keys() == theirs.keys()
+    for parameter_name, parameter in held.items():
+        assert torch.equal(parameter, theirs[parameter_name]), parameter_name
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+def test_quantized_families_load_with_every_parameter_filled(
+    load_model: LoadModel, tmp_path: Path, name: str
+) -> None:
+    model_path = write_checkpoint(tmp_path / "model", *family(name))
+    preset = write_preset(
+        tmp_path, 'match: "*", method: fp8_block', 'match: "*.mlp.*", method: awq'
+    )
+    model = load_model(model_path, preset)
+    qkv = model.model.layers[0].self_attn.qkv_proj
+    assert type(qkv.quant_method).__name__ == "Fp8LinearMethod"
+    if name == "qwen2":
+        bias = [
+            dict(iter(open_virtual_checkpoint(model_path, preset)))[
+                f"model.layers.0.self_attn.{shard}_proj.bias"
+            ]
+            for shard in "qkv"
+        ]
+        assert torch.equal(qkv.bias.data, torch.cat(bias))
 
 
 def test_tensors_that_come_past_the_plan_are_refused(
