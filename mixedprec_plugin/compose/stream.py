@@ -141,7 +141,8 @@ def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
     assert layer.stored is not None
     spec = registry.METHODS[layer.stored.method]
     arguments = registry.bind(layer.stored.method, layer.stored.arguments)[1]
-    return {"weight": _function(spec.dequantizer)(stored, arguments), **stored}
+    # last: the codes of some formats are named "weight", too
+    return {**stored, "weight": _function(spec.dequantizer)(stored, arguments)}
 
 
 def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: str) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.errors import CheckpointError, LoadError, PlanError
 from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.quantize import fp8
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.presets import write_preset
 
@@ -274,3 +275,34 @@ def test_tensors_that_come_past_the_plan_are_refused(
     weight = torch.zeros(256, 256, dtype=torch.bfloat16)
     with pytest.raises(LoadError, match="use update_weights_from_disk"):
         model.load_weights([("model.layers.0.self_attn.o_proj.weight", weight)])
+
+
+@pytest.mark.usefixtures("as_loaded")
+def test_quantized_checkpoint_is_served_as_stored_beside_its_own_quantization_config(
+    load_model: LoadModel, tmp_path: Path
+) -> None:
+    config = llama_config(
+        quantization_config={
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+        }
+    )
+    tensors = llama_tensors(config)
+    arguments = {"weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        made = fp8.quantize(tensors.pop(name), arguments, torch.bfloat16)
+        tensors |= {name.removesuffix("weight") + suffix: t for suffix, t in made.items()}
+    model_path = write_checkpoint(tmp_path / "model", config, tensors)
+    model = load_model(model_path, write_preset(tmp_path, 'match: "*.down_proj", method: bf16'))
+    layer = model.model.layers[1]
+    assert type(layer.self_attn.o_proj.quant_method).__name__ == "Fp8LinearMethod"
+    assert type(layer.mlp.down_proj.quant_method).__name__ == "UnquantizedLinearMethod"
+    stored = tensors["model.layers.1.self_attn.o_proj.weight"]
+    assert torch.equal(_raw(layer.self_attn.o_proj.weight), _raw(stored))
+    codes = {
+        s: tensors[f"model.layers.1.mlp.down_proj.{s}"] for s in ("weight", "weight_scale_inv")
+    }
+    grid = codes["weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    expected = (codes["weight"].float() * grid).to(torch.bfloat16)
+    assert torch.equal(layer.mlp.down_proj.weight.data, expected)
