@@ -306,3 +306,16 @@ def test_quantized_checkpoint_is_served_as_stored_beside_its_own_quantization_co
     grid = codes["weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
     expected = (codes["weight"].float() * grid).to(torch.bfloat16)
     assert torch.equal(layer.mlp.down_proj.weight.data, expected)
+
+
+def test_nan_among_fp8_codes_is_an_error(load_model: LoadModel, tmp_path: Path) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    name = "model.layers.0.self_attn.o_proj"
+    codes = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    codes.view(torch.uint8)[3, 4] = 0xFF
+    tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": torch.tensor(1.0)}
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
+    with pytest.raises(CheckpointError, match=r"o_proj\.weight: 1 of 65,536 weights .* are NaN"):
+        load_model(model, preset)
