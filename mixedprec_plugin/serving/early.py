@@ -64,14 +64,17 @@ def serving_device() -> Device:
     Raises:
         PlanError: the platform is one that no method of ours runs on.
     """
+    import torch
     from sglang.srt.platforms import current_platform
 
-    if current_platform.device_type in ("cuda", "cpu"):
-        return "cuda" if current_platform.device_type == "cuda" else "cpu"
+    if current_platform.device_type == "cpu":
+        return "cpu"
+    if current_platform.device_type == "cuda" and torch.version.hip is None:
+        return "cuda"
     raise PlanError(
         Problem(
             f"platform {current_platform.device_name!r}",
-            "mixed precision runs on CUDA and on plain CPUs",
+            "mixed precision runs on NVIDIA GPUs and on plain CPUs",
             "set SGLANG_PLATFORM=mixedprec_cpu to try the preset on the CPU",
             "platform",
         )
