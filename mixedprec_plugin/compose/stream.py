@@ -21,6 +21,7 @@ from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Plan, PlannedLayer, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.quantize.gptq_stored import why_not_plain, with_group_index
 
 Tensors = dict[str, torch.Tensor]
 
@@ -86,7 +87,7 @@ def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
         elif layer.action == "dequantize":
             outputs = _dequantize(layer, stored)
         else:
-            outputs = stored
+            outputs = _take_as_stored(layer, stored)
         return {
             suffix: _fit(outputs[suffix], spec, layer, suffix)
             for suffix, spec in layer.outputs.items()
@@ -143,10 +144,34 @@ def _quantize(layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tens
 
 def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
     assert layer.stored is not None
-    spec = registry.METHODS[layer.stored.method]
-    arguments = registry.bind(layer.stored.method, layer.stored.arguments)[1]
+    dequantize = _function(layer.stored.dequantizer)
+    try:
+        weight = dequantize(stored, layer.stored.dequantizer_arguments)
+    except ShapeError as error:
+        raise ShapeError(Problem(layer.name, str(error))) from error
+    if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
+        raise CheckpointError(
+            Problem(
+                layer.name,
+                f"its {layer.stored.description} weights dequantize to NaN or infinite values",
+                "the checkpoint is damaged; download it again",
+                "finite",
+            )
+        )
     # last: the codes of some formats are named "weight", too
-    return {**stored, "weight": _function(spec.dequantizer)(stored, arguments)}
+    return {**stored, "weight": weight}
+
+
+def _take_as_stored(layer: PlannedLayer, stored: Tensors) -> Tensors:
+    """Add what the method needs and the tensors imply; refuse what its kernels would not read."""
+    if layer.method != "gptq" or layer.scheme is None:
+        return stored
+    reason = why_not_plain(stored, layer.scheme.arguments)
+    if reason:
+        raise CheckpointError(
+            Problem(layer.name, reason, "write method: bf16 to dequantize it", "stored-values")
+        )
+    return with_group_index(stored, layer.scheme.arguments)
 
 
 def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: str) -> torch.Tensor:

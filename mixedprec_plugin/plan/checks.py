@@ -103,7 +103,18 @@ def check_layers(
         siblings.sort(key=lambda layer: shard_order(layer.shard))
     found: dict[tuple[str, str, str, Severity], list[str]] = {}
     for layer in layers:
-        if layer.scheme is None or layer.stored is None:
+        if layer.stored is None:
+            continue
+        for text in layer.stored.disagreements:
+            remedy = "its tensors decide; check that the checkpoint is whole"
+            found.setdefault(("stored-disagreement", text, remedy, "warning"), []).append(
+                layer.name
+            )
+        if layer.scheme is None:
+            if layer.stored.method != "bf16":
+                text = f"is stored as {layer.stored.description}: {NEVER_QUANTIZED[layer.kind]}"
+                remedy = "take a checkpoint that does not quantize it"
+                found.setdefault(("stored-format", text, remedy, "error"), []).append(layer.name)
             continue
         texts = _conversion_problems(layer, target) or _stored_problems(layer)
         for rule, text, remedy in texts:
@@ -162,17 +173,17 @@ def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str,
     if scheme.method == "bf16" and wanted not in (None, served):
         text = f"the model runs in {served}, not in {scheme.label}"
         return [("dtype", text, f"start with --dtype {wanted}, or write method: unquantized")]
-    if not stored.method:
+    if not stored.is_readable:
         text = f"is stored as {stored.description}, which this release does not read"
         return [("stored-format", text, "take a checkpoint in another format")]
+    if not stored.method and (layer.rule is None or scheme.method != "bf16"):
+        text = f"is stored as {stored.description}, which no method serves as it is"
+        return [("stored-format", text, "match it with method: bf16 to dequantize it")]
     spec = registry.METHODS[scheme.method]
     if layer.action == "quantize" and not spec.quantizer:
         return [("conversion", f"{scheme.method} cannot quantize at load", "use another method")]
     if layer.action == "quantize" and (reason := spec.why_not_quantize(scheme.arguments)):
         return [("conversion", f"cannot be quantized at load: {reason}", "change that argument")]
-    if layer.action == "dequantize" and not registry.METHODS[stored.method].dequantizer:
-        text = f"is stored as {stored.description}, which cannot be dequantized"
-        return [("conversion", text, "take a checkpoint in another format")]
     if layer.action == "as stored" and scheme.method != "bf16":
         return _mismatch(layer)
     return []
@@ -208,6 +219,8 @@ def _stored_problems(layer: PlannedLayer) -> list[tuple[str, str, str]]:
     problems = []
     for suffix, expected in layer.outputs.items():
         tensor = layer.inputs.get(suffix)
+        if tensor is None and layer.stored is not None and suffix in layer.stored.filled:
+            continue
         if tensor is None:
             text = f"lacks {suffix}, which {layer.method} needs"
             problems.append(("stored-tensor", text, "the checkpoint is incomplete"))

@@ -46,7 +46,7 @@ def resolve_plan(preset: Preset, source: Source, target: Target) -> Plan:
         for name, tensors in sorted(source.layers.items(), key=lambda item: natural_key(item[0]))
         if not name.endswith(_COMPUTED)
     }
-    stored = {n: detect_format(t, source.quantization_config) for n, t in layers.items()}
+    stored = {n: detect_format(t, source.quantization_config, n) for n, t in layers.items()}
     kinds = {name: layer_kind(name, stored[name] is not None) for name in layers}
     tied = _tied_layers(source, kinds)
     matches = match_rules(preset.rules, (*layers, *tied))
@@ -157,21 +157,12 @@ def _outputs(
         if action in ("quantize", "cast"):
             replaced = {"weight"}
         elif action == "dequantize":
-            replaced = matrix_suffixes(stored, tensors)
+            replaced = set(stored.suffixes)
     for suffix, tensor in tensors.items():
         if suffix not in replaced and suffix not in outputs:
             dtype = target.dtype if tensor.dtype in _FLOATS else tensor.dtype
             outputs[suffix] = TensorSpec(dtype, tensor.shape)
     return outputs
-
-
-def matrix_suffixes(stored: StoredFormat, tensors: Mapping[str, StoredTensor]) -> set[str]:
-    """The suffixes of the tensors that make up a layer's weight matrix; a bias is none of them."""
-    if stored.method:
-        arguments = registry.bind(stored.method, stored.arguments)[1]
-        known = registry.METHODS[stored.method].stored(arguments, stored.N, stored.K, "BF16")
-        return {suffix for suffix in tensors if suffix in known}
-    return {suffix for suffix in tensors if suffix != "bias"}
 
 
 def _spec_bytes(spec: TensorSpec) -> int:

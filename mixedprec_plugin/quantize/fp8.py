@@ -78,7 +78,7 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     """
     block = arguments.get("weight_block_size")
     if block is not None:
-        return dequantize_blocks(tensors, (block[0], block[1]), _decode, E4M3)
+        return dequantize_blocks(tensors, (block[0], block[1]), decode, E4M3)
     codes = take_matrix(tensors, "weight", E4M3, "[N, K]")
     scale = tensors.get("weight_scale")
     if scale is None or scale.numel() not in (1, codes.shape[0]):
@@ -93,7 +93,7 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     spread = scale.float().reshape(-1, 1).expand(N, 1)
     weight = torch.empty((N, K), device=codes.device)
     for rows in row_chunks(N, K):
-        _decode(codes[rows], weight[rows])
+        decode(codes[rows], weight[rows])
         weight[rows].mul_(spread[rows])
     return weight
 
@@ -103,7 +103,7 @@ def _encode(scaled: torch.Tensor, codes: torch.Tensor) -> None:
     codes.copy_(scaled)
 
 
-def _decode(codes: torch.Tensor, values: torch.Tensor) -> None:
+def decode(codes: torch.Tensor, values: torch.Tensor) -> None:
     """Write e4m3 codes as floats, four times as fast as torch's own cast on a CPU.
 
     The seven bits below the sign, moved up by seven, are a float16 of 1/256 the value: e4m3's

@@ -1,0 +1,90 @@
+"""A layer's tensors and `quantization_config` -> the format that it is stored in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mixedprec_plugin.checkpoint.formats.compressed import detect_pack_quantized
+from mixedprec_plugin.checkpoint.formats.foreign import detect_foreign
+from mixedprec_plugin.checkpoint.formats.packed import detect_packed
+from mixedprec_plugin.checkpoint.formats.promise import Promise, promise_of
+from mixedprec_plugin.checkpoint.formats.scaled import CODE_DTYPES, detect_scaled
+from mixedprec_plugin.checkpoint.formats.stored import (
+    FLOAT_DTYPES,
+    UNQUANTIZED,
+    StoredFormat,
+    Tensors,
+    unusable,
+)
+from mixedprec_plugin.checkpoint.formats.torchao import QDATA, detect_torchao
+
+
+def detect_format(
+    tensors: Tensors, quantization_config: Mapping[str, Any], name: str = ""
+) -> StoredFormat | None:
+    """Tell how a layer with a weight matrix is stored, and where config.json says otherwise.
+
+    Args:
+        tensors: parameter suffix -> tensor, all of one layer.
+        quantization_config: what the source's config.json says; may be empty.
+        name: the layer's name, which ignore lists and overrides are held against.
+    Returns:
+        the format; None where the layer holds no weight matrix (a norm, say).
+    Raises:
+        CheckpointError: a pattern in `quantization_config` is no regular expression.
+    """
+    promise = promise_of(quantization_config, name)
+    found = _from_tensors(tensors, promise)
+    if found is None:
+        return None
+    contradictions = _contradictions(found, promise)
+    return dataclasses.replace(found, disagreements=(*found.disagreements, *contradictions))
+
+
+def _from_tensors(tensors: Tensors, promise: Promise) -> StoredFormat | None:
+    if "qweight" in tensors:
+        return detect_packed(tensors, promise)
+    if "weight_packed" in tensors:
+        return detect_pack_quantized(tensors, promise)
+    if QDATA in tensors:
+        return detect_torchao(tensors, promise)
+    if foreign := detect_foreign(tensors):
+        return foreign
+    weight = tensors.get("weight")
+    if weight is None or len(weight.shape) != 2:
+        return None
+    N, K = weight.shape
+    if weight.dtype in FLOAT_DTYPES:
+        dtype = FLOAT_DTYPES[weight.dtype]
+        return StoredFormat(
+            "bf16", {"dtype": dtype}, N, K, dtype, UNQUANTIZED, suffixes=frozenset({"weight"})
+        )
+    if weight.dtype in CODE_DTYPES:
+        return detect_scaled(tensors, promise)
+    return unusable(tensors, f"{weight.dtype} weights with {', '.join(sorted(tensors))}")
+
+
+def _contradictions(found: StoredFormat, promise: Promise) -> tuple[str, ...]:
+    """Where config.json says something else of a layer than its tensors do."""
+    if promise.family is None or not found.family:
+        return ()
+    if promise.family != found.family:
+        says = (
+            "leaves it unquantized"
+            if promise.family == UNQUANTIZED
+            else f"says {promise.format or promise.family}"
+        )
+        return (f"is stored as {found.description}, config.json {says}",)
+    return tuple(
+        f"is stored with {key} {stored}, config.json says {promise.facts[key]}"
+        for key, stored in found.facts.items()
+        if promise.facts.get(key) is not None
+        and _plain(stored, found.K) != _plain(promise.facts[key], found.K)
+    )
+
+
+def _plain(value: Any, K: int) -> Any:
+    """One spelling of a value: a group of all of K is K."""
+    return K if value == -1 else list(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,181 @@
+"""`mixedprec inspect`: how every layer of a checkpoint is stored; reads headers only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mixedprec_plugin.checkpoint.formats import StoredFormat, detect_format
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.source import Source, open_source
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, Kind, layer_kind
+from mixedprec_plugin.plan.folding import fold_names, natural_key
+from mixedprec_plugin.plan.render import format_bytes, problem_as_dict
+
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectedLayer:
+    """One layer of a checkpoint.
+
+    Attributes:
+        stored: the format of its weight matrix; None where it has none.
+        num_bytes: of all its tensors.
+    """
+
+    name: str
+    stored: StoredFormat | None
+    num_bytes: int
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of the weight matrix; 0 where there is none, or where its size is not known."""
+        return self.stored.N * self.stored.K if self.stored else 0
+
+    @property
+    def kind(self) -> Kind:
+        """What the layer is, by its name."""
+        return layer_kind(self.name, self.stored is not None)
+
+    @property
+    def use(self) -> str:
+        """What a plan can do with the layer."""
+        is_quantizable = self.kind not in NEVER_QUANTIZED
+        if self.stored is None or self.stored.method == "bf16":
+            return (
+                "serve as stored, quantize" if self.stored and is_quantizable else "serve as stored"
+            )
+        if not is_quantizable:
+            return "neither"
+        if self.stored.method:
+            return f"serve as {self.stored.method}, dequantize"
+        return "dequantize" if self.stored.dequantizer else "neither"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("model", metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Print how a checkpoint is stored.
+
+    Returns:
+        0, or 1 where config.json and the tensors disagree.
+    Raises:
+        CheckpointError: the files themselves are wrong.
+    """
+    source = open_source(args.model)
+    layers = inspect_layers(source)
+    problems = disagreements(layers)
+    if args.json:
+        print(json.dumps(_as_dict(layers, problems), indent=1), file=out)
+    else:
+        _print(layers, problems, Console(file=out, width=None if out.isatty() else 160))
+    return 1 if problems else 0
+
+
+def inspect_layers(source: Source) -> list[InspectedLayer]:
+    """Tell the format of every layer, in natural order of their names."""
+    return [
+        InspectedLayer(
+            name,
+            detect_format(tensors, source.quantization_config, name),
+            sum(tensor.num_bytes for tensor in tensors.values()),
+        )
+        for name, tensors in sorted(source.layers.items(), key=_by_name)
+    ]
+
+
+def _by_name(item: tuple[str, Mapping[str, StoredTensor]]) -> tuple[tuple[int, int, str], ...]:
+    return natural_key(item[0])
+
+
+def disagreements(layers: Sequence[InspectedLayer]) -> list[Problem]:
+    """Where config.json and tensors contradict each other, folded by layer range."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        for text in layer.stored.disagreements if layer.stored else ():
+            found.setdefault(text, []).append(layer.name)
+    return [
+        Problem(", ".join(fold_names(names)), text, rule="stored-disagreement", severity="warning")
+        for text, names in found.items()
+    ]
+
+
+def _as_dict(layers: Sequence[InspectedLayer], problems: Sequence[Problem]) -> dict[str, Any]:
+    return {
+        "layers": [_layer_as_dict(layer) for layer in layers],
+        "bytes": sum(layer.num_bytes for layer in layers),
+        "disagreements": [problem_as_dict(problem) for problem in problems],
+    }
+
+
+def _layer_as_dict(layer: InspectedLayer) -> dict[str, Any]:
+    stored = layer.stored
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "stored": stored.description if stored else None,
+        "family": stored.family if stored else None,
+        "shape": [stored.N, stored.K] if stored and layer.num_weights else None,
+        "bits_per_weight": round(_bits([layer]), 4),
+        "bytes": layer.num_bytes,
+        "method": (stored.method or None) if stored else None,
+        "arguments": dict(stored.arguments) if stored else {},
+        "dequantize": bool(stored and stored.dequantizer),
+        "use": layer.use,
+    }
+
+
+def _bits(layers: Sequence[InspectedLayer]) -> float:
+    """Stored bits a weight, scales and zero points counted; 0 without weights."""
+    num_weights = sum(layer.num_weights for layer in layers)
+    return 8 * sum(layer.num_bytes for layer in layers) / num_weights if num_weights else 0.0
+
+
+def _print(layers: Sequence[InspectedLayer], problems: Sequence[Problem], console: Console) -> None:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title, right in (
+        ("layers", False), ("stored", False), ("bits", True), ("bytes", True), ("a plan can", False)
+    ):  # fmt: skip
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for alike in _groups(layers):
+        first, bits = alike[0], _bits(alike)
+        table.add_row(
+            Text(", ".join(fold_names(layer.name for layer in alike))),
+            Text(first.stored.description if first.stored else ""),
+            f"{bits:.2f}" if bits else "",
+            format_bytes(sum(layer.num_bytes for layer in alike)),
+            first.use,
+        )
+    console.print(table)
+    total = format_bytes(sum(layer.num_bytes for layer in layers))
+    console.print(f"{len(layers)} layers: {total} stored", highlight=False)
+    for problem in problems:
+        line = Text("disagreement: ", style="yellow").append(Text(str(problem), ""))
+        console.print(line, soft_wrap=True)
+
+
+def _groups(layers: Sequence[InspectedLayer]) -> list[list[InspectedLayer]]:
+    """Layers that are alike but for a number in their names, in the order of their first."""
+    groups: dict[tuple[str, str, int, int], list[InspectedLayer]] = {}
+    for layer in layers:
+        stored = layer.stored
+        shape = (stored.N, stored.K) if stored else (0, 0)
+        description = stored.description if stored else ""
+        key = (_NUMBER.sub("#", layer.name), description, *shape)
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())

@@ -1,0 +1,120 @@
+"""`mixedprec inspect` as a user runs it."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixedprec_plugin.cli.main import main
+from mixedprec_plugin.quantize import awq, blockwise_int8
+from tests.checkpoint.peers import FOLDERS, peer_checkpoint
+from tests.checkpoint.test_formats import DETECTED
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
+
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+
+
+def run(*argv: object) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    code = main([str(arg) for arg in argv], out, err)
+    return code, out.getvalue(), err.getvalue()
+
+
+def rows(out: str) -> list[str]:
+    return [" ".join(line.split()) for line in out.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """AWQ in the MLPs of layers 1 and 2, INT8 per channel in two o_proj, the rest bf16."""
+    config = llama_config(quantization_config=AWQ_CONFIG)
+    tensors = llama_tensors(config)
+    for name in [n for n in tensors if ".mlp." in n and ".0." not in n]:
+        stored = awq.quantize(tensors.pop(name), {"group_size": 128}, torch.float16)
+        tensors |= {name.removesuffix("weight") + s: t for s, t in stored.items()}
+    for name in [n for n in tensors if "o_proj" in n and ".0." not in n]:
+        stored = blockwise_int8.quantize(
+            tensors.pop(name), {"weight_block_size": [1, 256]}, torch.float16
+        )
+        tensors[name] = stored["weight"]
+        tensors[name.replace("weight", "weight_scale")] = stored["weight_scale_inv"]
+    return write_checkpoint(tmp_path / "model", config, tensors)
+
+
+def test_inspect_folds_layers_and_reports_disagreements_with_exit_1(mixed: Path) -> None:
+    code, out, err = run("inspect", mixed)
+    assert (code, err) == (1, "")
+    made = rows(out)
+    assert made[0] == "layers stored bits bytes a plan can"
+    assert made[2:-1] == [
+        "model.embed_tokens bfloat16 16.00 160.0 KiB serve as stored",
+        "model.layers.0-2.input_layernorm 1.5 KiB serve as stored",
+        "model.layers.0.mlp.down_proj bfloat16 16.00 256.0 KiB serve as stored, quantize",
+        "model.layers.0.mlp.gate_proj bfloat16 16.00 256.0 KiB serve as stored, quantize",
+        "model.layers.0.mlp.up_proj bfloat16 16.00 256.0 KiB serve as stored, quantize",
+        "model.layers.0-2.post_attention_layernorm 1.5 KiB serve as stored",
+        "model.layers.0-2.self_attn.k_proj bfloat16 16.00 192.0 KiB serve as stored, quantize",
+        "model.layers.0.self_attn.o_proj bfloat16 16.00 128.0 KiB serve as stored, quantize",
+        "model.layers.0-2.self_attn.q_proj bfloat16 16.00 384.0 KiB serve as stored, quantize",
+        "model.layers.0-2.self_attn.v_proj bfloat16 16.00 192.0 KiB serve as stored, quantize",
+        *(
+            f"model.layers.1-2.mlp.{name} awq 4-bit group 128 4.16 133.0 KiB serve as awq, "
+            "dequantize"
+            for name in ("down_proj", "gate_proj", "up_proj")
+        ),
+        "model.layers.1-2.self_attn.o_proj int8 per channel 8.12 130.0 KiB dequantize",
+        "model.norm 512 B serve as stored",
+        "29 layers: 2.3 MiB stored",
+        "disagreement: model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, "
+        "model.layers.0.mlp.up_proj, model.layers.0-2.self_attn.k_proj, "
+        "model.layers.0.self_attn.o_proj, model.layers.0-2.self_attn.q_proj, "
+        "model.layers.0-2.self_attn.v_proj: is stored as bfloat16, config.json says awq",
+    ]
+    assert made[-1] == (
+        "disagreement: model.layers.1-2.self_attn.o_proj: is stored as int8 per channel, "
+        "config.json says awq"
+    )
+
+
+def test_plain_checkpoint_exits_0(tmp_path: Path) -> None:
+    code, out, err = run("inspect", write_llama(tmp_path / "model"))
+    assert (code, err) == (0, "")
+    assert "disagreement" not in out
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_peer_is_shown_as_json(tmp_path: Path, folder: str) -> None:
+    code, out, _ = run("inspect", peer_checkpoint(tmp_path / "model", folder), "--json")
+    made = json.loads(out)
+    assert (code, made["disagreements"]) == (0, [])
+    layer = next(x for x in made["layers"] if x["name"].endswith("k_proj"))
+    method, arguments, family, description = DETECTED[folder]
+    assert (layer["method"], layer["arguments"]) == (method or None, arguments)
+    assert (layer["family"], layer["stored"]) == (family, description)
+    assert layer["shape"] == [192, 576]
+    assert layer["bits_per_weight"] == round(8 * layer["bytes"] / (192 * 576), 4)
+    assert layer["dequantize"] is (folder != "bf16")
+    assert made["bytes"] == sum(x["bytes"] for x in made["layers"])
+
+
+def test_missing_folder_exits_1_without_a_traceback(tmp_path: Path) -> None:
+    code, out, err = run("inspect", tmp_path / "none")
+    assert (code, out) == (1, "")
+    assert "none: no such folder" in err
+
+
+def test_inspect_needs_neither_torch_nor_sglang(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "llmcompressor-w4a16-asym-g64")
+    script = (
+        "import sys\n"
+        "from mixedprec_plugin.cli.main import main\n"
+        f"assert main(['inspect', {str(model)!r}]) == 0\n"
+        "assert not {'torch', 'sglang'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

@@ -1,0 +1,140 @@
+"""Layers that other tools stored, through the virtual checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
+from mixedprec_plugin.errors import CheckpointError
+from mixedprec_plugin.plan.model import Target
+from tests.checkpoint.peers import FOLDERS, peer_checkpoint
+from tests.checkpoint.test_formats import DETECTED
+from tests.presets import plan, problem_texts
+from tests.quantize.peers import FILE, LAYERS, PEERS, config, numpy_layer, original, torch_layer
+from tests.reference.dequantize import dequantize_checkpoint
+
+CPU = Target(device="cpu")
+BF16 = 'match: "*_proj", method: bf16'
+SERVED = [folder for folder, (method, *_) in DETECTED.items() if method in ("awq", "gptq")]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_peer_dequantizes_to_the_references_bits(
+    tmp_path: Path, folder: str, dtype: str
+) -> None:
+    model = peer_checkpoint(tmp_path / "model", folder)
+    rule = 'match: "*_proj", method: unquantized'
+    made = plan(model, rule, target=Target(device="cpu", dtype=dtype))
+    stream = dict(iter(VirtualCheckpoint(made)))
+    torch_dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[dtype]
+    for layer in LAYERS:
+        if folder == "bf16":
+            expected = original(layer)
+        else:
+            arrays = dequantize_checkpoint(numpy_layer(folder, layer), config(folder))
+            expected = torch.from_numpy(arrays.copy())
+        assert torch.equal(stream[f"{layer}.weight"], expected.to(torch_dtype))
+        assert {name for name in stream if name.startswith(layer)} == {f"{layer}.weight"}
+
+
+@pytest.mark.parametrize("folder", SERVED)
+def test_peer_of_a_method_is_taken_as_stored(tmp_path: Path, folder: str) -> None:
+    model = peer_checkpoint(tmp_path / "model", folder)
+    made = plan(
+        model, f'match: "*_proj", method: {DETECTED[folder][0]}, group_size: 64', target=CPU
+    )
+    assert problem_texts(made) == [t for t in problem_texts(made) if "does not run on CUDA" in t]
+    stream = dict(iter(VirtualCheckpoint(made)))
+    for layer in LAYERS:
+        for suffix, tensor in torch_layer(folder, layer).items():
+            served = stream[f"{layer}.{suffix}"]
+            assert torch.equal(served, tensor.to(served.dtype))
+
+
+def test_missing_g_idx_is_groups_in_order(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "autoround-native-g64")
+    stream = dict(iter(VirtualCheckpoint(plan(model, 'match: "none", method: bf16, optional: true',
+                                              target=CPU))))  # fmt: skip
+    theirs = torch_layer("autoround-gptq-g64", LAYERS[0])["g_idx"]
+    assert torch.equal(stream[f"{LAYERS[0]}.g_idx"], theirs)
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if DETECTED[f][0] == ""])
+def test_what_no_method_serves_needs_a_rule_to_be_dequantized(tmp_path: Path, folder: str) -> None:
+    model = peer_checkpoint(tmp_path / "model", folder)
+    for rule in ('match: "*norm", method: bf16', 'match: "*_proj", method: fp8'):
+        (problem,) = plan(model, rule, target=CPU).errors
+        assert str(problem) == (
+            f"model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj: is stored as "
+            f"{DETECTED[folder][3]}, which no method serves as it is; match it with method: bf16 "
+            "to dequantize it"
+        )
+
+
+def test_gptq_over_awq_is_an_error_that_says_so(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "autoawq-g64")
+    (problem,) = plan(model, 'match: "*_proj", method: gptq, group_size: 64', target=CPU).errors
+    assert "is stored as awq 4-bit group 64, not as gptq asks (gptq)" in str(problem)
+
+
+def test_disagreement_with_the_config_is_a_warning_of_the_plan(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "autoawq-g64", group_size=128)
+    texts = problem_texts(plan(model, BF16, target=CPU))
+    assert texts == [
+        "warning: model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj: is stored with "
+        "group_size 64, config.json says 128; its tensors decide; check that the checkpoint is "
+        "whole"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "message"),
+    [
+        ("qzeros", lambda tensor: tensor + 1, r"k_proj: its zero points are not all 8"),
+        ("g_idx", lambda tensor: tensor.flip(0), r"k_proj: its g_idx is not in order"),
+    ],
+)
+def test_gptq_values_that_kernels_do_not_read_are_refused(
+    tmp_path: Path, suffix: str, change: object, message: str
+) -> None:
+    model = peer_checkpoint(tmp_path / "model", "gptqmodel-gptq-g64")
+    stored = load_file(PEERS / "gptqmodel-gptq-g64" / FILE)
+    name = f"{LAYERS[0]}.{suffix}"
+    assert callable(change)
+    stored[name] = change(stored[name]).contiguous()
+    (model / "model.safetensors").unlink()
+    save_file(stored, model / "model.safetensors")
+    made = plan(model, 'match: "*_proj", method: gptq, group_size: 64', target=CPU)
+    with pytest.raises(CheckpointError, match=message + r".*; write method: bf16 to dequantize it"):
+        dict(iter(VirtualCheckpoint(made)))
+    dict(iter(VirtualCheckpoint(plan(model, BF16, target=CPU))))
+
+
+def test_reciprocal_scale_of_zero_is_refused(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "gptqmodel-fp8-row")
+    stored = load_file(PEERS / "gptqmodel-fp8-row" / FILE)
+    stored[f"{LAYERS[0]}.weight_scale_inv"][3] = 0
+    (model / "model.safetensors").unlink()
+    save_file(stored, model / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"k_proj: its fp8 per channel .* dequantize to NaN or"
+    ):
+        dict(iter(VirtualCheckpoint(plan(model, BF16, target=CPU))))
+
+
+def test_quantized_lm_head_is_an_error(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "autoawq-g64")
+    stored = load_file(PEERS / "autoawq-g64" / FILE)
+    stored |= {f"lm_head.{s}": t.clone() for s, t in torch_layer("autoawq-g64", LAYERS[0]).items()}
+    (model / "model.safetensors").unlink()
+    save_file(stored, model / "model.safetensors")
+    (problem,) = plan(model, BF16, target=CPU).errors
+    assert str(problem) == (
+        "lm_head: is stored as awq 4-bit group 64: SGLang has no quantized kernel for lm_head; "
+        "take a checkpoint that does not quantize it"
+    )
