@@ -105,7 +105,7 @@ class TestAgainstTheConfig:
             ("gptqmodel-gptq-g64", {"dynamic": {r"+:.*k_proj": {"group_size": 32}}},
              "is stored with group_size 64, config.json says 32"),
             ("autoround-native-g64", {"packing_format": "auto_round:auto_awq"},
-             "4-bit group 64 without g_idx, config.json says auto_round:auto_awq"),
+             "is stored as gptq 4-bit packed as auto_round:auto_awq, config.json says auto_round:"),
             ("autoround-native-g64", {"extra_config": {NAME: {"bits": 16}}},
              "config.json leaves it unquantized"),
             ("autoround-sym-awqpack-g64", {"block_name_to_quantize": "model.language.layers"},
@@ -200,6 +200,23 @@ class TestConventions:
         found = detect(layer, {"quant_method": "fp8"})
         assert not found.is_readable
         assert found.description == "fp8 per channel with a weight_scale_inv of unknown direction"
+
+    def test_scalar_scale_inv_is_read_where_the_config_tells_who_wrote_it(self) -> None:
+        layer = tensors(weight=("F8_E4M3", (N, K)), weight_scale_inv=("F32", ()))
+        assert not detect(layer, {}).is_readable
+        found = detect(layer, {"quant_method": "fp8"})
+        assert (found.method, found.description) == ("", "fp8 per tensor")
+        assert found.dequantizer_arguments["reciprocal"] is False
+        config = {"quant_method": "fp8", "weight_scale_method": "tensor"}
+        assert not detect(layer, config).is_readable
+
+    def test_fp8_per_tensor_is_served_with_its_activation_scheme(self) -> None:
+        scale = {"weight": ("F8_E4M3", (N, K)), "weight_scale": ("BF16", (1,))}
+        for more, scheme in (({}, "dynamic"), ({"input_scale": ("F32", (1,))}, "static")):
+            found = detect(tensors(**scale, **more), {})
+            assert (found.method, found.description) == ("fp8", "fp8 per tensor")
+            assert found.arguments["activation_scheme"] == scheme
+            assert found.suffixes == {*scale, *more}
 
     def test_int8_blocks_are_served(self) -> None:
         layer = tensors(weight=("I8", (N, K)), weight_scale_inv=("BF16", (2, 5)))

@@ -138,3 +138,35 @@ def test_quantized_lm_head_is_an_error(tmp_path: Path) -> None:
         "lm_head: is stored as awq 4-bit group 64: SGLang has no quantized kernel for lm_head; "
         "take a checkpoint that does not quantize it"
     )
+
+
+def test_torchaos_row_scaled_codes_dequantize_by_hand(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "bf16")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (64, 128), generator=generator, dtype=torch.int8)
+    zeros = torch.randint(-9, 9, (64, 4), generator=generator, dtype=torch.int8)
+    scales = torch.rand(64, 4, generator=generator)
+    parts = {"_weight_qdata": codes, "_weight_scale": scales, "_weight_zero_point": zeros}
+    (model / "model.safetensors").unlink()
+    save_file(
+        {f"model.layers.0.mlp.up_proj.{suffix}": tensor for suffix, tensor in parts.items()},
+        model / "model.safetensors",
+    )
+    stream = dict(iter(VirtualCheckpoint(plan(model, BF16, target=CPU))))
+    spread = [tensor.float().repeat_interleave(32, dim=1) for tensor in (zeros, scales)]
+    expected = (codes.float() - spread[0]) * spread[1]
+    assert set(stream) == {"model.layers.0.mlp.up_proj.weight"}
+    assert torch.equal(stream["model.layers.0.mlp.up_proj.weight"], expected.to(torch.bfloat16))
+
+
+def test_dequantized_fp8_layer_keeps_no_activation_scale(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "bf16")
+    name = "model.layers.0.mlp.up_proj"
+    codes = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    stored = {"weight": codes, "weight_scale": torch.tensor([0.37]), "input_scale": torch.ones(1)}
+    (model / "model.safetensors").unlink()
+    save_file({f"{name}.{s}": t for s, t in stored.items()}, model / "model.safetensors")
+    stream = dict(iter(VirtualCheckpoint(plan(model, BF16, target=CPU))))
+    expected = (codes.float() * torch.tensor(0.37)).to(torch.bfloat16)
+    assert set(stream) == {f"{name}.weight"}
+    assert torch.equal(stream[f"{name}.weight"], expected)

@@ -41,7 +41,7 @@ def detect_pack_quantized(tensors: Tensors, promise: Promise) -> StoredFormat:
     if bits is None:
         return unusable(tensors, f"{_LABEL} in bits that config.json does not tell", N)
     if bits not in (4, 8):
-        return unusable(tensors, f"{_LABEL} {bits}-bit", N, num_words * 32 // bits, family=_LABEL)
+        return unusable(tensors, f"{_LABEL} {bits}-bit", N, family=_LABEL)
     K = num_words * 32 // bits
     if len(scale.shape) != 2 or scale.shape[0] != N:
         text = f"its weight_scale is {list(scale.shape)} (expected [{N}, groups])"

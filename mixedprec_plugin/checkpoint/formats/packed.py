@@ -122,7 +122,7 @@ def _readable_gptq(
 
 def _packing(promise: Promise) -> str:
     packing = promise.config.get("checkpoint_format") or promise.config.get("packing_format")
-    return str(packing or "") if promise.family in ("gptq", None) else ""
+    return str(packing or "")
 
 
 def _ragged(label: str, K: int, num_groups: int) -> str:

@@ -96,7 +96,7 @@ def _gptq(config: Mapping[str, Any], name: str) -> _Read:
     for pattern, override in dynamic.items() if isinstance(dynamic, Mapping) else ():
         if _matches(pattern.removeprefix("+:").removeprefix("-:"), name):
             if pattern.startswith("-:"):
-                return _UNQUANTIZED, {}, ""
+                return _UNQUANTIZED, facts, ""
             if isinstance(override, Mapping):
                 facts |= _said(override, **keys)
             break
@@ -126,13 +126,13 @@ def _auto_round(config: Mapping[str, Any], name: str) -> _Read:
     blocks = config.get("block_name_to_quantize")
     within = blocks.split(",") if isinstance(blocks, str) else _strings(blocks)
     if within and name and not any(f"{name}.".startswith(f"{block}.") for block in within):
-        return _UNQUANTIZED, {}, ""
+        return _UNQUANTIZED, facts, ""
     extra = config.get("extra_config")
     for pattern, override in extra.items() if isinstance(extra, Mapping) else ():
         if isinstance(override, Mapping) and (pattern == name or _matches(pattern, name, True)):
             facts |= _said(override, **keys)
-    if int(facts.get("bits", 4)) >= 16:
-        return _UNQUANTIZED, {}, ""
+    if facts.get("bits") in (16, 32):
+        return _UNQUANTIZED, facts, ""
     families = {"auto_round:auto_awq": "awq", "auto_round:auto_gptq": "gptq"}
     packing = str(config.get("packing_format", ""))
     return families.get(packing), facts, packing
@@ -182,9 +182,8 @@ def _said(config: Mapping[str, Any], **keys: str) -> dict[str, Any]:
 
 
 def _block(value: Any) -> list[int] | None:
-    if isinstance(value, list | tuple) and len(value) == 2 and all(int(n) > 0 for n in value):
-        return [int(n) for n in value]
-    return None
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return list(value) if is_pair and all(isinstance(n, int) and n > 0 for n in value) else None
 
 
 def _strings(value: Any) -> Iterable[str]:

@@ -100,10 +100,12 @@ def _why_unusable(tensors: Tensors, suffix: str, grid: ScaleGrid | None, promise
         return "with both weight_scale and weight_scale_inv"
     if direction not in (None, "inverse"):
         return f"with weight_scale_semantics {direction!r}"
-    writes_reciprocals = grid.strategy in ("channel", "group") or "weight_scale_method" in (
-        promise.config
+    # DeepSeek's blocks, and the scalars that transformers writes as `quant_method: fp8`, multiply
+    multiplies = grid.strategy == "block" or (
+        grid.strategy == "tensor" and promise.config.get("quant_method") == "fp8"
     )
-    if suffix == "weight_scale_inv" and direction is None and writes_reciprocals:
+    is_gptqmodels = "weight_scale_method" in promise.config
+    if suffix == "weight_scale_inv" and direction is None and (is_gptqmodels or not multiplies):
         return f"{grid} with a weight_scale_inv of unknown direction"
     if "weight_g_idx" in tensors:
         return f"{grid} with weight_g_idx"
