@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench quality memory dryrun clean
+.PHONY: help install demo test lint format bench quality memory dryrun compat clean
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
@@ -12,6 +12,7 @@ help:
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    measure quality (docs/quality.md) and memory (docs/memory.md)"
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
+	@echo "make compat   see which SGLang releases the plugin fits (docs/compat.md)"
 	@echo "make clean    remove build products; 'rm -r $(VENV)' removes the environment"
 
 install: $(INSTALLED)
@@ -33,7 +34,7 @@ lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(RUN) -m mypy --follow-imports silent -p demo -p benchmarks
+	@$(RUN) -m mypy --follow-imports silent -p demo -p benchmarks -p compat
 
 format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
@@ -49,6 +50,9 @@ memory: $(INSTALLED)
 
 dryrun: $(INSTALLED)
 	@$(RUN) -m tests.dryrun.matrix --out docs/cuda.md
+
+compat: $(INSTALLED)
+	@$(RUN) -m compat --out docs/compat.md
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
