@@ -38,11 +38,15 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     _check_shape(tensors, N, K)
     scales = take(tensors, "weight_scale", (N, num_groups)).float()
     zeros = _zeros(tensors, bits, (N, num_groups))
-    order = _order(tensors, K, group_size, num_groups)
+    order = _order(tensors, K, num_groups)
     weight = torch.empty((N, K), device=packed.device)
     for rows in row_chunks(N, K):
         chunk = weight[rows].copy_(unpack(packed[rows], bits))
-        chunk.sub_(zeros[rows][:, order]).mul_(scales[rows][:, order])
+        if order is None:
+            grouped = chunk.view(-1, num_groups, group_size)
+            grouped.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
+        else:
+            chunk.sub_(zeros[rows][:, order]).mul_(scales[rows][:, order])
     return weight
 
 
@@ -58,18 +62,15 @@ def _zeros(tensors: Mapping[str, torch.Tensor], bits: int, shape: tuple[int, int
     return unpack(words.t(), bits).t()[: shape[0]].float()
 
 
-def _order(
-    tensors: Mapping[str, torch.Tensor], K: int, group_size: int, num_groups: int
-) -> torch.Tensor:
-    """Return the group of every input feature."""
-    plain = torch.arange(K, device=tensors["weight_packed"].device) // group_size
+def _order(tensors: Mapping[str, torch.Tensor], K: int, num_groups: int) -> torch.Tensor | None:
+    """Return the group of every input feature, or None where groups are in order."""
     if "weight_g_idx" not in tensors:
-        return plain
+        return None
     g_idx = take(tensors, "weight_g_idx", (K,)).long()
     low, high = int(g_idx.min()), int(g_idx.max())
     # the library writes -1 where groups were never ordered
     if low == -1:
-        return plain
+        return None
     if low < 0 or high >= num_groups:
         refuse(
             "weight_g_idx",
