@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# times say nothing on a shared machine
+settings.register_profile("mixedprec", deadline=None)
+settings.load_profile("mixedprec")
 
 
 @pytest.fixture(scope="session")
