@@ -114,7 +114,7 @@ def examine_sglang() -> list[Finding]:
     try:
         from sglang.srt.plugins import load_plugins
     except ImportError as error:
-        text = f"cannot be imported: {error}; install sglang 0.5.11 or newer"
+        text = f"cannot be imported: {error}; install sglang 0.5.21 or newer"
         return [Finding("registration", "sglang.srt.plugins", "failed", text)]
     load_plugins()
     active, device = examine_device()
