@@ -7,7 +7,8 @@ fake_device.py  CUDA tensors without memory, and what is written into them
 journal.py      what was reached: kernels, writes, answers that were made up
 recorders.py    SGLang's JIT modules, custom operators and Triton launches write into the journal
 ptx.py          Triton kernels are really compiled for the card
-stand_ins.py    shapes of the results of kernels that torch cannot tell
+marlin_checks.py  what the hosts of Marlin's kernels check
+stand_ins.py    results of what fake tensors cannot pass through
 rank.py         SGLang's context of one tensor-parallel rank, without processes
 methods.py      the methods that are tried
 layers.py       the layer kinds: shapes, checkpoints, SGLang's modules
@@ -16,4 +17,5 @@ llama.py        a whole Llama through the loader, every method in one model
 process.py      all of it for one card, in a process of its own
 matrix.py       all cards, printed: `make dryrun`
 expected.py     what SGLang's sources say that each cell is
+faults.py       deliberate faults, which no cell may survive
 """

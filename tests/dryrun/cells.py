@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -97,7 +99,10 @@ def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
         with rank(cell.tp_size), fake_card():
             model = OneLayer(kind, config)
             check_built(config)
-            load_weights(model, config, VirtualCheckpoint(made))
+            amounts: dict[str, int] = {}
+            load_weights(model, config, _count(VirtualCheckpoint(made), amounts))
+            if cell.tp_size == 1:
+                _check_amounts(model.layer, amounts)
             cell.parameters = describe_parameters(model.layer)
             check_filled(model)
             quant_method: Any = model.layer.quant_method
@@ -113,28 +118,52 @@ def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def _count(
+    weights: Iterable[tuple[str, torch.Tensor]], amounts: dict[str, int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        suffix = name.rpartition(".")[2]
+        amounts[suffix] = amounts.get(suffix, 0) + tensor.numel()
+        yield name, tensor
+
+
+def _check_amounts(layer: torch.nn.Module, amounts: dict[str, int]) -> None:
+    """Assert that one rank holds as much as was stored: loaders pad with zeros, and cut."""
+    for name, parameter in layer.named_parameters():
+        # all shards of a fused module have the same group index
+        given = parameter.numel() if name == "g_idx" else amounts[name]
+        assert given == parameter.numel(), f"{name}: {given} elements for {parameter.numel()}"
+
+
 def forward(layer: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """Run a layer, and assert that no Python function of the plugin is called meanwhile."""
+    """Run a layer on one rank's inputs."""
+    method: Any = layer.quant_method
+    with nothing_of_ours():
+        if type(layer).__name__ == "ParallelLMHead":
+            output = method.apply(layer, inputs)
+        else:
+            output = layer(inputs)[0]
+    result: torch.Tensor = output
+    return result
+
+
+@contextlib.contextmanager
+def nothing_of_ours() -> Iterator[None]:
+    """Assert that no Python function of the plugin is called meanwhile."""
     names: set[str] = set()
 
     def profile(frame: FrameType, event: str, _argument: Any) -> None:
         if event == "call":
             names.add(str(frame.f_globals.get("__name__", "")))
 
-    method: Any = layer.quant_method
     sys.setprofile(profile)
     try:
-        if type(layer).__name__ == "ParallelLMHead":
-            output = method.apply(layer, inputs)
-        else:
-            output = layer(inputs)[0]
+        yield
     finally:
         sys.setprofile(None)
     assert any(name.startswith("sglang.srt.layers.") for name in names), names
     ours = sorted(name for name in names if name.startswith("mixedprec_plugin"))
     assert not ours, f"a forward calls into {ours}"
-    result: torch.Tensor = output
-    return result
 
 
 def class_name(layer: torch.nn.Module) -> str:
@@ -157,8 +186,9 @@ def check_filled(model: torch.nn.Module) -> None:
     """Assert that what was written into each parameter is all of it, and of its dtype and shape."""
     for name, parameter in model.named_parameters():
         storage = parameter.data.untyped_storage()._cdata
-        elements, misfits = JOURNAL.written.get(storage), JOURNAL.misfits.get(storage)
-        assert elements is not None, f"{name}: nothing was written"
+        misfits = JOURNAL.misfits.get(storage)
+        assert storage in JOURNAL.written, f"{name}: nothing was written"
+        elements, _ = JOURNAL.written[storage]
         assert elements.all(), f"{name}: {elements.sum()} of {elements.size} elements written"
         assert not misfits, f"{name}: {misfits}"
 

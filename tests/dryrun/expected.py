@@ -11,7 +11,8 @@ from tests.dryrun.methods import Method
 _MARLIN = ("jit:gptq_marlin_gemm",)
 # layers/quantization/fp8_utils.py, `apply_fp8_linear` with CUTLASS: fp8_utils.py:2456
 _FP8 = ("jit:per_token_quant_fp8", "sgl_kernel:fp8_scaled_mm")
-# fp8_utils.py, `deepgemm_w8a8_block_fp8_linear_with_fallback`
+# fp8_utils.py, `deepgemm_w8a8_block_fp8_linear_with_fallback`; takes bfloat16 and N in multiples of
+# 64, and falls back to Triton: fp8_utils.py:1044
 _FP8_BLOCK_DEEPGEMM = ("jit:per_token_group_quant", "deep_gemm:fp8_fp4_gemm_nt")
 # fp8_utils.py, `triton_w8a8_block_fp8_linear`
 _FP8_BLOCK_TRITON = ("jit:per_token_group_quant", "triton:_w8a8_block_fp8_matmul")

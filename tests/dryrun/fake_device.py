@@ -16,6 +16,8 @@ from tests.dryrun.stand_ins import STAND_INS
 
 # operators of SGLang -> their Python bodies, which the recorder enters
 BODIES: dict[str, Callable[..., Any]] = {}
+# their bodies compile with CuTe DSL, and would launch on the fake tensors' null pointers
+_CUTE = "cutedsl_"
 _MATMULS = {"mm", "addmm", "bmm", "_scaled_mm", "_int_mm"}
 _TORCHS_OWN = {"aten", "prim", "prims", "profiler"}
 
@@ -37,13 +39,13 @@ class _Recorder(TorchDispatchMode):
         keywords = kwargs or {}
         namespace, name = func._schema.name.split("::")
         if func is torch.ops.aten.copy_.default:
-            JOURNAL.write(args[0].untyped_storage()._cdata, args[0], args[1])
+            JOURNAL.write(args[0], args[1])
         if name in ("allclose", "equal", "_local_scalar_dense") and _any_fake(args):
             JOURNAL.made_up.append(name)
             return _made_up(name, args[0])
         if namespace in _TORCHS_OWN and name not in _MATMULS:
             return func(*args, **keywords)
-        if namespace == "sglang" and name in BODIES:
+        if namespace == "sglang" and name in BODIES and not name.startswith(_CUTE):
             with self:
                 return BODIES[name](*args, **keywords)
         JOURNAL.launch(namespace, name)
@@ -73,8 +75,16 @@ def fake_card() -> Iterator[None]:
         yield
 
 
+def _no_memory(*_args: Any, **_keywords: Any) -> None:
+    raise RuntimeError("a fake tensor has no memory: a kernel past the recorders wants it")
+
+
 def install() -> None:
-    """Let parameters over fake tensors keep their class: weight loaders hang on it."""
+    """Let parameters over fake tensors keep their class, which weight loaders hang on.
+
+    To hand a fake tensor's memory to another library is refused: it would launch a kernel on it.
+    """
+    FakeTensor.__dlpack__ = _no_memory  # type: ignore[method-assign]
     fake_tensor.init_gpu_context = lambda *_args, **_keywords: None
     stock = torch.nn.Parameter.__new__
     classes: dict[type, type] = {}

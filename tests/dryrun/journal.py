@@ -16,14 +16,15 @@ class Journal:
     Attributes:
         kernels: the kernels in the order of their launches, as `kind:name`.
         made_up: operations whose result depends on data that a dry run has not got.
-        written: storage -> which of its elements were copied into.
+        written: storage -> which of its elements were copied into, and the storage itself, so that
+            no other takes its address.
         misfits: storage -> copies that changed dtype or shape on the way, in words.
         compiled: Triton kernel -> how many specializations of it were compiled.
     """
 
     kernels: list[str] = dataclasses.field(default_factory=list)
     made_up: list[str] = dataclasses.field(default_factory=list)
-    written: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    written: dict[int, tuple[np.ndarray, Any]] = dataclasses.field(default_factory=dict)
     misfits: dict[int, list[str]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(list)
     )
@@ -33,10 +34,13 @@ class Journal:
         """Note a kernel."""
         self.kernels.append(f"{kind}:{name}")
 
-    def write(self, storage: int, target: Any, source: Any) -> None:
-        """Note a copy into `storage`; the loaders accept what does not fit without a word."""
-        size = target.untyped_storage().nbytes() // target.element_size()
-        elements = self.written.setdefault(storage, np.zeros(size, dtype=bool))
+    def write(self, target: Any, source: Any) -> None:
+        """Note a copy into `target`; the loaders accept what does not fit without a word."""
+        memory = target.untyped_storage()
+        storage = memory._cdata
+        size = memory.nbytes() // target.element_size()
+        elements, _ = self.written.setdefault(storage, (np.zeros(size, dtype=bool), memory))
+        assert elements.size == size, "two dtypes in one storage"
         view = np.lib.stride_tricks.as_strided(
             elements[target.storage_offset() :], tuple(target.shape), tuple(target.stride())
         )

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.checkpoints import write_llama
 from tests.dryrun.cards import CARDS
 from tests.dryrun.driver import compile_stub
 from tests.dryrun.methods import METHODS
@@ -42,17 +43,32 @@ def run_cards(folder: Path, num_processes: int = 2) -> dict[str, Result]:
     Raises:
         RuntimeError: a process failed; with the end of what it said.
     """
-    library = compile_stub(folder)
+    prepare(folder)
     with ThreadPoolExecutor(num_processes) as pool:
-        results = pool.map(lambda title: _run_card(title, library, folder), CARDS)
+        results = pool.map(lambda title: run_module("process", title, folder), CARDS)
         return dict(zip(CARDS, results, strict=True))
 
 
-def _run_card(title: str, library: Path, folder: Path) -> Result:
-    out = folder / f"{title}.json"
-    command = [sys.executable, "-m", "tests.dryrun.process", title, str(library)]
+def prepare(folder: Path) -> None:
+    """Write what every process needs: the stub, and the whole model."""
+    compile_stub(folder)
+    write_llama(
+        folder / "llama",
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_hidden_layers=len(METHODS),
+        vocab_size=512,
+        tie_word_embeddings=False,
+    )
+
+
+def run_module(name: str, title: str, folder: Path) -> Result:
+    """Run a module of this package for a card, and read the TITLE.json that it writes."""
     done = subprocess.run(
-        [*command, str(folder / title), str(out)],
+        [sys.executable, "-m", f"tests.dryrun.{name}", title, str(folder)],
         cwd=_ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -60,7 +76,7 @@ def _run_card(title: str, library: Path, folder: Path) -> Result:
     )
     if done.returncode:
         raise RuntimeError(f"{title}: {done.stderr[-3000:]}")
-    result: Result = json.loads(out.read_text())
+    result: Result = json.loads((folder / f"{title}.json").read_text())
     return result
 
 

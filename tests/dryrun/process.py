@@ -35,16 +35,18 @@ def boot(card: Card, library: Path) -> None:
     load_plugins()
 
 
-def main(title: str, library: str, folder: str, out: str) -> None:
+def main(title: str, folder: str) -> None:
     """Run every cell and the whole model, and write what became of them."""
     warnings.simplefilter("ignore")
-    card = CARDS[title]
-    boot(card, Path(library))
+    card, shared = CARDS[title], Path(folder)
+    boot(card, shared / "libcuda.so.1")
+    from tests.dryrun import llama
     from tests.dryrun.cells import run_cell
     from tests.dryrun.journal import JOURNAL
     from tests.dryrun.layers import KINDS
 
-    checkpoints = {name: kind.write(Path(folder) / name) for name, kind in KINDS.items()}
+    own = shared / title
+    checkpoints = {name: kind.write(own / name) for name, kind in KINDS.items()}
     cells = [
         run_cell(card, method, name, tp_size, checkpoints[name])
         for method in METHODS
@@ -55,11 +57,17 @@ def main(title: str, library: str, folder: str, out: str) -> None:
     cells += [
         run_cell(card, method, "column", 1, checkpoints["column"], other) for method in METHODS
     ]
+    compiled = dict(JOURNAL.compiled)
+    llama.record_norms_and_attention()
+    runs = {cell.method for cell in cells if cell.kind == "column" and cell.runs_as}
+    methods = [method for method in METHODS if method.title in runs]
+    models = [llama.run_model(card, methods, size, shared / "llama") for size in TP_SIZES]
     result = {
         "cells": [dataclasses.asdict(cell) for cell in cells],
-        "compiled": dict(JOURNAL.compiled),
+        "models": [dataclasses.asdict(model) for model in models],
+        "compiled": compiled,
     }
-    Path(out).write_text(json.dumps(result, indent=1))
+    (shared / f"{title}.json").write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

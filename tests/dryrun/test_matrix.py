@@ -21,6 +21,20 @@ pytestmark = [
 _BY_TITLE = {method.title: method for method in METHODS}
 _TRITON = {"_w8a8_block_fp8_matmul", "_w8a8_block_int8_matmul", "_per_token_group_quant_int8"}
 
+# what a Llama launches beside its linear layers
+_BESIDE_LINEAR = {
+    "triton:_vocab_parallel_embedding_kernel",
+    "ranks:all_reduce",
+    "flashinfer:rmsnorm",
+    "flashinfer:fused_add_rmsnorm",
+    "jit:run_rope",
+    "attention:radix",
+    "jit:run_activation",
+    # the MLP of a B200, unquantized or in FP8: gate, up and SiLU in one kernel
+    "sglang:cutedsl_dual_gemm_swiglu",
+    "sglang:cutedsl_dual_gemm_swiglu_fp8",
+}
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Result]:
@@ -49,6 +63,21 @@ def test_class_and_kernels_are_what_sglangs_sources_say(
         elif (expected.refused or "nothing") not in (cell["refused"] or "nothing"):
             wrong.append(f"{_name(cell)}: {cell['refused']} (expected {expected.refused})")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("title", CARDS)
+def test_whole_llama_runs_a_method_in_each_layer(results: Mapping[str, Result], title: str) -> None:
+    card = CARDS[title]
+    for model in results[title]["models"]:
+        assert not model["broken"] + model["refused"], model["broken"] + model["refused"]
+        expected = {
+            method.title: expect(card, method, "column", model["tp_size"], card.dtype)
+            for method in METHODS
+        }
+        runs = {name: cell for name, cell in expected.items() if not cell.refused}
+        assert model["runs_as"] == {name: [cell.runs_as] * 4 for name, cell in runs.items()}
+        kernels = {kernel for cell in runs.values() for kernel in cell.kernels}
+        assert set(model["kernels"]) - _BESIDE_LINEAR == kernels
 
 
 @pytest.mark.parametrize("title", CARDS)
