@@ -12,6 +12,7 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.awq import AWQConfig, awq
 from sglang.srt.layers.quantization.awq.schemes import AWQLinearScheme
 
+from mixedprec_plugin.cpu.heap import trim_heap
 from mixedprec_plugin.cpu.int4 import Int4Weight, unpack_int4
 from mixedprec_plugin.cpu.rows import multiply_rows
 from mixedprec_plugin.cpu.weight_only import dequantize, multiply
@@ -87,6 +88,7 @@ class CpuAWQLinearScheme(AWQLinearScheme):
         if self._weight is not None:
             layer.qweight.data = self._weight.packed
             layer.scales.data = self._weight.scales
+        trim_heap()
 
     def restore_weights_before_loading(self, layer: LinearBase) -> None:
         """Give `qweight` AWQ's layout again; does nothing where it has it."""

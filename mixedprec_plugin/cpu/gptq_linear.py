@@ -10,6 +10,7 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig, gptq
 from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinLinearScheme
 
+from mixedprec_plugin.cpu.heap import trim_heap
 from mixedprec_plugin.cpu.int4 import Int4Weight, unpack_int4
 from mixedprec_plugin.cpu.int8 import Int8Weight
 from mixedprec_plugin.cpu.rows import multiply_rows
@@ -67,6 +68,8 @@ class CpuGPTQLinearScheme(GPTQMarlinLinearScheme):
         if self._weight is not None:
             layer.qweight.data = self._weight.packed
             layer.scales.data = self._weight.scales
+        del codes
+        trim_heap()
 
     def restore_weights_before_loading(self, layer: LinearBase) -> None:
         """Give `qweight` GPTQ's layout again; does nothing where it has it."""

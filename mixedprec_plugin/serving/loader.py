@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -21,6 +22,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
+from mixedprec_plugin.cpu.heap import returning_memory
 from mixedprec_plugin.errors import LoadError, Problem, UsageError
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import plan_as_dict, summary_lines
@@ -102,7 +104,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         plan = self._plan(folder, model_config).check()
         config = MixedPrecisionConfig(plan)
         device = torch.device(device_config.device)
-        with set_default_torch_dtype(model_config.dtype):
+        returning = returning_memory() if device.type == "cpu" else contextlib.nullcontext()
+        with set_default_torch_dtype(model_config.dtype), returning:
             with device:
                 model: torch.nn.Module = _initialize_model(model_config, self.load_config, config)
             check_built(config)
