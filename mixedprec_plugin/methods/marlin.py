@@ -33,3 +33,18 @@ def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
     if group_size < shape.K and K % group_size:
         found.append(f"group_size {group_size} does not divide K = {K}{where}")
     return found
+
+
+def fp8_marlin_faults(shape: LayerShape) -> list[str]:
+    """Return what Marlin refuses of an FP8 layer, which it serves on GPUs without FP8 arithmetic.
+
+    Source: `tile_n_size` in gptq_marlin_repack.cuh and `thread_configs` in gptq_marlin.cuh
+    (sglang/kernels/jit/csrc/gemm/marlin); nothing in Python asks (marlin_utils_fp8.py:98).
+    """
+    N, K = sum(outputs_per_rank(shape)), inputs_per_rank(shape)
+    if any(N % n == 0 and K % k == 0 for n, k in ((64, 128), (128, 64))):
+        return []
+    return [
+        f"its share of a rank is [{N}, {K}], and FP8 runs in Marlin kernels on this GPU "
+        "(expected multiples of [64, 128] or [128, 64])"
+    ]
