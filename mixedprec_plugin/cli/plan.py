@@ -9,6 +9,7 @@ from typing import TextIO
 from rich.console import Console
 
 from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Target
 from mixedprec_plugin.plan.render import plan_as_dict, print_plan
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     preset = load_preset(args.preset, args.overrides)
     source = open_source(args.model)
     target = Target(args.device, args.tp, model_dtype(source.config, args.dtype))
-    plan = resolve_plan(preset, source, target)
+    plan = resolve_plan(preset, source, target, open_other_sources(preset))
     if args.json:
         print(json.dumps(plan_as_dict(plan), indent=1), file=out)
     else:

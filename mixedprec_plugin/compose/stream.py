@@ -13,6 +13,7 @@ import torch
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
 from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
 from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods import registry
@@ -61,10 +62,10 @@ def open_virtual_checkpoint(
     Raises:
         PresetError, CheckpointError, PlanError: as the pipeline finds them.
     """
-    source = open_source(model_path)
+    preset, model = load_preset(preset_path), open_source(model_path)
     if target is None:
-        target = Target(dtype=model_dtype(source.config))
-    return VirtualCheckpoint(resolve_plan(load_preset(preset_path), source, target))
+        target = Target(dtype=model_dtype(model.config))
+    return VirtualCheckpoint(resolve_plan(preset, model, target, open_other_sources(preset)))
 
 
 def _file_order(layer: PlannedLayer) -> tuple[str, int]:
@@ -86,6 +87,9 @@ def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
             outputs = _quantize(layer, stored.pop("weight"), target) | stored
         elif layer.action == "dequantize":
             outputs = _dequantize(layer, stored)
+        elif layer.action == "requantize":
+            plain = _dequantize(layer, stored)
+            outputs = _quantize(layer, plain.pop("weight"), target) | plain
         else:
             outputs = _take_as_stored(layer, stored)
         return {

@@ -44,6 +44,7 @@ class LayerShape:
         shard_ranks: over how many ranks each shard is split under column parallelism, in the order
             of `shard_sizes`; empty stands for `tp_size` each. Less for the key and value shards of
             a model with fewer key-value heads than ranks: SGLang repeats those.
+        is_expert: whether the layer is a projection of one expert; gate and up are shards of `w13`.
     """
 
     N: int
@@ -53,6 +54,7 @@ class LayerShape:
     tp_size: int = 1
     dtype: str = "BF16"
     shard_ranks: tuple[int, ...] = ()
+    is_expert: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

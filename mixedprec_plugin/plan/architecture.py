@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["linear", "expert", "lm_head", "embedding", "router", "norm", "other"]
 Parallel = Literal["column", "row", "replicated"]
@@ -27,6 +27,21 @@ _EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok
 _LM_HEADS = {"lm_head", "embed_out"}
 _ROUTERS = re.compile(r"(?:^|\.)(?:mlp\.gate|block_sparse_moe\.gate|router|shared_expert_gate)$")
 _EXPERT = re.compile(r"\.experts(?:\.\d+)?(?:\.|$)")
+_EXPERT_PLACE = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
+# projection of one expert -> the shard id that FusedMoE's weight loader takes
+_EXPERT_SHARDS = {
+    "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2",
+}  # fmt: skip
+
+
+class ExpertShard(NamedTuple):
+    """One projection of one expert: `w1` gate, `w3` up, `w2` down, as SGLang's FusedMoE says."""
+
+    expert: int
+    projection: str
+
+
+Shard = str | int | ExpertShard | None
 
 NEVER_QUANTIZED: Mapping[str, str] = {
     "lm_head": "SGLang has no quantized kernel for lm_head",
@@ -56,7 +71,7 @@ def layer_kind(name: str, has_matrix: bool) -> Kind:
     return "expert" if _EXPERT.search(name) else "linear"
 
 
-def fused_module(name: str, names: Collection[str]) -> tuple[str, str | int | None]:
+def fused_module(name: str, names: Collection[str]) -> tuple[str, Shard]:
     """Find the module that runs a layer.
 
     Args:
@@ -64,8 +79,12 @@ def fused_module(name: str, names: Collection[str]) -> tuple[str, str | int | No
         names: all layer names of the checkpoint; a lone shard (no siblings) is not fused.
     Returns:
         the module's name, and the shard id that its weight loader takes; the layer's own name and
-        None where it is not fused.
+        None where it is not fused. All experts of a layer are one module.
     """
+    if ".experts." in name and (place := _EXPERT_PLACE.fullmatch(name)):
+        module, expert, last = place.groups()
+        if last in _EXPERT_SHARDS:
+            return module, ExpertShard(int(expert), _EXPERT_SHARDS[last])
     parent, _, last = name.rpartition(".")
     if last in _FUSED_BY_SHARD and not _EXPERT.search(name):
         module, shard = _FUSED_BY_SHARD[last]
@@ -83,6 +102,13 @@ def parallel_kind(name: str) -> Parallel:
     return "row" if last in _ROW_PARALLEL else "column"
 
 
-def shard_order(shard: str | int | None) -> int:
+def shard_order(shard: Shard) -> int:
     """Position of a shard in its fused module, as SGLang lays them out: q, k, v; gate, up."""
+    if isinstance(shard, ExpertShard):
+        return 3 * shard.expert + ("w1", "w3", "w2").index(shard.projection)
     return "qkv".index(shard) if isinstance(shard, str) else shard or 0
+
+
+def scheme_unit(module: str, shard: Shard) -> str:
+    """Name of the unit that needs one scheme: a fused module, or one expert of a layer."""
+    return f"{module}.{shard.expert}" if isinstance(shard, ExpertShard) else module

@@ -12,11 +12,14 @@ from mixedprec_plugin.methods.spec import LayerShape
 from mixedprec_plugin.names import nearest
 from mixedprec_plugin.plan.architecture import (
     NEVER_QUANTIZED,
+    ExpertShard,
     Kind,
     last_component,
     parallel_kind,
+    scheme_unit,
     shard_order,
 )
+from mixedprec_plugin.plan.conversion import different_arguments
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.model import PlannedLayer, Target
@@ -45,16 +48,6 @@ def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> 
             problems.append(_shadowed(rule, matches, matched))
         elif rule.scheme.method != "bf16" and all(kinds[n] in NEVER_QUANTIZED for n in matched):
             problems.append(_never_quantized(rule, kinds, matched))
-        if rule.scheme.source != "model":
-            problems.append(
-                Problem(
-                    str(rule.location),
-                    f"layers cannot be taken from source {rule.scheme.source!r} in this release "
-                    "(expected 'model')",
-                    "remove source, or serve that checkpoint with --model-path",
-                    "source",
-                )
-            )
     return problems
 
 
@@ -96,9 +89,9 @@ def check_layers(
     layers: Sequence[PlannedLayer], target: Target, config: Mapping[str, Any]
 ) -> list[Problem]:
     """Check that each layer can be made what the plan says and that its method serves its shape."""
-    modules: dict[str, list[PlannedLayer]] = {}
+    modules: dict[tuple[str, str], list[PlannedLayer]] = {}
     for layer in layers:
-        modules.setdefault(layer.module, []).append(layer)
+        modules.setdefault(_parameter(layer), []).append(layer)
     for siblings in modules.values():
         siblings.sort(key=lambda layer: shard_order(layer.shard))
     found: dict[tuple[str, str, str, Severity], list[str]] = {}
@@ -121,7 +114,7 @@ def check_layers(
             found.setdefault((rule, text, remedy, "error"), []).append(layer.name)
         if not texts:
             spec = registry.METHODS[layer.scheme.method]
-            shape = _layer_shape(layer, modules[layer.module], target, config)
+            shape = _layer_shape(layer, modules[_parameter(layer)], target, config)
             for text, remedy in spec.check_shape(layer.scheme.arguments, shape, target.device):
                 found.setdefault(("shape", text, remedy, "error"), []).append(layer.name)
             if target.device == "cpu" and not spec.check_shape(
@@ -134,6 +127,14 @@ def check_layers(
         Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
         for (rule, text, remedy, severity), names in found.items()
     ]
+
+
+def _parameter(layer: PlannedLayer) -> tuple[str, str]:
+    """Name of what holds a layer's weights: its module, or `w13` or `w2` of one expert."""
+    if isinstance(layer.shard, ExpertShard):
+        half = "w2" if layer.shard.projection == "w2" else "w13"
+        return scheme_unit(layer.module, layer.shard), half
+    return layer.module, ""
 
 
 def _layer_shape(
@@ -157,6 +158,7 @@ def _layer_shape(
             for s in siblings
             if s.stored is not None
         ),
+        is_expert=isinstance(layer.shard, ExpertShard),
     )
 
 
@@ -165,9 +167,6 @@ def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str,
     scheme, stored = layer.scheme, layer.stored
     assert scheme is not None
     assert stored is not None
-    if layer.kind == "expert" and scheme.method != "bf16":
-        text = f"experts cannot run in {scheme.label} in this release"
-        return [("expert", text, "match '*.experts.*' with method: unquantized")]
     served = {"BF16": "bfloat16", "F16": "float16"}[target.dtype]
     wanted = scheme.arguments.get("dtype")
     if scheme.method == "bf16" and wanted not in (None, served):
@@ -176,13 +175,16 @@ def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str,
     if not stored.is_readable:
         text = f"is stored as {stored.description}, which this release does not read"
         return [("stored-format", text, "take a checkpoint in another format")]
-    if not stored.method and (layer.rule is None or scheme.method != "bf16"):
+    is_taken = layer.action == "as stored" or layer.rule is None
+    if not stored.method and is_taken:
         text = f"is stored as {stored.description}, which no method serves as it is"
-        return [("stored-format", text, "match it with method: bf16 to dequantize it")]
+        remedy = "match it with method: bf16 to dequantize it, or write requantize: true"
+        return [("stored-format", text, remedy)]
     spec = registry.METHODS[scheme.method]
-    if layer.action == "quantize" and not spec.quantizer:
+    is_quantized_here = layer.action in ("quantize", "requantize")
+    if is_quantized_here and not spec.quantizer:
         return [("conversion", f"{scheme.method} cannot quantize at load", "use another method")]
-    if layer.action == "quantize" and (reason := spec.why_not_quantize(scheme.arguments)):
+    if is_quantized_here and (reason := spec.why_not_quantize(scheme.arguments)):
         return [("conversion", f"cannot be quantized at load: {reason}", "change that argument")]
     if layer.action == "as stored" and scheme.method != "bf16":
         return _mismatch(layer)
@@ -195,15 +197,12 @@ def _mismatch(layer: PlannedLayer) -> list[tuple[str, str, str]]:
     assert stored is not None
     if stored.method != scheme.method:
         text = f"is stored as {stored.description}, not as {scheme.label} asks ({scheme.method})"
-        return [("stored-format", text, f"write method: {stored.method}, or bf16 to dequantize")]
-    different = {
-        key: value
-        for key, value in stored.arguments.items()
-        if scheme.arguments.get(key) is not None and scheme.arguments[key] != value
-    }
-    if stored.method == "fp8" and scheme.arguments["weight_block_size"] is None:
-        block = stored.arguments.get("weight_block_size")
-        different |= {"weight_block_size": block} if block else {}
+        remedy = (
+            f"write method: {stored.method}, bf16 to dequantize it, or requantize: true to have it "
+            f"in {scheme.label} with a second rounding"
+        )
+        return [("stored-format", text, remedy)]
+    different = different_arguments(stored, scheme)
     if not different:
         return []
     asked = ", ".join(f"{key}: {scheme.arguments[key]}" for key in different)

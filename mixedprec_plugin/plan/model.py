@@ -13,10 +13,10 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.architecture import Kind, shard_order
+from mixedprec_plugin.plan.architecture import ExpertShard, Kind, Shard, shard_order
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
-Action = Literal["as stored", "cast", "quantize", "dequantize"]
+Action = Literal["as stored", "cast", "quantize", "dequantize", "repack", "requantize"]
 Device = Literal["cuda", "cpu"]
 
 
@@ -55,7 +55,7 @@ class PlannedLayer:
 
     name: str
     module: str
-    shard: str | int | None
+    shard: Shard
     kind: Kind
     scheme: Scheme | None
     rule: Rule | None
@@ -84,21 +84,39 @@ class PlannedLayer:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertGroup:
+    """Experts of one layer that run in one scheme.
+
+    Attributes:
+        experts: their ids, ascending.
+    """
+
+    scheme: Scheme
+    experts: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What every layer of a model runs as.
 
     Attributes:
+        sources: name -> checkpoint, of every source that the preset names; `model` is the server's.
         layers: in natural order of their names.
         problems: errors and warnings, of the whole preset at once.
         tied: tied layer name -> the layer whose weight it shares (`lm_head` -> the embedding).
     """
 
     preset: Preset
-    source: Source
+    sources: Mapping[str, Source]
     target: Target
     layers: tuple[PlannedLayer, ...]
     problems: tuple[Problem, ...]
     tied: Mapping[str, str]
+
+    @property
+    def source(self) -> Source:
+        """The checkpoint of --model-path, whose config.json builds the model."""
+        return self.sources["model"]
 
     @functools.cached_property
     def modules(self) -> Mapping[str, tuple[PlannedLayer, ...]]:
@@ -110,6 +128,27 @@ class Plan:
             {
                 name: tuple(sorted(layers, key=lambda layer: shard_order(layer.shard)))
                 for name, layers in modules.items()
+            }
+        )
+
+    @functools.cached_property
+    def expert_groups(self) -> Mapping[str, tuple[ExpertGroup, ...]]:
+        """Module of experts -> its groups, in the order of their first experts."""
+        found: dict[str, dict[object, tuple[Scheme, set[int]]]] = {}
+        for layer in self.layers:
+            if isinstance(layer.shard, ExpertShard) and layer.scheme is not None:
+                groups = found.setdefault(layer.module, {})
+                _, experts = groups.setdefault(layer.scheme.identity, (layer.scheme, set()))
+                experts.add(layer.shard.expert)
+        return MappingProxyType(
+            {
+                module: tuple(
+                    sorted(
+                        (ExpertGroup(s, tuple(sorted(ids))) for s, ids in groups.values()),
+                        key=lambda group: group.experts,
+                    )
+                )
+                for module, groups in found.items()
             }
         )
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from mixedprec_plugin.checkpoint.formats import StoredFormat, detect_format
+from mixedprec_plugin.checkpoint.formats import FormatCache, StoredFormat
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.spec import TensorSpec
+from mixedprec_plugin.names import nearest
 from mixedprec_plugin.plan import checks
 from mixedprec_plugin.plan.architecture import (
     NEVER_QUANTIZED,
     Kind,
+    Shard,
     fused_module,
     layer_kind,
+    scheme_unit,
     shard_order,
 )
-from mixedprec_plugin.plan.folding import natural_key
+from mixedprec_plugin.plan.conversion import is_stored_as
+from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import settle_fused_modules
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.model import Action, Plan, PlannedLayer, Target
@@ -31,47 +36,102 @@ _FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 _COMPUTED = ("rotary_emb",)
 
 
-def resolve_plan(preset: Preset, source: Source, target: Target) -> Plan:
-    """Decide for every layer of a checkpoint what it runs as.
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """Where one layer comes from."""
+
+    source: Source
+    tensors: Mapping[str, StoredTensor]
+    stored: StoredFormat | None
+
+
+def resolve_plan(
+    preset: Preset,
+    model: Source,
+    target: Target,
+    others: Mapping[str, Source] = MappingProxyType({}),
+) -> Plan:
+    """Decide for every layer of a model what it runs as and which checkpoint it comes from.
 
     Args:
         preset: the rules.
-        source: the checkpoint of --model-path.
+        model: the checkpoint of --model-path; its layers are the model's.
         target: device, tensor-parallel size and dtype to plan for.
+        others: name -> checkpoint, of the preset's `sources`.
     Returns:
         the plan; what is wrong is in its `problems`, nothing is raised for it.
     """
-    layers = {
-        name: tensors
-        for name, tensors in sorted(source.layers.items(), key=lambda item: natural_key(item[0]))
-        if not name.endswith(_COMPUTED)
-    }
-    stored = {n: detect_format(t, source.quantization_config, n) for n, t in layers.items()}
-    kinds = {name: layer_kind(name, stored[name] is not None) for name in layers}
-    tied = _tied_layers(source, kinds)
-    matches = match_rules(preset.rules, (*layers, *tied))
+    sources = {model.name: model, **others}
+    names = [name for name in sorted(model.layers, key=natural_key) if not name.endswith(_COMPUTED)]
+    formats = FormatCache()
+    kinds = {name: layer_kind(name, formats.of(model, name) is not None) for name in names}
+    tied = _tied_layers(model, kinds)
+    matches = match_rules(preset.rules, (*names, *tied))
     rules = matches.deciding
-    asked = {name: _scheme(rules.get(name), stored[name], kinds[name]) for name in layers}
-    fused = {name: fused_module(name, layers.keys()) for name in layers}
-    modules: dict[str, list[str]] = {}
-    for name, (module, _) in sorted(fused.items(), key=lambda item: shard_order(item[1][1])):
-        modules.setdefault(module, []).append(name)
-    schemes, problems = settle_fused_modules(preset, modules, asked, rules)
+    taken, problems = _take(names, rules, kinds, sources, formats)
+    asked = {name: _scheme(rules.get(name), taken[name].stored, kinds[name]) for name in names}
+    fused = {name: fused_module(name, model.layers.keys()) for name in names}
+    units: dict[str, list[str]] = {}
+    for name, (module, shard) in sorted(fused.items(), key=lambda item: shard_order(item[1][1])):
+        units.setdefault(scheme_unit(module, shard), []).append(name)
+    schemes, conflicts = settle_fused_modules(preset, units, asked, rules)
+    problems += conflicts
     problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
-    planned = []
-    for name, tensors in layers.items():
-        module, shard = fused[name]
-        planned.append(
-            _planned_layer(
-                name, module, shard, kinds[name], schemes[name], rules.get(name), stored[name],
-                tensors, source, target,
-            )
-        )  # fmt: skip
-    problems += checks.check_layers(planned, target, source.config)
-    problems += checks.check_config_shapes(planned, source)
+    planned = [
+        _planned_layer(
+            name, *fused[name], kinds[name], schemes[name], rules.get(name), taken[name], target
+        )
+        for name in names
+    ]
+    problems += checks.check_layers(planned, target, model.config)
+    problems += checks.check_config_shapes(planned, model)
     return Plan(
-        preset, source, target, tuple(planned), tuple(problems), MappingProxyType(dict(tied))
+        preset,
+        MappingProxyType(sources),
+        target,
+        tuple(planned),
+        tuple(problems),
+        MappingProxyType(dict(tied)),
     )
+
+
+def _take(
+    names: Sequence[str],
+    rules: Mapping[str, Rule],
+    kinds: Mapping[str, Kind],
+    sources: Mapping[str, Source],
+    formats: FormatCache,
+) -> tuple[dict[str, _Taken], list[Problem]]:
+    """Find every layer in the source that its rule names.
+
+    Layers that no method quantizes follow a rule to its source where that holds them, too.
+    """
+    taken: dict[str, _Taken] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        rule = rules.get(name)
+        source = sources["model"] if rule is None else sources[rule.scheme.source]
+        if name not in source.layers:
+            if rule is not None and kinds[name] not in NEVER_QUANTIZED:
+                missing.setdefault((source.name, str(rule.location)), []).append(name)
+            source = sources["model"]
+        taken[name] = _Taken(source, source.layers[name], formats.of(source, name))
+    problems = [
+        Problem(
+            where,
+            f"source {source!r} ({sources[source].path}) holds no {', '.join(fold_names(lacking))}",
+            _nearest_layers(lacking[0], sources[source]),
+            "missing-layer",
+        )
+        for (source, where), lacking in missing.items()
+    ]
+    return taken, problems
+
+
+def _nearest_layers(name: str, source: Source) -> str:
+    near = nearest(name, list(source.layers))
+    hint = f"it holds {', '.join(near)}; " if near else ""
+    return f"{hint}take these layers from another source"
 
 
 def _tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
@@ -102,17 +162,15 @@ def _completed(scheme: Scheme, stored: StoredFormat) -> Scheme:
 def _planned_layer(
     name: str,
     module: str,
-    shard: str | int | None,
+    shard: Shard,
     kind: Kind,
     scheme: Scheme | None,
     rule: Rule | None,
-    stored: StoredFormat | None,
-    tensors: Mapping[str, StoredTensor],
-    source: Source,
+    taken: _Taken,
     target: Target,
 ) -> PlannedLayer:
-    action = _action(scheme, stored, target)
-    outputs = _outputs(action, scheme, stored, tensors, target)
+    action = _action(scheme, taken.stored, target)
+    outputs = _outputs(action, scheme, taken.stored, taken.tensors, target)
     return PlannedLayer(
         name=name,
         module=module,
@@ -120,12 +178,12 @@ def _planned_layer(
         kind=kind,
         scheme=scheme,
         rule=rule,
-        source=source.name,
-        stored=stored,
+        source=taken.source.name,
+        stored=taken.stored,
         action=action,
-        inputs=tensors,
+        inputs=taken.tensors,
         outputs=MappingProxyType(outputs),
-        bytes_before=sum(tensor.num_bytes for tensor in tensors.values()),
+        bytes_before=sum(tensor.num_bytes for tensor in taken.tensors.values()),
         bytes_after=sum(_spec_bytes(spec) for spec in outputs.values()),
     )
 
@@ -138,7 +196,11 @@ def _action(scheme: Scheme | None, stored: StoredFormat | None, target: Target) 
             return "dequantize"
         served = {"BF16": "bfloat16", "F16": "float16"}.get(target.dtype)
         return "as stored" if stored.arguments["dtype"] == served else "cast"
-    return "quantize" if stored.method == "bf16" else "as stored"
+    if stored.method == "bf16":
+        return "quantize"
+    if scheme.requantize and stored.is_readable and not is_stored_as(stored, scheme):
+        return "requantize"
+    return "as stored"
 
 
 def _outputs(
@@ -154,9 +216,7 @@ def _outputs(
     if scheme is not None and stored is not None and stored.N:
         spec = registry.METHODS[scheme.method]
         outputs |= spec.stored(scheme.arguments, stored.N, stored.K, target.dtype)
-        if action in ("quantize", "cast"):
-            replaced = {"weight"}
-        elif action == "dequantize":
+        if action != "as stored":
             replaced = set(stored.suffixes)
     for suffix, tensor in tensors.items():
         if suffix not in replaced and suffix not in outputs:

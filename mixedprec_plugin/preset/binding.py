@@ -10,12 +10,12 @@ from mixedprec_plugin.methods.registry import bind
 from mixedprec_plugin.names import PatternError, compile_pattern, nearest
 from mixedprec_plugin.preset.findings import Findings
 from mixedprec_plugin.preset.model import Rule, Scheme, SourceReference
+from mixedprec_plugin.preset.schema import SCHEME_KEYS
 from mixedprec_plugin.preset.tree import Node, Path
 
 MODEL = "model"
 
-_SCHEME_KEYS = ("method", "source")
-_RULE_KEYS = ("match", "optional", *_SCHEME_KEYS)
+_RULE_KEYS = ("match", "optional", *SCHEME_KEYS)
 
 
 class Binder:
@@ -52,7 +52,7 @@ class Binder:
         for name, entry in self._mapping("schemes").items():
             path: Path = ("schemes", name)
             is_sound = self._is_sound(path) and isinstance(entry, dict)
-            schemes[name] = self._scheme(name, entry, path, _SCHEME_KEYS) if is_sound else None
+            schemes[name] = self._scheme(name, entry, path, SCHEME_KEYS) if is_sound else None
         return schemes
 
     def _rules(self) -> tuple[Rule, ...]:
@@ -114,7 +114,8 @@ class Binder:
             for problem in error.problems:
                 self._refused(problem, given, path)
             return None
-        return Scheme(label, method, arguments, source) if is_known else None
+        requantize = entry.get("requantize", False)
+        return Scheme(label, method, arguments, source, requantize) if is_known else None
 
     def _refused(self, problem: Problem, given: Mapping[str, Any], path: Path) -> None:
         """Pass on what the registry says, at the argument that it speaks of."""

@@ -50,16 +50,19 @@ class Scheme:
         method: canonical registry key.
         arguments: every argument of the method, defaults filled in.
         source: name of the source the layers are taken from.
+        requantize: whether a layer that is stored in another quantized format may be dequantized
+            and quantized again.
     """
 
     label: str
     method: str
     arguments: Mapping[str, Any]
     source: str = "model"
+    requantize: bool = False
 
     @property
     def identity(self) -> tuple[str, tuple[tuple[str, str], ...]]:
-        """What decides whether two schemes are the same for SGLang; label and source do not."""
+        """What decides whether two schemes are the same for SGLang; the rest is not."""
         return self.method, tuple(
             sorted((k, repr(v)) for k, v in self.arguments.items() if k not in _OURS)
         )

@@ -37,6 +37,8 @@ _EXAMPLES = {
     "path": "path: FOLDER",
     "version": "version: 1",
 }
+# keys of a scheme that are no argument of its method
+SCHEME_KEYS = ("method", "source", "requantize")
 _UNQUOTE = "leave the quotes out"
 _PARTS = ("version", "extends", "sources", "schemes", "rules")
 
@@ -193,7 +195,7 @@ def _unknown_keys(value: Mapping[str, Any], schema: Any, path: Path) -> list[_Fi
     if is_rule and "scheme" in value:
         known.append("scheme")
     elif is_rule or is_scheme:
-        known += [key for key in ("method", "source") if key not in known]
+        known += [key for key in SCHEME_KEYS if key not in known]
         spec = _method(value.get("method"))
         if spec is None:
             return []
@@ -213,7 +215,7 @@ def _unknown_keys(value: Mapping[str, Any], schema: Any, path: Path) -> list[_Fi
 
 
 def _belongs_to_a_method(key: str) -> bool:
-    return key in ("method", "source") or any(key in spec.defaults for spec in METHODS.values())
+    return key in SCHEME_KEYS or any(key in spec.defaults for spec in METHODS.values())
 
 
 def _method(name: Any) -> MethodSpec | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Device, Plan, Target
@@ -53,9 +54,10 @@ def make_plan(
     Raises:
         PresetError, CheckpointError: as the pipeline finds them; plan errors are in the plan.
     """
+    preset = load_preset(settings.config, settings.overrides)
     source = open_source(model_path)
     target = Target(device, tp_size, model_dtype(source.config, dtype))
-    return resolve_plan(load_preset(settings.config, settings.overrides), source, target)
+    return resolve_plan(preset, source, target, open_other_sources(preset))
 
 
 def serving_device() -> Device:

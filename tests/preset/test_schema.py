@@ -153,7 +153,7 @@ REJECTED = [
     (
         "version: 1\nschemes: {a: {method: awq, gruop_size: 64}}\n" + RULES,
         [
-            "p.yaml:2: schemes.a.gruop_size: unknown key 'gruop_size' (expected method, source, "
+            "p.yaml:2: schemes.a.gruop_size: unknown key 'gruop_size' (expected method, source, requantize, "
             "bits, group_size, zero_point, clip_search); did you mean 'group_size'?"
         ],
     ),
@@ -220,7 +220,7 @@ REJECTED = [
         "version: 1\nrules: [{match: '*', method: fp8, group_size: 64}]\n",
         [
             "p.yaml:2: rules[0].group_size: unknown key 'group_size' (expected match, optional, "
-            "method, source, weight_block_size, activation_scheme)"
+            "method, source, requantize, weight_block_size, activation_scheme)"
         ],
     ),
     # arguments

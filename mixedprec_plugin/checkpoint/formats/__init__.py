@@ -15,7 +15,7 @@ headers cannot (block sizes of ragged grids, GPTQ's zero convention, the directi
 where the two contradict each other, the format says so in its `disagreements`.
 """
 
-from mixedprec_plugin.checkpoint.formats.detect import detect_format
+from mixedprec_plugin.checkpoint.formats.detect import FormatCache, detect_format
 from mixedprec_plugin.checkpoint.formats.stored import StoredFormat
 
-__all__ = ["StoredFormat", "detect_format"]
+__all__ = ["FormatCache", "StoredFormat", "detect_format"]

@@ -19,6 +19,7 @@ from mixedprec_plugin.checkpoint.formats.stored import (
     unusable,
 )
 from mixedprec_plugin.checkpoint.formats.torchao import QDATA, detect_torchao
+from mixedprec_plugin.checkpoint.source import Source
 
 
 def detect_format(
@@ -41,6 +42,20 @@ def detect_format(
         return None
     contradictions = _contradictions(found, promise)
     return dataclasses.replace(found, disagreements=(*found.disagreements, *contradictions))
+
+
+class FormatCache:
+    """The formats of the layers of sources, each found once; layers that are alike share it."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], StoredFormat | None] = {}
+
+    def of(self, source: Source, name: str) -> StoredFormat | None:
+        """The format of one layer of a source; see `detect_format`."""
+        key = (source.name, name)
+        if key not in self._found:
+            self._found[key] = detect_format(source.layers[name], source.quantization_config, name)
+        return self._found[key]
 
 
 def _from_tensors(tensors: Tensors, promise: Promise) -> StoredFormat | None:

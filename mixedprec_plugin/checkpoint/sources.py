@@ -1,0 +1,33 @@
+"""The checkpoints of a preset: the model's own and those under `sources:`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mixedprec_plugin.checkpoint.source import Source, open_source
+from mixedprec_plugin.errors import CheckpointError, Problem
+from mixedprec_plugin.preset.model import Preset
+
+
+def open_other_sources(preset: Preset) -> Mapping[str, Source]:
+    """Open every source that a rule of the preset takes layers from, but for the model.
+
+    Raises:
+        CheckpointError: with the problems of all of them, at their lines in the preset.
+    """
+    used = {rule.scheme.source for rule in preset.rules} - {"model"}
+    sources: dict[str, Source] = {}
+    problems: list[Problem] = []
+    for name in sorted(used):
+        reference = preset.sources[name]
+        try:
+            sources[name] = open_source(Path(reference.path).expanduser(), name)
+        except CheckpointError as error:
+            problems.extend(
+                Problem(f"{reference.location}: {p.where}", p.what, p.remedy, p.rule)
+                for p in error.problems
+            )
+    if problems:
+        raise CheckpointError(problems)
+    return sources
