@@ -15,7 +15,7 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.marlin import fp8_marlin_faults
 from mixedprec_plugin.methods.partitions import split_faults
 from mixedprec_plugin.methods.registry import METHODS
-from mixedprec_plugin.methods.spec import Arguments, LayerKind, LayerShape
+from mixedprec_plugin.methods.spec import Arguments, LayerShape
 
 # model_runner_components/load_model_utils.py:91
 LEAST_CAPABILITY = 75
@@ -169,31 +169,28 @@ def why_not_on_card(
     arguments: Arguments,
     shape: LayerShape,
     capability: int,
-    kind: LayerKind = "linear",
 ) -> tuple[tuple[str, str], ...]:
     """Return what keeps a GPU from running a layer, beside what `check_shape` refuses on every GPU.
 
     Args:
         method: canonical name of a method.
         arguments: all its arguments, as `registry.bind` returns them.
-        shape: the layer; its dtype is what the model runs in, see `served_dtype`.
+        shape: a linear layer's or an expert's; its dtype is what the model runs in, see
+            `served_dtype`.
         capability: compute capability, major * 10 + minor.
-        kind: what the layer is; `lm_head` is never quantized and never refused here.
     Returns:
         (text, remedy) for each reason; empty if the GPU runs it.
     """
-    texts = _texts(method, arguments, shape, capability, kind)
+    texts = _texts(method, arguments, shape, capability)
     if not texts:
         return ()
-    remedy = _remedy(method, arguments, shape, capability, kind)
+    remedy = _remedy(method, arguments, shape, capability)
     return tuple((text, remedy) for text in texts)
 
 
-def _texts(
-    method: str, arguments: Arguments, shape: LayerShape, capability: int, kind: LayerKind
-) -> list[str]:
+def _texts(method: str, arguments: Arguments, shape: LayerShape, capability: int) -> list[str]:
     spec = METHODS[method]
-    if kind == "lm_head" or not spec.config_classes or split_faults(shape):
+    if not spec.config_classes or split_faults(shape):
         return []
     if capability < spec.min_capability:
         return [
@@ -201,22 +198,20 @@ def _texts(
             f"{version(capability)} (expected {version(spec.min_capability)} or more)"
         ]
     if method == "awq" and capability < spec.fallback_below:
-        return _plain_awq(arguments, shape, capability, kind)
+        return _plain_awq(arguments, shape, capability)
     if method == "fp8" and capability < _FP8_CAPABILITY:
-        return _fp8_without_units(shape, capability, kind)
+        return _fp8_without_units(shape, capability)
     return []
 
 
-def _plain_awq(
-    arguments: Arguments, shape: LayerShape, capability: int, kind: LayerKind
-) -> list[str]:
+def _plain_awq(arguments: Arguments, shape: LayerShape, capability: int) -> list[str]:
     """AWQ without Marlin (marlin_utils.py:83): `AWQConfig`, by methods/construct.py."""
     marlin = (
         "runs in Marlin kernels, and the GPU's compute capability is "
         f"{version(capability)} (expected 8.0 or more)"
     )
     found = []
-    if kind == "expert":
+    if shape.is_expert:
         # awq/awq.py:139 has no method for FusedMoE, and leaves its experts unquantized
         found.append(f"awq for experts {marlin}")
     if shape.dtype != "F16":
@@ -228,8 +223,8 @@ def _plain_awq(
     return found
 
 
-def _fp8_without_units(shape: LayerShape, capability: int, kind: LayerKind) -> list[str]:
-    if kind == "expert":
+def _fp8_without_units(shape: LayerShape, capability: int) -> list[str]:
+    if shape.is_expert:
         # fp8.py:2221: Marlin only where --moe-runner-backend asks for it
         return [
             "fp8 for experts runs in a Triton kernel with FP8 arithmetic, and the GPU's compute "
@@ -238,16 +233,12 @@ def _fp8_without_units(shape: LayerShape, capability: int, kind: LayerKind) -> l
     return fp8_marlin_faults(shape)
 
 
-def _remedy(
-    method: str, arguments: Arguments, shape: LayerShape, capability: int, kind: LayerKind
-) -> str:
+def _remedy(method: str, arguments: Arguments, shape: LayerShape, capability: int) -> str:
     """What the GPU does run: tried, not guessed; the nearest in size first."""
 
     def runs(name: str, settings: Arguments, tried: LayerShape) -> bool:
-        return (
-            kind in METHODS[name].layer_kinds
-            and not METHODS[name].check_shape(settings, tried, "cuda")
-            and not _texts(name, settings, tried, capability, kind)
+        return not METHODS[name].check_shape(settings, tried, "cuda") and not _texts(
+            name, settings, tried, capability
         )
 
     if runs(method, arguments, dataclasses.replace(shape, dtype="F16")):

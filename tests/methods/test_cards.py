@@ -1,24 +1,23 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
 from mixedprec_plugin.errors import UsageError
 from mixedprec_plugin.methods.cards import find_gpu, served_dtype, why_not_on_card
 from mixedprec_plugin.methods.registry import bind
-from mixedprec_plugin.methods.spec import LayerKind, LayerShape
+from mixedprec_plugin.methods.spec import LayerShape
 from tests.dryrun.cards import CARDS
 
 
-def linear(N: int = 1024, K: int = 1024, dtype: str = "BF16", tp_size: int = 1) -> LayerShape:
-    return LayerShape(N=N, K=K, shard_sizes=(N,), parallel="column", tp_size=tp_size, dtype=dtype)
+def linear(N: int = 1024, K: int = 1024, **changes: Any) -> LayerShape:
+    return LayerShape(N=N, K=K, shard_sizes=(N,), parallel="column", **changes)
 
 
-def reasons(
-    name: str, capability: int, shape: LayerShape, kind: LayerKind = "linear", **arguments: object
-) -> list[str]:
-    found = why_not_on_card(*bind(name, arguments), shape, capability, kind)
+def reasons(name: str, capability: int, shape: LayerShape, **arguments: object) -> list[str]:
+    found = why_not_on_card(*bind(name, arguments), shape, capability)
     return [f"{text}; {remedy}" for text, remedy in found]
 
 
@@ -134,7 +133,7 @@ def test_remedy_names_only_what_runs() -> None:
     ],
 )
 def test_experts_need_more(method: str, capability: int, message: str) -> None:
-    found = reasons(method, capability, linear(dtype="F16"), "expert")
+    found = reasons(method, capability, linear(dtype="F16", is_expert=True))
     assert re.search(message, found[0])
 
 
