@@ -279,7 +279,7 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     """
     shapes: dict[str, list[str]] = {}
     for candidate in candidates:
-        shapes.setdefault(_NUMBER.sub("#", candidate), []).append(candidate)
+        shapes.setdefault(without_numbers(candidate), []).append(candidate)
     wanted = _shape(name)
     scored = [(_likeness(wanted, shape), shape) for shape in shapes]
     best = sorted((pair for pair in scored if pair[0] >= 0.6), key=lambda pair: (-pair[0], pair[1]))
@@ -289,11 +289,16 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     return found
 
 
+def without_numbers(name: str) -> str:
+    """`model.layers.12.mlp` -> `model.layers.#.mlp`: the same for names that differ in numbers."""
+    return _NUMBER.sub("#", name)
+
+
 def _shape(name: str) -> str:
     """Fold numbers, ranges and stars between dots to `#`, as candidates are."""
     text = re.sub(r"\{\d+\.\.[^{}]*\}", "#", name)
     text = re.sub(r"(?<![^.])[*?](?![^.])", "#", text)
-    return _NUMBER.sub("#", text)
+    return without_numbers(text)
 
 
 def _likeness(wanted: str, shape: str) -> float:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixedprec_plugin.errors import CheckpointError, Problem
 
@@ -33,8 +32,7 @@ DTYPE_BITS = {
 MAX_HEADER_BYTES = 100_000_000
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """Where a tensor lies.
 
     Attributes:

@@ -99,7 +99,7 @@ def inspect_layers(source: Source) -> list[InspectedLayer]:
     ]
 
 
-def _by_name(item: tuple[str, Mapping[str, StoredTensor]]) -> tuple[tuple[int, int, str], ...]:
+def _by_name(item: tuple[str, Mapping[str, StoredTensor]]) -> list[str | int]:
     return natural_key(item[0])
 
 

@@ -34,7 +34,10 @@ def block_faults(block_size: Sequence[int], shape: LayerShape) -> list[str]:
             " along K and the group of its activations"
         )
     if len(shape.shard_sizes) > 1 or (shape.parallel == "column" and shape.tp_size > 1):
-        ragged = sorted({N for N in outputs_per_rank(shape) if N % block_n})
+        sizes = outputs_per_rank(shape)
+        # replicated shards are laid end to end in one layer: its last rows may be a partial block
+        begun = sizes[:-1] if shape.parallel == "replicated" else sizes
+        ragged = sorted({N for N in begun if N % block_n})
         owner = "a shard of its fused module" if len(shape.shard_sizes) > 1 else "the layer"
         found += [
             f"N = {N}{per_rank(shape, 'column')} of {owner} is not a multiple of {block_n},"

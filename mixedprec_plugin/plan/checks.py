@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mixedprec_plugin.checkpoint.source import Source
@@ -29,6 +29,10 @@ from mixedprec_plugin.preset.model import Preset, Rule
 _PLAIN_DECODERS = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
+
+
+# rule, text, remedy, severity
+_Fault = tuple[str, str, str, Severity]
 
 
 def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> list[Problem]:
@@ -89,44 +93,61 @@ def check_layers(
     layers: Sequence[PlannedLayer], target: Target, config: Mapping[str, Any]
 ) -> list[Problem]:
     """Check that each layer can be made what the plan says and that its method serves its shape."""
-    modules: dict[tuple[str, str], list[PlannedLayer]] = {}
+    siblings: dict[tuple[str, str], list[PlannedLayer]] = {}
     for layer in layers:
-        modules.setdefault(_parameter(layer), []).append(layer)
-    for siblings in modules.values():
-        siblings.sort(key=lambda layer: shard_order(layer.shard))
-    found: dict[tuple[str, str, str, Severity], list[str]] = {}
+        siblings.setdefault(_parameter(layer), []).append(layer)
+    for shards in siblings.values():
+        if len(shards) > 1:
+            shards.sort(key=lambda layer: shard_order(layer.shard))
+    found: dict[_Fault, list[str]] = {}
+    # layers that are alike have the same faults; a large model has 70,000 layers of few kinds
+    known: dict[object, tuple[_Fault, ...]] = {}
     for layer in layers:
         if layer.stored is None:
             continue
-        for text in layer.stored.disagreements:
-            remedy = "its tensors decide; check that the checkpoint is whole"
-            found.setdefault(("stored-disagreement", text, remedy, "warning"), []).append(
-                layer.name
-            )
-        if layer.scheme is None:
-            if layer.stored.method != "bf16":
-                text = f"is stored as {layer.stored.description}: {NEVER_QUANTIZED[layer.kind]}"
-                remedy = "take a checkpoint that does not quantize it"
-                found.setdefault(("stored-format", text, remedy, "error"), []).append(layer.name)
-            continue
-        texts = _conversion_problems(layer, target) or _stored_problems(layer)
-        for rule, text, remedy in texts:
-            found.setdefault((rule, text, remedy, "error"), []).append(layer.name)
-        if not texts:
-            spec = registry.METHODS[layer.scheme.method]
-            shape = _layer_shape(layer, modules[_parameter(layer)], target, config)
-            for text, remedy in spec.check_shape(layer.scheme.arguments, shape, target.device):
-                found.setdefault(("shape", text, remedy, "error"), []).append(layer.name)
-            if target.device == "cpu" and not spec.check_shape(
-                layer.scheme.arguments, shape, "cpu"
-            ):
-                for text, remedy in spec.check_shape(layer.scheme.arguments, shape, "cuda"):
-                    key = ("cuda-shape", f"does not run on CUDA: {text}", remedy, "warning")
-                    found.setdefault(key, []).append(layer.name)  # type: ignore[arg-type]
+        shards = siblings[_parameter(layer)]
+        key = (
+            id(layer.stored), id(layer.scheme), layer.action, layer.rule is None, layer.kind,
+            parallel_kind(layer.name), tuple((s.shard in ("k", "v"), id(s.stored)) for s in shards),
+        )  # fmt: skip
+        if key not in known:
+            known[key] = tuple(_faults(layer, shards, target, config))
+        for fault in known[key]:
+            found.setdefault(fault, []).append(layer.name)
     return [
         Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
         for (rule, text, remedy, severity), names in found.items()
     ]
+
+
+def _faults(
+    layer: PlannedLayer,
+    shards: Sequence[PlannedLayer],
+    target: Target,
+    config: Mapping[str, Any],
+) -> Iterator[_Fault]:
+    assert layer.stored is not None
+    for text in layer.stored.disagreements:
+        remedy = "its tensors decide; check that the checkpoint is whole"
+        yield "stored-disagreement", text, remedy, "warning"
+    if layer.scheme is None:
+        if layer.stored.method != "bf16":
+            text = f"is stored as {layer.stored.description}: {NEVER_QUANTIZED[layer.kind]}"
+            yield "stored-format", text, "take a checkpoint that does not quantize it", "error"
+        return
+    faults = _conversion_problems(layer, target) or _stored_problems(layer)
+    for rule, text, remedy in faults:
+        yield rule, text, remedy, "error"
+    if faults:
+        return
+    spec = registry.METHODS[layer.scheme.method]
+    shape = _layer_shape(layer, shards, target, config)
+    misfits = spec.check_shape(layer.scheme.arguments, shape, target.device)
+    for text, remedy in misfits:
+        yield "shape", text, remedy, "error"
+    if target.device == "cpu" and not misfits:
+        for text, remedy in spec.check_shape(layer.scheme.arguments, shape, "cuda"):
+            yield "cuda-shape", f"does not run on CUDA: {text}", remedy, "warning"
 
 
 def _parameter(layer: PlannedLayer) -> tuple[str, str]:

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable
 
 _NUMBER = re.compile(r"\d+")
+_DIGITS = re.compile(r"(\d+)")
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+def natural_key(name: str) -> list[str | int]:
     """Sort key under which `layers.2` comes before `layers.10`."""
-    return tuple(
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
-    )
+    parts: list[str | int] = list(_DIGITS.split(name))
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def fold_names(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.names import nearest
+from mixedprec_plugin.names import nearest, without_numbers
 from mixedprec_plugin.plan import checks
 from mixedprec_plugin.plan.architecture import (
     NEVER_QUANTIZED,
@@ -64,12 +64,13 @@ def resolve_plan(
     sources = {model.name: model, **others}
     names = [name for name in sorted(model.layers, key=natural_key) if not name.endswith(_COMPUTED)]
     formats = FormatCache()
-    kinds = {name: layer_kind(name, formats.of(model, name) is not None) for name in names}
+    kinds = _kinds(model, names, formats)
     tied = _tied_layers(model, kinds)
     matches = match_rules(preset.rules, (*names, *tied))
     rules = matches.deciding
     taken, problems = _take(names, rules, kinds, sources, formats)
-    asked = {name: _scheme(rules.get(name), taken[name].stored, kinds[name]) for name in names}
+    asking = _Schemes()
+    asked = {name: asking.of(rules.get(name), taken[name].stored, kinds[name]) for name in names}
     fused = {name: fused_module(name, model.layers.keys()) for name in names}
     units: dict[str, list[str]] = {}
     for name, (module, shard) in sorted(fused.items(), key=lambda item: shard_order(item[1][1])):
@@ -77,9 +78,16 @@ def resolve_plan(
     schemes, conflicts = settle_fused_modules(preset, units, asked, rules)
     problems += conflicts
     problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
+    maker = _Maker(target)
     planned = [
         _planned_layer(
-            name, *fused[name], kinds[name], schemes[name], rules.get(name), taken[name], target
+            name,
+            *fused[name],
+            kinds[name],
+            schemes[name],
+            rules.get(name),
+            taken[name],
+            maker.of(schemes[name], taken[name]),
         )
         for name in names
     ]
@@ -93,6 +101,18 @@ def resolve_plan(
         tuple(problems),
         MappingProxyType(dict(tied)),
     )
+
+
+def _kinds(model: Source, names: Sequence[str], formats: FormatCache) -> dict[str, Kind]:
+    known: dict[tuple[str, bool], Kind] = {}
+    kinds: dict[str, Kind] = {}
+    for name in names:
+        has_matrix = formats.of(model, name) is not None
+        key = (without_numbers(name), has_matrix)
+        if key not in known:
+            known[key] = layer_kind(name, has_matrix)
+        kinds[name] = known[key]
+    return kinds
 
 
 def _take(
@@ -141,22 +161,66 @@ def _tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
     return {"lm_head": embedding} if embedding else {}
 
 
-def _scheme(rule: Rule | None, stored: StoredFormat | None, kind: Kind) -> Scheme | None:
-    if kind in NEVER_QUANTIZED or stored is None:
-        return None
-    if rule is not None:
-        return _completed(rule.scheme, stored)
+class _Schemes:
+    """The scheme of each layer; layers of one rule or of no rule that are alike share one."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, Scheme] = {}
+
+    def of(self, rule: Rule | None, stored: StoredFormat | None, kind: Kind) -> Scheme | None:
+        if kind in NEVER_QUANTIZED or stored is None:
+            return None
+        key = (id(rule), id(stored))
+        if key not in self._known:
+            self._known[key] = _as_stored(stored) if rule is None else _completed(rule, stored)
+        return self._known[key]
+
+
+def _as_stored(stored: StoredFormat) -> Scheme:
     if stored.method in ("", "bf16"):
         return Scheme("as stored", *registry.bind("unquantized", {}))
     return Scheme("as stored", *registry.bind(stored.method, stored.arguments))
 
 
-def _completed(scheme: Scheme, stored: StoredFormat) -> Scheme:
+def _completed(rule: Rule, stored: StoredFormat) -> Scheme:
     """Act order that the preset leaves open is as the source stores it, and none if we quantize."""
+    scheme = rule.scheme
     if scheme.arguments.get("desc_act", True) is not None:
         return scheme
     desc_act = scheme.method == stored.method and stored.arguments["desc_act"]
     return dataclasses.replace(scheme, arguments={**scheme.arguments, "desc_act": desc_act})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What layers that are alike become."""
+
+    action: Action
+    outputs: Mapping[str, TensorSpec]
+    bytes_before: int
+    bytes_after: int
+
+
+class _Maker:
+    """What each layer becomes; layers that are alike share it."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._known: dict[object, _Made] = {}
+
+    def of(self, scheme: Scheme | None, taken: _Taken) -> _Made:
+        signature = tuple([(suffix, t.dtype, t.shape) for suffix, t in taken.tensors.items()])
+        key = (id(scheme), id(taken.stored), signature)
+        if key not in self._known:
+            action = _action(scheme, taken.stored, self._target)
+            outputs = _outputs(action, scheme, taken.stored, taken.tensors, self._target)
+            self._known[key] = _Made(
+                action,
+                MappingProxyType(outputs),
+                sum(tensor.num_bytes for tensor in taken.tensors.values()),
+                sum(_spec_bytes(spec) for spec in outputs.values()),
+            )
+        return self._known[key]
 
 
 def _planned_layer(
@@ -167,10 +231,8 @@ def _planned_layer(
     scheme: Scheme | None,
     rule: Rule | None,
     taken: _Taken,
-    target: Target,
+    made: _Made,
 ) -> PlannedLayer:
-    action = _action(scheme, taken.stored, target)
-    outputs = _outputs(action, scheme, taken.stored, taken.tensors, target)
     return PlannedLayer(
         name=name,
         module=module,
@@ -180,11 +242,11 @@ def _planned_layer(
         rule=rule,
         source=taken.source.name,
         stored=taken.stored,
-        action=action,
+        action=made.action,
         inputs=taken.tensors,
-        outputs=MappingProxyType(outputs),
-        bytes_before=sum(tensor.num_bytes for tensor in taken.tensors.values()),
-        bytes_after=sum(_spec_bytes(spec) for spec in outputs.values()),
+        outputs=made.outputs,
+        bytes_before=made.bytes_before,
+        bytes_after=made.bytes_after,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -60,7 +61,7 @@ class Scheme:
     source: str = "model"
     requantize: bool = False
 
-    @property
+    @functools.cached_property
     def identity(self) -> tuple[str, tuple[tuple[str, str], ...]]:
         """What decides whether two schemes are the same for SGLang; the rest is not."""
         return self.method, tuple(

@@ -8,6 +8,7 @@ import torch
 from sglang.srt.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
 
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.plan.architecture import Shard
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
@@ -79,7 +80,7 @@ def _difference(layer: PlannedLayer, built: torch.nn.Module | None) -> str:
     return ""
 
 
-def _output_size(built: LinearBase, shard: str | int | None) -> int:
+def _output_size(built: LinearBase, shard: Shard) -> int:
     if isinstance(built, QKVParallelLinear) and isinstance(shard, str):
         num_heads = built.total_num_heads if shard == "q" else built.total_num_kv_heads
         head = built.v_head_size if shard == "v" else built.head_size

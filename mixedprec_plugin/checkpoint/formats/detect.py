@@ -9,7 +9,7 @@ from typing import Any
 from mixedprec_plugin.checkpoint.formats.compressed import detect_pack_quantized
 from mixedprec_plugin.checkpoint.formats.foreign import detect_foreign
 from mixedprec_plugin.checkpoint.formats.packed import detect_packed
-from mixedprec_plugin.checkpoint.formats.promise import Promise, promise_of
+from mixedprec_plugin.checkpoint.formats.promise import Promise, promise_of, tells_layers_apart
 from mixedprec_plugin.checkpoint.formats.scaled import CODE_DTYPES, detect_scaled
 from mixedprec_plugin.checkpoint.formats.stored import (
     FLOAT_DTYPES,
@@ -20,6 +20,7 @@ from mixedprec_plugin.checkpoint.formats.stored import (
 )
 from mixedprec_plugin.checkpoint.formats.torchao import QDATA, detect_torchao
 from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.names import without_numbers
 
 
 def detect_format(
@@ -41,21 +42,33 @@ def detect_format(
     if found is None:
         return None
     contradictions = _contradictions(found, promise)
-    return dataclasses.replace(found, disagreements=(*found.disagreements, *contradictions))
+    said = promise.facts if promise.family == found.family else {}
+    disagreements = (*found.disagreements, *contradictions)
+    return dataclasses.replace(found, said=said, disagreements=disagreements)
 
 
 class FormatCache:
-    """The formats of the layers of sources, each found once; layers that are alike share it."""
+    """The formats of the layers of sources, each found once.
+
+    Layers of one source that are alike but for numbers in their names, with tensors of the same
+    dtypes and shapes, share one object: large models have many layers of few kinds.
+    """
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str], StoredFormat | None] = {}
+        self._shared: dict[object, StoredFormat | None] = {}
+        self._apart: dict[str, bool] = {}
 
     def of(self, source: Source, name: str) -> StoredFormat | None:
         """The format of one layer of a source; see `detect_format`."""
-        key = (source.name, name)
-        if key not in self._found:
-            self._found[key] = detect_format(source.layers[name], source.quantization_config, name)
-        return self._found[key]
+        if source.name not in self._apart:
+            self._apart[source.name] = tells_layers_apart(source.quantization_config)
+        tensors = source.layers[name]
+        alike = name if self._apart[source.name] else without_numbers(name)
+        signature = tuple([(suffix, t.dtype, t.shape) for suffix, t in tensors.items()])
+        key = (source.name, alike, signature)
+        if key not in self._shared:
+            self._shared[key] = detect_format(tensors, source.quantization_config, name)
+        return self._shared[key]
 
 
 def _from_tensors(tensors: Tensors, promise: Promise) -> StoredFormat | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mixedprec_plugin.errors import CheckpointError, Problem
@@ -27,7 +27,7 @@ class Promise:
     Attributes:
         family: as `StoredFormat.family`; None where it says nothing that could be held against
             tensors.
-        facts: as `StoredFormat.facts`, and `desc_act`; only what is said.
+        facts: as `StoredFormat.said`; only what is said.
         format: the format's own name for people, such as `float-quantized`; may be empty.
         config: the whole `quantization_config`.
     """
@@ -58,6 +58,37 @@ def promise_of(config: Mapping[str, Any], name: str) -> Promise:
     return Promise(family, facts, label, config)
 
 
+def tells_layers_apart(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` may say something else of two layers that differ in numbers.
+
+    False where no pattern or ignored name in it has a digit or a class of digits.
+    """
+    keys = (*_IGNORE_KEYS, "dynamic", "extra_config", "block_name_to_quantize", "config_groups")
+    # the names of groups themselves, `group_0`, say nothing of layers
+    groups = config.get("config_groups")
+    sections = [config.get(key) for key in keys[:-1]]
+    sections += list(groups.values()) if isinstance(groups, Mapping) else []
+    return any(
+        character.isdigit() or character in "\\["
+        for section in sections
+        for text in _texts(section)
+        for character in text
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a value of config.json, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
 _Read = tuple[str | None, dict[str, Any], str]
 
 
@@ -86,7 +117,10 @@ def _is_ignored(config: Mapping[str, Any], name: str) -> bool | None:
 
 
 def _awq(config: Mapping[str, Any], _name: str) -> _Read:
-    return "awq", _said(config, bits="bits", group_size="group_size"), ""
+    facts = _said(config, bits="bits", group_size="group_size", symmetric="sym")
+    if "symmetric" not in facts and config.get("zero_point") is not None:
+        facts["symmetric"] = not config["zero_point"]
+    return "awq", facts, ""
 
 
 def _gptq(config: Mapping[str, Any], name: str) -> _Read:
@@ -117,7 +151,11 @@ def _blockwise_int8(config: Mapping[str, Any], _name: str) -> _Read:
 
 def _block_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     block = _block(config.get("weight_block_size"))
-    return {"block": block, "strategy": "block"} if block else {}
+    if not block:
+        return {}
+    # such layers' activations are quantized in groups as long as a block
+    inputs = {"dynamic": config.get("activation_scheme") != "static", "group_size": block[1]}
+    return {"block": block, "strategy": "block", "inputs": inputs}
 
 
 def _auto_round(config: Mapping[str, Any], name: str) -> _Read:
@@ -161,6 +199,14 @@ def _compressed(config: Mapping[str, Any], name: str) -> _Read:
         facts["group_size"] = -1
     elif strategy == "block" and block:
         facts["block"] = block
+    if weights.get("actorder") in ("group", True):
+        facts["desc_act"] = True
+    inputs = group.get("input_activations")
+    facts["inputs"] = (
+        {"dynamic": inputs.get("dynamic") is True, "group_size": inputs.get("group_size")}
+        if isinstance(inputs, Mapping)
+        else None
+    )
     return families.get(label), facts, label
 
 

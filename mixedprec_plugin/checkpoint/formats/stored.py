@@ -28,6 +28,9 @@ class StoredFormat:
         family: `float`, `awq`, `gptq`, `fp8`, `int8`, `pack-quantized`, `torchao`, or an empty
             string where we only know a name; what a config's promise is held against.
         facts: what the tensors tell of `bits`, `group_size`, `block`, `strategy`, `symmetric`.
+        said: what config.json says of the layer, where it speaks of the same family: the same
+            facts, and what tensors cannot tell: `desc_act`, and `inputs`, how the layer's
+            activations are quantized (`dynamic`, `group_size`; None where they are not).
         suffixes: the tensors that make up the weight matrix; a bias is none of them.
         dequantizer: lazy `package.module:function` (tensors by suffix, arguments) -> [N, K]
             float32; empty for floats, and for what cannot be read.
@@ -43,6 +46,7 @@ class StoredFormat:
     description: str
     family: str = ""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    said: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     suffixes: frozenset[str] = frozenset()
     dequantizer: str = ""
     dequantizer_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
