@@ -14,6 +14,7 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
+from mixedprec_plugin.compose.repack import repack
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
 from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods import registry
@@ -44,7 +45,7 @@ class VirtualCheckpoint:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         with Reader() as reader:
-            for layer in sorted(self.plan.layers, key=_file_order):
+            for layer in in_file_order(self.plan):
                 for suffix, tensor in compose_layer(layer, self.plan.target, reader).items():
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, tensor
 
@@ -68,6 +69,11 @@ def open_virtual_checkpoint(
     return VirtualCheckpoint(resolve_plan(preset, model, target, open_other_sources(preset)))
 
 
+def in_file_order(plan: Plan) -> list[PlannedLayer]:
+    """The layers of a plan in the order in which they are read best: file after file."""
+    return sorted(plan.layers, key=_file_order)
+
+
 def _file_order(layer: PlannedLayer) -> tuple[str, int]:
     first = min(layer.inputs.values(), key=lambda tensor: (str(tensor.path), tensor.start))
     return str(first.path), first.start
@@ -89,7 +95,10 @@ def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
             outputs = _dequantize(layer, stored)
         elif layer.action == "requantize":
             plain = _dequantize(layer, stored)
-            outputs = _quantize(layer, plain.pop("weight"), target) | plain
+            # last: both formats may have tensors of one name
+            outputs = plain | _quantize(layer, plain.pop("weight"), target)
+        elif layer.action == "repack":
+            outputs = _repack(layer, stored, target)
         else:
             outputs = _take_as_stored(layer, stored)
         return {
@@ -164,6 +173,16 @@ def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
         )
     # last: the codes of some formats are named "weight", too
     return {**stored, "weight": weight}
+
+
+def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
+    assert layer.scheme is not None
+    assert layer.stored is not None
+    dtype = TORCH_DTYPES[target.dtype]
+    try:
+        return repack(layer.name, layer.stored, layer.scheme, stored, dtype)
+    except ShapeError as error:
+        raise ShapeError(Problem(layer.name, str(error))) from error
 
 
 def _take_as_stored(layer: PlannedLayer, stored: Tensors) -> Tensors:

@@ -23,6 +23,7 @@ from mixedprec_plugin.plan.conversion import different_arguments
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.model import PlannedLayer, Target
+from mixedprec_plugin.plan.repacking import why_not_integers
 from mixedprec_plugin.preset.model import Preset, Rule
 
 # architectures whose linear layers have the shapes that config.json spells out
@@ -199,6 +200,8 @@ def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str,
     is_taken = layer.action == "as stored" or layer.rule is None
     if not stored.method and is_taken:
         text = f"is stored as {stored.description}, which no method serves as it is"
+        if reason := why_not_integers(stored, scheme):
+            text += f": {reason}"
         remedy = "match it with method: bf16 to dequantize it, or write requantize: true"
         return [("stored-format", text, remedy)]
     spec = registry.METHODS[scheme.method]
@@ -218,6 +221,8 @@ def _mismatch(layer: PlannedLayer) -> list[tuple[str, str, str]]:
     assert stored is not None
     if stored.method != scheme.method:
         text = f"is stored as {stored.description}, not as {scheme.label} asks ({scheme.method})"
+        if reason := why_not_integers(stored, scheme):
+            text += f": {reason}"
         remedy = (
             f"write method: {stored.method}, bf16 to dequantize it, or requantize: true to have it "
             f"in {scheme.label} with a second rounding"

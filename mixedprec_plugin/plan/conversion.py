@@ -19,9 +19,15 @@ def different_arguments(stored: StoredFormat, scheme: Scheme) -> Mapping[str, An
     different = {
         key: value
         for key, value in stored.arguments.items()
-        if scheme.arguments.get(key) is not None and scheme.arguments[key] != value
+        if scheme.arguments.get(key) is not None
+        and _plain(key, scheme.arguments[key], stored.K) != _plain(key, value, stored.K)
     }
     if stored.method == "fp8" and scheme.arguments["weight_block_size"] is None:
         block = stored.arguments.get("weight_block_size")
         different |= {"weight_block_size": block} if block else {}
     return different
+
+
+def _plain(key: str, value: Any, K: int) -> Any:
+    """One spelling of a value: a group of all of K is K."""
+    return K if key == "group_size" and value == -1 else value

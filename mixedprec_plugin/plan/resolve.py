@@ -29,6 +29,7 @@ from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import settle_fused_modules
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.model import Action, Plan, PlannedLayer, Target
+from mixedprec_plugin.plan.repacking import is_repackable
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
 _FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
@@ -187,7 +188,7 @@ def _completed(rule: Rule, stored: StoredFormat) -> Scheme:
     scheme = rule.scheme
     if scheme.arguments.get("desc_act", True) is not None:
         return scheme
-    desc_act = scheme.method == stored.method and stored.arguments["desc_act"]
+    desc_act = scheme.method == stored.family and bool(stored.said.get("desc_act"))
     return dataclasses.replace(scheme, arguments={**scheme.arguments, "desc_act": desc_act})
 
 
@@ -212,7 +213,7 @@ class _Maker:
         signature = tuple([(suffix, t.dtype, t.shape) for suffix, t in taken.tensors.items()])
         key = (id(scheme), id(taken.stored), signature)
         if key not in self._known:
-            action = _action(scheme, taken.stored, self._target)
+            action = _action(scheme, taken.stored, taken.tensors, self._target)
             outputs = _outputs(action, scheme, taken.stored, taken.tensors, self._target)
             self._known[key] = _Made(
                 action,
@@ -250,7 +251,12 @@ def _planned_layer(
     )
 
 
-def _action(scheme: Scheme | None, stored: StoredFormat | None, target: Target) -> Action:
+def _action(
+    scheme: Scheme | None,
+    stored: StoredFormat | None,
+    tensors: Mapping[str, StoredTensor],
+    target: Target,
+) -> Action:
     if scheme is None or stored is None:
         return "as stored"
     if scheme.method == "bf16":
@@ -260,9 +266,11 @@ def _action(scheme: Scheme | None, stored: StoredFormat | None, target: Target) 
         return "as stored" if stored.arguments["dtype"] == served else "cast"
     if stored.method == "bf16":
         return "quantize"
-    if scheme.requantize and stored.is_readable and not is_stored_as(stored, scheme):
-        return "requantize"
-    return "as stored"
+    if is_stored_as(stored, scheme):
+        return "as stored"
+    if is_repackable(stored, scheme, tensors):
+        return "repack"
+    return "requantize" if scheme.requantize and stored.is_readable else "as stored"
 
 
 def _outputs(
