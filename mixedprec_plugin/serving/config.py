@@ -8,7 +8,10 @@ import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.quantization.unquant import (
+    UnquantizedFusedMoEMethod,
+    UnquantizedLinearMethod,
+)
 
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES
 from mixedprec_plugin.errors import LoadError, Problem
@@ -17,6 +20,9 @@ from mixedprec_plugin.plan.architecture import FUSED_MODULES
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.preset.model import Scheme
+from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
+
+_UNQUANTIZED = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
 
 
 class MixedPrecisionConfig(QuantizationConfig):
@@ -27,13 +33,15 @@ class MixedPrecisionConfig(QuantizationConfig):
 
     Attributes:
         plan: what every layer runs as.
-        built: module name -> the module that the model built for it, filled while it is built.
+        built: module name, as the plan spells it -> the module that the model built for it; filled
+            while it is built.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
         self.built: dict[str, torch.nn.Module] = {}
+        self._names = ModuleNames(plan.modules)
         self.packed_modules_mapping = {
             module: list(shards) for module, shards in FUSED_MODULES.items()
         }
@@ -66,6 +74,17 @@ class MixedPrecisionConfig(QuantizationConfig):
         """No method of ours scales activations."""
         return []
 
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: NameMapper) -> None:
+        """Take into account how a model renames the checkpoint's modules."""
+        self._names.apply(hf_to_sglang_mapper)
+
+    def can_fuse_shared_expert(self) -> bool:
+        """Never: a shared expert is a layer of its own, in a scheme of its own.
+
+        Source: `quant_blocks_shared_experts_fusion` (models/deepseek_common/utils.py:159).
+        """
+        return False
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return SGLang's method for one module.
 
@@ -73,33 +92,39 @@ class MixedPrecisionConfig(QuantizationConfig):
             layer: the module that SGLang is building.
             prefix: its name.
         Returns:
-            None for embeddings, lm_head, attention and unquantized experts, as SGLang expects.
+            None for embeddings, lm_head, attention and unquantized experts, as SGLang expects it.
         Raises:
             LoadError: the plan does not know the module, the GPU or the model's dtype is none
                 that the method runs on, or the method's SGLang class would leave it unquantized.
         """
+        if not isinstance(layer, LinearBase | FusedMoE):
+            return None
+        module = self._names.find(prefix)
+        if module is None:
+            raise LoadError(_unknown_module(layer, prefix))
+        self.built[module] = layer
         if isinstance(layer, FusedMoE):
-            return None
-        if not isinstance(layer, LinearBase):
-            return None
-        layers = self.plan.modules.get(prefix)
-        if layers is None:
-            raise LoadError(
-                Problem(
-                    prefix or "(a linear layer without a name)",
-                    f"the model builds it ({type(layer).__name__}), but no layer of the "
-                    "checkpoint belongs to it",
-                    "the architecture names its modules otherwise than the checkpoint does; "
-                    "please report it",
-                    "unknown-module",
-                )
-            )
-        self.built[prefix] = layer
-        scheme = layers[0].scheme
+            return self._experts_method(layer, module, prefix)
+        scheme = self.plan.modules[module][0].scheme
         if scheme is None or scheme.method == "bf16":
             return UnquantizedLinearMethod()
+        return self._method_of(scheme, layer, prefix)
+
+    def _experts_method(
+        self, layer: FusedMoE, module: str, prefix: str
+    ) -> QuantizeMethodBase | None:
+        """SGLang's own method where the experts share a scheme; None for unquantized ones."""
+        groups = self.plan.expert_groups[module]
+        scheme = groups[0].scheme
+        if scheme.method == "bf16":
+            return None
+        return self._method_of(scheme, layer, prefix)
+
+    def _method_of(self, scheme: Scheme, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
         method = self._child(scheme).get_quant_method(layer, prefix)
-        if method is None or isinstance(method, UnquantizedLinearMethod):
+        if method is None or isinstance(
+            method, UnquantizedLinearMethod | UnquantizedFusedMoEMethod
+        ):
             raise LoadError(
                 Problem(prefix, f"SGLang would leave it unquantized, not in {scheme.label}")
             )
@@ -143,6 +168,16 @@ class MixedPrecisionConfig(QuantizationConfig):
             ]
             where = ", ".join(fold_names(layers))
             raise LoadError(Problem(where, what, remedy, rule) for rule, what, remedy in found)
+
+
+def _unknown_module(layer: torch.nn.Module, prefix: str) -> Problem:
+    return Problem(
+        prefix or "(a layer without a name)",
+        f"the model builds it ({type(layer).__name__}), but no layer of the checkpoint belongs to "
+        "it",
+        "the architecture names its modules otherwise than the checkpoint does; please report it",
+        "unknown-module",
+    )
 
 
 def _version(capability: int) -> str:

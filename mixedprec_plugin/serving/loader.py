@@ -17,7 +17,7 @@ from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
-from sglang.srt.model_loader.utils import set_default_torch_dtype
+from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
 from sglang.srt.runtime_context import get_parallel
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
@@ -103,6 +103,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         folder = self._folder(model_config.model_path, model_config.revision)
         plan = self._plan(folder, model_config).check()
         config = MixedPrecisionConfig(plan)
+        _apply_name_mapper(config, model_config)
         device = torch.device(device_config.device)
         returning = returning_memory() if device.type == "cpu" else contextlib.nullcontext()
         with set_default_torch_dtype(model_config.dtype), returning:
@@ -174,6 +175,19 @@ class MixedPrecisionLoader(DefaultModelLoader):
         if self.settings.plan_path:
             text = json.dumps(plan_as_dict(plan), indent=1)
             Path(self.settings.plan_path).write_text(text + "\n", encoding="utf-8")
+
+
+def _apply_name_mapper(config: MixedPrecisionConfig, model_config: ModelConfig) -> None:
+    """As SGLang does for the config of a whole model (model_loader/loader.py:273)."""
+    model_class, _ = get_model_architecture(model_config)
+    get_mapper = getattr(model_class, "get_hf_to_sglang_mapper", None)
+    mapper = (
+        get_mapper(model_config.hf_config)
+        if get_mapper is not None
+        else getattr(model_class, "hf_to_sglang_mapper", None)
+    )
+    if mapper is not None:
+        config.apply_weight_name_mapper(mapper)
 
 
 def _check_same_schemes(served: Plan, new: Plan) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from sglang.srt.layers.linear import ReplicatedLinear
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
@@ -85,11 +87,22 @@ def load_weights(
     rest: list[str] = []
     with recorder:
         load(_place(model, config, weights, recorder, rest))
+        _absorb(model, config)
     problems = _dropped(model, config, rest, recorder)
     if not partial:
         problems += _unfilled(model, recorder)
     if problems:
         raise LoadError(problems)
+
+
+def _absorb(model: torch.nn.Module, config: MixedPrecisionConfig) -> None:
+    """Have an MLA model split its kv_b_proj; it looks for them among the names that it was given.
+
+    Source: `DeepseekV2WeightLoaderMixin.post_load_weights`
+    (models/deepseek_common/deepseek_weight_loader.py:585).
+    """
+    if any(module.endswith(".kv_b_proj") for module in config.built):
+        model.post_load_weights()  # type: ignore[operator]
 
 
 def close_to_unquantized(model: torch.nn.Module) -> None:
@@ -131,7 +144,11 @@ def _place(
         layer = config.plan.by_name.get(layer_name)
         if layer is not None and layer.module in config.built:
             recorder.forget(tensor)
-            _place_tensor(config.built[layer.module], layer, suffix, tensor)
+            module = config.built[layer.module]
+            if isinstance(module, ReplicatedLinear) and layer.shard is not None:
+                _lay_end_to_end(module, config.plan.modules[layer.module], layer, suffix, tensor)
+            else:
+                _place_tensor(module, layer, suffix, tensor)
         else:
             recorder.follow(name, tensor)
             rest.append(name)
@@ -141,17 +158,14 @@ def _place(
 def _place_tensor(
     module: torch.nn.Module, layer: PlannedLayer, suffix: str, tensor: torch.Tensor
 ) -> None:
-    parameter = getattr(module, suffix, None)
-    if not isinstance(parameter, torch.Tensor):
-        raise LoadError(
-            Problem(
-                f"{layer.name}.{suffix}",
-                f"{layer.module} ({type(module).__name__}) has no parameter {suffix!r} "
-                f"(expected {', '.join(n for n, _ in module.named_parameters())})",
-                "the checkpoint holds a tensor that the model does not use",
-                "unknown-parameter",
-            )
-        )
+    if isinstance(layer.shard, ExpertShard):
+        expert, projection = layer.shard
+        half = "w2" if projection == "w2" else "w13"
+        parameter = _parameter(module, f"{half}_{suffix}", layer, suffix)
+        # the loader takes the kind of a tensor from its name
+        parameter.weight_loader(parameter, tensor, suffix, projection, expert)
+        return
+    parameter = _parameter(module, suffix, layer, suffix)
     loader = getattr(parameter, "weight_loader", None)
     if loader is None:
         parameter.data.copy_(tensor)
@@ -168,6 +182,39 @@ def _place_tensor(
                 rule="fused-module",
             )
         )
+
+
+def _lay_end_to_end(
+    module: ReplicatedLinear,
+    shards: tuple[PlannedLayer, ...],
+    layer: PlannedLayer,
+    suffix: str,
+    tensor: torch.Tensor,
+) -> None:
+    """Place a shard of a layer that SGLang builds as one whole: q_a and kv_a of an MLA block."""
+    parameter = _parameter(module, suffix, layer, suffix)
+    dim = getattr(parameter, "output_dim", None)
+    if dim is None:
+        parameter.data.copy_(tensor)
+        return
+    before = shards[: shards.index(layer)]
+    start = sum(shard.outputs[suffix].shape[dim] for shard in before)
+    parameter.data.narrow(dim, start, tensor.shape[dim]).copy_(tensor)
+
+
+def _parameter(module: torch.nn.Module, name: str, layer: PlannedLayer, suffix: str) -> Any:
+    parameter = getattr(module, name, None)
+    if not isinstance(parameter, torch.Tensor):
+        raise LoadError(
+            Problem(
+                f"{layer.name}.{suffix}",
+                f"{layer.module} ({type(module).__name__}) has no parameter {name!r} "
+                f"(expected {', '.join(n for n, _ in module.named_parameters())})",
+                "the checkpoint holds a tensor that the model does not use",
+                "unknown-parameter",
+            )
+        )
+    return parameter
 
 
 def _dropped(

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.plan.architecture import Shard
+from mixedprec_plugin.plan.architecture import ExpertShard, Shard
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
@@ -23,7 +24,7 @@ def check_built(config: MixedPrecisionConfig) -> None:
     """
     found: dict[tuple[str, str], list[str]] = {}
     for module, layers in config.plan.modules.items():
-        if all(layer.kind != "linear" for layer in layers):
+        if all(layer.kind not in ("linear", "expert") for layer in layers):
             continue
         built = config.built.get(module)
         for layer in layers:
@@ -48,7 +49,9 @@ def _kernel_problems(config: MixedPrecisionConfig) -> list[Problem]:
     found: dict[str, list[str]] = {}
     built: Any
     for module, built in config.built.items():
-        if not getattr(built.quant_method, "use_marlin", False):
+        if not isinstance(built, LinearBase) or not getattr(
+            built.quant_method, "use_marlin", False
+        ):
             continue
         N, K = built.output_size_per_partition, built.input_size_per_partition
         if not any(N % n == 0 and K % k == 0 for n, k in ((64, 128), (128, 64))):
@@ -69,9 +72,29 @@ def _kernel_problems(config: MixedPrecisionConfig) -> list[Problem]:
 def _difference(layer: PlannedLayer, built: torch.nn.Module | None) -> str:
     if built is None:
         return f"is in the checkpoint, but the model builds no {layer.module}"
-    assert isinstance(built, LinearBase)
     assert layer.stored is not None
+    if isinstance(built, FusedMoE):
+        return _expert_difference(layer, built)
+    assert isinstance(built, LinearBase)
     expected = (_output_size(built, layer.shard), built.input_size)
+    if expected != (layer.stored.N, layer.stored.K):
+        return (
+            f"its weight is [{layer.stored.N}, {layer.stored.K}] "
+            f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
+        )
+    return ""
+
+
+def _expert_difference(layer: PlannedLayer, built: FusedMoE) -> str:
+    assert layer.stored is not None
+    if not isinstance(layer.shard, ExpertShard):
+        return f"is no projection of an expert, the model builds {type(built).__name__} for it"
+    if layer.shard.expert >= built.num_experts:
+        return f"is expert {layer.shard.expert} of a layer with {built.num_experts}"
+    inner = built.intermediate_size_per_partition * built.moe_tp_size
+    expected = (
+        (built.hidden_size, inner) if layer.shard.projection == "w2" else (inner, built.hidden_size)
+    )
     if expected != (layer.stored.N, layer.stored.K):
         return (
             f"its weight is [{layer.stored.N}, {layer.stored.K}] "

@@ -1,0 +1,68 @@
+"""The names that SGLang gives to modules -> the names that the checkpoint spells."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from mixedprec_plugin.errors import LoadError, Problem
+
+
+class NameMapper(Protocol):
+    """What we use of SGLang's `WeightsMapper` (models/utils.py)."""
+
+    def apply_list(self, values: list[str]) -> list[str]:
+        """Map names of the checkpoint; a name that the model has no use for is left out."""
+        ...
+
+
+class ModuleNames:
+    """Finds the planned module that a module of SGLang's is.
+
+    Models name their modules as the checkpoint does, by a mapper of their own, or without the
+    checkpoint's outermost components (Mixtral says `layers.0`, its checkpoints `model.layers.0`).
+
+    Args:
+        modules: module names of the plan, as the checkpoint spells them.
+    """
+
+    def __init__(self, modules: Collection[str]) -> None:
+        self._modules = dict(zip(modules, modules, strict=True))
+        self._by_tail: dict[str, list[str]] = {}
+
+    def apply(self, mapper: NameMapper) -> None:
+        """Take a model's own mapper of names into account."""
+        for module in list(self._modules.values()):
+            for mapped in mapper.apply_list([module]):
+                self._modules[mapped] = module
+        self._by_tail.clear()
+
+    def find(self, prefix: str) -> str | None:
+        """The planned module that SGLang calls `prefix`; None if there is none.
+
+        Raises:
+            LoadError: several planned modules could be meant.
+        """
+        if prefix in self._modules:
+            return self._modules[prefix]
+        if not self._by_tail:
+            self._index_tails()
+        candidates = sorted(set(self._by_tail.get(prefix, ())))
+        if len(candidates) > 1:
+            raise LoadError(
+                Problem(
+                    prefix,
+                    f"the model builds it, and it could be {' or '.join(candidates)} of the "
+                    "checkpoint",
+                    "please report it with the model's config.json",
+                    "ambiguous-module",
+                )
+            )
+        return candidates[0] if candidates else None
+
+    def _index_tails(self) -> None:
+        for spelled, module in self._modules.items():
+            _, dot, tail = spelled.partition(".")
+            while dot:
+                self._by_tail.setdefault(tail, []).append(module)
+                _, dot, tail = tail.partition(".")
