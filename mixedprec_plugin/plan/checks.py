@@ -21,6 +21,7 @@ from mixedprec_plugin.plan.architecture import (
 )
 from mixedprec_plugin.plan.conversion import different_arguments
 from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.losses import find_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.model import PlannedLayer, Target
 from mixedprec_plugin.plan.repacking import why_not_integers
@@ -143,6 +144,8 @@ def _faults(
         return
     spec = registry.METHODS[layer.scheme.method]
     shape = _layer_shape(layer, shards, target, config)
+    for text, remedy in find_losses(layer, target):
+        yield "loss", text, remedy, "warning"
     misfits = spec.check_shape(layer.scheme.arguments, shape, target.device)
     for text, remedy in misfits:
         yield "shape", text, remedy, "error"

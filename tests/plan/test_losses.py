@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
+from mixedprec_plugin.lazy import load_object
+from mixedprec_plugin.methods.registry import METHODS, bind
+from mixedprec_plugin.plan.losses import relative_rms
+from mixedprec_plugin.plan.model import Target
+from tests.checkpoint.peers import peer_checkpoint
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
+from tests.presets import plan, problem_texts
+from tests.quantize.peers import LAYERS, config, numpy_layer
+from tests.quantize.peers import relative_rms as distance
+from tests.reference.dequantize import dequantize_checkpoint
+
+CPU = Target(device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("fp8", {}),
+        ("fp8_block", {}),
+        ("int8", {}),
+        ("int8", {"weight_block_size": [64, 64]}),
+        ("awq", {"group_size": 128}),
+        ("awq", {"group_size": 32}),
+        ("gptq", {"group_size": 64, "desc_act": False}),
+        ("gptq", {"group_size": -1, "desc_act": False}),
+        ("gptq_int8", {"group_size": 128, "desc_act": False}),
+    ],
+)
+def test_foretold_error_is_what_quantizers_make_of_normal_numbers(
+    name: str, given: dict[str, Any]
+) -> None:
+    method, arguments = bind(name, given)
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    stored = load_object(METHODS[method].quantizer)(weight, arguments, torch.bfloat16)
+    read = load_object(METHODS[method].dequantizer)(stored, arguments)
+    measured = distance(read, weight)
+    assert relative_rms(method, arguments, 512, 1024) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("folder", "rule", "percent"),
+    [
+        ("autoawq-g64", "method: fp8", "2.6%"),
+        ("llmcompressor-w4a16-asym-g64", "method: gptq, group_size: 64", "8.7%"),
+        ("llmcompressor-w8a8-int8", "method: awq, group_size: 64", "8.8%"),
+        ("gptqmodel-fp8-row", "method: fp8", "2.6%"),
+    ],
+)
+def test_second_rounding_is_a_warning_that_foretells_its_size(
+    tmp_path: Path, folder: str, rule: str, percent: str
+) -> None:
+    model = peer_checkpoint(tmp_path / "model", folder)
+    made = plan(model, f'match: "*_proj", {rule}, requantize: true', target=CPU)
+    layer = made.by_name[LAYERS[0]]
+    assert layer.stored is not None
+    assert layer.scheme is not None
+    texts = [t for t in problem_texts(made) if "does not run on CUDA" not in t]
+    assert texts == [
+        "warning: model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj: is rounded "
+        f"twice: what {layer.stored.description} lost stays lost, and {layer.scheme.label} adds an "
+        f"error of about {percent} of the weights' RMS; take it from an unquantized source for one "
+        "rounding"
+    ]
+    first = torch.from_numpy(
+        dequantize_checkpoint(numpy_layer(folder, layer.name), config(folder)).copy()
+    )
+    tensors = {
+        name.removeprefix(f"{layer.name}."): tensor
+        for name, tensor in VirtualCheckpoint(made)
+        if name.startswith(layer.name)
+    }
+    second = load_object(METHODS[layer.method].dequantizer)(tensors, layer.scheme.arguments)
+    assert distance(second, first) == pytest.approx(float(percent[:-1]) / 100, rel=0.35)
+
+
+def test_scales_that_are_rounded_in_repacking_are_a_warning(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "gptqmodel-gptq-g64")
+    rule = 'match: "*_proj", method: awq, group_size: 64'
+    (text,) = [t for t in problem_texts(plan(model, rule, target=CPU)) if "CUDA" not in t]
+    assert text.endswith(
+        "its codes are kept, its float16 scales are rounded to bfloat16, up to 0.2% each; start "
+        "with --dtype float16 to keep them"
+    )
+    exact = Target(device="cpu", dtype="F16")
+    assert all("CUDA" in t for t in problem_texts(plan(model, rule, target=exact)))
+
+
+def test_layers_that_lose_the_same_are_one_warning(tmp_path: Path) -> None:
+    from mixedprec_plugin.quantize import gptq
+
+    tensors = llama_tensors(llama_config())
+    arguments = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    for name in [n for n in tensors if ".mlp." in n]:
+        made = gptq.quantize(tensors.pop(name), arguments, torch.bfloat16)
+        tensors |= {name.removesuffix("weight") + suffix: t for suffix, t in made.items()}
+    model = write_checkpoint(tmp_path / "model", llama_config(), tensors)
+    (problem,) = plan(model, 'match: "*.mlp.*", method: fp8_block, requantize: true').problems
+    assert problem.where == (
+        "model.layers.0-2.mlp.down_proj, model.layers.0-2.mlp.gate_proj, "
+        "model.layers.0-2.mlp.up_proj"
+    )
