@@ -23,6 +23,7 @@ from mixedprec_plugin.plan.conversion import different_arguments
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.losses import find_losses
 from mixedprec_plugin.plan.matching import Matches
+from mixedprec_plugin.plan.mla import mla_faults
 from mixedprec_plugin.plan.model import PlannedLayer, Target
 from mixedprec_plugin.plan.repacking import why_not_integers
 from mixedprec_plugin.preset.model import Preset, Rule
@@ -110,7 +111,7 @@ def check_layers(
         shards = siblings[_parameter(layer)]
         key = (
             id(layer.stored), id(layer.scheme), layer.action, layer.rule is None, layer.kind,
-            parallel_kind(layer.name), tuple((s.shard in ("k", "v"), id(s.stored)) for s in shards),
+            last_component(layer.name), tuple((s.shard in ("k", "v"), id(s.stored)) for s in shards),
         )  # fmt: skip
         if key not in known:
             known[key] = tuple(_faults(layer, shards, target, config))
@@ -149,6 +150,8 @@ def _faults(
     misfits = spec.check_shape(layer.scheme.arguments, shape, target.device)
     for text, remedy in misfits:
         yield "shape", text, remedy, "error"
+    for text, remedy in mla_faults(layer, shards, target.device):
+        yield "mla", text, remedy, "error"
     if target.device == "cpu" and not misfits:
         for text, remedy in spec.check_shape(layer.scheme.arguments, shape, "cuda"):
             yield "cuda-shape", f"does not run on CUDA: {text}", remedy, "warning"

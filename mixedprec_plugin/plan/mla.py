@@ -1,0 +1,56 @@
+"""What multi-head latent attention (DeepSeek V2 and V3) cannot run.
+
+Source: SGLang's models/deepseek_common/deepseek_weight_loader.py. `kv_b_proj` is absorbed into the
+attention after loading: `post_load_weights` (:585) takes any `qweight` for AWQ's (:625), finds the
+block size of INT8 in the config of the whole model (:732), and multiplies FP8 and AWQ by CUDA
+kernels. `q_a_proj` and `kv_a_proj_with_mqa` become one replicated layer with one input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mixedprec_plugin.plan.architecture import last_component
+from mixedprec_plugin.plan.model import Device, PlannedLayer
+
+_FUSED = "fused_qkv_a_proj_with_mqa"
+_ABSORBED = {
+    "blockwise_int8": "SGLang looks for its block size in the config of a whole model",
+    "gptq": "SGLang takes its packed weights for AWQ's",
+}
+
+
+def mla_faults(
+    layer: PlannedLayer, shards: Sequence[PlannedLayer], device: Device
+) -> Iterator[tuple[str, str]]:
+    """Yield (text, remedy) for what keeps a projection of an MLA block from its scheme.
+
+    Args:
+        shards: all layers of the module that runs it.
+    """
+    scheme = layer.scheme
+    if scheme is None or scheme.method == "bf16":
+        return
+    if last_component(layer.name) == "kv_b_proj":
+        reason = _ABSORBED.get(scheme.method, "")
+        if not reason and device == "cpu":
+            reason = "the CPU platform absorbs it unquantized only"
+        if reason:
+            remedy = "give kv_b_proj the method bf16"
+            if device == "cuda":
+                remedy += ", fp8 or awq"
+            yield f"kv_b_proj cannot be absorbed in {scheme.label}: {reason}", remedy
+    if last_component(layer.module) != _FUSED:
+        return
+    if scheme.method == "fp8" and scheme.arguments["weight_block_size"] is None:
+        yield (
+            f"q_a_proj and kv_a_proj_with_mqa are one layer in SGLang, and {scheme.label} has one "
+            "scale for each of them (expected one scale a layer)",
+            "use method: fp8_block",
+        )
+    if scheme.arguments.get("desc_act") and len(shards) > 1:
+        yield (
+            "q_a_proj and kv_a_proj_with_mqa are one layer in SGLang, and each has an act order of "
+            "its own",
+            "take a source without act order, or write method: bf16",
+        )
