@@ -15,6 +15,7 @@ from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.compose.repack import repack
+from mixedprec_plugin.compose.rescale import rescale_columns
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
 from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods import registry
@@ -89,14 +90,17 @@ def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
     """
     with plain_defaults():
         stored = {suffix: _read_finite(tensor, reader) for suffix, tensor in layer.inputs.items()}
+        if layer.action in ("dequantize", "requantize"):
+            stored = _dequantize(layer, stored)
+        if layer.rescale is not None:
+            stored["weight"] = rescale_columns(stored["weight"], layer.rescale, target, reader)
         if layer.action == "quantize":
             outputs = _quantize(layer, stored.pop("weight"), target) | stored
         elif layer.action == "dequantize":
-            outputs = _dequantize(layer, stored)
+            outputs = stored
         elif layer.action == "requantize":
-            plain = _dequantize(layer, stored)
             # last: both formats may have tensors of one name
-            outputs = plain | _quantize(layer, plain.pop("weight"), target)
+            outputs = stored | _quantize(layer, stored.pop("weight"), target)
         elif layer.action == "repack":
             outputs = _repack(layer, stored, target)
         else:

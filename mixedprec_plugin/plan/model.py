@@ -36,6 +36,25 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rescale:
+    """How the columns of a layer are made right behind a norm that is not its own source's.
+
+    Column k is multiplied by (own[k] + offset) / (served[k] + offset), exact but for float32.
+
+    Attributes:
+        own: the norm's weight in the layer's source.
+        served: the norm's weight that is served, before it is rounded to the model's dtype.
+        offset: 1 where the norm scales by 1 + w.
+        source: name of the source of `served`.
+    """
+
+    own: StoredTensor
+    served: StoredTensor
+    offset: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
 class PlannedLayer:
     """What happens to one layer of the checkpoint.
 
@@ -51,6 +70,8 @@ class PlannedLayer:
         action: how stored tensors become served ones.
         inputs: parameter suffix -> stored tensor.
         outputs: parameter suffix -> what is served.
+        rescale: how its columns change before it is quantized; None where they do not.
+        note: what else the plan decided of it, such as `without its zero bias`; mostly empty.
     """
 
     name: str
@@ -66,6 +87,8 @@ class PlannedLayer:
     outputs: Mapping[str, TensorSpec]
     bytes_before: int
     bytes_after: int
+    rescale: Rescale | None = None
+    note: str = ""
 
     @property
     def num_weights(self) -> int:

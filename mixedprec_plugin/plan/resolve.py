@@ -28,6 +28,7 @@ from mixedprec_plugin.plan.conversion import is_stored_as
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import settle_fused_modules
 from mixedprec_plugin.plan.matching import match_rules
+from mixedprec_plugin.plan.mixing import settle_sources
 from mixedprec_plugin.plan.model import Action, Plan, PlannedLayer, Target
 from mixedprec_plugin.plan.repacking import is_repackable
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
@@ -92,6 +93,8 @@ def resolve_plan(
         )
         for name in names
     ]
+    planned, mismatches = settle_sources(preset, planned, sources, target, matches, tied, formats)
+    problems += mismatches
     problems += checks.check_layers(planned, target, model.config)
     problems += checks.check_config_shapes(planned, model)
     return Plan(

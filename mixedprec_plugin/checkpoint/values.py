@@ -1,0 +1,118 @@
+"""Small tensors' values for planning: norms, biases, routers, rows of embeddings; without torch.
+
+Read with plain reads of the byte ranges that headers tell, into numpy arrays of float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.errors import CheckpointError, Problem
+
+Array: TypeAlias = npt.NDArray[np.float32]
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_,
+}  # fmt: skip
+# relative distance of two copies of one number, each rounded to its dtype: one unit in the last
+# place of the coarser
+_UNITS = {"BF16": 2.0**-8, "F16": 2.0**-11}
+# float16 rounds smaller numbers to multiples of this
+_SUBNORMAL = 2.0**-24
+
+
+class Values:
+    """The values of stored tensors, each read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[StoredTensor, tuple[int, ...]], Array] = {}
+
+    @staticmethod
+    def can_read(tensor: StoredTensor) -> bool:
+        """Whether numpy has the tensor's dtype."""
+        return tensor.dtype in _DTYPES
+
+    def of(self, tensor: StoredTensor) -> Array:
+        """Read a whole tensor; meant for small ones.
+
+        Returns:
+            float32, of the stored shape.
+        Raises:
+            CheckpointError: the file cannot be read or ends early.
+        """
+        return self._cached(tensor, ()).reshape(tensor.shape)
+
+    def rows(self, tensor: StoredTensor, indices: Sequence[int]) -> Array:
+        """Read some rows of a matrix.
+
+        Args:
+            tensor: [N, K].
+            indices: row numbers.
+        Returns:
+            float32 [len(indices), K].
+        Raises:
+            CheckpointError: the file cannot be read or ends early.
+        """
+        return self._cached(tensor, tuple(indices)).reshape(len(indices), tensor.shape[1])
+
+    def _cached(self, tensor: StoredTensor, rows: tuple[int, ...]) -> Array:
+        key = (tensor, rows)
+        if key not in self._read:
+            if rows:
+                size = tensor.num_bytes // tensor.shape[0]
+                data = b"".join(_bytes(tensor, row * size, size) for row in rows)
+            else:
+                data = _bytes(tensor, 0, tensor.num_bytes)
+            self._read[key] = _decoded(data, tensor)
+        return self._read[key]
+
+
+def are_equal(first: Array, second: Array, dtypes: Sequence[str]) -> bool:
+    """Whether two arrays are copies of the same numbers, rounded to other dtypes.
+
+    Args:
+        first, second: of any shapes.
+        dtypes: safetensors names of the dtypes that the numbers went through.
+    """
+    if first.shape != second.shape:
+        return False
+    tolerance = max((_UNITS.get(dtype, 2.0**-23) for dtype in dtypes), default=0.0)
+    largest = np.maximum(np.abs(first), np.abs(second))
+    return bool(np.all(np.abs(first - second) <= tolerance * largest + _SUBNORMAL))
+
+
+def _bytes(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
+    try:
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.start + start)
+            data = file.read(num_bytes)
+    except OSError as error:
+        raise CheckpointError(
+            Problem(
+                str(tensor.path), f"cannot be read ({error.strerror})", "download it again", "file"
+            )
+        ) from error
+    if len(data) != num_bytes:
+        what = f"ends inside {tensor.name!r}"
+        remedy = "it changed while it was read; download it again"
+        raise CheckpointError(Problem(str(tensor.path), what, remedy, "file"))
+    return data
+
+
+def _decoded(data: bytes, tensor: StoredTensor) -> Array:
+    if tensor.dtype not in _DTYPES:
+        what = f"{tensor.name!r} is {tensor.dtype}, whose values the plan cannot read"
+        raise CheckpointError(Problem(str(tensor.path), what, rule="file"))
+    array = np.frombuffer(data, dtype=np.dtype(_DTYPES[tensor.dtype]).newbyteorder("<"))
+    assert len(array) * array.itemsize == len(data), (tensor, math.prod(tensor.shape))
+    if tensor.dtype == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)

@@ -1,0 +1,200 @@
+"""Whether the sources of a plan are checkpoints of one model.
+
+Held against the model's own: the architecture and every size in config.json, the shapes of the
+layers that are taken, sampled rows of the embedding, and the signs of norms. Tools that quantize
+leave the embedding alone; those that rotate weights (QuaRot, SpinQuant) change it, and then layers
+of the two work on different activations.
+
+Not held against each other: how a checkpoint is quantized, its dtype and versions, dropout, lengths
+and scaling of positions (the model's config.json decides those), and rows that pad the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mixedprec_plugin.checkpoint.formats import FormatCache
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.checkpoint.values import Array, Values, are_equal
+from mixedprec_plugin.errors import Problem, Severity
+from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.model import PlannedLayer
+from mixedprec_plugin.plan.wiring import norm_offset
+from mixedprec_plugin.preset.model import Preset
+
+# compared where both config.json have them
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "rope_theta", "rms_norm_eps",
+    "layer_norm_eps", "tie_word_embeddings", "hidden_act", "attention_bias", "num_experts",
+    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "n_shared_experts",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "first_k_dense_replace",
+    "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim",
+)  # fmt: skip
+# tools pad the vocabulary to multiples of up to 512 rows
+_PADDING = 512
+_NUM_ROWS = 16
+
+
+def check_sources(
+    preset: Preset,
+    layers: Sequence[PlannedLayer],
+    sources: Mapping[str, Source],
+    values: Values,
+    formats: FormatCache,
+) -> list[Problem]:
+    """Hold every source that a layer comes from against the model's own checkpoint.
+
+    Args:
+        preset: `trust_sources` turns errors into warnings; has the sources' lines.
+        layers: as planned.
+        sources: name -> checkpoint.
+    Returns:
+        one problem for each source that differs, with every difference.
+    Raises:
+        CheckpointError: an embedding or a norm cannot be read.
+    """
+    model = sources["model"]
+    taken: dict[str, list[PlannedLayer]] = {}
+    for layer in layers:
+        taken.setdefault(layer.source, []).append(layer)
+    severity: Severity = "warning" if preset.trust_sources else "error"
+    problems = []
+    for name in sorted(taken.keys() - {"model"}):
+        source = sources[name]
+        differences = [
+            *_config_differences(source.config, model.config),
+            *_shape_differences(taken[name], source, model, formats),
+            *_embedding_differences(layers, source, model, values),
+            *_norm_differences(layers, source, model, values),
+        ]
+        if differences:
+            where = str(preset.sources[name].location) if name in preset.sources else name
+            what = f"is a checkpoint of another model than {model.path}: {'; '.join(differences)}"
+            remedy = "take a checkpoint of the same model, or set trust_sources: true"
+            problems.append(Problem(where, what, remedy, "source-model", severity))
+    return problems
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's keys, wherever they stand; rope_theta by its old name."""
+    text = config.get("text_config")
+    merged = {**config, **text} if isinstance(text, Mapping) else dict(config)
+    rope = merged.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        merged.setdefault("rope_theta", rope["rope_theta"])
+    heads, hidden = merged.get("num_attention_heads"), merged.get("hidden_size")
+    if heads and hidden and not merged.get("head_dim"):
+        merged["head_dim"] = hidden // heads
+    if heads and merged.get("num_key_value_heads") is None:
+        merged["num_key_value_heads"] = heads
+    return merged
+
+
+def _config_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    found = []
+    architectures = [(config.get("architectures") or [""])[0] for config in (theirs, ours)]
+    if all(architectures) and architectures[0] != architectures[1]:
+        found.append(f"its architecture is {architectures[0]} (expected {architectures[1]})")
+    flat_theirs, flat_ours = _text_config(theirs), _text_config(ours)
+    for key in _SIZES:
+        got, expected = flat_theirs.get(key), flat_ours.get(key)
+        if got is None or expected is None or _is_same(key, got, expected):
+            continue
+        found.append(f"{key} is {got} (expected {expected})")
+    return found
+
+
+def _is_same(key: str, got: Any, expected: Any) -> bool:
+    if key == "vocab_size":
+        return abs(int(got) - int(expected)) < _PADDING
+    if isinstance(got, float) or isinstance(expected, float):
+        return math.isclose(float(got), float(expected), rel_tol=1e-6)
+    return bool(got == expected)
+
+
+def _shape_differences(
+    layers: Iterable[PlannedLayer], source: Source, model: Source, formats: FormatCache
+) -> list[str]:
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for layer in layers:
+        ours, theirs = (_shape(layer.name, s, formats) for s in (model, source))
+        if ours and theirs and ours != theirs:
+            found.setdefault((theirs, ours), []).append(layer.name)
+    return [
+        f"{', '.join(fold_names(names))} is {list(got)} (expected {list(expected)})"
+        for (got, expected), names in found.items()
+    ]
+
+
+def _shape(name: str, source: Source, formats: FormatCache) -> tuple[int, ...]:
+    """A layer's shape, unpacked; empty where nothing tells."""
+    stored = formats.of(source, name)
+    if stored is not None:
+        return (stored.N, stored.K) if stored.N and stored.K else ()
+    weight = source.layers[name].get("weight")
+    return weight.shape if weight is not None else ()
+
+
+def _embedding_differences(
+    layers: Iterable[PlannedLayer], source: Source, model: Source, values: Values
+) -> list[str]:
+    """Compare rows of the embedding, spread over the vocabulary, where both store it in floats."""
+    found = []
+    for name in [layer.name for layer in layers if layer.kind == "embedding"]:
+        theirs, ours = (_matrix(name, s) for s in (source, model))
+        if theirs is None or ours is None or theirs.shape[1] != ours.shape[1]:
+            continue
+        num_rows = min(theirs.shape[0], ours.shape[0])
+        # the ends of a vocabulary are special tokens; stay between them
+        indices = [num_rows * (2 * i + 1) // (2 * _NUM_ROWS) for i in range(_NUM_ROWS)]
+        rows = [values.rows(tensor, indices) for tensor in (theirs, ours)]
+        dtypes = (theirs.dtype, ours.dtype)
+        pairs = list(zip(*rows, strict=True))
+        num_different = sum(not are_equal(a, b, dtypes) for a, b in pairs)
+        if num_different:
+            found.append(
+                f"{num_different} of {_NUM_ROWS} sampled rows of {name} differ (cosine "
+                f"{_cosine(rows[0], rows[1]):.3f})"
+            )
+    return found
+
+
+def _matrix(name: str, source: Source) -> StoredTensor | None:
+    weight = source.layers.get(name, {}).get("weight")
+    is_float = weight is not None and weight.dtype in ("BF16", "F16", "F32", "F64")
+    return weight if weight is not None and is_float and len(weight.shape) == 2 else None
+
+
+def _cosine(first: Array, second: Array) -> float:
+    length = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float((first * second).sum()) / length if length else 0.0
+
+
+def _norm_differences(
+    layers: Iterable[PlannedLayer], source: Source, model: Source, values: Values
+) -> list[str]:
+    """Norms that are no positive multiple, feature by feature: scales that tools fold are."""
+    names = []
+    offset = norm_offset(model.config)
+    if offset is None:
+        return []
+    for layer in layers:
+        theirs, ours = (s.layers.get(layer.name, {}).get("weight") for s in (source, model))
+        is_norm = layer.kind == "norm" and layer.name.endswith("norm")
+        if not is_norm or theirs is None or ours is None or theirs.shape != ours.shape:
+            continue
+        if len(ours.shape) != 1 or not (values.can_read(theirs) and values.can_read(ours)):
+            continue
+        one, other = values.of(theirs) + offset, values.of(ours) + offset
+        is_noise = np.minimum(np.abs(one), np.abs(other)) < 1e-3
+        if np.mean((np.sign(one) != np.sign(other)) & ~is_noise) > 0.01:
+            names.append(layer.name)
+    return [f"the signs of {', '.join(fold_names(names))} differ"] if names else []

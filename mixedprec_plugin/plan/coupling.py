@@ -1,0 +1,276 @@
+"""Layers that are right only behind their own norm, and what the plan does about it.
+
+Where the sources of a norm's consumers store the same norm (each rounded to its own dtype), nothing
+is coupled. Where they differ, the norm is served from
+
+    1. the source that a rule names for norms alone;
+    2. else the one source that all consumers come from;
+    3. else the source of those that are taken as they are stored or repacked, which cannot change;
+    4. else where the rules had it from.
+
+A consumer from elsewhere that is quantized, cast, dequantized or requantized here is rescaled
+exactly: before, its columns are multiplied by (its own source's norm / the served one). Anything
+else is an error that names the unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.checkpoint.values import Array, Values, are_equal
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, last_component
+from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.matching import Matches
+from mixedprec_plugin.plan.model import PlannedLayer, Rescale
+from mixedprec_plugin.plan.wiring import Unit, coupled_units, norm_offset
+
+_CHANGEABLE = frozenset({"cast", "quantize", "dequantize", "requantize"})
+# what is compared beside a norm: routers' biases, short convolutions; not stacked experts
+_SMALL_BYTES = 1 << 20
+
+
+class Coupling:
+    """Settles the norms of a plan over several sources.
+
+    Args:
+        layers: of the whole model, as the rules have them.
+        sources: name -> checkpoint.
+        matches: what the rules match.
+        tied: tied layer name -> the layer whose weight it shares.
+        values: reads norms.
+        trusted: whether a source that lacks a norm counts as having the same one.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[PlannedLayer],
+        sources: Mapping[str, Source],
+        matches: Matches,
+        tied: Mapping[str, str],
+        values: Values,
+        *,
+        trusted: bool = False,
+    ) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self.units = coupled_units(layers, tied, sources["model"].config)
+        self._sources = sources
+        self._offset = norm_offset(sources["model"].config)
+        self._values = values
+        self._explicit = _named_alone(layers, matches)
+        self._trusted = trusted
+        self._errors: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
+
+    def settle(self) -> list[Problem]:
+        """Choose the source of every norm and rescale consumers; changes `layers`.
+
+        Returns:
+            an error for each kind of unit that cannot be made right.
+        Raises:
+            CheckpointError: a norm cannot be read.
+        """
+        for unit in self.units:
+            self._settle(unit)
+        return [
+            Problem(
+                where or ", ".join(fold_names(norm for norm, _ in found)),
+                what.format(distance=max(distance for _, distance in found)),
+                remedy,
+                "coupled-layers",
+            )
+            for (where, what, remedy), found in self._errors.items()
+        ]
+
+    def agree(self, name: str, first: str, second: str) -> bool:
+        """Whether two sources store the same values for a norm."""
+        one, other = (self._sources[source].layers.get(name) for source in (first, second))
+        if one is None or other is None:
+            return one is other
+        if one.keys() != other.keys():
+            return False
+        return all(
+            one[suffix].num_bytes > _SMALL_BYTES
+            or are_equal(
+                self._values.of(one[suffix]),
+                self._values.of(other[suffix]),
+                (one[suffix].dtype, other[suffix].dtype),
+            )
+            for suffix in one
+        )
+
+    def _settle(self, unit: Unit) -> None:
+        norm = self.layers[unit.norm]
+        consumers = [self.layers[name] for name in (*unit.consumers, *unit.fixed)]
+        used = list(dict.fromkeys(layer.source for layer in consumers))
+        if not [source for source in used if source != norm.source]:
+            return
+        lacking = [source for source in used if unit.norm not in self._sources[source].layers]
+        if lacking and not self._trusted:
+            self._error(unit, *_lacking(lacking[0], consumers))
+            used = [source for source in used if source not in lacking]
+        if all(self.agree(unit.norm, norm.source, source) for source in used):
+            return
+        unchangeable = [layer for layer in consumers if not self._is_changeable(layer, unit)]
+        served = self._choose(unit, norm, used, unchangeable)
+        if served is None:
+            return
+        if served != norm.source:
+            self._take_norm(norm, served)
+        for layer in consumers:
+            if layer.source not in lacking and not self.agree(unit.norm, served, layer.source):
+                self._rescale(unit, layer, served)
+
+    def _is_changeable(self, layer: PlannedLayer, unit: Unit) -> bool:
+        """Whether the columns of a layer can be multiplied on the way."""
+        if layer.name in unit.fixed or layer.kind == "embedding" or layer.stored is None:
+            return False
+        is_plain = layer.action == "as stored" and layer.stored.method == "bf16"
+        return layer.stored.is_readable and (is_plain or layer.action in _CHANGEABLE)
+
+    def _choose(
+        self, unit: Unit, norm: PlannedLayer, used: list[str], unchangeable: list[PlannedLayer]
+    ) -> str | None:
+        """The source that a norm is served from; None where there is none that is right."""
+        needed = list(dict.fromkeys(layer.source for layer in unchangeable))
+        if unit.norm in self._explicit:
+            wrong = [s for s in needed if not self.agree(unit.norm, norm.source, s)]
+            if wrong:
+                self._contradicted(unit, norm, wrong[0], unchangeable)
+                return None
+            return norm.source
+        candidates = needed or ([norm.source] if norm.source in used else [])
+        if self._are_one(unit.norm, used):
+            candidates = used
+        elif not self._are_one(unit.norm, needed):
+            self._two_groups(unit, needed, unchangeable)
+            return None
+        if not candidates or norm.source in candidates:
+            return norm.source
+        return "model" if "model" in candidates else candidates[0]
+
+    def _are_one(self, norm: str, sources: Sequence[str]) -> bool:
+        return all(self.agree(norm, sources[0], source) for source in sources[1:])
+
+    def _take_norm(self, norm: PlannedLayer, source: str) -> None:
+        """Serve a norm from another source; what is served keeps its dtypes and shapes."""
+        inputs = self._sources[source].layers[norm.name]
+        self.layers[norm.name] = dataclasses.replace(
+            norm,
+            source=source,
+            inputs=inputs,
+            bytes_before=sum(tensor.num_bytes for tensor in inputs.values()),
+            note="follows its consumers",
+        )
+
+    def _rescale(self, unit: Unit, layer: PlannedLayer, served: str) -> None:
+        own, new = (self._sources[s].layers[unit.norm] for s in (layer.source, served))
+        assert self._offset is not None
+        reason = self._why_not_rescale(layer, own, new, self._offset)
+        if reason:
+            what = (
+                f"differs between {served!r} and {layer.source!r}, and "
+                f"{last_component(layer.name)} cannot be rescaled: {reason}"
+            )
+            remedy = f"take all of its consumers from {served!r} or all from {layer.source!r}"
+            self._error(unit, what, remedy)
+            return
+        self.layers[layer.name] = dataclasses.replace(
+            layer,
+            action="cast" if layer.action == "as stored" else layer.action,
+            rescale=Rescale(own["weight"], new["weight"], self._offset, served),
+        )
+
+    def _why_not_rescale(
+        self,
+        layer: PlannedLayer,
+        own: Mapping[str, StoredTensor],
+        new: Mapping[str, StoredTensor],
+        offset: float,
+    ) -> str:
+        """Say why columns cannot be rescaled from one norm to another; empty if they can."""
+        if own.keys() != new.keys() or "weight" not in own:
+            return f"it holds {', '.join(sorted(new))} here and {', '.join(sorted(own))} there"
+        assert layer.stored is not None
+        if own["weight"].shape != (layer.stored.K,):
+            return f"it scales {list(own['weight'].shape)} features, not {[layer.stored.K]}"
+        read = self._values.of
+        ratio = _ratio(read(own["weight"]) + offset, read(new["weight"]) + offset)
+        if ratio is None:
+            return "one of its weights is zero in only one of the two sources"
+        for suffix in own.keys() - {"weight"}:
+            if not are_equal(read(own[suffix]), read(new[suffix]) * ratio, ("BF16",)):
+                return f"its {suffix} does not change as its weight does"
+        return ""
+
+    def _two_groups(self, unit: Unit, needed: list[str], unchangeable: list[PlannedLayer]) -> None:
+        parts = []
+        for source in needed:
+            names = [last_component(x.name) for x in unchangeable if x.source == source]
+            parts.append(f"{', '.join(dict.fromkeys(names))} of {source!r}")
+        what = (
+            f"no norm is right for both {' and '.join(parts)}: they are stored behind their own, "
+            "which differ by up to {distance:.1f}x"
+        )
+        if unit.fixed:
+            what = f"cannot be told apart from what is read with it: {what}"
+        remedy = "take all of them from one source, or have one side quantized here from bf16"
+        self._error(unit, what, remedy, distance=self._distance(unit.norm, needed[0], needed[-1]))
+
+    def _contradicted(
+        self, unit: Unit, norm: PlannedLayer, source: str, unchangeable: list[PlannedLayer]
+    ) -> None:
+        names = [last_component(x.name) for x in unchangeable if x.source == source]
+        self._error(
+            unit,
+            f"takes {last_component(unit.norm)} from {norm.source!r}, which is wrong for "
+            f"{', '.join(dict.fromkeys(names))} of {source!r} (expected {source!r}; the two differ "
+            "by up to {distance:.1f}x)",
+            f"take the norm from {source!r} or remove the rule",
+            str(norm.rule.location) if norm.rule else "",
+            self._distance(unit.norm, norm.source, source),
+        )
+
+    def _distance(self, norm: str, first: str, second: str) -> float:
+        """The largest factor between two sources' norms."""
+        one, other = (self._sources[source].layers[norm] for source in (first, second))
+        suffix = "weight" if "weight" in one.keys() & other.keys() else next(iter(one), "")
+        if suffix not in other or one[suffix].shape != other[suffix].shape:
+            return float("inf")
+        pair = [np.abs(self._values.of(x[suffix]) + (self._offset or 0.0)) for x in (one, other)]
+        low, high = np.minimum(*pair), np.maximum(*pair)
+        return float((high / np.maximum(low, 1e-30)).max())
+
+    def _error(
+        self, unit: Unit, what: str, remedy: str, where: str = "", distance: float = 1.0
+    ) -> None:
+        """Note an error; `what` may hold {distance}, which becomes the largest of all its units."""
+        self._errors.setdefault((where, what, remedy), []).append((unit.norm, distance))
+
+
+def _ratio(own: Array, served: Array) -> Array | None:
+    """own / served, 1 where both are zero; None where only one is."""
+    if own.shape != served.shape or bool(np.any((own == 0) != (served == 0))):
+        return None
+    zero = served == 0
+    return np.where(zero, np.float32(1), own / np.where(zero, np.float32(1), served))
+
+
+def _lacking(source: str, consumers: Sequence[PlannedLayer]) -> tuple[str, str]:
+    names = [last_component(layer.name) for layer in consumers if layer.source == source]
+    return (
+        f"{', '.join(dict.fromkeys(names))} come from {source!r}, which holds no such norm, so "
+        "nothing tells whether scales were folded into it",
+        "take them from a checkpoint that holds its norms",
+    )
+
+
+def _named_alone(layers: Sequence[PlannedLayer], matches: Matches) -> frozenset[str]:
+    """Layers that are never quantized, under a rule that matches nothing else."""
+    quantized = {layer.name for layer in layers if layer.kind not in NEVER_QUANTIZED}
+    explicit = {index for index, names in matches.matched.items() if not names & quantized}
+    return frozenset(name for name, rule in matches.deciding.items() if rule.index in explicit)
