@@ -41,15 +41,6 @@ def test_embeddings_heads_and_attention_are_not_quantized(linear_module, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_experts_are_refused(linear_module, case):
-    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
-
-    text = f"model.experts: the CPU platform does not run experts in {case.method}"
-    with pytest.raises(MethodError, match=text):
-        make_config(case).get_quant_method(_empty(FusedMoE), "model.experts")
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_models_may_run_in_both_half_precisions(linear_module, case):
     assert {torch.float16, torch.bfloat16} <= set(make_config(case).get_supported_act_dtypes())
 

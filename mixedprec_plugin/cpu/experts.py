@@ -1,0 +1,159 @@
+"""Runs the experts of one layer one after the other, as SGLang's fused kernels compute them.
+
+Only experts that got tokens run, and a slot whose expert is -1 gives zeros: composite layers mask
+other groups' experts so, as expert parallelism does. SGLang's own CPU path cannot take masked ids
+(layers/moe/fused_moe_native.py:76).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
+from sglang.srt.layers.moe.token_dispatcher.standard import (
+    StandardCombineInput,
+    StandardDispatchOutput,
+)
+from torch.nn.functional import gelu, silu
+
+Rows = slice | torch.Tensor
+
+# what SGLang's kernels call them -> the gate's function (fused_moe.py:799, 889)
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(gelu, approximate="tanh"),
+}
+
+
+class Product(Protocol):
+    """Activations, ready to be multiplied by any expert's weight."""
+
+    def __call__(
+        self, expert: int, rows: Rows, router_weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Multiply some rows by an expert's weight and, where given, by their router weights.
+
+        Args:
+            expert: local id of the expert.
+            rows: which rows of the activations.
+            router_weights: float32 [t] or None.
+        Returns:
+            [t, N] in the dtype of the activations.
+        """
+        ...
+
+
+Prepare = Callable[[torch.Tensor], Product]
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Which slot goes to which expert.
+
+    Attributes:
+        order: slots (token * top_k + choice) that an expert serves, sorted by expert, int64 [S].
+        spans: (expert, its part of order), for every expert that has one.
+    """
+
+    order: torch.Tensor
+    spans: tuple[tuple[int, slice], ...]
+
+    @classmethod
+    def of(cls, topk_ids: torch.Tensor) -> Routing:
+        """Sort the slots of topk_ids [T, top_k] by expert; ids below 0 are masked."""
+        ids = topk_ids.reshape(-1)
+        order = ids.argsort(stable=True)
+        num_masked = int((ids < 0).sum())
+        order = order[num_masked:]
+        counts = torch.bincount(ids[order])
+        spans, start = [], 0
+        for expert in counts.nonzero().flatten().tolist():
+            end = start + int(counts[expert])
+            spans.append((expert, slice(start, end)))
+            start = end
+        return cls(order, tuple(spans))
+
+
+def run_layer(
+    layer: FusedMoE,
+    dispatch_output: StandardDispatchOutput,
+    config: MoeRunnerConfig,
+    gate_up: Prepare,
+    down: Prepare,
+) -> StandardCombineInput:
+    """Run the experts of a layer.
+
+    The gate-up product and the activation are each rounded to the activation's dtype, the
+    intermediate is quantized anew for the second product. The router weight multiplies the second
+    product (the first where `apply_router_weight_on_input`), and the experts of a token are summed
+    in float32 and rounded once. `routed_scaling_factor` is left to the model, as in SGLang's CPU
+    path: without CUDA models multiply by it themselves (models/deepseek_v2.py:1233).
+
+    Args:
+        layer: the experts, their weights with this method.
+        dispatch_output: hidden states [T, H], router weights float32 and ids [T, top_k].
+        config: the layer's.
+        gate_up: activations [R, H] -> their products with gate and up weights, [t, 2 I].
+        down: activations [R, I] -> their products with down weights, [t, H].
+    Returns:
+        [T, H]; with `no_combine` [T, top_k, H]. In the dtype of the hidden states.
+    Source:
+        moe_runner/triton_utils/fused_moe.py, _fused_moe_kernel_sequence.
+    """
+    x = dispatch_output.hidden_states
+    topk_weights, topk_ids, _ = dispatch_output.topk_output
+    early, late = _router_weights(topk_weights, config)
+    num_tokens, top_k = topk_ids.shape
+    routing = Routing.of(topk_ids)
+    hidden = x.new_empty(routing.order.numel(), layer.intermediate_size_per_partition)
+    activation = ACTIVATIONS[config.activation]
+    first = gate_up(x)
+    for expert, span, slots in _runs(routing):
+        pairs = first(expert, slots // top_k, None if early is None else early[slots])
+        hidden[span] = _activate(pairs, activation)
+    out = x.new_zeros(num_tokens * top_k, x.shape[1])
+    second = down(hidden)
+    for expert, span, slots in _runs(routing):
+        out[slots] = second(expert, span, None if late is None else late[slots])
+    out = out.view(num_tokens, top_k, x.shape[1])
+    if not config.no_combine:
+        out = out.sum(1, dtype=torch.float32).to(x.dtype)
+    return StandardCombineInput(hidden_states=out)
+
+
+def weigh(product: torch.Tensor, router_weights: torch.Tensor | None, dtype: Any) -> torch.Tensor:
+    """Multiply [t, N] by router weights [t] in float32 and round, as the Triton kernels do."""
+    if router_weights is not None:
+        product = product * router_weights.float().unsqueeze(1)
+    return product.to(dtype)
+
+
+def _runs(routing: Routing) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    for expert, span in routing.spans:
+        yield expert, span, routing.order[span]
+
+
+def _router_weights(
+    topk_weights: torch.Tensor, config: MoeRunnerConfig
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The router weights of the first and the second product, [T * top_k]."""
+    weights = topk_weights.reshape(-1)
+    if config.apply_router_weight_on_input:
+        return weights, None
+    # a field that SGLang 0.5.22 brought
+    keeps = getattr(config, "no_combine_keep_router_weight", False)
+    return None, weights if keeps or not config.no_combine else None
+
+
+def _activate(
+    pairs: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """[t, 2 I] -> [t, I]: in float32, rounded once (silu_and_mul of kernels/jit)."""
+    gate, up = pairs.float().chunk(2, dim=1)
+    return (activation(gate) * up).to(pairs.dtype)

@@ -1,0 +1,1 @@
+"""Experts of one layer in different schemes."""

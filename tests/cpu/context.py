@@ -1,0 +1,37 @@
+"""SGLang's context of a process that runs one rank, without a process group."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from types import SimpleNamespace
+
+
+def publish() -> None:
+    """Import SGLang's layers and publish the context that they read."""
+    with warnings.catch_warnings():
+        # SGLang warns at import that AWQ and GGUF need a GPU.
+        warnings.simplefilter("ignore")
+        from sglang.srt.runtime_context import get_context, get_parallel
+
+        import mixedprec_plugin.cpu.configs  # noqa: F401
+    get_context().override_server_args(tp_size=1).install()
+    group = SimpleNamespace(rank_in_group=0, world_size=1, cpu_group=None, device_group=None)
+    get_parallel().override_permanently(
+        tp_rank=0, attn_tp_rank=0, moe_tp_rank=0, moe_ep_rank=0, tp_group=group,
+        attn_tp_group=group, moe_tp_group=group, moe_ep_group=group,
+    )  # fmt: skip
+
+
+def one_of_two_ranks(rank: int) -> contextlib.AbstractContextManager[object]:
+    """Play one of two tensor-parallel ranks while layers are built."""
+    from sglang.srt.runtime_context import get_parallel
+
+    group = SimpleNamespace(rank_in_group=rank, world_size=2)
+    sizes = dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), 2)
+    ranks = dict.fromkeys(("tp_rank", "attn_tp_rank", "moe_tp_rank"), rank)
+    groups = dict.fromkeys(("tp_group", "attn_tp_group", "moe_tp_group"), group)
+    context: contextlib.AbstractContextManager[object] = get_parallel().override(
+        **sizes, **ranks, **groups
+    )
+    return context
