@@ -8,6 +8,7 @@
     ├── PlanError           preset, checkpoint and device do not fit each other
     ├── ShapeError          a tensor's shape or values do not fit a method
     ├── LoadError           the running model and the plan do not fit each other
+    ├── ConvertError        an output folder is in the way, or cannot be written
     └── RegistrationError   the plugin is not whole in this process
 
 Errors are data: an exception carries every `Problem` that was found, not only the first.
@@ -90,6 +91,10 @@ class ShapeError(MixedPrecisionError):
 
 class LoadError(MixedPrecisionError):
     """The running model and the plan do not fit each other."""
+
+
+class ConvertError(MixedPrecisionError):
+    """An output folder is in the way, or cannot be written."""
 
 
 class RegistrationError(MixedPrecisionError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.errors import CheckpointError, Problem
 
@@ -46,6 +47,16 @@ class Source:
         """What config.json says of the quantization; empty where it says nothing."""
         config = self.config.get("quantization_config") or self.config.get("compression_config")
         return config if isinstance(config, Mapping) else {}
+
+    def quantization_config_of(self, layer: str) -> Mapping[str, Any]:
+        """What config.json says of one layer's quantization: of our own checkpoints, its own."""
+        if not is_converted(self.quantization_config):
+            return self.quantization_config
+        return self._configs_by_layer.get(layer, {})
+
+    @functools.cached_property
+    def _configs_by_layer(self) -> Mapping[str, Mapping[str, Any]]:
+        return MappingProxyType(configs_by_layer(self.quantization_config))
 
 
 def open_source(path: str | Path, name: str = "model") -> Source:

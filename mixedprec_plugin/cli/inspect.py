@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mixedprec_plugin.checkpoint.converted import embedded_preset
 from mixedprec_plugin.checkpoint.formats import StoredFormat, detect_format
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source, open_source
@@ -84,6 +85,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         print(json.dumps(_as_dict(layers, problems), indent=1), file=out)
     else:
         _print(layers, problems, Console(file=out, width=None if out.isatty() else 160))
+        if embedded_preset(source.quantization_config) is not None:
+            print(
+                "written by mixedprec convert; carries the preset that it was made with", file=out
+            )
     return 1 if problems else 0
 
 
@@ -92,7 +97,7 @@ def inspect_layers(source: Source) -> list[InspectedLayer]:
     return [
         InspectedLayer(
             name,
-            detect_format(tensors, source.quantization_config, name),
+            detect_format(tensors, source.quantization_config_of(name), name),
             sum(tensor.num_bytes for tensor in tensors.values()),
         )
         for name, tensors in sorted(source.layers.items(), key=_by_name)

@@ -18,6 +18,7 @@ from mixedprec_plugin.errors import MixedPrecisionError, UsageError
 _VERBS = {
     "plan": ("mixedprec_plugin.cli.plan", "what every layer of a checkpoint would run as"),
     "inspect": ("mixedprec_plugin.cli.inspect", "how every layer of a checkpoint is stored"),
+    "convert": ("mixedprec_plugin.cli.convert", "write the mixed checkpoint to disk"),
     "presets": ("mixedprec_plugin.cli.presets", "the presets that ship"),
     "doctor": ("mixedprec_plugin.cli.doctor", "is everything registered and does it fit SGLang"),
 }

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
+from typing import Any
 
 from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.preset.binding import Binder
 from mixedprec_plugin.preset.family import find_preset, merge, read_family
 from mixedprec_plugin.preset.findings import Findings
 from mixedprec_plugin.preset.interpolation import escape, resolve
-from mixedprec_plugin.preset.model import Preset
+from mixedprec_plugin.preset.model import Location, Preset
 from mixedprec_plugin.preset.overrides import FLAG, apply_overrides
 from mixedprec_plugin.preset.schema import check_file, check_preset
-from mixedprec_plugin.preset.tree import Node
+from mixedprec_plugin.preset.tree import Node, node_from_plain
 
 
 def load_preset(path: str | FilePath, overrides: Sequence[str] = ()) -> Preset:
@@ -36,6 +37,26 @@ def load_preset(path: str | FilePath, overrides: Sequence[str] = ()) -> Preset:
     return preset
 
 
+def load_resolved(resolved: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Preset:
+    """Read a preset from plain data, such as `Preset.resolved`.
+
+    Args:
+        resolved: the whole preset, parents merged in; not modified.
+        where: what errors call it.
+        overrides: as for `load_preset`.
+    Raises:
+        PresetError: with every problem.
+    """
+    findings = Findings()
+    tree = node_from_plain(dict(resolved), Location(where, 0))
+    check_file(tree, findings)
+    findings.mute_found()
+    preset = _bind(tree, overrides, [where], findings)
+    if preset is None or findings.has_errors():
+        raise PresetError(findings.sorted([where], "error"))
+    return preset
+
+
 def _load(
     file: FilePath, overrides: Sequence[str], files: list[str], findings: Findings
 ) -> Preset | None:
@@ -47,7 +68,13 @@ def _load(
     if any(member.tree is None for member in members):
         return None
     findings.mute_found()
-    tree = apply_overrides(merge(members), overrides, findings)
+    return _bind(merge(members), overrides, files, findings)
+
+
+def _bind(
+    merged: Node, overrides: Sequence[str], files: list[str], findings: Findings
+) -> Preset | None:
+    tree = apply_overrides(merged, overrides, findings)
     _check_set(tree, findings)
     data = resolve(tree, findings)
     findings.mute_found()

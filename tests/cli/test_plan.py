@@ -98,7 +98,7 @@ def test_missing_model_exits_1(tmp_path: Path) -> None:
     "argv",
     [
         ("plan",),
-        ("plan", "--model", "x"),
+        ("plan", "--preset", "x"),
         ("frobnicate",),
         ("plan", "--model", "x", "--preset", "y", "--tp", "0"),
         ("plan", "--model", "x", "--preset", "y", "--device", "tpu"),

@@ -65,9 +65,10 @@ class FormatCache:
         tensors = source.layers[name]
         alike = name if self._apart[source.name] else without_numbers(name)
         signature = tuple([(suffix, t.dtype, t.shape) for suffix, t in tensors.items()])
-        key = (source.name, alike, signature)
+        config = source.quantization_config_of(name)
+        key = (source.name, alike, signature, id(config) if config else 0)
         if key not in self._shared:
-            self._shared[key] = detect_format(tensors, source.quantization_config, name)
+            self._shared[key] = detect_format(tensors, config, name)
         return self._shared[key]
 
 

@@ -1,0 +1,80 @@
+"""What `mixedprec convert` says in a checkpoint's `quantization_config`, and how it is read.
+
+    {"quant_method": "mixedprec", "preset": {…}, "layers": [{"config": {…}, "names": […]}, …], …}
+
+`config` is what a checkpoint that is wholly stored so would say, `names` are layer names, a run of
+numbers in place of the first number: `model.layers.0-3,7.mlp.up_proj`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+QUANT_METHOD = "mixedprec"
+PRESET_KEY = "preset"
+LAYERS_KEY = "layers"
+
+_NUMBER = re.compile(r"\d+")
+_NUMBERS = re.compile(r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*")
+
+
+def is_converted(quantization_config: Mapping[str, Any]) -> bool:
+    """Whether `mixedprec convert` wrote the checkpoint."""
+    return quantization_config.get("quant_method") == QUANT_METHOD
+
+
+def embedded_preset(quantization_config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The resolved preset that a converted checkpoint carries; None where there is none."""
+    preset = quantization_config.get(PRESET_KEY) if is_converted(quantization_config) else None
+    return preset if isinstance(preset, Mapping) else None
+
+
+def configs_by_layer(quantization_config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Layer name -> the `quantization_config` of a checkpoint that is wholly stored as it is."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    for entry in quantization_config.get(LAYERS_KEY) or ():
+        for name in entry["names"]:
+            configs.update(dict.fromkeys(unfold(name), entry["config"]))
+    return configs
+
+
+def fold_layers(names: Iterable[str]) -> list[str]:
+    """Fold names that are alike but for their first number; `unfold` gives them back."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    folded: list[str] = []
+    for name in names:
+        match = _NUMBER.search(name)
+        if match is None:
+            folded.append(name)
+        else:
+            key = (name[: match.start()], name[match.end() :])
+            groups.setdefault(key, []).append(int(match.group()))
+    for (before, after), numbers in groups.items():
+        whole = f"{before}{_runs(numbers)}{after}"
+        plain = [f"{before}{number}{after}" for number in sorted(numbers)]
+        folded.extend([whole] if unfold(whole) == plain else plain)
+    return folded
+
+
+def unfold(name: str) -> list[str]:
+    """`layers.0-1,3.up` -> `layers.0.up`, `layers.1.up`, `layers.3.up`."""
+    match = _NUMBERS.search(name)
+    if match is None:
+        return [name]
+    numbers: list[int] = []
+    for run in match.group().split(","):
+        first, _, last = run.partition("-")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return [f"{name[: match.start()]}{number}{name[match.end() :]}" for number in numbers]
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

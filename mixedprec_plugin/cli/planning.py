@@ -1,0 +1,53 @@
+"""What every verb that plans takes on its command line, and the plan that this asks for."""
+
+from __future__ import annotations
+
+import argparse
+
+from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.checkpoint.sources import open_other_sources
+from mixedprec_plugin.plan.carried import preset_for
+from mixedprec_plugin.plan.dtype import model_dtype
+from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.plan.resolve import resolve_plan
+
+
+def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that name model, preset and target."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument(
+        "--preset", default="", metavar="PRESET",
+        help="YAML file, or a packaged preset's name; may be left out for a checkpoint that "
+        "mixedprec convert wrote",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
+        default=[], help="override a key of the preset; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tp", type=_positive, default=1, metavar="N", help="tensor-parallel ranks"
+    )
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float16, as SGLang's")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="what to plan for"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Plan what the command line asks for.
+
+    Raises:
+        UsageError: no preset was named, and the checkpoint carries none.
+        PresetError, CheckpointError: the files themselves are wrong.
+    """
+    source = open_source(args.model)
+    preset = preset_for(args.preset, source, args.overrides, "--preset")
+    target = Target(args.device, args.tp, model_dtype(source.config, args.dtype))
+    return resolve_plan(preset, source, target, open_other_sources(preset))

@@ -1,0 +1,96 @@
+"""What is written of each layer, and what config.json says of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from mixedprec_plugin import __version__
+from mixedprec_plugin.checkpoint.converted import LAYERS_KEY, PRESET_KEY, QUANT_METHOD, fold_layers
+from mixedprec_plugin.convert.provenance import PROVENANCE_NAME
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.methods import awq, gptq
+from mixedprec_plugin.methods.spec import TensorSpec
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.preset.model import Scheme
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Form(Protocol):
+    """A way to write a plan down."""
+
+    name: str
+
+    def problems(self, plan: Plan) -> list[Problem]:
+        """What of a plan cannot be written down so."""
+
+    def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
+        """Parameter suffix -> what is written."""
+
+    def tensors(self, layer: PlannedLayer, composed: Tensors) -> Tensors:
+        """Parameter suffix -> tensor, as `outputs` says, made of what the layer is served as."""
+
+    def quantization_config(self, plan: Plan) -> dict[str, Any]:
+        """What config.json says of the whole."""
+
+
+class MixedForm:
+    """Every layer as it is served; `--load-format mixedprec` loads it without a preset."""
+
+    name = "mixedprec"
+
+    def problems(self, plan: Plan) -> list[Problem]:
+        """None: whatever is served can be written."""
+        return []
+
+    def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
+        """The layer's own."""
+        return layer.outputs
+
+    def tensors(self, layer: PlannedLayer, composed: Tensors) -> Tensors:
+        """The layer's own."""
+        return composed
+
+    def quantization_config(self, plan: Plan) -> dict[str, Any]:
+        """The preset, and how each quantized layer is stored."""
+        stored: dict[str, tuple[dict[str, Any], list[str]]] = {}
+        for layer in plan.layers:
+            if layer.scheme is not None and layer.scheme.method != "bf16":
+                config = stored_config(layer.scheme)
+                stored.setdefault(repr(config), (config, []))[1].append(layer.name)
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": __version__,
+            PRESET_KEY: without_sources(plan.preset.resolved),
+            LAYERS_KEY: [
+                {"config": config, "names": fold_layers(names)} for config, names in stored.values()
+            ],
+            "provenance": PROVENANCE_NAME,
+        }
+
+
+def stored_config(scheme: Scheme) -> dict[str, Any]:
+    """What a checkpoint that is wholly stored in a scheme says in its `quantization_config`."""
+    known = {"awq": awq.quantization_config, "gptq": gptq.quantization_config}
+    if scheme.method in known:
+        return known[scheme.method](scheme.arguments)
+    return {"quant_method": scheme.method, **scheme.arguments}
+
+
+def without_sources(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's plain data for a checkpoint that holds all layers itself.
+
+    Args:
+        resolved: `Preset.resolved`; not modified.
+    """
+    data = copy.deepcopy(dict(resolved))
+    for key in ("sources", "trust_sources"):
+        data.pop(key, None)
+    for entry in (*data.get("schemes", {}).values(), *data["rules"]):
+        if isinstance(entry, dict):
+            entry.pop("source", None)
+    return data

@@ -1,0 +1,55 @@
+"""What a conversion is made of, so that only the same one is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mixedprec_plugin import __version__
+from mixedprec_plugin.convert.parts import Part
+from mixedprec_plugin.plan.model import Plan
+
+# raised whenever the same inputs would give other files
+LAYOUT_VERSION = 1
+
+
+def input_facts(plan: Plan, form: str, parts: Sequence[Part]) -> dict[str, str]:
+    """Everything that decides a byte of the output, each kind of it as one digest.
+
+    Files of the sources are known by size and time of their last change, not by their bytes.
+
+    Returns:
+        what it is, in words -> digest; two conversions are the same if all are.
+    """
+    stored = sorted(
+        {tensor for layer in plan.layers for tensor in layer.inputs.values()},
+        key=lambda tensor: (str(tensor.path), tensor.start, tensor.name),
+    )
+    paths = sorted({tensor.path for tensor in stored})
+    stats = [path.stat() for path in paths]
+    files = [
+        [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+        for path, stat in zip(paths, stats, strict=True)
+    ]
+    return {
+        "the release": f"{__version__} layout {LAYOUT_VERSION}",
+        "the format": form,
+        "the dtype": plan.target.dtype,
+        "the preset": _digest(plan.preset.resolved),
+        "config.json": _digest(dict(plan.source.config)),
+        "the sources' files": _digest(files),
+        "the size of parts": _digest([[part.file, len(part.tensors)] for part in parts]),
+        "the plan": _digest([part.header.decode("latin-1") for part in parts]),
+    }
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What differs between two conversions, in words."""
+    return [key for key in now if before.get(key) != now[key]]

@@ -1,0 +1,352 @@
+"""`mixedprec convert` from the command line to the files, read back by others."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.cli.main import main
+from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
+from mixedprec_plugin.plan.carried import preset_for
+from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.quantize import gptq
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
+from tests.convert.folders import contents, same_bytes, tensors
+from tests.presets import write_preset
+
+RULES = (
+    'match: "*", method: fp8',
+    'match: "*.self_attn.*", method: fp8_block',
+    'match: "*.0.mlp.*", method: awq',
+    'match: "*.1.mlp.*", method: gptq_int8',
+    'match: "*.2.mlp.*", method: int8',
+    'match: "*.1.self_attn.o_proj", method: unquantized',
+)
+CPU = Target(device="cpu")
+
+
+def run(*argv: object) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    return main([str(a) for a in argv], out, err), out.getvalue(), err.getvalue()
+
+
+def convert(model: Path, preset: Path, out: Path, *more: object) -> tuple[int, str, str]:
+    return run("convert", "--model", model, "--preset", preset, "--device", "cpu", "--out", out,
+               *more)  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = write_llama(tmp_path / "model", parts=3)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "quantize_config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_text("never opened")
+    return folder
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    return write_preset(tmp_path, *RULES)
+
+
+@pytest.mark.parametrize("size", ["5GB", "300KB", "1B"])
+def test_files_hold_what_the_virtual_checkpoint_yields(
+    model: Path, preset: Path, tmp_path: Path, size: str
+) -> None:
+    code, text, _ = convert(model, preset, tmp_path / "out", "--max-shard-size", size)
+    assert code == 0
+    stream = dict(iter(open_virtual_checkpoint(model, preset, CPU)))
+    written = tensors(tmp_path / "out")
+    assert written.keys() == stream.keys()
+    assert all(same_bytes(written[name], tensor) for name, tensor in stream.items())
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert f"in {len(files)} file" in text
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(files) > 1)
+
+
+def test_no_part_is_larger_than_asked_unless_one_layer_is(
+    model: Path, preset: Path, tmp_path: Path
+) -> None:
+    convert(model, preset, tmp_path / "out", "--max-shard-size", "150KB")
+    source = open_source(tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        layers = {t.name.rpartition(".")[0] for t in source.tensors.values() if t.path == path}
+        size = sum(t.num_bytes for t in source.tensors.values() if t.path == path)
+        assert size <= 150_000 or len(layers) == 1
+
+
+def test_every_tensor_is_aligned_to_its_elements(model: Path, preset: Path, tmp_path: Path) -> None:
+    convert(model, preset, tmp_path / "out")
+    sizes = {"F32": 4, "I32": 4, "BF16": 2, "I8": 1, "F8_E4M3": 1}
+    for tensor in open_source(tmp_path / "out").tensors.values():
+        assert tensor.start % sizes[tensor.dtype] == 0, tensor
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_files_that_say_nothing_of_weights_are_copied(
+    model: Path, preset: Path, tmp_path: Path
+) -> None:
+    convert(model, preset, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json", "tokenizer.json", "model.safetensors", "mixedprec_provenance.json"
+    }  # fmt: skip
+
+
+def test_converted_checkpoint_plans_without_a_preset_and_takes_all_as_stored(
+    model: Path, preset: Path, tmp_path: Path
+) -> None:
+    convert(model, preset, tmp_path / "out")
+    before = resolve_plan(preset_for(str(preset), open_source(model), (), ""), open_source(model),
+                          CPU)  # fmt: skip
+    source = open_source(tmp_path / "out")
+    after = resolve_plan(preset_for("", source, (), ""), source, CPU)
+    assert after.problems == before.problems == ()
+    assert {layer.action for layer in after.layers} == {"as stored"}
+    for name, layer in before.by_name.items():
+        same = after.by_name[name]
+        assert (same.method, dict(same.outputs)) == (layer.method, dict(layer.outputs))
+        assert (same.scheme is None) or same.scheme.identity == layer.scheme.identity
+    stream, direct = dict(iter(VirtualCheckpoint(after))), dict(iter(VirtualCheckpoint(before)))
+    assert all(same_bytes(stream[name], tensor) for name, tensor in direct.items())
+
+
+def test_preset_that_is_given_wins_over_the_carried_one(
+    model: Path, preset: Path, tmp_path: Path
+) -> None:
+    convert(model, preset, tmp_path / "out")
+    other = write_preset(tmp_path / "other", 'match: "*", method: bf16')
+    code, text, _ = run("plan", "--model", tmp_path / "out", "--preset", other, "--json")
+    assert code == 0
+    actions = {layer["name"]: layer["action"] for layer in json.loads(text)["layers"]}
+    assert actions["model.layers.0.mlp.up_proj"] == "dequantize"
+    code, text, _ = run("plan", "--model", tmp_path / "out", "--json")
+    assert {layer["action"] for layer in json.loads(text)["layers"]} == {"as stored"}
+
+
+def test_overrides_change_the_carried_preset(model: Path, preset: Path, tmp_path: Path) -> None:
+    convert(model, preset, tmp_path / "out")
+    code, text, _ = run("plan", "--model", tmp_path / "out", "--set", "rules[2].method=bf16")
+    assert code == 0
+    assert "dequantize" in text
+
+
+def test_checkpoint_without_a_preset_needs_one(model: Path) -> None:
+    code, _, err = run("plan", "--model", model)
+    assert code == 2
+    assert err == (
+        f"mixedprec: error: --preset: is missing, and {model} carries no preset of its own; name a "
+        "preset, or a checkpoint that mixedprec convert wrote\n"
+    )
+
+
+def test_inspect_says_that_a_checkpoint_was_converted(
+    model: Path, preset: Path, tmp_path: Path
+) -> None:
+    convert(model, preset, tmp_path / "out")
+    code, text, _ = run("inspect", tmp_path / "out")
+    assert code == 0
+    assert "written by mixedprec convert; carries the preset that it was made with" in text
+
+
+def test_act_order_is_remembered(tmp_path: Path) -> None:
+    config = llama_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64,
+                                               "desc_act": True, "sym": True})  # fmt: skip
+    all_tensors = llama_tensors(config)
+    arguments = {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "clip_search": False}
+    name = "model.layers.1.mlp.down_proj"
+    stored = gptq.quantize(all_tensors.pop(f"{name}.weight"), arguments, torch.bfloat16)
+    stored["g_idx"] = stored["g_idx"].flip(0).contiguous()
+    all_tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
+    model = write_checkpoint(tmp_path / "model", config, all_tensors)
+    preset = write_preset(tmp_path, 'match: "*.1.mlp.down_proj", method: gptq, group_size: 64')
+    assert convert(model, preset, tmp_path / "out")[0] == 0
+    source = open_source(tmp_path / "out")
+    plan = resolve_plan(preset_for("", source, (), ""), source, CPU)
+    scheme = plan.by_name[name].scheme
+    assert scheme is not None
+    assert scheme.arguments["desc_act"] is True
+    assert same_bytes(dict(iter(VirtualCheckpoint(plan)))[f"{name}.g_idx"], stored["g_idx"])
+
+
+def test_sources_are_dropped_and_named_in_the_provenance(model: Path, tmp_path: Path) -> None:
+    config = llama_config()
+    other = write_checkpoint(tmp_path / "other", config, {
+        name: tensor * 2 for name, tensor in llama_tensors(config).items()
+    })  # fmt: skip
+    head = (
+        f"sources:\n  double: {{path: {other}}}\nschemes:\n  s: {{method: fp8, source: double}}\n"
+    )
+    preset = write_preset(
+        tmp_path / "presets", 'match: "*.mlp.*", scheme: s',
+        'match: "*.0.mlp.*", method: fp8, source: double', head=head,
+    )  # fmt: skip
+    # the same model with every weight doubled is no copy of it
+    text = preset.read_text().replace("version: 1\n", "version: 1\ntrust_sources: true\n")
+    preset.write_text(text)
+    code, _, err = convert(model, preset, tmp_path / "out")
+    assert (code, err) == (0, "")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "double" not in json.dumps(said)
+    provenance = json.loads((tmp_path / "out" / "mixedprec_provenance.json").read_text())
+    assert {name: entry["path"] for name, entry in provenance["sources"].items()} == {
+        "model": str(model), "double": str(other)
+    }  # fmt: skip
+    layers = {entry["layer"]: entry for entry in provenance["layers"]}
+    entry = layers["model.layers.1.mlp.up_proj"]
+    assert (entry["source"], entry["action"], entry["method"]) == ("double", "quantize", "fp8")
+    weight = llama_tensors(config)["model.layers.1.mlp.up_proj.weight"] * 2
+    digest = hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()
+    assert entry["tensors"] == [
+        {"name": "model.layers.1.mlp.up_proj.weight", "file": "model.safetensors", "sha256": digest}
+    ]
+    stream = dict(iter(open_virtual_checkpoint(model, preset, CPU)))
+    assert all(same_bytes(t, stream[name]) for name, t in tensors(tmp_path / "out").items())
+
+
+def test_parts_have_the_digests_of_the_provenance(
+    model: Path, preset: Path, tmp_path: Path
+) -> None:
+    convert(model, preset, tmp_path / "out", "--max-shard-size", "300KB")
+    provenance = json.loads((tmp_path / "out" / "mixedprec_provenance.json").read_text())
+    files = contents(tmp_path / "out")
+    assert {file: part["sha256"] for file, part in provenance["parts"].items()} == {
+        file: digest for file, digest in files.items() if file.endswith(".safetensors")
+    }
+
+
+def test_dtype_of_the_config_is_the_one_converted_for(
+    model: Path, preset: Path, tmp_path: Path
+) -> None:
+    code, _, _ = convert(model, preset, tmp_path / "out", "--dtype", "float16")
+    assert code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "float16"
+    assert tensors(tmp_path / "out")["model.norm.weight"].dtype == torch.float16
+
+
+class TestOutputFolder:
+    def test_second_run_finds_nothing_to_do(
+        self, model: Path, preset: Path, tmp_path: Path
+    ) -> None:
+        convert(model, preset, tmp_path / "out")
+        before = contents(tmp_path / "out")
+        code, text, _ = convert(model, preset, tmp_path / "out")
+        assert (code, contents(tmp_path / "out")) == (0, before)
+        assert "1 of them from before" in text
+
+    def test_conversion_of_other_inputs_is_replaced_only_if_asked(
+        self, model: Path, preset: Path, tmp_path: Path
+    ) -> None:
+        convert(model, preset, tmp_path / "out", "--max-shard-size", "300KB")
+        before = contents(tmp_path / "out")
+        other = write_preset(tmp_path / "other", 'match: "*", method: fp8')
+        code, _, err = convert(model, other, tmp_path / "out")
+        assert code == 1
+        assert "holds a conversion of other inputs (the preset, the size of parts, the plan" in err
+        assert contents(tmp_path / "out") == before
+        assert convert(model, other, tmp_path / "out", "--overwrite")[0] == 0
+        assert convert(model, other, tmp_path / "fresh")[0] == 0
+        assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+    def test_changed_weights_of_a_source_are_other_inputs(
+        self, model: Path, preset: Path, tmp_path: Path
+    ) -> None:
+        convert(model, preset, tmp_path / "out")
+        path = model / "model-00001-of-00003.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        stat = path.stat()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+        code, _, err = convert(model, preset, tmp_path / "out")
+        assert code == 1
+        assert "(the sources' files changed)" in err
+
+    def test_folder_of_something_else_is_never_touched(
+        self, model: Path, preset: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("years of work")
+        code, _, err = convert(model, preset, tmp_path / "out", "--overwrite")
+        assert code == 1
+        assert "out: is not empty, and no conversion wrote it; name a new folder" in err
+        assert contents(tmp_path / "out").keys() == {"thesis.tex"}
+
+    @pytest.mark.parametrize("where", ["model", "model/sub", "."])
+    def test_output_beside_the_source_only(
+        self, model: Path, preset: Path, tmp_path: Path, where: str
+    ) -> None:
+        before = contents(model)
+        code, _, err = convert(model, preset, tmp_path / where)
+        assert code == 1
+        assert "is, holds or lies in the source 'model'" in err
+        assert contents(model) == before
+
+    def test_folder_that_cannot_be_made_is_an_error(
+        self, model: Path, preset: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        code, _, err = convert(model, preset, tmp_path / "file" / "out")
+        assert code == 1
+        assert "cannot be written (Not a directory); make room or access" in err
+
+    def test_folder_that_is_read_only_is_an_error(self, model: Path, preset: Path) -> None:
+        code, _, err = convert(model, preset, Path("/proc/mixedprec/out"))
+        assert code == 1
+        assert "cannot be written (" in err
+
+    def test_full_disk_is_told_before_the_work(self, tmp_path: Path) -> None:
+        from mixedprec_plugin.convert.folder import require_space
+        from mixedprec_plugin.errors import ConvertError
+
+        with pytest.raises(ConvertError, match=r"bytes free .expected 1,152,921,504,606,846,976."):
+            require_space(tmp_path, 1 << 60)
+
+    def test_second_process_waits_its_turn(self, model: Path, preset: Path, tmp_path: Path) -> None:
+        from mixedprec_plugin.convert.journal import Journal
+
+        (tmp_path / "out" / ".mixedprec-partial").mkdir(parents=True)
+        journal = Journal(tmp_path / "out" / ".mixedprec-partial")
+        code, _, err = convert(model, preset, tmp_path / "out")
+        journal.close()
+        assert code == 1
+        assert "another process is converting into this folder" in err
+
+    @pytest.mark.parametrize("size", ["5XB", "", "0", "GB", "-1GB"])
+    def test_size_that_is_none_is_a_usage_error(
+        self, model: Path, preset: Path, tmp_path: Path, size: str
+    ) -> None:
+        code, _, err = convert(model, preset, tmp_path / "out", f"--max-shard-size={size}")
+        assert code == 2
+        assert f"--max-shard-size: {size!r} is no size (expected one such as 5GB or 500MB)" in err
+
+
+def test_plan_with_errors_is_not_converted(model: Path, tmp_path: Path) -> None:
+    broken = write_preset(tmp_path / "broken", 'match: "nothing", method: fp8')
+    code, _, err = convert(model, broken, tmp_path / "out")
+    assert code == 1
+    assert "matches no layer" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weight_leaves_nothing_that_passes_for_whole(tmp_path: Path) -> None:
+    config = llama_config()
+    all_tensors: dict[str, Any] = llama_tensors(config)
+    all_tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = torch.nan
+    model = write_checkpoint(tmp_path / "model", config, all_tensors)
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
+    code, _, err = convert(model, preset, tmp_path / "out")
+    assert code == 1
+    assert "weights in model.safetensors are NaN or infinite" in err
+    assert not (tmp_path / "out" / "config.json").exists()
