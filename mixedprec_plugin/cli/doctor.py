@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import logging
 import platform
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from mixedprec_plugin.errors import MixedPrecisionError, Problem
+from mixedprec_plugin.cli.blame import line_of_method
+from mixedprec_plugin.cli.findings import Finding, Status, failed
+from mixedprec_plugin.cli.registration import examine_registration
+from mixedprec_plugin.errors import MixedPrecisionError
 
 if TYPE_CHECKING:
     from mixedprec_plugin.methods.spec import MethodSpec
-
-Status = Literal["ok", "absent", "failed"]
 
 # Names as people type them, with the arguments that are worth a try beside the defaults.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -37,25 +37,6 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 PACKAGES = ("mixedprec-plugin", "sglang", "torch", "transformers", "safetensors")
 _STYLES: Mapping[Status, str] = {"ok": "green", "absent": "yellow", "failed": "bold red"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        section: what it belongs to: `configs`, `registration`, `versions` or `device`.
-        name: what was looked at.
-        status: `absent` is what this machine cannot have, and no fault.
-        text: what was found, or the reason.
-        details: the same as data, for --json.
-    """
-
-    section: str
-    name: str
-    status: Status
-    text: str
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +102,7 @@ def examine_sglang() -> list[Finding]:
     try:
         configs = examine_configs(active)
     except MixedPrecisionError as error:
-        configs = [_failed("configs", problem) for problem in error.problems]
+        configs = [failed("configs", problem) for problem in error.problems]
     return [device, *examine_registration(), *configs]
 
 
@@ -140,46 +121,6 @@ def examine_device() -> tuple[str, Finding]:
     details = {"platform": "cuda", "capability": capability}
     text = f"{name}, capability {capability // 10}.{capability % 10}"
     return "cuda", Finding("device", "cuda", "ok", text, details)
-
-
-def examine_registration() -> list[Finding]:
-    """Report whether SGLang knows the load format, the flag, the hooks and the platform."""
-    from mixedprec_plugin.serving import hooks
-    from mixedprec_plugin.serving.flags import LOAD_FORMAT
-
-    problems = hooks.check_registration()
-    findings = [_failed("registration", problem) for problem in problems]
-    if not problems:
-        targets = ", ".join(hook.target.rpartition("srt.")[2] for hook in hooks.HOOKS)
-        findings.append(Finding("registration", "load format", "ok", LOAD_FORMAT))
-        findings.append(Finding("registration", "hooks", "ok", targets))
-    return [*findings, _examine_flag(), _examine_platform()]
-
-
-def _examine_flag() -> Finding:
-    from sglang.srt.server_args import ServerArgs
-
-    flag = "--mixedprec-config"
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    if flag in parser.format_usage():
-        return Finding("registration", "flag", "ok", flag)
-    text = f"{flag} is not among the server's flags; SGLang's log says why the plugin failed"
-    return Finding("registration", "flag", "failed", text)
-
-
-def _examine_platform() -> Finding:
-    from sglang.srt.platforms import current_platform
-
-    kind = type(current_platform)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if kind.__name__ == "SRTPlatform":
-        text = (
-            "no platform: no accelerator is there and the CPU platform is not registered; "
-            "run 'pip install mixedprec-plugin'"
-        )
-        return Finding("registration", "platform", "failed", text)
-    return Finding("registration", "platform", "ok", name)
 
 
 def examine_configs(active: str) -> list[Finding]:
@@ -230,7 +171,9 @@ def _construct(
         if is_device and not is_in_use:
             text = f"not constructible on this device: {_reason(error)}"
             return Finding("configs", name, "absent", text, {**details, "reason": str(error)})
-        return Finding("configs", name, "failed", str(error), {**details, "reason": str(error)})
+        line = line_of_method(spec, key, error.problems[0].rule, error)
+        text = f"{error}; look at {line}"
+        return Finding("configs", name, "failed", text, {**details, "reason": str(error)})
     attributes = _attributes(config, spec.build(arguments, key))
     shown = " ".join(f"{name}={value}" for name, value in attributes.items())
     text = f"{type(config).__name__}: {shown}"
@@ -250,11 +193,6 @@ def _attributes(config: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
         if says_something and not name.startswith("_") and name != "full_config":
             shown[name] = value if isinstance(value, bool | int | str | list) else str(value)
     return shown
-
-
-def _failed(section: str, problem: Problem) -> Finding:
-    what = f"{problem.what}; {problem.remedy}" if problem.remedy else problem.what
-    return Finding(section, problem.where, "failed", what)
 
 
 def _as_data(findings: list[Finding]) -> dict[str, Any]:

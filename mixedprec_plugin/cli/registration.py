@@ -1,0 +1,81 @@
+"""Is the plugin whole in this process, and does SGLang still have what it is hooked to?"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from mixedprec_plugin.cli.blame import hook_faults, line_of, line_of_failure, line_of_text
+from mixedprec_plugin.cli.findings import Finding, failed
+
+
+def examine_registration() -> list[Finding]:
+    """Report whether SGLang knows the load format, the flag, the hooks and the platform."""
+    findings = _examine_imports()
+    if findings:
+        return [*findings, _examine_flag(), _examine_platform()]
+    from mixedprec_plugin.serving import hooks
+    from mixedprec_plugin.serving.flags import LOAD_FORMAT
+
+    problems = hooks.check_registration()
+    findings = [failed("registration", problem) for problem in problems]
+    findings += _examine_hooks()
+    if not problems:
+        targets = ", ".join(hook.target.rpartition("srt.")[2] for hook in hooks.HOOKS)
+        findings.append(Finding("registration", "load format", "ok", LOAD_FORMAT))
+        findings.append(Finding("registration", "hooks", "ok", targets))
+    return [*findings, _examine_flag(), _examine_platform()]
+
+
+def _examine_imports() -> list[Finding]:
+    """Our modules that take what they need from SGLang by name."""
+    findings = []
+    for module in ("mixedprec_plugin.serving.hooks", "mixedprec_plugin.serving.loader"):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            text = f"cannot be imported: {error}; look at {line_of_failure(error)}"
+            findings.append(Finding("registration", module, "failed", text))
+    return findings
+
+
+def _examine_hooks() -> list[Finding]:
+    """What SGLang's functions have become that our hooks were written for."""
+    from mixedprec_plugin.serving import hooks
+
+    return [
+        Finding(
+            "registration",
+            hook.target,
+            "failed",
+            f"{fault}; look at {line_of_text(hooks, hook.target)} and {line_of(hook.function)}",
+        )
+        for hook in hooks.HOOKS
+        for fault in hook_faults(hook)
+    ]
+
+
+def _examine_flag() -> Finding:
+    from sglang.srt.server_args import ServerArgs
+
+    flag = "--mixedprec-config"
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    if flag in parser.format_usage():
+        return Finding("registration", "flag", "ok", flag)
+    text = f"{flag} is not among the server's flags; SGLang's log says why the plugin failed"
+    return Finding("registration", "flag", "failed", text)
+
+
+def _examine_platform() -> Finding:
+    from sglang.srt.platforms import current_platform
+
+    kind = type(current_platform)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__name__ == "SRTPlatform":
+        text = (
+            "no platform: no accelerator is there and the CPU platform is not registered; "
+            "run 'pip install mixedprec-plugin'"
+        )
+        return Finding("registration", "platform", "failed", text)
+    return Finding("registration", "platform", "ok", name)
