@@ -1,0 +1,8 @@
+"""The shipped presets on a real GPU: `make test-gpu`.
+
+run.sh        finds or makes an environment, and starts these tests in it
+conftest.py   skips with a reason where there is no GPU; prints the measurements
+card.py       whether this machine's GPU can be tested, and which presets it runs
+memory.py     one load in a process of its own: bytes on the GPU beside the plan's
+speed.py      tokens a second of a running server
+"""

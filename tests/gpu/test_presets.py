@@ -1,0 +1,73 @@
+"""Every shipped preset on a real GPU: its numbers, its memory, its speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import memory, speed
+from tests.gpu.card import PRESETS, preset_plan, why_not
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+_QUALITY = Path(__file__).resolve().parents[2] / "docs" / "quality.json"
+NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+# of the CPU engine's perplexity; activations that are quantized make roundings turn over
+_PERPLEXITY = 0.01
+_MEMORY = 0.02
+
+
+@pytest.fixture(params=NAMES)
+def preset(request: pytest.FixtureRequest, gpu: int, demo_model: Path) -> str:
+    name: str = request.param
+    if reasons := why_not(preset_plan(name, demo_model, gpu), gpu):
+        pytest.skip(f"this GPU does not run {name}: {'; '.join(reasons)}")
+    return name
+
+
+def test_distributions_are_the_references_and_the_cpu_engines(
+    preset: str, demo_model: Path, prose: str, report: list[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    from benchmarks.quality import measure
+    from benchmarks.reference_model import load_unquantized, log_probabilities
+
+    tokens = AutoTokenizer.from_pretrained(demo_model)(prose)["input_ids"]
+    unquantized = log_probabilities(load_unquantized(demo_model), tokens)
+    result = measure(preset, demo_model, tokens, unquantized)
+    report.append(
+        f"{preset}: PPL {result.engine:.3f} (reference {result.reference:.3f}), "
+        f"mean KL {result.divergence:.5f} (limit {result.limit})"
+    )
+    assert result.is_within, result
+    entries = json.loads(_QUALITY.read_text(encoding="utf-8"))
+    on_cpu = {entry["preset"]: entry["engine"] for entry in entries}
+    assert result.engine == pytest.approx(on_cpu[preset], rel=_PERPLEXITY)
+
+
+def test_memory_is_what_the_plan_says(
+    preset: str, demo_model: Path, gpu: int, report: list[str]
+) -> None:
+    planned = preset_plan(preset, demo_model, gpu).bytes_after
+    found = memory.measure(demo_model, PRESETS / f"{preset}.yaml")
+    grown = found["allocated"] - found["buffers"]
+    report.append(
+        f"{preset}: {planned:,} bytes planned, {found['parameters']:,} in parameters, "
+        f"{grown:,} allocated beside {found['buffers']:,} of buffers"
+    )
+    assert found["parameters"] == pytest.approx(planned, rel=_MEMORY)
+    assert grown == pytest.approx(planned, rel=_MEMORY)
+
+
+def test_decode_speed(preset: str, demo_model: Path, tmp_path: Path, report: list[str]) -> None:
+    from demo.server import Server
+
+    with Server(demo_model, tmp_path / "server.log", PRESETS / f"{preset}.yaml") as server:
+        speeds = {size: speed.decode_speed(server, size) for size in (1, 32)}
+    report.append(
+        f"{preset}: "
+        + ", ".join(f"{value:,.0f} tokens/s at batch {size}" for size, value in speeds.items())
+    )
+    assert speeds[32] > speeds[1]
