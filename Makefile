@@ -3,11 +3,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format bench quality memory dryrun compat clean
+.PHONY: help install demo test test-gpu lint format bench quality memory dryrun compat clean
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
 	@echo "make test     run the tests"
+	@echo "make test-gpu run the shipped presets on this machine's GPU (tests/gpu)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    measure quality (docs/quality.md) and memory (docs/memory.md)"
@@ -29,6 +30,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(RUN) -m pytest -q
+
+test-gpu:
+	@sh tests/gpu/run.sh
 
 lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
