@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
 from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinMoEScheme
 
@@ -46,6 +47,21 @@ class GPTQExpertsConfig(GPTQMarlinConfig):
     def get_moe_scheme(self, layer: FusedMoE) -> RepairedGPTQMarlinMoEScheme:
         """The scheme that `GPTQMarlinMoEMethod` runs."""
         return RepairedGPTQMarlinMoEScheme(self)
+
+
+def repaired(config: QuantizationConfig | None) -> QuantizationConfig | None:
+    """The config whose experts have repaired parameters; others are returned as they are."""
+    if not isinstance(config, GPTQMarlinConfig) or type(config) is not GPTQMarlinConfig:
+        return config
+    return GPTQExpertsConfig(
+        weight_bits=config.weight_bits,
+        group_size=config.group_size,
+        desc_act=config.desc_act,
+        is_sym=config.is_sym,
+        lm_head_quantized=config.lm_head_quantized,
+        dynamic=config.dynamic,
+        full_config=config.full_config,
+    )
 
 
 def repair_parameters(layer: FusedMoE, config: GPTQMarlinConfig, params_dtype: torch.dtype) -> None:

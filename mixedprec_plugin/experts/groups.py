@@ -1,0 +1,73 @@
+"""Which experts of a layer run in which scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+
+from mixedprec_plugin.errors import LoadError, Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertGroup:
+    """Experts of one layer that share a scheme.
+
+    Attributes:
+        ids: the experts, as the checkpoint and the router count them.
+        config: SGLang's quantization config of the scheme; None for unquantized experts.
+        label: the scheme's name, for messages.
+    """
+
+    ids: tuple[int, ...]
+    config: QuantizationConfig | None = None
+    label: str = "bf16"
+
+
+def check_groups(where: str, groups: Sequence[ExpertGroup], num_experts: int) -> None:
+    """Check that groups hold every expert of a layer once.
+
+    Args:
+        where: the layer's name.
+        groups: the groups.
+        num_experts: how many experts the layer has.
+    Raises:
+        LoadError: experts are in no group, in several, or the layer has not got them.
+    """
+    counts = Counter(expert for group in groups for expert in group.ids)
+    findings = {
+        "are in no group": [e for e in range(num_experts) if e not in counts],
+        "are in several groups": sorted(e for e, count in counts.items() if count > 1),
+        f"do not exist (expected 0 to {num_experts - 1})": sorted(
+            e for e in counts if not 0 <= e < num_experts
+        ),
+    }
+    problems = [
+        Problem(where, f"experts {', '.join(map(str, ids))} {what}", rule="expert-groups")
+        for what, ids in findings.items()
+        if ids
+    ]
+    problems += [
+        Problem(where, f"the group in {group.label} holds no expert", rule="expert-groups")
+        for group in groups
+        if not group.ids
+    ]
+    if problems:
+        raise LoadError(problems)
+
+
+def routing_table(groups: Sequence[ExpertGroup], num_experts: int) -> torch.Tensor:
+    """The local id of every expert in every group, on the default device.
+
+    Returns:
+        int32 [number of groups, num_experts + 1]; -1 for experts of other groups, and in the last
+        column, where a masked id of -1 reads.
+    """
+    table = [[-1] * (num_experts + 1) for _ in groups]
+    for row, group in zip(table, groups, strict=True):
+        for local, expert in enumerate(group.ids):
+            row[expert] = local
+    return torch.tensor(table, dtype=torch.int32)

@@ -1,0 +1,116 @@
+"""Tensors of single experts -> the parameters that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import set_weight_attrs
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+from mixedprec_plugin.errors import LoadError, Problem
+
+# where a composite layer keeps its children, and expert -> (child, local id)
+GROUPS, OWNERS = "expert_groups", "expert_owners"
+
+
+def expert_owner(layer: FusedMoE, expert: int) -> tuple[FusedMoE, int]:
+    """Find the layer that holds an expert's weights.
+
+    Args:
+        layer: a layer of experts, composite or not.
+        expert: its id in the checkpoint.
+    Returns:
+        the layer itself or a child, and the expert's id there.
+    """
+    owners = getattr(layer, OWNERS, None)
+    if owners is None:
+        return layer, expert
+    child, local = owners[expert]
+    return getattr(layer, GROUPS)[child], local
+
+
+def load_expert_tensor(
+    layer: FusedMoE, expert: int, shard: str, suffix: str, tensor: torch.Tensor
+) -> None:
+    """Hand one tensor of one expert to its parameter's own loader.
+
+    Args:
+        layer: a layer of experts, composite or not.
+        expert: its id in the checkpoint.
+        shard: `w1` (gate), `w3` (up) or `w2` (down projection).
+        suffix: the parameter's, such as `weight_scale_inv`.
+        tensor: the whole tensor; SGLang's loader takes the rank's part.
+    Raises:
+        LoadError: the expert's scheme has no such parameter.
+    """
+    name = ("w2_" if shard == "w2" else "w13_") + suffix
+    owner, local = expert_owner(layer, expert)
+    parameter = _parameter(layer, owner, expert, name)
+    parameter.weight_loader(parameter, tensor, f"{layer.layer_name}.{name}", shard, local)
+
+
+def add_routers(layer: FusedMoE, dtype: torch.dtype) -> None:
+    """Give a composite layer an empty parameter for each name that some child has.
+
+    SGLang's models look parameters up by the layer's name and call their `weight_loader`; these
+    forward to the child that holds the expert.
+    """
+    names = {name for child in _children(layer) for name, _ in child.named_parameters()}
+    for name in sorted(names):
+        router = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        layer.register_parameter(name, router)
+        set_weight_attrs(router, {"weight_loader": _Router(layer, name)})
+
+
+class _Router:
+    """The weight loader of an empty parameter."""
+
+    def __init__(self, layer: FusedMoE, name: str) -> None:
+        self._layer = layer
+        self._name = name
+
+    def __call__(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int | None = None,
+    ) -> None:
+        """Forward, in the form of `FusedMoE.weight_loader`, or of `weight_loader_fused`."""
+        if expert_id is None:
+            self._load_fused(loaded_weight, weight_name, shard_id)
+            return
+        owner, local = expert_owner(self._layer, expert_id)
+        parameter = _parameter(self._layer, owner, expert_id, self._name)
+        parameter.weight_loader(parameter, loaded_weight, weight_name, shard_id, local)
+
+    def _load_fused(self, loaded_weight: torch.Tensor, weight_name: str, shard_id: str) -> None:
+        """All experts in one tensor [E, ...]."""
+        for index, child in enumerate(_children(self._layer)):
+            owners = getattr(self._layer, OWNERS)
+            ids = [expert for expert, (group, _) in owners.items() if group == index]
+            parameter = _parameter(self._layer, child, ids[0], self._name)
+            parameter.weight_loader(parameter, loaded_weight[ids], weight_name, shard_id)
+
+
+def _children(layer: FusedMoE) -> Iterable[FusedMoE]:
+    children: Iterable[FusedMoE] = getattr(layer, GROUPS)
+    return children
+
+
+def _parameter(layer: FusedMoE, owner: FusedMoE, expert: int, name: str) -> Any:
+    parameter = dict(owner.named_parameters()).get(name)
+    if parameter is None:
+        raise LoadError(
+            Problem(
+                f"{layer.layer_name}: expert {expert}",
+                f"has no parameter {name!r} in {type(owner.quant_method).__name__} "
+                f"(expected {', '.join(n for n, _ in owner.named_parameters())})",
+                "the tensor belongs to another scheme than the expert's",
+                "unknown-parameter",
+            )
+        )
+    return parameter

@@ -1,0 +1,74 @@
+"""Launch options that do not go with experts in several schemes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
+
+
+def test_default_launch_goes():
+    assert why_not_composite(SimpleNamespace(), ["awq", "bf16"]) == []
+    assert why_not_experts(SimpleNamespace(moe_runner_backend="auto"), ["awq", "gptq"]) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("ep_size", 2, r"--ep-size 2: expert parallelism gives every rank an equal part"),
+        ("moe_a2a_backend", "deepep", r"--moe-a2a-backend 'deepep': a backend that dispatches"),
+        ("enable_eplb", True, r"--enable-eplb True: the expert balancer moves weights"),
+        ("ep_num_redundant_experts", 4, "--ep-num-redundant-experts 4: copies of experts"),
+        ("init_expert_location", "map.json", "--init-expert-location 'map.json': expert placement"),
+        ("elastic_ep_backend", "mooncake", "--elastic-ep-backend 'mooncake': elastic expert"),
+        ("dwdp_size", 2, "--dwdp-size 2: replicating expert weights"),
+        ("kt_weight_path", "w", "--kt-weight-path 'w': KTransformers"),
+        ("enable_paged_experts", True, "--enable-paged-experts True: paging experts"),
+        ("enable_lora", True, "--enable-lora True: LoRA replaces"),
+        ("lora_paths", ["a"], r"--lora-paths \['a'\]: LoRA replaces"),
+        ("enforce_shared_experts_fusion", True, "--enforce-shared-experts-fusion True: shared"),
+        ("moe_runner_backend", "flashinfer_cutlass", "--moe-runner-backend 'flashinfer_cutlass'"),
+    ],
+)
+def test_options_that_need_one_scheme_are_named(field, value, text):
+    (found,) = why_not_composite(SimpleNamespace(**{field: value}), ["bf16", "awq"])
+    what, remedy = found
+    assert re.match(text, what)
+    assert "(expected " in what
+    assert remedy.startswith("start without")
+
+
+def test_all_faults_are_found_at_once():
+    args = SimpleNamespace(ep_size=4, enable_eplb=True, moe_a2a_backend="deepep")
+    assert len(why_not_composite(args)) == 3
+
+
+def test_triton_serves_the_methods_that_it_has_kernels_for():
+    args = SimpleNamespace(moe_runner_backend="triton")
+    assert why_not_composite(args, ["bf16", "fp8", "blockwise_int8"]) == []
+    ((what, _),) = why_not_composite(args, ["bf16", "awq"])
+    assert what.endswith("(expected 'auto')")
+
+
+def test_marlins_experts_take_no_backend_of_choice():
+    args = SimpleNamespace(moe_runner_backend="triton")
+    assert why_not_experts(args, ["fp8", "bf16"]) == []
+    ((what, remedy),) = why_not_experts(args, ["gptq", "awq", "fp8"])
+    assert what == (
+        "--moe-runner-backend 'triton': SGLang runs experts in awq and gptq in Marlin kernels, and "
+        "only where it may choose (expected 'auto')"
+    )
+    assert remedy == "start without --moe-runner-backend"
+
+
+def test_neither_torch_nor_sglang_is_imported():
+    code = (
+        "import sys, mixedprec_plugin.experts.launch;"
+        "sys.exit(bool({'torch', 'sglang'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
