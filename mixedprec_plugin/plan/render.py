@@ -23,11 +23,13 @@ class Group:
 
     Attributes:
         name: folded module names, `model.layers.0-29.self_attn.qkv_proj`.
-        shards: what the module fuses, `q,k,v`; empty if nothing.
+        source: names of the sources that its layers come from.
+        action: how stored tensors become served ones, and what else the plan decided.
     """
 
     name: str
     scheme: str
+    source: str
     action: str
     stored: str
     num_modules: int
@@ -50,15 +52,16 @@ def group_modules(plan: Plan) -> list[Group]:
         label = scheme.label if scheme else "-"
         identity = repr(scheme.identity) if scheme else ""
         folded = fold_names([module])[0] if not any(c.isdigit() for c in module) else _shape(module)
-        key = (folded, label, identity, _actions(layers), _stored(layers), shape)
+        key = (folded, label, _sources(layers), identity, _actions(layers), _stored(layers), shape)
         buckets.setdefault(key, {})[module] = layers
     groups = []
-    for (_, label, _, action, stored, _), modules in buckets.items():
+    for (_, label, source, _, action, stored, _), modules in buckets.items():
         layers = tuple(layer for group in modules.values() for layer in group)
         groups.append(
             Group(
                 name=", ".join(fold_names(modules)),
                 scheme=label,
+                source=source,
                 action=action,
                 stored=stored,
                 num_modules=len(modules),
@@ -91,7 +94,22 @@ def _shape(name: str) -> str:
 
 
 def _actions(layers: tuple[PlannedLayer, ...]) -> str:
-    return ", ".join(dict.fromkeys(layer.action for layer in layers))
+    return ", ".join(dict.fromkeys(_action(layer) for layer in layers))
+
+
+def _action(layer: PlannedLayer) -> str:
+    rescaled = f"rescaled to the norm of {layer.rescale.source}" if layer.rescale else ""
+    notes = ", ".join(filter(None, (rescaled, layer.note)))
+    return f"{layer.action} ({notes})" if notes else layer.action
+
+
+def _sources(layers: tuple[PlannedLayer, ...]) -> str:
+    return ", ".join(dict.fromkeys(layer.source for layer in layers))
+
+
+def _has_sources(plan: Plan) -> bool:
+    """Whether layers come from more than the model's own checkpoint."""
+    return any(layer.source != plan.source.name for layer in plan.layers)
 
 
 def _stored(layers: tuple[PlannedLayer, ...]) -> str:
@@ -124,11 +142,25 @@ def _layer_as_dict(layer: PlannedLayer) -> dict[str, Any]:
         "source": layer.source,
         "stored": layer.stored.description if layer.stored else None,
         "action": layer.action,
+        "rescaled": _rescale_as_dict(layer),
+        "note": layer.note,
         "shape": [layer.stored.N, layer.stored.K] if layer.stored else None,
         "bytes_before": layer.bytes_before,
         "bytes": layer.bytes_after,
         "bits_per_weight": round(layer.bits_per_weight, 4),
         "rule": layer.rule.index if layer.rule else None,
+    }
+
+
+def _rescale_as_dict(layer: PlannedLayer) -> dict[str, Any] | None:
+    """The norms that columns are multiplied and divided by; None where they are not."""
+    if layer.rescale is None:
+        return None
+    return {
+        "norm": layer.rescale.own.name,
+        "times": layer.source,
+        "over": layer.rescale.source,
+        "offset": layer.rescale.offset,
     }
 
 
@@ -155,19 +187,22 @@ def totals(plan: Plan) -> dict[str, Any]:
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the plan: a row for each group of modules, totals, and every problem."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    has_sources = _has_sources(plan)
     for title, right in (
-        ("layers", False), ("scheme", False), ("stored", False), ("action", False),
-        ("before", True), ("after", True), ("bits", True),
+        ("layers", False), ("scheme", False), *([("source", False)] if has_sources else []),
+        ("stored", False), ("action", False), ("before", True), ("after", True), ("bits", True),
     ):  # fmt: skip
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     for group in group_modules(plan):
         bits = f"{group.bits_per_weight:.2f}" if group.num_weights else ""
         table.add_row(
-            Text(group.name), group.scheme, group.stored, group.action,
+            Text(group.name), group.scheme, *([group.source] if has_sources else []),
+            group.stored, group.action,
             format_bytes(group.bytes_before), format_bytes(group.bytes_after), bits,
         )  # fmt: skip
     for name, embedding in plan.tied.items():
-        table.add_row(name, "-", f"tied to {embedding}", "as stored", "", "", "")
+        source = [plan.by_name[embedding].source] if has_sources else []
+        table.add_row(name, "-", *source, f"tied to {embedding}", "as stored", "", "", "")
     console.print(table)
     console.print(totals_line(plan), highlight=False)
     for problem in plan.problems:
@@ -192,7 +227,8 @@ def summary_lines(plan: Plan) -> list[str]:
     for group in group_modules(plan):
         bits = f"{group.bits_per_weight:5.2f} bits" if group.num_weights else ""
         lines.append(
-            f"mixedprec:   {group.name}  {group.scheme}  {group.action}  "
+            f"mixedprec:   {group.name}  {group.scheme}  "
+            f"{group.source + '  ' if _has_sources(plan) else ''}{group.action}  "
             f"{format_bytes(group.bytes_after)}  {bits}".rstrip()
         )
     lines.append(f"mixedprec: {totals_line(plan)}")
