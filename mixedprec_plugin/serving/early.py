@@ -6,13 +6,16 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from mixedprec_plugin.checkpoint.converted import embedded_preset
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Device, Plan, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.settings import Settings, read_settings
 
 # (field of ServerArgs, the value that we can serve, what it is)
@@ -40,22 +43,34 @@ def check_early(args: Any) -> None:
             args.model_path, settings, str(args.dtype), int(args.tp_size), serving_device()
         )
         problems.extend(plan.errors)
-    else:
+    elif settings.config:
         load_preset(settings.config, settings.overrides)
     if problems:
         raise PlanError(problems)
 
 
 def make_plan(
-    model_path: str, settings: Settings, dtype: str, tp_size: int, device: Device
+    model_path: str,
+    settings: Settings,
+    dtype: str,
+    tp_size: int,
+    device: Device,
+    served: Preset | None = None,
 ) -> Plan:
     """Plan a preset over a local checkpoint for a running server.
 
+    Args:
+        served: what already runs, for new weights where none is named and they carry none.
     Raises:
+        UsageError: no preset was named, and the checkpoint carries none.
         PresetError, CheckpointError: as the pipeline finds them; plan errors are in the plan.
     """
-    preset = load_preset(settings.config, settings.overrides)
     source = open_source(model_path)
+    flag = "--mixedprec-config (mixedprec_config in model_loader_extra_config)"
+    if settings.config or served is None or embedded_preset(source.quantization_config):
+        preset = preset_for(settings.config, source, settings.overrides, flag)
+    else:
+        preset = served
     target = Target(device, tp_size, model_dtype(source.config, dtype))
     return resolve_plan(preset, source, target, open_other_sources(preset))
 

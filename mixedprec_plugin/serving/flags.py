@@ -11,6 +11,8 @@ from mixedprec_plugin.errors import MixedPrecisionError, Problem, UsageError
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
 
 LOAD_FORMAT = "mixedprec"
+# in the order of the fields of `Settings`
+_FLAGS = ("--mixedprec-config", "--mixedprec-set", "--mixedprec-plan", "--mixedprec-verify")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +22,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--mixedprec-config",
         metavar="PRESET",
         help="YAML preset that names a quantization method for each layer: a path, or the name of "
-        "a packaged preset.",
+        "a packaged preset. A checkpoint that mixedprec convert wrote carries its own.",
     )
     group.add_argument(
         "--mixedprec-set",
@@ -32,6 +34,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mixedprec-plan", metavar="FILE", help="Write the plan to FILE as JSON at start."
     )
+    group.add_argument(
+        "--mixedprec-verify",
+        metavar="DIR",
+        help="Compare every composed layer with this checkpoint while loading, and do not serve a "
+        "model that is too far from it.",
+    )
 
 
 def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
@@ -40,40 +48,24 @@ def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
     ServerArgs is sealed and knows only its own fields, so our flags cannot travel as themselves.
 
     Raises:
-        UsageError: the load format without a preset, or a preset without the load format.
+        UsageError: one of our flags without the load format.
     """
     extra = parse_extra_config(getattr(args, "model_loader_extra_config", None))
-    settings, rest = split_extra_config(extra)
-    config = getattr(args, "mixedprec_config", None)
-    overrides = tuple(getattr(args, "mixedprec_set", None) or ())
-    plan_path = getattr(args, "mixedprec_plan", None)
-    asked = getattr(args, "load_format", None) == LOAD_FORMAT
-    if not asked:
-        given = [
-            flag
-            for flag, value in (
-                ("--mixedprec-config", config),
-                ("--mixedprec-set", overrides),
-                ("--mixedprec-plan", plan_path),
-            )
-            if value
-        ]
-        if given:
-            raise UsageError(
-                Problem(", ".join(given), "needs --load-format mixedprec", "add it", "flags")
-            )
+    in_extra, rest = split_extra_config(extra)
+    given = {flag: getattr(args, flag[2:].replace("-", "_"), None) for flag in _FLAGS}
+    if getattr(args, "load_format", None) != LOAD_FORMAT:
+        if any(given.values()):
+            flags = ", ".join(flag for flag, value in given.items() if value)
+            raise UsageError(Problem(flags, "needs --load-format mixedprec", "add it", "flags"))
         return args
-    if config:
-        settings = Settings(_absolute(config), overrides, _absolute_file(plan_path))
-    if settings is None:
-        raise UsageError(
-            Problem(
-                "--load-format mixedprec",
-                "needs a preset",
-                "add --mixedprec-config PRESET, such as configs/presets/fp8-block.yaml",
-                "flags",
-            )
-        )
+    before = in_extra or Settings()
+    config, overrides, plan_path, verify = given.values()
+    settings = Settings(
+        _absolute(config) if config else before.config,
+        tuple(overrides or before.overrides),
+        _absolute_file(plan_path) or before.plan_path,
+        _absolute_file(verify) or before.verify,
+    )
     args.model_loader_extra_config = json.dumps({**rest, **settings.to_extra_config()})
     return args
 

@@ -7,16 +7,19 @@ and a hook that it cannot apply likewise; so the loader calls `check_registratio
 from __future__ import annotations
 
 import argparse
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sglang
 from sglang.srt.arg_groups import choices
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from mixedprec_plugin.checkpoint.converted import is_converted
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, RegistrationError
 from mixedprec_plugin.serving.flags import LOAD_FORMAT, add_flags, exit_with, fold_flags
 
@@ -55,6 +58,27 @@ def _verify_load_format(original: Callable[[Any], None], load_config: Any) -> No
     original(load_config)
 
 
+# whether the model config that is being made is for our load format
+_is_asked_for: contextvars.ContextVar[bool] = contextvars.ContextVar("mixedprec", default=False)
+
+
+@contextlib.contextmanager
+def _asked_for() -> Iterator[None]:
+    token = _is_asked_for.set(True)
+    try:
+        yield
+    finally:
+        _is_asked_for.reset(token)
+
+
+def _verify_quantization(original: Callable[[Any], None], model_config: Any) -> None:
+    said = getattr(model_config.hf_config, "quantization_config", None)
+    if _is_asked_for.get() and isinstance(said, Mapping) and is_converted(said):
+        model_config.quantization = None
+        return
+    original(model_config)
+
+
 def _model_config_from_server_args(
     original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -63,7 +87,8 @@ def _model_config_from_server_args(
     from mixedprec_plugin.serving.early import check_early
 
     check_early(server_args)
-    model_config = original(server_args, *args, **kwargs)
+    with _asked_for():
+        model_config = original(server_args, *args, **kwargs)
     if not model_config.is_draft_model:
         model_config.quantization = None
     return model_config
@@ -104,6 +129,13 @@ HOOKS = (
         HookType.AROUND,
         "configs/model_config.py:2000: the base checkpoint's own quantization must not be taken "
         "for the whole model's",
+    ),
+    Hook(
+        "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
+        _verify_quantization,
+        HookType.AROUND,
+        "configs/model_config.py:2000: no method of SGLang's is called mixedprec, as checkpoints "
+        "that we converted say",
     ),
     Hook(
         "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"

@@ -23,9 +23,10 @@ from sglang.srt.runtime_context import get_parallel
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.cpu.heap import returning_memory
-from mixedprec_plugin.errors import LoadError, Problem, UsageError
+from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import plan_as_dict, summary_lines
+from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.early import make_plan, serving_device
 from mixedprec_plugin.serving.hooks import require_registration
@@ -79,7 +80,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         super().__init__(own)
         if settings is None and _loaded is not None:
             settings = _loaded.settings
-        self.settings = settings
+        self.settings = settings or Settings()
         self._has_opened_new_path = False
 
     def load_model(
@@ -129,8 +130,10 @@ class MixedPrecisionLoader(DefaultModelLoader):
         if self._has_opened_new_path:
             path = _loaded.model_path
         self._has_opened_new_path = True
-        plan = self._plan(self._folder(path, source.revision), source.model_config).check()
-        _check_same_schemes(_loaded.config.plan, plan)
+        served = _loaded.config.plan
+        folder = self._folder(path, source.revision)
+        plan = self._plan(folder, source.model_config, served.preset).check()
+        _check_same_schemes(served, plan)
         return iter(VirtualCheckpoint(plan))
 
     def load_weights_and_postprocess(
@@ -143,30 +146,18 @@ class MixedPrecisionLoader(DefaultModelLoader):
     def _folder(self, model_path: str, revision: str | None) -> str:
         return str(self._prepare_weights(model_path, revision, fall_back_to_pt=False)[0])
 
-    def _plan(self, folder: str, model_config: ModelConfig) -> Plan:
-        if self.settings is None:
-            raise UsageError(
-                Problem(
-                    "--load-format mixedprec",
-                    "no preset reached the loader",
-                    "add --mixedprec-config PRESET, or model_loader_extra_config="
-                    '{"mixedprec_config": PATH} to sgl.Engine',
-                    "flags",
-                )
-            )
+    def _plan(self, folder: str, model_config: ModelConfig, served: Preset | None = None) -> Plan:
         dtype = {"BF16": "bfloat16", "F16": "float16"}.get(
             DTYPE_NAMES[model_config.dtype], str(model_config.dtype)
         )
         tp_size = get_parallel().tp_size
-        return make_plan(folder, self.settings, dtype, tp_size, serving_device())
+        return make_plan(folder, self.settings, dtype, tp_size, serving_device(), served)
 
     def _remember(self, folder: str, config: MixedPrecisionConfig) -> None:
         global _loaded
-        assert self.settings is not None
         _loaded = Loaded(self.settings, folder, config)
 
     def _report(self, plan: Plan, seconds: float) -> None:
-        assert self.settings is not None
         if get_parallel().tp_rank != 0:
             return
         for line in summary_lines(plan):

@@ -12,7 +12,8 @@ from mixedprec_plugin.errors import Problem, UsageError
 CONFIG_KEY = "mixedprec_config"
 SET_KEY = "mixedprec_set"
 PLAN_KEY = "mixedprec_plan"
-_KEYS = (CONFIG_KEY, SET_KEY, PLAN_KEY)
+VERIFY_KEY = "mixedprec_verify"
+_KEYS = (CONFIG_KEY, SET_KEY, PLAN_KEY, VERIFY_KEY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +21,17 @@ class Settings:
     """The load format's settings.
 
     Attributes:
-        config: path or packaged name of the preset.
+        config: path or packaged name of the preset; empty for the one that a converted checkpoint
+            carries.
         overrides: `KEY=VALUE` overrides of preset keys.
         plan_path: where to write the plan as JSON at start; empty for nowhere.
+        verify: checkpoint folder that the composed layers are compared with; empty for none.
     """
 
-    config: str
+    config: str = ""
     overrides: tuple[str, ...] = ()
     plan_path: str = ""
+    verify: str = ""
 
     def to_extra_config(self) -> dict[str, Any]:
         """The settings as entries of SGLang's `model_loader_extra_config`."""
@@ -36,6 +40,8 @@ class Settings:
             extra[SET_KEY] = list(self.overrides)
         if self.plan_path:
             extra[PLAN_KEY] = self.plan_path
+        if self.verify:
+            extra[VERIFY_KEY] = self.verify
         return extra
 
 
@@ -64,52 +70,32 @@ def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[
     """Take our settings out of an extra config.
 
     Returns:
-        the settings, None if there is no preset among them; and what is left for SGLang.
+        the settings, None if none of them are there; and what is left for SGLang.
     Raises:
-        UsageError: one of our keys has a value of the wrong type, or comes without a preset.
+        UsageError: one of our keys has a value of the wrong type.
     """
     rest = {key: value for key, value in extra.items() if key not in _KEYS}
-    config, overrides, plan_path = (extra.get(key) for key in _KEYS)
+    if len(rest) == len(extra):
+        return None, rest
+    texts = {key: extra.get(key) for key in (CONFIG_KEY, PLAN_KEY, VERIFY_KEY)}
     wrong = [
-        Problem(key, f"{value!r} is not {kind}")
-        for key, value, kind, fits in (
-            (CONFIG_KEY, config, "a path", config is None or isinstance(config, str)),
-            (
-                SET_KEY,
-                overrides,
-                "a list of KEY=VALUE",
-                overrides is None or _is_strings(overrides),
-            ),
-            (PLAN_KEY, plan_path, "a path", plan_path is None or isinstance(plan_path, str)),
-        )
-        if not fits
+        Problem(key, f"{value!r} is not a path")
+        for key, value in texts.items()
+        if value is not None and not isinstance(value, str)
     ]
-    if not config and (overrides or plan_path):
-        wrong.append(Problem(CONFIG_KEY, "is missing", "name a preset"))
+    overrides = extra.get(SET_KEY)
+    if overrides is not None and not _is_strings(overrides):
+        wrong.append(Problem(SET_KEY, f"{overrides!r} is not a list of KEY=VALUE"))
     if wrong:
         raise UsageError(wrong)
-    if not config:
-        return None, rest
-    return Settings(str(config), tuple(overrides or ()), str(plan_path or "")), rest
+    config, plan_path, verify = (str(value or "") for value in texts.values())
+    return Settings(config, tuple(overrides or ()), plan_path, verify), rest
 
 
 def read_settings(server_args: Any) -> Settings:
-    """The settings that the command line or a caller of `sgl.Engine` left in ServerArgs.
-
-    Raises:
-        UsageError: there are none.
-    """
+    """The settings that the command line or a caller of `sgl.Engine` left in ServerArgs."""
     settings, _ = split_extra_config(parse_extra_config(server_args.model_loader_extra_config))
-    if settings is None:
-        raise UsageError(
-            Problem(
-                "model_loader_extra_config",
-                "names no preset",
-                'pass model_loader_extra_config={"mixedprec_config": PATH}',
-                "flags",
-            )
-        )
-    return settings
+    return settings or Settings()
 
 
 def _is_strings(value: Any) -> bool:

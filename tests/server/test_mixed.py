@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.engine_logprobs import distributions
 from benchmarks.reference_model import load_reference, log_probabilities
+from demo.server import Server
+from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.plan.render import summary_lines
 from tests.presets import plan
 from tests.server.conftest import MIXED, Mixed, generate, greedy
@@ -121,6 +124,41 @@ class TestUpdateWeightsFromDisk:
         assert not answer["success"]
         assert "model.layers.29.mlp.down_proj.weight: 1 of" in str(answer["message"])
         assert self.logprobs(mixed) == before
+
+
+class TestConverted:
+    """The same preset, written to disk first."""
+
+    PROMPTS = (
+        "The capital of France is",
+        "Once upon a time there was a little girl who",
+        "The three primary colors are",
+    )
+
+    @pytest.fixture(scope="class")
+    def converted(self, widened_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        out = tmp_path_factory.mktemp("converted") / "model"
+        argv = ["convert", "--model", str(widened_model), "--preset", str(MIXED), "--device", "cpu",
+                "--max-shard-size", "50MB", "--out", str(out)]  # fmt: skip
+        assert main(argv, io.StringIO()) == 0
+        return out
+
+    def test_checkpoint_gives_the_tokens_of_the_direct_load(
+        self, mixed: Mixed, converted: Path, tmp_path: Path
+    ) -> None:
+        direct = {prompt: greedy(mixed.server, prompt) for prompt in self.PROMPTS}
+        flags = ["--load-format", "mixedprec"]
+        with Server(converted, tmp_path / "server.log", flags=flags) as server:
+            assert {prompt: greedy(server, prompt) for prompt in self.PROMPTS} == direct
+
+    def test_checkpoint_may_be_the_new_weights(
+        self, mixed: Mixed, widened_model: Path, converted: Path
+    ) -> None:
+        before = greedy(mixed.server, self.PROMPTS[0])
+        for path in (converted, widened_model):
+            body = {"model_path": str(path)}
+            assert mixed.server.request("/update_weights_from_disk", body)["success"]
+            assert greedy(mixed.server, self.PROMPTS[0]) == before
 
 
 def test_greedy_output_is_repeatable(mixed: Mixed) -> None:

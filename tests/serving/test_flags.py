@@ -59,6 +59,22 @@ def test_preset_may_come_in_the_extra_config_itself() -> None:
     assert json.loads(args.model_loader_extra_config) == {"mixedprec_config": "gptq"}
 
 
+def test_checkpoint_may_carry_the_preset_itself() -> None:
+    args = fold_flags(parse("--load-format", "mixedprec", "--mixedprec-verify", "/bf16"))
+    settings, _ = split_extra_config(parse_extra_config(args.model_loader_extra_config))
+    assert settings == Settings(config="", verify="/bf16")
+
+
+def test_flags_add_to_what_the_extra_config_says() -> None:
+    extra = '{"mixedprec_config": "gptq", "mixedprec_set": ["a=1"]}'
+    args = fold_flags(
+        parse("--load-format", "mixedprec", "--model-loader-extra-config", extra,
+              "--mixedprec-plan", "/plan.json")
+    )  # fmt: skip
+    settings, _ = split_extra_config(parse_extra_config(args.model_loader_extra_config))
+    assert settings == Settings("gptq", ("a=1",), "/plan.json")
+
+
 def test_without_the_load_format_nothing_is_touched() -> None:
     args = parse("--model-loader-extra-config", '{"a":  1}')
     assert fold_flags(args).model_loader_extra_config == '{"a":  1}'
@@ -67,7 +83,6 @@ def test_without_the_load_format_nothing_is_touched() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--load-format", "mixedprec"), "--load-format mixedprec: needs a preset; add"),
         (
             ("--mixedprec-config", "x.yaml"),
             "--mixedprec-config: needs --load-format mixedprec; add it",
@@ -99,7 +114,7 @@ def test_half_a_request_is_refused(argv: tuple[str, ...], message: str) -> None:
         {"mixedprec_config": "x", "mixedprec_set": "a=1"},
         {"mixedprec_config": "x", "mixedprec_set": [1]},
         {"mixedprec_config": "x", "mixedprec_plan": []},
-        {"mixedprec_plan": "p"},
+        {"mixedprec_verify": 1},
     ],
 )
 def test_settings_of_the_wrong_type_are_refused(extra: dict[str, object]) -> None:

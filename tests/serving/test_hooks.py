@@ -110,8 +110,9 @@ def test_engine_without_a_preset_says_how_to_name_one(
     from mixedprec_plugin.errors import UsageError
 
     args = SimpleNamespace(
-        load_format="mixedprec", model_loader_extra_config="{}", model_path=str(tmp_path)
-    )
+        load_format="mixedprec", model_loader_extra_config="{}", dtype="auto", tp_size=1,
+        model_path=str(write_llama(tmp_path / "model")),
+    )  # fmt: skip
     with pytest.raises(UsageError, match="mixedprec_config"):
         ModelConfig.from_server_args(args)
 

@@ -1,0 +1,114 @@
+"""Converted checkpoints in SGLang's own model classes, in this process."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mixedprec_plugin.cli.main import main
+from mixedprec_plugin.errors import UsageError
+from tests.checkpoints import write_llama
+from tests.presets import write_preset
+
+LoadModel = Callable[..., Any]
+RULES = (
+    'match: "*", method: gptq',
+    'match: "*.self_attn.*_proj", method: fp8_block',
+    'match: "*.0.mlp.*", method: awq',
+    'match: "*.1.mlp.*", method: int8',
+    'match: "*.2.self_attn.*_proj", method: fp8',
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "model", parts=2)
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    return write_preset(tmp_path, *RULES)
+
+
+@pytest.fixture
+def converted(model: Path, preset: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "converted"
+    argv = ["convert", "--model", str(model), "--preset", str(preset), "--device", "cpu",
+            "--out", str(out)]  # fmt: skip
+    assert main(argv, io.StringIO()) == 0
+    return out
+
+
+@pytest.fixture
+def load_with_args(sglang_context: SimpleNamespace) -> LoadModel:
+    """Load as a server does, from ServerArgs on."""
+
+    def load(model: Path, **extra: object) -> object:
+        from sglang.srt.configs.device_config import DeviceConfig
+        from sglang.srt.configs.load_config import LoadConfig
+        from sglang.srt.configs.model_config import ModelConfig
+        from sglang.srt.model_loader.loader import get_model_loader
+        from sglang.srt.server_args import ServerArgs
+
+        args = ServerArgs(
+            model_path=str(model), load_format="mixedprec", device="cpu", dtype="bfloat16",
+            skip_tokenizer_init=True, model_loader_extra_config=dict(extra) or "{}",
+        )  # fmt: skip
+        model_config = ModelConfig.from_server_args(args)
+        assert model_config.quantization is None
+        load_config = LoadConfig(load_format="mixedprec", model_loader_extra_config=dict(extra))
+        loader = get_model_loader(load_config, model_config)
+        return loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+
+    return load
+
+
+def test_converted_checkpoint_loads_without_a_preset_into_the_same_model(
+    load_model: LoadModel, load_with_args: LoadModel, model: Path, preset: Path, converted: Path
+) -> None:
+    direct, later = load_model(model, preset), load_with_args(converted)
+    theirs, ours = dict(direct.named_parameters()), dict(later.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        other = theirs[name]
+        assert parameter.dtype == other.dtype
+        assert torch.equal(_raw(parameter), _raw(other)), name
+    for name, module in later.named_modules():
+        if hasattr(module, "quant_method"):
+            assert type(module.quant_method) is type(direct.get_submodule(name).quant_method)
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_preset_that_is_given_wins(
+    load_with_args: LoadModel, converted: Path, tmp_path: Path
+) -> None:
+    other = write_preset(tmp_path / "other", 'match: "*", method: bf16')
+    loaded = load_with_args(converted, mixedprec_config=str(other))
+    assert loaded.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+
+
+def test_without_the_load_format_sglang_says_that_it_does_not_know_the_method(
+    sglang_context: SimpleNamespace, converted: Path
+) -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    with pytest.raises(
+        ValueError, match=r"Unknown quantization method: mixedprec\. Must be one of"
+    ):
+        ModelConfig(str(converted), dtype="bfloat16")
+
+
+def test_checkpoint_that_carries_no_preset_needs_one(
+    load_with_args: LoadModel, model: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"--mixedprec-config .* carries no preset of its own"):
+        load_with_args(model)
