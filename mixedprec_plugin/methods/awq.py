@@ -84,12 +84,19 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
     A whole column as one group is Marlin's alone: the plain kernel's parameters divide by the group
     size, -1 (awq/schemes/awq_linear.py:69). Neither holds the scales of a column that is split over
     ranks: Marlin's find no group in a part of K (awq/schemes/awq_marlin.py:69).
+
+    Experts that Marlin does not fit would be given to `MoeWNA16Method` (awq/awq.py:388), whose
+    parameters are laid out otherwise; a column is never one group (awq/schemes/awq_moe.py:80).
     """
     group_size = arguments["group_size"]
     found = split_faults(shape)
     if found:
         return found
     found = group_faults(group_size, 32 // arguments["bits"], 1, shape)
+    if shape.is_expert:
+        if group_size == -1:
+            return [*found, "group_size -1 is not served for experts, SGLang divides by it"]
+        return found + (marlin_faults(group_size, shape) if device == "cuda" else [])
     if group_size == -1 and shape.parallel == "row" and shape.tp_size > 1:
         found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
     if device == "cuda" and (group_size == -1 or fits_marlin(arguments, shape)):

@@ -23,7 +23,8 @@ def block_faults(block_size: Sequence[int], shape: LayerShape) -> list[str]:
     rows may be a partial block. Along K the quantization of activations asserts whole groups for
     every layer: per_token_group_quant_fp8 and sglang_per_token_group_quant_fp8
     (kernels/ops/quantization/fp8_kernel.py:252, 502), per_token_group_quant_int8
-    (kernels/ops/quantization/int8_kernel.py:156).
+    (kernels/ops/quantization/int8_kernel.py:156). Of experts, the same holds: gate and up are two
+    shards, and down's inputs are quantized in groups (fp8.py:1588, blockwise_int8.py:284).
     """
     block_n, block_k = block_size
     found = []

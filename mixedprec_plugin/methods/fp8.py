@@ -51,14 +51,15 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
 
     Source, per tensor: `torch._scaled_mm` takes multiples of 16 only; it is what a GPU without
     CUTLASS FP8 and an SM120 use (fp8_utils.py:2456, 2744, 2758). Others turn to a Triton kernel
-    that takes any shape (fp8_utils.py:2545, 2652), which a plan cannot count on.
+    that takes any shape (fp8_utils.py:2545, 2652), which a plan cannot count on. Experts always run
+    in such a kernel (kernels/ops/moe/fused_moe_triton_kernels.py:894).
     """
     found = split_faults(shape)
     if found:
         return found
     if arguments["weight_block_size"] is not None:
         return block_faults(arguments["weight_block_size"], shape)
-    if device == "cuda":
+    if device == "cuda" and not shape.is_expert:
         K, N = inputs_per_rank(shape), sum(outputs_per_rank(shape))
         for name, size in (("K", K), ("N", N)):
             if size % 16:

@@ -64,13 +64,16 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
 
     Marlin's limits are its own statement: `GPTQMarlinLinearKernel` asks for it and ignores the
     answer (gpu/quantization/gptq_kernels.py:89), so a layer outside of it may fail as late as in
-    the first forward pass, or by luck not at all.
+    the first forward pass, or by luck not at all. Nobody asks for experts (gptq/gptq.py:447). With
+    act order, a rank has the scales of its own columns and needs all (gptq_moe.py:198).
     """
     found = split_faults(shape)
     if found:
         return found
     packed = 32 // arguments["bits"]
     found = group_faults(arguments["group_size"], packed, packed, shape)
+    if arguments["desc_act"] and shape.is_expert and shape.tp_size > 1:
+        found.append(f"act order of experts cannot be split over {shape.tp_size} ranks")
     if device == "cuda":
         found += marlin_faults(arguments["group_size"], shape)
     return found

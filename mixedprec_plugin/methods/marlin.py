@@ -7,6 +7,8 @@ from mixedprec_plugin.methods.spec import LayerShape
 
 MIN_THREAD_N = 64
 MIN_THREAD_K = 128
+EXPERT_N = 128
+EXPERT_K = 64
 
 
 def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
@@ -16,20 +18,23 @@ def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
         group_size: input features that share a scale; -1 for all.
         shape: the layer; the shards of a fused module are one matrix for the kernel.
 
-    Source: `verify_marlin_supports_shape` (layers/quantization/marlin_utils.py:40, 41, 161).
+    Source: `verify_marlin_supports_shape` (layers/quantization/marlin_utils.py:40, 41, 161). The
+    kernel for experts has other tiles: `thread_configs` and `is_valid_config`
+    (kernels/jit/csrc/gemm/marlin_moe/moe_wna16_marlin.cuh:140, 265), and so says
+    `check_moe_marlin_supports_layer` (marlin_utils.py:227).
     """
     found = []
+    unit_N, unit_K = (EXPERT_N, EXPERT_K) if shape.is_expert else (MIN_THREAD_N, MIN_THREAD_K)
+    kernels = "Marlin kernels for experts" if shape.is_expert else "Marlin kernels"
     N, K = sum(outputs_per_rank(shape)), inputs_per_rank(shape)
-    if N % MIN_THREAD_N:
+    if N % unit_N:
         where = per_rank(shape, "column")
-        found.append(
-            f"N = {N}{where} is not a multiple of {MIN_THREAD_N}, which Marlin kernels need"
-        )
+        if shape.is_expert and len(shape.shard_sizes) > 1:
+            where += " of gate and up together"
+        found.append(f"N = {N}{where} is not a multiple of {unit_N}, which {kernels} need")
     where = per_rank(shape, "row")
-    if K % MIN_THREAD_K:
-        found.append(
-            f"K = {K}{where} is not a multiple of {MIN_THREAD_K}, which Marlin kernels need"
-        )
+    if K % unit_K:
+        found.append(f"K = {K}{where} is not a multiple of {unit_K}, which {kernels} need")
     if group_size < shape.K and K % group_size:
         found.append(f"group_size {group_size} does not divide K = {K}{where}")
     return found

@@ -28,7 +28,8 @@ def split_faults(shape: LayerShape) -> list[str]:
 
     Source: `divide` asserts divisibility (distributed/utils.py:68), called by
     `ColumnParallelLinear`, `MergedColumnParallelLinear` and `RowParallelLinear`
-    (layers/linear.py:483, 488, 1139, 1611).
+    (layers/linear.py:483, 488, 1139, 1611); `FusedMoE` asserts it of the intermediate size
+    (layers/moe/fused_moe_triton/layer.py:427).
     """
     if shape.parallel == "row" and shape.K % shape.tp_size:
         return [f"K = {shape.K} does not split over {shape.tp_size} ranks"]
