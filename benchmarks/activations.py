@@ -1,7 +1,8 @@
-"""Linear layers that quantize their input as SGLang's CUDA kernels do, in plain fp32 torch.
+"""Linear layers with a quantized input: SGLang's CUDA arithmetic in plain fp32 torch.
 
 The reference for the quality benchmark: written from the kernels' formulas, sharing no code with
-the package. Codes and scales are exact; the product is one fp32 matmul.
+the package. Products are of codes, scaled as the kernels scale them: the order of roundings is
+theirs, because a rounding that turns over here turns over codes further on.
 """
 
 from __future__ import annotations
@@ -10,44 +11,59 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 FP8_MAX = 448.0
 INT8_MAX = 127.0
 _EPSILON = 1e-10
 
-Quantizer = Callable[[torch.Tensor], torch.Tensor]
+Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def fp8_group(x: torch.Tensor, group_size: int = 128) -> torch.Tensor:
-    """Round fp32 activations [..., K] to FP8 e4m3 with a scale for each token and group along K.
+def fp8_group(x: torch.Tensor, group_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round activations to FP8 e4m3 with a scale for each token and group along K.
 
-    Source: SGLang's per_token_group_quant_fp8: scale = max(absmax, 1e-10) / 448.
+    Args:
+        x: [T, K] float32.
+        group_size: divides K.
+    Returns:
+        codes [T, K] and scales [T, K / group_size], both float32; x ~= codes * scales.
+    Source: SGLang's per_token_group_quant.cuh: amax = max(absmax, 1e-10), scale = amax * fl(1/448),
+        code = x * (448 / amax).
     """
-    groups = x.reshape(*x.shape[:-1], -1, group_size)
-    scale = groups.abs().amax(-1, keepdim=True).clamp_min(_EPSILON) / FP8_MAX
-    return (_round_fp8(groups / scale) * scale).reshape(x.shape)
+    groups, amax = _groups(x, group_size)
+    codes = _round_fp8(groups * (torch.full_like(amax, FP8_MAX) / amax))
+    return codes.reshape(x.shape), amax[..., 0] * torch.tensor(1 / FP8_MAX)
 
 
-def fp8_token(x: torch.Tensor) -> torch.Tensor:
-    """Round fp32 activations [..., K] to FP8 e4m3 with one scale a token.
+def fp8_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round activations to FP8 e4m3 with one scale a token.
 
+    Args:
+        x: [T, K] float32.
+    Returns:
+        codes [T, K] and scales [T, 1], both float32.
     Source: SGLang's per_token_quant_fp8: scale = absmax / 448; a row of zeros stays zero.
     """
     scale = x.abs().amax(-1, keepdim=True) / FP8_MAX
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    return _round_fp8(x * inverse) * scale
+    return _round_fp8(x * inverse), scale
 
 
-def int8_group(x: torch.Tensor, group_size: int = 128) -> torch.Tensor:
-    """Bring fp32 activations [..., K] to INT8 with a scale for each token and group along K.
+def int8_group(x: torch.Tensor, group_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring activations to INT8 with a scale for each token and group along K.
 
+    Args:
+        x: [T, K] float32.
+        group_size: divides K.
+    Returns:
+        codes [T, K] and scales [T, K / group_size], both float32.
     Source: SGLang's per_token_group_quant_int8: scale = max(absmax, 1e-10) / 127, and the
-    quotient is truncated towards zero, not rounded.
+        quotient is truncated towards zero, not rounded.
     """
-    groups = x.reshape(*x.shape[:-1], -1, group_size)
-    scale = groups.abs().amax(-1, keepdim=True).clamp_min(_EPSILON) / INT8_MAX
-    return ((groups / scale).clamp(-128, 127).trunc() * scale).reshape(x.shape)
+    groups, amax = _groups(x, group_size)
+    scale = amax / INT8_MAX
+    codes = (groups / scale).clamp(-128, 127).trunc()
+    return codes.reshape(x.shape), scale[..., 0]
 
 
 def input_quantizer(method: str, arguments: Mapping[str, Any]) -> Quantizer | None:
@@ -70,28 +86,87 @@ def input_quantizer(method: str, arguments: Mapping[str, Any]) -> Quantizer | No
     return lambda x: group(x, block[1])
 
 
-class QuantizedInputLinear(torch.nn.Module):
-    """A linear layer over a quantized input.
+def scales_by_row(
+    scales: torch.Tensor, num_rows: int, block_size: list[int] | None
+) -> torch.Tensor:
+    """Spread a weight's scales over its rows.
 
     Args:
-        weight: [N, K] float32, dequantized.
-        bias: [N] or None.
-        quantize_input: what is done to the input; None for nothing.
+        scales: [ceil(N/BN), ceil(K/BK)] for blocks (BN, BK); [1] or [N, 1] without blocks.
+        num_rows: N.
+        block_size: (BN, BK) or None.
+    Returns:
+        float32 [N, ceil(K/BK)]; [N, 1] without blocks.
+    """
+    if block_size is None:
+        return scales.float().reshape(-1, 1).expand(num_rows, 1)
+    return scales.float().repeat_interleave(block_size[0], dim=0)[:num_rows]
+
+
+class QuantizedInputLinear(torch.nn.Module):
+    """A linear layer that multiplies codes by codes.
+
+    Args:
+        codes: [N, K] float32, the weight before its scales.
+        scales: [N, B] float32, a scale for each row and K-block.
+        bias: [N] or None, added after the product was rounded.
+        quantize_input: [T, K] -> codes [T, K] and scales [T, B].
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, quantize_input: Quantizer | None
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        quantize_input: Quantizer,
     ) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.quantize_input = quantize_input
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply [..., K] by the weight: [..., N]."""
-        if self.quantize_input is not None:
-            x = self.quantize_input(x)
-        return functional.linear(x, self.get_buffer("weight"), self.bias)  # type: ignore[arg-type]
+        """Multiply [..., K] by the weight: [..., N] in the dtype of x.
+
+        Source: SGLang's _w8a8_block_fp8_matmul and its like: a float32 sum over K-blocks of
+            (codes . codes) * token scale * weight scale, rounded once.
+        """
+        codes, token_scales = self.quantize_input(x.float().reshape(-1, x.shape[-1]))
+        weight, scales = self.get_buffer("codes"), self.get_buffer("scales")
+        size = -(-weight.shape[1] // scales.shape[1])
+        total = torch.zeros(len(codes), len(weight))
+        for block in range(scales.shape[1]):
+            columns = slice(block * size, (block + 1) * size)
+            dot = codes[:, columns] @ weight[:, columns].T
+            total += dot * token_scales[:, block, None] * scales[:, block]
+        out = total.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.get_buffer("bias").to(x.dtype)
+
+
+class WeightOnlyLinear(torch.nn.Module):
+    """A linear layer with a float32 weight, whatever the dtype of its input.
+
+    Args:
+        weight: [N, K] float32, dequantized and not rounded.
+        bias: [N] or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply [..., K] by the weight: [..., N] in the dtype of x."""
+        out = (x.float() @ self.get_buffer("weight").T).to(x.dtype)
+        return out if self.bias is None else out + self.get_buffer("bias").to(x.dtype)
+
+
+def _groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, K] -> [T, K/G, G] and the greatest magnitudes [T, K/G, 1]."""
+    groups = x.reshape(len(x), -1, group_size)
+    return groups, groups.abs().amax(-1, keepdim=True).clamp_min(_EPSILON)
 
 
 def _round_fp8(x: torch.Tensor) -> torch.Tensor:

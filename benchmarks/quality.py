@@ -3,9 +3,9 @@
     python -m benchmarks.quality [--preset NAME ...] [--out docs/quality.md]
 
 For each preset a server is started, and its log-probabilities of the prose in benchmarks/data, over
-the whole vocabulary, are compared with those of a transformers model in fp32 that holds the same
-weights, dequantized by code of its own (tests/reference). Where a method quantizes activations,
-the reference does so too (benchmarks/activations.py).
+the whole vocabulary, are compared with those of a transformers model that holds the same weights,
+dequantized by code of its own (tests/reference). Where a method quantizes activations, the
+reference does so too (benchmarks/activations.py). One run each, nothing averaged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,14 +25,12 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.engine_logprobs import distributions
-from benchmarks.reference_model import (
-    load_reference,
-    load_unquantized,
-    log_probabilities,
-    noisy_log_probabilities,
-)
+from benchmarks.reference_model import load_reference, load_unquantized, log_probabilities
+from benchmarks.rounding import round_as_kernels
 from demo.model import checkpoint
 from demo.server import Server
+from mixedprec_plugin.compose.stream import open_virtual_checkpoint
+from mixedprec_plugin.plan.model import Target
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "presets"
@@ -42,7 +39,7 @@ UNQUANTIZED = "(bf16, no preset)"
 WEIGHT_ONLY_LIMIT = 0.002
 QUANTIZED_INPUT_LIMIT = 0.01
 PERPLEXITY_TOLERANCE = 0.01
-RUNS = 6
+QUANTIZES_INPUT = ("fp8", "blockwise_int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +49,9 @@ class Result:
     Attributes:
         bits_per_weight: over all weight matrices, scales counted.
         engine, reference, unquantized: perplexities; the last of the bf16 weights in fp32.
-        divergence: mean KL(reference || engine) a token, in nats; the reference is the mean of its
-            runs.
-        to_one_run: the same from the reference's first run alone.
-        floor: mean KL from the reference's first run to its second; None if there is only one.
+        divergence: mean KL(reference || engine) a token, in nats; the reference rounds to bf16
+            where SGLang's kernels do.
+        to_float32: the same from the reference with nothing rounded but what the method rounds.
         to_unquantized: mean KL(unquantized || engine), what the preset costs.
         limit: what the divergence must stay below.
         num_tokens: predicted tokens.
@@ -67,8 +63,7 @@ class Result:
     reference: float
     unquantized: float
     divergence: float
-    to_one_run: float
-    floor: float | None
+    to_float32: float
     to_unquantized: float
     limit: float
     num_tokens: int
@@ -78,39 +73,6 @@ class Result:
         """Whether the divergence and the perplexities' ratio keep to their limits."""
         ratio = self.engine / self.reference
         return self.divergence < self.limit and abs(ratio - 1) < PERPLEXITY_TOLERANCE
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """What the reference computes, over one or several runs.
-
-    Attributes:
-        mean: [T - 1, V], logarithm of the runs' mean probabilities.
-        first: [T - 1, V], log-probabilities of the first run.
-        loss: negative log-likelihood a token, mean over the runs.
-        floor: mean KL from the first run to the second; None if there is only one.
-    """
-
-    mean: torch.Tensor
-    first: torch.Tensor
-    loss: float
-    floor: float | None
-
-    @classmethod
-    def of_runs(cls, runs: Iterable[torch.Tensor], tokens: list[int]) -> Reference:
-        """Average runs, each [T - 1, V] log-probabilities."""
-        losses: list[float] = []
-        total, floor = torch.empty(0), None
-        for run in runs:
-            if not losses:
-                first, total = run, run.clone()
-            else:
-                if floor is None:
-                    floor = _divergence(first, run) / len(run)
-                torch.logaddexp(total, run, out=total)
-            losses.append(_loss(run, tokens))
-        total -= math.log(len(losses))
-        return cls(total, first, sum(losses) / len(losses), floor)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,55 +108,62 @@ def measure(name: str, model_path: Path, tokens: list[int], unquantized: torch.T
         unquantized: [T - 1, V] log-probabilities of the bf16 weights in fp32.
     """
     preset_path, bits, limit = None, 16.0, WEIGHT_ONLY_LIMIT
-    reference = Reference.of_runs([unquantized], tokens)
     if name != UNQUANTIZED:
         preset_path = PRESETS / f"{name}.yaml"
-        model, stream = load_reference(model_path, preset_path)
-        layers = [layer for layer in stream.plan.layers if layer.num_weights]
+        plan = open_virtual_checkpoint(model_path, preset_path, Target(device="cpu")).plan
+        layers = [layer for layer in plan.layers if layer.num_weights]
         bits = 8 * sum(x.bytes_after for x in layers) / sum(x.num_weights for x in layers)
-        num_runs = 1
-        if any(layer.method in ("fp8", "blockwise_int8") for layer in layers):
-            num_runs, limit = RUNS, QUANTIZED_INPUT_LIMIT
-        reference = Reference.of_runs(noisy_log_probabilities(model, tokens, num_runs), tokens)
-        del model
+        if any(layer.method in QUANTIZES_INPUT for layer in layers):
+            limit = QUANTIZED_INPUT_LIMIT
+    reference = _run_reference(model_path, preset_path, tokens, torch.bfloat16)
+    in_float32 = unquantized
+    if preset_path is not None:
+        in_float32 = _run_reference(model_path, preset_path, tokens, torch.float32)
     sums = np.zeros(4)
     with (
         tempfile.TemporaryDirectory(prefix="mixedprec-quality-") as folder,
         Server(model_path, Path(folder) / "server.log", preset_path) as server,
     ):
-        for first, rows in distributions(server, tokens, reference.mean.shape[1]):
-            sums += _sums(first, rows, tokens, reference, unquantized)
+        for first, rows in distributions(server, tokens, reference.shape[1]):
+            sums += _sums(first, rows, tokens, (reference, in_float32, unquantized))
     count = len(tokens) - 1
-    loss, divergence, to_one_run, to_unquantized = (float(value) / count for value in sums)
+    loss, divergence, to_float32, to_unquantized = (float(value) / count for value in sums)
     return Result(
         preset=name,
         bits_per_weight=bits,
         engine=math.exp(loss),
-        reference=math.exp(reference.loss),
+        reference=math.exp(_loss(reference, tokens)),
         unquantized=math.exp(_loss(unquantized, tokens)),
         divergence=divergence,
-        to_one_run=to_one_run,
-        floor=reference.floor,
+        to_float32=to_float32,
         to_unquantized=to_unquantized,
         limit=limit,
         num_tokens=count,
     )
 
 
+def _run_reference(
+    model_path: Path, preset_path: Path | None, tokens: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """[T - 1, V] log-probabilities of the reference; in bf16 it rounds as SGLang's kernels do."""
+    if preset_path is None:
+        model = load_unquantized(model_path, dtype)
+    else:
+        model, _ = load_reference(model_path, preset_path, dtype)
+    if dtype == torch.bfloat16:
+        round_as_kernels(model)
+    return log_probabilities(model, tokens)
+
+
 def _sums(
-    first: int,
-    rows: np.ndarray,
-    tokens: list[int],
-    reference: Reference,
-    unquantized: torch.Tensor,
+    first: int, rows: np.ndarray, tokens: list[int], references: tuple[torch.Tensor, ...]
 ) -> np.ndarray:
-    """Sum over a window: negative log-likelihood; KL from the reference, one run, unquantized."""
+    """Sum over a window: negative log-likelihood, and the KL from every reference."""
     positions = slice(first - 1, first - 1 + len(rows))
     engine = torch.from_numpy(rows)
     targets = torch.tensor(tokens[first : first + len(rows)])
     loss = -engine.gather(1, targets[:, None]).double().sum()
-    others = (reference.mean, reference.first, unquantized)
-    return np.array([float(loss), *(_divergence(x[positions], engine) for x in others)])
+    return np.array([float(loss), *(_divergence(x[positions], engine) for x in references)])
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -211,16 +180,15 @@ def table(results: list[Result]) -> str:
     """Return the results as a markdown table."""
     lines = [
         "| preset | bits a weight | PPL engine | PPL reference | ratio | mean KL | limit "
-        "| KL to one run | floor | PPL bf16 | mean KL to bf16 |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| KL to fp32 | PPL bf16 | KL to bf16 |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for x in results:
         mark = "" if x.is_within else " **over**"
-        floor = "" if x.floor is None else f"{x.floor:.5f}"
         lines.append(
             f"| {x.preset} | {x.bits_per_weight:.2f} | {x.engine:.3f} | {x.reference:.3f} "
             f"| {x.engine / x.reference:.4f} | {x.divergence:.5f}{mark} | {x.limit} "
-            f"| {x.to_one_run:.5f} | {floor} | {x.unquantized:.3f} | {x.to_unquantized:.4f} |"
+            f"| {x.to_float32:.5f} | {x.unquantized:.3f} | {x.to_unquantized:.4f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -242,7 +210,7 @@ def _write(path: Path | None, results: dict[str, Result]) -> None:
     path.write_text(_PAGE.format(
         tokens=f"{ordered[0].num_tokens:,}", sglang=version("sglang"), torch=version("torch"),
         transformers=version("transformers"), table=table(ordered),
-        weight_only=WEIGHT_ONLY_LIMIT, quantized=QUANTIZED_INPUT_LIMIT, runs=RUNS,
+        weight_only=WEIGHT_ONLY_LIMIT, quantized=QUANTIZED_INPUT_LIMIT,
     ), encoding="utf-8")  # fmt: skip
 
 
@@ -255,19 +223,23 @@ For every shipped preset a server runs the widened SmolLM2-135M-Instruct on the 
 49,152 tokens, nothing cut off, for {tokens} tokens of English prose (benchmarks/data/prose.txt),
 each given all tokens before it.
 
-- *reference*: a transformers {transformers} model in fp32 with the same weights, dequantized by
-  independent numpy code (tests/reference/dequantize.py), and, where the method quantizes
-  activations, linear layers that do the same (benchmarks/activations.py).
-- *mean KL*: KL(reference || engine) a token, in nats. It must stay below {weight_only} for
-  weight-only presets and {quantized} where activations are quantized, and the perplexities must
-  agree within 1%. The first row is the floor: a stock bf16 server against fp32.
-- *KL to one run*, *floor*: where activations are quantized the model is chaotic: noise of a
-  millionth on the embeddings turns roundings over, and these turn over others. The floor is the
-  mean KL between two runs of the reference itself that differ in nothing but such noise; no correct
-  implementation can be expected to come closer to a single run. *Mean KL* is therefore taken from
-  the mean distribution of {runs} such runs, and the KL to the first run alone stands beside it.
-- *PPL bf16*, *mean KL to bf16*: the unquantized weights in fp32, and how far the preset is from
-  them: what the preset costs on this very small model, without calibration.
+- *reference*: one run of a transformers {transformers} model in bf16, the engine's dtype. Quantized
+  layers hold the same weights, read by independent numpy and torch code
+  (tests/reference/dequantize.py, benchmarks/activations.py), and quantize activations where the
+  method does so, by the formulas of SGLang's CUDA kernels: products of codes, scaled and summed in
+  fp32. Weights of weight-only methods are dequantized to fp32 and not rounded. The residual and the
+  norms are rounded where SGLang's fused_add_rmsnorm rounds them (benchmarks/rounding.py).
+  Attention (sdpa), rotary embedding, silu and lm_head are transformers' own in bf16, the logits
+  too, as in a server without --enable-fp32-lm-head.
+- *mean KL*: KL(reference || engine) a token, in nats, nothing averaged over runs. It must stay
+  below {weight_only} for weight-only presets and {quantized} where activations are quantized, and
+  the perplexities must agree within 1%. The first row is a stock bf16 server.
+- *KL to fp32*: from one run of the same model in fp32, transformers' norms unchanged: nothing is
+  rounded but what the method rounds. It is no criterion. Where activations are quantized the model
+  is chaotic (a rounding that turns over makes others do so), and two correct implementations
+  that round at different points, or sum in another order, end up about this far from each other.
+- *PPL bf16*, *KL to bf16*: the unquantized weights in fp32, and how far the preset is from them:
+  what the preset costs on this very small model, without calibration.
 
 {table}"""
 

@@ -11,12 +11,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.activations import QuantizedInputLinear, input_quantizer
+from benchmarks.activations import (
+    QuantizedInputLinear,
+    WeightOnlyLinear,
+    input_quantizer,
+    scales_by_row,
+)
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.plan.model import Target
 from tests.reference.dequantize import dequantize_method
 
-_NOISE = 1e-6
 QUANTIZED = frozenset({"fp8", "blockwise_int8", "awq", "gptq"})
 
 
@@ -24,39 +28,36 @@ class ReferenceError(Exception):
     """The virtual checkpoint and the transformers model do not fit each other."""
 
 
-def load_unquantized(model_path: Path) -> Any:
-    """Load a checkpoint as it is, in fp32."""
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+def load_unquantized(model_path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a checkpoint as it is, computing in a dtype."""
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
     return model.eval()
 
 
-def load_reference(model_path: Path, preset_path: Path) -> tuple[Any, VirtualCheckpoint]:
+def load_reference(
+    model_path: Path, preset_path: Path, dtype: torch.dtype
+) -> tuple[Any, VirtualCheckpoint]:
     """Load a checkpoint and put every tensor of the preset's virtual checkpoint in its place.
 
+    Args:
+        dtype: what everything but the quantized layers computes in.
     Returns:
-        the model in fp32, quantized layers replaced by their dequantized weights and, where the
-        method quantizes activations, by layers that do so; and the virtual checkpoint.
+        the model, its quantized layers replaced by ones with the dequantized weight or, where the
+        method quantizes activations, by ones that do so; and the virtual checkpoint.
     Raises:
         ReferenceError: a layer that transformers does not have, or parameters left as they were.
     """
-    model = load_unquantized(model_path)
+    model = load_unquantized(model_path, dtype)
     stream = open_virtual_checkpoint(model_path, preset_path, Target(device="cpu"))
     untouched = {name for name, _ in model.named_parameters()}
     for layer_name, tensors in _layers(stream):
         layer = stream.plan.by_name[layer_name]
         if layer.method in QUANTIZED:
             assert layer.scheme is not None
-            arguments = layer.scheme.arguments
-            weight = torch.from_numpy(_dequantize(layer.method, tensors, arguments))
-            bias = tensors["bias"].float() if "bias" in tensors else None
-            quantizer = input_quantizer(layer.method, arguments)
-            _replace(model, layer_name, QuantizedInputLinear(weight, bias, quantizer))
-            names = {f"{layer_name}.weight"} | (
-                {f"{layer_name}.bias"} if "bias" in tensors else set()
-            )
+            _replace(model, layer_name, _linear(layer.method, tensors, layer.scheme.arguments))
+            untouched -= {f"{layer_name}.weight", f"{layer_name}.bias"}
         else:
-            names = _copy(model, layer_name, tensors)
-        untouched -= names
+            untouched -= _copy(model, layer_name, tensors)
     if untouched:
         raise ReferenceError(f"no tensor came for {', '.join(sorted(untouched))}")
     return model, stream
@@ -69,27 +70,22 @@ def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
         return torch.log_softmax(logits.float(), -1)
 
 
-def noisy_log_probabilities(model: Any, tokens: list[int], num_runs: int) -> Iterator[torch.Tensor]:
-    """Run a model several times; all runs but the first have noise of 1e-6 on the embeddings.
-
-    Quantized activations make a model chaotic: a rounding that turns over makes others do so.
-    """
-    yield log_probabilities(model, tokens)
-    generator = torch.Generator().manual_seed(0)
-
-    def add_noise(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * (1 + _NOISE * torch.randn(output.shape, generator=generator))
-
-    hook = model.get_input_embeddings().register_forward_hook(add_noise)
-    for _ in range(num_runs - 1):
-        yield log_probabilities(model, tokens)
-    hook.remove()
-
-
 def _layers(stream: VirtualCheckpoint) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Group the stream by layer; it yields a layer's tensors one after the other."""
     for layer, items in groupby(stream, key=lambda item: item[0].rpartition(".")[0]):
         yield layer, {name.rpartition(".")[2]: tensor for name, tensor in items}
+
+
+def _linear(
+    method: str, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
+) -> QuantizedInputLinear | WeightOnlyLinear:
+    bias = tensors["bias"].float() if "bias" in tensors else None
+    quantizer = input_quantizer(method, arguments)
+    if quantizer is None:
+        return WeightOnlyLinear(torch.from_numpy(_dequantize(method, tensors, arguments)), bias)
+    codes, block = tensors["weight"].float(), arguments["weight_block_size"]
+    scales = tensors["weight_scale" if block is None else "weight_scale_inv"]
+    return QuantizedInputLinear(codes, scales_by_row(scales, len(codes), block), bias, quantizer)
 
 
 def _dequantize(
@@ -102,10 +98,11 @@ def _dequantize(
     return np.ascontiguousarray(dequantize_method(method, arrays, arguments), dtype=np.float32)
 
 
-def _replace(model: Any, name: str, module: torch.nn.Module) -> None:
+def _replace(model: Any, name: str, module: QuantizedInputLinear | WeightOnlyLinear) -> None:
     parent, _, attribute = name.rpartition(".")
     old = model.get_submodule(name)
-    shape = tuple(module.get_buffer("weight").shape)
+    is_codes = isinstance(module, QuantizedInputLinear)
+    shape = tuple(module.get_buffer("codes" if is_codes else "weight").shape)
     if shape != tuple(old.weight.shape):
         raise ReferenceError(f"{name}: dequantized to {shape} (expected {tuple(old.weight.shape)})")
     setattr(model.get_submodule(parent), attribute, module)

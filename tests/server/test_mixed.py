@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.engine_logprobs import distributions
 from benchmarks.reference_model import load_reference, log_probabilities
+from benchmarks.rounding import round_as_kernels
 from demo.server import Server
 from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.plan.render import summary_lines
@@ -58,7 +59,8 @@ def test_distributions_are_those_of_independently_dequantized_weights(
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(widened_model)(prose)["input_ids"][:NUM_TOKENS]
-    reference, _ = load_reference(widened_model, MIXED)
+    reference, _ = load_reference(widened_model, MIXED, torch.bfloat16)
+    round_as_kernels(reference)
     expected = log_probabilities(reference, tokens)
     vocabulary_size = expected.shape[1]
     served = np.concatenate(
