@@ -61,3 +61,8 @@ compat: $(INSTALLED)
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+.PHONY: third-party
+third-party: $(INSTALLED)
+	@nice -n 10 $(RUN) -m benchmarks.third_party.make
+	@nice -n 10 $(RUN) -m benchmarks.third_party.reference

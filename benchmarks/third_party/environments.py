@@ -1,0 +1,59 @@
+"""An environment for each tool: their requirements contradict one another's and SGLang's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.third_party.recipes import Tool
+from demo.model import cache_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIREMENTS = Path(__file__).resolve().parent / "requirements"
+
+
+def python_of(tool: Tool) -> Path:
+    """Return the interpreter of a tool's environment, made or brought up to date where need be.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not install the requirements.
+    """
+    folder = cache_dir() / "envs" / tool.name
+    requirements = REQUIREMENTS / f"{tool.name}.txt"
+    python, installed = folder / "bin" / "python", folder / ".installed"
+    wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    if installed.is_file() and installed.read_text(encoding="utf-8").strip() == wanted:
+        return python
+    print(f"Installing {tool.name} into {folder}", file=sys.stderr, flush=True)
+    if not python.is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-r", str(requirements)], check=True)
+    installed.write_text(wanted + "\n", encoding="utf-8")
+    return python
+
+
+def run_module(tool: Tool, module: str, arguments: Sequence[str], log: Path) -> None:
+    """Run one of this folder's modules in a tool's environment.
+
+    Args:
+        module: its name, such as "quantize_autoawq".
+        log: file that its output is written to.
+    Raises:
+        subprocess.CalledProcessError: it failed; the log tells why.
+    """
+    command = [str(python_of(tool)), "-m", f"benchmarks.third_party.{module}", *arguments]
+    offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with log.open("wb") as output:
+        subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **offline, **tool.variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=True,
+        )
