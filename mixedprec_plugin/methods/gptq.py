@@ -19,12 +19,21 @@ def build(arguments: Arguments, _platform: str) -> dict[str, Any]:
     return {
         "weight_bits": arguments["bits"],
         "group_size": arguments["group_size"],
-        "desc_act": bool(arguments["desc_act"]),
+        "desc_act": has_order(arguments),
         "is_sym": arguments["sym"],
         "lm_head_quantized": False,
         "dynamic": {},
         "full_config": quantization_config(arguments),
     }
+
+
+def has_order(arguments: Arguments) -> bool:
+    """Whether groups follow an act order; one group a column has none, whatever is stored of it.
+
+    Marlin refuses an order of one group
+    (sglang/kernels/jit/csrc/gemm/marlin/gptq_marlin.cuh:924).
+    """
+    return bool(arguments["desc_act"]) and arguments["group_size"] != -1
 
 
 def quantization_config(arguments: Arguments) -> dict[str, Any]:
@@ -34,7 +43,7 @@ def quantization_config(arguments: Arguments) -> dict[str, Any]:
         "checkpoint_format": "gptq",
         "bits": arguments["bits"],
         "group_size": arguments["group_size"],
-        "desc_act": bool(arguments["desc_act"]),
+        "desc_act": has_order(arguments),
         "sym": arguments["sym"],
         "lm_head": False,
         "dynamic": {},
@@ -76,6 +85,8 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
         found.append(f"act order of experts cannot be split over {shape.tp_size} ranks")
     if device == "cuda":
         found += marlin_faults(arguments["group_size"], shape)
+        if has_order(arguments) and arguments["group_size"] == shape.K:
+            found.append(f"act order needs more than one group along K = {shape.K}")
     return found
 
 
