@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixedprec_plugin import __version__
+from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.convert.parts import Part
-from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
 # raised whenever the same inputs would give other files
 LAYOUT_VERSION = 1
@@ -23,11 +24,7 @@ def input_facts(plan: Plan, form: str, parts: Sequence[Part]) -> dict[str, str]:
     Returns:
         what it is, in words -> digest; two conversions are the same if all are.
     """
-    stored = sorted(
-        {tensor for layer in plan.layers for tensor in layer.inputs.values()},
-        key=lambda tensor: (str(tensor.path), tensor.start, tensor.name),
-    )
-    paths = sorted({tensor.path for tensor in stored})
+    paths = sorted({tensor.path for layer in plan.layers for tensor in _read(layer)})
     stats = [path.stat() for path in paths]
     files = [
         [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
@@ -43,6 +40,11 @@ def input_facts(plan: Plan, form: str, parts: Sequence[Part]) -> dict[str, str]:
         "the size of parts": _digest([[part.file, len(part.tensors)] for part in parts]),
         "the plan": _digest([part.header.decode("latin-1") for part in parts]),
     }
+
+
+def _read(layer: PlannedLayer) -> list[StoredTensor]:
+    norms = [layer.rescale.own, layer.rescale.served] if layer.rescale else []
+    return [*layer.inputs.values(), *norms]
 
 
 def _digest(value: Any) -> str:

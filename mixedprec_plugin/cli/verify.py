@@ -1,0 +1,68 @@
+"""`mixedprec verify`: is what a preset makes of a checkpoint still the model?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from mixedprec_plugin.checkpoint.source import Source, open_source
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
+from mixedprec_plugin.plan.model import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    add_planning_arguments(parser)
+    parser.add_argument(
+        "--reference", required=True, metavar="SOURCE",
+        help="what the layers are compared with: a source of the preset, or a checkpoint folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold", metavar="METHOD=VALUE", action="append", default=[],
+        help="largest relative RMS error of a method's layers; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Compose every layer, compare it with the reference, and print the worst.
+
+    Returns:
+        0, or 1 where a layer is further from its reference than its method explains, or could not
+        be compared.
+    Raises:
+        UsageError, PresetError, CheckpointError, PlanError: before the work.
+    """
+    plan = make_plan(args).check()
+    # the verbs that only read run without torch
+    from mixedprec_plugin.verify.report import comparison_as_dict, print_comparisons, worst_first
+    from mixedprec_plugin.verify.thresholds import parse_thresholds
+    from mixedprec_plugin.verify.verifier import Verifier
+
+    limits = parse_thresholds(args.threshold)
+    verifier = Verifier(plan, reference_of(args.reference, plan), limits)
+    try:
+        found = verifier.compare_all()
+    finally:
+        verifier.close()
+    if args.json:
+        layers = [comparison_as_dict(one) for one in worst_first(found)]
+        print(json.dumps({"layers": layers}, indent=1), file=out)
+    else:
+        print_comparisons(found, Console(file=out, width=None if out.isatty() else 160))
+    return 1 if any(one.is_too_far or one.distance is None for one in found) else 0
+
+
+def reference_of(named: str, plan: Plan) -> Source:
+    """Open a reference: one of the plan's sources, or a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is neither, or damaged.
+    """
+    if named in plan.sources and not Path(named).is_dir():
+        return plan.sources[named]
+    return open_source(named, "reference")

@@ -1,0 +1,95 @@
+"""All comparisons, worst first: as a table, as JSON, as errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.verify.verifier import Comparison
+
+NUM_SHOWN = 20
+
+
+def worst_first(found: Sequence[Comparison]) -> list[Comparison]:
+    """Sort by how near a layer is to its limit; those that were not compared come last."""
+    return sorted(found, key=lambda one: -_share(one))
+
+
+def _share(one: Comparison) -> float:
+    if one.distance is None:
+        return -1.0
+    error = one.distance.relative_error
+    return math.inf if math.isnan(error) else error / one.limit
+
+
+def problems(found: Sequence[Comparison]) -> list[Problem]:
+    """An error for each layer that is too far from its reference or cannot be held against it."""
+    texts = []
+    for one in worst_first(found):
+        if one.is_too_far and one.distance is not None:
+            far = one.distance
+            what = (
+                f"in {one.method} from {one.source!r} its relative error is "
+                f"{far.relative_error:.3g}, its cosine {far.cosine:.4f} (expected at most "
+                f"{one.limit:g})"
+            )
+            remedy = "the checkpoint is damaged, of another model, or read wrongly; take the layer "
+            texts.append(Problem(one.layer, what, f"{remedy}from another source", "verify"))
+        elif one.distance is None:
+            remedy = "give a reference that holds the whole model in a format that can be read"
+            texts.append(Problem(one.layer, f"was not compared: {one.note}", remedy, "verify"))
+    return texts
+
+
+def comparison_as_dict(one: Comparison) -> dict[str, Any]:
+    """A comparison as plain data for JSON; an infinite number is null."""
+    far = one.distance
+    return {
+        "layer": one.layer,
+        "method": one.method,
+        "source": one.source,
+        "relative_error": _finite(far.relative_error) if far else None,
+        "cosine": _finite(far.cosine) if far else None,
+        "limit": _finite(one.limit),
+        "too_far": one.is_too_far,
+        "compared": far is not None,
+        "note": one.note,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def print_comparisons(found: Sequence[Comparison], console: Console) -> None:
+    """Print the worst layers, then how many of all are too far."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title, right in (
+        ("layer", False), ("method", False), ("source", False), ("relative error", True),
+        ("limit", True), ("cosine", True), ("compared", False),
+    ):  # fmt: skip
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    ordered = worst_first(found)
+    shown = [one for one in ordered if one.is_too_far or one.distance is None]
+    shown = shown or ordered[:NUM_SHOWN]
+    for one in shown:
+        far = one.distance
+        table.add_row(
+            Text(one.layer), one.method, one.source,
+            f"{far.relative_error:.4f}" if far else "-",
+            f"{one.limit:g}" if math.isfinite(one.limit) else "",
+            f"{far.cosine:.5f}" if far else "-", Text(one.note),
+            style="bold red" if one.is_too_far or far is None else "",
+        )  # fmt: skip
+    console.print(table)
+    num_far = sum(one.is_too_far for one in found)
+    num_missing = sum(one.distance is None for one in found)
+    missing = f", {num_missing} not compared" if num_missing else ""
+    console.print(f"{len(found)} compared: {num_far} too far{missing}", highlight=False)
