@@ -33,7 +33,8 @@ class VirtualCheckpoint:
     """Iterates over (tensor name, tensor) of a plan, in the order of the files.
 
     One layer is in memory at a time. Names are layer names as the checkpoint spells them, plus
-    the suffixes of the method that the layer runs in.
+    the suffixes of the method that the layer runs in. Layers that only a draft model runs are left
+    out.
 
     Args:
         plan: a plan without errors.
@@ -47,11 +48,13 @@ class VirtualCheckpoint:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         with Reader() as reader:
             for layer in in_file_order(self.plan):
+                if layer.kind == "draft":
+                    continue
                 for suffix, tensor in compose_layer(layer, self.plan.target, reader).items():
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, tensor
 
     def __len__(self) -> int:
-        return sum(len(layer.outputs) for layer in self.plan.layers)
+        return sum(len(layer.outputs) for layer in self.plan.layers if layer.kind != "draft")
 
 
 def open_virtual_checkpoint(

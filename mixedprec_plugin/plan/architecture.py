@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple
 
-Kind = Literal["linear", "expert", "lm_head", "embedding", "router", "norm", "other"]
+Kind = Literal["linear", "expert", "lm_head", "embedding", "router", "norm", "draft", "other"]
 Parallel = Literal["column", "row", "replicated"]
 
 # last component of a fused module -> last components of its shards, in SGLang's order, with the
@@ -48,6 +48,7 @@ NEVER_QUANTIZED: Mapping[str, str] = {
     "embedding": "SGLang never quantizes embeddings",
     "router": "routers stay unquantized",
     "norm": "it has no weight matrix",
+    "draft": "the model does not run it, a draft model for speculative decoding does",
     "other": "SGLang runs it unquantized",
 }
 

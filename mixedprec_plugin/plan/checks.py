@@ -111,7 +111,7 @@ def check_layers(
         shards = siblings[_parameter(layer)]
         key = (
             id(layer.stored), id(layer.scheme), layer.action, layer.rule is None, layer.kind,
-            last_component(layer.name), tuple((s.shard in ("k", "v"), id(s.stored)) for s in shards),
+            last_component(layer.name), *((s.shard in ("k", "v"), id(s.stored)) for s in shards),
         )  # fmt: skip
         if key not in known:
             known[key] = tuple(_faults(layer, shards, target, config))
@@ -130,6 +130,8 @@ def _faults(
     config: Mapping[str, Any],
 ) -> Iterator[_Fault]:
     assert layer.stored is not None
+    if layer.kind == "draft":
+        return
     for text in layer.stored.disagreements:
         remedy = "its tensors decide; check that the checkpoint is whole"
         yield "stored-disagreement", text, remedy, "warning"

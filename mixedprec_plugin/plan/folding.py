@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(\d+)")
+# a whole component behind the first number; a run that is folded already is none
+_SECOND = re.compile(r"^\D*\d[^.]*\..*?(?<=\.)(\d+)(?=\.|$)")
 _DIGITS = re.compile(r"(\d+)")
 
 
@@ -17,21 +19,27 @@ def natural_key(name: str) -> list[str | int]:
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Fold names that are alike but for their first number.
+    """Fold names that are alike but for their first number, then for their second.
 
     Returns:
-        folded names in the order of their first member: `model.layers.0-3,7.mlp`.
+        folded names in the order of their first member: `model.layers.0-3,7.mlp`,
+        `model.layers.3-60.mlp.experts.0-255.up_proj`.
     """
+    return _fold(_fold(names, _NUMBER), _SECOND)
+
+
+def _fold(names: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
+    """Fold over the number that the pattern's last group is."""
     groups: dict[tuple[str, str], list[int]] = {}
     plain: dict[tuple[str, str], str] = {}
     for name in names:
-        match = _NUMBER.search(name)
+        match = pattern.search(name)
         if match is None:
             plain[(name, "")] = name
             groups[(name, "")] = []
         else:
-            key = (name[: match.start()], name[match.end() :])
-            groups.setdefault(key, []).append(int(match.group()))
+            key = (name[: match.start(1)], name[match.end(1) :])
+            groups.setdefault(key, []).append(int(match[1]))
     return [
         plain[key] if key in plain else f"{key[0]}{fold_numbers(numbers)}{key[1]}"
         for key, numbers in groups.items()

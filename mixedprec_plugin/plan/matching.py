@@ -30,9 +30,15 @@ class Matches:
     matched: Mapping[int, frozenset[str]]
 
 
-def match_rules(rules: Collection[Rule], names: Collection[str]) -> Matches:
-    """Match every rule against every layer name; the last rule that matches a layer wins."""
-    from_end = names_from_end(names)
+def match_rules(
+    rules: Collection[Rule], names: Collection[str], uncounted: Collection[str] = ()
+) -> Matches:
+    """Match every rule against every layer name; the last rule that matches a layer wins.
+
+    Args:
+        uncounted: names that stand behind the last layer, where layers are counted from the end.
+    """
+    from_end = names_from_end([name for name in names if name not in uncounted])
     deciding: dict[str, Rule] = {}
     matched: dict[int, frozenset[str]] = {}
     for rule in rules:

@@ -171,7 +171,7 @@ def problem_as_dict(problem: Problem) -> dict[str, str]:
 
 def totals(plan: Plan) -> dict[str, Any]:
     """Sums over the plan; `bytes_unquantized` is the same model wholly in its running dtype."""
-    matrices = [layer for layer in plan.layers if layer.num_weights]
+    matrices = [layer for layer in plan.layers if layer.num_weights and layer.kind != "draft"]
     num_weights = sum(layer.num_weights for layer in matrices)
     served = sum(layer.bytes_after for layer in matrices)
     unquantized = plan.bytes_after - served + 2 * num_weights

@@ -25,6 +25,7 @@ from mixedprec_plugin.plan.architecture import (
     shard_order,
 )
 from mixedprec_plugin.plan.conversion import is_stored_as
+from mixedprec_plugin.plan.draft import NOTE, draft_layers
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import settle_fused_modules
 from mixedprec_plugin.plan.matching import match_rules
@@ -34,6 +35,10 @@ from mixedprec_plugin.plan.repacking import is_repackable
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
 _FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+# SGLang keeps some routers in float32 (models/glm4_moe.py:391, models/deepseek_v2.py:520), and a
+# draft model is loaded from what is stored
+_UNCAST = frozenset({"router", "draft"})
+_ROUTER_BIAS = "e_score_correction_bias"
 # buffers that some old checkpoints carry and every model computes by itself
 _COMPUTED = ("rotary_emb",)
 
@@ -68,7 +73,8 @@ def resolve_plan(
     formats = FormatCache()
     kinds = _kinds(model, names, formats)
     tied = _tied_layers(model, kinds)
-    matches = match_rules(preset.rules, (*names, *tied))
+    drafts = {name for name, kind in kinds.items() if kind == "draft"}
+    matches = match_rules(preset.rules, (*names, *tied), uncounted=drafts)
     rules = matches.deciding
     taken, problems = _take(names, rules, kinds, sources, formats)
     asking = _Schemes()
@@ -89,7 +95,7 @@ def resolve_plan(
             schemes[name],
             rules.get(name),
             taken[name],
-            maker.of(schemes[name], taken[name]),
+            maker.of(schemes[name], taken[name], kinds[name]),
         )
         for name in names
     ]
@@ -116,7 +122,7 @@ def _kinds(model: Source, names: Sequence[str], formats: FormatCache) -> dict[st
         if key not in known:
             known[key] = layer_kind(name, has_matrix)
         kinds[name] = known[key]
-    return kinds
+    return kinds | dict.fromkeys(draft_layers(model.config, names), "draft")
 
 
 def _take(
@@ -212,17 +218,17 @@ class _Maker:
         self._target = target
         self._known: dict[object, _Made] = {}
 
-    def of(self, scheme: Scheme | None, taken: _Taken) -> _Made:
+    def of(self, scheme: Scheme | None, taken: _Taken, kind: Kind) -> _Made:
         signature = tuple([(suffix, t.dtype, t.shape) for suffix, t in taken.tensors.items()])
-        key = (id(scheme), id(taken.stored), signature)
+        key = (id(scheme), id(taken.stored), kind, signature)
         if key not in self._known:
             action = _action(scheme, taken.stored, taken.tensors, self._target)
-            outputs = _outputs(action, scheme, taken.stored, taken.tensors, self._target)
+            outputs = _outputs(action, scheme, taken.stored, taken.tensors, kind, self._target)
             self._known[key] = _Made(
                 action,
                 MappingProxyType(outputs),
                 sum(tensor.num_bytes for tensor in taken.tensors.values()),
-                sum(_spec_bytes(spec) for spec in outputs.values()),
+                sum(map(_spec_bytes, outputs.values())) if kind != "draft" else 0,
             )
         return self._known[key]
 
@@ -251,6 +257,7 @@ def _planned_layer(
         outputs=made.outputs,
         bytes_before=made.bytes_before,
         bytes_after=made.bytes_after,
+        note=NOTE if kind == "draft" else "",
     )
 
 
@@ -281,6 +288,7 @@ def _outputs(
     scheme: Scheme | None,
     stored: StoredFormat | None,
     tensors: Mapping[str, StoredTensor],
+    kind: Kind,
     target: Target,
 ) -> dict[str, TensorSpec]:
     """What the layer is served as: the method's tensors, then those beside the matrix (biases)."""
@@ -293,7 +301,8 @@ def _outputs(
             replaced = set(stored.suffixes)
     for suffix, tensor in tensors.items():
         if suffix not in replaced and suffix not in outputs:
-            dtype = target.dtype if tensor.dtype in _FLOATS else tensor.dtype
+            is_cast = tensor.dtype in _FLOATS and kind not in _UNCAST and suffix != _ROUTER_BIAS
+            dtype = target.dtype if is_cast else tensor.dtype
             outputs[suffix] = TensorSpec(dtype, tensor.shape)
     return outputs
 

@@ -12,7 +12,14 @@ def test_names_fold_over_their_first_number() -> None:
     assert fold_names(names) == ["m.0-2,4.a", "m.0.b", "head"]
 
 
-def test_second_number_does_not_fold() -> None:
+def test_names_fold_over_their_second_number_where_the_first_ones_are_alike() -> None:
+    names = [f"l.{layer}.e.{expert}.w" for layer in (0, 1) for expert in (3, 4, 9)]
+    assert fold_names(names) == ["l.0-1.e.3-4,9.w"]
+    assert fold_names(["l.0.e.0-7", "l.1.e.0-7", "l.2.e.8"]) == ["l.0-1.e.0-7", "l.2.e.8"]
+    assert fold_names(["l.0.e.1", "l.0.e.2"]) == ["l.0.e.1-2"]
+
+
+def test_second_number_does_not_fold_where_the_first_ones_differ() -> None:
     assert fold_names(["l.0.e.1.w", "l.1.e.1.w", "l.0.e.2.w"]) == ["l.0-1.e.1.w", "l.0.e.2.w"]
 
 
