@@ -51,8 +51,10 @@ class Card:
 _ALL = (
     Card("RTX 2080 Ti", "NVIDIA GeForce RTX 2080 Ti", (7, 5), 68, 11 * _GIB, 65536, 65536, 1024),
     Card("A100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 80 * _GIB, 166912, 167936, 2048),
+    Card("RTX 3090", "NVIDIA GeForce RTX 3090", (8, 6), 82, 24 * _GIB, 101376, 102400, 1536),
     Card("RTX 4090", "NVIDIA GeForce RTX 4090", (8, 9), 128, 24 * _GIB, 101376, 102400, 1536),
     Card("H100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 80 * _GIB, 232448, 233472, 2048),
     Card("B200", "NVIDIA B200", (10, 0), 148, 180 * _GIB, 232448, 233472, 2048),
+    Card("RTX 5090", "NVIDIA GeForce RTX 5090", (12, 0), 170, 32 * _GIB, 101376, 102400, 1536),
 )
 CARDS = {card.title: card for card in _ALL}

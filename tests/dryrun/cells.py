@@ -21,6 +21,7 @@ from mixedprec_plugin.serving.placement import load_weights
 from mixedprec_plugin.serving.shapes import check_built
 from tests.dryrun.cards import Card
 from tests.dryrun.fake_device import fake_card
+from tests.dryrun.foretold import foretell
 from tests.dryrun.journal import JOURNAL
 from tests.dryrun.layers import KINDS, Kind
 from tests.dryrun.methods import Method
@@ -39,6 +40,7 @@ class Cell:
         kernels: what a forward launches, in order.
         parameters: name -> dtype and shape as loaded, before SGLang repacks them.
         refused: our own error, if the cell is refused.
+        foretold: what the rules say of it, without SGLang.
         broken: what went wrong otherwise; empty in every good cell.
         made_up: operations whose data a dry run has not got.
     """
@@ -51,6 +53,7 @@ class Cell:
     kernels: list[str] = dataclasses.field(default_factory=list)
     parameters: dict[str, str] = dataclasses.field(default_factory=dict)
     refused: str = ""
+    foretold: list[str] = dataclasses.field(default_factory=list)
     broken: str = ""
     made_up: list[str] = dataclasses.field(default_factory=list)
 
@@ -78,6 +81,7 @@ def run_cell(
         dtype: what the model runs in; what SGLang would choose on the card if it is empty.
     """
     cell = Cell(method.title, kind_name, tp_size, dtype or card.dtype)
+    cell.foretold = foretell(card, method, KINDS[kind_name], tp_size, cell.dtype)
     JOURNAL.clear()
     try:
         _run(cell, KINDS[kind_name], method, checkpoint)
@@ -194,7 +198,5 @@ def check_filled(model: torch.nn.Module) -> None:
 
 
 def _check_output(output: torch.Tensor, kind: Kind, tp_size: int, dtype: torch.dtype) -> None:
-    N = sum(shape[0] for shape in kind.weights.values())
-    if not kind.splits_inputs and kind is not KINDS["replicated"]:
-        N //= tp_size
+    N = kind.num_outputs(tp_size)
     assert (output.shape[-1], output.dtype) == (N, dtype), (output.shape, output.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from tests.dryrun.cards import Card
 from tests.dryrun.methods import Method
@@ -16,6 +17,10 @@ _FP8 = ("jit:per_token_quant_fp8", "sgl_kernel:fp8_scaled_mm")
 _FP8_BLOCK_DEEPGEMM = ("jit:per_token_group_quant", "deep_gemm:fp8_fp4_gemm_nt")
 # fp8_utils.py, `triton_w8a8_block_fp8_linear`
 _FP8_BLOCK_TRITON = ("jit:per_token_group_quant", "triton:_w8a8_block_fp8_matmul")
+# fp8_utils.py:2613, `static_quant_fp8`
+_FP8_STATIC = ("triton:_static_quant_fp8", "sgl_kernel:fp8_scaled_mm")
+# fp8.py:1193: on SM120 one scale for the whole module, and torch's matmul
+_SCALED_MM = "aten:_scaled_mm"
 # layers/quantization/int8_utils.py, `apply_w8a8_block_int8_linear`
 _INT8_BLOCK = ("triton:_per_token_group_quant_int8", "triton:_w8a8_block_int8_matmul")
 # gpu/quantization/awq_kernels.py, `AWQLinearKernel.apply`
@@ -25,17 +30,22 @@ _AWQ_PLAIN = ("jit:awq_dequantize", "aten:mm")
 # all, 528 and 132 a rank. Blocks: fp8.py:570, blockwise_int8.py:162, a lone unsplit layer may be
 # ragged; Marlin: marlin_utils.py:161, multiples of 64; AWQ and GPTQ: whole words of 8 or 4;
 # FP8 a tensor: multiples of 16.
-_NO_CARD = {
-    "unquantized": set[tuple[str, int]](),
+_BLOCKS = {("narrow", 8), ("ragged", 2), ("ragged", 8)}
+_GPTQ = {("narrow", 8), ("ragged", 1), ("ragged", 2), ("ragged", 8)}
+_NO_CARD: Mapping[str, set[tuple[str, int]]] = {
+    "unquantized": set(),
     "fp8": {("ragged", 8)},
-    "fp8_block": {("narrow", 8), ("ragged", 2), ("ragged", 8)},
-    "blockwise_int8": {("narrow", 8), ("ragged", 2), ("ragged", 8)},
+    "fp8_static": {("ragged", 8)},
+    "fp8_block": _BLOCKS,
+    "blockwise_int8": _BLOCKS,
     "awq": {("narrow", 8), ("ragged", 8)},
-    "gptq_int4": {("narrow", 8), ("ragged", 1), ("ragged", 2), ("ragged", 8)},
-    "gptq_int8": {("narrow", 8), ("ragged", 1), ("ragged", 2), ("ragged", 8)},
+    "gptq_int4": _GPTQ,
+    "gptq_int8": _GPTQ,
+    "gptq_column": _GPTQ,
+    "gptq_act_order": _GPTQ,
 }
 # FP8 before 8.9 goes through Marlin (fp8.py:1300), so its shapes are Marlin's
-_NOT_IN_MARLIN = {("narrow", 8), ("ragged", 1), ("ragged", 2), ("ragged", 8)}
+_NOT_IN_MARLIN = _GPTQ
 # get_min_capability: fp8.py:329, blockwise_int8.py:83, gptq/gptq.py:386, awq/awq.py:109
 _LEAST = {"unquantized": 0, "awq": 75}
 
@@ -53,14 +63,14 @@ def expect(card: Card, method: Method, kind: str, tp_size: int, dtype: str) -> E
     """Tell what a cell must be."""
     name = method.title
     if kind == "lm_head" and name != "unquantized":
-        return Expected(refused=f"lm_head cannot run in {name}")
+        return Expected(refused="SGLang has no quantized kernel for lm_head")
     if (kind, tp_size) in _NO_CARD[name]:
         return Expected(refused="multiple of")
     if card.architecture < _LEAST.get(name, 80):
         return Expected(refused=f"compute capability is {card.architecture / 10} (expected 8.0")
     if name == "awq" and card.architecture < 80 and dtype == "bfloat16":
         # AWQConfig: awq/awq.py:105
-        return Expected(refused="does not run in bfloat16 with AWQConfig (expected float16)")
+        return Expected(refused="does not run in bfloat16")
     if name.startswith("fp8") and card.architecture < 89 and (kind, tp_size) in _NOT_IN_MARLIN:
         return Expected(refused="FP8 runs in Marlin kernels on this GPU")
     runs_as, kernels = _kernels(card, name, kind, dtype)
@@ -73,10 +83,10 @@ def _kernels(card: Card, name: str, kind: str, dtype: str) -> tuple[str, tuple[s
     if name == "unquantized":
         if kind == "lm_head":
             return "UnquantizedEmbeddingMethod", ("aten:mm",)
-        # only the fused qkv has a bias here
-        return "UnquantizedLinearMethod", ("aten:addmm" if kind == "qkv" else "aten:mm",)
-    if name == "fp8":
-        return "Fp8LinearMethod", _FP8 if card.architecture >= 89 else _MARLIN
+        has_bias = kind in ("qkv", "few_kv_heads")
+        return "UnquantizedLinearMethod", ("aten:addmm" if has_bias else "aten:mm",)
+    if name in ("fp8", "fp8_static"):
+        return "Fp8LinearMethod", _fp8(card, name)
     if name == "fp8_block":
         return "Fp8LinearMethod", _fp8_block(card, kind, dtype)
     if name == "blockwise_int8":
@@ -88,9 +98,19 @@ def _kernels(card: Card, name: str, kind: str, dtype: str) -> tuple[str, tuple[s
     return "GPTQMarlinLinearMethod/GPTQMarlinLinearScheme", _MARLIN
 
 
+def _fp8(card: Card, name: str) -> tuple[str, ...]:
+    """Marlin takes the activations as they are, static scales or not: fp8.py:1304."""
+    if card.architecture < 89:
+        return _MARLIN
+    quantize, matmul = _FP8_STATIC if name == "fp8_static" else _FP8
+    return quantize, _SCALED_MM if card.architecture == 120 else matmul
+
+
 def _fp8_block(card: Card, kind: str, dtype: str) -> tuple[str, ...]:
-    """DeepGEMM is for Hopper and datacenter Blackwell, bfloat16, and N in multiples of 64."""
+    """DeepGEMM is for Hopper and Blackwell, bfloat16, and N in multiples of 64."""
     if card.architecture < 89:
         return _MARLIN
     fits = kind != "ragged" and dtype == "bfloat16"
-    return _FP8_BLOCK_DEEPGEMM if card.architecture in (90, 100) and fits else _FP8_BLOCK_TRITON
+    return (
+        _FP8_BLOCK_DEEPGEMM if card.architecture in (90, 100, 120) and fits else _FP8_BLOCK_TRITON
+    )

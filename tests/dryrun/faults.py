@@ -30,13 +30,13 @@ def main(title: str, folder: str) -> None:
     import torch
 
     from mixedprec_plugin.methods import construct
-    from tests.dryrun import cells
+    from tests.dryrun import cells, stock
     from tests.dryrun.layers import KINDS
 
     methods = {method.title: method for method in METHODS}
 
     def run(method: str, kind: str = "column") -> dict[str, Any]:
-        checkpoint = KINDS[kind].write(shared / title / kind)
+        checkpoint = KINDS[kind].write(shared / "faults" / kind)
         return dataclasses.asdict(cells.run_cell(card, methods[method], kind, 1, checkpoint))
 
     def stream(method: str, change: Change, kind: str = "column") -> dict[str, Any]:
@@ -61,7 +61,7 @@ def main(title: str, folder: str) -> None:
         return lambda name, tensor: change(tensor) if "scale" in name else tensor
 
     gptq = construct.METHODS["gptq"]
-    results = {
+    results: dict[str, Any] = {
         "scales dropped": stream("awq", scales(lambda _: None)),
         "one shard's scales dropped": stream(
             "gptq_int4", lambda n, t: None if n == "block.k_proj.scales" else t, "qkv"
@@ -88,6 +88,7 @@ def main(title: str, folder: str) -> None:
         ),
         "Triton kernel without instructions on the card": {"broken": _compile_fp8_matmul()},
         "no fault": run("gptq_int4"),
+        "stock": stock.run(),
     }
     (shared / f"{title}.json").write_text(json.dumps(results, indent=1))
 

@@ -47,9 +47,14 @@ def _gemm(
     scales: torch.Tensor,
     _global_scale: torch.Tensor,
     zeros: torch.Tensor,
-    _g_idx: torch.Tensor,
-    _order: torch.Tensor,
+    g_idx: torch.Tensor,
+    order: torch.Tensor,
     out: torch.Tensor,
+    _sums: torch.Tensor,
+    _sorted: torch.Tensor,
+    _workspace: torch.Tensor,
+    _type: int,
+    is_k_full: bool,
     *_rest: Any,
 ) -> None:
     size_k, size_n = a.shape[1], out.shape[1]
@@ -59,7 +64,12 @@ def _gemm(
     assert packed in (2, 4)
     # the host does not look at the dtype of the scales, and reads them as the activations'
     _expect(scales, a.dtype, scales.shape[0], size_n)
-    assert size_k % scales.shape[0] == 0
+    if g_idx.numel() and order.numel():
+        _expect(g_idx, torch.int32, size_k)
+        _expect(order, torch.int32, size_k)
+        assert scales.shape[0] > 1 or not is_k_full, "act order needs more than one group"
+    if is_k_full:
+        assert size_k % scales.shape[0] == 0
     if zeros.numel():
         _expect(zeros, torch.int32, scales.shape[0], size_n // 8)
 

@@ -24,12 +24,23 @@ from tests.dryrun.methods import METHODS
 Result = Mapping[str, Any]
 _ROOT = Path(__file__).resolve().parents[2]
 _BEGIN, _END = "<!-- matrix -->\n", "<!-- end of matrix -->\n"
-_KINDS = ("column", "merged", "qkv", "row", "replicated", "narrow", "ragged", "lm_head")
+_KINDS = (
+    "column",
+    "merged",
+    "qkv",
+    "few_kv_heads",
+    "row",
+    "replicated",
+    "narrow",
+    "ragged",
+    "lm_head",
+)
 _WORDS = {
     "aten:mm": "mm",
     "aten:addmm": "mm",
     "jit:gptq_marlin_gemm": "Marlin",
     "jit:awq_dequantize": "awq_dequantize",
+    "aten:_scaled_mm": "torch._scaled_mm",
     "sgl_kernel:fp8_scaled_mm": "fp8_scaled_mm",
     "deep_gemm:fp8_fp4_gemm_nt": "DeepGEMM",
     "triton:_w8a8_block_fp8_matmul": "Triton block matmul",
@@ -57,7 +68,7 @@ def prepare(folder: Path) -> None:
         hidden_size=1024,
         intermediate_size=1024,
         num_attention_heads=8,
-        num_key_value_heads=8,
+        num_key_value_heads=4,
         head_dim=128,
         num_hidden_layers=len(METHODS),
         vocab_size=512,

@@ -7,22 +7,32 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method with the arguments that decide which kernel runs it."""
+    """A method with the arguments that decide which kernel runs it.
+
+    Attributes:
+        title: its short name in the matrix.
+        rule: what a preset says.
+        stored: how the checkpoint stores the layers; `bf16` unless only calibration can make it.
+    """
 
     title: str
     rule: str
+    stored: str = "bf16"
 
 
 METHODS = tuple(
-    Method(title, rule)
-    for title, rule in (
+    Method(*row)
+    for row in (
         ("unquantized", "method: unquantized"),
         ("fp8", "method: fp8"),
+        ("fp8_static", "method: fp8, activation_scheme: static", "fp8_static"),
         ("fp8_block", "method: fp8_block"),
         ("blockwise_int8", "method: blockwise_int8"),
         ("awq", "method: awq"),
         ("gptq_int4", "method: gptq_int4"),
         ("gptq_int8", "method: gptq_int8"),
+        ("gptq_column", "method: gptq_int4, group_size: -1"),
+        ("gptq_act_order", "method: gptq_int4, desc_act: true", "gptq_act_order"),
     )
 )
 TP_SIZES = (1, 2, 8)

@@ -44,23 +44,29 @@ def main(title: str, folder: str) -> None:
     from tests.dryrun.cells import run_cell
     from tests.dryrun.journal import JOURNAL
     from tests.dryrun.layers import KINDS
+    from tests.dryrun.stored import FORMATS
 
     own = shared / title
-    checkpoints = {name: kind.write(own / name) for name, kind in KINDS.items()}
+    checkpoints = {
+        (name, stored): kind.write(own / f"{name}-{stored}", stored)
+        for name, kind in KINDS.items()
+        for stored in FORMATS
+    }
     cells = [
-        run_cell(card, method, name, tp_size, checkpoints[name])
+        run_cell(card, method, name, tp_size, checkpoints[name, method.stored])
         for method in METHODS
         for name in KINDS
         for tp_size in TP_SIZES
     ]
     other = "float16" if card.dtype == "bfloat16" else "bfloat16"
     cells += [
-        run_cell(card, method, "column", 1, checkpoints["column"], other) for method in METHODS
+        run_cell(card, method, "column", 1, checkpoints["column", method.stored], other)
+        for method in METHODS
     ]
     compiled = dict(JOURNAL.compiled)
     llama.record_norms_and_attention()
     runs = {cell.method for cell in cells if cell.kind == "column" and cell.runs_as}
-    methods = [method for method in METHODS if method.title in runs]
+    methods = [method for method in METHODS if method.title in runs and method.stored == "bf16"]
     models = [llama.run_model(card, methods, size, shared / "llama") for size in TP_SIZES]
     result = {
         "cells": [dataclasses.asdict(cell) for cell in cells],

@@ -2,7 +2,7 @@
 
 Triton needs no GPU to compile for one: a driver that names the target is enough, and the bundled
 ptxas does the rest. What the card's architecture lacks (e4m3 before 8.9) fails here as it would
-there.
+there, and so does a kernel that asks for more shared memory than the card has.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def install(card: Card) -> None:
         JOURNAL.launch("triton", kernel.__name__)
         with _disable_current_modes():
             before = _num_compiled(kernel)
-            stock(
+            made = stock(
                 kernel,
                 *map(_shape_of, args),
                 grid=(1,),
@@ -62,6 +62,8 @@ def install(card: Card) -> None:
                 **{name: _shape_of(value) for name, value in keywords.items()},
             )
             JOURNAL.compiled[kernel.__name__] += _num_compiled(kernel) - before
+            # what the driver refuses at the launch
+            assert made.metadata.shared <= card.shared_bytes, (kernel.__name__, made.metadata)
 
     jit.JITFunction.run = run
     autotuner.Autotuner.run = _refuse_autotuning

@@ -63,3 +63,22 @@ def test_package_refuses(results: Mapping[str, Any], fault: str, text: str) -> N
 )
 def test_dry_run_breaks(results: Mapping[str, Any], fault: str, text: str) -> None:
     assert re.search(text, results[fault]["broken"]), results[fault]["broken"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        # layers/quantization/marlin_utils_fp8.py:98: the first to look at the shape is the kernel
+        ("FP8 in Marlin, ragged", r"prepare_fp8_layer_for_marlin.*marlin_checks.*assert size_n % "),
+        # gpu/quantization/gptq_kernels.py:89 asks for it, and goes on
+        ("GPTQ in Marlin, ragged", r"gptq_kernels.*marlin_checks.*assert size_n % _TILE_N"),
+        # awq/awq.py:368 looks at the whole layer, awq_marlin.py:49 at its share
+        ("AWQ, its share too narrow", "output_size_per_partition = 32 is not divisible by"),
+    ],
+)
+def test_sglang_by_itself_still_fails_so(results: Mapping[str, Any], fault: str, text: str) -> None:
+    assert re.search(text, results["stock"][fault], re.DOTALL), results["stock"][fault]
+
+
+def test_sglang_falls_back_where_the_whole_layer_does_not_fit(results: Mapping[str, Any]) -> None:
+    assert results["stock"]["AWQ, too narrow as a whole"] == ""
