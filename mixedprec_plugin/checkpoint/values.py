@@ -22,9 +22,8 @@ _DTYPES: dict[str, Any] = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
     "BOOL": np.bool_,
 }  # fmt: skip
-# relative distance of two copies of one number, each rounded to its dtype: one unit in the last
-# place of the coarser
-_UNITS = {"BF16": 2.0**-8, "F16": 2.0**-11}
+# largest relative error of a rounding: half a unit in the last place
+_ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}
 # float16 rounds smaller numbers to multiples of this
 _SUBNORMAL = 2.0**-24
 
@@ -84,7 +83,8 @@ def are_equal(first: Array, second: Array, dtypes: Sequence[str]) -> bool:
     """
     if first.shape != second.shape:
         return False
-    tolerance = max((_UNITS.get(dtype, 2.0**-23) for dtype in dtypes), default=0.0)
+    # the coarsest counts, and an eighth more for a second rounding to one of the others
+    tolerance = 1.125 * max((_ROUNDING.get(dtype, 2.0**-23) for dtype in dtypes), default=0.0)
     largest = np.maximum(np.abs(first), np.abs(second))
     return bool(np.all(np.abs(first - second) <= tolerance * largest + _SUBNORMAL))
 

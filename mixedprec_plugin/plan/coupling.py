@@ -44,7 +44,8 @@ class Coupling:
         matches: what the rules match.
         tied: tied layer name -> the layer whose weight it shares.
         values: reads norms.
-        trusted: whether a source that lacks a norm counts as having the same one.
+        dtype: what the model runs in; norms that differ by less than its rounding are one.
+        trusted: whether a source that lacks a norm counts as having the model's.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Coupling:
         matches: Matches,
         tied: Mapping[str, str],
         values: Values,
+        dtype: str,
         *,
         trusted: bool = False,
     ) -> None:
@@ -62,6 +64,7 @@ class Coupling:
         self._sources = sources
         self._offset = norm_offset(sources["model"].config)
         self._values = values
+        self._dtype = dtype
         self._explicit = _named_alone(layers, matches)
         self._trusted = trusted
         self._errors: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
@@ -88,9 +91,7 @@ class Coupling:
 
     def agree(self, name: str, first: str, second: str) -> bool:
         """Whether two sources store the same values for a norm."""
-        one, other = (self._sources[source].layers.get(name) for source in (first, second))
-        if one is None or other is None:
-            return one is other
+        one, other = self._norm(name, first), self._norm(name, second)
         if one.keys() != other.keys():
             return False
         return all(
@@ -98,10 +99,15 @@ class Coupling:
             or are_equal(
                 self._values.of(one[suffix]),
                 self._values.of(other[suffix]),
-                (one[suffix].dtype, other[suffix].dtype),
+                (one[suffix].dtype, other[suffix].dtype, self._dtype),
             )
             for suffix in one
         )
+
+    def _norm(self, name: str, source: str) -> Mapping[str, StoredTensor]:
+        """A source's norm; a trusted one that holds none has the model's."""
+        layers = self._sources[source].layers
+        return layers[name] if name in layers else self._sources["model"].layers[name]
 
     def _settle(self, unit: Unit) -> None:
         norm = self.layers[unit.norm]
@@ -112,7 +118,7 @@ class Coupling:
         lacking = [source for source in used if unit.norm not in self._sources[source].layers]
         if lacking and not self._trusted:
             self._error(unit, *_lacking(lacking[0], consumers))
-            used = [source for source in used if source not in lacking]
+            return
         if all(self.agree(unit.norm, norm.source, source) for source in used):
             return
         unchangeable = [layer for layer in consumers if not self._is_changeable(layer, unit)]
@@ -122,7 +128,7 @@ class Coupling:
         if served != norm.source:
             self._take_norm(norm, served)
         for layer in consumers:
-            if layer.source not in lacking and not self.agree(unit.norm, served, layer.source):
+            if not self.agree(unit.norm, served, layer.source):
                 self._rescale(unit, layer, served)
 
     def _is_changeable(self, layer: PlannedLayer, unit: Unit) -> bool:
@@ -158,7 +164,7 @@ class Coupling:
 
     def _take_norm(self, norm: PlannedLayer, source: str) -> None:
         """Serve a norm from another source; what is served keeps its dtypes and shapes."""
-        inputs = self._sources[source].layers[norm.name]
+        inputs = self._norm(norm.name, source)
         self.layers[norm.name] = dataclasses.replace(
             norm,
             source=source,
@@ -168,7 +174,7 @@ class Coupling:
         )
 
     def _rescale(self, unit: Unit, layer: PlannedLayer, served: str) -> None:
-        own, new = (self._sources[s].layers[unit.norm] for s in (layer.source, served))
+        own, new = self._norm(unit.norm, layer.source), self._norm(unit.norm, served)
         assert self._offset is not None
         reason = self._why_not_rescale(layer, own, new, self._offset)
         if reason:
@@ -216,9 +222,11 @@ class Coupling:
             f"no norm is right for both {' and '.join(parts)}: they are stored behind their own, "
             "which differ by up to {distance:.1f}x"
         )
+        remedy = "take all of them from one source"
         if unit.fixed:
-            what = f"cannot be told apart from what is read with it: {what}"
-        remedy = "take all of them from one source, or have one side quantized here from bf16"
+            what += "; it is not known which of them read it"
+        else:
+            remedy += ", or have one side quantized here from bf16"
         self._error(unit, what, remedy, distance=self._distance(unit.norm, needed[0], needed[-1]))
 
     def _contradicted(
@@ -237,7 +245,7 @@ class Coupling:
 
     def _distance(self, norm: str, first: str, second: str) -> float:
         """The largest factor between two sources' norms."""
-        one, other = (self._sources[source].layers[norm] for source in (first, second))
+        one, other = self._norm(norm, first), self._norm(norm, second)
         suffix = "weight" if "weight" in one.keys() & other.keys() else next(iter(one), "")
         if suffix not in other or one[suffix].shape != other[suffix].shape:
             return float("inf")

@@ -33,7 +33,7 @@ def settle_sources(
         preset: for `trust_sources` and the lines of its sources.
         layers: as the rules have them.
         sources: name -> checkpoint.
-        target: whose dtype biases are served in.
+        target: whose dtype norms and biases are served in.
         matches: what the rules match.
         tied: tied layer name -> the layer whose weight it shares.
         formats: the sources' formats.
@@ -51,7 +51,9 @@ def settle_sources(
         return list(layers), problems
     settled, wrong = settle_biases(layers, sources["model"], target, values)
     problems += wrong
-    coupling = Coupling(settled, sources, matches, tied, values, trusted=preset.trust_sources)
+    coupling = Coupling(
+        settled, sources, matches, tied, values, target.dtype, trusted=preset.trust_sources
+    )
     problems += coupling.settle()
     norms = {name: unit.norm for unit in coupling.units for name in unit.consumers}
     offset = norm_offset(sources["model"].config) or 0.0
