@@ -38,12 +38,14 @@ class VirtualCheckpoint:
 
     Args:
         plan: a plan without errors.
+        wanted: which of its layers to read; all of them by default.
     Raises (while iterating):
         CheckpointError: a file cannot be read, or a weight is NaN or infinite.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, wanted: Callable[[PlannedLayer], bool] = lambda _: True) -> None:
         self.plan = plan.check()
+        self.layers = tuple(layer for layer in plan.layers if wanted(layer))
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         with Reader() as reader:
@@ -194,14 +196,16 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
 
 def _take_as_stored(layer: PlannedLayer, stored: Tensors) -> Tensors:
     """Add what the method needs and the tensors imply; refuse what its kernels would not read."""
-    if layer.method != "gptq" or layer.scheme is None:
+    if layer.scheme is None or layer.stored is None or layer.stored.family != "gptq":
         return stored
-    reason = why_not_plain(stored, layer.scheme.arguments)
+    arguments = {"desc_act": False, **layer.stored.arguments, **layer.stored.dequantizer_arguments}
+    # under `auto`, SGLang's class says what it takes of a layer that is not symmetric
+    reason = why_not_plain(stored, arguments) if layer.stored.method == "gptq" else ""
     if reason:
         raise CheckpointError(
             Problem(layer.name, reason, "write method: bf16 to dequantize it", "stored-values")
         )
-    return with_group_index(stored, layer.scheme.arguments)
+    return with_group_index(stored, arguments)
 
 
 def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: str) -> torch.Tensor:

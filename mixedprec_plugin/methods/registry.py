@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mixedprec_plugin.errors import MethodError, Problem
-from mixedprec_plugin.methods import awq, bf16, blockwise_int8, fp8, gptq
+from mixedprec_plugin.methods import auto, awq, bf16, blockwise_int8, fp8, gptq
 from mixedprec_plugin.methods.spec import MethodSpec
 from mixedprec_plugin.names import nearest
 
@@ -21,6 +21,7 @@ _BUILT_IN = MappingProxyType(
         "blockwise_int8": blockwise_int8.SPEC,
         "awq": awq.SPEC,
         "gptq": gptq.SPEC,
+        "auto": auto.SPEC,
     }
 )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.checkpoint.config import text_config
+from mixedprec_plugin.checkpoint.fused_experts import is_fused, why_not_split
 from mixedprec_plugin.errors import Problem, Severity
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.spec import LayerShape
@@ -19,6 +20,7 @@ from mixedprec_plugin.plan.architecture import (
     scheme_unit,
     shard_order,
 )
+from mixedprec_plugin.plan.auto import AUTO, find_auto_faults, find_auto_notes
 from mixedprec_plugin.plan.conversion import different_arguments
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.losses import find_losses
@@ -26,13 +28,8 @@ from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.mla import mla_faults
 from mixedprec_plugin.plan.model import PlannedLayer, Target
 from mixedprec_plugin.plan.repacking import why_not_integers
+from mixedprec_plugin.plan.stored_fused import stored_shards, why_not_stored_fused
 from mixedprec_plugin.preset.model import Preset, Rule
-
-# architectures whose linear layers have the shapes that config.json spells out
-_PLAIN_DECODERS = frozenset(
-    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-)
-
 
 # rule, text, remedy, severity
 _Fault = tuple[str, str, str, Severity]
@@ -53,7 +50,9 @@ def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> 
                 problems.append(_unmatched(rule, kinds))
         elif rule.index not in decided:
             problems.append(_shadowed(rule, matches, matched))
-        elif rule.scheme.method != "bf16" and all(kinds[n] in NEVER_QUANTIZED for n in matched):
+        elif rule.scheme.method not in ("bf16", AUTO) and all(
+            kinds[n] in NEVER_QUANTIZED for n in matched
+        ):
             problems.append(_never_quantized(rule, kinds, matched))
     return problems
 
@@ -102,7 +101,7 @@ def check_layers(
     for shards in siblings.values():
         if len(shards) > 1:
             shards.sort(key=lambda layer: shard_order(layer.shard))
-    found: dict[_Fault, list[str]] = {}
+    found = _fused_experts(layers, config)
     # layers that are alike have the same faults; a large model has 70,000 layers of few kinds
     known: dict[object, tuple[_Fault, ...]] = {}
     for layer in layers:
@@ -123,6 +122,19 @@ def check_layers(
     ]
 
 
+def _fused_experts(
+    layers: Sequence[PlannedLayer], config: Mapping[str, Any]
+) -> dict[_Fault, list[str]]:
+    """Experts that are stored in one tensor and could not be taken apart."""
+    found: dict[_Fault, list[str]] = {}
+    for layer in layers:
+        if layer.kind == "other" and is_fused(layer.name, layer.inputs):
+            text = why_not_split(layer.inputs, config)
+            remedy = "take a checkpoint that stores them one by one"
+            found.setdefault(("fused-experts", text, remedy, "error"), []).append(layer.name)
+    return found
+
+
 def _faults(
     layer: PlannedLayer,
     shards: Sequence[PlannedLayer],
@@ -140,14 +152,18 @@ def _faults(
             text = f"is stored as {layer.stored.description}: {NEVER_QUANTIZED[layer.kind]}"
             yield "stored-format", text, "take a checkpoint that does not quantize it", "error"
         return
-    faults = _conversion_problems(layer, target) or _stored_problems(layer)
+    faults = find_auto_faults(layer, target.device)
+    faults = faults or _conversion_problems(layer, target) or _stored_problems(layer)
     for rule, text, remedy in faults:
         yield rule, text, remedy, "error"
     if faults:
         return
     spec = registry.METHODS[layer.scheme.method]
+    if text := why_not_stored_fused(layer, config):
+        yield "config-shape", text, "config.json and weights are of different models", "error"
+        return
     shape = _layer_shape(layer, shards, target, config)
-    for text, remedy in find_losses(layer, target):
+    for text, remedy in (*find_losses(layer, target), *find_auto_notes(layer)):
         yield "loss", text, remedy, "warning"
     misfits = spec.check_shape(layer.scheme.arguments, shape, target.device)
     for text, remedy in misfits:
@@ -175,18 +191,20 @@ def _layer_shape(
 ) -> LayerShape:
     assert layer.stored is not None
     # SGLang repeats key and value heads where there are fewer of them than ranks
-    num_heads = int(config.get("num_key_value_heads") or target.tp_size)
+    num_heads = int(text_config(config).get("num_key_value_heads") or target.tp_size)
+    shards = stored_shards(layer, config) or tuple(
+        (s.shard, s.stored.N) for s in siblings if s.stored is not None
+    )
     return LayerShape(
         N=layer.stored.N,
         K=layer.stored.K,
-        shard_sizes=tuple(s.stored.N for s in siblings if s.stored is not None),
+        shard_sizes=tuple(N for _, N in shards),
         parallel=parallel_kind(layer.name),
         tp_size=target.tp_size,
         dtype=target.dtype,
         shard_ranks=tuple(
-            min(target.tp_size, num_heads) if s.shard in ("k", "v") else target.tp_size
-            for s in siblings
-            if s.stored is not None
+            min(target.tp_size, num_heads) if shard in ("k", "v") else target.tp_size
+            for shard, _ in shards
         ),
         is_expert=isinstance(layer.shard, ExpertShard),
     )
@@ -197,6 +215,8 @@ def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str,
     scheme, stored = layer.scheme, layer.stored
     assert scheme is not None
     assert stored is not None
+    if scheme.method == AUTO:
+        return []
     served = {"BF16": "bfloat16", "F16": "float16"}[target.dtype]
     wanted = scheme.arguments.get("dtype")
     if scheme.method == "bf16" and wanted not in (None, served):
@@ -210,7 +230,10 @@ def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str,
         text = f"is stored as {stored.description}, which no method serves as it is"
         if reason := why_not_integers(stored, scheme):
             text += f": {reason}"
-        remedy = "match it with method: bf16 to dequantize it, or write requantize: true"
+        remedy = (
+            "match it with method: auto to serve it as it is, method: bf16 to dequantize it, or "
+            "write requantize: true"
+        )
         return [("stored-format", text, remedy)]
     spec = registry.METHODS[scheme.method]
     is_quantized_here = layer.action in ("quantize", "requantize")
@@ -269,45 +292,3 @@ def _stored_problems(layer: PlannedLayer) -> list[tuple[str, str, str]]:
             problems.append(("stored-tensor", text, "the checkpoint is damaged"))
     return problems
 
-
-def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[Problem]:
-    """Hold stored shapes against config.json, for architectures whose shapes it spells out."""
-    config = source.config
-    architectures = config.get("architectures") or [""]
-    if architectures[0] not in _PLAIN_DECODERS:
-        return []
-    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-    num_heads = int(config["num_attention_heads"])
-    head = int(config.get("head_dim") or hidden // num_heads)
-    q, kv = num_heads * head, int(config.get("num_key_value_heads") or num_heads) * head
-    expected = {
-        "q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden),
-        "o_proj": (hidden, q), "gate_proj": (inner, hidden), "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }  # fmt: skip
-    vectors = {"input_layernorm", "post_attention_layernorm", "norm"}
-    tables = {"embed_tokens", "lm_head"}
-    found: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[str]] = {}
-    for layer in layers:
-        last = last_component(layer.name)
-        weight = layer.inputs.get("weight")
-        if last in expected and layer.stored is not None and layer.stored.method:
-            got: tuple[int, ...] = (layer.stored.N, layer.stored.K)
-            want: tuple[int, ...] = expected[last]
-        elif last in vectors and weight is not None:
-            got, want = weight.shape, (hidden,)
-        elif last in tables and weight is not None:
-            got, want = weight.shape, (int(config["vocab_size"]), hidden)
-        else:
-            continue
-        if got != want:
-            found.setdefault((last, got, want), []).append(layer.name)
-    return [
-        Problem(
-            ", ".join(fold_names(names)),
-            f"its weight is {list(got)} (expected {list(want)} by config.json)",
-            "config.json and weights are of different models, or a file is damaged",
-            "config-shape",
-        )
-        for (_, got, want), names in found.items()
-    ]

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mixedprec_plugin.checkpoint.config import text_config
+
 NOTE = "left to a draft model"
 
 _DECODER_LAYER = re.compile(r"(?:(?:model|language_model)\.)+layers\.(\d+)\.")
@@ -26,8 +28,7 @@ def draft_layers(config: Mapping[str, Any], names: Iterable[str]) -> frozenset[s
         config: the model's config.json.
         names: its layer names.
     """
-    text = config.get("text_config")
-    said = text if isinstance(text, Mapping) else config
+    said = text_config(config)
     num_layers, num_draft = said.get("num_hidden_layers"), said.get("num_nextn_predict_layers")
     first = num_layers if isinstance(num_layers, int) and num_draft else None
     return frozenset(name for name in names if _is_draft(name, first))

@@ -24,6 +24,8 @@ from mixedprec_plugin.plan.architecture import (
     scheme_unit,
     shard_order,
 )
+from mixedprec_plugin.plan.auto import AUTO, auto_scheme, find_mixed_modules
+from mixedprec_plugin.plan.config_shapes import check_config_shapes
 from mixedprec_plugin.plan.conversion import is_stored_as
 from mixedprec_plugin.plan.draft import NOTE, draft_layers
 from mixedprec_plugin.plan.folding import fold_names, natural_key
@@ -77,14 +79,17 @@ def resolve_plan(
     matches = match_rules(preset.rules, (*names, *tied), uncounted=drafts)
     rules = matches.deciding
     taken, problems = _take(names, rules, kinds, sources, formats)
-    asking = _Schemes()
+    asking = _Schemes(target)
     asked = {name: asking.of(rules.get(name), taken[name].stored, kinds[name]) for name in names}
     fused = {name: fused_module(name, model.layers.keys()) for name in names}
     units: dict[str, list[str]] = {}
     for name, (module, shard) in sorted(fused.items(), key=lambda item: shard_order(item[1][1])):
         units.setdefault(scheme_unit(module, shard), []).append(name)
-    schemes, conflicts = settle_fused_modules(preset, units, asked, rules)
-    problems += conflicts
+    held = {name: (taken[name].source.name, taken[name].stored) for name in names}
+    mixed, mixtures = find_mixed_modules(units, rules, held)
+    settled = {unit: shards for unit, shards in units.items() if unit not in mixed}
+    schemes, conflicts = settle_fused_modules(preset, settled, asked, rules)
+    problems += mixtures + conflicts
     problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
     maker = _Maker(target)
     planned = [
@@ -102,7 +107,7 @@ def resolve_plan(
     planned, mismatches = settle_sources(preset, planned, sources, target, matches, tied, formats)
     problems += mismatches
     problems += checks.check_layers(planned, target, model.config)
-    problems += checks.check_config_shapes(planned, model)
+    problems += check_config_shapes(planned, model)
     return Plan(
         preset,
         MappingProxyType(sources),
@@ -174,7 +179,8 @@ def _tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
 class _Schemes:
     """The scheme of each layer; layers of one rule or of no rule that are alike share one."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: Target) -> None:
+        self._target = target
         self._known: dict[object, Scheme] = {}
 
     def of(self, rule: Rule | None, stored: StoredFormat | None, kind: Kind) -> Scheme | None:
@@ -182,8 +188,15 @@ class _Schemes:
             return None
         key = (id(rule), id(stored))
         if key not in self._known:
-            self._known[key] = _as_stored(stored) if rule is None else _completed(rule, stored)
+            self._known[key] = self._made(rule, stored)
         return self._known[key]
+
+    def _made(self, rule: Rule | None, stored: StoredFormat) -> Scheme:
+        if rule is None:
+            return _as_stored(stored)
+        if rule.scheme.method == AUTO:
+            return auto_scheme(rule.scheme, stored, self._target.device)
+        return _completed(rule, stored)
 
 
 def _as_stored(stored: StoredFormat) -> Scheme:
@@ -274,6 +287,8 @@ def _action(
             return "dequantize"
         served = {"BF16": "bfloat16", "F16": "float16"}.get(target.dtype)
         return "as stored" if stored.arguments["dtype"] == served else "cast"
+    if scheme.method == AUTO:
+        return "as stored"
     if stored.method == "bf16":
         return "quantize"
     if is_stored_as(stored, scheme):
@@ -299,6 +314,12 @@ def _outputs(
         outputs |= spec.stored(scheme.arguments, stored.N, stored.K, target.dtype)
         if action != "as stored":
             replaced = set(stored.suffixes)
+    if scheme is not None and stored is not None and scheme.method == AUTO:
+        outputs |= {
+            s: TensorSpec(t.dtype, t.shape) for s, t in tensors.items() if s in stored.suffixes
+        }
+        if stored.family == "gptq" and "g_idx" not in tensors:
+            outputs["g_idx"] = TensorSpec("I32", (stored.K,))
     for suffix, tensor in tensors.items():
         if suffix not in replaced and suffix not in outputs:
             is_cast = tensor.dtype in _FLOATS and kind not in _UNCAST and suffix != _ROUTER_BIAS

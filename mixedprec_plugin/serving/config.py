@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from sglang.srt.layers.quantization.unquant import (
 
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.experts.groups import ExpertGroup
+from mixedprec_plugin.experts.method import experts_method
 from mixedprec_plugin.methods.construct import build_config, cuda_capability
 from mixedprec_plugin.plan.architecture import FUSED_MODULES
+from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
+from mixedprec_plugin.serving.source_configs import config_of_source, guard, refusals
 
 _UNQUANTIZED = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
 
@@ -114,30 +119,45 @@ class MixedPrecisionConfig(QuantizationConfig):
         self, layer: FusedMoE, module: str, prefix: str
     ) -> QuantizeMethodBase | None:
         """SGLang's own method where the experts share a scheme; None for unquantized ones."""
-        groups = self.plan.expert_groups[module]
-        scheme = groups[0].scheme
-        if scheme.method == "bf16":
-            return None
-        return self._method_of(scheme, layer, prefix)
+        groups = [
+            ExpertGroup(
+                group.experts,
+                None if group.scheme.method == "bf16" else self._child(group.scheme),
+                group.scheme.label,
+            )
+            for group in self.plan.expert_groups[module]
+        ]
+        return experts_method(layer, prefix, groups)
 
     def _method_of(self, scheme: Scheme, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
-        method = self._child(scheme).get_quant_method(layer, prefix)
+        child = self._child(scheme)
+        is_auto = scheme.method == AUTO
+        with refusals(prefix, type(child).__name__) if is_auto else contextlib.nullcontext():
+            method = child.get_quant_method(layer, prefix)
         if method is None or isinstance(
             method, UnquantizedLinearMethod | UnquantizedFusedMoEMethod
         ):
-            raise LoadError(
-                Problem(prefix, f"SGLang would leave it unquantized, not in {scheme.label}")
-            )
-        return method
+            owner = f" ({type(child).__name__})" if is_auto else ""
+            asked = "as it is stored" if is_auto else f"in {scheme.label}"
+            text = f"SGLang{owner} would leave it unquantized, not {asked}"
+            raise LoadError(Problem(prefix, text, rule="left-unquantized"))
+        return guard(method, prefix) if is_auto else method
 
     def _child(self, scheme: Scheme) -> QuantizationConfig:
-        if scheme.identity not in self._children:
-            device = self.plan.target.device
-            child = build_config(scheme.method, scheme.arguments, device)
+        key = (AUTO, scheme.source) if scheme.method == AUTO else scheme.identity
+        if key not in self._children:
+            child = self._build(scheme)
             self._check_runs_here(scheme, child)
             child.update_packed_modules_mapping(self.packed_modules_mapping)
-            self._children[scheme.identity] = child
-        return self._children[scheme.identity]
+            self._children[key] = child
+        return self._children[key]
+
+    def _build(self, scheme: Scheme) -> QuantizationConfig:
+        if scheme.method == AUTO:
+            source = self.plan.sources[scheme.source]
+            where = f"{scheme.label}: {source.path}"
+            return config_of_source(source, self.packed_modules_mapping, where)
+        return build_config(scheme.method, scheme.arguments, self.plan.target.device)
 
     def _check_runs_here(self, scheme: Scheme, child: QuantizationConfig) -> None:
         """Ask a child what SGLang asks the config of a whole model (model_loader/loader.py:252)."""

@@ -10,8 +10,11 @@ from mixedprec_plugin.checkpoint.converted import embedded_preset
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
+from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.dtype import model_dtype
+from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.model import Device, Plan, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
@@ -19,11 +22,7 @@ from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.settings import Settings, read_settings
 
 # (field of ServerArgs, the value that we can serve, what it is)
-_SINGLE = (
-    ("pp_size", 1, "pipeline parallelism"),
-    ("ep_size", 1, "expert parallelism"),
-    ("quantization", None, "--quantization beside a preset"),
-)
+_SINGLE = (("quantization", None, "--quantization beside a preset"),)
 
 
 def check_early(args: Any) -> None:
@@ -43,6 +42,7 @@ def check_early(args: Any) -> None:
             args.model_path, settings, str(args.dtype), int(args.tp_size), serving_device()
         )
         problems.extend(plan.errors)
+        problems.extend(_expert_problems(args, plan))
     elif settings.config:
         load_preset(settings.config, settings.overrides)
     if problems:
@@ -96,6 +96,20 @@ def serving_device() -> Device:
             "platform",
         )
     )
+
+
+def _expert_problems(args: Any, plan: Plan) -> Iterable[Problem]:
+    """Launch options that the experts of the plan do not go with."""
+    experts = [layer for layer in plan.layers if isinstance(layer.shard, ExpertShard)]
+    methods = {layer.method for layer in experts}
+    mixed = [module for module, groups in plan.expert_groups.items() if len(groups) > 1]
+    found = why_not_experts(args, methods - {"bf16"})
+    where = ", ".join(fold_names(sorted({layer.module for layer in experts}, key=natural_key)))
+    if mixed:
+        found += why_not_composite(args, methods)
+        where = ", ".join(fold_names(sorted(mixed, key=natural_key)))
+    for text, remedy in dict.fromkeys(found):
+        yield Problem(where, text, remedy, "launch")
 
 
 def _launch_problems(args: Any) -> Iterable[Problem]:

@@ -33,6 +33,7 @@ from mixedprec_plugin.serving.hooks import require_registration
 from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
 from mixedprec_plugin.serving.shapes import check_built
+from mixedprec_plugin.serving.stages import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Loaded:
     settings: Settings
     model_path: str
     config: MixedPrecisionConfig
+    stage: Stage
 
 
 _loaded: Loaded | None = None
@@ -110,11 +112,13 @@ class MixedPrecisionLoader(DefaultModelLoader):
         with set_default_torch_dtype(model_config.dtype), returning:
             with device:
                 model: torch.nn.Module = _initialize_model(model_config, self.load_config, config)
-            check_built(config)
+            stage = Stage(model)
+            check_built(config, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
-            self.load_weights_and_postprocess(model, iter(VirtualCheckpoint(plan)), device)
+            weights = iter(VirtualCheckpoint(plan, stage.runs))
+            self.load_weights_and_postprocess(model, weights, device)
         close_to_unquantized(model)
-        self._remember(folder, config)
+        self._remember(folder, config, stage)
         self._report(plan, time.perf_counter() - start)
         return model.eval()
 
@@ -134,7 +138,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         folder = self._folder(path, source.revision)
         plan = self._plan(folder, source.model_config, served.preset).check()
         _check_same_schemes(served, plan)
-        return iter(VirtualCheckpoint(plan))
+        return iter(VirtualCheckpoint(plan, _loaded.stage.runs))
 
     def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
@@ -153,12 +157,12 @@ class MixedPrecisionLoader(DefaultModelLoader):
         tp_size = get_parallel().tp_size
         return make_plan(folder, self.settings, dtype, tp_size, serving_device(), served)
 
-    def _remember(self, folder: str, config: MixedPrecisionConfig) -> None:
+    def _remember(self, folder: str, config: MixedPrecisionConfig, stage: Stage) -> None:
         global _loaded
-        _loaded = Loaded(self.settings, folder, config)
+        _loaded = Loaded(self.settings, folder, config, stage)
 
     def _report(self, plan: Plan, seconds: float) -> None:
-        if get_parallel().tp_rank != 0:
+        if get_parallel().tp_rank != 0 or get_parallel().pp_rank != 0:
             return
         for line in summary_lines(plan):
             logger.info(line)

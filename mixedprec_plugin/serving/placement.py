@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
@@ -9,13 +10,17 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.experts.loading import load_expert_tensor
 from mixedprec_plugin.plan.architecture import ExpertShard
+from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.source_configs import refusals
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -145,27 +150,36 @@ def _place(
         if layer is not None and layer.module in config.built:
             recorder.forget(tensor)
             module = config.built[layer.module]
-            if isinstance(module, ReplicatedLinear) and layer.shard is not None:
-                _lay_end_to_end(module, config.plan.modules[layer.module], layer, suffix, tensor)
-            else:
-                _place_tensor(module, layer, suffix, tensor)
+            with _naming(layer, module, suffix):
+                if isinstance(module, ReplicatedLinear) and layer.shard is not None:
+                    shards = config.plan.modules[layer.module]
+                    _lay_end_to_end(module, shards, layer, suffix, tensor)
+                else:
+                    _place_tensor(module, layer, suffix, tensor)
         else:
             recorder.follow(name, tensor)
             rest.append(name)
             yield name, tensor
 
 
+def _naming(
+    layer: PlannedLayer, module: torch.nn.Module, suffix: str
+) -> contextlib.AbstractContextManager[None]:
+    """Our own statement of what each tensor must be is checked before; `auto` has none."""
+    if layer.method != AUTO:
+        return contextlib.nullcontext()
+    return refusals(f"{layer.name}.{suffix}", type(module.quant_method).__name__)
+
+
 def _place_tensor(
     module: torch.nn.Module, layer: PlannedLayer, suffix: str, tensor: torch.Tensor
 ) -> None:
     if isinstance(layer.shard, ExpertShard):
+        assert isinstance(module, FusedMoE)
         expert, projection = layer.shard
-        half = "w2" if projection == "w2" else "w13"
-        parameter = _parameter(module, f"{half}_{suffix}", layer, suffix)
-        # the loader takes the kind of a tensor from its name
-        parameter.weight_loader(parameter, tensor, suffix, projection, expert)
+        load_expert_tensor(module, expert, projection, suffix, tensor)
         return
-    parameter = _parameter(module, suffix, layer, suffix)
+    parameter = _parameter(module, suffix, layer)
     loader = getattr(parameter, "weight_loader", None)
     if loader is None:
         parameter.data.copy_(tensor)
@@ -192,7 +206,7 @@ def _lay_end_to_end(
     tensor: torch.Tensor,
 ) -> None:
     """Place a shard of a layer that SGLang builds as one whole: q_a and kv_a of an MLA block."""
-    parameter = _parameter(module, suffix, layer, suffix)
+    parameter = _parameter(module, suffix, layer)
     dim = getattr(parameter, "output_dim", None)
     if dim is None:
         parameter.data.copy_(tensor)
@@ -202,13 +216,13 @@ def _lay_end_to_end(
     parameter.data.narrow(dim, start, tensor.shape[dim]).copy_(tensor)
 
 
-def _parameter(module: torch.nn.Module, name: str, layer: PlannedLayer, suffix: str) -> Any:
-    parameter = getattr(module, name, None)
+def _parameter(module: torch.nn.Module, suffix: str, layer: PlannedLayer) -> Any:
+    parameter = getattr(module, suffix, None)
     if not isinstance(parameter, torch.Tensor):
         raise LoadError(
             Problem(
                 f"{layer.name}.{suffix}",
-                f"{layer.module} ({type(module).__name__}) has no parameter {name!r} "
+                f"{layer.module} ({type(module).__name__}) has no parameter {suffix!r} "
                 f"(expected {', '.join(n for n, _ in module.named_parameters())})",
                 "the checkpoint holds a tensor that the model does not use",
                 "unknown-parameter",

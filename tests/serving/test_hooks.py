@@ -72,8 +72,6 @@ def test_server_parser_knows_the_flags(sglang_context: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--pp-size", "2"), "--pp-size: 2: pipeline parallelism cannot be served"),
-        (("--ep-size", "2", "--tp", "2"), "--ep-size: 2: expert parallelism cannot be served"),
         (("--quantization", "fp8"), "--quantization: 'fp8': --quantization beside a preset"),
         (("--tp", "3"), "model.layers.0-2.mlp"),
         (("--dtype", "float32"), "--dtype: 'float32' cannot hold mixed precision"),
