@@ -111,20 +111,36 @@ def run_layer(
     early, late = _router_weights(topk_weights, config)
     num_tokens, top_k = topk_ids.shape
     routing = Routing.of(topk_ids)
-    hidden = x.new_empty(routing.order.numel(), layer.intermediate_size_per_partition)
-    activation = ACTIVATIONS[config.activation]
-    first = gate_up(x)
-    for expert, span, slots in _runs(routing):
-        pairs = first(expert, slots // top_k, None if early is None else early[slots])
-        hidden[span] = _activate(pairs, activation)
     out = x.new_zeros(num_tokens * top_k, x.shape[1])
-    second = down(hidden)
-    for expert, span, slots in _runs(routing):
-        out[slots] = second(expert, span, None if late is None else late[slots])
+    if routing.spans:
+        _run(layer, x, routing, config, (gate_up, down), (early, late), out)
     out = out.view(num_tokens, top_k, x.shape[1])
     if not config.no_combine:
         out = out.sum(1, dtype=torch.float32).to(x.dtype)
     return StandardCombineInput(hidden_states=out)
+
+
+def _run(
+    layer: FusedMoE,
+    x: torch.Tensor,
+    routing: Routing,
+    config: MoeRunnerConfig,
+    prepare: tuple[Prepare, Prepare],
+    router_weights: tuple[torch.Tensor | None, torch.Tensor | None],
+    out: torch.Tensor,
+) -> None:
+    """Write the outputs of all slots to out [T * top_k, H]."""
+    early, late = router_weights
+    top_k = out.shape[0] // x.shape[0]
+    hidden = x.new_empty(routing.order.numel(), layer.intermediate_size_per_partition)
+    activation = ACTIVATIONS[config.activation]
+    first = prepare[0](x)
+    for expert, span, slots in _runs(routing):
+        pairs = first(expert, slots // top_k, None if early is None else early[slots])
+        hidden[span] = _activate(pairs, activation)
+    second = prepare[1](hidden)
+    for expert, span, slots in _runs(routing):
+        out[slots] = second(expert, span, None if late is None else late[slots])
 
 
 def weigh(product: torch.Tensor, router_weights: torch.Tensor | None, dtype: Any) -> torch.Tensor:
@@ -146,7 +162,7 @@ def _router_weights(
     weights = topk_weights.reshape(-1)
     if config.apply_router_weight_on_input:
         return weights, None
-    # a field that SGLang 0.5.22 brought
+    # a field that SGLang 0.5.21 has not got
     keeps = getattr(config, "no_combine_keep_router_weight", False)
     return None, weights if keeps or not config.no_combine else None
 
