@@ -71,8 +71,8 @@ def test_what_no_method_serves_needs_a_rule_to_be_dequantized(tmp_path: Path, fo
         (problem,) = plan(model, rule, target=CPU).errors
         assert str(problem) == (
             f"model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj: is stored as "
-            f"{DETECTED[folder][3]}, which no method serves as it is; match it with method: bf16 "
-            "to dequantize it, or write requantize: true"
+            f"{DETECTED[folder][3]}, which no method serves as it is; match it with method: auto "
+            "to serve it as it is, method: bf16 to dequantize it, or write requantize: true"
         )
 
 
