@@ -67,6 +67,7 @@ class Coupling:
         self._dtype = dtype
         self._explicit = _named_alone(layers, matches)
         self._trusted = trusted
+        self._agreed: dict[tuple[str, frozenset[str]], bool] = {}
         self._errors: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
 
     def settle(self) -> list[Problem]:
@@ -91,6 +92,12 @@ class Coupling:
 
     def agree(self, name: str, first: str, second: str) -> bool:
         """Whether two sources store the same values for a norm."""
+        key = (name, frozenset({first, second}))
+        if key not in self._agreed:
+            self._agreed[key] = self._compare(name, first, second)
+        return self._agreed[key]
+
+    def _compare(self, name: str, first: str, second: str) -> bool:
         one, other = self._norm(name, first), self._norm(name, second)
         if one.keys() != other.keys():
             return False

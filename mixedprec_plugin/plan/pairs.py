@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixedprec_plugin.checkpoint.formats import FormatCache, StoredFormat
+from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.errors import Problem, ShapeError
@@ -233,18 +234,26 @@ def _dequantize(source: Source, name: str, stored: StoredFormat) -> torch.Tensor
     return weight
 
 
-def _leading_columns(tensors: Any, stored: StoredFormat, arguments: Mapping[str, Any]) -> Any:
+def _leading_columns(
+    tensors: Mapping[str, StoredTensor], stored: StoredFormat, arguments: Mapping[str, Any]
+) -> Mapping[str, StoredTensor]:
     """The tensors of the first input features, whole groups; all where order is by activation."""
     group_size, K = int(arguments["group_size"]), stored.K
-    if group_size <= 0 or K <= _NUM_COLUMNS or "g_idx" in tensors:
+    num_columns = -(-_NUM_COLUMNS // group_size) * group_size if group_size > 0 else K
+    if num_columns >= K or not _is_in_order(tensors.get("g_idx"), group_size):
         return tensors
-    num_columns = -(-_NUM_COLUMNS // group_size) * group_size
     return {
-        suffix: dataclasses.replace(
-            tensor,
+        suffix: tensor._replace(
             shape=(rows := tensor.shape[0] * num_columns // K, *tensor.shape[1:]),
             num_bytes=tensor.num_bytes // tensor.shape[0] * rows,
         )
         for suffix, tensor in tensors.items()
         if suffix in stored.suffixes
     }
+
+
+def _is_in_order(g_idx: StoredTensor | None, group_size: int) -> bool:
+    if g_idx is None:
+        return True
+    order = Values().of(g_idx)
+    return bool(np.array_equal(order, np.arange(len(order)) // group_size))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from tests.plan.mixtures import (
     slice_checkpoint,
     slice_tensors,
 )
-from tests.presets import problem_texts
+from tests.presets import problem_texts, write_preset
 
 V_OF_AWQ = 'match: "*.v_proj", method: awq, group_size: 64, source: awq'
 Mix = Callable[..., Plan]
@@ -240,3 +242,19 @@ def test_plan_says_what_is_rescaled_and_where_norms_come_from(mix: Mix) -> None:
         "norm": f"{INPUT_NORM}.weight", "times": "model", "over": "awq", "offset": 0.0
     }  # fmt: skip
     assert layers[f"{MLP}up_proj"]["rescaled"] is None
+
+
+def test_plan_of_several_sources_needs_no_torch_where_no_pair_is_torn(tmp_path: Path) -> None:
+    model = slice_checkpoint(tmp_path / "model", "bf16")
+    awq = slice_checkpoint(tmp_path / "awq", "autoawq-g64")
+    head = f"sources:\n  awq: {{path: {awq}}}\n"
+    preset = write_preset(tmp_path / "presets", V_OF_AWQ, head=head)
+    script = (
+        "import sys\n"
+        "from mixedprec_plugin.cli.main import main\n"
+        f"code = main(['plan', '--model', {str(model)!r}, '--preset', {str(preset)!r}, "
+        "'--device', 'cpu'])\n"
+        "assert code == 0, code\n"
+        "assert not {'torch', 'sglang'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixedprec_plugin.lazy import load_object
+from mixedprec_plugin.methods import registry
 from mixedprec_plugin.plan.pairs import row_scales
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.plan.mixtures import MLP, mixed_plan, slice_checkpoint, slice_tensors
 from tests.quantize.peers import LAYERS, config, numpy_layer, original
 from tests.reference.dequantize import dequantize_checkpoint
@@ -103,6 +106,28 @@ def test_unfolded_down_may_come_from_elsewhere(tmp_path: Path, sources: dict[str
     other = slice_checkpoint(tmp_path / "other", "bf16", noisy)
     line = 'match: "*.down_proj", method: bf16, source: other'
     assert not mixed_plan(sources["model"], line, other=other).errors
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_leading_columns_of_a_wide_layer_tell(tmp_path: Path, method: str, is_folded: bool) -> None:
+    config = llama_config(
+        hidden_size=2048, intermediate_size=128, num_hidden_layers=1, model_type="llama"
+    )
+    tensors = llama_tensors(config)
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    name = "model.layers.0.mlp.up_proj"
+    weight = tensors.pop(f"{name}.weight").float()
+    if is_folded:
+        weight *= torch.linspace(0.8, 1.2, 128)[:, None]
+    spec = registry.METHODS[method]
+    arguments = registry.bind(method, {"group_size": 64})[1]
+    arguments = {**arguments, "desc_act": False} if method == "gptq" else arguments
+    made = load_object(spec.quantizer)(weight, arguments, torch.float16)
+    tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in made.items()}
+    other = write_checkpoint(tmp_path / "other", config, tensors)
+    line = 'match: "*.down_proj", method: bf16, source: other'
+    assert bool(mixed_plan(model, line, other=other).errors) is is_folded
 
 
 def test_producer_that_is_not_there_to_compare_is_an_error(
