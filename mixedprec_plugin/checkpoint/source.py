@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
+from mixedprec_plugin.checkpoint.fused_experts import is_fused, split_experts, why_not_split
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.errors import CheckpointError, Problem
 
@@ -35,11 +36,18 @@ class Source:
 
     @functools.cached_property
     def layers(self) -> Mapping[str, Mapping[str, StoredTensor]]:
-        """Layer name -> parameter suffix -> tensor, in the order of the files."""
+        """Layer name -> parameter suffix -> tensor, in the order of the files.
+
+        Experts that are stored in one tensor are layers of their own, where slices of it hold them.
+        """
         layers: dict[str, dict[str, StoredTensor]] = {}
         for name, tensor in self.tensors.items():
             layer, _, suffix = name.rpartition(".")
             layers.setdefault(layer, {})[suffix] = tensor
+        fused = [name for name, tensors in layers.items() if is_fused(name, tensors)]
+        for name in fused:
+            if not why_not_split(layers[name], self.config):
+                layers.update(split_experts(name, layers.pop(name)))
         return MappingProxyType(layers)
 
     @property

@@ -193,7 +193,7 @@ def _layer_shape(
     # SGLang repeats key and value heads where there are fewer of them than ranks
     num_heads = int(text_config(config).get("num_key_value_heads") or target.tp_size)
     shards = stored_shards(layer, config) or tuple(
-        (s.shard, s.stored.N) for s in siblings if s.stored is not None
+        (str(s.shard), s.stored.N) for s in siblings if s.stored is not None
     )
     return LayerShape(
         N=layer.stored.N,
@@ -291,4 +291,3 @@ def _stored_problems(layer: PlannedLayer) -> list[tuple[str, str, str]]:
             )
             problems.append(("stored-tensor", text, "the checkpoint is damaged"))
     return problems
-

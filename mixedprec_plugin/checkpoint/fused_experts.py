@@ -1,0 +1,106 @@
+"""Experts that a checkpoint stores in one tensor, as slices of it.
+
+    gate_up_proj  [E, 2I, H], gate above up     ->  E x gate_proj [I, H], up_proj [I, H]
+    down_proj     [E, H, I]                     ->  E x down_proj [H, I]
+
+and beside them, suffixed `_scale_inv`, the scales of their blocks, and `_bias`, [E, 2I] and [E, H].
+All of these are runs of bytes in the file. Stored the other way around, [E, H, 2I], the columns of
+an expert's gate are not, and nothing is sliced.
+
+Source: transformers' experts modules (integrations/moe.py; models/mixtral/modeling_mixtral.py,
+`MixtralExperts`), whose `is_transposed` ones are those of Llama 4 and gpt-oss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mixedprec_plugin.checkpoint.config import text_config
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+
+_HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_SUFFIXES = {"": "weight", "_scale_inv": "weight_scale_inv", "_bias": "bias"}
+_PARTS = {
+    projection + end: (projection, suffix)
+    for projection in _HALVES
+    for end, suffix in _SUFFIXES.items()
+}
+
+Tensors = Mapping[str, StoredTensor]
+
+
+def is_fused(name: str, tensors: Tensors) -> bool:
+    """Whether a layer holds the experts of a block in one tensor, by the names of its tensors."""
+    if name.endswith(".experts"):
+        return any(suffix.startswith(tuple(_HALVES)) for suffix in tensors)
+    return name.endswith(tuple(f".experts.{projection}" for projection in _HALVES))
+
+
+def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
+    """Return why fused experts cannot be taken apart; empty if they can.
+
+    Args:
+        tensors: parameter suffix -> tensor, of a layer that `is_fused`.
+        config: the model's config.json.
+    """
+    unknown = sorted(tensors.keys() - _PARTS.keys())
+    if unknown or not tensors.keys() >= _HALVES.keys():
+        return f"its experts are stored in {', '.join(sorted(tensors))}"
+    gate_up, down = tensors["gate_up_proj"].shape, tensors["down_proj"].shape
+    hidden = text_config(config).get("hidden_size")
+    if len(gate_up) != 3 or len(down) != 3:
+        return f"its experts are stored as {list(gate_up)} and {list(down)}"
+    num_experts, inner = gate_up[0], down[2]
+    if gate_up == (num_experts, 2 * inner, hidden) and down == (num_experts, hidden, inner):
+        return _uneven(tensors, num_experts)
+    if gate_up[1] == hidden and down[2] == hidden:
+        return (
+            f"its experts are stored transposed, {list(gate_up)} (expected "
+            f"{[num_experts, gate_up[2], gate_up[1]]}), and gate and up of one are no runs of bytes"
+        )
+    return (
+        f"its experts are stored as {list(gate_up)} and {list(down)} (expected [E, 2I, {hidden}] "
+        f"and [E, {hidden}, I])"
+    )
+
+
+def _uneven(tensors: Tensors, num_experts: int) -> str:
+    for suffix, tensor in tensors.items():
+        count = len(_HALVES[_PARTS[suffix][0]])
+        if len(tensor.shape) < 2 or tensor.shape[0] != num_experts or tensor.shape[1] % count:
+            return f"{suffix} {list(tensor.shape)} cannot be split over its {num_experts} experts"
+    return ""
+
+
+def split_experts(name: str, tensors: Tensors) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    """Yield (layer name, its tensors) for every projection of every expert.
+
+    Args:
+        name: name of the fused layer, `model.layers.0.mlp.experts`.
+        tensors: its tensors, of which `why_not_split` knows nothing against it.
+    """
+    num_experts = tensors["gate_up_proj"].shape[0]
+    for expert in range(num_experts):
+        for fused, halves in _HALVES.items():
+            for index, half in enumerate(halves):
+                layer = f"{name}.{expert}.{half}"
+                number = expert * len(halves) + index
+                yield (
+                    layer,
+                    {
+                        suffix: _slice(tensors[stored], f"{layer}.{suffix}", number, len(halves))
+                        for stored, (projection, suffix) in _PARTS.items()
+                        if projection == fused and stored in tensors
+                    },
+                )
+
+
+def _slice(tensor: StoredTensor, name: str, number: int, num_halves: int) -> StoredTensor:
+    """The `number`th piece of a tensor that is cut into experts, and these into halves."""
+    num_experts, rows, *rest = tensor.shape
+    num_bytes = tensor.num_bytes // (num_experts * num_halves)
+    start = tensor.start + number * num_bytes
+    return StoredTensor(
+        name, tensor.dtype, (rows // num_halves, *rest), tensor.path, start, num_bytes
+    )
