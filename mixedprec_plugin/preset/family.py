@@ -16,7 +16,7 @@ from mixedprec_plugin.resources import preset_dir, preset_names
 MAX_FILES = 64
 
 _SUFFIXES = (".yaml", ".yml")
-_MERGED_BY_KEY = ("sources", "schemes")
+_MERGED_BY_KEY = ("sources", "schemes", "lists")
 
 
 @dataclasses.dataclass
@@ -126,8 +126,8 @@ class _Family:
 def merge(members: list[Member]) -> Node:
     """Merge trees, parents first.
 
-    `sources` and `schemes` merge by key, `rules` are appended, of any other key the last one
-    counts. Parts of the wrong type are left out.
+    `sources`, `schemes` and `lists` merge by key, `rules` are appended, of any other key the last
+    one counts. Parts of the wrong type are left out.
     """
     merged: dict[str, Node] = {}
     location = Location("", 0)

@@ -11,6 +11,7 @@ from mixedprec_plugin.preset.binding import Binder
 from mixedprec_plugin.preset.family import find_preset, merge, read_family
 from mixedprec_plugin.preset.findings import Findings
 from mixedprec_plugin.preset.interpolation import escape, resolve
+from mixedprec_plugin.preset.lists import expand_lists
 from mixedprec_plugin.preset.model import Location, Preset
 from mixedprec_plugin.preset.overrides import FLAG, apply_overrides
 from mixedprec_plugin.preset.schema import check_file, check_preset
@@ -74,7 +75,7 @@ def _load(
 def _bind(
     merged: Node, overrides: Sequence[str], files: list[str], findings: Findings
 ) -> Preset | None:
-    tree = apply_overrides(merged, overrides, findings)
+    tree = expand_lists(apply_overrides(merged, overrides, findings))
     _check_set(tree, findings)
     data = resolve(tree, findings)
     findings.mute_found()

@@ -40,7 +40,7 @@ _EXAMPLES = {
 # keys of a scheme that are no argument of its method
 SCHEME_KEYS = ("method", "source", "requantize")
 _UNQUOTE = "leave the quotes out"
-_PARTS = ("version", "extends", "sources", "schemes", "rules")
+_PARTS = ("version", "extends", "sources", "schemes", "lists", "rules")
 
 
 def check_file(tree: Node, findings: Findings) -> None:
@@ -97,7 +97,7 @@ def _preset_validator() -> Validator:
 def _file_validator() -> Validator:
     schema = preset_schema(())
     parts = copy.deepcopy({key: schema["properties"][key] for key in _PARTS})
-    for key in ("sources", "schemes", "rules"):
+    for key in ("sources", "schemes", "lists", "rules"):
         parts[key] = {"type": parts[key]["type"]}
     return Draft202012Validator({"required": ["version"], "properties": parts})
 
