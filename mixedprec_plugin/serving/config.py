@@ -15,6 +15,7 @@ from sglang.srt.layers.quantization.unquant import (
 )
 
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES
+from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.groups import ExpertGroup
 from mixedprec_plugin.experts.method import experts_method
@@ -155,9 +156,13 @@ class MixedPrecisionConfig(QuantizationConfig):
     def _build(self, scheme: Scheme) -> QuantizationConfig:
         if scheme.method == AUTO:
             source = self.plan.sources[scheme.source]
-            where = f"{scheme.label}: {source.path}"
-            return config_of_source(source, self.packed_modules_mapping, where)
+            return config_of_source(source, self.packed_modules_mapping, self._under_auto(source))
         return build_config(scheme.method, scheme.arguments, self.plan.target.device)
+
+    def _under_auto(self, source: Source) -> str:
+        """The layers that run as a source stores them, for messages."""
+        layers = (layer for layer in self.plan.layers if layer.method == AUTO)
+        return ", ".join(fold_names(x.name for x in layers if x.source == source.name))
 
     def _check_runs_here(self, scheme: Scheme, child: QuantizationConfig) -> None:
         """Ask a child what SGLang asks the config of a whole model (model_loader/loader.py:252)."""

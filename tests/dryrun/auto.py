@@ -1,0 +1,227 @@
+"""Layers under `method: auto`, stored as other tools store them, on a card that is played.
+
+Names, dtypes and proportions of shapes are those of the tools' own files under tests/data/peers,
+and so is `quantization_config`; the sizes are those that GPU kernels take.
+
+python -m tests.dryrun.auto H100 FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.dryrun.cards import CARDS, Card
+from tests.dryrun.process import boot
+
+KINDS = ("column", "merged", "qkv", "row")
+TP_SIZES = (1, 2)
+# what stands for what in the shapes of the peers' k_proj, N = 192, K = 576, groups of 64
+_N, _K = 192, 576
+# what DeepSeek-V3's config.json says
+_DEEPSEEK = {
+    "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+}  # fmt: skip
+
+
+def main(title: str, folder: str) -> None:
+    """Run every peer's format in every layer kind, and write what became of them."""
+    warnings.simplefilter("ignore")
+    card, shared = CARDS[title], Path(folder)
+    boot(card, shared / "libcuda.so.1")
+    _stand_in_for_zero_points()
+    from tests.checkpoint.peers import FOLDERS
+
+    found = {
+        f"{peer} {kind} {tp_size}": run(card, peer, kind, tp_size, shared / "auto")
+        for peer in FOLDERS
+        for kind in KINDS
+        for tp_size in TP_SIZES
+    }
+    w8a8 = "llmcompressor-w8a8-int8"
+    for name, changes in (
+        ("ignored by its config", {"ignore": ["re:block.*"]}),
+        ("unknown quant_method", {"quant_method": "none_such"}),
+        ("no quant_method", {"quant_method": None}),
+        ("config_groups of another type", {"config_groups": 3, "format": "int-quantized"}),
+    ):
+        found[name] = run(card, w8a8, "column", 1, shared / name.replace(" ", "-"), **changes)
+    found["deepseek's blocks"] = run(card, "deepseek", "merged", 1, shared / "deepseek")
+    found["ragged blocks"] = run(card, "llmcompressor-fp8-block", "ragged_qkv", 1, shared / "cut")
+    (shared / f"{title}.json").write_text(json.dumps(found, indent=1))
+
+
+def _stand_in_for_zero_points() -> None:
+    """compressed-tensors' zero points go through numpy by a name of the module's own."""
+    from sglang.srt.layers.quantization import marlin_utils
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_wNa16 as module,
+    )
+
+    module.unpack_cols = marlin_utils.unpack_cols
+
+
+def run(
+    card: Card, peer: str, kind_name: str, tp_size: int, folder: Path, **changes: Any
+) -> dict[str, Any]:
+    """Plan, build, load, process and run one layer.
+
+    Args:
+        changes: keys of `quantization_config` to overwrite.
+    Returns:
+        "runs_as", "kernels" and "parameters", or what it was "refused" with, or is "broken".
+    """
+    import torch
+
+    from mixedprec_plugin.errors import MixedPrecisionError
+    from tests.dryrun.journal import JOURNAL
+
+    JOURNAL.clear()
+    try:
+        return _run(card, peer, kind_name, tp_size, folder / peer / kind_name, changes)
+    except MixedPrecisionError as error:
+        return {"refused": str(error)}
+    # whatever SGLang, torch or Triton raise is the result, and fails the test
+    except Exception:  # noqa: BLE001
+        return {"broken": traceback.format_exc()}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _run(
+    card: Card, peer: str, kind_name: str, tp_size: int, folder: Path, changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    import torch
+
+    from mixedprec_plugin.compose.stream import VirtualCheckpoint
+    from mixedprec_plugin.plan.model import Target
+    from mixedprec_plugin.serving.config import MixedPrecisionConfig
+    from mixedprec_plugin.serving.placement import load_weights
+    from tests.dryrun import cells
+    from tests.dryrun.fake_device import fake_card
+    from tests.dryrun.journal import JOURNAL
+    from tests.dryrun.layers import KINDS as LAYERS
+    from tests.dryrun.rank import rank
+    from tests.presets import plan
+
+    kind = _ragged_qkv() if kind_name == "ragged_qkv" else LAYERS[kind_name]
+    write(folder, peer, kind.weights, changes)
+    target = Target("cuda", tp_size, "BF16")
+    made = plan(folder, 'match: "*", method: auto', target=target).check()
+    config = MixedPrecisionConfig(made)
+    dtype = getattr(torch, card.dtype)
+    torch.set_default_dtype(dtype)
+    with rank(tp_size), fake_card():
+        model = cells.OneLayer(kind, config)
+        load_weights(model, config, VirtualCheckpoint(made))
+        parameters = cells.describe_parameters(model.layer)
+        _check_written(model)
+        quant_method: Any = model.layer.quant_method
+        quant_method.process_weights_after_loading(model.layer)
+        JOURNAL.take_kernels()
+        output = cells.forward(model.layer, kind.inputs(tp_size, dtype))
+        assert output.shape[-1] == kind.num_outputs(tp_size)
+    return {
+        "runs_as": cells.class_name(model.layer),
+        "kernels": JOURNAL.take_kernels(),
+        "parameters": parameters,
+    }
+
+
+def _ragged_qkv() -> Any:
+    """192 rows of k and of v, which end inside a block of 128."""
+    from sglang.srt.layers.linear import QKVParallelLinear
+
+    from tests.dryrun.layers import Kind
+
+    weights = {f"block.{name}_proj": (N, 1024) for name, N in (("q", 576), ("k", 192), ("v", 192))}
+    return Kind(
+        "block.qkv_proj",
+        weights,
+        lambda config, prefix: QKVParallelLinear(
+            1024, 64, 9, 3, bias=True, quant_config=config, prefix=prefix
+        ),
+        num_kv_heads=3,
+    )
+
+
+def _check_written(model: Any) -> None:
+    """Assert that every parameter was written wholly, and its shapes kept; scales may be cast."""
+    from tests.dryrun.journal import JOURNAL
+
+    for name, parameter in model.named_parameters():
+        storage = parameter.data.untyped_storage()._cdata
+        assert storage in JOURNAL.written, f"{name}: nothing was written"
+        elements, _ = JOURNAL.written[storage]
+        assert elements.all(), f"{name}: {elements.sum()} of {elements.size} elements written"
+        for text in JOURNAL.misfits.get(storage, []):
+            before, after = (side.partition(" ") for side in text.split(" into "))
+            assert before[2].replace(", 1]", "]") == after[2].replace(", 1]", "]"), (
+                f"{name}: {text}"
+            )
+            assert "float" in before[0], f"{name}: {text}"
+            assert "float" in after[0], f"{name}: {text}"
+
+
+def write(
+    folder: Path,
+    peer: str,
+    weights: Mapping[str, tuple[int, int]],
+    changes: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint of random codes in a peer's format, with biases where k has siblings."""
+    import torch
+
+    from tests.checkpoint.peers import quantization_config
+    from tests.checkpoints import write_checkpoint
+    from tests.quantize.peers import LAYERS, torch_layer
+
+    if peer == "deepseek":
+        peer, quantization = "llmcompressor-fp8-block", dict(_DEEPSEEK)
+        renamed = {"weight_scale": "weight_scale_inv"}
+    else:
+        quantization, renamed = {**quantization_config(peer), **changes}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (N, K) in weights.items():
+        for suffix, like in torch_layer(peer, LAYERS[0]).items():
+            tensors[f"{name}.{renamed.get(suffix, suffix)}"] = _alike(suffix, like, N, K)
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            tensors[f"{name}.bias"] = torch.zeros(N, dtype=torch.bfloat16)
+    config: dict[str, Any] = {"torch_dtype": "bfloat16", "num_key_value_heads": 8}
+    # auto-round names the blocks that it quantized; the layer here is none of a Llama's
+    quantization = {k: "block" if v == "model.layers" else v for k, v in quantization.items()}
+    if quantization:
+        config["quantization_config"] = quantization
+    write_checkpoint(folder, config, tensors)
+
+
+def _alike(suffix: str, like: Any, N: int, K: int) -> Any:
+    """A tensor of the same kind for an [N, K] weight."""
+    import torch
+
+    sizes = {
+        _N: N, _K: K, _N // 8: N // 8, _K // 8: K // 8, _K // 64: K // 64, 1: 1,
+        2: math.ceil(N / 128), 5: math.ceil(K / 128),
+    }  # fmt: skip
+    if suffix == "weight_shape":
+        return torch.tensor([N, K])
+    if suffix == "g_idx":
+        return (torch.arange(K) // 64).to(like.dtype)
+    shape = [sizes[size] for size in like.shape]
+    if suffix == "qzeros" and bool((like == like[0, 0]).all()):
+        return like[0, 0].expand(shape).contiguous()
+    if like.is_floating_point():
+        return (torch.rand(shape) + 0.5).to(like.dtype)
+    limits = torch.iinfo(like.dtype)
+    return torch.randint(limits.min, limits.max, shape, dtype=like.dtype)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
