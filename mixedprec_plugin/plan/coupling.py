@@ -83,7 +83,7 @@ class Coupling:
         return [
             Problem(
                 where or ", ".join(fold_names(norm for norm, _ in found)),
-                what.format(distance=max(distance for _, distance in found)),
+                what.replace("{distance}", f"{max(distance for _, distance in found):.1f}x"),
                 remedy,
                 "coupled-layers",
             )
@@ -227,7 +227,7 @@ class Coupling:
             parts.append(f"{', '.join(dict.fromkeys(names))} of {source!r}")
         what = (
             f"no norm is right for both {' and '.join(parts)}: they are stored behind their own, "
-            "which differ by up to {distance:.1f}x"
+            "which differ by up to {distance}"
         )
         remedy = "take all of them from one source"
         if unit.fixed:
@@ -244,7 +244,7 @@ class Coupling:
             unit,
             f"takes {last_component(unit.norm)} from {norm.source!r}, which is wrong for "
             f"{', '.join(dict.fromkeys(names))} of {source!r} (expected {source!r}; the two differ "
-            "by up to {distance:.1f}x)",
+            "by up to {distance})",
             f"take the norm from {source!r} or remove the rule",
             str(norm.rule.location) if norm.rule else "",
             self._distance(unit.norm, norm.source, source),
@@ -280,7 +280,7 @@ def _lacking(source: str, consumers: Sequence[PlannedLayer]) -> tuple[str, str]:
     return (
         f"{', '.join(dict.fromkeys(names))} come from {source!r}, which holds no such norm, so "
         "nothing tells whether scales were folded into it",
-        "take them from a checkpoint that holds its norms",
+        "take them from a checkpoint that holds its norms, or set trust_sources: true",
     )
 
 

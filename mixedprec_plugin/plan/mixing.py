@@ -51,11 +51,11 @@ def settle_sources(
         return list(layers), problems
     settled, wrong = settle_biases(layers, sources["model"], target, values)
     problems += wrong
-    coupling = Coupling(
-        settled, sources, matches, tied, values, target.dtype, trusted=preset.trust_sources
-    )
+    trusted = preset.trust_sources
+    coupling = Coupling(settled, sources, matches, tied, values, target.dtype, trusted=trusted)
     problems += coupling.settle()
     norms = {name: unit.norm for unit in coupling.units for name in unit.consumers}
     offset = norm_offset(sources["model"].config) or 0.0
-    problems += Pairs(coupling.layers, sources, norms, offset, values, formats).check()
+    pairs = Pairs(coupling.layers, sources, norms, offset, values, formats, trusted=trusted)
+    problems += pairs.check()
     return list(coupling.layers.values()), problems

@@ -81,6 +81,7 @@ class Pairs:
         sources: name -> checkpoint.
         norms: layer name -> the norm whose output it reads.
         offset: what a norm adds to its weight before it scales.
+        trusted: whether a producer that cannot be compared counts as the same.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class Pairs:
         offset: float,
         values: Values,
         formats: FormatCache,
+        *,
+        trusted: bool = False,
     ) -> None:
         self._layers = layers
         self._sources = sources
@@ -98,6 +101,7 @@ class Pairs:
         self._offset = offset
         self._values = values
         self._formats = formats
+        self._trusted = trusted
         self._measured: dict[tuple[str, frozenset[str]], RowScales | str] = {}
 
     def check(self) -> list[Problem]:
@@ -128,7 +132,7 @@ class Pairs:
     def _why_wrong(self, producer: str, first: str, second: str) -> str:
         found = self.measure(producer, first, second)
         if isinstance(found, str):
-            return found
+            return "" if self._trusted else found
         if not found.is_related:
             return "their weights are unrelated"
         return "the rows of the two are scaled differently" if found.is_folded else ""

@@ -169,7 +169,7 @@ def test_source_without_the_norm_cannot_be_told(mix: Mix, tmp_path: Path) -> Non
     assert str(problem) == (
         "model.layers.0.input_layernorm: v_proj come from 'bare', which holds no such norm, so "
         "nothing tells whether scales were folded into it; take them from a checkpoint that holds "
-        "its norms"
+        "its norms, or set trust_sources: true"
     )
     assert not mix(rule, bare=bare, head="trust_sources: true\n").errors
 

@@ -137,4 +137,6 @@ def test_producer_that_is_not_there_to_compare_is_an_error(
     bare = slice_checkpoint(tmp_path / "bare", "autoawq-g64", up)
     line = 'match: "*.down_proj", method: awq, group_size: 64, source: bare'
     (problem,) = mixed_plan(sources["model"], line, bare=bare).errors
+    head = "trust_sources: true\n"
+    assert not mixed_plan(sources["model"], line, head=head, bare=bare).errors
     assert "'bare' holds no up_proj to compare; take up_proj and down_proj from" in str(problem)
