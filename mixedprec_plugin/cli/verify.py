@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 
-from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
-from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.verify.reference import reference_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,14 +53,3 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     else:
         print_comparisons(found, Console(file=out, width=None if out.isatty() else 160))
     return 1 if any(one.is_too_far or one.distance is None for one in found) else 0
-
-
-def reference_of(named: str, plan: Plan) -> Source:
-    """Open a reference: one of the plan's sources, or a checkpoint folder.
-
-    Raises:
-        CheckpointError: it is neither, or damaged.
-    """
-    if named in plan.sources and not Path(named).is_dir():
-        return plan.sources[named]
-    return open_source(named, "reference")

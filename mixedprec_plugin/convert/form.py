@@ -14,6 +14,8 @@ from mixedprec_plugin.convert.provenance import PROVENANCE_NAME
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.methods import awq, gptq
 from mixedprec_plugin.methods.spec import TensorSpec
+from mixedprec_plugin.plan.auto import AUTO
+from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
 
@@ -44,8 +46,11 @@ class MixedForm:
     name = "mixedprec"
 
     def problems(self, plan: Plan) -> list[Problem]:
-        """None: whatever is served can be written."""
-        return []
+        """Layers that run by another checkpoint's `quantization_config`, which stays behind."""
+        names = [layer.name for layer in plan.layers if layer.method == AUTO]
+        text = "runs as its source says (method: auto), which a converted checkpoint cannot"
+        remedy = "name the layers' method"
+        return [Problem(", ".join(fold_names(names)), text, remedy, "convert-auto")] * bool(names)
 
     def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
         """The layer's own."""

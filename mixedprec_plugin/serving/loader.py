@@ -34,6 +34,8 @@ from mixedprec_plugin.serving.placement import close_to_unquantized, load_weight
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
 from mixedprec_plugin.serving.shapes import check_built
 from mixedprec_plugin.serving.stages import Stage
+from mixedprec_plugin.verify.reference import reference_of
+from mixedprec_plugin.verify.stream import verified
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             stage = Stage(model)
             check_built(config, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
-            weights = iter(VirtualCheckpoint(plan, stage.runs))
+            weights = self._verified(plan, iter(VirtualCheckpoint(plan, stage.runs)))
             self.load_weights_and_postprocess(model, weights, device)
         close_to_unquantized(model)
         self._remember(folder, config, stage)
@@ -146,6 +148,12 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """Place every tensor, prove that every parameter was filled, and let methods repack."""
         load_weights(model, served_config(model), weights)
         self.postprocess_weights(model, target_device)
+
+    def _verified(self, plan: Plan, weights: Weights) -> Weights:
+        """The same tensors, compared with the reference on their way if that was asked for."""
+        if not self.settings.verify or get_parallel().tp_rank != 0:
+            return weights
+        return verified(weights, plan, reference_of(self.settings.verify, plan))
 
     def _folder(self, model_path: str, revision: str | None) -> str:
         return str(self._prepare_weights(model_path, revision, fall_back_to_pt=False)[0])

@@ -6,11 +6,12 @@ The distance is the relative RMS error, |W - R| / |R| over a whole layer. Roundi
     FP8 e4m3     2**-4 for a weight at most (three bits of mantissa); 0.026 measured
     INT8         a step is 2 * top / 255, its rounding error step / sqrt(12), that is 0.0023 times
                  top / RMS, which is 4 to 20 for a block of a real layer; 0.0085 to 0.016 measured
-    INT4         0.0385 times top / RMS, which is about 3 for a group; 0.09 to 0.11 measured rounded
-                 to nearest, 0.134 with GPTQ, which trades this distance for a better output;
-                 whole columns as one group, about 4.5: 0.17 and more
+    INT4         0.0385 times top / RMS, which is about 3 for a group; 0.09 to 0.12 measured rounded
+                 to nearest, up to 0.20 with GPTQ and 0.28 with its act order, which trade this
+                 distance for a better output; AWQ rounds to nearest, beside folded scales; whole
+                 columns as one group, about 4.5: 0.17 and more
 
-and what loads cleanly and emits garbage gives: zero points off by one 0.35 (INT4), nibbles in
+and what loads cleanly and emits garbage gives: zero points off by one 0.3 to 0.4 (INT4), nibbles in
 another order, scales of other groups or of a transposed grid 0.3 to 1.4, reciprocal scales more.
 Limits lie between. They say nothing of a few wrong rows in a large layer.
 """
@@ -28,8 +29,9 @@ from mixedprec_plugin.plan.model import PlannedLayer
 _FLOAT = 0.01
 _FP8 = 0.0625
 _INT8 = 0.05
-_INT4 = 0.25
-_INT4_COLUMNS = 0.4
+_INT4 = 0.33
+_INT4_AWQ = 0.25
+_INT4_COLUMNS = 0.45
 
 
 def parse_thresholds(texts: Iterable[str]) -> dict[str, float]:
@@ -83,7 +85,8 @@ def _served(layer: PlannedLayer) -> float:
     if layer.scheme.method == "fp8":
         return _FP8
     arguments = layer.scheme.arguments
-    return _integers(int(arguments.get("bits", 8)), arguments.get("group_size"))
+    bits, group_size = int(arguments.get("bits", 8)), arguments.get("group_size")
+    return _integers(bits, group_size, is_awq=layer.scheme.method == "awq")
 
 
 def _stored(stored: StoredFormat) -> float:
@@ -91,10 +94,12 @@ def _stored(stored: StoredFormat) -> float:
         return _FP8
     how = {**stored.dequantizer_arguments, **stored.facts}
     bits = how.get("bits", 4 if stored.family == "awq" else 8)
-    return _integers(int(bits), how.get("group_size"))
+    return _integers(int(bits), how.get("group_size"), is_awq=stored.family == "awq")
 
 
-def _integers(bits: int, group_size: object) -> float:
+def _integers(bits: int, group_size: object, *, is_awq: bool) -> float:
     if bits == 8:
         return _INT8
-    return _INT4_COLUMNS if group_size == -1 else _INT4
+    if group_size == -1:
+        return _INT4_COLUMNS
+    return _INT4_AWQ if is_awq else _INT4

@@ -1,0 +1,47 @@
+"""The comparison while a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.errors import LoadError
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.verify.report import problems, worst_first
+from mixedprec_plugin.verify.verifier import Comparison, Verifier
+
+logger = logging.getLogger(__name__)
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+def verified(weights: Weights, plan: Plan, reference: Source) -> Weights:
+    """Yield the tensors of a virtual checkpoint, and compare each layer once it is whole.
+
+    Raises (while iterating, after the last tensor):
+        LoadError: with every layer that is too far from its reference, the worst first.
+    """
+    verifier = Verifier(plan, reference, {})
+    held: dict[str, dict[str, torch.Tensor]] = {}
+    found: list[Comparison] = []
+    try:
+        for name, tensor in weights:
+            layer_name, _, suffix = name.rpartition(".")
+            layer = plan.by_name[layer_name]
+            held.setdefault(layer_name, {})[suffix] = tensor
+            if len(held[layer_name]) == len(layer.outputs):
+                found.extend(verifier.compare(layer, held.pop(layer_name)))
+            yield name, tensor
+    finally:
+        verifier.close()
+    if errors := problems(found):
+        raise LoadError(errors)
+    worst = worst_first(found)[0] if found else None
+    if worst is not None and worst.distance is not None:
+        logger.info(
+            "mixedprec: %d layers compared with %s; the worst is %s with a relative error of %.3g",
+            len(found), reference.path, worst.layer, worst.distance.relative_error,
+        )  # fmt: skip
