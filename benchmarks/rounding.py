@@ -46,11 +46,11 @@ class KernelDecoderLayer(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """[B, T, H] to [B, T, H] float32; the arguments go to the attention."""
-        dtype = self.before_mlp.weight.dtype
+        dtype: torch.dtype = self.before_mlp.weight.dtype
         attended, _ = self.attention(
             hidden_states=self.before_attention(hidden_states), **arguments
         )
-        total = hidden_states.to(dtype).float() + attended.float()
+        total: torch.Tensor = hidden_states.to(dtype).float() + attended.float()
         out: torch.Tensor = self.mlp(self.before_mlp(total))
         return total.to(dtype).float() + out.float()
 

@@ -17,7 +17,7 @@ from mixedprec_plugin.cpu.int4 import Int4Weight, unpack_int4
 from mixedprec_plugin.cpu.rows import multiply_rows
 from mixedprec_plugin.cpu.weight_only import dequantize, multiply
 from mixedprec_plugin.errors import Problem, ShapeError
-from mixedprec_plugin.quantize.packing import pack_awq, unpack_awq
+from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq
 
 
 class AWQLinearMethod(awq.AWQLinearMethod):
@@ -83,8 +83,14 @@ class CpuAWQLinearScheme(AWQLinearScheme):
         """Replace `qweight` by the layout of torch's kernel, where it takes the layer."""
         if self._weight is not None:
             return
-        zeros = unpack_awq(layer.qzeros.data)
-        self._weight = Int4Weight.pack(unpack_awq(layer.qweight.data), layer.scales.data, zeros)
+        words, scales = layer.qweight.data, layer.scales.data
+        self._weight = Int4Weight.pack_rows(
+            partial(_unpack_rows, words),
+            scales.shape[1],
+            words.shape[0],
+            scales,
+            unpack_awq(layer.qzeros.data),
+        )
         if self._weight is not None:
             layer.qweight.data = self._weight.packed
             layer.scales.data = self._weight.scales
@@ -108,3 +114,8 @@ class CpuAWQLinearScheme(AWQLinearScheme):
             return self._weight.multiply(rows)
         codes, zeros = unpack_awq(layer.qweight.data), unpack_awq(layer.qzeros.data)
         return multiply(rows, dequantize(codes, zeros, layer.scales.data))
+
+
+def _unpack_rows(words: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Codes of some rows, uint8 [rows, K], out of AWQ's int32 [K, N/8]."""
+    return unpack_awq(words[:, rows.start // AWQ_PACK_FACTOR : rows.stop // AWQ_PACK_FACTOR])

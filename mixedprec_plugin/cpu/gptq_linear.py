@@ -58,18 +58,21 @@ class CpuGPTQLinearScheme(GPTQMarlinLinearScheme):
             self._order = groups.argsort(stable=True)
             if not _is_in_order(groups[self._order], scales.shape[0]):
                 return
-        codes = unpack(layer.qweight.data.t(), self.quant_config.weight_bits)
-        if self._order is not None:
-            codes = codes[:, self._order]
+        read = partial(self._read_codes, layer.qweight.data)
+        num_rows, num_columns = scales.shape[1], groups.shape[0]
         if self.quant_config.weight_bits == 4:
-            self._weight = Int4Weight.pack(codes, scales, 8)
+            self._weight = Int4Weight.pack_rows(read, num_rows, num_columns, scales, 8)
         else:
-            self._weight = Int8Weight.pack(codes, scales)
+            self._weight = Int8Weight.pack(read(slice(num_rows)), scales)
         if self._weight is not None:
             layer.qweight.data = self._weight.packed
             layer.scales.data = self._weight.scales
-        del codes
         trim_heap()
+
+    def _read_codes(self, words: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Codes of some rows, uint8 [rows, K], columns in the order that they are multiplied in."""
+        codes = unpack(words[:, rows].t(), self.quant_config.weight_bits)
+        return codes if self._order is None else codes[:, self._order]
 
     def restore_weights_before_loading(self, layer: LinearBase) -> None:
         """Give `qweight` GPTQ's layout again; does nothing where it has it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -18,8 +19,8 @@ from mixedprec_plugin.cpu.weight_only import dequantize, multiply
 _GROUP_SIZES = (256, 128, 64, 32)
 # Up to so many tokens the kernel is faster than dequantizing; measured by benchmarks/cpu_linear.py.
 _KERNEL_TOKENS = 48
-# Codes that are widened to int32 at once.
-_CHUNK = 1 << 20
+# Codes that are widened to int32 at once: 1 MiB.
+_CHUNK = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,26 @@ class Int4Weight:
             None where the kernel takes no such shape, dtype or group size.
         """
         num_rows, num_columns = codes.shape
+        return cls.pack_rows(codes.__getitem__, num_rows, num_columns, scales, zeros)
+
+    @classmethod
+    def pack_rows(
+        cls,
+        read: Callable[[slice], torch.Tensor],
+        num_rows: int,
+        num_columns: int,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | int,
+    ) -> Int4Weight | None:
+        """Pack codes that are unpacked some rows at a time, so that they are never whole in memory.
+
+        Args:
+            read: rows -> codes, uint8 [rows, K]; the slices are multiples of 64 but the last.
+            num_rows: N.
+            num_columns: K.
+        Returns:
+            None where the kernel takes no such shape, dtype or group size.
+        """
         group_size = num_columns // scales.shape[0]
         kernel_group = next((size for size in _GROUP_SIZES if group_size % size == 0), None)
         rows = block_rows()
@@ -60,7 +81,7 @@ class Int4Weight:
             scales = pairs[..., 0]
         else:
             pairs = pairs.repeat_interleave(group_size // kernel_group, dim=0)
-        return cls(pack_int4(codes), scales, zeros, pairs)
+        return cls(_pack_rows(read, num_rows, num_columns), scales, zeros, pairs)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply [T, K] bfloat16 by the weight, [T, N].
@@ -90,14 +111,19 @@ def block_rows() -> int | None:
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Pack codes, uint8 [N, K], each below 16, to uint8 [N, K/2]."""
-    num_rows, num_columns = codes.shape
+    return _pack_rows(codes.__getitem__, *codes.shape)
+
+
+def _pack_rows(
+    read: Callable[[slice], torch.Tensor], num_rows: int, num_columns: int
+) -> torch.Tensor:
     packed = torch.empty(num_rows, num_columns // 2, dtype=torch.uint8)
     # Blocks are independent of each other; 64 rows are whole blocks in every layout.
     step = max(_CHUNK // num_columns // 64, 1) * 64
     for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
+        rows = slice(start, min(start + step, num_rows))
         packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-            codes[rows].to(torch.int32), 1
+            read(rows).to(torch.int32), 1
         )
     return packed
 

@@ -197,3 +197,26 @@ def test_ragged_k_is_refused(linear_module):
     layer = make_layer(linear_module, "column", make_config(case), (256,), 192)
     with pytest.raises(ShapeError, match=r"K = 192 \(expected a multiple of 128, the block size\)"):
         layer(torch.randn(2, 192).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("awq", {"bits": 4, "group_size": 128}), Case("gptq", {"bits": 4, "group_size": 128})],
+    ids=str,
+)
+def test_an_unknown_int4_layout_leaves_the_checkpoints_and_the_product(
+    linear_module, case, monkeypatch
+):
+    from mixedprec_plugin.cpu import int4
+
+    monkeypatch.setattr(int4, "block_rows", lambda: None)
+    stored = _stored(case, SIZES["column"])
+    layer = make_layer(linear_module, "column", make_config(case), SIZES["column"], K)
+    fill(layer, "column", stored)
+    x = torch.randn(70, K).bfloat16()
+    out = layer.quant_method.apply(layer, x)
+    assert layer.qweight.dtype == torch.int32
+    assert (
+        _relative_error(out, x.double().numpy() @ dequantize(case, stored).T)
+        < TOLERANCE[case.method]
+    )

@@ -130,8 +130,10 @@ def test_packed_int4_is_the_plain_product_within_its_roundings(T, N, group_size,
     codes, zeros, scales = _int4(N, K, group_size, seed)
     points = zeros if has_zeros else 8
     weight = int4.Int4Weight.pack(codes, scales, points)
-    if weight is None:
-        pytest.skip("this machine has no layout that is known")
+    if int4.block_rows() is None:  # then layers keep the checkpoint's layout, see below
+        assert weight is None
+        return
+    assert weight is not None
     x = torch.randn(T, K, generator=torch.Generator().manual_seed(seed)).bfloat16()
     plain = multiply(x, dequantize(codes, points, scales)).double()
     # The kernel's offset (8 - z) * s and the plain weight (q - z) * s are each rounded to bfloat16,
@@ -143,12 +145,27 @@ def test_packed_int4_is_the_plain_product_within_its_roundings(T, N, group_size,
     assert ((weight.multiply(x).double() - plain).abs() <= bound + plain.abs() * 2**-7).all()
 
 
-@pytest.mark.parametrize("num_rows", [64, 128, 1536])
-def test_int4_layout_can_be_undone(num_rows):
-    if int4.block_rows() is None:
-        pytest.skip("this machine has no layout that is known")
-    codes = _int4(num_rows, 768, 128, 0)[0]
-    assert torch.equal(int4.unpack_int4(int4.pack_int4(codes)), codes)
+def _pack_by_definition(codes: torch.Tensor, rows: int) -> torch.Tensor:
+    """Blocks of rows; K runs over a block's columns; row r in the low nibble, r + half above."""
+    half, packed = rows // 2, []
+    for start in range(0, len(codes), rows):
+        for column in range(codes.shape[1]):
+            low = codes[start : start + half, column]
+            high = codes[start + half : start + rows, column]
+            packed.append(low + 16 * high)
+    return torch.cat(packed).view(len(codes), -1)
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+def test_both_int4_layouts_can_be_undone(rows):
+    codes = _int4(128, 96, 32, 0)[0]
+    assert torch.equal(int4._unpack_blocks(_pack_by_definition(codes, rows), rows), codes)
+
+
+def test_packing_some_rows_at_a_time_gives_the_layout_of_the_whole():
+    codes = _int4(1536, 768, 128, 0)[0]
+    whole = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    assert torch.equal(int4.pack_int4(codes), whole)
 
 
 @pytest.mark.parametrize(
