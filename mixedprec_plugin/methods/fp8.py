@@ -32,6 +32,10 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
     [ceil(N/block_n), ceil(K/block_k)]; W = weight * scale. "input_scale" [] where activations have
     a static scale.
 
+    Without blocks every shard of a fused module keeps its own scale: SGLang spreads them over the
+    channels (fp8.py:1213), and so does the CPU platform. Only on compute capability 12.x it rounds
+    all shards again, to the largest of their scales (fp8.py:1249).
+
     Source: what `Fp8LinearMethod.create_fp8_weight_` registers for each shard
     (layers/quantization/fp8.py:658-714).
     """

@@ -23,7 +23,7 @@ from mixedprec_plugin.plan.architecture import (
 from mixedprec_plugin.plan.auto import AUTO, find_auto_faults, find_auto_notes
 from mixedprec_plugin.plan.conversion import different_arguments
 from mixedprec_plugin.plan.folding import fold_names
-from mixedprec_plugin.plan.losses import find_losses
+from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.mla import mla_faults
 from mixedprec_plugin.plan.model import PlannedLayer, Target
@@ -163,7 +163,8 @@ def _faults(
         yield "config-shape", text, "config.json and weights are of different models", "error"
         return
     shape = _layer_shape(layer, shards, target, config)
-    for text, remedy in (*find_losses(layer, target), *find_auto_notes(layer)):
+    losses = find_losses(layer, target) + find_shard_losses(shards, target)
+    for text, remedy in (*losses, *find_auto_notes(layer)):
         yield "loss", text, remedy, "warning"
     misfits = spec.check_shape(layer.scheme.arguments, shape, target.device)
     for text, remedy in misfits:

@@ -7,7 +7,7 @@ those of real models come close to it, larger outliers make it larger.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -38,6 +38,26 @@ def find_losses(layer: PlannedLayer, target: Target) -> list[tuple[str, str]]:
         text = f"its codes are kept, its {name} scales are rounded to bfloat16, up to 0.2% each"
         return [(text, "start with --dtype float16 to keep them" if dtype == "F16" else "")]
     return []
+
+
+def find_shard_losses(layers: Sequence[PlannedLayer], target: Target) -> list[tuple[str, str]]:
+    """Return (text, remedy) for what a fused module loses whose shards are of several sources.
+
+    Source: `Fp8LinearMethod.process_weights_after_loading` (layers/quantization/fp8.py:1200-1249).
+    """
+    per_tensor = all(
+        layer.scheme is not None
+        and layer.method == "fp8"
+        and layer.scheme.arguments["weight_block_size"] is None
+        for layer in layers
+    )
+    if target.device != "cuda" or not per_tensor or len({layer.source for layer in layers}) < 2:
+        return []
+    text = (
+        "its shards are of several sources, each with its own scale; on compute capability 12.x "
+        "SGLang rounds them all again, to the largest scale"
+    )
+    return [(text, "use weight_block_size: [128, 128] there")]
 
 
 def relative_rms(method: str, arguments: Mapping[str, Any], N: int, K: int) -> float:

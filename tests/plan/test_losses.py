@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods.registry import METHODS, bind
 from mixedprec_plugin.plan.losses import relative_rms
 from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import peer_checkpoint
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
-from tests.presets import plan, problem_texts
+from tests.presets import plan, preset, problem_texts
 from tests.quantize.peers import LAYERS, config, numpy_layer
 from tests.quantize.peers import relative_rms as distance
 from tests.reference.dequantize import dequantize_checkpoint
@@ -108,3 +110,30 @@ def test_layers_that_lose_the_same_are_one_warning(tmp_path: Path) -> None:
         "model.layers.0-2.mlp.down_proj, model.layers.0-2.mlp.gate_proj, "
         "model.layers.0-2.mlp.up_proj"
     )
+
+
+def test_per_tensor_shards_of_several_sources_warn_of_the_cards_that_round_them(
+    tmp_path: Path,
+) -> None:
+    from mixedprec_plugin.quantize import fp8
+
+    arguments = {"weight_block_size": None, "activation_scheme": "dynamic"}
+    tensors = llama_tensors(llama_config())
+    model = write_checkpoint(tmp_path / "model", llama_config(), tensors)
+    for name in [n for n in tensors if "self_attn" in n]:
+        made = fp8.quantize(tensors.pop(name), arguments, torch.bfloat16)
+        tensors |= {name.removesuffix("weight") + suffix: t for suffix, t in made.items()}
+    other = write_checkpoint(tmp_path / "other", llama_config(), tensors)
+    rules = ('match: "*", method: fp8', 'match: "*.q_proj", method: fp8, source: other')
+    loaded = preset(tmp_path, *rules, head=f"sources: {{other: {{path: {other}}}}}\n")
+    sources = {"other": open_source(other, "other")}
+    made_plan = resolve_plan(loaded, open_source(model), Target(), sources)
+    (problem,) = made_plan.problems
+    assert problem.severity == "warning"
+    assert str(problem) == (
+        "model.layers.0-2.self_attn.k_proj, model.layers.0-2.self_attn.q_proj, "
+        "model.layers.0-2.self_attn.v_proj: its shards are of several sources, each with its own "
+        "scale; on compute capability 12.x SGLang rounds them all again, to the largest scale; use "
+        "weight_block_size: [128, 128] there"
+    )
+    assert not resolve_plan(loaded, open_source(model), CPU, sources).problems
