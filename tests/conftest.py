@@ -29,6 +29,14 @@ def widened_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def experts_model() -> Path:
+    """The widened one as a mixture of four experts a layer, two a token."""
+    from demo.model import checkpoint
+
+    return checkpoint("experts")
+
+
+@pytest.fixture(scope="session")
 def prose() -> str:
     """English prose of a little over 2,000 tokens."""
     root = Path(__file__).resolve().parents[1]
