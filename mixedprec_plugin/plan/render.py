@@ -194,7 +194,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     ):  # fmt: skip
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     for group in group_modules(plan):
-        bits = f"{group.bits_per_weight:.2f}" if group.num_weights else ""
+        bits = f"{group.bits_per_weight:.2f}" if group.bits_per_weight else ""
         table.add_row(
             Text(group.name), group.scheme, *([group.source] if has_sources else []),
             group.stored, group.action,
@@ -225,7 +225,7 @@ def summary_lines(plan: Plan) -> list[str]:
     """The plan as one screen of log lines."""
     lines = [f"mixedprec: {plan.preset.path} over {plan.source.path}"]
     for group in group_modules(plan):
-        bits = f"{group.bits_per_weight:5.2f} bits" if group.num_weights else ""
+        bits = f"{group.bits_per_weight:5.2f} bits" if group.bits_per_weight else ""
         lines.append(
             f"mixedprec:   {group.name}  {group.scheme}  "
             f"{group.source + '  ' if _has_sources(plan) else ''}{group.action}  "

@@ -28,6 +28,7 @@ from mixedprec_plugin.plan.auto import AUTO, auto_scheme, find_mixed_modules
 from mixedprec_plugin.plan.config_shapes import check_config_shapes
 from mixedprec_plugin.plan.conversion import is_stored_as
 from mixedprec_plugin.plan.draft import NOTE, draft_layers
+from mixedprec_plugin.plan.expert_ids import check_expert_ids
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import settle_fused_modules
 from mixedprec_plugin.plan.matching import match_rules
@@ -91,6 +92,7 @@ def resolve_plan(
     schemes, conflicts = settle_fused_modules(preset, settled, asked, rules)
     problems += mixtures + conflicts
     problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
+    problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
     maker = _Maker(target)
     planned = [
         _planned_layer(

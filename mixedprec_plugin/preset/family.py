@@ -30,11 +30,11 @@ class Member:
 def find_preset(name: str, findings: Findings) -> FilePath | None:
     """Find the file that the user asked for: a path, or the bare name of a packaged preset."""
     path = FilePath(name)
-    if path.suffix or len(path.parts) != 1 or path.is_file():
+    if path.is_file() or len(path.parts) != 1:
         return path
     if name in preset_names():
         return preset_dir() / f"{name}.yaml"
-    if path.exists():
+    if path.suffix or path.exists():
         return path
     near = nearest(name, preset_names())
     remedy = f"did you mean {_either(near)}?" if near else "give the path of a YAML file"

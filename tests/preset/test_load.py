@@ -67,6 +67,14 @@ def test_shipped_presets_are_the_promised_ones() -> None:
         "attention-fp8-mlp-int4",
         "first-last-bf16-int4",
         "down-proj-finer",
+        "moe-experts-int4",
+        "moe-experts-awq",
+        "moe-finer-first-shared",
+        "moe-hot-experts",
+        "qwen3-30b-a3b",
+        "mixtral-8x7b",
+        "deepseek-v3",
+        "glm-4.5-air",
     }
 
 
@@ -106,6 +114,10 @@ def test_mixed_presets_decide_as_their_names_say() -> None:
 
 def test_packaged_preset_is_found_from_any_folder(write: Write) -> None:
     assert Path(load_preset("awq").path) == preset_dir() / "awq.yaml"
+
+
+def test_packaged_preset_may_have_a_dot_in_its_name() -> None:
+    assert Path(load_preset("glm-4.5-air").path) == preset_dir() / "glm-4.5-air.yaml"
 
 
 def test_file_in_the_working_directory_goes_before_a_packaged_preset(write: Write) -> None:
