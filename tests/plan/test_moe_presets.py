@@ -190,3 +190,15 @@ def test_list_of_another_model_is_refused(opened: Open) -> None:
             "take them out, or write optional: true",
         )
     ]
+
+
+def test_files_of_the_header_are_presets(opened: Open, tmp_path: Path) -> None:
+    header = (preset_dir() / "moe-hot-experts.yaml").read_text(encoding="utf-8")
+    shown = re.findall(r"^#               (version: 1\n(?:#               .*\n)+)", header, re.M)
+    assert len(shown) == 2
+    for number, text in enumerate(shown):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(re.sub(r"^#               ", "", text, flags=re.M))
+        made = resolve(str(file), opened("qwen3_30b_a3b"))
+        assert not made.problems
+        assert len(made.expert_groups["model.layers.0.mlp.experts"]) == 2
