@@ -34,6 +34,7 @@ _LOADING = (
     "sglang.srt.entrypoints.engine",
     "sglang.srt.managers.scheduler",
 )
+_RESTORE = "restore_weights_before_loading"
 _V2_LOADER = "sglang.srt.layers.linear.WEIGHT_LOADER_V2_SUPPORTED"
 
 
@@ -94,6 +95,7 @@ class Checker:
             *(found for use in self.uses if (found := self._use(use, sources))),
             *self._constructors(sources),
             *self._v2_loader(sources),
+            *self._restoring(sources),
         ]
         first: dict[tuple[str, str, str], Finding] = {}
         for finding in findings:
@@ -187,6 +189,17 @@ class Checker:
             if node.name not in names:
                 where = f"{self.ours.path(module)}:{node.lineno}"
                 yield Finding("CPU platform", where, _V2_LOADER, f"does not name {node.name}")
+
+    def _restoring(self, sources: Sources) -> Iterator[Finding]:
+        """New weights go into parameters as created; who repacks them must be told before."""
+        ours = [use for use in self.uses if use.target.endswith(f".{_RESTORE}")]
+        for row in self.hooks:
+            found = find(sources, row.target)
+            if not ours or _hook_feature(row) == "hooks" or not isinstance(found, Definition):
+                continue
+            if found.node is not None and _RESTORE not in ast.unparse(found.node):
+                what = f"does not call {_RESTORE}"
+                yield Finding("update_weights_from_disk", ours[0].where, row.target, what)
 
 
 def linear_methods(ours: Sources, reference: Sources) -> Iterator[tuple[str, ast.ClassDef]]:
