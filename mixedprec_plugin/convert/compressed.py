@@ -40,6 +40,14 @@ class CompressedForm:
         for layer in plan.layers:
             if reason := _why_not(layer):
                 found.setdefault(reason, []).append(layer.name)
+        blocks = {
+            tuple(layer.scheme.arguments["weight_block_size"]): layer.name
+            for layer in plan.layers
+            if layer.scheme is not None and layer.scheme.arguments.get("weight_block_size")
+        }
+        for name in list(blocks.values())[1:]:
+            reason = "has blocks of another size than others, and SGLang reads one size there"
+            found.setdefault(reason, []).append(name)
         for module, groups in plan.expert_groups.items():
             if len(groups) > 1:
                 reason = "has experts in several schemes, and SGLang looks at the first one's alone"
@@ -87,7 +95,9 @@ class CompressedForm:
         """A group for each scheme.
 
         Targets name fused modules beside their shards: SGLang's own models do not tell it what
-        they fuse (models/llama.py has no packed_modules_mapping).
+        they fuse (models/llama.py has no packed_modules_mapping). Blocks are the group of "Linear",
+        too: SGLang looks there for their size where it loads a fused module's shards
+        (`weight_block_size`, asked for in layers/linear.py:1311). A layer's name goes before it.
         """
         groups: dict[str, dict[str, Any]] = {}
         ignore: dict[str, None] = {"lm_head": None}
@@ -100,6 +110,9 @@ class CompressedForm:
             group = _group(layer.scheme)
             targets = groups.setdefault(repr(group), {**group, "targets": {}})["targets"]
             targets.update(dict.fromkeys(_targets(layer)))
+        for group in groups.values():
+            if group["weights"]["strategy"] == "block":
+                group["targets"]["Linear"] = None
         formats = {group["format"] for group in groups.values()}
         return {
             "quant_method": "compressed-tensors",

@@ -1,0 +1,151 @@
+"""`--format compressed-tensors` against that library and against what llm-compressor wrote."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file
+
+from mixedprec_plugin.cli.main import main
+from mixedprec_plugin.compose.stream import open_virtual_checkpoint
+from mixedprec_plugin.plan.model import Target
+from tests.checkpoint.peers import peer_checkpoint, quantization_config
+from tests.checkpoints import write_llama
+from tests.convert.folders import same_bytes, tensors
+from tests.presets import write_preset
+from tests.quantize.peers import FILE, LAYERS, PEERS
+
+RULES = (
+    'match: "*", method: fp8',
+    'match: "*.self_attn.*", method: fp8_block',
+    'match: "*.0.mlp.*", method: awq',
+    'match: "*.1.mlp.*", method: gptq, group_size: -1',
+    'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
+    'match: "*.1.self_attn.*", method: unquantized',
+)
+
+
+def convert(model: Path, preset: Path, out: Path, device: str = "cpu") -> tuple[int, str]:
+    err = io.StringIO()
+    argv = ["convert", "--model", str(model), "--preset", str(preset), "--device", device,
+            "--format", "compressed-tensors", "--out", str(out)]  # fmt: skip
+    return main(argv, io.StringIO(), err), err.getvalue()
+
+
+def said(out: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())
+    quantization: dict[str, Any] = config["quantization_config"]
+    return quantization
+
+
+def test_library_decompresses_to_the_values_of_the_plan(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model")
+    preset = write_preset(tmp_path, *RULES)
+    assert convert(model, preset, tmp_path / "out") == (0, "")
+    plain = write_preset(tmp_path / "plain", 'match: "*", method: unquantized')
+    assert main(["convert", "--model", str(model), "--preset", str(preset), "--device", "cpu",
+                 "--out", str(tmp_path / "mixed")], io.StringIO()) == 0  # fmt: skip
+    target = Target(device="cpu")
+    expected = dict(iter(open_virtual_checkpoint(tmp_path / "mixed", plain, target)))
+    written = tensors(tmp_path / "out")
+    config = QuantizationConfig.model_validate(said(tmp_path / "out"))
+    assert config.format == "mixed-precision"
+    seen = set()
+    for group in config.config_groups.values():
+        assert group.format is not None
+        compressor = BaseCompressor.get_value_from_registry(group.format)
+        for name in [t for t in group.targets if f"{t}.weight_scale" in written]:
+            own = {s.removeprefix(f"{name}."): t for s, t in written.items() if s.startswith(name)}
+            weight = compressor.decompress(own, group)["weight"]
+            assert torch.equal(weight.to(torch.bfloat16), expected[f"{name}.weight"]), name
+            seen.add(name)
+    assert len(seen) == 3 * 7 - 4
+    rest = {name for name in written if name.rpartition(".")[0] not in seen}
+    assert rest == {name for name in expected if name.rpartition(".")[0] not in seen}
+    assert all(same_bytes(written[name], expected[name]) for name in rest)
+
+
+def test_every_layer_is_a_target_or_ignored_once(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model", tie_word_embeddings=False)
+    assert convert(model, write_preset(tmp_path, *RULES), tmp_path / "out") == (0, "")
+    config = said(tmp_path / "out")
+    listed = [t for group in config["config_groups"].values() for t in group["targets"]]
+    listed += config["ignore"]
+    assert len(listed) == len(set(listed))
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+    mlp = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+    ends = [f"self_attn.{name}" for name in attention] + [f"mlp.{name}" for name in mlp]
+    blocks = {f"model.layers.{n}.{end}" for n in range(3) for end in ends}
+    assert set(listed) == blocks | {"lm_head", "Linear"}
+    assert "model.layers.1.self_attn.qkv_proj" in config["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "rule"),
+    [
+        ("llmcompressor-w4a16-g64", "method: gptq, group_size: 64"),
+        ("llmcompressor-w4a16-asym-g64", "method: awq, group_size: 64"),
+    ],
+)
+def test_layer_comes_back_as_llm_compressor_wrote_it(tmp_path: Path, tool: str, rule: str) -> None:
+    model = peer_checkpoint(tmp_path / "model", tool)
+    preset = write_preset(tmp_path, f'match: "*_proj", {rule}')
+    assert convert(model, preset, tmp_path / "out") == (0, "")
+    theirs, ours = load_file(PEERS / tool / FILE), tensors(tmp_path / "out")
+    for layer in LAYERS:
+        own = {name: t for name, t in theirs.items() if name.startswith(f"{layer}.")}
+        assert {name for name in ours if name.startswith(f"{layer}.")} == own.keys()
+        for name, tensor in own.items():
+            assert same_bytes(ours[name], tensor.to(ours[name].dtype)), name
+    assert_same_group(said(tmp_path / "out"), tool)
+
+
+def assert_same_group(config: dict[str, Any], tool: str) -> None:
+    """Hold the one group of a config against what the tool wrote, as far as we write it."""
+    (group,) = config["config_groups"].values()
+    (written,) = quantization_config(tool)["config_groups"].values()
+    assert group["format"] == written["format"] == config["format"]
+    for part in ("weights", "input_activations"):
+        expected = written[part]
+        assert group[part] == (expected and {key: expected[key] for key in group[part]})
+
+
+def test_blocks_are_described_as_llm_compressor_does(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model")
+    preset = write_preset(tmp_path, 'match: "*", method: fp8_block')
+    assert convert(model, preset, tmp_path / "out") == (0, "")
+    assert_same_group(said(tmp_path / "out"), "llmcompressor-fp8-block")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            'match: "*.mlp.*", method: int8',
+            "model.layers.0-2.mlp.down_proj, model.layers.0-2.mlp.gate_proj, "
+            "model.layers.0-2.mlp.up_proj: int8 cannot be written: SGLang reads no INT8 in blocks",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_written_are_named(tmp_path: Path, rule: str, message: str) -> None:
+    model = write_llama(tmp_path / "model")
+    code, err = convert(model, write_preset(tmp_path, rule), tmp_path / "out")
+    assert code == 1
+    assert message in err
+    assert "give it another method, or leave out --format compressed-tensors" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_act_order_cannot_be_written(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "gptqmodel-gptq-g64", desc_act=True)
+    preset = write_preset(tmp_path, 'match: "*_proj", method: gptq, group_size: 64')
+    code, err = convert(model, preset, tmp_path / "out")
+    assert code == 1
+    assert "gptq cannot be written: its groups are in act order" in err

@@ -1,0 +1,100 @@
+"""Checkpoints exported as compressed-tensors, in stock SGLang without our load format."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixedprec_plugin.cli.main import main
+from tests.checkpoints import write_llama
+from tests.presets import write_preset
+
+RULES = (
+    'match: "*", method: fp8',
+    'match: "*.self_attn.*", method: fp8_block',
+    'match: "*.0.mlp.*", method: awq',
+    'match: "*.1.mlp.*", method: gptq, group_size: -1',
+    'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
+    'match: "*.1.self_attn.*", method: unquantized',
+    'match: "*.2.self_attn.o_proj", method: fp8',
+)
+SCHEMES = {
+    "model.layers.0.self_attn.qkv_proj": "CompressedTensorsW8A8Fp8",
+    "model.layers.0.self_attn.o_proj": "CompressedTensorsW8A8Fp8",
+    "model.layers.0.mlp.gate_up_proj": "CompressedTensorsWNA16",
+    "model.layers.0.mlp.down_proj": "CompressedTensorsWNA16",
+    "model.layers.1.self_attn.qkv_proj": None,
+    "model.layers.1.self_attn.o_proj": None,
+    "model.layers.1.mlp.gate_up_proj": "CompressedTensorsWNA16",
+    "model.layers.1.mlp.down_proj": "CompressedTensorsWNA16",
+    "model.layers.2.self_attn.qkv_proj": "CompressedTensorsW8A8Fp8",
+    "model.layers.2.self_attn.o_proj": "CompressedTensorsW8A8Fp8",
+    "model.layers.2.mlp.gate_up_proj": "CompressedTensorsW8A8Fp8",
+    "model.layers.2.mlp.down_proj": "CompressedTensorsW8A8Fp8",
+}
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    model = write_llama(tmp_path / "model")
+    preset = write_preset(tmp_path, *RULES)
+    argv = ["convert", "--model", str(model), "--preset", str(preset), "--out",
+            str(tmp_path / "out"), "--format", "compressed-tensors"]  # fmt: skip
+    assert main(argv, io.StringIO()) == 0
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def stock(sglang_context: SimpleNamespace, exported: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model as SGLang's own loader fills it on an H100, before kernels repack it."""
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+
+    # the one thing that schemes ask of a GPU before their weights are processed
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(DefaultModelLoader, "postprocess_weights", staticmethod(lambda *_: None))
+    model_config = ModelConfig(str(exported), dtype="bfloat16")
+    assert model_config.quantization == "compressed-tensors"
+    loader = get_model_loader(LoadConfig(), model_config)
+    return loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+
+
+def test_stock_sglang_finds_a_scheme_for_every_layer(stock: Any) -> None:
+    found = {
+        name: type(module.scheme).__name__ if getattr(module, "scheme", None) else None
+        for name, module in stock.named_modules()
+        if name in SCHEMES
+    }
+    assert found == SCHEMES
+
+
+def test_stock_sglang_fills_every_parameter_with_the_stored_numbers(
+    stock: Any, exported: Path
+) -> None:
+    stored = load_file(exported / "model.safetensors")
+    shards = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    checked = set()
+    for module_name in SCHEMES:
+        parent, _, last = module_name.rpartition(".")
+        names = [f"{parent}.{shard}" for shard in shards.get(last, (last,))]
+        for suffix, parameter in stock.get_submodule(module_name).named_parameters():
+            parts = [stored[f"{name}.{suffix}"] for name in names]
+            checked.update(f"{name}.{suffix}" for name in names)
+            whole = parts[-1] if suffix == "weight_shape" else torch.cat([_bytes(p) for p in parts])
+            assert torch.equal(_bytes(parameter.data).reshape(-1), _bytes(whole).reshape(-1)), (
+                suffix
+            )
+    assert checked == {name for name in stored if "_proj." in name}
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its elements as integers: torch cannot compare fp8."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
