@@ -83,8 +83,8 @@ def test_pattern_needs_no_quotes(write: Write) -> None:
         ),
         (
             "schemes.a.gruop_size=64",
-            "unknown key 'gruop_size' (expected method, source, requantize, bits, group_size, sym, desc_act, "
-            "clip_search); did you mean 'group_size'?",
+            "unknown key 'gruop_size' (expected method, source, requantize, bits, group_size, sym, "
+            "desc_act, clip_search); did you mean 'group_size'?",
         ),
         ("rules.0.scheme=x", "unknown scheme 'x' (expected a, b)"),
         (

@@ -14,9 +14,7 @@ from mixedprec_plugin.preset.schema import preset_schema
 from mixedprec_plugin.resources import schema_path
 from tests.preset.conftest import Refuse
 
-TOP_KEYS = (
-    "version, description, extends, sources, schemes, lists, rules, on_fused_conflict, trust_sources"
-)
+TOP_KEYS = "version, description, extends, sources, schemes, lists, rules, on_fused_conflict, trust_sources"
 METHOD_NAMES = "bf16, fp8, blockwise_int8, awq, gptq, auto"
 
 RULES = "rules: [{match: '*', method: awq}]\n"
@@ -153,8 +151,8 @@ REJECTED = [
     (
         "version: 1\nschemes: {a: {method: awq, gruop_size: 64}}\n" + RULES,
         [
-            "p.yaml:2: schemes.a.gruop_size: unknown key 'gruop_size' (expected method, source, requantize, "
-            "bits, group_size, zero_point, clip_search); did you mean 'group_size'?"
+            "p.yaml:2: schemes.a.gruop_size: unknown key 'gruop_size' (expected method, source, "
+            "requantize, bits, group_size, zero_point, clip_search); did you mean 'group_size'?"
         ],
     ),
     # rules
