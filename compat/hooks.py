@@ -31,14 +31,16 @@ def read_hooks(ours: Sources) -> list[HookRow]:
     """Read the table of hooks out of its source."""
     tree = ours.tree(MODULE)
     assert tree is not None
-    functions = {node.name: node for node in tree.body if isinstance(node, Function)}
     rows = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "Hook":
             target, function = node.args[0], node.args[1]
             assert isinstance(target, ast.Constant)
             where = f"{ours.path(MODULE)}:{node.lineno}"
-            rows.append(HookRow(where, str(target.value), functions[ast.unparse(function)]))
+            found = find(ours, f"{MODULE}.{ast.unparse(function)}")
+            assert isinstance(found, Definition)
+            assert isinstance(found.node, Function)
+            rows.append(HookRow(where, str(target.value), found.node))
     return rows
 
 
