@@ -14,7 +14,10 @@ from mixedprec_plugin.preset.schema import preset_schema
 from mixedprec_plugin.resources import schema_path
 from tests.preset.conftest import Refuse
 
-TOP_KEYS = "version, description, extends, sources, schemes, lists, rules, on_fused_conflict, trust_sources"
+TOP_KEYS = (
+    "version, description, extends, sources, schemes, lists, rules, on_fused_conflict, "
+    "trust_sources"
+)
 METHOD_NAMES = "bf16, fp8, blockwise_int8, awq, gptq, auto"
 
 RULES = "rules: [{match: '*', method: awq}]\n"
