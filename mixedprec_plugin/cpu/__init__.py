@@ -6,6 +6,8 @@ affinity.py        cores of the machine -> ranks
 configs.py         SGLang's quantization configs with CPU methods
 fp8_linear.py, int8_linear.py, awq_linear.py, gptq_linear.py
                    the linear methods: SGLang's weights and loaders, arithmetic of our own
+block_linear.py, packed_linear.py
+                   what two of them share
 fp8_experts.py, int8_experts.py, awq_experts.py, gptq_experts.py, unquantized_experts.py
                    the same for the experts of a layer
 experts.py         the loop over experts: routing, activation, sum

@@ -12,24 +12,20 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.awq import AWQConfig, awq
 from sglang.srt.layers.quantization.awq.schemes import AWQLinearScheme
 
-from mixedprec_plugin.cpu.heap import trim_heap
 from mixedprec_plugin.cpu.int4 import Int4Weight, unpack_int4
+from mixedprec_plugin.cpu.packed_linear import ReloadableMethod, replace_weight
 from mixedprec_plugin.cpu.rows import multiply_rows
 from mixedprec_plugin.cpu.weight_only import dequantize, multiply
 from mixedprec_plugin.errors import Problem, ShapeError
 from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq
 
 
-class AWQLinearMethod(awq.AWQLinearMethod):
+class AWQLinearMethod(ReloadableMethod, awq.AWQLinearMethod):
     """SGLang's `AWQLinearMethod`, which can be loaded a second time.
 
     The name is SGLang's: linear layers choose their weight loader by it
     (sglang/srt/layers/linear.py:140).
     """
-
-    def restore_weights_before_loading(self, layer: LinearBase) -> None:
-        """Give the parameters the checkpoint's layout again; their values stay."""
-        layer.scheme.restore_weights_before_loading(layer)
 
 
 class CpuAWQLinearScheme(AWQLinearScheme):
@@ -91,10 +87,7 @@ class CpuAWQLinearScheme(AWQLinearScheme):
             scales,
             unpack_awq(layer.qzeros.data),
         )
-        if self._weight is not None:
-            layer.qweight.data = self._weight.packed
-            layer.scales.data = self._weight.scales
-        trim_heap()
+        replace_weight(layer, self._weight)
 
     def restore_weights_before_loading(self, layer: LinearBase) -> None:
         """Give `qweight` AWQ's layout again; does nothing where it has it."""

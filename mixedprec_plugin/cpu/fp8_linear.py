@@ -14,7 +14,7 @@ from mixedprec_plugin.cpu.activation import (
     quantize_fp8_static,
     quantize_fp8_tokens,
 )
-from mixedprec_plugin.cpu.block_matmul import block_matmul
+from mixedprec_plugin.cpu.block_linear import multiply_blocks
 from mixedprec_plugin.cpu.channel_matmul import channel_matmul
 from mixedprec_plugin.cpu.rows import multiply_rows
 
@@ -52,16 +52,9 @@ class Fp8LinearMethod(fp8.Fp8LinearMethod):
         """
         if self.block_quant:
             block_size = self.quant_config.weight_block_size
-            return multiply_rows(partial(_multiply_blocks, layer, block_size), x, bias)
+            multiply = partial(multiply_blocks, layer, quantize_fp8_groups, block_size)
+            return multiply_rows(multiply, x, bias)
         return multiply_rows(partial(_multiply_channels, layer), x, bias)
-
-
-def _multiply_blocks(layer: LinearBase, block_size: list[int], rows: torch.Tensor) -> torch.Tensor:
-    """[T, K] -> [T, N], a scale a block."""
-    block_n, block_k = block_size
-    codes, scales = quantize_fp8_groups(rows, block_k)
-    weight, weight_scales = layer.weight.data, layer.weight_scale_inv.data
-    return block_matmul(codes, scales, weight, weight_scales, (block_n, block_k), rows.dtype)
 
 
 def _multiply_channels(layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:

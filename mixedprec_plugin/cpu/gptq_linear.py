@@ -10,24 +10,20 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig, gptq
 from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinLinearScheme
 
-from mixedprec_plugin.cpu.heap import trim_heap
 from mixedprec_plugin.cpu.int4 import Int4Weight, unpack_int4
 from mixedprec_plugin.cpu.int8 import Int8Weight
+from mixedprec_plugin.cpu.packed_linear import ReloadableMethod, replace_weight
 from mixedprec_plugin.cpu.rows import multiply_rows
 from mixedprec_plugin.cpu.weight_only import multiply
 from mixedprec_plugin.quantize.packing import pack, unpack
 
 
-class GPTQMarlinLinearMethod(gptq.GPTQMarlinLinearMethod):
+class GPTQMarlinLinearMethod(ReloadableMethod, gptq.GPTQMarlinLinearMethod):
     """SGLang's `GPTQMarlinLinearMethod`, which can be loaded a second time.
 
     The name is SGLang's: linear layers choose their weight loader by it
     (sglang/srt/layers/linear.py:140).
     """
-
-    def restore_weights_before_loading(self, layer: LinearBase) -> None:
-        """Give the parameters the checkpoint's layout again; their values stay."""
-        layer.scheme.restore_weights_before_loading(layer)
 
 
 class CpuGPTQLinearScheme(GPTQMarlinLinearScheme):
@@ -64,10 +60,7 @@ class CpuGPTQLinearScheme(GPTQMarlinLinearScheme):
             self._weight = Int4Weight.pack_rows(read, num_rows, num_columns, scales, 8)
         else:
             self._weight = Int8Weight.pack(read(slice(num_rows)), scales)
-        if self._weight is not None:
-            layer.qweight.data = self._weight.packed
-            layer.scales.data = self._weight.scales
-        trim_heap()
+        replace_weight(layer, self._weight)
 
     def _read_codes(self, words: torch.Tensor, rows: slice) -> torch.Tensor:
         """Codes of some rows, uint8 [rows, K], columns in the order that they are multiplied in."""

@@ -9,7 +9,7 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization import blockwise_int8
 
 from mixedprec_plugin.cpu.activation import quantize_int8_groups
-from mixedprec_plugin.cpu.block_matmul import block_matmul
+from mixedprec_plugin.cpu.block_linear import multiply_blocks
 from mixedprec_plugin.cpu.rows import multiply_rows
 
 
@@ -36,12 +36,5 @@ class BlockInt8LinearMethod(blockwise_int8.BlockInt8LinearMethod):
             [..., N] in the dtype of x.
         """
         block_size = self.quant_config.weight_block_size
-        return multiply_rows(partial(_multiply_blocks, layer, block_size), x, bias)
-
-
-def _multiply_blocks(layer: LinearBase, block_size: list[int], rows: torch.Tensor) -> torch.Tensor:
-    """[T, K] -> [T, N], a scale a block."""
-    block_n, block_k = block_size
-    codes, scales = quantize_int8_groups(rows, block_k)
-    weight, weight_scales = layer.weight.data, layer.weight_scale_inv.data
-    return block_matmul(codes, scales, weight, weight_scales, (block_n, block_k), rows.dtype)
+        multiply = partial(multiply_blocks, layer, quantize_int8_groups, block_size)
+        return multiply_rows(multiply, x, bias)
