@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from mixedprec_plugin.errors import CheckpointError, Problem
 
@@ -66,15 +66,31 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise _damaged(path, f"{size:,} bytes do not hold a safetensors header")
-            header = json.loads(file.read(length))
+            return parse_header(file, size, path)
     except OSError as error:
         raise CheckpointError(
             Problem(str(path), f"cannot be read ({error.strerror})", "download it again", "file")
         ) from error
+
+
+def parse_header(file: BinaryIO, size: int, path: Path) -> dict[str, StoredTensor]:
+    """Read the header of a safetensors file that is open at its beginning.
+
+    Args:
+        size: of the whole file, in bytes.
+        path: where the file lies, or will.
+    Returns:
+        tensor name -> where it lies.
+    Raises:
+        CheckpointError: the file is truncated, or no safetensors file.
+        OSError: it cannot be read.
+    """
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise _damaged(path, f"{size:,} bytes do not hold a safetensors header")
+    try:
+        header = json.loads(file.read(length))
     except ValueError as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.hub import fetch_if_missing
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class Reader:
         Returns:
             the tensor on the CPU, with the stored dtype and shape.
         Raises:
-            CheckpointError: the file ends early, or its dtype is none that torch has.
+            CheckpointError: the file ends early or cannot be downloaded, or its dtype is none that
+                torch has.
         """
         if tensor.dtype not in TORCH_DTYPES:
             raise CheckpointError(
@@ -83,6 +85,7 @@ class Reader:
 
     def _fill(self, buffer: torch.Tensor, tensor: StoredTensor) -> None:
         if tensor.path not in self._descriptors:
+            fetch_if_missing(tensor.path)
             self._descriptors[tensor.path] = os.open(tensor.path, os.O_RDONLY)
         view = memoryview(cast("Buffer", buffer.numpy()))
         done = 0

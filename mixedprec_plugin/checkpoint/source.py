@@ -10,8 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mixedprec_plugin.checkpoint import hub
 from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, split_experts, why_not_split
+from mixedprec_plugin.checkpoint.garbage import uncollected
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.errors import CheckpointError, Problem
 
@@ -50,7 +52,7 @@ class Source:
                 layers.update(split_experts(name, layers.pop(name)))
         return MappingProxyType(layers)
 
-    @property
+    @functools.cached_property
     def quantization_config(self) -> Mapping[str, Any]:
         """What config.json says of the quantization; empty where it says nothing."""
         config = self.config.get("quantization_config") or self.config.get("compression_config")
@@ -58,33 +60,45 @@ class Source:
 
     def quantization_config_of(self, layer: str) -> Mapping[str, Any]:
         """What config.json says of one layer's quantization: of our own checkpoints, its own."""
-        if not is_converted(self.quantization_config):
-            return self.quantization_config
-        return self._configs_by_layer.get(layer, {})
+        by_layer = self._configs_by_layer
+        return self.quantization_config if by_layer is None else by_layer.get(layer, {})
 
     @functools.cached_property
-    def _configs_by_layer(self) -> Mapping[str, Mapping[str, Any]]:
-        return MappingProxyType(configs_by_layer(self.quantization_config))
+    def _configs_by_layer(self) -> Mapping[str, Mapping[str, Any]] | None:
+        config = self.quantization_config
+        return MappingProxyType(configs_by_layer(config)) if is_converted(config) else None
 
 
-def open_source(path: str | Path, name: str = "model") -> Source:
+def open_source(path: str | Path, name: str = "model", revision: str | None = None) -> Source:
     """Read a checkpoint's config.json, index and headers; no weights.
 
     Args:
-        path: a local folder.
+        path: a local folder, or a Hugging Face id.
         name: the source's key in the preset.
+        revision: branch, tag or commit of a Hugging Face id.
     Raises:
         CheckpointError: with every problem found: missing files, damaged headers, a tensor that
             the index promises and its file lacks.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
+        if not hub.is_id(str(path)):
+            remedy = "give a local checkpoint folder or a Hugging Face id"
+            raise CheckpointError(Problem(str(path), "no such folder", remedy, "file"))
+        folder = hub.snapshot_folder(str(path), revision)
+    elif revision is not None:
         raise CheckpointError(
-            Problem(str(path), "no such folder", "give a local checkpoint folder", "file")
+            Problem(
+                str(path),
+                f"is a folder, which has no revision {revision!r}",
+                "remove revision, or write the Hugging Face id",
+                "file",
+            )
         )
     config = _read_json(folder / "config.json")
     has_index = (folder / INDEX_NAME).is_file()
-    tensors = _read_indexed(folder) if has_index else _read_folder(folder)
+    with uncollected():
+        tensors = _read_indexed(folder) if has_index else _read_folder(folder)
     return Source(name, folder, MappingProxyType(config), MappingProxyType(tensors))
 
 
@@ -115,7 +129,7 @@ def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
     headers: dict[str, dict[str, StoredTensor]] = {}
     for file_name in sorted(set(weight_map.values())):
         try:
-            headers[file_name] = read_header(_inside(folder, file_name))
+            headers[file_name] = _header(_inside(folder, file_name))
         except CheckpointError as error:
             problems.extend(error.problems)
     tensors: dict[str, StoredTensor] = {}
@@ -139,7 +153,10 @@ def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_folder(folder: Path) -> dict[str, StoredTensor]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = [_not_linked_away(file) for file in sorted(folder.glob("*.safetensors"))]
+    if hub.repository_of(folder) is not None:
+        # the one name that a checkpoint without an index has
+        files = [_not_linked_away(folder / "model.safetensors")]
     if not files:
         raise CheckpointError(
             Problem(
@@ -155,7 +172,7 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
-            header = read_header(file)
+            header = _header(file)
         except CheckpointError as error:
             problems.extend(error.problems)
             continue
@@ -174,7 +191,13 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
     return _in_file_order(tensors)
 
 
+def _header(path: Path) -> dict[str, StoredTensor]:
+    return hub.read_remote_header(path) if hub.is_remote(path) else read_header(path)
+
+
 def _inside(folder: Path, file_name: str) -> Path:
+    """The file beside an index that the index names, if it is one that lies there."""
+    path = folder / file_name
     if Path(file_name).name != file_name:
         raise CheckpointError(
             Problem(
@@ -184,7 +207,25 @@ def _inside(folder: Path, file_name: str) -> Path:
                 "file",
             )
         )
-    return folder / file_name
+    return _not_linked_away(path)
+
+
+def _not_linked_away(path: Path) -> Path:
+    """The path itself, unless it is a link out of its folder; the Hub's cache keeps files so."""
+    roots = [path.parent.resolve()]
+    if hub.repository_of(path.parent) is not None:
+        roots.append((path.parent.parent.parent / "blobs").resolve())
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in roots):
+        raise CheckpointError(
+            Problem(
+                str(path),
+                f"is a link out of its folder, to {str(target)!r}",
+                "copy the file, or name the folder that it lies in",
+                "file",
+            )
+        )
+    return path
 
 
 def _in_file_order(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.errors import CheckpointError, Problem
@@ -22,7 +21,7 @@ def open_other_sources(preset: Preset) -> Mapping[str, Source]:
     for name in sorted(used):
         reference = preset.sources[name]
         try:
-            sources[name] = open_source(Path(reference.path).expanduser(), name)
+            sources[name] = open_source(reference.path, name, reference.revision)
         except CheckpointError as error:
             problems.extend(
                 Problem(f"{reference.location}: {p.where}", p.what, p.remedy, p.rule)

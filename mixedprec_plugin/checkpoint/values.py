@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.hub import is_remote, read_remote
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 Array: TypeAlias = npt.NDArray[np.float32]
@@ -90,6 +91,8 @@ def are_equal(first: Array, second: Array, dtypes: Sequence[str]) -> bool:
 
 
 def _bytes(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
+    if is_remote(tensor.path):
+        return read_remote(tensor.path, tensor.start + start, num_bytes)
     try:
         with tensor.path.open("rb") as file:
             file.seek(tensor.start + start)

@@ -45,18 +45,18 @@ class VirtualCheckpoint:
 
     def __init__(self, plan: Plan, wanted: Callable[[PlannedLayer], bool] = lambda _: True) -> None:
         self.plan = plan.check()
-        self.layers = tuple(layer for layer in plan.layers if wanted(layer))
+        self.layers = tuple(
+            layer for layer in in_file_order(plan) if layer.kind != "draft" and wanted(layer)
+        )
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         with Reader() as reader:
-            for layer in in_file_order(self.plan):
-                if layer.kind == "draft":
-                    continue
+            for layer in self.layers:
                 for suffix, tensor in compose_layer(layer, self.plan.target, reader).items():
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, tensor
 
     def __len__(self) -> int:
-        return sum(len(layer.outputs) for layer in self.plan.layers if layer.kind != "draft")
+        return sum(len(layer.outputs) for layer in self.layers)
 
 
 def open_virtual_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def peer_checkpoint(path: Path, folder: str, **changes: Any) -> Path:
         changes: keys of `quantization_config` to overwrite; None removes one.
     """
     path.mkdir(parents=True)
-    (path / "model.safetensors").symlink_to(PEERS / folder / FILE)
+    shutil.copy(PEERS / folder / FILE, path / "model.safetensors")
     config: dict[str, Any] = {"architectures": ["SliceOfALlama"], "torch_dtype": "bfloat16"}
     quantization = {**quantization_config(folder), **changes}
     quantization = {key: value for key, value in quantization.items() if value is not None}

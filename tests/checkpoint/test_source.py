@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,13 @@ def test_damaged_folder_raises(tmp_path: Path, damage: object, message: str) -> 
 def test_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         open_source(tmp_path / "nowhere")
+
+
+def test_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    write_llama(tmp_path / "elsewhere")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tmp_path / "elsewhere" / "config.json", folder)
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is a link out of its folder, to .*copy the file"):
+        open_source(folder)

@@ -55,11 +55,18 @@ class FormatCache:
     """
 
     def __init__(self) -> None:
+        self._known: dict[str, dict[str, StoredFormat | None]] = {}
         self._shared: dict[object, StoredFormat | None] = {}
         self._apart: dict[str, bool] = {}
 
     def of(self, source: Source, name: str) -> StoredFormat | None:
         """The format of one layer of a source; see `detect_format`."""
+        known = self._known.setdefault(source.name, {})
+        if name not in known:
+            known[name] = self._find(source, name)
+        return known[name]
+
+    def _find(self, source: Source, name: str) -> StoredFormat | None:
         if source.name not in self._apart:
             self._apart[source.name] = tells_layers_apart(source.quantization_config)
         tensors = source.layers[name]
