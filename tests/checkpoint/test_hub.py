@@ -134,7 +134,8 @@ def test_what_cannot_be_had_is_an_error_at_its_line(
 ) -> None:
     preset = tmp_path / "p.yaml"
     preset.write_text(
-        f"version: 1\nsources:\n  other: {path}\nrules: [{{match: '*', method: bf16, source: other}}]\n"
+        f"version: 1\nsources:\n  other: {path}\n"
+        "rules: [{match: '*', method: bf16, source: other}]\n"
     )
     done = run(PLAN, tmp_path, hub, "plan", "--model", str(model), "--preset", str(preset))
     assert done.returncode == 1

@@ -88,5 +88,5 @@ def test_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> Non
     folder.mkdir()
     shutil.copy(tmp_path / "elsewhere" / "config.json", folder)
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="is a link out of its folder, to .*copy the file"):
+    with pytest.raises(CheckpointError, match=r"is a link out of its folder, to .*copy the file"):
         open_source(folder)
