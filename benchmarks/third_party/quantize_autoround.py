@@ -6,6 +6,8 @@ weights are rounded to nearest and nothing is folded.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from auto_round import (  # type: ignore[import-not-found]
     AutoRound,
     AWQConfig,
@@ -30,6 +32,7 @@ def main() -> None:
         sym=False,
         group_size=arguments["group_size"],
         dataset=[tokenizer.decode(window) for window in windows],
+        # a window's text may have fewer tokens than the window, and shorter samples are left out
         seqlen=arguments["tokens"] // 2,
         nsamples=len(windows),
         batch_size=4,
@@ -37,7 +40,11 @@ def main() -> None:
         enable_torch_compile=False,
         alg_configs=algorithms,
     )
-    rounding.quantize_and_save(str(options.out), format="auto_awq")
+    _, folder = rounding.quantize_and_save(str(options.out), format="auto_awq")
+    # it writes to a subfolder that it names after model and scheme
+    for path in Path(folder).iterdir():
+        path.rename(options.out / path.name)
+    Path(folder).rmdir()
 
 
 if __name__ == "__main__":

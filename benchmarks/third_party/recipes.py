@@ -59,7 +59,9 @@ RECIPES = {
         Recipe("fp8-dynamic", LLMCOMPRESSOR, {"scheme": "FP8_DYNAMIC"}),
         Recipe("w8a8-int8", LLMCOMPRESSOR, {"scheme": "W8A8"}),
         Recipe(
-            "autoround-awq-int4-g128", AUTO_ROUND, {"group_size": 128, "fold": True, **_WINDOWS}
+            "autoround-awq-int4-g128",
+            AUTO_ROUND,
+            {"group_size": 128, "fold": True, "windows": 4, "tokens": 256},
         ),
     )
 }
