@@ -113,14 +113,16 @@ class CompressedForm:
         for group in groups.values():
             if group["weights"]["strategy"] == "block":
                 group["targets"]["Linear"] = None
-        formats = {group["format"] for group in groups.values()}
+        # readers that take the first target that fits find names before "Linear"
+        ordered = sorted(groups.values(), key=lambda group: "Linear" in group["targets"])
+        formats = {group["format"] for group in ordered}
         return {
             "quant_method": "compressed-tensors",
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{number}": {**group, "targets": list(group["targets"])}
-                for number, group in enumerate(groups.values())
+                for number, group in enumerate(ordered)
             },
             "ignore": list(ignore),
             "kv_cache_scheme": None,
