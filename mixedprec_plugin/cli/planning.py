@@ -6,6 +6,8 @@ import argparse
 
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
+from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.methods.cards import Gpu, find_gpu, served_dtype
 from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Plan, Target
@@ -31,6 +33,10 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="what to plan for"
     )
+    parser.add_argument(
+        "--gpu", default="", metavar="NAME",
+        help="GPU of each rank, as H100, A100-40GB or 8.9: refuse what it does not run or hold",
+    )  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -44,10 +50,23 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Plan what the command line asks for.
 
     Raises:
-        UsageError: no preset was named, and the checkpoint carries none.
+        UsageError: no preset was named, and the checkpoint carries none, or no such GPU is known.
         PresetError, CheckpointError: the files themselves are wrong.
     """
     source = open_source(args.model)
     preset = preset_for(args.preset, source, args.overrides, "--preset")
-    target = Target(args.device, args.tp, model_dtype(source.config, args.dtype))
+    gpu = _gpu(args)
+    dtype = model_dtype(source.config, args.dtype)
+    if gpu is not None:
+        dtype = served_dtype(dtype, gpu.capability)
+    target = Target(args.device, args.tp, dtype, gpu)
     return resolve_plan(preset, source, target, open_other_sources(preset))
+
+
+def _gpu(args: argparse.Namespace) -> Gpu | None:
+    if not args.gpu:
+        return None
+    if args.device != "cuda":
+        what = f"{args.gpu!r} beside --device {args.device} (expected --device cuda)"
+        raise UsageError(Problem("--gpu", what, "leave one of the two out", "gpu"))
+    return find_gpu(args.gpu)

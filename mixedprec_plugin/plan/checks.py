@@ -9,6 +9,7 @@ from mixedprec_plugin.checkpoint.config import text_config
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, why_not_split
 from mixedprec_plugin.errors import Problem, Severity
 from mixedprec_plugin.methods import registry
+from mixedprec_plugin.methods.cards import served_dtype, why_not_on_card
 from mixedprec_plugin.methods.spec import LayerShape
 from mixedprec_plugin.names import nearest
 from mixedprec_plugin.plan.architecture import (
@@ -17,7 +18,6 @@ from mixedprec_plugin.plan.architecture import (
     Kind,
     last_component,
     parallel_kind,
-    scheme_unit,
     shard_order,
 )
 from mixedprec_plugin.plan.auto import AUTO, find_auto_faults, find_auto_notes
@@ -25,6 +25,7 @@ from mixedprec_plugin.plan.conversion import different_arguments
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
+from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.mla import mla_faults
 from mixedprec_plugin.plan.model import PlannedLayer, Target
 from mixedprec_plugin.plan.repacking import why_not_integers
@@ -95,31 +96,34 @@ def check_layers(
     layers: Sequence[PlannedLayer], target: Target, config: Mapping[str, Any]
 ) -> list[Problem]:
     """Check that each layer can be made what the plan says and that its method serves its shape."""
-    siblings: dict[tuple[str, str], list[PlannedLayer]] = {}
+    siblings: dict[object, list[PlannedLayer]] = {}
     for layer in layers:
         siblings.setdefault(_parameter(layer), []).append(layer)
-    for shards in siblings.values():
+    shapes: dict[object, object] = {}
+    for parameter, shards in siblings.items():
         if len(shards) > 1:
             shards.sort(key=lambda layer: shard_order(layer.shard))
+        shapes[parameter] = tuple([(s.shard in ("k", "v"), id(s.stored)) for s in shards])
     found = _fused_experts(layers, config)
     # layers that are alike have the same faults; a large model has 70,000 layers of few kinds
     known: dict[object, tuple[_Fault, ...]] = {}
     for layer in layers:
         if layer.stored is None:
             continue
-        shards = siblings[_parameter(layer)]
+        parameter = _parameter(layer)
         key = (
             id(layer.stored), id(layer.scheme), layer.action, layer.rule is None, layer.kind,
-            last_component(layer.name), *((s.shard in ("k", "v"), id(s.stored)) for s in shards),
+            last_component(layer.name), shapes[parameter],
         )  # fmt: skip
         if key not in known:
-            known[key] = tuple(_faults(layer, shards, target, config))
+            known[key] = tuple(_faults(layer, siblings[parameter], target, config))
         for fault in known[key]:
             found.setdefault(fault, []).append(layer.name)
-    return [
+    problems = [
         Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
         for (rule, text, remedy, severity), names in found.items()
     ]
+    return problems + why_not_in_memory(layers, target, config)
 
 
 def _fused_experts(
@@ -169,6 +173,12 @@ def _faults(
     misfits = spec.check_shape(layer.scheme.arguments, shape, target.device)
     for text, remedy in misfits:
         yield "shape", text, remedy, "error"
+    if target.gpu is not None:
+        capability = target.gpu.capability
+        for text, remedy in why_not_on_card(
+            layer.scheme.method, layer.scheme.arguments, shape, capability
+        ):
+            yield "gpu", text, remedy, "error"
     for text, remedy in mla_faults(layer, shards, target.device):
         yield "mla", text, remedy, "error"
     if target.device == "cpu" and not misfits:
@@ -176,12 +186,11 @@ def _faults(
             yield "cuda-shape", f"does not run on CUDA: {text}", remedy, "warning"
 
 
-def _parameter(layer: PlannedLayer) -> tuple[str, str]:
-    """Name of what holds a layer's weights: its module, or `w13` or `w2` of one expert."""
+def _parameter(layer: PlannedLayer) -> object:
+    """What holds a layer's weights: its module, or `w13` or `w2` of one expert."""
     if isinstance(layer.shard, ExpertShard):
-        half = "w2" if layer.shard.projection == "w2" else "w13"
-        return scheme_unit(layer.module, layer.shard), half
-    return layer.module, ""
+        return layer.module, layer.shard.expert, layer.shard.projection == "w2"
+    return layer.module
 
 
 def _layer_shape(
@@ -222,7 +231,10 @@ def _conversion_problems(layer: PlannedLayer, target: Target) -> list[tuple[str,
     wanted = scheme.arguments.get("dtype")
     if scheme.method == "bf16" and wanted not in (None, served):
         text = f"the model runs in {served}, not in {scheme.label}"
-        return [("dtype", text, f"start with --dtype {wanted}, or write method: unquantized")]
+        gpu = target.gpu
+        has_it = gpu is None or wanted == "float16" or served_dtype("BF16", gpu.capability) != "F16"
+        remedy = f"start with --dtype {wanted}, or " if has_it else ""
+        return [("dtype", text, f"{remedy}write method: unquantized")]
     if not stored.is_readable:
         text = f"is stored as {stored.description}, which this release does not read"
         return [("stored-format", text, "take a checkpoint in another format")]

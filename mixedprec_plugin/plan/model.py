@@ -12,6 +12,7 @@ from mixedprec_plugin.checkpoint.formats import StoredFormat
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.methods.cards import Gpu
 from mixedprec_plugin.methods.spec import TensorSpec
 from mixedprec_plugin.plan.architecture import ExpertShard, Kind, Shard, shard_order
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
@@ -28,11 +29,13 @@ class Target:
         device: `cuda`, or `cpu` for the CPU platform.
         tp_size: number of tensor-parallel ranks.
         dtype: dtype that the model runs in, as a safetensors name.
+        gpu: the GPU of each rank; None where it is not known, or there is none.
     """
 
     device: Device = "cuda"
     tp_size: int = 1
     dtype: str = "BF16"
+    gpu: Gpu | None = None
 
 
 @dataclasses.dataclass(frozen=True)

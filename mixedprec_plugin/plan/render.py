@@ -14,6 +14,7 @@ from rich.text import Text
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.folding import fold_names, fold_numbers
+from mixedprec_plugin.plan.memory import memory_line
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
 
@@ -205,6 +206,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(name, "-", *source, f"tied to {embedding}", "as stored", "", "", "")
     console.print(table)
     console.print(totals_line(plan), highlight=False)
+    if line := memory_line(plan.layers, plan.target, plan.source.config):
+        console.print(line, highlight=False)
     for problem in plan.problems:
         style = "bold red" if problem.severity == "error" else "yellow"
         console.print(Text(f"{problem.severity}: ", style=style).append(Text(str(problem), "")))

@@ -11,6 +11,7 @@ from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
+from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
 from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.dtype import model_dtype
@@ -71,8 +72,24 @@ def make_plan(
         preset = preset_for(settings.config, source, settings.overrides, flag)
     else:
         preset = served
-    target = Target(device, tp_size, model_dtype(source.config, dtype))
+    gpu = serving_gpu() if device == "cuda" else None
+    running = model_dtype(source.config, dtype)
+    if gpu is not None:
+        running = served_dtype(running, gpu.capability)
+    target = Target(device, tp_size, running, gpu)
     return resolve_plan(preset, source, target, open_other_sources(preset))
+
+
+def serving_gpu() -> Gpu | None:
+    """The GPU of this process, by its compute capability alone; None where there is none.
+
+    SGLang's own question, which asks NVML and leaves CUDA uninitialized in a server's parent
+    process (utils/common.py:756). Memory is SGLang's to watch over, as it may offload weights.
+    """
+    from sglang.srt.utils import get_device_sm
+
+    capability = int(get_device_sm())
+    return Gpu(f"compute capability {version(capability)}", capability) if capability else None
 
 
 def serving_device() -> Device:

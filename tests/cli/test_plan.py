@@ -132,3 +132,43 @@ def test_presets_lists_what_ships() -> None:
     assert code == 0
     assert "fp8-block" in names
     assert "attention-fp8-mlp-int4" in names
+
+
+def test_gpu_that_does_not_run_a_method_exits_1(model: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, 'match: "*.mlp.*_proj", method: fp8')
+    argv = ("plan", "--model", model, "--preset", preset)
+    code, out, _ = run(*argv, "--gpu", "H100")
+    assert code == 0
+    assert "H100 of 80 GB: 0 GB of weights a rank at tensor parallel 1, 0% of its memory" in out
+    code, out, _ = run(*argv, "--gpu", "RTX 2080 Ti")
+    assert code == 1
+    text = " ".join(out.split())
+    assert "fp8 does not run on this GPU, whose compute capability is 7.5 (expected 8.0" in text
+    assert run(*argv, "--gpu", "8.9")[0] == 0
+
+
+def test_gpu_without_bfloat16_plans_in_float16(model: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path, 'match: "*_proj", method: awq')
+    argv = ("plan", "--model", model, "--preset", preset, "--gpu", "7.5", "--json")
+    code, out, _ = run(*argv)
+    assert code == 0
+    assert json.loads(out)["target"] == {
+        "device": "cuda", "tp_size": 1, "dtype": "F16",
+        "gpu": {"name": "compute capability 7.5", "capability": 75, "memory_bytes": 0},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--gpu", "H1000"), "--gpu: 'H1000' is not known"),
+        (("--gpu", "H100", "--device", "cpu"), "--gpu: 'H100' beside --device cpu"),
+    ],
+)
+def test_gpu_that_makes_no_sense_exits_2(
+    model: Path, tmp_path: Path, argv: tuple[str, ...], message: str
+) -> None:
+    preset = write_preset(tmp_path, 'match: "*", method: awq')
+    code, _, err = run("plan", "--model", model, "--preset", preset, *argv)
+    assert code == 2
+    assert message in err

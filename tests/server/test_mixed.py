@@ -50,7 +50,9 @@ def test_plan_file_says_what_runs(mixed: Mixed) -> None:
     assert [methods[f"model.layers.{n}.mlp.up_proj"] for n in (0, 6, 12, 18, 24, 27, 29)] == [
         "fp8", "fp8", "blockwise_int8", "awq", "gptq", "gptq", "bf16"
     ]  # fmt: skip
-    assert made["target"] == {"device": "cpu", "tp_size": 1, "dtype": "BF16"}
+    assert made["target"] == {
+        "device": "cpu", "tp_size": 1, "dtype": "BF16", "gpu": None
+    }  # fmt: skip
 
 
 def test_distributions_are_those_of_independently_dequantized_weights(

@@ -1,0 +1,76 @@
+"""What a rank holds of the weights, against the memory of its GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mixedprec_plugin.checkpoint.config import text_config
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.plan.architecture import parallel_kind
+from mixedprec_plugin.plan.model import PlannedLayer, Target
+
+_SPLIT_KINDS = ("linear", "expert", "embedding", "lm_head")
+
+
+def rank_bytes(layers: Iterable[PlannedLayer], tp_size: int, config: Mapping[str, Any]) -> int:
+    """Return the bytes of weights that each tensor-parallel rank holds.
+
+    Linear layers, experts, embeddings and `lm_head` are split; key and value heads are repeated
+    where there are fewer than ranks; all else is on every rank, and layers for a draft model on
+    none.
+
+    Args:
+        config: the model's config.json.
+    """
+    num_heads = int(text_config(config).get("num_key_value_heads") or tp_size)
+    return sum(
+        -(-layer.bytes_after // _num_parts(layer, tp_size, num_heads))
+        for layer in layers
+        if layer.kind != "draft"
+    )
+
+
+def _num_parts(layer: PlannedLayer, tp_size: int, num_heads: int) -> int:
+    is_whole = layer.kind == "linear" and parallel_kind(layer.name) == "replicated"
+    if layer.kind not in _SPLIT_KINDS or is_whole:
+        return 1
+    return min(tp_size, num_heads) if layer.shard in ("k", "v") else tp_size
+
+
+def memory_line(layers: Iterable[PlannedLayer], target: Target, config: Mapping[str, Any]) -> str:
+    """One line: what a rank's weights take of its GPU; empty where that is not known."""
+    if target.gpu is None or not target.gpu.memory_bytes:
+        return ""
+    held, memory = rank_bytes(layers, target.tp_size, config), target.gpu.memory_bytes
+    return (
+        f"{target.gpu.name} of {_gigabytes(memory)}: {_gigabytes(held)} of weights a rank at "
+        f"tensor parallel {target.tp_size}, {held / memory:.0%} of its memory"
+    )
+
+
+def why_not_in_memory(
+    layers: Iterable[PlannedLayer], target: Target, config: Mapping[str, Any]
+) -> list[Problem]:
+    """Find whether the weights alone are more than the GPU of a rank holds."""
+    if target.gpu is None or not target.gpu.memory_bytes:
+        return []
+    layers = tuple(layers)
+    held, memory = rank_bytes(layers, target.tp_size, config), target.gpu.memory_bytes
+    if held <= memory:
+        return []
+    sizes = (size for size in (2, 4, 8, 16, 32) if size > target.tp_size)
+    fitting = next((size for size in sizes if rank_bytes(layers, size, config) <= memory), None)
+    what = (
+        f"the weights do not fit: {_gigabytes(held)} a rank on {target.gpu.name} of "
+        f"{_gigabytes(memory)}"
+    )
+    remedy = "use methods of fewer bits"
+    if fitting is not None:
+        remedy += f", or --tp {fitting}"
+    return [Problem("--gpu", what, remedy, "memory")]
+
+
+def _gigabytes(num_bytes: int) -> str:
+    """Decimal, as GPUs are sold: 80000000000 -> "80 GB"."""
+    return f"{num_bytes / 10**9:.1f} GB".replace(".0 GB", " GB")

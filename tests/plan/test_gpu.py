@@ -1,0 +1,112 @@
+"""Plans for a GPU that is known: what it does not run or hold is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mixedprec_plugin.methods.cards import find_gpu
+from mixedprec_plugin.plan.memory import rank_bytes
+from mixedprec_plugin.plan.model import Plan, Target
+from tests.checkpoints import write_llama
+from tests.presets import plan, problem_texts
+from tests.published import mixtral_8x7b, qwen3_30b_a3b
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "model")
+
+
+def on(gpu: str, model: Path, *lines: str, tp_size: int = 1, dtype: str = "BF16") -> Plan:
+    return plan(model, *lines, target=Target("cuda", tp_size, dtype, find_gpu(gpu)))
+
+
+def test_gpu_without_the_methods_kernels_is_an_error_that_names_all_layers(model: Path) -> None:
+    (problem,) = on("T4", model, 'match: "*.mlp.*_proj", method: gptq', dtype="F16").errors
+    assert problem.rule == "gpu"
+    assert problem.where == ", ".join(
+        f"model.layers.0-2.mlp.{name}_proj" for name in ("down", "gate", "up")
+    )
+    assert problem.what == (
+        "gptq does not run on this GPU, whose compute capability is 7.5 (expected 8.0 or more)"
+    )
+    assert problem.remedy == "use method: awq or unquantized"
+
+
+@pytest.mark.parametrize("gpu", ["A100", "RTX 3090", "RTX 4090", "H100", "B200", "RTX 5090"])
+@pytest.mark.parametrize("method", ["fp8", "fp8_block", "blockwise_int8", "awq", "gptq"])
+def test_gpu_that_runs_the_method_changes_nothing(model: Path, gpu: str, method: str) -> None:
+    rule = f'match: "*_proj", method: {method}'
+    assert problem_texts(on(gpu, model, rule)) == problem_texts(plan(model, rule))
+
+
+def test_shape_that_only_this_gpu_refuses_is_an_error_only_there(tmp_path: Path) -> None:
+    # 96 outputs: a multiple of 16, as FP8 units need, and of no Marlin tile
+    ragged = write_llama(tmp_path / "ragged", intermediate_size=96)
+    rule = 'match: "*.mlp.*_proj", method: fp8'
+    assert not on("H100", ragged, rule).errors
+    assert {problem.rule for problem in on("A100", ragged, rule).errors} == {"gpu"}
+
+
+def test_experts_in_fp8_need_fp8_units(tmp_path: Path) -> None:
+    mixture = qwen3_30b_a3b().write(tmp_path / "moe")
+    rule = 'match: "*.experts.*", method: fp8'
+    assert not on("H100", mixture, rule).errors
+    (problem,) = on("A100", mixture, rule).errors
+    assert re.search(r"fp8 for experts runs in a Triton kernel .* is 8\.0 ", problem.what)
+
+
+def test_dtype_that_the_gpu_lacks_is_not_recommended(model: Path) -> None:
+    (problem,) = on("T4", model, 'match: "*", method: bf16', dtype="F16").errors
+    assert str(problem).endswith(
+        "the model runs in float16, not in bf16; write method: unquantized"
+    )
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mixtral_8x7b().write(tmp_path_factory.mktemp("mixtral") / "model")
+
+
+def test_weights_that_the_gpu_does_not_hold_are_an_error(mixtral: Path) -> None:
+    # Mistral AI: 46.7 billion parameters
+    (problem,) = on("H100", mixtral, 'match: "*", method: unquantized').errors
+    assert problem.rule == "memory"
+    assert str(problem) == (
+        "--gpu: the weights do not fit: 93.4 GB a rank on H100 of 80 GB; use methods of fewer "
+        "bits, or --tp 2"
+    )
+    rule = 'match: "*.experts.*", method: gptq'
+    assert not on("H100", mixtral, rule).errors
+    assert not on("H100", mixtral, 'match: "*", method: unquantized', tp_size=2).errors
+
+
+def test_memory_is_not_judged_where_it_is_not_known(mixtral: Path) -> None:
+    assert not on("9.0", mixtral, 'match: "*", method: unquantized').errors
+
+
+def test_ranks_split_matrices_and_repeat_few_heads(model: Path) -> None:
+    made = plan(model, 'match: "*", method: unquantized')
+    hidden, inner, head = 256, 512, 64
+    norms = 7 * hidden
+    rank = 2 * norms
+    # query and output, gate, up and down over 4 ranks; 2 key and 2 value heads over 2 ranks
+    rank += 3 * 2 * (2 * 256 * hidden + 3 * inner * hidden) // 4
+    rank += 3 * 2 * (2 * 2 * head * hidden) // 2
+    rank += 2 * 320 * hidden // 4
+    assert rank_bytes(made.layers, 4, made.source.config) == rank
+    assert rank_bytes(made.layers, 1, made.source.config) == made.bytes_after
+
+
+def test_layers_for_a_draft_model_take_no_memory(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model", num_hidden_layers=3)
+    whole = plan(model, 'match: "*", method: unquantized')
+    config = dict(whole.source.config, num_hidden_layers=2, num_nextn_predict_layers=1)
+    (model / "config.json").write_text(json.dumps(config))
+    made = plan(model, 'match: "*", method: unquantized')
+    last = [x.bytes_after for x in whole.layers if x.name.startswith("model.layers.2.")]
+    assert rank_bytes(made.layers, 1, config) == whole.bytes_after - sum(last)
