@@ -20,6 +20,7 @@ from sglang.srt.arg_groups import choices
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from mixedprec_plugin.checkpoint.converted import is_converted
+from mixedprec_plugin.cpu.hooks import get_rope_wrapper, launch_fused_gate_sigmoid_mul
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, RegistrationError
 from mixedprec_plugin.serving.flags import LOAD_FORMAT, add_flags, exit_with, fold_flags
 
@@ -147,11 +148,38 @@ HOOKS = (
 )
 
 
+# on our CPU platform only, where SGLang has what they stand on
+CPU_HOOKS = (
+    Hook(
+        "sglang.srt.layers.rotary_embedding.factory.get_rope_wrapper",
+        get_rope_wrapper,
+        HookType.AROUND,
+        "layers/rotary_embedding/factory.py:478: without YaRN there is no rotary embedding of "
+        "DeepSeek's on a CPU",
+    ),
+    Hook(
+        "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul",
+        launch_fused_gate_sigmoid_mul,
+        HookType.AROUND,
+        "models/qwen2_moe.py:877: the gate of a shared expert is a Triton kernel",
+    ),
+)
+
+
+def hooks_here() -> tuple[Hook, ...]:
+    """The hooks of this process's platform."""
+    from sglang.srt.platforms import current_platform
+
+    if not (current_platform.device_type == "cpu" and current_platform.is_out_of_tree()):
+        return HOOKS
+    return HOOKS + tuple(hook for hook in CPU_HOOKS if _target(hook) is not None)
+
+
 def register() -> None:
     """Register the load format and every hook; SGLang applies the hooks afterwards."""
     if LOAD_FORMAT not in choices.LOAD_FORMAT_CHOICES:
         choices.add_load_format_choices([LOAD_FORMAT])
-    for hook in HOOKS:
+    for hook in hooks_here():
         HookRegistry.register(hook.target, hook.function, hook.kind)
 
 
@@ -164,7 +192,7 @@ def check_registration() -> list[Problem]:
     problems = []
     if LOAD_FORMAT not in choices.LOAD_FORMAT_CHOICES:
         problems.append(Problem("--load-format mixedprec", "is not registered", _remedy()))
-    for hook in HOOKS:
+    for hook in hooks_here():
         if not _is_applied(hook):
             problems.append(
                 Problem(hook.target, f"is not hooked ({hook.stands_on})", _remedy(), "hook")
@@ -174,16 +202,20 @@ def check_registration() -> list[Problem]:
 
 def _is_applied(hook: Hook) -> bool:
     """Whether our function is in the chain of wrappers around the target."""
-    try:
-        function = pkgutil.resolve_name(hook.target)
-    except (ImportError, AttributeError):
-        return False
+    function = _target(hook)
     while function is not None:
         cells = getattr(function, "__closure__", None) or ()
         if any(cell.cell_contents is hook.function for cell in cells):
             return True
         function = getattr(function, "__wrapped__", None)
     return False
+
+
+def _target(hook: Hook) -> Any:
+    try:
+        return pkgutil.resolve_name(hook.target)
+    except (ImportError, AttributeError):
+        return None
 
 
 def _remedy() -> str:

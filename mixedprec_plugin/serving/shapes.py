@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sglang.srt.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
+from sglang.srt.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+)
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
 from mixedprec_plugin.errors import LoadError, Problem
@@ -33,7 +39,7 @@ def check_built(config: MixedPrecisionConfig, stage: Stage) -> None:
             continue
         built = config.built.get(module)
         for layer in filter(stage.runs, layers):
-            text = _difference(layer, built)
+            text = _difference(layer, built, layers)
             if text:
                 found.setdefault((text, module if built is None else ""), []).append(layer.name)
     problems = [
@@ -74,7 +80,9 @@ def _kernel_problems(config: MixedPrecisionConfig) -> list[Problem]:
     ]
 
 
-def _difference(layer: PlannedLayer, built: torch.nn.Module | None) -> str:
+def _difference(
+    layer: PlannedLayer, built: torch.nn.Module | None, shards: Sequence[PlannedLayer]
+) -> str:
     if built is None:
         return f"is in the checkpoint, but the model builds no {layer.module}"
     assert layer.stored is not None
@@ -82,10 +90,15 @@ def _difference(layer: PlannedLayer, built: torch.nn.Module | None) -> str:
         return _expert_difference(layer, built)
     assert isinstance(built, LinearBase)
     expected = (_output_size(built, layer.shard), built.input_size)
+    N, whose = layer.stored.N, "its weight is"
+    if isinstance(built, ReplicatedLinear) and layer.shard is not None:
+        # it knows nothing of its shards' sizes
+        N = sum(shard.stored.N for shard in shards if shard.stored is not None)
+        whose = f"the weights of {layer.module} are"
     # under `auto` a layer may be stored in a format that we know by name only
-    if layer.stored.N and expected != (layer.stored.N, layer.stored.K):
+    if layer.stored.N and expected != (N, layer.stored.K):
         return (
-            f"its weight is [{layer.stored.N}, {layer.stored.K}] "
+            f"{whose} [{N}, {layer.stored.K}] "
             f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
         )
     return ""

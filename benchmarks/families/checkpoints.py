@@ -1,0 +1,58 @@
+"""Tiny random checkpoints, made with transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.families.architectures import VOCAB_SIZE, Architecture
+
+_SEED = 2026
+PROMPT_LENGTH = 24
+# so that the first expert of a token outweighs those that rounding lets change places
+_ROUTER_SCALE = 3.0
+
+
+def make_checkpoint(architecture: Architecture, folder: Path) -> Path:
+    """Write a checkpoint of an architecture in bf16, unless the folder holds it.
+
+    Returns:
+        the folder of the checkpoint.
+    """
+    path = folder / architecture.config_class
+    if (path / "config.json").exists():
+        return path
+    config = getattr(transformers, architecture.config_class)(**architecture.settings)
+    model_class: Any = getattr(transformers, architecture.model_class)
+    torch.manual_seed(_SEED)
+    is_auto = architecture.model_class.startswith("Auto")
+    model = (model_class.from_config if is_auto else model_class)(config)
+    _randomize_vectors(model)
+    model.to(torch.bfloat16).save_pretrained(path)
+    said = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    text = json.dumps({**said, **architecture.extra}, indent=1)
+    (path / "config.json").write_text(text, encoding="utf-8")
+    return path
+
+
+def prompt() -> list[int]:
+    """The tokens of the prompt."""
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randint(3, VOCAB_SIZE, (PROMPT_LENGTH,), generator=generator).tolist()
+
+
+def _randomize_vectors(model: Any) -> None:
+    """Norms, biases and routers' corrections, all ones or zeros in a new model; and routers."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            if name.endswith("mlp.gate.weight"):
+                parameter.mul_(_ROUTER_SCALE)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))

@@ -1,0 +1,118 @@
+"""The experts of a transformers layer, each with the weights of its own scheme.
+
+transformers keeps all experts of a layer in one parameter, which holds one dtype; here each expert
+is three projections. SGLang's kernels for FP8 per tensor differ from the linear ones: gate and up
+projection share a scale, and all rows that are multiplied share one scale of activations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.activations import FP8_MAX
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A projection of an expert.
+
+    Attributes:
+        module: computes it; None for FP8 per tensor.
+        codes: [N, K] float32, and `scale` []: of FP8 per tensor.
+    """
+
+    module: torch.nn.Module | None
+    codes: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    scale: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+
+
+class ReferenceExperts(torch.nn.Module):
+    """The experts of one layer.
+
+    Source of the roundings: SGLang's fused_moe_kernel multiplies an expert's down projection by
+    the router's weight in float32 and rounds once; moe_sum adds a token's experts in float32.
+
+    Args:
+        experts: what transformers built; its activation function is used.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = experts.act_fn
+        self.projections: list[dict[str, Projection]] = [{} for _ in range(experts.num_experts)]
+
+    def put(self, expert: int, name: str, projection: Projection) -> None:
+        """Set one projection: `w1` gate, `w3` up, `w2` down."""
+        self.projections[expert][name] = projection
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H], ids [T, k] and weights [T, k] to [T, H] in the dtype of the input."""
+        dtype = hidden_states.dtype
+        total = torch.zeros(hidden_states.shape)
+        places = [torch.where(top_k_index == expert) for expert in range(len(self.projections))]
+        outputs = self._outputs(hidden_states, [tokens for tokens, _ in places])
+        for (tokens, choices), out in zip(places, outputs, strict=True):
+            weighted = out.float() * top_k_weights[tokens, choices, None].float()
+            total.index_add_(0, tokens, weighted.to(dtype).float())
+        return total.to(dtype)
+
+    def _outputs(self, x: torch.Tensor, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Output of each expert for its rows, float32 where it is not rounded yet."""
+        outputs = [torch.empty(0, x.shape[1])] * len(rows)
+        is_fp8 = [bool(p) and p["w1"].module is None for p in self.projections]
+        codes, scale = _fp8(x.float())
+        inner: dict[int, torch.Tensor] = {}
+        for expert, tokens in enumerate(rows):
+            if not len(tokens):
+                continue
+            parts = self.projections[expert]
+            if is_fp8[expert]:
+                gate, up = _gate_up(parts, codes[tokens], scale)
+                inner[expert] = self._activate(gate.to(x.dtype), up.to(x.dtype))
+                continue
+            modules = {name: part.module for name, part in parts.items()}
+            assert all(modules.values())
+            gate, up = modules["w1"](x[tokens]), modules["w3"](x[tokens])  # type: ignore[misc]
+            outputs[expert] = modules["w2"](self._activate(gate, up).float())  # type: ignore[misc]
+        if inner:
+            codes, scale = _fp8(torch.cat(list(inner.values())).float())
+            pieces = codes.split([len(rows[expert]) for expert in inner])
+            for expert, piece in zip(inner, pieces, strict=True):
+                down = self.projections[expert]["w2"]
+                outputs[expert] = (piece @ down.codes.T) * scale * down.scale
+        return outputs
+
+    def _activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return (self.activation(gate.float()) * up.float()).to(gate.dtype)
+
+
+def _gate_up(
+    parts: dict[str, Projection], codes: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Products with the gate and up projection, requantized to the greater of their scales.
+
+    Source: SGLang's fp8.py:2708 (through float16, as `per_tensor_dequantize` gives it).
+    """
+    greater = torch.maximum(parts["w1"].scale, parts["w3"].scale)
+    products = []
+    for name in ("w1", "w3"):
+        weight = (parts[name].codes.half() * parts[name].scale).half().float()
+        again = _round(weight * (1 / greater))
+        products.append((codes @ again.T) * scale * greater)
+    return products[0], products[1]
+
+
+def _fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [R, K] and one scale [] for all rows."""
+    scale = x.abs().amax() / FP8_MAX
+    return _round(x * (1 / scale)), scale
+
+
+def _round(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
