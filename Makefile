@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-gpu lint format bench quality memory tp dryrun compat clean
+.PHONY: help install demo test test-gpu lint format bench quality memory tp dryrun compat clean plan-speed
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
@@ -44,7 +44,7 @@ format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: quality memory tp
+bench: quality memory tp plan-speed
 
 quality: $(INSTALLED)
 	@$(RUN) -m benchmarks.quality --out docs/quality.md
@@ -54,6 +54,9 @@ memory: $(INSTALLED)
 
 tp: $(INSTALLED)
 	@$(RUN) -m benchmarks.tensor_parallel --out docs/tensor_parallel.md
+
+plan-speed: $(INSTALLED)
+	@$(RUN) -m benchmarks.plan
 
 dryrun: $(INSTALLED)
 	@$(RUN) -m tests.dryrun.matrix --out docs/cuda.md

@@ -7,10 +7,11 @@ match the last layers of a model whatever their number.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Collection, Mapping
 
-from mixedprec_plugin.names import compile_pattern
+from mixedprec_plugin.plan.candidates import Candidates
 from mixedprec_plugin.preset.model import Rule
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -38,19 +39,39 @@ def match_rules(
     Args:
         uncounted: names that stand behind the last layer, where layers are counted from the end.
     """
-    from_end = names_from_end([name for name in names if name not in uncounted])
+    candidates = Candidates(names)
+    from_end = _FromEnd(names, uncounted)
     deciding: dict[str, Rule] = {}
     matched: dict[int, frozenset[str]] = {}
     for rule in rules:
         hits: set[str] = set()
         for pattern in rule.patterns:
-            matches = compile_pattern(pattern)
-            hits.update(name for name in names if matches(name))
+            hits.update(candidates.match(pattern))
             if _FROM_END.search(pattern):
-                hits.update(name for name, alias in from_end.items() if matches(alias))
+                hits.update(from_end.match(pattern))
         matched[rule.index] = frozenset(hits)
         deciding.update(dict.fromkeys(hits, rule))
     return Matches(deciding, matched)
+
+
+class _FromEnd:
+    """Finds names by globs that count layers from the end; made ready when it is first asked."""
+
+    def __init__(self, names: Collection[str], uncounted: Collection[str]) -> None:
+        self._names = names
+        self._uncounted = uncounted
+
+    def match(self, pattern: str) -> list[str]:
+        return [self._by_alias[alias] for alias in self._candidates.match(pattern)]
+
+    @functools.cached_property
+    def _by_alias(self) -> dict[str, str]:
+        counted = [name for name in self._names if name not in self._uncounted]
+        return {alias: name for name, alias in names_from_end(counted).items()}
+
+    @functools.cached_property
+    def _candidates(self) -> Candidates:
+        return Candidates(self._by_alias)
 
 
 def names_from_end(names: Collection[str]) -> dict[str, str]:

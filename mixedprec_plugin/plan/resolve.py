@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.formats import FormatCache, StoredFormat
+from mixedprec_plugin.checkpoint.garbage import uncollected
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
@@ -55,6 +56,7 @@ class _Taken:
     stored: StoredFormat | None
 
 
+@uncollected()
 def resolve_plan(
     preset: Preset,
     model: Source,
@@ -121,13 +123,14 @@ def resolve_plan(
 
 
 def _kinds(model: Source, names: Sequence[str], formats: FormatCache) -> dict[str, Kind]:
-    known: dict[tuple[str, bool], Kind] = {}
+    known: dict[object, Kind] = {}
     kinds: dict[str, Kind] = {}
     for name in names:
-        has_matrix = formats.of(model, name) is not None
-        key = (without_numbers(name), has_matrix)
+        stored = formats.of(model, name)
+        # names that share a format differ in numbers only
+        key = without_numbers(name) if stored is None else id(stored)
         if key not in known:
-            known[key] = layer_kind(name, has_matrix)
+            known[key] = layer_kind(name, stored is not None)
         kinds[name] = known[key]
     return kinds | dict.fromkeys(draft_layers(model.config, names), "draft")
 
@@ -234,8 +237,11 @@ class _Maker:
         self._known: dict[object, _Made] = {}
 
     def of(self, scheme: Scheme | None, taken: _Taken, kind: Kind) -> _Made:
-        signature = tuple([(suffix, t.dtype, t.shape) for suffix, t in taken.tensors.items()])
-        key = (id(scheme), id(taken.stored), kind, signature)
+        # layers share a format only where their tensors have the same dtypes and shapes
+        alike: object = id(taken.stored)
+        if taken.stored is None:
+            alike = tuple([(suffix, t.dtype, t.shape) for suffix, t in taken.tensors.items()])
+        key = (id(scheme), alike, kind)
         if key not in self._known:
             action = _action(scheme, taken.stored, taken.tensors, self._target)
             outputs = _outputs(action, scheme, taken.stored, taken.tensors, kind, self._target)
