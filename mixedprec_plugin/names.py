@@ -203,7 +203,13 @@ class _Translator:
         choices: list[_Part] = []
         stop = ","
         while stop == ",":
+            begin = self.at
             parts, stop = self._sequence(depth)
+            if _RANGE.fullmatch(word := self.pattern[begin : self.at]):
+                raise PatternError(
+                    f"'{word}' in {self.shown} is no range beside a ',' "
+                    f"(expected '{{{word}}}' there)"
+                )
             for _ in range(sum(part is _STAR for part in parts)):
                 self._count_star()
             self._count_alternatives(1)

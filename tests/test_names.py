@@ -113,6 +113,7 @@ def test_pattern_without_wildcards_matches_what_bash_expands_it_to(parts: list[s
         ),
         ("{0..}", "'{0..}' in '{0..}' is not a range (expected '{0..15}')"),
         ("{0..x}", "'{0..x}' in '{0..x}' is not a range (expected '{0..15}')"),
+        ("{0..3,7}", "'0..3' in '{0..3,7}' is no range beside a ',' (expected '{0..3}' there)"),
         (
             "q_proj,k_proj",
             "'q_proj,k_proj' has a ',' outside braces; write a list of patterns, or {a,b}",

@@ -16,6 +16,7 @@ from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.folding import fold_names, fold_numbers
 from mixedprec_plugin.plan.memory import memory_line
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.plan.sglang_names import sglang_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Group:
 
     Attributes:
         name: folded module names, `model.layers.0-29.self_attn.qkv_proj`.
+        sglang: what SGLang calls them; empty where that is `name`, and for layers without a method.
         source: names of the sources that its layers come from.
         action: how stored tensors become served ones, and what else the plan decided.
     """
 
     name: str
+    sglang: str
     scheme: str
     source: str
     action: str
@@ -56,11 +59,15 @@ def group_modules(plan: Plan) -> list[Group]:
         key = (folded, label, _sources(layers), identity, _actions(layers), _stored(layers), shape)
         buckets.setdefault(key, {})[module] = layers
     groups = []
+    architecture = _architecture(plan)
     for (_, label, source, _, action, stored, _), modules in buckets.items():
         layers = tuple(layer for group in modules.values() for layer in group)
+        name = ", ".join(fold_names(modules))
+        other = ", ".join(fold_names(sglang_name(module, architecture) for module in modules))
         groups.append(
             Group(
-                name=", ".join(fold_names(modules)),
+                name=name,
+                sglang=other if other != name and layers[0].scheme is not None else "",
                 scheme=label,
                 source=source,
                 action=action,
@@ -72,6 +79,10 @@ def group_modules(plan: Plan) -> list[Group]:
             )
         )
     return groups
+
+
+def _architecture(plan: Plan) -> str:
+    return str((plan.source.config.get("architectures") or [""])[0])
 
 
 def _units(plan: Plan) -> Iterator[tuple[str, tuple[PlannedLayer, ...]]]:
@@ -123,8 +134,9 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     Returns:
         "layers": one entry a layer of the checkpoint, "totals", "problems".
     """
+    architecture = _architecture(plan)
     return {
-        "layers": [_layer_as_dict(layer) for layer in plan.layers],
+        "layers": [_layer_as_dict(layer, architecture) for layer in plan.layers],
         "tied": dict(plan.tied),
         "target": dataclasses.asdict(plan.target),
         "totals": totals(plan),
@@ -132,10 +144,11 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _layer_as_dict(layer: PlannedLayer) -> dict[str, Any]:
+def _layer_as_dict(layer: PlannedLayer, architecture: str) -> dict[str, Any]:
     return {
         "name": layer.name,
         "module": layer.module,
+        "sglang_module": sglang_name(layer.module, architecture),
         "kind": layer.kind,
         "scheme": layer.scheme.label if layer.scheme else None,
         "method": layer.method,
@@ -197,7 +210,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     for group in group_modules(plan):
         bits = f"{group.bits_per_weight:.2f}" if group.bits_per_weight else ""
         table.add_row(
-            Text(group.name), group.scheme, *([group.source] if has_sources else []),
+            Text(f"{group.name}\nSGLang: {group.sglang}" if group.sglang else group.name),
+            group.scheme, *([group.source] if has_sources else []),
             group.stored, group.action,
             format_bytes(group.bytes_before), format_bytes(group.bytes_after), bits,
         )  # fmt: skip
