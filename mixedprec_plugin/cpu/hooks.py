@@ -45,3 +45,20 @@ def launch_fused_gate_sigmoid_mul(
     gate = (hidden_states.float() * gate_weight.float()).sum(-1, keepdim=True).sigmoid()
     gated = gate * shared_output.float()
     output.copy_(gated + output.float() if do_add else gated)
+
+
+def get_attention_handler(
+    original: Callable[..., Any], registry: type, backend_name: str
+) -> Callable[..., Any]:
+    """Have MLA blocks absorb `kv_b_proj` on SGLang's plainest attention, which reads the latent KV.
+
+    SGLang takes it for its Triton backend, whose prefill expands keys and values of the new tokens.
+    """
+    if backend_name != "torch_native":
+        handler: Callable[..., Any] = original(registry, backend_name)
+        return handler
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+        AttnForwardMethod,
+    )
+
+    return lambda *_: AttnForwardMethod.MLA

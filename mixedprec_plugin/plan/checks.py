@@ -22,6 +22,7 @@ from mixedprec_plugin.plan.architecture import (
 )
 from mixedprec_plugin.plan.auto import AUTO, find_auto_faults, find_auto_notes
 from mixedprec_plugin.plan.conversion import different_arguments
+from mixedprec_plugin.plan.families import why_not_family
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
@@ -123,6 +124,7 @@ def check_layers(
         Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
         for (rule, text, remedy, severity), names in found.items()
     ]
+    problems += why_not_family(config, target)
     return problems + why_not_in_memory(layers, target, config)
 
 

@@ -20,7 +20,11 @@ from sglang.srt.arg_groups import choices
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from mixedprec_plugin.checkpoint.converted import is_converted
-from mixedprec_plugin.cpu.hooks import get_rope_wrapper, launch_fused_gate_sigmoid_mul
+from mixedprec_plugin.cpu.hooks import (
+    get_attention_handler,
+    get_rope_wrapper,
+    launch_fused_gate_sigmoid_mul,
+)
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, RegistrationError
 from mixedprec_plugin.serving.flags import LOAD_FORMAT, add_flags, exit_with, fold_flags
 
@@ -105,6 +109,12 @@ def _update_weights_from_disk(
     return original(updater, model_path, load_format, **kwargs)
 
 
+def _should_async_load(original: Callable[[Any], bool], weight: Any) -> bool:
+    from mixedprec_plugin.serving.placement import is_recording
+
+    return False if is_recording() else original(weight)
+
+
 HOOKS = (
     Hook(
         "sglang.srt.server_args.ServerArgs.add_cli_args",
@@ -145,6 +155,13 @@ HOOKS = (
         HookType.AROUND,
         "weight_updater.py:195: a load format of the request's own would lose the preset",
     ),
+    Hook(
+        "sglang.srt.model_loader.utils.should_async_load",
+        _should_async_load,
+        HookType.AROUND,
+        "model_loader/utils.py:295: what other threads write (DeepSeek's loader has them) is not "
+        "seen by the proof that every parameter was filled",
+    ),
 )
 
 
@@ -162,6 +179,13 @@ CPU_HOOKS = (
         launch_fused_gate_sigmoid_mul,
         HookType.AROUND,
         "models/qwen2_moe.py:877: the gate of a shared expert is a Triton kernel",
+    ),
+    Hook(
+        "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry"
+        ".get_handler",
+        get_attention_handler,
+        HookType.AROUND,
+        "models/deepseek_common/attention_backend_handler.py:55: torch_native is taken for triton",
     ),
 )
 

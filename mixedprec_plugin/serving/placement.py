@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.loading import load_expert_tensor
@@ -64,6 +68,12 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 self.follow(name, result)
         return result
+
+
+def is_recording() -> bool:
+    """Whether what this thread writes is being counted."""
+    modes = _get_current_dispatch_mode_stack()  # type: ignore[no-untyped-call]
+    return any(isinstance(mode, WriteRecorder) for mode in modes)
 
 
 def _storage(tensor: torch.Tensor) -> int:
