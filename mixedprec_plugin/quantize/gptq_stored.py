@@ -28,11 +28,24 @@ def why_not_plain(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, A
     word = sum(stored_zero << shift for shift in range(0, 32, bits))
     if bool((tensors["qzeros"] != word).any()):
         return f"its zero points are not all {stored_zero + 1}, as a symmetric layer's are"
-    if "g_idx" not in tensors or arguments["desc_act"]:
+    if "g_idx" not in tensors:
         return ""
+    if arguments["desc_act"]:
+        return _why_not_groups(tensors["g_idx"], tensors["scales"].shape[0])
     if torch.equal(tensors["g_idx"], _plain_order(tensors, arguments)):
         return ""
     return "its g_idx is not in order, which it is where desc_act is false"
+
+
+def _why_not_groups(g_idx: torch.Tensor, num_groups: int) -> str:
+    """Kernels read the scales of whatever group they are told, behind the last one too."""
+    least, most = int(g_idx.min()), int(g_idx.max())
+    if least >= 0 and most < num_groups:
+        return ""
+    return (
+        f"its g_idx holds groups from {least} to {most} (expected 0 to {num_groups - 1}, as it has "
+        f"scales for {num_groups})"
+    )
 
 
 def with_group_index(

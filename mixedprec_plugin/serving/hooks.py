@@ -109,6 +109,14 @@ def _update_weights_from_disk(
     return original(updater, model_path, load_format, **kwargs)
 
 
+def _load_weights_direct(original: Callable[..., Any], model: Any, named_tensors: Any) -> Any:
+    from mixedprec_plugin.serving.loader import is_mixed_precision
+
+    if is_mixed_precision(model):
+        return model.load_weights(named_tensors)  # which refuses, see close_to_unquantized
+    return original(model, named_tensors)
+
+
 def _should_async_load(original: Callable[[Any], bool], weight: Any) -> bool:
     from mixedprec_plugin.serving.placement import is_recording
 
@@ -161,6 +169,14 @@ HOOKS = (
         HookType.AROUND,
         "model_loader/utils.py:295: what other threads write (DeepSeek's loader has them) is not "
         "seen by the proof that every parameter was filled",
+    ),
+    Hook(
+        "sglang.srt.model_executor.model_runner_components.weight_updater"
+        "._model_load_weights_direct",
+        _load_weights_direct,
+        HookType.AROUND,
+        "weight_updater.py:438: the load format direct of update_weights_from_tensor passes by "
+        "the model's load_weights",
     ),
 )
 

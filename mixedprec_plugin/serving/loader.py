@@ -16,6 +16,7 @@ import torch
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
 from sglang.srt.runtime_context import get_parallel
@@ -147,6 +148,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
     ) -> None:
         """Place every tensor, prove that every parameter was filled, and let methods repack."""
         load_weights(model, served_config(model), weights)
+        if self._has_opened_new_path and target_device.type == "cpu":
+            _restore(model)
         self.postprocess_weights(model, target_device)
 
     def _verified(self, plan: Plan, weights: Weights) -> Weights:
@@ -185,6 +188,17 @@ def _apply_name_mapper(config: MixedPrecisionConfig, model_config: ModelConfig) 
     model_class, _ = get_model_architecture(model_config)
     get_mapper = getattr(model_class, "get_hf_to_sglang_mapper", None)
     mapper = (
+def _restore(model: torch.nn.Module) -> None:
+    """Have methods that repacked their weights give them the checkpoint's layout again.
+
+    SGLang does so before an update from 0.5.23 on; our methods do nothing the second time.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, QuantizeMethodBase):
+            method.restore_weights_before_loading(module)
+
+
         get_mapper(model_config.hf_config)
         if get_mapper is not None
         else getattr(model_class, "hf_to_sglang_mapper", None)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import (
 
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.loading import load_expert_tensor
-from mixedprec_plugin.plan.architecture import ExpertShard
+from mixedprec_plugin.plan.architecture import ExpertShard, scheme_unit
 from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -27,6 +27,8 @@ from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.source_configs import refusals
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+# what has one group index -> the layer whose came first, and that one
+Orders = dict[tuple[str, bool], tuple[str, torch.Tensor]]
 
 
 class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -148,6 +150,7 @@ def _place(
     rest: list[str],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     stream = iter(weights)
+    orders: Orders = {}
     while True:
         # reading and quantizing are none of the recorder's business, and faster without it
         with _disable_current_modes():
@@ -159,6 +162,8 @@ def _place(
         layer = config.plan.by_name.get(layer_name)
         if layer is not None and layer.module in config.built:
             recorder.forget(tensor)
+            if suffix == "g_idx" and layer.shard is not None:
+                _check_act_order(orders, layer, tensor)
             module = config.built[layer.module]
             with _naming(layer, module, suffix):
                 if isinstance(module, ReplicatedLinear) and layer.shard is not None:
@@ -170,6 +175,28 @@ def _place(
             recorder.follow(name, tensor)
             rest.append(name)
             yield name, tensor
+
+
+def _check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) -> None:
+    """Hold a shard's group index against its siblings': a fused module has one for them all.
+
+    Source: gptq/schemes/gptq_marlin.py:101 and gptq_moe.py:278 (sglang/srt/layers/quantization).
+    """
+    is_down = isinstance(layer.shard, ExpertShard) and layer.shard.projection == "w2"
+    unit = scheme_unit(layer.module, layer.shard), is_down
+    with _disable_current_modes():
+        name, first = orders.setdefault(unit, (layer.name, g_idx))
+        is_same = torch.equal(first, g_idx)
+    if not is_same:
+        raise LoadError(
+            Problem(
+                f"{layer.name}.g_idx",
+                f"has another order than {name}, and {layer.module} has one for all its shards",
+                "write method: bf16 for them to be dequantized, and requantize: true beside "
+                "another method",
+                "act-order",
+            )
+        )
 
 
 def _naming(

@@ -118,17 +118,6 @@ _CHANGES = [
         id="overridden method renamed",
     ),
     pytest.param(
-        _UPDATER,
-        "DefaultModelLoader.restore_weights_before_loading(model, target_device)",
-        "pass",
-        (
-            "update_weights_from_disk",
-            "def restore_weights_before_loading(",
-            "does not call restore_weights_before_loading",
-        ),
-        id="parameters not restored before an update",
-    ),
-    pytest.param(
         "sglang.srt.managers.scheduler",
         "load_plugins()",
         "pass",

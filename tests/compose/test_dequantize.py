@@ -115,6 +115,21 @@ def test_gptq_values_that_kernels_do_not_read_are_refused(
     dict(iter(VirtualCheckpoint(plan(model, BF16, target=CPU))))
 
 
+@pytest.mark.parametrize("group", [-1, 9])
+def test_group_index_out_of_range_is_refused(tmp_path: Path, group: int) -> None:
+    model = peer_checkpoint(tmp_path / "model", "gptqmodel-gptq-g64", desc_act=True)
+    stored = load_file(PEERS / "gptqmodel-gptq-g64" / FILE)
+    # 576 columns are 9 groups of 64
+    stored[f"{LAYERS[0]}.g_idx"][100] = group
+    (model / "model.safetensors").unlink()
+    save_file(stored, model / "model.safetensors")
+    rule = 'match: "*_proj", method: gptq, group_size: 64, desc_act: true'
+    made = plan(model, rule, target=CPU).check()
+    message = r"k_proj: its g_idx holds groups from .* .expected 0 to 8, as it has scales for 9"
+    with pytest.raises(CheckpointError, match=message):
+        dict(iter(VirtualCheckpoint(made)))
+
+
 def test_reciprocal_scale_of_zero_is_refused(tmp_path: Path) -> None:
     model = peer_checkpoint(tmp_path / "model", "gptqmodel-fp8-row")
     stored = load_file(PEERS / "gptqmodel-fp8-row" / FILE)

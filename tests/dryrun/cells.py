@@ -19,6 +19,7 @@ from mixedprec_plugin.plan.model import Target
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.placement import load_weights
 from mixedprec_plugin.serving.shapes import check_built
+from mixedprec_plugin.serving.stages import Stage
 from tests.dryrun.cards import Card
 from tests.dryrun.fake_device import fake_card
 from tests.dryrun.foretold import foretell
@@ -102,7 +103,7 @@ def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
     try:
         with rank(cell.tp_size), fake_card():
             model = OneLayer(kind, config)
-            check_built(config)
+            check_built(config, Stage(model))
             amounts: dict[str, int] = {}
             load_weights(model, config, _count(VirtualCheckpoint(made), amounts))
             if cell.tp_size == 1:

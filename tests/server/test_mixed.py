@@ -130,6 +130,15 @@ class TestUpdateWeightsFromDisk:
         assert self.logprobs(mixed) == before
 
 
+@pytest.fixture(scope="module")
+def converted(widened_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "model"
+    argv = ["convert", "--model", str(widened_model), "--preset", str(MIXED), "--device", "cpu",
+            "--max-shard-size", "50MB", "--out", str(out)]  # fmt: skip
+    assert main(argv, io.StringIO()) == 0
+    return out
+
+
 class TestConverted:
     """The same preset, written to disk first."""
 
@@ -138,14 +147,6 @@ class TestConverted:
         "Once upon a time there was a little girl who",
         "The three primary colors are",
     )
-
-    @pytest.fixture(scope="class")
-    def converted(self, widened_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        out = tmp_path_factory.mktemp("converted") / "model"
-        argv = ["convert", "--model", str(widened_model), "--preset", str(MIXED), "--device", "cpu",
-                "--max-shard-size", "50MB", "--out", str(out)]  # fmt: skip
-        assert main(argv, io.StringIO()) == 0
-        return out
 
     def test_checkpoint_gives_the_tokens_of_the_direct_load(
         self, mixed: Mixed, converted: Path, tmp_path: Path

@@ -277,6 +277,93 @@ def test_tensors_that_come_past_the_plan_are_refused(
         model.load_weights([("model.layers.0.self_attn.o_proj.weight", weight)])
 
 
+def test_tensors_of_the_load_format_direct_are_refused(
+    load_model: LoadModel, model_path: Path, tmp_path: Path
+) -> None:
+    from sglang.srt.model_executor.model_runner_components import weight_updater
+
+    model = load_model(model_path, write_preset(tmp_path, 'match: "*", method: fp8'))
+    before = model.model.norm.weight.clone()
+    tensors = [("model.norm.weight", torch.zeros_like(before))]
+    with pytest.raises(LoadError, match="use update_weights_from_disk"):
+        weight_updater._model_load_weights_direct(model, tensors)
+    assert torch.equal(model.model.norm.weight, before)
+    other = torch.nn.Linear(2, 2, bias=False)
+    weight_updater._model_load_weights_direct(other, [("weight", torch.ones(2, 2))])
+    assert torch.equal(other.weight, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_new_weights_load_where_sglang_restores_nothing_before(
+    load_model: LoadModel, tmp_path: Path, method: str
+) -> None:
+    """As SGLang 0.5.21 and 0.5.22 do: weight_updater.py calls the loader alone."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+
+    first = write_llama(tmp_path / "first")
+    config = llama_config()
+    others = {name: tensor * 0.5 for name, tensor in llama_tensors(config).items()}
+    second = write_checkpoint(tmp_path / "second", config, others)
+    preset = write_preset(tmp_path, f'match: "*", method: {method}')
+    expected = load_model(second, preset)
+    model = load_model(first, preset)
+    model_config = ModelConfig(str(second), dtype="bfloat16")
+    loader: Any = get_model_loader(LoadConfig(load_format="mixedprec"), model_config)
+    for _ in range(2):
+        source = DefaultModelLoader.Source.init_new(model_config, model)
+        weights = loader._get_weights_iterator(source)
+        loader.load_weights_and_postprocess(model, weights, torch.device("cpu"))
+        loader._has_opened_new_path = False
+    held = dict(expected.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(_raw(parameter), _raw(held[name])), name
+
+
+def test_shards_with_act_orders_of_their_own_are_refused(
+    load_model: LoadModel, tmp_path: Path
+) -> None:
+    # SGLang takes no GPTQ model for a base on a CPU, so that the layers are another source's
+    base = write_llama(tmp_path / "base", num_hidden_layers=1)
+    config = llama_config(
+        num_hidden_layers=1,
+        quantization_config={
+            "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": True,
+            "checkpoint_format": "gptq",
+        },
+    )  # fmt: skip
+    tensors = llama_tensors(config)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        tensors |= act_ordered(name.removesuffix(".weight"), *weight.shape)
+    name = "model.layers.0.self_attn.v_proj"
+    ordered = write_checkpoint(tmp_path / "ordered", config, tensors)
+    rule = 'match: "*_proj", method: gptq, desc_act: true, source: ordered'
+    head = f"sources:\n  ordered: {{path: {ordered}}}\ntrust_sources: true\n"
+    preset = write_preset(tmp_path, rule, head=head)
+    load_model(base, preset)
+    tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].flip(0).contiguous()
+    write_checkpoint(ordered, config, tensors)
+    message = (
+        r"v_proj\.g_idx: has another order than model\.layers\.0\.self_attn\..*, and "
+        r"model\.layers\.0\.self_attn\.qkv_proj has one for all its shards; write method: bf16"
+    )
+    with pytest.raises(LoadError, match=message):
+        load_model(base, preset)
+
+
+def act_ordered(name: str, N: int, K: int) -> dict[str, torch.Tensor]:
+    """A GPTQ layer of zeros, in groups of 128 in an order that depends on K alone."""
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(K))
+    return {
+        f"{name}.qweight": torch.zeros(K // 8, N, dtype=torch.int32),
+        f"{name}.qzeros": torch.full((K // 128, N // 8), 0x77777777, dtype=torch.int32),
+        f"{name}.scales": torch.ones(K // 128, N, dtype=torch.float16),
+        f"{name}.g_idx": (order // 128).to(torch.int32),
+    }
+
+
 @pytest.mark.usefixtures("as_loaded")
 def test_quantized_checkpoint_is_served_as_stored_beside_its_own_quantization_config(
     load_model: LoadModel, tmp_path: Path

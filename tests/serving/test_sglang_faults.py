@@ -188,6 +188,19 @@ def test_gptq_asks_whether_marlin_fits_and_does_not_listen() -> None:
     assert "check_marlin_supports_shape" in [ast.unparse(call.func) for call in unheard]
 
 
+def test_direct_tensors_pass_by_load_weights() -> None:
+    """model_executor/model_runner_components/weight_updater.py:438."""
+    from sglang.srt.model_executor.model_runner_components import weight_updater
+
+    direct = inspect.unwrap(weight_updater._model_load_weights_direct)
+    assert "load_weights" not in [
+        node.attr for node in ast.walk(parsed(direct)) if isinstance(node, ast.Attribute)
+    ]
+    model = torch.nn.Linear(2, 2, bias=False)
+    direct(model, [("weight", torch.ones(2, 2))])
+    assert torch.equal(model.weight, torch.ones(2, 2))
+
+
 def test_update_from_disk_forgets_the_loaders_settings() -> None:
     """model_executor/model_runner_components/weight_updater.py:195."""
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
