@@ -84,3 +84,29 @@ def write_llama(folder: Path, parts: int = 1, **changes: Any) -> Path:
     """Write a small random Llama."""
     config = llama_config(**changes)
     return write_checkpoint(folder, config, llama_tensors(config), parts)
+
+
+def write_mixtral(folder: Path, num_experts: int = 4, **changes: Any) -> Path:
+    """Write a small random Mixtral, its head untied."""
+    config = llama_config(
+        architectures=["MixtralForCausalLM"],
+        model_type="mixtral",
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+        tie_word_embeddings=False,
+        **changes,
+    )
+    tensors = {n: t for n, t in llama_tensors(config).items() if ".mlp." not in n}
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    generator = torch.Generator().manual_seed(1)
+    for layer in range(config["num_hidden_layers"]):
+        moe = f"model.layers.{layer}.block_sparse_moe."
+        shapes = {f"{moe}gate.weight": (num_experts, hidden)}
+        for expert in range(num_experts):
+            shapes[f"{moe}experts.{expert}.w1.weight"] = (inner, hidden)
+            shapes[f"{moe}experts.{expert}.w2.weight"] = (hidden, inner)
+            shapes[f"{moe}experts.{expert}.w3.weight"] = (inner, hidden)
+        for name, shape in shapes.items():
+            weight = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+            tensors[name] = weight.to(torch.bfloat16)
+    return write_checkpoint(folder, config, tensors)

@@ -32,5 +32,5 @@ What a caller gives, in `get_quant_method(layer, prefix)` for a `FusedMoE` layer
   `load_expert_tensor(layer, expert, "w1", suffix, tensor)`. The children are submodules
   (`experts.expert_groups.0`), so SGLang's loader lets their methods repack the weights.
 - At start: refuse what `why_not_composite(server_args, methods)` names where some layer is a
-  composite, `why_not_experts(server_args, methods)` where any experts are quantized.
+  composite, and what `why_not_experts(server_args, methods)` names where there are experts.
 """

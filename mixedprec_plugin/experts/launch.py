@@ -1,4 +1,4 @@
-"""Launch options that do not go with experts in several schemes, found before anything starts."""
+"""Launch options that do not go with the experts of a plan, found before anything starts."""
 
 from __future__ import annotations
 
@@ -11,20 +11,77 @@ MARLIN_METHODS = frozenset({"awq", "gptq"})
 # methods whose experts run in SGLang's Triton kernels
 TRITON_METHODS = frozenset({"bf16", "fp8", "blockwise_int8"})
 
+# explicit backends that a method's experts really run in; SGLang's classes pass others over
+# without a word (`create_moe_runner` in quantization/{unquant,fp8,blockwise_int8}.py)
+BACKENDS = {
+    "bf16": frozenset(
+        {"triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
+        | {"flashinfer_cutlass", "deep_gemm"}
+    ),
+    "fp8": frozenset(
+        {"triton", "deep_gemm", "cutlass", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
+    ),
+    "blockwise_int8": frozenset({"triton"}),
+    **dict.fromkeys(MARLIN_METHODS, frozenset[str]()),
+}
+
 # field of ServerArgs, the values that go, what it is and why it does not go, what to do
-_OPTIONS: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
+Option = tuple[str, tuple[Any, ...], str, str]
+
+# whatever the schemes
+_NO_EXPERTS: tuple[Option, ...] = (
+    (
+        "moe_a2a_backend",
+        (None, "none"),
+        "where a backend dispatches tokens, SGLang chooses the experts' kernels by the class of "
+        "the one quantization config of the whole model",
+        "start without it: --ep-size alone splits experts over ranks",
+    ),
+    (
+        "elastic_ep_backend",
+        (None, "none"),
+        "experts of a lost rank would be read again past the plan",
+        "start without it",
+    ),
+    (
+        "dwdp_size",
+        (None, 0, 1),
+        "SGLang copies experts' weights by the names of unquantized parameters",
+        "start without it",
+    ),
+    (
+        "kt_weight_path",
+        (None, ""),
+        "KTransformers takes over the experts' method",
+        "start without it",
+    ),
+    (
+        "enable_paged_experts",
+        (None, False),
+        "paging experts takes over the experts' method",
+        "start without it",
+    ),
+)
+
+# where schemes differ from layer to layer
+_ALIKE_EXPERTS: tuple[Option, ...] = (
+    (
+        "enable_eplb",
+        (None, False),
+        "SGLang moves the experts of all layers through buffers of the first layer's shapes and "
+        "dtypes, which needs all of them in one scheme",
+        "start without it, or give all experts one scheme",
+    ),
+)
+
+# where the experts of one layer are in several schemes
+_OPTIONS: tuple[Option, ...] = (
     (
         "ep_size",
         (None, 1),
         "expert parallelism gives every rank an equal part of the experts, whose schemes would "
         "differ from rank to rank",
         "start without it: tensor parallelism splits each expert",
-    ),
-    (
-        "moe_a2a_backend",
-        (None, "none"),
-        "a backend that dispatches tokens itself needs all experts of a layer in one scheme",
-        "start without it",
     ),
     (
         "enable_eplb",
@@ -42,30 +99,6 @@ _OPTIONS: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
         "init_expert_location",
         (None, "trivial"),
         "expert placement belongs to expert parallelism",
-        "start without it",
-    ),
-    (
-        "elastic_ep_backend",
-        (None, "none"),
-        "elastic expert parallelism moves experts between ranks",
-        "start without it",
-    ),
-    (
-        "dwdp_size",
-        (None, 0, 1),
-        "replicating expert weights needs them in one scheme",
-        "start without it",
-    ),
-    (
-        "kt_weight_path",
-        (None, ""),
-        "KTransformers takes over the experts' method",
-        "start without it",
-    ),
-    (
-        "enable_paged_experts",
-        (None, False),
-        "paging experts takes over the experts' method",
         "start without it",
     ),
     (
@@ -99,34 +132,39 @@ def why_not_composite(server_args: Any, methods: Collection[str] = ()) -> list[t
     Returns:
         (what is wrong, remedy) pairs; empty if nothing is.
     """
-    found = [
-        (f"{_flag(field)} {value!r}: {reason} (expected {allowed[-1]!r})", remedy)
-        for field, allowed, reason, remedy in _OPTIONS
-        if (value := getattr(server_args, field, None)) not in allowed
-    ]
+    found = _not_allowed(server_args, _OPTIONS)
     if fault := backend_fault(_backend(server_args), methods):
         found.append((fault, "start without --moe-runner-backend"))
     return found
 
 
-def why_not_experts(server_args: Any, methods: Collection[str]) -> list[tuple[str, str]]:
-    """Launch options that SGLang's own methods for quantized experts do not take.
+def why_not_experts(
+    server_args: Any, methods: Collection[str], *, are_alike: bool = True
+) -> list[tuple[str, str]]:
+    """Launch options that experts of a plan do not take, be each layer in one scheme or several.
 
     Args:
         server_args: as for `why_not_composite`.
         methods: canonical names of the methods that some layer's experts run in.
+        are_alike: whether all experts of all layers run in one scheme.
     Returns:
         (what is wrong, remedy) pairs; empty if nothing is.
     """
-    backend = _backend(server_args)
-    fixed = sorted(MARLIN_METHODS.intersection(methods))
-    if backend == "auto" or not fixed:
+    if not methods:
         return []
+    found = _not_allowed(server_args, _NO_EXPERTS)
+    if not are_alike:
+        found += _not_allowed(server_args, _ALIKE_EXPERTS)
+    backend = _backend(server_args)
+    without = sorted(m for m in methods if backend not in BACKENDS.get(m, (backend,)))
+    if backend == "auto" or not without:
+        return found
+    taken = sorted(frozenset.intersection(*(BACKENDS[m] for m in without)))
     text = (
-        f"--moe-runner-backend {backend!r}: SGLang runs experts in {' and '.join(fixed)} in Marlin "
-        "kernels, and only where it may choose (expected 'auto')"
+        f"--moe-runner-backend {backend!r}: SGLang does not run experts in {' and '.join(without)} "
+        f"in it (expected {' or '.join(map(repr, ['auto', *taken]))})"
     )
-    return [(text, "start without --moe-runner-backend")]
+    return [*found, (text, "start without --moe-runner-backend")]
 
 
 def backend_fault(backend: str, methods: Collection[str] = ()) -> str:
@@ -144,6 +182,14 @@ def backend_fault(backend: str, methods: Collection[str] = ()) -> str:
         f"--moe-runner-backend {backend!r}: the methods of a layer whose experts run in several "
         f"schemes each have a backend of their own (expected {' or '.join(map(repr, allowed))})"
     )
+
+
+def _not_allowed(server_args: Any, options: tuple[Option, ...]) -> list[tuple[str, str]]:
+    return [
+        (f"{_flag(field)} {value!r}: {reason} (expected {allowed[-1]!r})", remedy)
+        for field, allowed, reason, remedy in options
+        if (value := getattr(server_args, field, None)) not in allowed
+    ]
 
 
 def _backend(server_args: Any) -> str:

@@ -20,10 +20,8 @@ from mixedprec_plugin.plan.model import Device, Plan, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
+from mixedprec_plugin.serving.options import why_not_options
 from mixedprec_plugin.serving.settings import Settings, read_settings
-
-# (field of ServerArgs, the value that we can serve, what it is)
-_SINGLE = (("quantization", None, "--quantization beside a preset"),)
 
 
 def check_early(args: Any) -> None:
@@ -37,11 +35,10 @@ def check_early(args: Any) -> None:
     if getattr(args, "load_format", None) != "mixedprec":
         return
     settings = read_settings(args)
-    problems = list(_launch_problems(args))
+    device = serving_device()
+    problems = why_not_options(args, device)
     if os.path.isdir(args.model_path):
-        plan = make_plan(
-            args.model_path, settings, str(args.dtype), int(args.tp_size), serving_device()
-        )
+        plan = make_plan(args.model_path, settings, str(args.dtype), int(args.tp_size), device)
         problems.extend(plan.errors)
         problems.extend(_expert_problems(args, plan))
     elif settings.config:
@@ -120,24 +117,11 @@ def _expert_problems(args: Any, plan: Plan) -> Iterable[Problem]:
     experts = [layer for layer in plan.layers if isinstance(layer.shard, ExpertShard)]
     methods = {layer.method for layer in experts}
     mixed = [module for module, groups in plan.expert_groups.items() if len(groups) > 1]
-    found = why_not_experts(args, methods - {"bf16"})
+    schemes = {group.scheme.identity for groups in plan.expert_groups.values() for group in groups}
+    found = why_not_experts(args, methods, are_alike=len(schemes) < 2)
     where = ", ".join(fold_names(sorted({layer.module for layer in experts}, key=natural_key)))
     if mixed:
         found += why_not_composite(args, methods)
         where = ", ".join(fold_names(sorted(mixed, key=natural_key)))
     for text, remedy in dict.fromkeys(found):
         yield Problem(where, text, remedy, "launch")
-
-
-def _launch_problems(args: Any) -> Iterable[Problem]:
-    for field, expected, title in _SINGLE:
-        value = getattr(args, field, expected)
-        if value != expected:
-            flag = "--" + field.replace("_", "-")
-            yield Problem(
-                flag,
-                f"{value!r}: {title} cannot be served by --load-format mixedprec in this release "
-                f"(expected {expected!r})",
-                f"start without {flag}",
-                "launch",
-            )

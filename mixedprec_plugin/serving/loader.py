@@ -115,14 +115,15 @@ class MixedPrecisionLoader(DefaultModelLoader):
         with set_default_torch_dtype(model_config.dtype), returning:
             with device:
                 model: torch.nn.Module = _initialize_model(model_config, self.load_config, config)
-            stage = Stage(model)
+            is_last = get_parallel().pp_group.is_last_rank
+            stage = Stage(model, plan.tied, is_last=is_last)
             check_built(config, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
             weights = self._verified(plan, iter(VirtualCheckpoint(plan, stage.runs)))
             self.load_weights_and_postprocess(model, weights, device)
         close_to_unquantized(model)
         self._remember(folder, config, stage)
-        self._report(plan, time.perf_counter() - start)
+        self._report(plan, stage, time.perf_counter() - start)
         return model.eval()
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source, **options: Any) -> Weights:
@@ -147,9 +148,9 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
     ) -> None:
         """Place every tensor, prove that every parameter was filled, and let methods repack."""
-        load_weights(model, served_config(model), weights)
         if self._has_opened_new_path and target_device.type == "cpu":
             _restore(model)
+        load_weights(model, served_config(model), weights)
         self.postprocess_weights(model, target_device)
 
     def _verified(self, plan: Plan, weights: Weights) -> Weights:
@@ -172,8 +173,12 @@ class MixedPrecisionLoader(DefaultModelLoader):
         global _loaded
         _loaded = Loaded(self.settings, folder, config, stage)
 
-    def _report(self, plan: Plan, seconds: float) -> None:
-        if get_parallel().tp_rank != 0 or get_parallel().pp_rank != 0:
+    def _report(self, plan: Plan, stage: Stage, seconds: float) -> None:
+        if get_parallel().tp_rank != 0:
+            return
+        if not stage.is_whole:
+            logger.info("mixedprec: %s", stage.describe(plan.layers))
+        if get_parallel().pp_rank != 0:
             return
         for line in summary_lines(plan):
             logger.info(line)
@@ -183,11 +188,6 @@ class MixedPrecisionLoader(DefaultModelLoader):
             Path(self.settings.plan_path).write_text(text + "\n", encoding="utf-8")
 
 
-def _apply_name_mapper(config: MixedPrecisionConfig, model_config: ModelConfig) -> None:
-    """As SGLang does for the config of a whole model (model_loader/loader.py:273)."""
-    model_class, _ = get_model_architecture(model_config)
-    get_mapper = getattr(model_class, "get_hf_to_sglang_mapper", None)
-    mapper = (
 def _restore(model: torch.nn.Module) -> None:
     """Have methods that repacked their weights give them the checkpoint's layout again.
 
@@ -199,6 +199,11 @@ def _restore(model: torch.nn.Module) -> None:
             method.restore_weights_before_loading(module)
 
 
+def _apply_name_mapper(config: MixedPrecisionConfig, model_config: ModelConfig) -> None:
+    """As SGLang does for the config of a whole model (model_loader/loader.py:273)."""
+    model_class, _ = get_model_architecture(model_config)
+    get_mapper = getattr(model_class, "get_hf_to_sglang_mapper", None)
+    mapper = (
         get_mapper(model_config.hf_config)
         if get_mapper is not None
         else getattr(model_class, "hf_to_sglang_mapper", None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from sglang.srt.layers.utils.common import PPMissingLayer
 
+from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import PlannedLayer
 
 
@@ -16,14 +19,26 @@ class Stage:
 
     Args:
         model: as SGLang built it.
+        tied: tied layer name -> the layer whose weight it shares. A stage that has the one and
+            not the other reads the shared weight for it.
+        is_last: whether this rank is of the last stage.
+    Raises:
+        LoadError: the last stage has no head, as where SGLang's model only knows to use the
+            embedding, which is on the first stage (models/llama.py:569).
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(
+        self, model: torch.nn.Module, tied: Mapping[str, str], *, is_last: bool = True
+    ) -> None:
         self._elsewhere = tuple(
             f"{name}."
-            for name, module in model.named_modules()
+            for name, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, PPMissingLayer)
         )
+        heads = [name for name in tied if self._is_elsewhere(name)]
+        if is_last and heads:
+            raise LoadError(_headless(type(model).__name__, heads[0], tied[heads[0]]))
+        self._shared = {tied[name] for name in tied if name not in heads}
 
     @property
     def is_whole(self) -> bool:
@@ -32,4 +47,28 @@ class Stage:
 
     def runs(self, layer: PlannedLayer) -> bool:
         """Whether the layer is this rank's."""
-        return not f"{layer.name}.".startswith(self._elsewhere) if self._elsewhere else True
+        return layer.name in self._shared or not self._is_elsewhere(layer.name)
+
+    def describe(self, layers: Iterable[PlannedLayer]) -> str:
+        """Say how much of a plan this rank reads."""
+        layers = list(layers)
+        own = [layer for layer in layers if self.runs(layer)]
+        read, whole = (sum(layer.bytes_before for layer in part) for part in (own, layers))
+        return (
+            f"this pipeline stage reads {len(own)} of {len(layers)} layers, "
+            f"{read / 1e6:,.1f} of {whole / 1e6:,.1f} MB"
+        )
+
+    def _is_elsewhere(self, name: str) -> bool:
+        return bool(self._elsewhere) and f"{name}.".startswith(self._elsewhere)
+
+
+def _headless(model_class: str, head: str, embedding: str) -> Problem:
+    return Problem(
+        head,
+        f"is tied to {embedding}, which is on the first pipeline stage, and SGLang's "
+        f"{model_class} gives the last stage no head of its own",
+        "start without --pp-size, or untie the checkpoint: store the head, and set "
+        "tie_word_embeddings to false",
+        "pipeline",
+    )

@@ -21,14 +21,9 @@ def test_default_launch_goes():
     ("field", "value", "text"),
     [
         ("ep_size", 2, r"--ep-size 2: expert parallelism gives every rank an equal part"),
-        ("moe_a2a_backend", "deepep", r"--moe-a2a-backend 'deepep': a backend that dispatches"),
         ("enable_eplb", True, r"--enable-eplb True: the expert balancer moves weights"),
         ("ep_num_redundant_experts", 4, "--ep-num-redundant-experts 4: copies of experts"),
         ("init_expert_location", "map.json", "--init-expert-location 'map.json': expert placement"),
-        ("elastic_ep_backend", "mooncake", "--elastic-ep-backend 'mooncake': elastic expert"),
-        ("dwdp_size", 2, "--dwdp-size 2: replicating expert weights"),
-        ("kt_weight_path", "w", "--kt-weight-path 'w': KTransformers"),
-        ("enable_paged_experts", True, "--enable-paged-experts True: paging experts"),
         ("enable_lora", True, "--enable-lora True: LoRA replaces"),
         ("lora_paths", ["a"], r"--lora-paths \['a'\]: LoRA replaces"),
         ("enforce_shared_experts_fusion", True, "--enforce-shared-experts-fusion True: shared"),
@@ -44,7 +39,7 @@ def test_options_that_need_one_scheme_are_named(field, value, text):
 
 
 def test_all_faults_are_found_at_once():
-    args = SimpleNamespace(ep_size=4, enable_eplb=True, moe_a2a_backend="deepep")
+    args = SimpleNamespace(ep_size=4, enable_eplb=True, ep_num_redundant_experts=2)
     assert len(why_not_composite(args)) == 3
 
 
@@ -60,10 +55,50 @@ def test_marlins_experts_take_no_backend_of_choice():
     assert why_not_experts(args, ["fp8", "bf16"]) == []
     ((what, remedy),) = why_not_experts(args, ["gptq", "awq", "fp8"])
     assert what == (
-        "--moe-runner-backend 'triton': SGLang runs experts in awq and gptq in Marlin kernels, and "
-        "only where it may choose (expected 'auto')"
+        "--moe-runner-backend 'triton': SGLang does not run experts in awq and gptq in it "
+        "(expected 'auto')"
     )
     assert remedy == "start without --moe-runner-backend"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("moe_a2a_backend", "deepep", "--moe-a2a-backend 'deepep': where a backend dispatches"),
+        ("moe_a2a_backend", "mooncake", "--moe-a2a-backend 'mooncake': where a backend"),
+        ("elastic_ep_backend", "mooncake", "--elastic-ep-backend 'mooncake': experts of a lost"),
+        ("dwdp_size", 2, "--dwdp-size 2: SGLang copies experts' weights by the names"),
+        ("kt_weight_path", "w", "--kt-weight-path 'w': KTransformers takes over"),
+        ("enable_paged_experts", True, "--enable-paged-experts True: paging experts takes over"),
+    ],
+)
+def test_options_that_no_experts_of_a_preset_take_are_named(field, value, text):
+    args = SimpleNamespace(**{field: value})
+    ((what, _),) = why_not_experts(args, ["bf16"])
+    assert what.startswith(text)
+    assert why_not_experts(args, []) == []
+
+
+def test_experts_are_balanced_only_where_all_layers_are_alike():
+    args = SimpleNamespace(enable_eplb=True, ep_size=2)
+    assert why_not_experts(args, ["fp8"]) == []
+    ((what, _),) = why_not_experts(args, ["fp8", "bf16"], are_alike=False)
+    assert what.startswith("--enable-eplb True: SGLang moves the experts of all layers through")
+
+
+@pytest.mark.parametrize(
+    ("backend", "methods", "who", "expected"),
+    [
+        ("deep_gemm", ["fp8", "blockwise_int8"], "blockwise_int8", "'auto' or 'triton'"),
+        ("marlin", ["awq"], "awq", "'auto'"),
+        ("cutlass", ["bf16", "fp8"], "bf16", "'auto' or 'deep_gemm' or 'flashinfer_cutlass'"),
+        ("aiter", ["fp8"], "fp8", "'auto' or 'cutlass' or 'deep_gemm'"),
+    ],
+)
+def test_backends_that_a_method_passes_over_are_refused(backend, methods, who, expected):
+    args = SimpleNamespace(moe_runner_backend=backend)
+    ((what, _),) = why_not_experts(args, methods)
+    assert f"SGLang does not run experts in {who} in it (expected {expected}" in what
 
 
 def test_neither_torch_nor_sglang_is_imported():

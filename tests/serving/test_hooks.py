@@ -72,7 +72,7 @@ def test_server_parser_knows_the_flags(sglang_context: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--quantization", "fp8"), "--quantization: 'fp8': --quantization beside a preset"),
+        (("--quantization", "fp8"), "--quantization: 'fp8': a preset names the method"),
         (("--tp", "3"), "model.layers.0-2.mlp"),
         (("--dtype", "float32"), "--dtype: 'float32' cannot hold mixed precision"),
     ],

@@ -1,0 +1,141 @@
+"""Launch options that a preset does not go with, whatever the model.
+
+An option that changes how weights are read is honoured, or it is named here with the reason: none
+is read and ignored. docs/launch.md says what becomes of the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.plan.model import Device
+from mixedprec_plugin.serving.settings import parse_extra_config, split_extra_config
+
+_OTHER_LOADER = "it belongs to another load format, which this one would not ask"
+_MODELOPT = "ModelOpt quantizes a whole model in its own loader"
+_PAST_THE_PLAN = "tensors that come past the plan are not quantized by the preset"
+_OWN_READING = (
+    "the load format reads each tensor once, in the order of the files, and not through "
+    "SGLang's readers"
+)
+
+# field of ServerArgs, the values that go, why others do not
+_EVERYWHERE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("quantization", (None,), "a preset names the method of each layer"),
+    (
+        "model_impl",
+        (None, "auto", "sglang"),
+        "a plan is made for SGLang's own models, whose layers are fused",
+    ),
+    (
+        "startup_weight_load_mode",
+        (None, "serial"),
+        "SGLang overlaps loading with CUDA graphs in its default loader only",
+    ),
+    (
+        "weight_cache_mode",
+        (None, "off"),
+        "the weight cache puts a load format of its own in this one's place",
+    ),
+    ("weight_loader_prefetch_checkpoints", (None, False), _OWN_READING),
+    ("weight_loader_drop_cache_after_load", (None, False), _OWN_READING),
+    ("remote_instance_weight_loader_seed_instance_ip", (None,), _OTHER_LOADER),
+    ("remote_instance_weight_loader_seed_instance_service_port", (None,), _OTHER_LOADER),
+    ("remote_instance_weight_loader_send_weights_group_ports", (None, []), _OTHER_LOADER),
+    ("remote_instance_weight_loader_backend", (None, "nccl"), _OTHER_LOADER),
+    (
+        "remote_instance_weight_loader_start_seed_via_transfer_engine",
+        (None, False),
+        "an instance that copies these weights would have to know the plan",
+    ),
+    ("modelexpress_config", (None,), _OTHER_LOADER),
+    ("rl_quant_profile", (None,), _OTHER_LOADER),
+    ("modelopt_quant", (None,), _MODELOPT),
+    ("modelopt_checkpoint_restore_path", (None,), _MODELOPT),
+    ("modelopt_checkpoint_save_path", (None,), _MODELOPT),
+    ("modelopt_export_path", (None,), _MODELOPT),
+    ("quantize_and_serve", (None, False), _MODELOPT),
+    ("custom_weight_loader", (None, []), _PAST_THE_PLAN),
+    (
+        "checkpoint_engine_wait_weights_before_ready",
+        (None, False),
+        f"the server would wait for ever: {_PAST_THE_PLAN}",
+    ),
+    ("enable_elastic_expert_backup", (None, False), _PAST_THE_PLAN),
+    (
+        "decrypted_config_file",
+        (None,),
+        "the plan is made from the checkpoint's own config.json",
+    ),
+    (
+        "offload_group_size",
+        (None, -1, 0),
+        "SGLang offloads groups of layers by the names of unquantized parameters",
+    ),
+)
+
+_LORA_ON_CPU = "SGLang keeps adapters in pinned memory, which a machine without a GPU has not got"
+
+_ON_CPU: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("enable_lora", (None, False), _LORA_ON_CPU),
+    ("lora_paths", (None, [], {}), _LORA_ON_CPU),
+    (
+        "moe_runner_backend",
+        (None, "auto"),
+        "the CPU platform runs experts in a loop of its own",
+    ),
+    ("enable_eplb", (None, False), "SGLang measures and moves experts on GPUs"),
+    ("enable_memory_saver", (None, False), "it frees the memory of a GPU"),
+)
+
+
+def why_not_options(args: Any, device: Device) -> list[Problem]:
+    """Find the launch options that cannot be served with a preset.
+
+    Args:
+        args: SGLang's ServerArgs, or the namespace that they are made from; fields that it has not
+            got are taken for their defaults.
+        device: what the model runs on.
+    Returns:
+        a problem for each; empty if all go.
+    """
+    table = _EVERYWHERE + (_ON_CPU if device == "cpu" else ())
+    found = [
+        Problem(
+            flag,
+            f"{value!r}: {reason} (expected {served[-1]!r})",
+            f"start without {flag}",
+            "launch",
+        )
+        for field, served, reason in table
+        if (value := getattr(args, field, None)) not in served
+        for flag in ["--" + field.replace("_", "-")]
+    ]
+    return [*found, *_extra_problems(args), *_override_problems(args)]
+
+
+def _extra_problems(args: Any) -> Iterable[Problem]:
+    """SGLang's default loader takes keys for its readers, which do not read here."""
+    extra = parse_extra_config(getattr(args, "model_loader_extra_config", None))
+    _, rest = split_extra_config(extra)
+    for key in rest:
+        yield Problem(f"--model-loader-extra-config: {key}", _OWN_READING, "leave it out", "launch")
+
+
+def _override_problems(args: Any) -> Iterable[Problem]:
+    flag = "--json-model-override-args"
+    text = getattr(args, "json_model_override_args", None) or "{}"
+    try:
+        overrides = json.loads(text)
+    except ValueError as error:
+        raise UsageError(Problem(flag, f"is not JSON ({error})")) from error
+    if isinstance(overrides, Mapping) and "quantization_config" in overrides:
+        yield Problem(
+            f"{flag}: quantization_config",
+            "a preset names the method of each layer",
+            "leave it out",
+            "launch",
+        )

@@ -1,0 +1,256 @@
+"""Launch options: what does not go with a preset is refused before a process is started."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mixedprec_plugin.errors import PlanError
+from tests.checkpoints import write_llama, write_mixtral
+from tests.presets import write_preset
+
+DENSE = ('match: "*", method: fp8',)
+ALIKE = ('match: "*.experts.*", method: fp8',)
+BY_LAYER = (*ALIKE, 'match: "*.1.*.experts.*", method: int8')
+BY_EXPERT = (*ALIKE, 'match: "*.experts.1.*", method: int8')
+AWQ = ('match: "*.experts.*", method: awq',)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mixtral(tmp_path_factory.mktemp("mixtral") / "model", num_hidden_layers=2)
+
+
+def check(model: Path, rules: tuple[str, ...], *argv: str) -> list[str]:
+    """What a server that is started like this would be refused for."""
+    from sglang.srt.server_args import ServerArgs
+
+    from mixedprec_plugin.serving.early import check_early
+    from mixedprec_plugin.serving.flags import fold_flags
+
+    preset = write_preset(model.parent / "presets", *rules)
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    args = parser.parse_args(
+        ["--model-path", str(model), "--load-format", "mixedprec",
+         "--mixedprec-config", str(preset), *argv]
+    )  # fmt: skip
+    try:
+        check_early(fold_flags(args))
+    except PlanError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+pytestmark = pytest.mark.usefixtures("sglang_context")
+
+OTHER_LOADER = "it belongs to another load format"
+OWN_READING = "the load format reads each tensor once, in the order of the files"
+PAST = "tensors that come past the plan are not quantized by the preset"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--quantization", "fp8"), "--quantization: 'fp8': a preset names the method"),
+        (("--model-impl", "transformers"), "--model-impl: 'transformers': a plan is made for"),
+        (
+            ("--startup-weight-load-mode", "overlap"),
+            "--startup-weight-load-mode: 'overlap': SGLang overlaps loading with CUDA graphs",
+        ),
+        (("--weight-cache-mode", "client"), "--weight-cache-mode: 'client': the weight cache"),
+        (("--weight-loader-prefetch-checkpoints",), OWN_READING),
+        (("--weight-loader-drop-cache-after-load",), OWN_READING),
+        (
+            ("--model-loader-extra-config", '{"num_threads": 4}'),
+            f"--model-loader-extra-config: num_threads: {OWN_READING}",
+        ),
+        (("--model-loader-extra-config", '{"enable_multithread_load": true}'), OWN_READING),
+        (("--remote-instance-weight-loader-seed-instance-ip", "10.0.0.1"), OTHER_LOADER),
+        (("--remote-instance-weight-loader-seed-instance-service-port", "1"), OTHER_LOADER),
+        (("--remote-instance-weight-loader-send-weights-group-ports", "[1]"), OTHER_LOADER),
+        (("--remote-instance-weight-loader-backend", "transfer_engine"), OTHER_LOADER),
+        (
+            ("--remote-instance-weight-loader-start-seed-via-transfer-engine",),
+            "an instance that copies these weights would have to know the plan",
+        ),
+        (("--modelexpress-config", "{}"), OTHER_LOADER),
+        (("--rl-quant-profile", "x.pt"), OTHER_LOADER),
+        (("--modelopt-quant", "fp8"), "ModelOpt quantizes a whole model"),
+        (("--modelopt-checkpoint-restore-path", "x"), "ModelOpt quantizes a whole model"),
+        (("--modelopt-checkpoint-save-path", "x"), "ModelOpt quantizes a whole model"),
+        (("--modelopt-export-path", "x"), "ModelOpt quantizes a whole model"),
+        (("--quantize-and-serve",), "ModelOpt quantizes a whole model"),
+        (("--custom-weight-loader", "a.b"), f"--custom-weight-loader: ['a.b']: {PAST}"),
+        (("--checkpoint-engine-wait-weights-before-ready",), "the server would wait for ever"),
+        (("--enable-elastic-expert-backup",), PAST),
+        (("--decrypted-config-file", "x"), "the plan is made from the checkpoint's own"),
+        (("--offload-group-size", "4"), "by the names of unquantized parameters"),
+        (
+            ("--json-model-override-args", '{"quantization_config": {}}'),
+            "--json-model-override-args: quantization_config: a preset names the method",
+        ),
+    ],
+)
+def test_option_that_changes_what_is_read_is_refused(
+    llama: Path, argv: tuple[str, ...], message: str
+) -> None:
+    (problem,) = check(llama, DENSE, *argv)
+    assert message in problem
+    assert problem.endswith(("leave it out", f"start without {argv[0]}"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("--weight-loader-disable-mmap",),
+        ("--json-model-override-args", '{"rope_theta": 1000.0}'),
+        ("--cpu-offload-gb", "1"),
+        ("--pp-size", "2"),
+        ("--dp-size", "2"),
+        ("--kv-cache-dtype", "fp8_e4m3"),
+        ("--nnodes", "2", "--tp", "2", "--dist-init-addr", "127.0.0.1:1"),
+    ],
+)
+def test_option_that_goes_is_let_through(llama: Path, argv: tuple[str, ...]) -> None:
+    assert check(llama, DENSE, *argv) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--enable-lora",), "--enable-lora: True: SGLang keeps adapters in pinned memory"),
+        (("--lora-paths", "a=/x"), "SGLang keeps adapters in pinned memory"),
+        (("--enable-memory-saver",), "--enable-memory-saver: True: it frees the memory of a GPU"),
+    ],
+)
+def test_option_that_a_cpu_has_no_means_for_is_refused(
+    llama: Path, argv: tuple[str, ...], message: str
+) -> None:
+    (problem,) = check(llama, DENSE, *argv)
+    assert message in problem
+
+
+@pytest.mark.parametrize("rules", [ALIKE, BY_LAYER])
+def test_experts_in_one_scheme_a_layer_may_be_split_by_expert(
+    mixtral: Path, rules: tuple[str, ...]
+) -> None:
+    assert check(mixtral, rules, "--tp", "2", "--ep-size", "2") == []
+
+
+def test_experts_of_one_layer_in_several_schemes_may_not_be_split_by_expert(mixtral: Path) -> None:
+    (problem,) = check(mixtral, BY_EXPERT, "--tp", "2", "--ep-size", "2")
+    assert problem.startswith("model.layers.0-1.block_sparse_moe.experts: --ep-size 2: expert")
+    assert problem.endswith("start without it: tensor parallelism splits each expert")
+
+
+@pytest.mark.parametrize("rules", [ALIKE, BY_EXPERT])
+def test_dispatch_of_tokens_is_refused(mixtral: Path, rules: tuple[str, ...]) -> None:
+    (problem,) = check(mixtral, rules, "--tp", "2", "--moe-a2a-backend", "deepep")
+    assert "--moe-a2a-backend 'deepep': where a backend dispatches tokens" in problem
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (ALIKE, "SGLang measures and moves experts on GPUs"),
+        (BY_LAYER, "needs all of them in one scheme"),
+        (BY_EXPERT, "the expert balancer moves weights between experts"),
+    ],
+)
+def test_balancing_of_experts_is_refused(
+    mixtral: Path, rules: tuple[str, ...], message: str
+) -> None:
+    assert message in " ".join(check(mixtral, rules, "--enable-eplb"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (ALIKE, "the CPU platform runs experts in a loop of its own"),
+        (AWQ, "SGLang does not run experts in awq in it (expected 'auto')"),
+    ],
+)
+def test_explicit_backend_of_experts_is_refused(
+    mixtral: Path, rules: tuple[str, ...], message: str
+) -> None:
+    assert message in " ".join(check(mixtral, rules, "--moe-runner-backend", "triton"))
+
+
+def test_all_problems_of_a_launch_are_told_at_once(mixtral: Path) -> None:
+    flags = ("--quantization", "fp8", "--enable-lora", "--ep-size", "2", "--tp", "2")
+    assert len(check(mixtral, BY_EXPERT, *flags)) == 4
+
+
+def test_no_draft_model_runs_on_a_cpu(llama: Path) -> None:
+    from sglang.srt.platforms import current_platform
+
+    for algorithm in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE"):
+        assert not current_platform.supports_speculative_algorithm(algorithm)
+
+
+class TestStage:
+    """The placeholders of a pipeline stage, as SGLang builds them."""
+
+    @pytest.fixture
+    def layers(self, llama: Path) -> SimpleNamespace:
+        from tests.presets import plan
+
+        made = plan(llama, *DENSE)
+        return SimpleNamespace(tied=made.tied, planned={x.name: x for x in made.layers})
+
+    def model(self, **modules: object) -> object:
+        import torch
+        from sglang.srt.layers.utils.common import PPMissingLayer
+
+        model = torch.nn.Module()
+        model.model = torch.nn.Module()
+        here = torch.nn.Identity
+        model.model.embed_tokens = PPMissingLayer()
+        model.model.layers = torch.nn.ModuleList([PPMissingLayer(), here(), here()])
+        model.model.norm = here()
+        for name, module in modules.items():
+            setattr(model, name, module)
+        return model
+
+    def test_last_stage_reads_its_own_layers_and_the_embedding_of_its_head(
+        self, layers: SimpleNamespace
+    ) -> None:
+        import torch
+
+        from mixedprec_plugin.serving.stages import Stage
+
+        stage = Stage(self.model(lm_head=torch.nn.Identity()), layers.tied)
+        read = {name for name, layer in layers.planned.items() if stage.runs(layer)}
+        assert "model.embed_tokens" in read
+        assert not any(name.startswith("model.layers.0.") for name in read)
+        assert "model.layers.1.mlp.up_proj" in read
+        assert stage.describe(layers.planned.values()).startswith("this pipeline stage reads ")
+
+    def test_stage_that_has_no_head_does_not_read_the_embedding(
+        self, layers: SimpleNamespace
+    ) -> None:
+        from sglang.srt.layers.utils.common import PPMissingLayer
+
+        from mixedprec_plugin.serving.stages import Stage
+
+        stage = Stage(self.model(lm_head=PPMissingLayer()), layers.tied, is_last=False)
+        assert not stage.runs(layers.planned["model.embed_tokens"])
+
+    def test_last_stage_without_a_head_is_refused(self, layers: SimpleNamespace) -> None:
+        from mixedprec_plugin.errors import LoadError
+        from mixedprec_plugin.serving.stages import Stage
+
+        model = self.model()
+        model.lm_head = model.model.embed_tokens  # type: ignore[attr-defined]
+        with pytest.raises(LoadError, match="gives the last stage no head of its own; start wit"):
+            Stage(model, layers.tied)
