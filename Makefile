@@ -72,3 +72,7 @@ clean:
 third-party: $(INSTALLED)
 	@nice -n 10 $(RUN) -m benchmarks.third_party.make
 	@nice -n 10 $(RUN) -m benchmarks.third_party.reference
+
+.PHONY: families
+families: $(INSTALLED)
+	@nice -n 5 $(RUN) -W ignore -m benchmarks.families --out docs/families.md

@@ -1,42 +1,85 @@
 """`make families`: which family runs in which method, on one rank and two.
 
-python -m benchmarks.families [--out FILE] [--family NAME ...] [--column NAME ...]
+python -m benchmarks.families [--out FILE] [--cell FAMILY/METHOD ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import functools
+import itertools
+import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.families import engine
-from benchmarks.families.architectures import ARCHITECTURES
+from benchmarks.families.architectures import ARCHITECTURES, Architecture
 from benchmarks.families.cells import Cell, Runner
 from benchmarks.families.methods import COLUMNS, has_cell
+from benchmarks.families.processes import forked
+from benchmarks.families.report import as_json, as_markdown
+
+_HOURS = 4 * 3600.0
+Wanted = tuple[Architecture, str]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the table; return 0 if every cell is green or refused with a reason."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.families")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--family", action="append", default=[])
-    parser.add_argument("--column", action="append", default=[])
+    parser.add_argument(
+        "--cell",
+        action="append",
+        default=[],
+        metavar="FAMILY/METHOD",
+        help="run this one, such as 'Phi-3/gptq' or 'OLMo*/*'; repeatable",
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="families at a time (default 2)")
     options = parser.parse_args(arguments)
+    # one thread: what has threads cannot be forked
+    os.environ["OMP_NUM_THREADS"] = "1"
     engine.warm_up()
-    cells: list[Cell] = []
-    with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(Path(folder))
-        for architecture in ARCHITECTURES:
-            if options.family and architecture.name not in options.family:
-                continue
-            for column in COLUMNS:
-                if options.column and column not in options.column:
-                    continue
-                if has_cell(architecture, column):
-                    cells.append(runner.run(architecture, column))
-                    print(line(cells[-1]), flush=True)
+    wanted = [
+        (architecture, column)
+        for architecture, column in itertools.product(ARCHITECTURES, COLUMNS)
+        if has_cell(architecture, column)
+        and any(
+            fnmatch.fnmatchcase(f"{architecture.name}/{column}", cell)
+            for cell in options.cell or ["*"]
+        )
+    ]
+    cells = run(wanted, options.jobs)
+    if options.out:
+        options.out.write_text(as_markdown(cells), encoding="utf-8")
+        options.out.with_suffix(".json").write_text(as_json(cells), encoding="utf-8")
     return 0 if all(cell.is_green for cell in cells) else 1
+
+
+def run(wanted: Sequence[Wanted], num_jobs: int) -> list[Cell]:
+    """Run cells, families side by side; return them in order."""
+    families = list(dict.fromkeys(architecture.name for architecture, _ in wanted))
+    with tempfile.TemporaryDirectory() as name:
+        works = []
+        for job in range(min(num_jobs, len(families))):
+            folder = Path(name) / str(job)
+            folder.mkdir()
+            part = [cell for cell in wanted if families.index(cell[0].name) % num_jobs == job]
+            works.append(functools.partial(_run_part, part, folder))
+        parts = forked(works, Path(name), timeout_seconds=_HOURS, is_quiet=False)
+    order = [(architecture.name, column) for architecture, column in wanted]
+    cells = itertools.chain.from_iterable(parts)
+    return sorted(cells, key=lambda cell: order.index((cell.architecture, cell.column)))
+
+
+def _run_part(wanted: Sequence[Wanted], folder: Path) -> list[Cell]:
+    runner, cells = Runner(folder), []
+    for architecture, column in wanted:
+        cells.append(runner.run(architecture, column))
+        print(line(cells[-1]), flush=True)
+    return cells
 
 
 def line(cell: Cell) -> str:
@@ -45,10 +88,14 @@ def line(cell: Cell) -> str:
     for tp_size, near in cell.distances.items():
         parts.append(
             f"tp {tp_size}: {near.error:.4f} (worst {near.worst:.4f}), "
-            f"{near.differing}/{near.unexplained} tokens" + ("" if near.is_within(cell.column) else " TOO FAR")
+            f"{near.differing}/{near.unexplained} tokens"
         )
+        if not near.is_within(cell.column):
+            parts.append("TOO FAR")
     parts.append(f"effect {cell.effect:.4f}")
-    parts += [f"refused at tp {size}: {'; '.join(why)[:200]}" for size, why in cell.refusals.items()]
+    parts += [
+        f"refused at tp {size}: {'; '.join(why)[:200]}" for size, why in cell.refusals.items()
+    ]
     if cell.kept:
         parts.append(f"but for {cell.kept}")
     parts += [f"FAILED: {text[-1500:]}" for text in cell.failures]

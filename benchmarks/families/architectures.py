@@ -1,4 +1,4 @@
-"""The families of the table: a tiny config of each, every dimension a multiple of 128 on two ranks."""
+"""The families of the table: a tiny config of each, in sizes that blocks of 128 divide."""
 
 from __future__ import annotations
 

@@ -18,6 +18,11 @@ from benchmarks.families.comparison import Distance, distance
 from benchmarks.families.methods import preset_text
 from benchmarks.families.processes import ChildError, forked, free_port
 from benchmarks.families.reference import run_reference
+from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
+from mixedprec_plugin.plan.model import Device, Plan, Target
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import load_preset
 
 NUM_STEPS = 8
 TP_SIZES = (1, 2)
@@ -33,6 +38,7 @@ class Cell:
         distances: tensor-parallel size -> how far it is from the reference; on two ranks, from one.
         effect: how far the reference is from the one in bf16, as `Distance.error`.
         failures: what failed, in words; empty if nothing did.
+        cuda_refusals: as `refusals`, for a GPU.
     """
 
     architecture: str
@@ -43,6 +49,7 @@ class Cell:
     failures: tuple[str, ...]
     seconds: float
     effect: float = 0.0
+    cuda_refusals: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def is_green(self) -> bool:
@@ -64,7 +71,9 @@ class Runner:
     def run(self, architecture: Architecture, column: str) -> Cell:
         """Run a cell; what fails is in it."""
         start = time.perf_counter()
-        (path,) = forked([functools.partial(make_checkpoint, architecture, self.folder)], self.folder)
+        (path,) = forked(
+            [functools.partial(make_checkpoint, architecture, self.folder)], self.folder
+        )
         whole = self._preset(architecture, column, whole=True)
         preset = self._preset(architecture, column)
         refusals: dict[int, tuple[str, ...]] = {}
@@ -76,7 +85,9 @@ class Runner:
             if not plan_errors(path, preset, tp_size):
                 open_sizes.append(tp_size)
         is_kept = bool(refusals) and preset.read_text() != whole.read_text() and bool(open_sizes)
-        made = Cell(architecture.name, column, refusals, "", {}, (), 0)
+        on_cuda = {size: plan_errors(path, whole, size, "cuda") for size in TP_SIZES}
+        on_cuda = {size: why for size, why in on_cuda.items() if why}
+        made = Cell(architecture.name, column, refusals, "", {}, (), 0, cuda_refusals=on_cuda)
         if is_kept:
             made = dataclasses.replace(made, kept=kept_pattern(architecture, column))
         if 1 in open_sizes:
@@ -92,7 +103,7 @@ class Runner:
         try:
             (one,) = forked(self._ranks(path, preset, 1, []), self.folder)
             forced = one["tokens"][:-1]
-            works = [
+            works: list[Callable[[], Any]] = [
                 functools.partial(reference_logits, architecture, path, which, forced)
                 for which in (preset, self._preset(architecture, "bf16"))
             ]
@@ -130,28 +141,21 @@ def kept_pattern(architecture: Architecture, column: str) -> str:
     return architecture.unquantized.get(column, architecture.unquantized.get("*", ""))
 
 
-def plan_errors(path: Path, preset: Path, tp_size: int) -> tuple[str, ...]:
+def plan_errors(path: Path, preset: Path, tp_size: int, device: Device = "cpu") -> tuple[str, ...]:
     """What the plan of a cell has against it; empty if nothing."""
-    return tuple(str(problem) for problem in _plan(path, preset, tp_size).errors)
+    return tuple(str(problem) for problem in _plan(path, preset, tp_size, device).errors)
 
 
 def reference_logits(
     architecture: Architecture, path: Path, preset: Path, forced: list[int]
 ) -> torch.Tensor:
     """The reference's logits of the prompt and the tokens after it."""
-    from mixedprec_plugin.compose.stream import VirtualCheckpoint
-
     stream = VirtualCheckpoint(_plan(path, preset, 1))
     return run_reference(architecture, path, stream, prompt(), forced)
 
 
-def _plan(path: Path, preset: Path, tp_size: int) -> Any:
-    from mixedprec_plugin.checkpoint.source import open_source
-    from mixedprec_plugin.plan.model import Target
-    from mixedprec_plugin.plan.resolve import resolve_plan
-    from mixedprec_plugin.preset.load import load_preset
-
-    target = Target(device="cpu", tp_size=tp_size)
+def _plan(path: Path, preset: Path, tp_size: int, device: Device = "cpu") -> Plan:
+    target = Target(device=device, tp_size=tp_size)
     return resolve_plan(load_preset(preset), open_source(path), target)
 
 

@@ -125,5 +125,3 @@ def _watch_logits(model: Any, seen: list[torch.Tensor]) -> None:
 
     (processor,) = (m for m in model.modules() if isinstance(m, LogitsProcessor))
     processor.register_forward_hook(keep, with_kwargs=True)
-
-

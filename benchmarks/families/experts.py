@@ -82,7 +82,7 @@ class ReferenceExperts(torch.nn.Module):
             outputs[expert] = modules["w2"](self._activate(gate, up).float())  # type: ignore[misc]
         if inner:
             codes, scale = _fp8(torch.cat(list(inner.values())).float())
-            pieces = codes.split([len(rows[expert]) for expert in inner])
+            pieces = torch.split(codes, [len(rows[expert]) for expert in inner])
             for expert, piece in zip(inner, pieces, strict=True):
                 down = self.projections[expert]["w2"]
                 outputs[expert] = (piece @ down.codes.T) * scale * down.scale

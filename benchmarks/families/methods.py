@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.families.architectures import NUM_EXPERTS, Architecture
 
-# column -> what a rule says; each with the least and the greatest of what it may be off by
+# column -> what a rule says
 METHODS = {
     "bf16": "method: bf16",
     "fp8": "method: fp8",

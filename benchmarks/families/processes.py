@@ -24,14 +24,19 @@ class ChildError(Exception):
 
 
 def forked(
-    works: Sequence[Callable[[], Any]], folder: Path, timeout_seconds: float = 300
+    works: Sequence[Callable[[], Any]],
+    folder: Path,
+    *,
+    timeout_seconds: float = 300,
+    is_quiet: bool = True,
 ) -> list[Any]:
     """Run each of some functions in a child of its own, all at once.
 
     A child has what this process has imported, and nothing of what another child did.
 
     Args:
-        folder: for what they return, which torch must be able to save.
+        folder: for what they return, which torch must be able to save; and, where quiet, for what
+            they print.
     Returns:
         what they returned, in order.
     Raises:
@@ -39,11 +44,15 @@ def forked(
     """
     paths = [folder / f"child-{index}.pt" for index in range(len(works))]
     sys.stdout.flush()
-    pids = [_fork(work, path) for work, path in zip(works, paths, strict=True)]
+    pids = [_fork(work, path, is_quiet) for work, path in zip(works, paths, strict=True)]
     _wait(pids, timeout_seconds)
     results = []
     for path in paths:
-        status, value = torch.load(path, weights_only=False) if path.exists() else ("failed", "it died or took too long")
+        status, value = (
+            torch.load(path, weights_only=False)
+            if path.exists()
+            else ("failed", "it died or took too long")
+        )
         path.unlink(missing_ok=True)
         results.append((status, value))
     failures = [value for status, value in results if status != "done"]
@@ -59,15 +68,16 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _fork(work: Callable[[], Any], path: Path) -> int:
+def _fork(work: Callable[[], Any], path: Path, is_quiet: bool) -> int:
     path.unlink(missing_ok=True)
     pid = os.fork()
     if pid:
         return pid
     # what SGLang and transformers say on the way is of use only where a child fails
-    log = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    if is_quiet:
+        log = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
     code = 1
     # whatever ends a child, it must not go on as its parent
     try:

@@ -159,5 +159,3 @@ def _dequantize(method: str, tensors: Tensors, arguments: Mapping[str, Any]) -> 
     }
     weight = np.ascontiguousarray(dequantize_method(method, arrays, arguments), dtype=np.float32)
     return torch.from_numpy(weight)
-
-

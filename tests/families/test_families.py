@@ -1,0 +1,52 @@
+"""A few cells of the table of families: served by SGLang, held against transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CELLS = ("Phi-3/gptq", "Qwen3-MoE/mixed", "DeepSeek-V3/mixed")
+
+Cells = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
+    """The cells, from one process that imports SGLang once and forks a child for each engine."""
+    page = tmp_path_factory.mktemp("families") / "families.md"
+    flags = [flag for cell in CELLS for flag in ("--cell", cell)]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.families", "--out", str(page)]
+    done = subprocess.run(
+        [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=590, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    return {f"{cell['family']}/{cell['method']}": cell for cell in found}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_rank_gives_the_logits_of_transformers_on_dequantized_weights(
+    cells: Cells, cell: str
+) -> None:
+    near = cells[cell]["distances"]["1"]
+    assert near["median"] < cells[cell]["effect_of_the_method"]
+    assert near["unexplained"] == 0
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_ranks_give_what_one_gives(cells: Cells, cell: str) -> None:
+    near = cells[cell]["distances"]["2"]
+    assert near["median"] < 0.1
+    assert near["unexplained"] == 0
+
+
+def test_what_latent_attention_cannot_absorb_is_refused_in_the_plan(cells: Cells) -> None:
+    cell = cells["DeepSeek-V3/mixed"]
+    assert cell["kept_in_bf16"] == "*.kv_b_proj"
+    assert "cannot be absorbed in fp8_block" in cell["refused"]["1"][0]
