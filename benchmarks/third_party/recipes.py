@@ -54,7 +54,6 @@ RECIPES = {
         Recipe(
             "gptq-int4-g128-desc-act", GPTQMODEL, {"group_size": 128, "desc_act": True, **_WINDOWS}
         ),
-        Recipe("awq-int4-g128", AUTOAWQ, {"group_size": 128, "windows": 2, "tokens": 256}),
         Recipe("fp8-block", LLMCOMPRESSOR, {"scheme": "FP8_BLOCK"}),
         Recipe("fp8-dynamic", LLMCOMPRESSOR, {"scheme": "FP8_DYNAMIC"}),
         Recipe("w8a8-int8", LLMCOMPRESSOR, {"scheme": "W8A8"}),
@@ -63,5 +62,7 @@ RECIPES = {
             AUTO_ROUND,
             {"group_size": 128, "fold": True, "windows": 4, "tokens": 256},
         ),
+        # the slowest, therefore last
+        Recipe("awq-int4-g128", AUTOAWQ, {"group_size": 128, "windows": 2, "tokens": 256}),
     )
 }
