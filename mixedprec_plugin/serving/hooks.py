@@ -106,6 +106,8 @@ def _update_weights_from_disk(
 
     if is_mixed_precision(updater.get_model()):
         load_format = LOAD_FORMAT
+    elif updater.model_config.is_draft_model and load_format == LOAD_FORMAT:
+        load_format = "auto"  # as the draft model was loaded
     return original(updater, model_path, load_format, **kwargs)
 
 

@@ -100,7 +100,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """
         require_registration()
         if model_config.is_draft_model:
-            draft: torch.nn.Module = super().load_model(
+            # not super(): what it calls is ours
+            draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
                 model_config=model_config, device_config=device_config
             )
             return draft

@@ -198,6 +198,29 @@ def test_no_draft_model_runs_on_a_cpu(llama: Path) -> None:
         assert not current_platform.supports_speculative_algorithm(algorithm)
 
 
+def test_draft_model_is_loaded_as_sglang_would(llama: Path) -> None:
+    from safetensors.torch import load_file
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+    from sglang.srt.model_loader.loader import get_model_loader
+
+    from mixedprec_plugin.serving.loader import is_mixed_precision
+
+    config = ModelConfig(str(llama), dtype="bfloat16", is_draft_model=True)
+    # the preset of the model that it drafts for
+    extra = {"mixedprec_config": "fp8-block"}
+    load_config = LoadConfig(load_format="mixedprec", model_loader_extra_config=extra)
+    loader = get_model_loader(load_config, config)
+    model = loader.load_model(model_config=config, device_config=DeviceConfig("cpu"))
+    assert not is_mixed_precision(model)
+    down = model.get_submodule("model.layers.1.mlp.down_proj")
+    assert isinstance(down.quant_method, UnquantizedLinearMethod)
+    stored = load_file(llama / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert down.weight.equal(stored)
+
+
 class TestStage:
     """The placeholders of a pipeline stage, as SGLang builds them."""
 
