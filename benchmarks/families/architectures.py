@@ -107,11 +107,20 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}, q_lora_rank=128, n_group=2,
             topk_group=1,
         ),
-        unquantized={"*": "*.kv_b_proj", "fp8": "*.{kv_b_proj,q_a_proj,kv_a_proj_with_mqa}"},
+        unquantized={
+            "*": "*.kv_b_proj",
+            **dict.fromkeys(
+                ("fp8", "gptq", "gptq_int8"), "*.{kv_b_proj,q_a_proj,kv_a_proj_with_mqa}"
+            ),
+        },
     ),
-    _mixture(
-        "GLM-4-MoE", "Glm4MoeConfig", **_HEADS, n_routed_experts=NUM_EXPERTS, n_shared_experts=1,
-        first_k_dense_replace=1, n_group=1, topk_group=1, use_qk_norm=True, attention_bias=True,
+    dataclasses.replace(
+        _mixture(
+            "GLM-4-MoE", "Glm4MoeConfig", **_HEADS, n_routed_experts=NUM_EXPERTS,
+            n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1, use_qk_norm=True,
+            attention_bias=True,
+        ),
+        unquantized=dict.fromkeys(("gptq", "gptq_int8"), "*.shared_experts.{gate,up}_proj"),
     ),
     _mixture("OLMoE", "OlmoeConfig", num_experts=NUM_EXPERTS, num_key_value_heads=8),
     Architecture(

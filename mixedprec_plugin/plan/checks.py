@@ -124,7 +124,7 @@ def check_layers(
         Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
         for (rule, text, remedy, severity), names in found.items()
     ]
-    problems += why_not_family(config, target)
+    problems += why_not_family(config, target, layers)
     return problems + why_not_in_memory(layers, target, config)
 
 

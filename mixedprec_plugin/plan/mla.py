@@ -48,6 +48,12 @@ def mla_faults(
             "scale for each of them (expected one scale a layer)",
             "use method: fp8_block",
         )
+    if scheme.method == "gptq":
+        yield (
+            f"q_a_proj and kv_a_proj_with_mqa cannot run in {scheme.label}: SGLang looks at the "
+            "dtype of their weight, and GPTQ has none (models/deepseek_v2.py, is_packed_weight)",
+            "use method: fp8_block or awq",
+        )
     if scheme.arguments.get("desc_act") and len(shards) > 1:
         yield (
             "q_a_proj and kv_a_proj_with_mqa are one layer in SGLang, and each has an act order of "
