@@ -79,10 +79,10 @@ def repair_parameters(layer: FusedMoE, config: GPTQMarlinConfig, params_dtype: t
         num_groups = layer.intermediate_size_per_partition // config.group_size
         for name in ("w2_scales", "w2_qzeros"):
             parameter = getattr(layer, name)
-            parameter.data = parameter.data[:, :num_groups].contiguous()
+            parameter.data = parameter.data[:, :num_groups].clone()
     for name in ("w13_g_idx_sort_indices", "w2_g_idx_sort_indices"):
         parameter = getattr(layer, name)
-        parameter.data = parameter.data[:, :0].contiguous()
+        parameter.data = parameter.data[:, :0].clone()
 
 
 def check_marlin_experts(layer: FusedMoE, config: GPTQMarlinConfig) -> None:

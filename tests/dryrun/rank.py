@@ -32,6 +32,14 @@ class _Group:
         return torch.cat([tensor] * self.world_size, dim)
 
 
+class OneStage:
+    """A pipeline of one stage, which runs every layer."""
+
+    def runs(self, _layer: Any) -> bool:
+        """Always."""
+        return True
+
+
 @contextlib.contextmanager
 def rank(tp_size: int) -> Iterator[None]:
     """Publish SGLang's context of the last of `tp_size` ranks."""

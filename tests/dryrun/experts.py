@@ -1,0 +1,221 @@
+"""Layers of experts, each method alone and several in one layer: planned, built, loaded, run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.dryrun.cards import CARDS, Card
+from tests.dryrun.process import boot
+
+MODULE = "block.mlp.experts"
+NUM_EXPERTS, HIDDEN, INNER, TOP_K, NUM_TOKENS = 4, 512, 1024, 2, 5
+TP_SIZES = (1, 2, 8)
+# title -> what a preset says; of several rules the last that matches decides
+RULES: Mapping[str, tuple[str, ...]] = {
+    "unquantized": ('match: "*", method: unquantized',),
+    "fp8": ('match: "*", method: fp8',),
+    "fp8_block": ('match: "*", method: fp8_block',),
+    "blockwise_int8": ('match: "*", method: blockwise_int8',),
+    "awq": ('match: "*", method: awq',),
+    "gptq_int4": ('match: "*", method: gptq_int4',),
+    "gptq_int8": ('match: "*", method: gptq_int8',),
+    "gptq_column": ('match: "*", method: gptq_int4, group_size: -1',),
+    "several": (
+        'match: "*", method: unquantized',
+        'match: "*.experts.1.*", method: blockwise_int8',
+        'match: "*.experts.2.*", method: awq',
+        'match: "*.experts.3.*", method: gptq_int8',
+    ),
+    "several, with FP8": (
+        'match: "*", method: gptq_int4',
+        'match: "*.experts.1.*", method: fp8',
+        'match: "*.experts.2.*", method: fp8_block',
+    ),
+}
+
+
+@dataclasses.dataclass
+class ExpertsCell:
+    """What became of a layer of experts on a card.
+
+    Attributes:
+        runs_as: class of the quantization method; of a composite, of each group's.
+        kernels: what a forward launches, in order, each once.
+        parameters: name -> dtype and shape as loaded.
+        foretold: why the plan refuses it where the GPU is known.
+        refused: why it is refused where the plan knows no GPU.
+        broken: what went wrong otherwise.
+    """
+
+    method: str
+    tp_size: int
+    dtype: str
+    runs_as: list[str] = dataclasses.field(default_factory=list)
+    kernels: list[str] = dataclasses.field(default_factory=list)
+    parameters: dict[str, str] = dataclasses.field(default_factory=dict)
+    foretold: list[str] = dataclasses.field(default_factory=list)
+    refused: str = ""
+    broken: str = ""
+    made_up: list[str] = dataclasses.field(default_factory=list)
+
+
+def main(title: str, folder: str) -> None:
+    """Run every cell of a card, and write what became of them."""
+    warnings.simplefilter("ignore")
+    card, shared = CARDS[title], Path(folder)
+    boot(card, shared / "libcuda.so.1")
+    from tests.dryrun.journal import JOURNAL
+
+    checkpoint = write(shared / f"experts-{title}")
+    cells = [run(card, method, tp_size, checkpoint) for method in RULES for tp_size in TP_SIZES]
+    result = {
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+        "compiled": dict(JOURNAL.compiled),
+    }
+    (shared / f"{title}.json").write_text(json.dumps(result, indent=1))
+
+
+def write(folder: Path) -> Path:
+    """Write a bf16 checkpoint of one layer of experts."""
+    import torch
+
+    from tests.checkpoints import write_checkpoint
+
+    torch.manual_seed(0)
+    tensors = {}
+    for expert in range(NUM_EXPERTS):
+        for name, (N, K) in {
+            "gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)
+        }.items():  # fmt: skip
+            weight = torch.randn(N, K) * K**-0.5
+            tensors[f"{MODULE}.{expert}.{name}_proj.weight"] = weight.bfloat16()
+    return write_checkpoint(folder, {"model_type": "one", "torch_dtype": "bfloat16"}, tensors)
+
+
+def run(card: Card, method: str, tp_size: int, checkpoint: Path) -> ExpertsCell:
+    """Take a cell as far as it goes."""
+    import torch
+
+    from mixedprec_plugin.errors import MixedPrecisionError
+    from mixedprec_plugin.methods.cards import find_gpu
+    from mixedprec_plugin.plan.model import Target
+    from tests.dryrun.journal import JOURNAL
+    from tests.presets import plan
+
+    cell = ExpertsCell(method, tp_size, card.dtype)
+    target = Target("cuda", tp_size, {"bfloat16": "BF16", "float16": "F16"}[card.dtype])
+    known = dataclasses.replace(target, gpu=find_gpu(card.title))
+    cell.foretold = [
+        problem.what for problem in plan(checkpoint, *RULES[method], target=known).errors
+    ]
+    JOURNAL.clear()
+    try:
+        _run(cell, plan(checkpoint, *RULES[method], target=target).check())
+    except MixedPrecisionError as error:
+        cell.refused = str(error)
+    # whatever SGLang, torch or Triton raise is the cell's result, and fails the test
+    except Exception:  # noqa: BLE001
+        cell.broken = traceback.format_exc()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return cell
+
+
+def _run(cell: ExpertsCell, made: Any) -> None:
+    import torch
+
+    from mixedprec_plugin.compose.stream import VirtualCheckpoint
+    from mixedprec_plugin.serving.config import MixedPrecisionConfig
+    from mixedprec_plugin.serving.placement import load_weights
+    from mixedprec_plugin.serving.shapes import check_built
+    from tests.dryrun.cells import check_filled, describe_parameters
+    from tests.dryrun.fake_device import fake_card
+    from tests.dryrun.journal import JOURNAL
+    from tests.dryrun.rank import OneStage, rank
+
+    config = MixedPrecisionConfig(made)
+    dtype = getattr(torch, cell.dtype)
+    torch.set_default_dtype(dtype)
+    with rank(cell.tp_size), fake_card():
+        model = build(config)
+        check_built(config, OneStage())
+        load_weights(model, config, VirtualCheckpoint(made))
+        cell.parameters = describe_parameters(model)
+        # GPTQ's are of the model's dtype, and no kernel is given them: gptq_kernels.py, gptq_moe.py
+        check_filled(model, unread="qzeros" if "gptq" in str(RULES[cell.method]) else "")
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            if method is not None:
+                method.process_weights_after_loading(module)
+        cell.runs_as = class_names(model.layer)
+        JOURNAL.take_kernels()
+        output = forward(model.layer, dtype)
+        cell.kernels = JOURNAL.take_kernels()
+        cell.made_up = sorted(set(JOURNAL.made_up))
+        assert (tuple(output.shape), output.dtype) == ((NUM_TOKENS, HIDDEN), dtype), output
+
+
+def build(config: Any) -> Any:
+    """A model of one layer of experts."""
+    import torch
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = FusedMoE(
+                num_experts=NUM_EXPERTS,
+                hidden_size=HIDDEN,
+                intermediate_size=INNER,
+                layer_id=0,
+                top_k=TOP_K,
+                quant_config=config,
+                prefix=MODULE,
+                reduce_results=True,
+            )
+
+        def load_weights(self, weights: Any) -> None:
+            assert not list(weights)
+
+    return Model()
+
+
+def forward(layer: Any, dtype: Any) -> Any:
+    """Run the layer on fake hidden states and fake choices of experts."""
+    import contextlib
+
+    import torch
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from tests.dryrun.cells import nothing_of_ours
+
+    weights = torch.empty(NUM_TOKENS, TOP_K, dtype=torch.float32)
+    ids = torch.zeros(NUM_TOKENS, TOP_K, dtype=torch.int32)
+    logits = torch.empty(NUM_TOKENS, NUM_EXPERTS, dtype=torch.float32)
+    is_composite = type(layer.quant_method).__name__ == "CompositeMoEMethod"
+    with contextlib.nullcontext() if is_composite else nothing_of_ours():
+        return layer(
+            torch.empty(NUM_TOKENS, HIDDEN, dtype=dtype), StandardTopKOutput(weights, ids, logits)
+        )
+
+
+def class_names(layer: Any) -> list[str]:
+    """The classes of SGLang's methods, with their schemes."""
+    children = getattr(layer, "expert_groups", None) or [layer]
+    names = []
+    for child in children:
+        method, scheme = type(child.quant_method), getattr(child, "scheme", None)
+        assert method.__module__.startswith("sglang."), method
+        names.append(f"{method.__name__}/{type(scheme).__name__}" if scheme else method.__name__)
+    return names
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
