@@ -138,7 +138,7 @@ class QuantizedInputLinear(torch.nn.Module):
         total = torch.zeros(len(codes), len(weight))
         for block in range(scales.shape[1]):
             columns = slice(block * size, (block + 1) * size)
-            dot = codes[:, columns] @ weight[:, columns].T
+            dot = _multiply_codes(codes[:, columns], weight[:, columns])
             total += dot * token_scales[:, block, None] * scales[:, block]
         out = total.to(x.dtype).reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.get_buffer("bias").to(x.dtype)
@@ -161,6 +161,20 @@ class WeightOnlyLinear(torch.nn.Module):
         """Multiply [..., K] by the weight: [..., N] in the dtype of x."""
         out = (x.float() @ self.get_buffer("weight").T).to(x.dtype)
         return out if self.bias is None else out + self.get_buffer("bias").to(x.dtype)
+
+
+def _multiply_codes(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Multiply [T, K] by [N, K]: [T, N].
+
+    Codes are exact in bfloat16: torch may use the CPU's bfloat16 units where it has them, as the
+    platform lets it. They sum in float32, in an order of their own.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        return left @ right.T
+    finally:
+        matmul.fp32_precision = before
 
 
 def _groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,8 +24,13 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.engine_logprobs import distributions
-from benchmarks.reference_model import load_reference, load_unquantized, log_probabilities
+from benchmarks.engine_logprobs import WINDOW, distributions
+from benchmarks.reference_model import (
+    load_reference,
+    load_unquantized,
+    log_probabilities,
+    windowed_log_probabilities,
+)
 from benchmarks.rounding import round_as_kernels
 from demo.model import checkpoint
 from demo.server import Server
@@ -150,9 +155,10 @@ def _run_reference(
         model = load_unquantized(model_path, dtype)
     else:
         model, _ = load_reference(model_path, preset_path, dtype)
-    if dtype == torch.bfloat16:
-        round_as_kernels(model)
-    return log_probabilities(model, tokens)
+    if dtype == torch.float32:
+        return log_probabilities(model, tokens)
+    round_as_kernels(model)
+    return windowed_log_probabilities(model, tokens, WINDOW)
 
 
 def _sums(
@@ -229,8 +235,9 @@ each given all tokens before it.
   method does so, by the formulas of SGLang's CUDA kernels: products of codes, scaled and summed in
   fp32. Weights of weight-only methods are dequantized to fp32 and not rounded. The residual and the
   norms are rounded where SGLang's fused_add_rmsnorm rounds them (benchmarks/rounding.py).
-  Attention (sdpa), rotary embedding, silu and lm_head are transformers' own in bf16, the logits
-  too, as in a server without --enable-fp32-lm-head.
+  Attention (torch's sdpa), rotary embedding, silu and lm_head are in bf16, as in SGLang's
+  torch-native forward, the logits too, as in a server without --enable-fp32-lm-head. The prose is
+  read in the windows in which the server is asked, because shapes decide the order of sums.
 - *mean KL*: KL(reference || engine) a token, in nats, nothing averaged over runs. It must stay
   below {weight_only} for weight-only presets and {quantized} where activations are quantized, and
   the perplexities must agree within 1%. The first row is a stock bf16 server.

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from torch.nn import functional
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
 from benchmarks.activations import (
     QuantizedInputLinear,
@@ -17,12 +18,13 @@ from benchmarks.activations import (
     input_quantizer,
     scales_by_row,
 )
-from benchmarks.reference_experts import expert_place, split_experts
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.plan.model import Target
 from tests.reference.dequantize import dequantize_method
 
 QUANTIZED = frozenset({"fp8", "blockwise_int8", "awq", "gptq"})
+
+_ATTENTION = "sdpa_over_windows"
 
 
 class ReferenceError(Exception):
@@ -50,19 +52,15 @@ def load_reference(
     """
     model = load_unquantized(model_path, dtype)
     stream = open_virtual_checkpoint(model_path, preset_path, Target(device="cpu"))
-    experts = split_experts(model) if model.config.model_type == "mixtral" else {}
     untouched = {name for name, _ in model.named_parameters()}
     for layer_name, tensors in _layers(stream):
         layer = stream.plan.by_name[layer_name]
-        arguments = layer.scheme.arguments if layer.scheme is not None else {}
-        if place := expert_place(layer_name):
-            block, expert, projection = place
-            experts[block].put(expert, projection, _linear(layer.method, tensors, arguments))
-        elif layer.method in QUANTIZED:
-            _replace(model, layer_name, _linear(layer.method, tensors, arguments))
+        if layer.method in QUANTIZED:
+            assert layer.scheme is not None
+            _replace(model, layer_name, _linear(layer.method, tensors, layer.scheme.arguments))
             untouched -= {f"{layer_name}.weight", f"{layer_name}.bias"}
         else:
-            untouched -= _copy(model, layer_name.replace(".block_sparse_moe.", ".mlp."), tensors)
+            untouched -= _copy(model, layer_name, tensors)
     if untouched:
         raise ReferenceError(f"no tensor came for {', '.join(sorted(untouched))}")
     return model, stream
@@ -75,6 +73,50 @@ def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
         return torch.log_softmax(logits.float(), -1)
 
 
+def windowed_log_probabilities(model: Any, tokens: list[int], window: int) -> torch.Tensor:
+    """Do the same in windows, as `engine_logprobs` asks a server, keys and values kept in between.
+
+    The order of a sum decides bits, and how torch cuts a product into blocks depends on its
+    shapes: attention over a window is called with the shapes of SGLang's torch_native. A window
+    begins with the last token of the one before, which the server computes again; of its keys and
+    values the first are kept for later windows, as in the server's prefix cache.
+    """
+    AttentionInterface.register(_ATTENTION, _attend_to_window)
+    model.set_attn_implementation(_ATTENTION)
+    cache, rows = DynamicCache(config=model.config), []
+    with torch.inference_mode():
+        for start in range(0, len(tokens) - 1, window):
+            overlap = []
+            if start:
+                overlap = [(x.keys[:, :, start:], x.values[:, :, start:]) for x in cache.layers]
+                cache.crop(-1)
+            inputs = torch.tensor([tokens[start : start + window + 1]])
+            logits = model(inputs, past_key_values=cache, use_cache=True).logits[0, :-1]
+            for layer, (keys, values) in zip(cache.layers, overlap, strict=False):
+                layer.keys[:, :, start : start + 1] = keys
+                layer.values[:, :, start : start + 1] = values
+            rows.append(torch.log_softmax(logits.float(), -1))
+    return torch.cat(rows)
+
+
+def _attend_to_window(
+    _module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _mask: Any,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of the last queries [1, H, n, D] to all keys [1, h, T, D]: [1, n, H, D]."""
+    missing = key.shape[2] - query.shape[2]
+    out = functional.scaled_dot_product_attention(
+        functional.pad(query, (0, 0, missing, 0)), key, value,
+        is_causal=True, scale=scaling, enable_gqa=True,
+    )[:, :, missing:]  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
 def _layers(stream: VirtualCheckpoint) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Group the stream by layer; it yields a layer's tensors one after the other."""
     for layer, items in groupby(stream, key=lambda item: item[0].rpartition(".")[0]):
@@ -85,8 +127,6 @@ def _linear(
     method: str, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
 ) -> QuantizedInputLinear | WeightOnlyLinear:
     bias = tensors["bias"].float() if "bias" in tensors else None
-    if method not in QUANTIZED:
-        return WeightOnlyLinear(tensors["weight"].float(), bias)
     quantizer = input_quantizer(method, arguments)
     if quantizer is None:
         return WeightOnlyLinear(torch.from_numpy(_dequantize(method, tensors, arguments)), bias)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.engine_logprobs import distributions
-from benchmarks.reference_model import load_reference, log_probabilities
+from benchmarks.engine_logprobs import WINDOW, distributions
+from benchmarks.reference_model import load_reference, windowed_log_probabilities
 from benchmarks.rounding import round_as_kernels
 from demo.server import Server
 from mixedprec_plugin.cli.main import main
@@ -63,7 +63,7 @@ def test_distributions_are_those_of_independently_dequantized_weights(
     tokens = AutoTokenizer.from_pretrained(widened_model)(prose)["input_ids"][:NUM_TOKENS]
     reference, _ = load_reference(widened_model, MIXED, torch.bfloat16)
     round_as_kernels(reference)
-    expected = log_probabilities(reference, tokens)
+    expected = windowed_log_probabilities(reference, tokens, WINDOW)
     vocabulary_size = expected.shape[1]
     served = np.concatenate(
         [rows for _, rows in distributions(mixed.server, tokens, vocabulary_size)]
