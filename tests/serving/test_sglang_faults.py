@@ -175,6 +175,49 @@ def test_gptq_rounds_sizes_down() -> None:
     assert layer("ColumnParallelLinear", gptq_marlin(), 1000, 1024).scales.shape == (7, 1024)
 
 
+def gptq_experts(desc_act: bool = False) -> Any:
+    """Parameters of SGLang's GPTQ experts on one of two ranks: 512 inputs, 1024 inner features."""
+    from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinMoEScheme
+
+    made: Any = torch.nn.Module()
+    made.moe_tp_size = 2
+    scheme = GPTQMarlinMoEScheme(gptq_marlin(desc_act))
+    scheme.create_weights(made, 4, 512, 512, torch.bfloat16)
+    return made
+
+
+@pytest.mark.usefixtures("played_gpu")
+def test_gptq_experts_have_float16_scales_in_a_bfloat16_model() -> None:
+    """gptq/schemes/gptq_moe.py:239, 247; fused_marlin_moe.py:233 asserts the model's dtype."""
+    made = gptq_experts()
+    assert {made.w13_scales.dtype, made.w2_scales.dtype} == {torch.float16}
+
+
+@pytest.mark.usefixtures("played_gpu")
+def test_gptq_experts_hold_the_down_scales_of_all_ranks() -> None:
+    """gptq/schemes/gptq_moe.py:198: a rank's 512 inner features are 4 groups of 128."""
+    assert gptq_experts().w2_scales.shape == (4, 8, 512)
+
+
+@pytest.mark.usefixtures("played_gpu")
+def test_gptq_experts_with_act_order_hold_the_down_scales_of_one_rank() -> None:
+    """gptq/schemes/gptq_moe.py:196: its columns may be of the other rank's groups."""
+    assert gptq_experts(desc_act=True).w2_scales.shape == (4, 4, 512)
+
+
+@pytest.mark.usefixtures("played_gpu")
+def test_gptq_experts_have_parameters_that_no_checkpoint_fills() -> None:
+    """gptq/schemes/gptq_moe.py:290, 300."""
+    made = gptq_experts()
+    assert made.w13_g_idx_sort_indices.shape == made.w2_g_idx_sort_indices.shape == (4, 512)
+
+
+@pytest.mark.usefixtures("played_gpu")
+def test_gptq_experts_hold_packed_zero_points_in_the_models_dtype() -> None:
+    """gptq/schemes/gptq_moe.py:262, 274: no kernel is given them."""
+    assert gptq_experts().w13_qzeros.dtype == torch.bfloat16
+
+
 def test_gptq_asks_whether_marlin_fits_and_does_not_listen() -> None:
     """hardware_backend/gpu/quantization/gptq_kernels.py:89."""
     from sglang.srt.hardware_backend.gpu.quantization.gptq_kernels import GPTQMarlinLinearKernel
