@@ -116,8 +116,10 @@ class MixedPrecisionLoader(DefaultModelLoader):
         with set_default_torch_dtype(model_config.dtype), returning:
             with device:
                 model: torch.nn.Module = _initialize_model(model_config, self.load_config, config)
-            is_last = get_parallel().pp_group.is_last_rank
-            stage = Stage(model, plan.tied, is_last=is_last)
+            stages = get_parallel().pp_group
+            stage = Stage(
+                model, plan.tied, num_stages=stages.world_size, is_last=stages.is_last_rank
+            )
             check_built(config, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
             weights = self._verified(plan, iter(VirtualCheckpoint(plan, stage.runs)))

@@ -21,20 +21,28 @@ class Stage:
         model: as SGLang built it.
         tied: tied layer name -> the layer whose weight it shares. A stage that has the one and
             not the other reads the shared weight for it.
-        is_last: whether this rank is of the last stage.
+        num_stages: that the server runs.
+        is_last: whether this rank is of the last one.
     Raises:
-        LoadError: the last stage has no head, as where SGLang's model only knows to use the
-            embedding, which is on the first stage (models/llama.py:569).
+        LoadError: SGLang's model is not split into stages, or the last one has no head, as where
+            the model only knows to use the embedding, which is on the first (models/llama.py:569).
     """
 
     def __init__(
-        self, model: torch.nn.Module, tied: Mapping[str, str], *, is_last: bool = True
+        self,
+        model: torch.nn.Module,
+        tied: Mapping[str, str],
+        *,
+        num_stages: int = 1,
+        is_last: bool = True,
     ) -> None:
         self._elsewhere = tuple(
             f"{name}."
             for name, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, PPMissingLayer)
         )
+        if num_stages > 1 and self.is_whole:
+            raise LoadError(_unsplit(type(model).__name__, num_stages))
         heads = [name for name in tied if self._is_elsewhere(name)]
         if is_last and heads:
             raise LoadError(_headless(type(model).__name__, heads[0], tied[heads[0]]))
@@ -61,6 +69,15 @@ class Stage:
 
     def _is_elsewhere(self, name: str) -> bool:
         return bool(self._elsewhere) and f"{name}.".startswith(self._elsewhere)
+
+
+def _unsplit(model_class: str, num_stages: int) -> Problem:
+    return Problem(
+        f"--pp-size {num_stages}",
+        f"SGLang's {model_class} is not split into pipeline stages",
+        "start with --tp instead",
+        "pipeline",
+    )
 
 
 def _headless(model_class: str, head: str, embedding: str) -> Problem:

@@ -277,3 +277,12 @@ class TestStage:
         model.lm_head = model.model.embed_tokens  # type: ignore[attr-defined]
         with pytest.raises(LoadError, match="gives the last stage no head of its own; start wit"):
             Stage(model, layers.tied)
+
+    def test_model_that_sglang_does_not_split_is_refused(self, layers: SimpleNamespace) -> None:
+        import torch
+
+        from mixedprec_plugin.errors import LoadError
+        from mixedprec_plugin.serving.stages import Stage
+
+        with pytest.raises(LoadError, match="--pp-size 2: SGLang's Module is not split into pip"):
+            Stage(torch.nn.Module(), layers.tied, num_stages=2)
