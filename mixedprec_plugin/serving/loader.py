@@ -16,7 +16,6 @@ import torch
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
 from sglang.srt.runtime_context import get_parallel
@@ -197,9 +196,12 @@ def _restore(model: torch.nn.Module) -> None:
     SGLang does so before an update from 0.5.23 on; our methods do nothing the second time.
     """
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if isinstance(method, QuantizeMethodBase):
-            method.restore_weights_before_loading(module)
+        # before 0.5.21 SGLang's own methods have none
+        restore = getattr(
+            getattr(module, "quant_method", None), "restore_weights_before_loading", None
+        )
+        if restore is not None:
+            restore(module)
 
 
 def _apply_name_mapper(config: MixedPrecisionConfig, model_config: ModelConfig) -> None:
