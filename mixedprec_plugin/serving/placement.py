@@ -74,7 +74,7 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def is_recording() -> bool:
     """Whether what this thread writes is being counted."""
-    modes = _get_current_dispatch_mode_stack()  # type: ignore[no-untyped-call]
+    modes = _get_current_dispatch_mode_stack()
     return any(isinstance(mode, WriteRecorder) for mode in modes)
 
 
