@@ -87,6 +87,11 @@ _ON_CPU: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (None, "auto"),
         "the CPU platform runs experts in a loop of its own",
     ),
+    (
+        "speculative_algorithm",
+        (None,),
+        "SGLang's speculative decoding needs sgl-kernel, which does not load without a GPU",
+    ),
     ("enable_eplb", (None, False), "SGLang measures and moves experts on GPUs"),
     ("enable_memory_saver", (None, False), "it frees the memory of a GPU"),
 )

@@ -130,6 +130,8 @@ def test_option_that_goes_is_let_through(llama: Path, argv: tuple[str, ...]) -> 
     [
         (("--enable-lora",), "--enable-lora: True: SGLang keeps adapters in pinned memory"),
         (("--lora-paths", "a=/x"), "SGLang keeps adapters in pinned memory"),
+        (("--speculative-algorithm", "NGRAM"), "NGRAM': SGLang's speculative decoding needs sgl-k"),
+        (("--speculative-algorithm", "EAGLE"), "EAGLE': SGLang's speculative decoding needs sgl-k"),
         (("--enable-memory-saver",), "--enable-memory-saver: True: it frees the memory of a GPU"),
     ],
 )
@@ -189,13 +191,6 @@ def test_explicit_backend_of_experts_is_refused(
 def test_all_problems_of_a_launch_are_told_at_once(mixtral: Path) -> None:
     flags = ("--quantization", "fp8", "--enable-lora", "--ep-size", "2", "--tp", "2")
     assert len(check(mixtral, BY_EXPERT, *flags)) == 4
-
-
-def test_no_draft_model_runs_on_a_cpu(llama: Path) -> None:
-    from sglang.srt.platforms import current_platform
-
-    for algorithm in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE"):
-        assert not current_platform.supports_speculative_algorithm(algorithm)
 
 
 def test_draft_model_is_loaded_as_sglang_would(llama: Path) -> None:
