@@ -34,7 +34,12 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 
 COMPOSED = Path(__file__).with_name("composed.yaml")
-NAMES = {"gptq": "gptq-int4-g128", "awq": "autoround-awq-int4-g128", "fp8": "fp8-block", "w8a8": "w8a8-int8"}
+NAMES = {
+    "gptq": "gptq-int4-g128",
+    "awq": "autoround-awq-int4-g128",
+    "fp8": "fp8-block",
+    "w8a8": "w8a8-int8",
+}
 LIMITS = {"weight-only": 0.002, "with quantized activations": 0.01}
 
 
