@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-gpu lint format bench quality memory tp dryrun compat clean plan-speed
+.PHONY: help install demo test test-gpu lint format bench quality memory experts tp dryrun compat clean plan-speed composite-speed
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
@@ -44,7 +44,7 @@ format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: quality memory tp plan-speed
+bench: quality memory experts tp plan-speed composite-speed
 
 quality: $(INSTALLED)
 	@$(RUN) -m benchmarks.quality --out docs/quality.md
@@ -52,14 +52,21 @@ quality: $(INSTALLED)
 memory: $(INSTALLED)
 	@$(RUN) -m benchmarks.memory --out docs/memory.md
 
+experts: $(INSTALLED)
+	@$(RUN) -m benchmarks.experts --out docs/experts.md
+
 tp: $(INSTALLED)
 	@$(RUN) -m benchmarks.tensor_parallel --out docs/tensor_parallel.md
 
 plan-speed: $(INSTALLED)
 	@$(RUN) -m benchmarks.plan
 
+composite-speed: $(INSTALLED)
+	@$(RUN) -m benchmarks.composite_experts
+
 dryrun: $(INSTALLED)
 	@$(RUN) -m tests.dryrun.matrix --out docs/cuda.md
+	@$(RUN) -m pytest -q tests/dryrun -m every_card
 
 compat: $(INSTALLED)
 	@$(RUN) -m compat --out docs/compat.md
@@ -72,6 +79,7 @@ clean:
 third-party: $(INSTALLED)
 	@nice -n 10 $(RUN) -m benchmarks.third_party.make
 	@nice -n 10 $(RUN) -m benchmarks.third_party.reference
+	@$(RUN) -W ignore -m benchmarks.third_party.serve --out docs/third_party.md
 
 .PHONY: families
 families: $(INSTALLED)

@@ -41,7 +41,7 @@ def run_module(tool: Tool, module: str, arguments: Sequence[str], log: Path) -> 
     """Run one of this folder's modules in a tool's environment.
 
     Args:
-        module: its name, such as "quantize_autoawq".
+        module: its name, such as "quantize_autoround".
         log: file that its output is written to.
     Raises:
         subprocess.CalledProcessError: it failed; the log tells why.

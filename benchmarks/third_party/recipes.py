@@ -43,7 +43,6 @@ class Recipe:
 
 # gptqmodel starts one worker on two cores, and then asks for two
 GPTQMODEL = Tool("gptqmodel", "gptqmodel", {"GPTQMODEL_CPU_WORKERS": "2"})
-AUTOAWQ = Tool("autoawq", "autoawq", _KEEP_MEMORY)
 LLMCOMPRESSOR = Tool("llmcompressor", "llmcompressor")
 AUTO_ROUND = Tool("auto-round", "autoround", _KEEP_MEMORY)
 
@@ -63,6 +62,5 @@ RECIPES = {
             {"group_size": 128, "fold": True, "windows": 4, "tokens": 256},
         ),
         # the slowest, therefore last
-        Recipe("awq-int4-g128", AUTOAWQ, {"group_size": 128, "windows": 2, "tokens": 256}),
     )
 }

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 _ALWAYS = "H100"
 _TITLES = [
-    pytest.param(title, marks=() if title == _ALWAYS else pytest.mark.slow)
+    pytest.param(title, marks=() if title == _ALWAYS else pytest.mark.every_card)
     for title in ("H100", "RTX 2080 Ti", "A100", "RTX 4090", "B200")
 ]
 # class, and scheme where it has one
