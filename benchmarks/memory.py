@@ -31,10 +31,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.presets import PRESETS, fitting_presets
 from demo.model import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-PRESETS = ROOT / "configs" / "presets"
 STOCK = "(bf16, stock SGLang)"
 _MIB = 2**20
 _MARK = "MEMORY "
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child is not None:
         _load_and_report(options.child, options.modules)
         return 0
-    names = options.preset or [STOCK, *sorted(path.stem for path in PRESETS.glob("*.yaml"))]
+    names = options.preset or [STOCK, *fitting_presets(checkpoint("widened"))]
     results = []
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -243,7 +243,8 @@ def table(results: list[Result]) -> str:
 _PAGE = """# Memory while loading
 
 Written by `make memory`: the widened SmolLM2-135M-Instruct on the CPU platform, SGLang {sglang};
-MiB. For every preset a fresh process loads once, cold; nothing is warmed up by an earlier load.
+MiB. For every shipped preset for dense models a fresh process loads once, cold; nothing is warmed
+up by an earlier load.
 
 - *baseline*: the anonymous memory of a process that has imported every module that loading imports,
   has initialized SGLang's distributed state, and has no model. Not in the table, because it

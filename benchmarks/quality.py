@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.engine_logprobs import WINDOW, distributions
+from benchmarks.presets import PRESETS, fitting_presets
 from benchmarks.reference_model import (
     load_reference,
     load_unquantized,
@@ -38,7 +39,6 @@ from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.plan.model import Target
 
 ROOT = Path(__file__).resolve().parents[1]
-PRESETS = ROOT / "configs" / "presets"
 PROSE = ROOT / "benchmarks" / "data" / "prose.txt"
 UNQUANTIZED = "(bf16, no preset)"
 WEIGHT_ONLY_LIMIT = 0.002
@@ -89,9 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    names = options.preset or [UNQUANTIZED, *sorted(path.stem for path in PRESETS.glob("*.yaml"))]
-    known = _read(options.out)
     model_path = checkpoint("widened")
+    names = options.preset or [UNQUANTIZED, *fitting_presets(model_path)]
+    known = _read(options.out) if options.preset else {}
     tokens = AutoTokenizer.from_pretrained(model_path)(PROSE.read_text(encoding="utf-8"))[
         "input_ids"
     ]
@@ -224,10 +224,10 @@ _PAGE = """# Quality
 
 Written by `make quality`; the numbers are also in quality.json.
 
-For every shipped preset a server runs the widened SmolLM2-135M-Instruct on the CPU platform
-(SGLang {sglang}, torch {torch}), and gives its log-probabilities over the whole vocabulary of
-49,152 tokens, nothing cut off, for {tokens} tokens of English prose (benchmarks/data/prose.txt),
-each given all tokens before it.
+For every shipped preset for dense models a server runs the widened SmolLM2-135M-Instruct on the
+CPU platform (SGLang {sglang}, torch {torch}), and gives its log-probabilities over the whole
+vocabulary of 49,152 tokens, nothing cut off, for {tokens} tokens of English prose
+(benchmarks/data/prose.txt), each given all tokens before it.
 
 - *reference*: one run of a transformers {transformers} model in bf16, the engine's dtype. Quantized
   layers hold the same weights, read by independent numpy and torch code
