@@ -83,7 +83,8 @@ def windowed_log_probabilities(model: Any, tokens: list[int], window: int) -> to
     """
     AttentionInterface.register(_ATTENTION, _attend_to_window)
     model.set_attn_implementation(_ATTENTION)
-    cache, rows = DynamicCache(config=model.config), []
+    cache: Any = DynamicCache(config=model.config)
+    rows = []
     with torch.inference_mode():
         for start in range(0, len(tokens) - 1, window):
             overlap = []

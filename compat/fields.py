@@ -13,9 +13,9 @@ SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _MODULES = ("sglang.srt.server_args", "sglang.srt.arg_groups")
 # parameters that hold ServerArgs, or the namespace that they are made from, where nothing says so
 _NAMES = ("server_args", "args")
-_OURS = ("mixedprec_plugin.serving", "mixedprec_plugin.cpu")
-# its launch options name fields in strings
-_EARLY = "mixedprec_plugin.serving.early"
+_OURS = ("mixedprec_plugin.serving", "mixedprec_plugin.cpu", "mixedprec_plugin.experts")
+# their tables of launch options name fields in strings
+_TABLES = ("mixedprec_plugin.serving.options", "mixedprec_plugin.experts.launch")
 
 
 def field_uses(ours: Sources) -> Iterator[Use]:
@@ -28,7 +28,7 @@ def field_uses(ours: Sources) -> Iterator[Use]:
                 name = ""
                 if isinstance(node, ast.Attribute) and ast.unparse(node.value) in _NAMES:
                     name = node.attr
-                elif isinstance(node, ast.Constant) and module == _EARLY:
+                elif isinstance(node, ast.Constant) and module in _TABLES:
                     name = str(node.value)
                 if name.isidentifier():
                     where = f"{ours.path(module)}:{getattr(node, 'lineno', 1)}"

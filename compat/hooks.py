@@ -79,14 +79,15 @@ def _parameter_faults(ours: Function, theirs: Function) -> list[str]:
     wanted = signature(theirs)
     names = list(wanted.parameters)
     skip = 0 if kind(theirs) == "staticmethod" else 1
-    own = [argument.arg for argument in ours.args.args[1:]][skip:]
+    in_order = [argument.arg for argument in ours.args.args[1:]][skip:]
+    own = in_order + [argument.arg for argument in ours.args.kwonlyargs]
     faults = [
         f"has no parameter {name} (takes {', '.join(names)})"
         for name in own
         if name not in names[skip:]
     ]
-    if not faults and own != names[skip : skip + len(own)]:
-        faults.append(f"takes {', '.join(names)} (expected {', '.join(own)} first)")
+    if not faults and in_order != names[skip : skip + len(in_order)]:
+        faults.append(f"takes {', '.join(names)} (expected {', '.join(in_order)} first)")
     if not (ours.args.vararg or ours.args.kwarg):
         more = [name for name in names[skip:] if name not in own]
         faults += [f"has a parameter {name} that the hook does not take" for name in more]

@@ -37,11 +37,12 @@ def test_the_installed_sglang_lacks_nothing(checker: Checker, sglang_sources: So
 
 
 def test_all_hooks_are_read(checker: Checker) -> None:
-    from mixedprec_plugin.serving.hooks import HOOKS
+    from mixedprec_plugin.serving.hooks import CPU_HOOKS, HOOKS
 
-    assert [row.target for row in checker.hooks] == [hook.target for hook in HOOKS]
+    hooks = HOOKS + CPU_HOOKS
+    assert [row.target for row in checker.hooks] == [hook.target for hook in hooks]
     names = [row.function.name for row in checker.hooks]
-    assert names == [hook.function.__name__ for hook in HOOKS]
+    assert names == [hook.function.__name__ for hook in hooks]
 
 
 _QUANTIZATION = "sglang.srt.layers.quantization"
