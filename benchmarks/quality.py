@@ -242,7 +242,8 @@ vocabulary of 49,152 tokens, nothing cut off, for {tokens} tokens of English pro
   below {weight_only} for weight-only presets and {quantized} where activations are quantized, and
   the perplexities must agree within 1%. The first row is a stock bf16 server.
 - *KL to fp32*: from one run of the same model in fp32, transformers' norms unchanged: nothing is
-  rounded but what the method rounds. It is no criterion. Where activations are quantized the model
+  rounded but what the method rounds. It is no criterion, and may be over the limit (fp8-block was
+  when this was the criterion, and the bf16 reference came after). With quantized input the model
   is chaotic (a rounding that turns over makes others do so), and two correct implementations
   that round at different points, or sum in another order, end up about this far from each other.
 - *PPL bf16*, *KL to bf16*: the unquantized weights in fp32, and how far the preset is from them:
