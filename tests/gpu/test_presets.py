@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from mixedprec_plugin.preset.load import load_preset
 from tests.gpu import memory, speed
 from tests.gpu.card import PRESETS, preset_plan, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 _QUALITY = Path(__file__).resolve().parents[2] / "docs" / "quality.json"
-NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+# those for models with experts name layers that the dense demo model does not have
+NAMES = sorted(
+    path.stem
+    for path in PRESETS.glob("*.yaml")
+    if not any("experts" in p for rule in load_preset(path).rules for p in rule.patterns)
+)
 # of the CPU engine's perplexity; activations that are quantized make roundings turn over
 _PERPLEXITY = 0.01
 _MEMORY = 0.02
