@@ -18,6 +18,7 @@ from benchmarks.activations import (
     input_quantizer,
     scales_by_row,
 )
+from benchmarks.reference_experts import expert_place, split_experts
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.plan.model import Target
 from tests.reference.dequantize import dequantize_method
@@ -52,15 +53,19 @@ def load_reference(
     """
     model = load_unquantized(model_path, dtype)
     stream = open_virtual_checkpoint(model_path, preset_path, Target(device="cpu"))
+    experts = split_experts(model) if model.config.model_type == "mixtral" else {}
     untouched = {name for name, _ in model.named_parameters()}
     for layer_name, tensors in _layers(stream):
         layer = stream.plan.by_name[layer_name]
-        if layer.method in QUANTIZED:
-            assert layer.scheme is not None
-            _replace(model, layer_name, _linear(layer.method, tensors, layer.scheme.arguments))
+        arguments = layer.scheme.arguments if layer.scheme is not None else {}
+        if place := expert_place(layer_name):
+            block, expert, projection = place
+            experts[block].put(expert, projection, _linear(layer.method, tensors, arguments))
+        elif layer.method in QUANTIZED:
+            _replace(model, layer_name, _linear(layer.method, tensors, arguments))
             untouched -= {f"{layer_name}.weight", f"{layer_name}.bias"}
         else:
-            untouched -= _copy(model, layer_name, tensors)
+            untouched -= _copy(model, layer_name.replace(".block_sparse_moe.", ".mlp."), tensors)
     if untouched:
         raise ReferenceError(f"no tensor came for {', '.join(sorted(untouched))}")
     return model, stream
@@ -128,6 +133,8 @@ def _linear(
     method: str, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
 ) -> QuantizedInputLinear | WeightOnlyLinear:
     bias = tensors["bias"].float() if "bias" in tensors else None
+    if method not in QUANTIZED:
+        return WeightOnlyLinear(tensors["weight"].float(), bias)
     quantizer = input_quantizer(method, arguments)
     if quantizer is None:
         return WeightOnlyLinear(torch.from_numpy(_dequantize(method, tensors, arguments)), bias)
