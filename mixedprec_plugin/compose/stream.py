@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +232,3 @@ def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: st
 def _function(lazy: str) -> Callable[..., Any]:
     function: Callable[..., Any] = load_object(lazy)
     return function
-
-
-def tensors_of(plan: Plan) -> Mapping[str, PlannedLayer]:
-    """Tensor name of the virtual checkpoint -> the layer that it belongs to."""
-    return {f"{layer.name}.{suffix}": layer for layer in plan.layers for suffix in layer.outputs}

@@ -9,16 +9,14 @@ import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from sglang.srt.layers.quantization.unquant import (
-    UnquantizedFusedMoEMethod,
-    UnquantizedLinearMethod,
-)
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.groups import ExpertGroup
 from mixedprec_plugin.experts.method import experts_method
+from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.construct import build_config, cuda_capability
 from mixedprec_plugin.plan.architecture import FUSED_MODULES
 from mixedprec_plugin.plan.auto import AUTO
@@ -27,8 +25,6 @@ from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
 from mixedprec_plugin.serving.source_configs import config_of_source, guard, refusals
-
-_UNQUANTIZED = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
 
 
 class MixedPrecisionConfig(QuantizationConfig):
@@ -135,9 +131,7 @@ class MixedPrecisionConfig(QuantizationConfig):
         is_auto = scheme.method == AUTO
         with refusals(prefix, type(child).__name__) if is_auto else contextlib.nullcontext():
             method = child.get_quant_method(layer, prefix)
-        if method is None or isinstance(
-            method, UnquantizedLinearMethod | UnquantizedFusedMoEMethod
-        ):
+        if method is None or isinstance(method, UnquantizedLinearMethod):
             owner = f" ({type(child).__name__})" if is_auto else ""
             asked = "as it is stored" if is_auto else f"in {scheme.label}"
             text = f"SGLang{owner} would leave it unquantized, not {asked}"
@@ -173,7 +167,7 @@ class MixedPrecisionConfig(QuantizationConfig):
         if capability is not None and capability < least:
             what = (
                 f"{scheme.label} does not run on this GPU, whose compute capability is "
-                f"{_version(capability)} (expected {_version(least)} or more)"
+                f"{version(capability)} (expected {version(least)} or more)"
             )
             found.append(("min-capability", what, "give the layers another method"))
         dtypes = child.get_supported_act_dtypes()
@@ -203,8 +197,3 @@ def _unknown_module(layer: torch.nn.Module, prefix: str) -> Problem:
         "the architecture names its modules otherwise than the checkpoint does; please report it",
         "unknown-module",
     )
-
-
-def _version(capability: int) -> str:
-    """89 -> "8.9"."""
-    return f"{capability // 10}.{capability % 10}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixedprec_plugin.checkpoint.converted import embedded_preset
-from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
@@ -74,7 +74,38 @@ def make_plan(
     if gpu is not None:
         running = served_dtype(running, gpu.capability)
     target = Target(device, tp_size, running, gpu)
-    return resolve_plan(preset, source, target, open_other_sources(preset))
+    return _resolved_once(preset, source, target, open_other_sources(preset))
+
+
+# the last plan of this process, and the state of its files when it was made
+_last: tuple[Plan, object] | None = None
+
+
+def _resolved_once(
+    preset: Preset, model: Source, target: Target, others: Mapping[str, Source]
+) -> Plan:
+    """Resolve a plan, or take the last of this process where nothing changed since.
+
+    A start asks several times: the command line, SGLang's model configs, the loader. Coupled
+    layers of several sources may need weights to be read each time.
+    """
+    global _last
+    sources = {model.name: model, **others}
+    state = _state(sources)
+    if _last is not None:
+        plan, planned_state = _last
+        is_same = (plan.preset, plan.target, dict(plan.sources)) == (preset, target, sources)
+        if is_same and planned_state == state:
+            return plan
+    plan = resolve_plan(preset, model, target, others)
+    _last = plan, state
+    return plan
+
+
+def _state(sources: Mapping[str, Source]) -> object:
+    """When every file of the sources was last written; None for what is not downloaded yet."""
+    paths = {tensor.path for source in sources.values() for tensor in source.tensors.values()}
+    return {path: path.stat().st_mtime_ns if path.exists() else None for path in paths}
 
 
 def serving_gpu() -> Gpu | None:

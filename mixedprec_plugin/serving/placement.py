@@ -87,9 +87,9 @@ def load_weights(
 ) -> None:
     """Fill a model with the tensors of its plan.
 
-    Linear layers of the plan go straight to their parameters' weight loaders: module, parameter
-    and shard are known, so no name matching of the model's can lose or rename them. The rest
-    (embeddings, norms, routers, experts) goes through `model.load_weights`.
+    Linear layers and experts of the plan go straight to their parameters' weight loaders: module,
+    parameter and shard are known, so no name matching of the model's can lose or rename them. The
+    rest (embeddings, norms, routers) goes through `model.load_weights`.
 
     Args:
         model: built with `config`.

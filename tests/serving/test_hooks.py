@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,3 +169,22 @@ class TestCompositeConfig:
             for name in ("mlp.down", "mlp.down")
         )
         assert first.quant_method.quant_config is second.quant_method.quant_config
+
+
+def test_a_start_resolves_its_plan_once_and_again_after_a_file_changed(tmp_path: Path) -> None:
+    from mixedprec_plugin.serving.early import make_plan
+    from mixedprec_plugin.serving.settings import Settings
+
+    model = write_llama(tmp_path / "model")
+    preset = tmp_path / "p.yaml"
+    preset.write_text("version: 1\nrules: [{match: '*_proj', method: bf16}]\n")
+
+    def planned(dtype: str) -> object:
+        return make_plan(str(model), Settings(str(preset)), dtype, 1, "cpu")
+
+    first = planned("auto")
+    assert planned("bfloat16") is first
+    assert planned("float16") is not first
+    again = planned("auto")
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert planned("auto") is not again
