@@ -6,6 +6,8 @@ scales: x ~= codes * scale. The functions of groups raise ShapeError where K is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mixedprec_plugin.errors import Problem, ShapeError
@@ -56,18 +58,22 @@ def quantize_int8_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     return codes.to(torch.int8).view(x.shape), scales.squeeze(-1)
 
 
-def quantize_fp8_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8_tokens(
+    x: torch.Tensor, greatest: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize every token to e4m3 with one scale.
 
     Args:
         x: [T, K], floating point.
+        greatest: the greatest magnitude of every token here -> that of all its parts, float32
+            [T, 1], where x is a part of the tokens' columns.
     Returns:
         codes float8_e4m3fn [T, K]; scales float32 [T, 1]. A row of zeros has codes and scale 0.
     Source:
         kernels/jit/csrc/gemm/per_token_quant_fp8.cuh: scale = amax / 448, code = x * fl(1/scale).
     """
     x = x.float()
-    scales = x.abs().amax(dim=-1, keepdim=True) / FP8_MAX
+    scales = greatest(x.abs().amax(dim=-1, keepdim=True)) / FP8_MAX
     inverse = torch.where(scales == 0, 0.0, scales.reciprocal())
     codes = (x * inverse).clamp_(-FP8_MAX, FP8_MAX)
     return codes.to(torch.float8_e4m3fn), scales

@@ -38,72 +38,94 @@ def block_matmul(
     Returns:
         [T, N] in dtype.
     """
-    multiply = _multiply_int8 if codes.dtype == torch.int8 else _multiply_fp8
+    total = torch.zeros(codes.shape[0], weight.shape[0])
+    add_blocks(codes, scales, weight, weight_scales, block_size, total)
+    return total.to(dtype)
+
+
+def add_blocks(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    block_size: tuple[int, int],
+    total: torch.Tensor,
+) -> None:
+    """Add the product to a sum, one K-block after the other.
+
+    Args:
+        codes, scales, weight, weight_scales, block_size: as of `block_matmul`.
+        total: float32 [T, N], added to in place.
+    """
+    add = _add_int8 if codes.dtype == torch.int8 else _add_fp8
     row_scales = weight_scales.repeat_interleave(block_size[0], dim=0)[: weight.shape[0]]
     row_scales = row_scales.t().contiguous()
-    out = torch.empty(codes.shape[0], weight.shape[0], dtype=dtype)
-    for start in range(0, codes.shape[0], _TOKENS):
-        tokens = slice(start, start + _TOKENS)
-        multiply(codes[tokens], scales[tokens], weight, row_scales, out[tokens])
-    return out
+    for tokens in _blocks(codes.shape[0], _TOKENS):
+        add(codes[tokens], scales[tokens], weight, row_scales, total[tokens])
 
 
-def _multiply_int8(
+def _add_int8(
     codes: torch.Tensor,
     scales: torch.Tensor,
     weight: torch.Tensor,
     row_scales: torch.Tensor,
-    out: torch.Tensor,
+    total: torch.Tensor,
 ) -> None:
-    """Write [T, N] to out; row_scales [K/BK, N]. A sum of 128 products of int8 is exact."""
+    """Add to [T, N]; row_scales [K/BK, N]. A sum of 128 products of int8 is exact."""
     block_k = codes.shape[1] // scales.shape[1]
     # Without VNNI `_int_mm` is a plain loop, and float32 is faster and as exact.
     use_int8 = torch.cpu._is_vnni_supported()
-    total = torch.zeros(out.shape)
     for index, block in enumerate(_blocks(codes.shape[1], block_k)):
         left, right = codes[:, block], weight[:, block].t()
         dot = torch._int_mm(left, right).float() if use_int8 else left.float() @ right.float()
         total += dot.mul_(scales[:, index : index + 1]).mul_(row_scales[index])
-    out.copy_(total)
 
 
-def _multiply_fp8(
+def _add_fp8(
     codes: torch.Tensor,
     scales: torch.Tensor,
     weight: torch.Tensor,
     row_scales: torch.Tensor,
-    out: torch.Tensor,
+    total: torch.Tensor,
 ) -> None:
-    """Write [T, N] to out; row_scales [K/BK, N]. The decoded codes' unit is a power of two."""
+    """Add to [T, N]; row_scales [K/BK, N]. The decoded codes' unit is a power of two."""
     left = decode_e4m3(codes).float()
     scales = scales * E4M3_UNIT**2
-    multiply = _sum_batched if codes.shape[0] <= _FEW_TOKENS else _sum_blocks
-    with exact_in_bfloat16(enabled=multiply is _sum_blocks):
+    add = _add_batched if codes.shape[0] <= _FEW_TOKENS else _add_looped
+    with exact_in_bfloat16(enabled=add is _add_looped):
         for rows in _blocks(weight.shape[0], _ROWS):
             right = decode_e4m3(weight[rows]).float()
-            out[:, rows] = multiply(left, scales, right, row_scales[:, rows])
+            add(left, scales, right, row_scales[:, rows], total[:, rows])
 
 
-def _sum_batched(
-    left: torch.Tensor, scales: torch.Tensor, right: torch.Tensor, row_scales: torch.Tensor
-) -> torch.Tensor:
-    """[T, K] x [n, K] -> [T, n], all K-blocks at once."""
+def _add_batched(
+    left: torch.Tensor,
+    scales: torch.Tensor,
+    right: torch.Tensor,
+    row_scales: torch.Tensor,
+    total: torch.Tensor,
+) -> None:
+    """Add [T, K] x [n, K] to [T, n], all K-blocks multiplied at once."""
     num_blocks = scales.shape[1]
     lefts = left.view(left.shape[0], num_blocks, -1).transpose(0, 1)
     rights = right.view(right.shape[0], num_blocks, -1).permute(1, 2, 0)
     dots = torch.bmm(lefts, rights)
-    return dots.mul_(scales.t().unsqueeze(2)).mul_(row_scales.unsqueeze(1)).sum(0)
+    # not sum(0), whose order depends on how many blocks there are
+    for dot in dots.mul_(scales.t().unsqueeze(2)).mul_(row_scales.unsqueeze(1)):
+        total += dot
 
 
-def _sum_blocks(
-    left: torch.Tensor, scales: torch.Tensor, right: torch.Tensor, row_scales: torch.Tensor
-) -> torch.Tensor:
-    """[T, K] x [n, K] -> [T, n], one K-block after the other."""
-    total = torch.zeros(left.shape[0], right.shape[0])
+def _add_looped(
+    left: torch.Tensor,
+    scales: torch.Tensor,
+    right: torch.Tensor,
+    row_scales: torch.Tensor,
+    total: torch.Tensor,
+) -> None:
+    """Add [T, K] x [n, K] to [T, n], one K-block after the other."""
     for index, block in enumerate(_blocks(left.shape[1], left.shape[1] // scales.shape[1])):
         dot = left[:, block] @ right[:, block].t()
         total += dot.mul_(scales[:, index : index + 1]).mul_(row_scales[index])
-    return total
 
 
 def _blocks(size: int, block_size: int) -> list[slice]:

@@ -9,13 +9,9 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization import fp8
 from sglang.srt.layers.quantization.utils import convert_to_channelwise
 
-from mixedprec_plugin.cpu.activation import (
-    quantize_fp8_groups,
-    quantize_fp8_static,
-    quantize_fp8_tokens,
-)
+from mixedprec_plugin.cpu.activation import quantize_fp8_groups
 from mixedprec_plugin.cpu.block_linear import multiply_blocks
-from mixedprec_plugin.cpu.channel_matmul import channel_matmul
+from mixedprec_plugin.cpu.channel_linear import multiply_channels
 from mixedprec_plugin.cpu.rows import multiply_rows
 
 
@@ -54,13 +50,6 @@ class Fp8LinearMethod(fp8.Fp8LinearMethod):
             block_size = self.quant_config.weight_block_size
             multiply = partial(multiply_blocks, layer, quantize_fp8_groups, block_size)
             return multiply_rows(multiply, x, bias)
-        return multiply_rows(partial(_multiply_channels, layer), x, bias)
-
-
-def _multiply_channels(layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
-    """[T, K] -> [T, N], a scale a token and a channel."""
-    if layer.token_scale is None:
-        codes, scales = quantize_fp8_tokens(rows)
-    else:
-        codes, scales = quantize_fp8_static(rows, layer.token_scale), layer.token_scale
-    return channel_matmul(codes, scales, layer.weight.data, layer.channel_scales, rows.dtype)
+        weight, scales = layer.weight.data, layer.channel_scales
+        multiply = partial(multiply_channels, layer, weight, scales, layer.token_scale)
+        return multiply_rows(multiply, x, bias)
