@@ -38,7 +38,7 @@ def block_matmul(
     Returns:
         [T, N] in dtype.
     """
-    total = torch.zeros(codes.shape[0], weight.shape[0])
+    total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.float32)
     add_blocks(codes, scales, weight, weight_scales, block_size, total)
     return total.to(dtype)
 

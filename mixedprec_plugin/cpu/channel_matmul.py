@@ -39,7 +39,7 @@ def channel_matmul(
     Source:
         SGLang's triton_scaled_mm and CUTLASS's fp8_scaled_mm.
     """
-    total = torch.zeros(codes.shape[0], weight.shape[0])
+    total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.float32)
     add_products(codes, weight, total)
     return scale_sums(total, scales, channel_scales).to(dtype)
 

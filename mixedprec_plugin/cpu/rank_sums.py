@@ -31,11 +31,14 @@ def add_over_ranks(
     """
     group = _ranks_of(layer)
     if group is None or not shape[0]:
-        total = torch.zeros(shape)
+        total = torch.zeros(shape, dtype=torch.float32)
         add(total)
         return total
     rank = group.rank_in_group
-    total = group.recv(torch.Size(shape), torch.float32) if rank else torch.zeros(shape)
+    if rank:
+        total = group.recv(torch.Size(shape), torch.float32)
+    else:
+        total = torch.zeros(shape, dtype=torch.float32)
     add(total)
     if rank == group.world_size - 1:
         return total
