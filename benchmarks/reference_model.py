@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
-from benchmarks.activations import (
-    QuantizedInputLinear,
-    WeightOnlyLinear,
-    input_quantizer,
-    scales_by_row,
+from benchmarks.reference_experts import ReferenceExperts, split_experts
+from benchmarks.reference_layers import (
+    QUANTIZED,
+    ReferenceError,
+    by_layer,
+    reference_linear,
+    replace_layer,
 )
-from benchmarks.reference_experts import expert_place, split_experts
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
+from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.model import Target
-from tests.reference.dequantize import dequantize_method
-
-QUANTIZED = frozenset({"fp8", "blockwise_int8", "awq", "gptq"})
 
 _ATTENTION = "sdpa_over_windows"
-
-
-class ReferenceError(Exception):
-    """The virtual checkpoint and the transformers model do not fit each other."""
 
 
 def load_unquantized(model_path: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -53,19 +46,22 @@ def load_reference(
     """
     model = load_unquantized(model_path, dtype)
     stream = open_virtual_checkpoint(model_path, preset_path, Target(device="cpu"))
-    experts = split_experts(model) if model.config.model_type == "mixtral" else {}
+    experts: dict[str, ReferenceExperts] = {}
     untouched = {name for name, _ in model.named_parameters()}
-    for layer_name, tensors in _layers(stream):
+    for layer_name, tensors in by_layer(stream):
         layer = stream.plan.by_name[layer_name]
-        arguments = layer.scheme.arguments if layer.scheme is not None else {}
-        if place := expert_place(layer_name):
-            block, expert, projection = place
-            experts[block].put(expert, projection, _linear(layer.method, tensors, arguments))
+        spelled = layer_name.replace(".block_sparse_moe.", ".mlp.")
+        if isinstance(layer.shard, ExpertShard):
+            block = spelled.partition(".experts.")[0]
+            if block not in experts:
+                experts[block] = split_experts(model, block)
+                untouched = {name for name in untouched if not name.startswith(f"{block}.experts.")}
+            experts[block].put(layer, tensors)
         elif layer.method in QUANTIZED:
-            _replace(model, layer_name, _linear(layer.method, tensors, arguments))
+            replace_layer(model, layer_name, reference_linear(layer, tensors))
             untouched -= {f"{layer_name}.weight", f"{layer_name}.bias"}
         else:
-            untouched -= _copy(model, layer_name.replace(".block_sparse_moe.", ".mlp."), tensors)
+            untouched -= _copy(model, spelled, tensors)
     if untouched:
         raise ReferenceError(f"no tensor came for {', '.join(sorted(untouched))}")
     return model, stream
@@ -121,46 +117,6 @@ def _attend_to_window(
         is_causal=True, scale=scaling, enable_gqa=True,
     )[:, :, missing:]  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
-
-
-def _layers(stream: VirtualCheckpoint) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Group the stream by layer; it yields a layer's tensors one after the other."""
-    for layer, items in groupby(stream, key=lambda item: item[0].rpartition(".")[0]):
-        yield layer, {name.rpartition(".")[2]: tensor for name, tensor in items}
-
-
-def _linear(
-    method: str, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
-) -> QuantizedInputLinear | WeightOnlyLinear:
-    bias = tensors["bias"].float() if "bias" in tensors else None
-    if method not in QUANTIZED:
-        return WeightOnlyLinear(tensors["weight"].float(), bias)
-    quantizer = input_quantizer(method, arguments)
-    if quantizer is None:
-        return WeightOnlyLinear(torch.from_numpy(_dequantize(method, tensors, arguments)), bias)
-    codes, block = tensors["weight"].float(), arguments["weight_block_size"]
-    scales = tensors["weight_scale" if block is None else "weight_scale_inv"]
-    return QuantizedInputLinear(codes, scales_by_row(scales, len(codes), block), bias, quantizer)
-
-
-def _dequantize(
-    method: str, tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
-) -> np.ndarray:
-    arrays = {
-        suffix: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        for suffix, tensor in tensors.items()
-    }
-    return np.ascontiguousarray(dequantize_method(method, arrays, arguments), dtype=np.float32)
-
-
-def _replace(model: Any, name: str, module: QuantizedInputLinear | WeightOnlyLinear) -> None:
-    parent, _, attribute = name.rpartition(".")
-    old = model.get_submodule(name)
-    is_codes = isinstance(module, QuantizedInputLinear)
-    shape = tuple(module.get_buffer("codes" if is_codes else "weight").shape)
-    if shape != tuple(old.weight.shape):
-        raise ReferenceError(f"{name}: dequantized to {shape} (expected {tuple(old.weight.shape)})")
-    setattr(model.get_submodule(parent), attribute, module)
 
 
 def _copy(model: Any, layer_name: str, tensors: Mapping[str, torch.Tensor]) -> set[str]:

@@ -85,13 +85,17 @@ def _run_part(wanted: Sequence[Wanted], folder: Path) -> list[Cell]:
 def line(cell: Cell) -> str:
     """One cell in a line."""
     parts = [f"{cell.architecture:18} {cell.column:10} {cell.seconds:5.1f} s"]
-    for tp_size, near in cell.distances.items():
+    for tp_size, held in cell.held.items():
+        steps, logits = held.steps, held.logits
         parts.append(
-            f"tp {tp_size}: {near.error:.4f} (worst {near.worst:.4f}), "
-            f"{near.differing}/{near.unexplained} tokens"
+            f"tp {tp_size}: logits {logits.worst:.4f}, inputs {steps.worst:.4f}, "
+            f"experts {steps.tied}/{steps.elsewhere}, "
+            f"tokens {logits.differing}/{logits.unexplained}"
         )
-        if not near.is_within(cell.column):
-            parts.append("TOO FAR")
+        if not held.is_within:
+            parts.append(f"TOO FAR {max(steps.errors, key=steps.errors.__getitem__)}")
+    if cell.alone and cell.routed:
+        parts.append(f"alone {cell.alone.error:.4f}, routed {cell.routed.error:.4f}")
     parts.append(f"effect {cell.effect:.4f}")
     parts += [
         f"refused at tp {size}: {'; '.join(why)[:200]}" for size, why in cell.refusals.items()

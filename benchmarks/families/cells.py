@@ -9,15 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.families import engine
 from benchmarks.families.architectures import Architecture
 from benchmarks.families.checkpoints import make_checkpoint, prompt
-from benchmarks.families.comparison import Distance, distance
+from benchmarks.families.comparison import Distance, Held, distance
 from benchmarks.families.methods import preset_text
 from benchmarks.families.processes import ChildError, forked, free_port
-from benchmarks.families.reference import run_reference
+from benchmarks.families.reference import Run, run_reference
+from benchmarks.families.trace import Trace, join
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.plan.model import Device, Plan, Target
@@ -35,9 +34,13 @@ class Cell:
     Attributes:
         refusals: tensor-parallel size -> why the plan refuses the method for all layers.
         kept: pattern of the layers that it was served without the method, where that helps.
-        distances: tensor-parallel size -> how far it is from the reference; on two ranks, from one.
-        effect: how far the reference is from the one in bf16, as `Distance.error`.
+        held: tensor-parallel size -> how far its layers are from the reference's.
         failures: what failed, in words; empty if nothing did.
+        alone: how far it is, on one rank, from the reference that gets nothing but the prompt and
+            the tokens after it; None where it was not served.
+        routed: as `alone`, from the reference that sends tokens to the experts that the engine
+            chose, where they are nearly equal.
+        effect: how far the reference is from the one in bf16, as `Distance.error`.
         cuda_refusals: as `refusals`, for a GPU.
     """
 
@@ -45,17 +48,18 @@ class Cell:
     column: str
     refusals: dict[int, tuple[str, ...]]
     kept: str
-    distances: dict[int, Distance]
+    held: dict[int, Held]
     failures: tuple[str, ...]
     seconds: float
+    alone: Distance | None = None
+    routed: Distance | None = None
     effect: float = 0.0
     cuda_refusals: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def is_green(self) -> bool:
         """Whether it is served as it should be, or refused with a reason."""
-        served = all(near.is_within(self.column) for near in self.distances.values())
-        return served and not self.failures
+        return all(held.is_within for held in self.held.values()) and not self.failures
 
 
 class Runner:
@@ -97,27 +101,32 @@ class Runner:
     def _compared(
         self, cell: Cell, architecture: Architecture, path: Path, preset: Path, sizes: list[int]
     ) -> Cell:
-        distances: dict[int, Distance] = {}
-        failures: list[str] = []
-        effect = 0.0
         try:
             (one,) = forked(self._ranks(path, preset, 1, []), self.folder)
             forced = one["tokens"][:-1]
+            refer = functools.partial(_refer, architecture, path, forced=forced)
             works: list[Callable[[], Any]] = [
-                functools.partial(reference_logits, architecture, path, which, forced)
-                for which in (preset, self._preset(architecture, "bf16"))
+                functools.partial(refer, preset, one["trace"], takes_inputs=True),
+                functools.partial(refer, preset, one["trace"]),
+                functools.partial(refer, preset),
+                functools.partial(refer, self._preset(architecture, "bf16")),
             ]
+            followed, routed, alone, plain = forked(works, self.folder)
+            held = {1: Held(_distance(one, followed), followed.steps)}
             if 2 in sizes:
-                works += self._ranks(path, preset, 2, forced)
-            reference, plain, *ranks = forked(works, self.folder)
-            distances[1] = distance(one["logits"], reference, NUM_STEPS + 1)
-            if ranks:
-                distances[2] = distance(ranks[0]["logits"], one["logits"], NUM_STEPS + 1)
-            effect = distance(reference, plain, 1).error
+                ranks = forked(self._ranks(path, preset, 2, forced), self.folder)
+                trace = join([rank["trace"] for rank in ranks], _plan(path, preset, 2))
+                work = functools.partial(refer, preset, trace, takes_inputs=True, num_ranks=2)
+                (followed,) = forked([work], self.folder)
+                held[2] = Held(_distance(ranks[0], followed), followed.steps)
         except ChildError as error:
-            failures.append(str(error))
+            return dataclasses.replace(cell, failures=(str(error),))
         return dataclasses.replace(
-            cell, distances=distances, failures=tuple(failures), effect=effect
+            cell,
+            held=held,
+            alone=_distance(one, alone),
+            routed=_distance(one, routed),
+            effect=distance(alone.logits, plain.logits, 1).error,
         )
 
     def _ranks(
@@ -146,12 +155,32 @@ def plan_errors(path: Path, preset: Path, tp_size: int, device: Device = "cpu") 
     return tuple(str(problem) for problem in _plan(path, preset, tp_size, device).errors)
 
 
-def reference_logits(
-    architecture: Architecture, path: Path, preset: Path, forced: list[int]
-) -> torch.Tensor:
-    """The reference's logits of the prompt and the tokens after it."""
+def _distance(served: dict[str, Any], reference: Run) -> Distance:
+    return distance(served["logits"], reference.logits, NUM_STEPS + 1)
+
+
+def _refer(
+    architecture: Architecture,
+    path: Path,
+    preset: Path,
+    trace: Trace | None = None,
+    *,
+    forced: list[int],
+    takes_inputs: bool = False,
+    num_ranks: int = 1,
+) -> Run:
+    """Run the reference over the prompt and the tokens after it."""
     stream = VirtualCheckpoint(_plan(path, preset, 1))
-    return run_reference(architecture, path, stream, prompt(), forced)
+    tokens = (prompt(), forced)
+    return run_reference(
+        architecture,
+        path,
+        stream,
+        tokens,
+        trace,
+        takes_inputs=takes_inputs,
+        num_ranks=num_ranks,
+    )
 
 
 def _plan(path: Path, preset: Path, tp_size: int, device: Device = "cpu") -> Plan:

@@ -1,4 +1,4 @@
-"""How far logits may be from the reference's, and which greedy tokens may differ."""
+"""How far an engine may be from its reference, and which greedy tokens may differ."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ import statistics
 
 import torch
 
-# of the logits' standard deviation, at the median position; what rounding to bf16 does to it, and
-# to the codes of quantized activations
-LIMITS = {
-    "bf16": 0.03, "awq": 0.03, "gptq": 0.03, "gptq_int8": 0.03,
-    "fp8": 0.16, "fp8_block": 0.16, "int8": 0.06, "mixed": 0.16,
-}  # fmt: skip
-# the share of positions that may be off by more than twice the limit: where two experts are nearly
-# equal, rounding decides which of them a token goes to
-MAX_OUTLIERS = 0.25
+from benchmarks.families.stepwise import ROUNDING, Steps
+
+# what four roundings to bfloat16 can do: of the logits' standard deviation, or of an input's norm.
+# Between two of a layer's inputs lie a product, a norm, a sum, an activation; the same for all
+# methods, because codes of the same activations are the same codes
+LIMIT = 4 * ROUNDING
 # two logits that are further apart than this many times the error do not change places by it
 _GAP = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """How far one run is from another.
+    """How far the logits of one run are from another's.
 
     Attributes:
         errors: root mean square of the logits' difference at each position, over the reference's
@@ -38,13 +35,6 @@ class Distance:
     unexplained: int
     num_tokens: int
 
-    def is_within(self, column: str) -> bool:
-        """Whether a run of a column may be this far from its reference."""
-        limit = LIMITS[column]
-        outliers = sum(error > 2 * limit for error in self.errors)
-        is_near = self.error <= limit and outliers <= MAX_OUTLIERS * len(self.errors)
-        return is_near and not self.unexplained
-
     @property
     def error(self) -> float:
         """At the median position."""
@@ -54,6 +44,30 @@ class Distance:
     def worst(self) -> float:
         """At the worst position."""
         return max(self.errors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """An engine held against its reference, layer by layer.
+
+    Attributes:
+        logits: of the reference whose layers got the engine's inputs.
+        steps: how those inputs differed from its own.
+    """
+
+    logits: Distance
+    steps: Steps
+
+    @property
+    def error(self) -> float:
+        """At the worst position, or the worst input of a layer."""
+        return max(self.logits.worst, self.steps.worst)
+
+    @property
+    def is_within(self) -> bool:
+        """Whether rounding explains everything: each input, each logit, expert and token."""
+        found = (self.steps.elsewhere, self.steps.missing, self.logits.unexplained)
+        return self.error <= LIMIT and not any(found)
 
 
 def distance(got: torch.Tensor, reference: torch.Tensor, num_tokens: int) -> Distance:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.families.trace import watch
+
 # pools of two dozen tokens: what is tried is the model
 MAX_TOTAL_TOKENS = 256
 
@@ -63,11 +65,13 @@ def serve(
         forced: tokens to go on with instead of the model's own; the greedy ones if empty.
     Returns:
         "logits" float32 [T + num_steps, V], of every position of the prompt and every step;
-        "tokens": the greedy one after the prompt, and after each step.
+        "tokens": the greedy one after the prompt, and after each step; "trace": a `Trace` of all.
     """
     from sglang.benchmark import one_batch
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
     from sglang.srt.sampling.sampling_params import SamplingParams
+
+    from mixedprec_plugin.serving.loader import served_config
 
     ranks = SpawnRanks(world_rank=spawn_world_rank(args, tp_rank=rank, pp_rank=0), gpu_id=rank)
     publish(args, role="scheduler", ranks=ranks)
@@ -75,6 +79,7 @@ def serve(
     runner = _model_runner(args, port, rank)
     seen: list[torch.Tensor] = []
     _watch_logits(runner.model, seen)
+    trace = watch(served_config(runner.model).built)
     request = one_batch.Req(
         rid=0,
         origin_input_text="",
@@ -90,7 +95,7 @@ def serve(
         following = torch.tensor([forced[step] if forced else tokens[-1]])
         token, _ = one_batch.decode(following, batch, runner)
         tokens.append(int(token))
-    return {"logits": torch.cat(seen).float(), "tokens": tokens}
+    return {"logits": torch.cat(seen).float(), "tokens": tokens, "trace": trace}
 
 
 def _model_runner(args: Any, port: int, rank: int) -> Any:

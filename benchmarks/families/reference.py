@@ -2,61 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import groupby
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
-from benchmarks.activations import (
-    QuantizedInputLinear,
-    WeightOnlyLinear,
-    input_quantizer,
-    scales_by_row,
-)
 from benchmarks.families.architectures import Architecture
-from benchmarks.families.experts import Projection, ReferenceExperts
+from benchmarks.families.stepwise import Follower, Steps
+from benchmarks.families.trace import Trace
+from benchmarks.reference_experts import ReferenceExperts, split_experts
+from benchmarks.reference_layers import (
+    QUANTIZED,
+    ReferenceError,
+    Tensors,
+    by_layer,
+    reference_linear,
+    replace_layer,
+)
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.plan.architecture import ExpertShard
-from mixedprec_plugin.plan.model import PlannedLayer
-from tests.reference.dequantize import dequantize_method
-
-_QUANTIZED = frozenset({"fp8", "blockwise_int8", "awq", "gptq"})
-Tensors = Mapping[str, torch.Tensor]
 
 
-class ReferenceError(Exception):
-    """The virtual checkpoint and the transformers model do not fit each other."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a reference gave.
+
+    Attributes:
+        logits: float32 [T + len(forced), V], of every position.
+        steps: how it and the engine's modules differed.
+    """
+
+    logits: torch.Tensor
+    steps: Steps
 
 
 def run_reference(
     architecture: Architecture,
     model_path: Path,
     stream: VirtualCheckpoint,
-    prompt: list[int],
-    forced: list[int],
-) -> torch.Tensor:
+    tokens: tuple[list[int], list[int]],
+    trace: Trace | None = None,
+    *,
+    takes_inputs: bool = False,
+    num_ranks: int = 1,
+) -> Run:
     """Run a prompt at once and then token after token, with the weights of a virtual checkpoint.
 
     Args:
-        forced: the tokens to go on with.
-    Returns:
-        logits, float32 [T + len(forced), V].
+        tokens: the prompt, and those to go on with.
+        trace: an engine's: its choices of experts are taken where they differ.
+        takes_inputs: take the inputs of the engine's layers, too.
+        num_ranks: the engine's.
     Raises:
         ReferenceError: a layer that transformers does not have, or one of another shape.
     """
     model = _load(architecture, model_path)
-    _put_weights(model, stream)
+    _put_weights(model, stream, num_ranks)
+    follower = Follower(trace or Trace(), takes_inputs=takes_inputs)
+    if trace is not None:
+        _follow(model, stream, trace, follower)
+    prompt, forced = tokens
     logits, cache = [], None
     with torch.inference_mode():
-        for tokens in (prompt, *([token] for token in forced)):
-            out = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+        for part in (prompt, *([token] for token in forced)):
+            out = model(torch.tensor([part]), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             logits.append(out.logits[0].float())
-    return torch.cat(logits)
+            follower.advance()
+    return Run(torch.cat(logits), follower.steps)
 
 
 def _load(architecture: Architecture, path: Path) -> Any:
@@ -65,27 +80,41 @@ def _load(architecture: Architecture, path: Path) -> Any:
     return model.eval()
 
 
-def _put_weights(model: Any, stream: VirtualCheckpoint) -> None:
+def _put_weights(model: Any, stream: VirtualCheckpoint, num_ranks: int) -> None:
     """Put every quantized layer in its place; the rest is there as it is stored."""
     experts: dict[str, ReferenceExperts] = {}
     mixtures = {
         module
         for module, layers in stream.plan.modules.items()
-        if any(isinstance(x.shard, ExpertShard) and x.method in _QUANTIZED for x in layers)
+        if any(isinstance(x.shard, ExpertShard) and x.method in QUANTIZED for x in layers)
     }
-    by_layer = groupby(stream, key=lambda item: item[0].rpartition(".")[0])
-    for name, items in by_layer:
+    for name, tensors in by_layer(stream):
         layer = stream.plan.by_name[name]
-        tensors = {name.rpartition(".")[2]: tensor for name, tensor in items}
         if layer.module in mixtures:
             if layer.module not in experts:
-                experts[layer.module] = _split(model, layer.module)
-            assert isinstance(layer.shard, ExpertShard)
-            experts[layer.module].put(*layer.shard, _projection(layer, tensors))
-        elif layer.method in _QUANTIZED:
-            _replace(model, _spelled(model, name), _linear(layer, tensors))
+                block = _block(model, layer.module)
+                experts[layer.module] = split_experts(model, block, num_ranks)
+            experts[layer.module].put(layer, tensors)
+        elif layer.method in QUANTIZED:
+            replace_layer(model, _spelled(model, name), reference_linear(layer, tensors))
         else:
             _check_same(model, _spelled(model, name), tensors)
+
+
+def _follow(model: Any, stream: VirtualCheckpoint, trace: Trace, follower: Follower) -> None:
+    for module, layers in stream.plan.modules.items():
+        if layers[0].kind == "linear":
+            for layer in layers:
+                follower.follow_input(model.get_submodule(_spelled(model, layer.name)), module)
+        elif isinstance(layers[0].shard, ExpertShard):
+            block = model.get_submodule(_block(model, module))
+            follower.follow_input(block, module)
+            follower.follow_choices(block.gate, module)
+
+
+def _block(model: Any, module: str) -> str:
+    """The module of transformers whose `experts` a module of experts is."""
+    return _spelled(model, module).rpartition(".")[0]
 
 
 def _spelled(model: Any, name: str) -> str:
@@ -110,52 +139,3 @@ def _check_same(model: Any, name: str, tensors: Tensors) -> None:
             continue
         if held is None or not torch.equal(held.float(), tensor.float()):
             raise ReferenceError(f"{full}: transformers holds another tensor (expected the same)")
-
-
-def _split(model: Any, module: str) -> ReferenceExperts:
-    parent = model.get_submodule(_spelled(model, module).rpartition(".")[0])
-    parent.experts = ReferenceExperts(parent.experts)
-    made: ReferenceExperts = parent.experts
-    return made
-
-
-def _replace(model: Any, name: str, module: torch.nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    old = model.get_submodule(name)
-    buffers = dict(module.named_buffers())
-    shape = (buffers["codes"] if "codes" in buffers else buffers["weight"]).shape
-    if shape != old.weight.shape:
-        raise ReferenceError(f"{name}: dequantized to {shape} (expected {old.weight.shape})")
-    setattr(model.get_submodule(parent), attribute, module)
-
-
-def _projection(layer: PlannedLayer, tensors: Tensors) -> Projection:
-    arguments = layer.scheme.arguments if layer.scheme is not None else {}
-    is_fp8 = layer.method == "fp8" and arguments["weight_block_size"] is None
-    if not is_fp8:
-        return Projection(_linear(layer, tensors))
-    return Projection(None, tensors["weight"].float(), tensors["weight_scale"].float().reshape(()))
-
-
-def _linear(layer: PlannedLayer, tensors: Tensors) -> torch.nn.Module:
-    bias = tensors["bias"].float() if "bias" in tensors else None
-    if layer.method not in _QUANTIZED:
-        return WeightOnlyLinear(tensors["weight"].float(), bias)
-    assert layer.scheme is not None
-    arguments = layer.scheme.arguments
-    quantizer = input_quantizer(layer.method, arguments)
-    if quantizer is None:
-        return WeightOnlyLinear(_dequantize(layer.method, tensors, arguments), bias)
-    codes, block = tensors["weight"].float(), arguments["weight_block_size"]
-    scales = tensors["weight_scale" if block is None else "weight_scale_inv"]
-    return QuantizedInputLinear(codes, scales_by_row(scales, len(codes), block), bias, quantizer)
-
-
-def _dequantize(method: str, tensors: Tensors, arguments: Mapping[str, Any]) -> torch.Tensor:
-    arrays = {
-        suffix: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        for suffix, tensor in tensors.items()
-        if suffix != "bias"
-    }
-    weight = np.ascontiguousarray(dequantize_method(method, arrays, arguments), dtype=np.float32)
-    return torch.from_numpy(weight)

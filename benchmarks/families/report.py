@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sglang
@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from benchmarks.families.cells import Cell
-from benchmarks.families.comparison import LIMITS, MAX_OUTLIERS
+from benchmarks.families.comparison import LIMIT, Distance, Held
 from benchmarks.families.methods import COLUMNS
 
 _HEAD = """# Model families
@@ -21,50 +21,59 @@ Made by `make families` on a plain CPU, with SGLang {sglang}, transformers {tran
 
 Each cell is a tiny random model of the family (two layers, hidden size 512, eight experts), served
 by SGLang's model runner with a preset that gives all layers the method, on one rank and on two.
-`mixed` gives attention block FP8 and the experts of every layer seven schemes. Logits of a prompt
-of 24 tokens and of 8 greedy steps are compared with transformers, which gets the same weights
-dequantized by other code and quantizes activations as the method does; two ranks are compared with
-one.
+`mixed` gives attention block FP8 and the experts of every layer seven schemes. A prompt of 24
+tokens and 8 greedy steps are compared with transformers, which gets the same weights dequantized by
+other code and quantizes activations as SGLang's kernels do.
 
-A cell shows the distance at the median position, on one rank / two, as a part of the logits'
-standard deviation. bf16 rounding alone makes 0.02 of it; with quantized activations, whose codes it
-turns over, up to 0.15. Green (✓) is a distance within {limits}, at most {outliers:.0%} of positions
-beyond twice of it (where two experts are nearly equal, rounding decides between them), and no
-greedy token that the distance does not explain. `refused` is what the plan refuses before anything
-is loaded, with the reason below.
+They are compared layer by layer. Each linear layer and each block of experts of the reference gets
+the input that the engine's got, and the input that the reference had by itself must be the same but
+for rounding; so must the logits at the end, which are made of the reference's own sums. The reason
+is that two correct models part ways: a value between two codes of quantized activations falls to
+one side here and to the other there, and so does a token between two experts.
+
+A cell shows the greatest distance of all inputs and logits on one rank / two: of an input as a part
+of its norm, of the logits at a position as a part of their standard deviation. Green (✓) is at
+most {limit:.4f}, four roundings to bf16, whatever the method; the same experts for each token,
+unless one rounding of the router's logits leads to the others; and no greedy token that the
+distance does not explain. `refused` is what the plan refuses before anything is loaded, with the
+reason below.
+"""
+
+_ALONE = """## Left alone
+
+Median distance of the logits, as above, on one rank, from the reference that gets nothing but the
+engine's tokens. Where two numbers stand, the second is from the reference that also sends tokens to
+the experts that the engine chose, where its own router's logits are nearly equal. This is what
+rounding does in two layers, and no measure of correctness. {differing} of {tokens} greedy tokens
+are not the reference's; each of them by less than the distance explains, but for {unexplained}.
 """
 
 
 def as_markdown(cells: Sequence[Cell]) -> str:
     """Write the page."""
-    by_limit: dict[float, list[str]] = {}
-    for column, limit in LIMITS.items():
-        by_limit.setdefault(limit, []).append(column)
-    limits = "; ".join(f"{limit} ({', '.join(names)})" for limit, names in by_limit.items())
     notes: dict[str, int] = {}
-    rows = _rows(cells, notes)
+    rows = _rows(cells, lambda cell: _text(cell, notes))
     parts = [
         _HEAD.format(
             sglang=sglang.__version__,
             transformers=transformers.__version__,
             torch=torch.__version__.partition("+")[0],
-            limits=limits,
-            outliers=MAX_OUTLIERS,
+            limit=LIMIT,
         ),
         "\n".join(rows),
         "\n".join(f"{number}. {text}" for text, number in notes.items()),
+        _alone(cells),
         _on_cuda(cells),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _rows(cells: Sequence[Cell], notes: dict[str, int]) -> list[str]:
+def _rows(cells: Sequence[Cell], write: Callable[[Cell], str]) -> list[str]:
     found = {(cell.architecture, cell.column): cell for cell in cells}
     rows = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for family in dict.fromkeys(cell.architecture for cell in cells):
         texts = [
-            _text(found[family, column], notes) if (family, column) in found else ""
-            for column in COLUMNS
+            write(found[family, column]) if (family, column) in found else "" for column in COLUMNS
         ]
         rows.append(f"| {family} | {' | '.join(texts)} |")
     return rows
@@ -75,10 +84,10 @@ def _text(cell: Cell, notes: dict[str, int]) -> str:
         return "**failed**"
     shown = []
     for tp_size in (1, 2):
-        near = cell.distances.get(tp_size)
-        shown.append(f"{near.error:.3f}" if near else "refused")
+        held = cell.held.get(tp_size)
+        shown.append(f"{held.error:.4f}" if held else "refused")
     text = ("✓ " if cell.is_green else "**too far** ") + " / ".join(shown)
-    if not cell.distances:
+    if not cell.held:
         text = "refused"
     numbers = sorted({notes.setdefault(note, len(notes) + 1) for note in _notes(cell)})
     return text + "".join(f" [{number}]" for number in numbers)
@@ -91,6 +100,24 @@ def _notes(cell: Cell) -> list[str]:
         kept = f" Served with `{cell.kept}` in bf16." if cell.kept else ""
         made.append(f"Refused on {sizes} rank(s): {reason}.{kept}")
     return made
+
+
+def _alone(cells: Sequence[Cell]) -> str:
+    """How far the models are from references that go their own ways."""
+    served = [cell.alone for cell in cells if cell.alone]
+    head = _ALONE.format(
+        differing=sum(near.differing for near in served),
+        tokens=sum(near.num_tokens for near in served),
+        unexplained=sum(near.unexplained for near in served),
+    )
+    return "\n".join([head, *_rows(cells, _median)])
+
+
+def _median(cell: Cell) -> str:
+    if cell.alone is None or cell.routed is None:
+        return ""
+    is_same = cell.alone == cell.routed
+    return f"{cell.alone.error:.3f}" + ("" if is_same else f", {cell.routed.error:.3f}")
 
 
 def _on_cuda(cells: Sequence[Cell]) -> str:
@@ -119,17 +146,34 @@ def as_json(cells: Sequence[Cell]) -> str:
             "failures": cell.failures,
             "effect_of_the_method": round(cell.effect, 4),
             "seconds": round(cell.seconds, 1),
-            "distances": {
-                str(tp_size): {
-                    "median": round(near.error, 5),
-                    "worst": round(near.worst, 5),
-                    "tokens": near.num_tokens,
-                    "differing": near.differing,
-                    "unexplained": near.unexplained,
-                }
-                for tp_size, near in cell.distances.items()
-            },
+            "held": {str(tp_size): _held(held) for tp_size, held in cell.held.items()},
+            "alone": _logits(cell.alone),
+            "routed": _logits(cell.routed),
         }
         for cell in cells
     ]
     return json.dumps(made, indent=1) + "\n"
+
+
+def _held(held: Held) -> dict[str, Any]:
+    steps = held.steps
+    worst = max(steps.errors, key=steps.errors.__getitem__, default="")
+    return {
+        "logits": _logits(held.logits),
+        "worst_input": {"of": worst, "error": round(steps.worst, 5)},
+        "choices_of_experts": steps.num_choices,
+        "tied": steps.tied,
+        "elsewhere": steps.elsewhere,
+    }
+
+
+def _logits(near: Distance | None) -> dict[str, Any] | None:
+    if near is None:
+        return None
+    return {
+        "median": round(near.error, 5),
+        "worst": round(near.worst, 5),
+        "tokens": near.num_tokens,
+        "differing": near.differing,
+        "unexplained": near.unexplained,
+    }
