@@ -7,11 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from benchmarks.engine_logprobs import WINDOW, distributions
+from benchmarks.reference_model import load_reference, windowed_log_probabilities
+from benchmarks.rounding import round_as_kernels
 from demo.server import Server
 
 MIXED = Path(__file__).with_name("mixed.yaml")
+# of the prose that distributions are compared on
+NUM_TOKENS = 200
 
 
 @dataclasses.dataclass
@@ -54,3 +61,44 @@ def generate(server: Server, text: str, **sampling: Any) -> Any:
         "return_logprob": True,
     }
     return server.request("/generate", body)
+
+
+def chat(server: Server) -> str:
+    """What the server answers to a question, over the OpenAI API."""
+    question = "What is the capital of France? Answer in one sentence."
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": 20,
+    }
+    answer = server.request("/v1/chat/completions", body)
+    content: str = answer["choices"][0]["message"]["content"]
+    return content
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearness:
+    """How far a server is from independently dequantized weights.
+
+    Attributes:
+        divergence: mean KL(reference || server) a token, in nats.
+        loss: mean of reference minus server, of the log-probabilities of the text.
+    """
+
+    divergence: float
+    loss: float
+
+
+def nearness(server: Server, model: Path, preset: Path, text: str) -> Nearness:
+    """Compare a server's distributions over a text with those of transformers."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(model)(text)["input_ids"][:NUM_TOKENS]
+    reference, _ = load_reference(model, preset, torch.bfloat16)
+    round_as_kernels(reference)
+    expected = windowed_log_probabilities(reference, tokens, WINDOW)
+    served = np.concatenate([rows for _, rows in distributions(server, tokens, expected.shape[1])])
+    difference = expected - torch.from_numpy(served)
+    chosen = difference.gather(1, torch.tensor(tokens[1:])[:, None])
+    return Nearness(float((expected.exp() * difference).sum(-1).mean()), float(chosen.mean()))

@@ -7,34 +7,19 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.engine_logprobs import WINDOW, distributions
-from benchmarks.reference_model import load_reference, windowed_log_probabilities
-from benchmarks.rounding import round_as_kernels
 from demo.server import Server
 from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.plan.render import summary_lines
 from tests.presets import plan
-from tests.server.conftest import MIXED, Mixed, generate, greedy
-
-NUM_TOKENS = 200
+from tests.server.conftest import MIXED, Mixed, chat, generate, greedy, nearness
 
 
 def test_server_answers_over_the_openai_api(mixed: Mixed) -> None:
-    body = {
-        "model": "default",
-        "messages": [
-            {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
-        ],
-        "temperature": 0,
-        "max_tokens": 20,
-    }
-    answer = mixed.server.request("/v1/chat/completions", body)
-    assert "Paris" in answer["choices"][0]["message"]["content"]
+    assert "Paris" in chat(mixed.server)
 
 
 def test_log_shows_the_plan(mixed: Mixed, widened_model: Path) -> None:
@@ -58,21 +43,9 @@ def test_plan_file_says_what_runs(mixed: Mixed) -> None:
 def test_distributions_are_those_of_independently_dequantized_weights(
     mixed: Mixed, widened_model: Path, prose: str
 ) -> None:
-    from transformers import AutoTokenizer
-
-    tokens = AutoTokenizer.from_pretrained(widened_model)(prose)["input_ids"][:NUM_TOKENS]
-    reference, _ = load_reference(widened_model, MIXED, torch.bfloat16)
-    round_as_kernels(reference)
-    expected = windowed_log_probabilities(reference, tokens, WINDOW)
-    vocabulary_size = expected.shape[1]
-    served = np.concatenate(
-        [rows for _, rows in distributions(mixed.server, tokens, vocabulary_size)]
-    )
-    difference = expected - torch.from_numpy(served)
-    divergence = (expected.exp() * difference).sum(-1)
-    assert float(divergence.mean()) < 0.01
-    chosen = difference.gather(1, torch.tensor(tokens[1:])[:, None])
-    assert abs(float(chosen.mean())) < 0.01
+    near = nearness(mixed.server, widened_model, MIXED, prose)
+    assert near.divergence < 0.01
+    assert abs(near.loss) < 0.01
 
 
 class TestUpdateWeightsFromDisk:
