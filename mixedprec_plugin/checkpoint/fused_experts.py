@@ -26,6 +26,8 @@ _PARTS = {
     for projection in _HALVES
     for end, suffix in _SUFFIXES.items()
 }
+_PROJECTIONS = tuple(_HALVES)
+_OWN_LAYERS = tuple(f".experts.{projection}" for projection in _HALVES)
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -33,8 +35,8 @@ Tensors = Mapping[str, StoredTensor]
 def is_fused(name: str, tensors: Tensors) -> bool:
     """Whether a layer holds the experts of a block in one tensor, by the names of its tensors."""
     if name.endswith(".experts"):
-        return any(suffix.startswith(tuple(_HALVES)) for suffix in tensors)
-    return name.endswith(tuple(f".experts.{projection}" for projection in _HALVES))
+        return any(suffix.startswith(_PROJECTIONS) for suffix in tensors)
+    return name.endswith(_OWN_LAYERS)
 
 
 def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:

@@ -109,8 +109,8 @@ def parse_header(file: BinaryIO, size: int, path: Path) -> dict[str, StoredTenso
 
 def _stored_tensor(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
+        begin, end = map(int, entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"its entry for {name!r} is malformed") from error
     if dtype in DTYPE_BITS:

@@ -62,6 +62,8 @@ def find_mixed_modules(
         the modules' names, and an error for each way in which they are mixed.
     """
     mixed: dict[str, tuple[str, list[str]]] = {}
+    if not any(rule.scheme.method == AUTO for rule in rules.values()):
+        return set(), []
     for module, shards in modules.items():
         automatic = [s for s in shards if s in rules and rules[s].scheme.method == AUTO]
         if not automatic or len(shards) < 2:

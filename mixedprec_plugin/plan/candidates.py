@@ -17,7 +17,7 @@ _WORD = re.compile(r"[^\W\d]\w*")
 _NUMBER = re.compile(r"-?\d+")
 _LIST = re.compile(r"\{-?\d+(?:,-?\d+)+\}")
 # below this many matches, building the index takes longer
-_FEW = 8
+_FEW = 3
 
 
 class Candidates:
@@ -29,7 +29,8 @@ class Candidates:
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
-        self._by_place: dict[str, list[str]] = {}
+        # places that names have -> place -> those of them that have it, too
+        self._indices: dict[tuple[str, ...], dict[str, list[str]]] = {}
         self._num_asked = 0
 
     def match(self, pattern: str) -> list[str]:
@@ -38,19 +39,27 @@ class Candidates:
         return [name for name in self._narrowed(pattern) if matches(name)]
 
     def _narrowed(self, pattern: str) -> Collection[str]:
-        self._num_asked += 1
+        needed = sorted(_places(pattern), key=len)
+        self._num_asked += bool(needed)
         if self._num_asked <= _FEW:
             return self._names
-        if not self._by_place:
-            for name in self._names:
-                for place in _NUMBERED.findall(name):
-                    self._by_place.setdefault(place, []).append(name)
         best: Collection[str] = self._names
-        for places in _places(pattern):
-            found = [name for place in places for name in self._by_place.get(place, ())]
-            if len(found) < len(best):
-                best = found
+        known: tuple[str, ...] = ()
+        for places in needed:
+            index = self._index(known, best)
+            if len(places) > 1:
+                return [name for place in places for name in index.get(place, ())]
+            best = index.get(places[0], ())
+            known = (*known, places[0])
         return best
+
+    def _index(self, known: tuple[str, ...], names: Collection[str]) -> dict[str, list[str]]:
+        if known not in self._indices:
+            index = self._indices[known] = {}
+            for name in names:
+                for place in _NUMBERED.findall(name):
+                    index.setdefault(place, []).append(name)
+        return self._indices[known]
 
 
 def _places(pattern: str) -> Iterator[Sequence[str]]:

@@ -98,8 +98,9 @@ def check_layers(
 ) -> list[Problem]:
     """Check that each layer can be made what the plan says and that its method serves its shape."""
     siblings: dict[object, list[PlannedLayer]] = {}
-    for layer in layers:
-        siblings.setdefault(_parameter(layer), []).append(layer)
+    parameters = [_parameter(layer) for layer in layers]
+    for layer, parameter in zip(layers, parameters, strict=True):
+        siblings.setdefault(parameter, []).append(layer)
     shapes: dict[object, object] = {}
     for parameter, shards in siblings.items():
         if len(shards) > 1:
@@ -108,10 +109,9 @@ def check_layers(
     found = _fused_experts(layers, config)
     # layers that are alike have the same faults; a large model has 70,000 layers of few kinds
     known: dict[object, tuple[_Fault, ...]] = {}
-    for layer in layers:
+    for layer, parameter in zip(layers, parameters, strict=True):
         if layer.stored is None:
             continue
-        parameter = _parameter(layer)
         key = (
             id(layer.stored), id(layer.scheme), layer.action, layer.rule is None, layer.kind,
             last_component(layer.name), shapes[parameter],

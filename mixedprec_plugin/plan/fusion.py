@@ -30,6 +30,9 @@ def settle_fused_modules(
     schemes = dict(asked)
     conflicts: dict[tuple[str, str], list[str]] = {}
     for module, shards in modules.items():
+        first = asked[shards[0]]
+        if all(asked[shard] is first for shard in shards):
+            continue
         wanted = {s.identity: s for shard in shards if (s := asked[shard]) is not None}
         if len(wanted) < 2:
             continue

@@ -34,7 +34,8 @@ def test_narrowing_loses_no_name(parts: list[str]) -> None:
     [
         ("model.layers.7.*", 16),
         ("*.experts.{1,7}.w1", 72),
-        ("*.layers.17.mlp.experts.{1,7}.*", 16),
+        ("*.layers.17.mlp.experts.{1,7}.*", 8),
+        ("model.layers.17.mlp.experts.7.*", 4),
         ("*layers.7.*", len(NAMES)),
         ("*.w1", len(NAMES)),
     ],

@@ -62,9 +62,10 @@ class FormatCache:
     def of(self, source: Source, name: str) -> StoredFormat | None:
         """The format of one layer of a source; see `detect_format`."""
         known = self._known.setdefault(source.name, {})
-        if name not in known:
-            known[name] = self._find(source, name)
-        return known[name]
+        if name in known:
+            return known[name]
+        found = known[name] = self._find(source, name)
+        return found
 
     def _find(self, source: Source, name: str) -> StoredFormat | None:
         if source.name not in self._apart:
