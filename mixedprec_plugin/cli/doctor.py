@@ -25,6 +25,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fp8", {}),
     ("fp8_block", {}),
     ("fp8", {"activation_scheme": "static"}),
+    ("fp8_channel", {}),
     ("blockwise_int8", {}),
     ("blockwise_int8", {"weight_block_size": [64, 64]}),
     ("awq", {}),

@@ -90,6 +90,9 @@ def _rename_scales(
 ) -> dict[str, torch.Tensor]:
     """8-bit codes stay, scales get SGLang's name, dtype (float32 holds all others) and shape."""
     scale = tensors[stored.dequantizer_arguments["scale"]].float()
+    if scheme.method == "fp8_channel":
+        channels = scale.view(-1, 1).expand(stored.N, 1).contiguous()
+        return {"weight": tensors["weight"], "weight_scale": channels}
     is_block = scheme.arguments["weight_block_size"] is not None
     made = {"weight": tensors["weight"]}
     made["weight_scale_inv" if is_block else "weight_scale"] = scale if is_block else scale.view(())

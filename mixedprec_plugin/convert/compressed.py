@@ -27,6 +27,7 @@ from mixedprec_plugin.quantize.packing import pack, unpack_awq
 _ASKED = frozenset({"linear", "expert", "router", "lm_head"})
 _PACKED = "pack-quantized"
 _FLOAT = "float-quantized"
+_FP8 = ("fp8", "fp8_channel")
 
 
 class CompressedForm:
@@ -66,7 +67,7 @@ class CompressedForm:
         N, K = layer.stored.N, layer.stored.K
         own = _stored_suffixes(layer.scheme)
         rest = {suffix: spec for suffix, spec in layer.outputs.items() if suffix not in own}
-        if layer.scheme.method == "fp8":
+        if layer.scheme.method in _FP8:
             return _fp8_outputs(layer) | rest
         bits, group_size = layer.scheme.arguments["bits"], layer.scheme.arguments["group_size"]
         groups = num_groups(K, group_size)
@@ -85,7 +86,7 @@ class CompressedForm:
             return composed
         own = _stored_suffixes(layer.scheme)
         rest = {suffix: tensor for suffix, tensor in composed.items() if suffix not in own}
-        if layer.scheme.method == "fp8":
+        if layer.scheme.method in _FP8:
             return _fp8_tensors(composed) | rest
         if layer.scheme.method == "gptq":
             return repack_gptq(composed, layer.scheme.arguments["bits"]) | rest
@@ -136,7 +137,7 @@ def _why_not(layer: PlannedLayer) -> str:
         return ""
     if scheme.method == "blockwise_int8":
         return f"{scheme.label} cannot be written: SGLang reads no INT8 in blocks there"
-    if scheme.method not in ("fp8", "gptq", "awq"):
+    if scheme.method not in (*_FP8, "gptq", "awq"):
         return f"{scheme.label} ({scheme.method}) has no counterpart there"
     if scheme.method == "gptq" and scheme.arguments["desc_act"]:
         return f"{scheme.label} cannot be written: its groups are in act order"
@@ -152,7 +153,7 @@ def _targets(layer: PlannedLayer) -> list[str]:
 
 
 def _stored_suffixes(scheme: Scheme) -> frozenset[str]:
-    if scheme.method == "fp8":
+    if scheme.method in _FP8:
         return frozenset({"weight", "weight_scale", "weight_scale_inv", "input_scale"})
     return frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
@@ -160,6 +161,10 @@ def _stored_suffixes(scheme: Scheme) -> frozenset[str]:
 def _group(scheme: Scheme) -> dict[str, Any]:
     """One `config_groups` entry, without its targets."""
     arguments = scheme.arguments
+    if scheme.method == "fp8_channel":
+        weights = _arguments(num_bits=8, type="float", strategy="channel")
+        inputs = _arguments(num_bits=8, type="float", strategy="token", dynamic=True)
+        return {"format": _FLOAT, "weights": weights, "input_activations": inputs}
     if scheme.method != "fp8":
         group_size = arguments["group_size"]
         weights = _arguments(
@@ -201,6 +206,8 @@ def _fp8_outputs(layer: PlannedLayer) -> dict[str, TensorSpec]:
     outputs = layer.outputs
     if "weight_scale_inv" in outputs:
         return {"weight": outputs["weight"], "weight_scale": outputs["weight_scale_inv"]}
+    if outputs["weight_scale"].shape:
+        return {suffix: outputs[suffix] for suffix in ("weight", "weight_scale")}
     scales = [suffix for suffix in ("weight_scale", "input_scale") if suffix in outputs]
     return {"weight": outputs["weight"], **{s: TensorSpec("F32", (1,)) for s in scales}}
 
@@ -208,6 +215,8 @@ def _fp8_outputs(layer: PlannedLayer) -> dict[str, TensorSpec]:
 def _fp8_tensors(composed: Tensors) -> dict[str, torch.Tensor]:
     if "weight_scale_inv" in composed:
         return {"weight": composed["weight"], "weight_scale": composed["weight_scale_inv"]}
+    if composed["weight_scale"].dim():
+        return {suffix: composed[suffix] for suffix in ("weight", "weight_scale")}
     scales = [suffix for suffix in ("weight_scale", "input_scale") if suffix in composed]
     return {"weight": composed["weight"], **{s: composed[s].reshape(1) for s in scales}}
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
-from sglang.srt.layers.quantization import blockwise_int8, fp8
+from sglang.srt.layers.quantization import blockwise_int8, fp8, w8a8_fp8
 from sglang.srt.layers.quantization.awq import AWQConfig, awq
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8Config
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig, gptq
+from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config
 
 from mixedprec_plugin.cpu.awq_experts import AWQMoEMethod, CpuAWQMoEScheme
 from mixedprec_plugin.cpu.awq_linear import AWQLinearMethod, CpuAWQLinearScheme
+from mixedprec_plugin.cpu.fp8_channel_experts import W8A8FP8MoEMethod
+from mixedprec_plugin.cpu.fp8_channel_linear import W8A8Fp8LinearMethod
 from mixedprec_plugin.cpu.fp8_experts import Fp8MoEMethod
 from mixedprec_plugin.cpu.fp8_linear import Fp8LinearMethod
 from mixedprec_plugin.cpu.gptq_experts import CpuGPTQMoEScheme, GPTQMarlinMoEMethod
@@ -61,6 +64,29 @@ class CpuFp8Config(Fp8Config):
                     remedy="give the layer another method",
                 )
             )
+
+
+class CpuChannelFp8Config(W8A8Fp8Config):
+    """`W8A8Fp8Config` on the CPU, as `serving.fp8_channel.ChannelFp8Config` has it.
+
+    Attributes:
+        weight_block_size: None, there are no blocks.
+    """
+
+    weight_block_size: list[int] | None = None
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The method's name in presets."""
+        return "fp8_channel"
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The layer's method; None where the layer is none that is quantized."""
+        method = super().get_quant_method(layer, prefix)
+        if isinstance(method, w8a8_fp8.W8A8FP8MoEMethod):
+            return W8A8FP8MoEMethod(self)
+        is_quantized = isinstance(method, w8a8_fp8.W8A8Fp8LinearMethod)
+        return W8A8Fp8LinearMethod(self) if is_quantized else method
 
 
 class CpuBlockInt8Config(BlockInt8Config):

@@ -22,6 +22,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 from sglang.srt.layers.quantization.gptq.gptq import GPTQMarlinMoEMethod
 from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.layers.quantization.w8a8_fp8 import W8A8FP8MoEMethod
 from sglang.srt.platforms import current_platform
 
 from mixedprec_plugin.cpu import unquantized_experts
@@ -35,6 +36,7 @@ from mixedprec_plugin.experts.loading import GROUPS, OWNERS, add_routers
 _UNSUMMED_METHODS = (
     UnquantizedFusedMoEMethod,
     Fp8MoEMethod,
+    W8A8FP8MoEMethod,
     BlockInt8MoEMethod,
     AWQMoEMethod,
     GPTQMarlinMoEMethod,

@@ -9,7 +9,7 @@ from typing import Any
 # (gptq_kernels.py, awq_moe.py: `assert get_moe_runner_backend().is_auto()`)
 MARLIN_METHODS = frozenset({"awq", "gptq"})
 # methods whose experts run in SGLang's Triton kernels
-TRITON_METHODS = frozenset({"bf16", "fp8", "blockwise_int8"})
+TRITON_METHODS = frozenset({"bf16", "fp8", "fp8_channel", "blockwise_int8"})
 
 # explicit backends that a method's experts really run in; SGLang's classes pass others over
 # without a word (`create_moe_runner` in quantization/{unquant,fp8,blockwise_int8}.py)
@@ -21,6 +21,7 @@ BACKENDS = {
     "fp8": frozenset(
         {"triton", "deep_gemm", "cutlass", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
     ),
+    "fp8_channel": frozenset({"triton"}),
     "blockwise_int8": frozenset({"triton"}),
     **dict.fromkeys(MARLIN_METHODS, frozenset[str]()),
 }

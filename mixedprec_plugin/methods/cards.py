@@ -85,6 +85,7 @@ _SIZE = re.compile(r"\b(\d+) ?gi?b\b")
 # what serves instead of a method, the nearest in size first
 _INSTEAD: Mapping[str, tuple[str, ...]] = {
     "fp8": ("blockwise_int8", "gptq", "awq"),
+    "fp8_channel": ("fp8", "blockwise_int8", "gptq", "awq"),
     "blockwise_int8": ("fp8", "gptq", "awq"),
     "gptq": ("awq", "fp8"),
     "awq": ("gptq", "blockwise_int8", "fp8"),

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mixedprec_plugin.errors import MethodError, Problem
-from mixedprec_plugin.methods import auto, awq, bf16, blockwise_int8, fp8, gptq
+from mixedprec_plugin.methods import auto, awq, bf16, blockwise_int8, fp8, fp8_channel, gptq
 from mixedprec_plugin.methods.spec import MethodSpec
 from mixedprec_plugin.names import nearest
 
@@ -18,6 +18,7 @@ _BUILT_IN = MappingProxyType(
     {
         "bf16": bf16.SPEC,
         "fp8": fp8.SPEC,
+        "fp8_channel": fp8_channel.SPEC,
         "blockwise_int8": blockwise_int8.SPEC,
         "awq": awq.SPEC,
         "gptq": gptq.SPEC,

@@ -18,6 +18,7 @@ _TRIES: Mapping[str, tuple[tuple[str, tuple[dict[str, Any], ...]], ...]] = {
     "awq": (("awq", _GROUPS), ("gptq", _GROUPS), ("fp8", ({},))),
     "gptq": (("gptq", _GROUPS), ("awq", _GROUPS), ("fp8", ({},))),
     "fp8": (("fp8", ({"weight_block_size": None},)), ("gptq", _GROUPS_OF_8_BITS)),
+    "fp8_channel": (("gptq", _GROUPS_OF_8_BITS),),
     "blockwise_int8": (
         ("blockwise_int8", ({"weight_block_size": [64, 64]},)),
         ("fp8", ({},)),
@@ -88,18 +89,20 @@ def _with_ranks(shape: LayerShape, tp_size: int) -> LayerShape:
 
 
 def _specs() -> Mapping[str, Any]:
-    from mixedprec_plugin.methods import awq, blockwise_int8, fp8, gptq
+    from mixedprec_plugin.methods import awq, blockwise_int8, fp8, fp8_channel, gptq
 
-    return {module.SPEC.name: module.SPEC for module in (awq, blockwise_int8, fp8, gptq)}
+    modules = (awq, blockwise_int8, fp8, fp8_channel, gptq)
+    return {module.SPEC.name: module.SPEC for module in modules}
 
 
 def _faults(method: str, arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
-    from mixedprec_plugin.methods import awq, blockwise_int8, fp8, gptq
+    from mixedprec_plugin.methods import awq, blockwise_int8, fp8, fp8_channel, gptq
 
     find = {
         "awq": awq.faults,
         "gptq": gptq.faults,
         "fp8": fp8.faults,
+        "fp8_channel": fp8_channel.faults,
         "blockwise_int8": blockwise_int8.faults,
     }[method]
     return find(arguments, shape, device)

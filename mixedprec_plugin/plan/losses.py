@@ -57,7 +57,7 @@ def find_shard_losses(layers: Sequence[PlannedLayer], target: Target) -> list[tu
         "its shards are of several sources, each with its own scale; on compute capability 12.x "
         "SGLang rounds them all again, to the largest scale"
     )
-    return [(text, "use weight_block_size: [128, 128] there")]
+    return [(text, "use method: fp8_channel there")]
 
 
 def relative_rms(method: str, arguments: Mapping[str, Any], N: int, K: int) -> float:
@@ -69,7 +69,7 @@ def relative_rms(method: str, arguments: Mapping[str, Any], N: int, K: int) -> f
     Returns:
         0 for methods that are not known here.
     """
-    if method == "fp8":
+    if method in ("fp8", "fp8_channel"):
         return _E4M3_RMS
     if method == "blockwise_int8":
         block_n, block_k = arguments["weight_block_size"]

@@ -2,13 +2,13 @@
 
     integers in groups   GPTQ v1 and v2, AWQ, compressed-tensors' pack-quantized, auto-round's
                          packings: all store codes, zero points and scales of W = (q - zero) * scale
-    8-bit beside scales  FP8 per tensor and in blocks, INT8 in blocks, under other tools' names
+    8-bit beside scales  FP8 per tensor, channel and block, INT8 in blocks, under other tools' names
+    one FP8 scale        as a scale for each channel, all of them alike
 
 Decided from headers and config.json. What only the values tell (zero points that are all the middle
 of the range, a g_idx that is in order) is checked when they are read, see `compose.repack`.
 
-FP8 with one scale a channel has no counterpart here: `fp8` has one a tensor or a block. Such layers
-are served as they are by `method: auto`.
+    one FP8 scale       as one for each channel, all alike
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.preset.model import Scheme
 
 _INTEGERS = frozenset({"awq", "gptq", "pack-quantized"})
-_CODES = {"fp8": "F8_E4M3", "blockwise_int8": "I8"}
+_CODES = {"fp8": "F8_E4M3", "fp8_channel": "F8_E4M3", "blockwise_int8": "I8"}
 
 
 def is_repackable(
@@ -120,6 +120,8 @@ def _are_same_scales(
     if how.get("codes") != "weight" or tensors["weight"].dtype != _CODES[scheme.method]:
         return False
     static = "input_scale" in tensors
+    if scheme.method == "fp8_channel":
+        return not static and stored.facts.get("strategy") in ("tensor", "channel")
     if asked["activation_scheme"] != ("static" if static else "dynamic"):
         return False
     if static and math.prod(tensors["input_scale"].shape) != 1:

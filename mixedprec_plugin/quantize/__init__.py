@@ -1,6 +1,7 @@
 """Pure functions between a weight and the tensors that a quantization method stores.
 
-    fp8, blockwise_int8, awq, gptq   one module a method: `quantize` and `dequantize`
+    fp8, fp8_channel, blockwise_int8,
+    awq, gptq                        one module a method: `quantize` and `dequantize`
     scaled, pack_quantized           `dequantize` for what other tools store
     gptq_stored                      what kernels take for granted of a stored GPTQ layer
     blocks                           one scale for each [block_n, block_k] tile of a weight

@@ -82,7 +82,7 @@ _METHODS_OF_FAMILIES = {
 def _served(layer: PlannedLayer) -> float:
     if layer.scheme is None or layer.scheme.method == "bf16":
         return _FLOAT
-    if layer.scheme.method == "fp8":
+    if layer.scheme.method in ("fp8", "fp8_channel"):
         return _FP8
     arguments = layer.scheme.arguments
     bits, group_size = int(arguments.get("bits", 8)), arguments.get("group_size")

@@ -30,7 +30,7 @@ DETECTED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gptqmodel-asym-g64": ("", {}, "gptq", "gptq 4-bit group 64 asymmetric"),
     "gptqmodel-fp8-row": ("", {}, "fp8", "fp8 per channel (reciprocal scales)"),
     "llmcompressor-fp8-block": ("", {}, "fp8", "fp8 block [128, 128] (float-quantized)"),
-    "llmcompressor-fp8-dynamic": ("", {}, "fp8", "fp8 per channel (float-quantized)"),
+    "llmcompressor-fp8-dynamic": ("fp8_channel", {}, "fp8", "fp8 per channel (float-quantized)"),
     "llmcompressor-w8a8-int8": ("", {}, "int8", "int8 per channel (int-quantized)"),
     "autoround-int8": ("", {}, "int8", "int8 per channel (int-quantized)"),
     "llmcompressor-w4a16-g64": ("", {}, "pack-quantized", "pack-quantized 4-bit group 64"),
@@ -209,6 +209,27 @@ class TestConventions:
         assert found.dequantizer_arguments["reciprocal"] is False
         config = {"quant_method": "fp8", "weight_scale_method": "tensor"}
         assert not detect(layer, config).is_readable
+
+    def test_fp8_per_channel_is_served_where_activations_may_have_a_scale_a_token(self) -> None:
+        layer = tensors(weight=("F8_E4M3", (N, K)), weight_scale=("F32", (N, 1)))
+        for method in (None, "fp8", "fp8_channel", "w8a8_fp8"):
+            found = detect(layer, {"quant_method": method} if method else {})
+            assert (found.method, found.arguments) == ("fp8_channel", {})
+            assert (found.description, found.disagreements) == ("fp8 per channel", ())
+        flat = {**layer, **tensors(weight_scale=("F32", (N,)))}
+        static = {**layer, **tensors(input_scale=("F32", (1,)))}
+        for other in (flat, static):
+            assert detect(other, {}).method == ""
+
+    @pytest.mark.parametrize(
+        "inputs", [None, {"dynamic": False}, {"dynamic": True, "group_size": 128}]
+    )
+    def test_fp8_per_channel_beside_other_activations_has_no_method(self, inputs: object) -> None:
+        config = quantization_config("llmcompressor-fp8-dynamic")
+        config["config_groups"]["group_0"]["input_activations"] = inputs
+        found = detect(stored_layer("llmcompressor-fp8-dynamic"), config)
+        assert found.method == ""
+        assert found.is_readable
 
     def test_fp8_per_tensor_is_served_with_its_activation_scheme(self) -> None:
         scale = {"weight": ("F8_E4M3", (N, K)), "weight_scale": ("BF16", (1,))}

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, gptq
+from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, fp8_channel, gptq
 from tests.reference.dequantize import dequantize_method
 
-QUANTIZERS = {"fp8": fp8, "blockwise_int8": blockwise_int8, "awq": awq, "gptq": gptq}
+QUANTIZERS = {
+    "fp8": fp8, "fp8_channel": fp8_channel, "blockwise_int8": blockwise_int8, "awq": awq,
+    "gptq": gptq,
+}  # fmt: skip
 SHARDS: Mapping[str, tuple[str | int | None, ...]] = {
     "column": (None,),
     "merged": (0, 1),
@@ -44,6 +47,8 @@ def make_config(case: Case) -> Any:
             activation_scheme=arguments.get("activation_scheme", "dynamic"),
             weight_block_size=arguments["weight_block_size"],
         )
+    if case.method == "fp8_channel":
+        return configs.CpuChannelFp8Config(is_checkpoint_fp8_serialized=True)
     if case.method == "blockwise_int8":
         return configs.CpuBlockInt8Config(True, "dynamic", None, arguments["weight_block_size"])
     if case.method == "awq":

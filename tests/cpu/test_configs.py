@@ -10,6 +10,7 @@ from tests.cpu.layers import Case, make_config, make_layer
 
 CASES = [
     Case("fp8", {"weight_block_size": None}),
+    Case("fp8_channel", {}),
     Case("blockwise_int8", {"weight_block_size": [128, 128]}),
     Case("awq", {"bits": 4, "group_size": 128}),
     Case("gptq", {"bits": 4, "group_size": 128}),

@@ -16,6 +16,7 @@ SIZES = {"column": (768,), "merged": (768, 768), "qkv": (768, 256, 256), "row": 
 CASES = [
     Case("fp8", {"weight_block_size": None}),
     Case("fp8", {"weight_block_size": [128, 128]}),
+    Case("fp8_channel", {}),
     Case("blockwise_int8", {"weight_block_size": [128, 128]}),
     Case("blockwise_int8", {"weight_block_size": [64, 64]}),
     Case("awq", {"bits": 4, "group_size": 128}),
@@ -30,7 +31,9 @@ CASES = [
 # FP8 rounds activations by up to 2**-4 of a value, 0.026 in the mean square. INT8 truncates them by
 # up to amax / 127, 0.023 in the mean square for an amax of five standard deviations. Weight-only
 # methods round weights and outputs to bfloat16, by up to 2**-9.
-TOLERANCE = {"fp8": 0.035, "blockwise_int8": 0.035, "awq": 0.004, "gptq": 0.004}
+TOLERANCE = {
+    "fp8": 0.035, "fp8_channel": 0.035, "blockwise_int8": 0.035, "awq": 0.004, "gptq": 0.004,
+}  # fmt: skip
 
 
 def _stored(case: Case, sizes: tuple[int, ...], seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -97,9 +100,14 @@ def test_partial_load_keeps_the_other_shards(linear_module, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_class_names_are_those_of_v2_loaders(linear_module, case):
+def test_class_names_are_sglangs_own(linear_module, case):
+    """Linear layers choose their weight loader by the name (layers/linear.py:140)."""
     layer = make_layer(linear_module, "column", make_config(case), (256,), K)
-    assert type(layer.quant_method).__name__ in linear_module.WEIGHT_LOADER_V2_SUPPORTED
+    ours, *bases = type(layer.quant_method).__mro__
+    theirs = next(base for base in bases if base.__module__.startswith("sglang."))
+    assert ours.__name__ == theirs.__name__
+    has_v1 = ours.__name__ == "W8A8Fp8LinearMethod"
+    assert (ours.__name__ in linear_module.WEIGHT_LOADER_V2_SUPPORTED) is not has_v1
 
 
 def _kept_bytes(layer: Any) -> int:

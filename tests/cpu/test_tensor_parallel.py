@@ -20,6 +20,7 @@ SIZES = {"column": (768,), "merged": (768, 768), "qkv": (768, 256, 256), "row": 
 CASES = [
     Case("fp8", {"weight_block_size": None}),
     Case("fp8", {"weight_block_size": [128, 128]}),
+    Case("fp8_channel", {}),
     Case("blockwise_int8", {"weight_block_size": [128, 128]}),
     Case("awq", {"bits": 4, "group_size": 128}),
     Case("gptq", {"bits": 4, "group_size": 128}),
@@ -134,7 +135,7 @@ def test_row_parallel_ranks_add_up_to_the_whole(linear_module, case, num_tokens,
         )
     total = sum(part.float() for part in parts)
     expected = whole.quant_method.apply(whole, x).float()
-    if case.method in ("fp8", "blockwise_int8"):
+    if case.method in ("fp8", "fp8_channel", "blockwise_int8"):
         assert torch.equal(total, expected)
         return
     # Where only weights are quantized each rank rounds its part to bfloat16, as on CUDA.

@@ -25,6 +25,7 @@ CASES = (
     None,
     Case("fp8", {"weight_block_size": None}),
     Case("fp8", {"weight_block_size": [128, 128]}),
+    Case("fp8_channel", {}),
     Case("blockwise_int8", {"weight_block_size": [128, 128]}),
 )
 # tokens whose experts are given; -1 is masked
@@ -36,7 +37,7 @@ IDS = (
 
 def tiles(case: Case | None, is_wide: bool) -> dict[str, int]:
     """Sizes of the kernel's tiles; wide ones are ragged at the edges of N, and of K where K may."""
-    is_block = case is not None and case.arguments["weight_block_size"] is not None
+    is_block = case is not None and case.arguments.get("weight_block_size") is not None
     return {
         "BLOCK_SIZE_M": 16,
         "BLOCK_SIZE_N": 512 if is_wide else 64,
@@ -62,12 +63,21 @@ def align(
 
 
 def quantize_tensor(
-    x: torch.Tensor, scale: torch.Tensor | None = None, **_: Any
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    use_per_token_if_dynamic: bool = False,
+    **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `scaled_fp8_quant` launches on CUDA (kernels/jit/csrc/gemm/per_tensor_quant_fp8.cuh)."""
+    """What `scaled_fp8_quant` launches on CUDA (per_tensor_quant_fp8.cuh, per_token_quant_fp8.cuh).
+
+    Both below kernels/jit/csrc/gemm.
+    """
     if scale is None:
-        scale = (x.float().abs().max() / 448).view(1)
-    inverse = torch.ones(1) / scale
+        magnitudes = x.float().abs()
+        scale = (magnitudes.max() / 448).view(1)
+        if use_per_token_if_dynamic:
+            scale = magnitudes.amax(1, keepdim=True) / 448
+    inverse = torch.where(scale == 0, 0, torch.ones(1) / scale)
     return (x.float() * inverse).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
@@ -102,7 +112,7 @@ def run(case: Case | None, x: torch.Tensor, topk: Any, on_input: bool) -> torch.
             x, info.w13_weight.data, info.w2_weight.data, topk.topk_weights, topk.topk_ids,
             slots, experts, total, config, None, False, False, b1=None, b2=None,
             use_fp8_w8a8=info.use_fp8_w8a8, use_int8_w8a8=info.use_int8_w8a8,
-            use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False,
+            use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=info.per_channel_quant,
             w1_scale=w13_scale, w2_scale=info.w2_scale, w1_zp=None, w2_zp=None,
             a1_scale=None, a2_scale=None, block_shape=info.block_shape, activation="silu",
             is_gated=True, no_combine=True, no_combine_keep_router_weight=True, inplace=False,

@@ -29,13 +29,14 @@ from tests.cpu.layers import Case, make_config
 
 FP8 = Case("fp8", {"weight_block_size": [64, 64]})
 FP8_TENSOR = Case("fp8", {"weight_block_size": None})
+FP8_CHANNEL = Case("fp8_channel", {})
 INT8 = Case("blockwise_int8", {"weight_block_size": [64, 64]})
 AWQ = Case("awq", {"bits": 4, "group_size": 64})
 GPTQ = Case("gptq", {"bits": 4, "group_size": 64})
 GPTQ8 = Case("gptq", {"bits": 8, "group_size": 64})
 NUM_EXPERTS = 8
 # expert -> its method; groups are neither runs nor in order
-MIXED: list[Case | None] = [FP8, AWQ, None, GPTQ, INT8, AWQ, GPTQ8, None]
+MIXED: list[Case | None] = [FP8, AWQ, FP8_CHANNEL, GPTQ, INT8, AWQ, GPTQ8, None]
 WEIGHT_ONLY: list[Case | None] = [GPTQ, AWQ, None, GPTQ, None, AWQ, GPTQ8, None]
 
 
@@ -104,7 +105,7 @@ def test_output_is_near_the_dense_evaluation(expert_layer, cases, limit, num_tok
     assert relative_error(out, exact(cases, x, topk)) < limit
 
 
-@pytest.mark.parametrize("case", [None, FP8, INT8, AWQ, GPTQ, GPTQ8], ids=str)
+@pytest.mark.parametrize("case", [None, FP8, FP8_CHANNEL, INT8, AWQ, GPTQ, GPTQ8], ids=str)
 def test_groups_of_one_method_give_what_one_layer_gives(expert_layer, case):
     from mixedprec_plugin.experts.groups import ExpertGroup
 
@@ -164,12 +165,12 @@ def test_children_do_as_the_layer_is_told(expert_layer, options):
 
 def test_children_are_sglangs_layers_with_the_methods_of_their_scheme(expert_layer):
     layer = make_layer(expert_layer, MIXED)
-    assert [type(child) for child in layer.expert_groups] == [expert_layer] * 6
+    assert [type(child) for child in layer.expert_groups] == [expert_layer] * 7
     assert [type(child.quant_method).__name__ for child in layer.expert_groups] == [
-        "Fp8MoEMethod", "AWQMoEMethod", "UnquantizedFusedMoEMethod", "GPTQMarlinMoEMethod",
-        "BlockInt8MoEMethod", "GPTQMarlinMoEMethod",
+        "Fp8MoEMethod", "AWQMoEMethod", "W8A8FP8MoEMethod", "GPTQMarlinMoEMethod",
+        "BlockInt8MoEMethod", "GPTQMarlinMoEMethod", "UnquantizedFusedMoEMethod",
     ]  # fmt: skip
-    assert [child.num_experts for child in layer.expert_groups] == [1, 2, 2, 1, 1, 1]
+    assert [child.num_experts for child in layer.expert_groups] == [1, 2, 1, 1, 1, 1, 1]
     assert layer.runner is None
     assert layer.runner_backend is None
 

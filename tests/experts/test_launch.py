@@ -45,7 +45,7 @@ def test_all_faults_are_found_at_once():
 
 def test_triton_serves_the_methods_that_it_has_kernels_for():
     args = SimpleNamespace(moe_runner_backend="triton")
-    assert why_not_composite(args, ["bf16", "fp8", "blockwise_int8"]) == []
+    assert why_not_composite(args, ["bf16", "fp8", "fp8_channel", "blockwise_int8"]) == []
     ((what, _),) = why_not_composite(args, ["bf16", "awq"])
     assert what.endswith("(expected 'auto')")
 

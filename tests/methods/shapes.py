@@ -12,6 +12,7 @@ SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("unquantized", {}),
     ("fp8", {}),
     ("fp8_block", {}),
+    ("fp8_channel", {}),
     ("int8", {}),
     ("int8", {"weight_block_size": [64, 64]}),
     *(("awq", {"group_size": size}) for size in (32, 64, 128, -1)),

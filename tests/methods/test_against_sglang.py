@@ -83,8 +83,8 @@ def test_marlin_for_awq_constructs_on_a_gpu() -> None:
 
 
 def test_capabilities_are_the_classes_own() -> None:
-    for name, key in (("fp8", "cuda"), ("blockwise_int8", "cuda"), ("gptq", "cuda")):
-        config = build_config(*bind(name, {}), key)
+    for name in ("fp8", "fp8_channel", "blockwise_int8", "gptq"):
+        config = build_config(*bind(name, {}), "cuda")
         assert config.get_min_capability() == METHODS[name].min_capability
     spec = METHODS["awq"]
     assert load_class(spec, "cuda").get_min_capability() == spec.fallback_below
@@ -174,8 +174,11 @@ def linear_method(name: str, given: dict[str, Any], key: str = "cpu") -> tuple[A
     from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8LinearMethod
     from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
     from sglang.srt.layers.quantization.gptq.gptq import GPTQLinearMethod
+    from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8LinearMethod
 
     config = build_config(*bind(name, given), key)
+    if name == "fp8_channel":
+        return W8A8Fp8LinearMethod(config), None
     if name.startswith("fp8"):
         return Fp8LinearMethod(config), None
     if name.startswith("int8"):

@@ -87,6 +87,11 @@ def test_bfloat16_becomes_float16_before_ampere() -> None:
 @pytest.mark.parametrize(
     ("method", "capability", "message"),
     [
+        (
+            "fp8_channel",
+            80,
+            r"fp8_channel does not run .* 8.0 .expected 8.9 or more.; use method: fp8 or block",
+        ),
         ("fp8", 75, r"fp8 does not .* 7.5 .expected 8.0 or more.; use method: awq or unquantized"),
         ("gptq", 75, r"gptq does not run on this GPU.*; use method: awq or unquantized"),
         ("awq", 75, r"awq does not run in bfloat16 on this GPU.*; start with --dtype float16"),
@@ -128,6 +133,7 @@ def test_remedy_names_only_what_runs() -> None:
 @pytest.mark.parametrize(
     ("method", "capability", "message"),
     [
+        ("fp8_channel", 80, "fp8_channel does not .* more.; use method: blockwise_int8 or gptq"),
         ("fp8", 80, "fp8 for experts runs in a Triton kernel .* is 8.0 .expected 8.9 or more"),
         ("awq", 75, "awq for experts runs in Marlin kernels"),
     ],
@@ -138,6 +144,6 @@ def test_experts_need_more(method: str, capability: int, message: str) -> None:
 
 
 def test_newer_cards_refuse_nothing() -> None:
-    for name in ("fp8", "fp8_block", "blockwise_int8", "awq", "gptq", "unquantized"):
+    for name in ("fp8", "fp8_block", "fp8_channel", "int8", "awq", "gptq", "unquantized"):
         for capability in (89, 90, 100, 103, 120, 121):
             assert not reasons(name, capability, linear())

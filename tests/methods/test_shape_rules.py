@@ -111,6 +111,12 @@ def check(
             ),
         ),
         (
+            "fp8_channel",
+            {},
+            LayerShape(96, 1024, (96,), "column", tp_size=4),
+            ("N = 24 is not a multiple of 16, which FP8 matmuls need", "serve with --tp 2"),
+        ),
+        (
             "awq",
             {"group_size": -1},
             LayerShape(768, 768, (768,), "row", tp_size=2),
@@ -206,4 +212,4 @@ def test_every_remedy_works(name: str, given: dict[str, Any], device: str) -> No
                     shape.N, shape.K, shape.shard_sizes, shape.parallel, int(fewer[1])
                 )
                 assert check(name, given, smaller, device) == [], (shape, remedy)
-    assert tried or name in ("unquantized", "fp8")
+    assert tried or name in ("unquantized", "fp8", "fp8_channel")

@@ -57,6 +57,13 @@ def test_blocks_store_a_scale_for_a_partial_block_too(name: str, dtype: str) -> 
     }
 
 
+def test_fp8_channel_stores_what_llm_compressor_writes() -> None:
+    assert stored("fp8_channel", {}, 576, 1536) == {
+        "weight": ("F8_E4M3", (576, 1536)),
+        "weight_scale": ("F32", (576, 1)),
+    }
+
+
 def test_static_fp8_stores_an_input_scale() -> None:
     assert stored("fp8", {"activation_scheme": "static"}, 16, 16)["input_scale"] == ("F32", ())
 
@@ -102,6 +109,7 @@ def test_precision_follows_bits_then_quality() -> None:
         ("awq", {}),
         ("awq", {"group_size": 32}),
         ("fp8", {}),
+        ("fp8_channel", {}),
         ("fp8_block", {}),
         ("int8", {}),
         ("int8", {"weight_block_size": [64, 64]}),

@@ -28,6 +28,7 @@ CPU = Target(device="cpu")
     [
         ("fp8", {}),
         ("fp8_block", {}),
+        ("fp8_channel", {}),
         ("int8", {}),
         ("int8", {"weight_block_size": [64, 64]}),
         ("awq", {"group_size": 128}),
@@ -134,6 +135,6 @@ def test_per_tensor_shards_of_several_sources_warn_of_the_cards_that_round_them(
         "model.layers.0-2.self_attn.k_proj, model.layers.0-2.self_attn.q_proj, "
         "model.layers.0-2.self_attn.v_proj: its shards are of several sources, each with its own "
         "scale; on compute capability 12.x SGLang rounds them all again, to the largest scale; use "
-        "weight_block_size: [128, 128] there"
+        "method: fp8_channel there"
     )
     assert not resolve_plan(loaded, open_source(model), CPU, sources).problems

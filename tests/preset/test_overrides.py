@@ -94,8 +94,8 @@ def test_pattern_needs_no_quotes(write: Write) -> None:
         ),
         (
             "rules.1.method=awk",
-            "unknown method 'awk' (expected bf16, fp8, blockwise_int8, awq, gptq, auto); "
-            "did you mean 'awq'?",
+            "unknown method 'awk' (expected bf16, fp8, fp8_channel, blockwise_int8, awq, gptq, "
+            "auto); did you mean 'awq'?",
         ),
         ("rules.0.match=a{", "'a{' opens a '{' that nothing closes"),
         ("schemes.c=???", "has no value yet ('???'); give it with --mixedprec-set schemes.c=VALUE"),

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from mixedprec_plugin.methods.registry import bind
-from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, gptq
+from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, fp8_channel, gptq
 
-MODULES = {"fp8": fp8, "blockwise_int8": blockwise_int8, "awq": awq, "gptq": gptq}
+MODULES = {
+    "fp8": fp8, "fp8_channel": fp8_channel, "blockwise_int8": blockwise_int8, "awq": awq,
+    "gptq": gptq,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,7 @@ def case(name: str, **arguments: Any) -> Case:
 CASES = (
     case("fp8"),
     case("fp8", weight_block_size=[128, 128]),
+    case("fp8_channel"),
     case("blockwise_int8"),
     case("awq", group_size=32),
     case("awq", group_size=64, clip_search=True),

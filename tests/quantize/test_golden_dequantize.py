@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mixedprec_plugin.errors import ShapeError
-from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, gptq, packing
+from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, fp8_channel, gptq, packing
 from tests.quantize.peers import LAYERS, config, is_expected, numpy_layer, torch_layer
 from tests.reference.dequantize import dequantize_checkpoint
 
@@ -58,8 +58,11 @@ def test_fp8_block_with_ragged_edges_equals_the_reference(layer: str) -> None:
 @layers
 def test_fp8_by_channel_equals_the_reference(layer: str) -> None:
     folder = "llmcompressor-fp8-dynamic"
-    weight = fp8.dequantize(torch_layer(folder, layer), {"weight_block_size": None})
+    tensors = torch_layer(folder, layer)
+    assert tensors["weight_scale"].shape == (len(tensors["weight"]), 1)
+    weight = fp8.dequantize(tensors, {"weight_block_size": None})
     assert_as_reference(weight, folder, layer)
+    assert_as_reference(fp8_channel.dequantize(tensors, {}), folder, layer)
 
 
 @layers

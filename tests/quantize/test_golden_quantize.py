@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, gptq, packing
+from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, fp8_channel, gptq, packing
 from tests.quantize.peers import EXPECTED, LAYERS, original, relative_rms, torch_layer
 
 layers = pytest.mark.parametrize("layer", LAYERS)
@@ -55,6 +55,27 @@ def test_fp8_scales_are_those_of_llmcompressor(folder: str, block: list[int], la
 
 
 @layers
+def test_fp8_by_channel_is_that_of_llmcompressor(layer: str) -> None:
+    ours = fp8_channel.quantize(original(layer), {}, torch.bfloat16)
+    theirs = torch_layer("llmcompressor-fp8-dynamic", layer)
+    assert ours.keys() == theirs.keys()
+    assert torch.equal(ours["weight_scale"].bfloat16(), theirs["weight_scale"])
+    # Theirs are rounded to bf16, which moves a few codes to the neighbour.
+    codes, their_codes = (t["weight"].view(torch.int8).short() for t in (ours, theirs))
+    assert (codes == their_codes).float().mean() > 0.97
+    assert (codes - their_codes).abs().max() <= 1
+
+
+@layers
+def test_fp8_by_channel_is_fp8_in_blocks_of_a_row(layer: str) -> None:
+    weight = original(layer)
+    ours = fp8_channel.quantize(weight, {}, torch.bfloat16)
+    rows = fp8.quantize(weight, {"weight_block_size": [1, 576]}, torch.bfloat16)
+    assert torch.equal(ours["weight_scale"], rows["weight_scale_inv"])
+    assert torch.equal(ours["weight"].view(torch.uint8), rows["weight"].view(torch.uint8))
+
+
+@layers
 def test_fp8_by_row_is_that_of_gptqmodel(layer: str) -> None:
     ours = fp8.quantize(original(layer), {"weight_block_size": [1, 576]}, torch.bfloat16)
     theirs = torch_layer("gptqmodel-fp8-row", layer)
@@ -86,6 +107,7 @@ def test_int8_is_that_of_llmcompressor_to_one_step(layer: str) -> None:
         (gptq, {**G64, "bits": 4, "clip_search": True}, "autoround-native-g64"),
         (gptq, {**G64, "bits": 8}, "llmcompressor-w8a8-int8"),
         (fp8, {"weight_block_size": [128, 128]}, "llmcompressor-fp8-block"),
+        (fp8_channel, {}, "llmcompressor-fp8-dynamic"),
     ],
 )
 @layers

@@ -28,8 +28,8 @@ def dequantize_method(method: str, tensors: Arrays, arguments: Mapping[str, Any]
     Raises:
         KeyError: another method, or a missing tensor or argument.
     """
-    if method in ("fp8", "blockwise_int8"):
-        block = arguments["weight_block_size"]
+    if method in ("fp8", "fp8_channel", "blockwise_int8"):
+        block = arguments.get("weight_block_size")
         if block is None:
             return by_channel(tensors["weight"], tensors["weight_scale"])
         return by_block(tensors["weight"], tensors["weight_scale_inv"], block)

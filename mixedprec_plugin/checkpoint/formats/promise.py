@@ -46,6 +46,7 @@ def promise_of(config: Mapping[str, Any], name: str) -> Promise:
     """
     readers = {
         "awq": _awq, "gptq": _gptq, "fp8": _fp8, "blockwise_int8": _blockwise_int8,
+        "fp8_channel": _fp8_channel, "w8a8_fp8": _fp8_channel,
         "compressed-tensors": _compressed, "auto-round": _auto_round, "auto_round": _auto_round,
         "intel/auto-round": _auto_round,
     }  # fmt: skip
@@ -143,6 +144,10 @@ def _fp8(config: Mapping[str, Any], _name: str) -> _Read:
     if method in _SCALE_METHODS:
         facts["strategy"] = _SCALE_METHODS[method]
     return "fp8", facts, ""
+
+
+def _fp8_channel(_config: Mapping[str, Any], _name: str) -> _Read:
+    return "fp8", {"strategy": "channel", "inputs": {"dynamic": True, "group_size": None}}, ""
 
 
 def _blockwise_int8(config: Mapping[str, Any], _name: str) -> _Read:

@@ -66,7 +66,7 @@ def detect_scaled(tensors: Tensors, promise: Promise) -> StoredFormat:
         promise.format,
     ]
     noted = ", ".join(filter(None, notes))
-    method, arguments = _method(tensors, suffix, grid, divides=divides)
+    method, arguments = _method(tensors, suffix, grid, promise, divides=divides)
     facts: dict[str, Any] = {"bits": 8, "strategy": grid.strategy, "symmetric": not has_zeros}
     facts |= {"block": list(grid.block)} if grid.strategy == "block" else {}
     facts |= {"group_size": grid.block[1]} if grid.strategy == "group" else {}
@@ -148,7 +148,7 @@ def _usual_size(length: int, count: int) -> int:
 
 
 def _method(
-    tensors: Tensors, suffix: str, grid: ScaleGrid, *, divides: bool
+    tensors: Tensors, suffix: str, grid: ScaleGrid, promise: Promise, *, divides: bool
 ) -> tuple[str, dict[str, Any]]:
     """The method that serves the tensors as they are, and its arguments."""
     dtype = tensors["weight"].dtype
@@ -161,4 +161,18 @@ def _method(
     if dtype == "F8_E4M3" and suffix == "weight_scale" and tensors[suffix].shape in ((), (1,)):
         activations = "static" if "input_scale" in tensors else "dynamic"
         return "fp8", {"weight_block_size": None, "activation_scheme": activations}
+    if dtype == "F8_E4M3" and suffix == "weight_scale" and _is_channel(tensors, promise):
+        return "fp8_channel", {}
     return "", {}
+
+
+def _is_channel(tensors: Tensors, promise: Promise) -> bool:
+    """Whether there is a scale a row, and nothing tells that activations have other than a token's.
+
+    A layer whose activations are not quantized, or otherwise, is served so by `auto` alone.
+    """
+    if tensors["weight_scale"].shape != (tensors["weight"].shape[0], 1):
+        return False
+    inputs = promise.facts.get("inputs", {}) if promise.family == "fp8" else {}
+    is_unsaid = inputs == {} and "input_scale" not in tensors
+    return is_unsaid or bool(inputs and inputs["dynamic"] and not inputs["group_size"])
