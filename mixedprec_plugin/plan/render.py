@@ -26,6 +26,7 @@ class Group:
     Attributes:
         name: folded module names, `model.layers.0-29.self_attn.qkv_proj`.
         sglang: what SGLang calls them; empty where that is `name`, and for layers without a method.
+        method: the scheme's method with its main arguments, `gptq 4-bit g128`.
         source: names of the sources that its layers come from.
         action: how stored tensors become served ones, and what else the plan decided.
     """
@@ -33,6 +34,7 @@ class Group:
     name: str
     sglang: str
     scheme: str
+    method: str
     source: str
     action: str
     stored: str
@@ -69,6 +71,7 @@ def group_modules(plan: Plan) -> list[Group]:
                 name=name,
                 sglang=other if other != name and layers[0].scheme is not None else "",
                 scheme=label,
+                method=layers[0].scheme.summary if layers[0].scheme else "",
                 source=source,
                 action=action,
                 stored=stored,
@@ -203,21 +206,22 @@ def print_plan(plan: Plan, console: Console) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     has_sources = _has_sources(plan)
     for title, right in (
-        ("layers", False), ("scheme", False), *([("source", False)] if has_sources else []),
-        ("stored", False), ("action", False), ("before", True), ("after", True), ("bits", True),
+        ("layers", False), ("scheme", False), ("method", False),
+        *([("source", False)] if has_sources else []), ("stored", False), ("action", False),
+        ("before", True), ("after", True), ("bits", True),
     ):  # fmt: skip
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     for group in group_modules(plan):
         bits = f"{group.bits_per_weight:.2f}" if group.bits_per_weight else ""
         table.add_row(
             Text(f"{group.name}\nSGLang: {group.sglang}" if group.sglang else group.name),
-            group.scheme, *([group.source] if has_sources else []),
+            group.scheme, group.method, *([group.source] if has_sources else []),
             group.stored, group.action,
             format_bytes(group.bytes_before), format_bytes(group.bytes_after), bits,
         )  # fmt: skip
     for name, embedding in plan.tied.items():
         source = [plan.by_name[embedding].source] if has_sources else []
-        table.add_row(name, "-", *source, f"tied to {embedding}", "as stored", "", "", "")
+        table.add_row(name, "-", "", *source, f"tied to {embedding}", "as stored", "", "", "")
     console.print(table)
     console.print(totals_line(plan), highlight=False)
     if line := memory_line(plan.layers, plan.target, plan.source.config):
@@ -244,13 +248,20 @@ def summary_lines(plan: Plan) -> list[str]:
     for group in group_modules(plan):
         bits = f"{group.bits_per_weight:5.2f} bits" if group.bits_per_weight else ""
         lines.append(
-            f"mixedprec:   {group.name}  {group.scheme}  "
+            f"mixedprec:   {group.name}  {_scheme_and_method(group)}  "
             f"{group.source + '  ' if _has_sources(plan) else ''}{group.action}  "
             f"{format_bytes(group.bytes_after)}  {bits}".rstrip()
         )
     lines.append(f"mixedprec: {totals_line(plan)}")
     lines.extend(f"mixedprec: {p.severity}: {p}" for p in plan.problems)
     return lines
+
+
+def _scheme_and_method(group: Group) -> str:
+    """`mlp (awq 4-bit g128)`; the label alone where it says as much."""
+    if group.method in ("", group.scheme):
+        return group.scheme
+    return f"{group.scheme} ({group.method})"
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -68,6 +68,26 @@ class Scheme:
             sorted((k, repr(v)) for k, v in self.arguments.items() if k not in _OURS)
         )
 
+    @property
+    def summary(self) -> str:
+        """Method and what it was told, in few words: `gptq 4-bit g128`, `fp8 128x128`."""
+        words = [self.method]
+        for name, value in self.arguments.items():
+            match name, value:
+                case "bits", _:
+                    words.append(f"{value}-bit")
+                case "group_size", _:
+                    words.append(f"g{value}")
+                case "weight_block_size", [rows, columns]:
+                    words.append(f"{rows}x{columns}")
+                case "activation_scheme", "static":
+                    words.append("static")
+                case "dtype", "float16":
+                    words.append(value)
+                case "desc_act", True:
+                    words.append("act-order")
+        return " ".join(words)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:

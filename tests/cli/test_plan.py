@@ -31,15 +31,19 @@ def test_plan_prints_folded_groups_totals_and_exits_0(model: Path, tmp_path: Pat
     code, out, err = run("plan", "--model", model, "--preset", preset)
     assert (code, err) == (0, "")
     rows = [" ".join(line.split()) for line in out.splitlines() if line.strip()]
-    assert rows[0] == "layers scheme stored action before after bits"
+    assert rows[0] == "layers scheme method stored action before after bits"
     assert rows[2:] == [
         "model.embed_tokens - bfloat16 as stored 160.0 KiB 160.0 KiB 16.00",
         "model.layers.0-2.input_layernorm - as stored 1.5 KiB 1.5 KiB",
-        "model.layers.0-2.mlp.down_proj gptq bfloat16 quantize 768.0 KiB 205.5 KiB 4.28",
-        "model.layers.0-2.mlp.gate_up_proj gptq bfloat16 quantize 1.5 MiB 405.0 KiB 4.22",
+        "model.layers.0-2.mlp.down_proj gptq gptq 4-bit g128 "
+        "bfloat16 quantize 768.0 KiB 205.5 KiB 4.28",
+        "model.layers.0-2.mlp.gate_up_proj gptq gptq 4-bit g128 "
+        "bfloat16 quantize 1.5 MiB 405.0 KiB 4.22",
         "model.layers.0-2.post_attention_layernorm - as stored 1.5 KiB 1.5 KiB",
-        "model.layers.0-2.self_attn.qkv_proj fp8_block bfloat16 quantize 768.0 KiB 384.1 KiB 8.00",
-        "model.layers.0-2.self_attn.o_proj fp8_block bfloat16 quantize 384.0 KiB 192.0 KiB 8.00",
+        "model.layers.0-2.self_attn.qkv_proj fp8_block fp8 128x128 "
+        "bfloat16 quantize 768.0 KiB 384.1 KiB 8.00",
+        "model.layers.0-2.self_attn.o_proj fp8_block fp8 128x128 "
+        "bfloat16 quantize 384.0 KiB 192.0 KiB 8.00",
         "model.norm - as stored 512 B 512 B",
         "lm_head - tied to model.embed_tokens as stored",
         "29 layers: 3.5 MiB stored, 1.3 MiB served, 5.96 bits a weight; unquantized 3.5 MiB, 63% "

@@ -196,7 +196,7 @@ def test_auto_is_planned_without_torch_or_sglang(tmp_path: Path) -> None:
     )
     shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     row = next(line for line in shown.stdout.decode().splitlines() if "k_proj" in line)
-    assert row.split()[:3] == ["model.layers.0.self_attn.k_proj", "auto", "int8"]
+    assert row.split()[:4] == ["model.layers.0.self_attn.k_proj", "auto", "auto", "int8"]
 
 
 def test_auto_takes_no_arguments(tmp_path: Path) -> None:

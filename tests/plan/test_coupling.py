@@ -233,7 +233,7 @@ def test_plan_says_what_is_rescaled_and_where_norms_come_from(mix: Mix) -> None:
     plan = mix(V_OF_AWQ)
     lines = "\n".join(summary_lines(plan))
     assert f"{INPUT_NORM}  -  awq  as stored (follows its consumers)" in lines
-    assert "k_proj  as stored  model  cast (rescaled to the norm of awq)" in lines
+    assert "k_proj  as stored (bf16)  model  cast (rescaled to the norm of awq)" in lines
     layers = {
         entry["name"]: entry for entry in json.loads(json.dumps(plan_as_dict(plan)))["layers"]
     }
