@@ -52,11 +52,11 @@ def add_products(codes: torch.Tensor, weight: torch.Tensor, total: torch.Tensor)
         weight: float8_e4m3fn [N, K].
         total: float32 [T, N], added to in place.
     """
-    left = decode_e4m3(codes).float().split(_BLOCK, dim=1)
+    left = torch.split(decode_e4m3(codes).float(), _BLOCK, dim=1)
     with exact_in_bfloat16(enabled=codes.shape[0] > _FEW_TOKENS):
         for start in range(0, weight.shape[0], _ROWS):
             rows = slice(start, start + _ROWS)
-            right = decode_e4m3(weight[rows]).float().split(_BLOCK, dim=1)
+            right = torch.split(decode_e4m3(weight[rows]).float(), _BLOCK, dim=1)
             for tokens, channels in zip(left, right, strict=True):
                 total[:, rows].addmm_(tokens, channels.t())
 

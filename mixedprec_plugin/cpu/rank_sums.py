@@ -51,7 +51,8 @@ def greatest_over_ranks(layer: LinearBase, values: torch.Tensor) -> torch.Tensor
     group = _ranks_of(layer)
     if group is None or not values.numel():
         return values
-    return group.all_gather(values, dim=-1).amax(dim=-1, keepdim=True)
+    greatest: torch.Tensor = group.all_gather(values, dim=-1).amax(dim=-1, keepdim=True)
+    return greatest
 
 
 def _ranks_of(layer: LinearBase) -> GroupCoordinator | None:
