@@ -75,6 +75,8 @@ def input_quantizer(method: str, arguments: Mapping[str, Any]) -> Quantizer | No
     Raises:
         ValueError: static activation scales, which need calibration.
     """
+    if method == "fp8_channel":
+        return fp8_token
     if method not in ("fp8", "blockwise_int8"):
         return None
     if arguments["activation_scheme"] != "dynamic":

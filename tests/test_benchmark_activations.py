@@ -64,6 +64,10 @@ def test_method_and_block_choose_the_quantizer(method: str, block: Any, expected
         assert torch.equal(found, wanted)
 
 
+def test_activations_of_per_channel_fp8_are_a_tokens() -> None:
+    assert input_quantizer("fp8_channel", {}) is fp8_token
+
+
 def test_static_activation_scales_are_refused() -> None:
     with pytest.raises(ValueError, match="activation_scheme: 'static' has no reference"):
         input_quantizer("fp8", {"weight_block_size": None, "activation_scheme": "static"})

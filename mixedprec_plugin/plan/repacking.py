@@ -7,8 +7,6 @@
 
 Decided from headers and config.json. What only the values tell (zero points that are all the middle
 of the range, a g_idx that is in order) is checked when they are read, see `compose.repack`.
-
-    one FP8 scale       as one for each channel, all alike
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.early import make_plan, serving_device
 from mixedprec_plugin.serving.hooks import require_registration
 from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
+from mixedprec_plugin.serving.reloading import check_reloadable
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
 from mixedprec_plugin.serving.shapes import check_built
 from mixedprec_plugin.serving.stages import Stage
@@ -136,6 +137,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """
         assert _loaded is not None
         assert source.model_config is not None
+        if not self._has_opened_new_path and _loaded.config.plan.target.device == "cuda":
+            check_reloadable(_loaded.config.built)
         path = source.model_or_path
         if self._has_opened_new_path:
             path = _loaded.model_path

@@ -61,6 +61,7 @@ def test_shipped_preset_has_the_whole_header(name: str) -> None:
 def test_shipped_presets_are_the_promised_ones() -> None:
     assert set(preset_names()) >= {
         "fp8-block",
+        "fp8-channel",
         "int8-block",
         "awq",
         "gptq",
@@ -88,6 +89,8 @@ def decide(preset: Preset, name: str) -> str:
     ("name", "overrides", "expected"),
     [
         ("fp8-block", [], {"fp8"}),
+        ("fp8-channel", [], {"fp8_channel"}),
+        ("fp8-channel", ["schemes.all.method=fp8"], {"fp8"}),
         ("int8-block", [], {"blockwise_int8"}),
         ("awq", [], {"awq4"}),
         ("gptq", [], {"gptq4"}),

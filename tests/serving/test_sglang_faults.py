@@ -48,6 +48,12 @@ def stock_llama(model_path: Path, quant_config: Any) -> Any:
         return _initialize_model(model_config, LoadConfig(), quant_config)
 
 
+def channel_fp8() -> Any:
+    from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config
+
+    return W8A8Fp8Config(is_checkpoint_fp8_serialized=True)
+
+
 def block_int8() -> Any:
     from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8Config
 
@@ -157,6 +163,30 @@ def test_loader_is_chosen_by_the_name_of_a_class(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(config, "get_quant_method", lambda *_args, **_keywords: Renamed(config))
     renamed = layer("ColumnParallelLinear", config, 256, 128).weight.weight_loader.__name__
     assert (usual, renamed) == ("weight_loader_v2", "weight_loader")
+
+
+def test_per_channel_fp8_loses_its_loader_and_turns_the_weight_around() -> None:
+    """w8a8_fp8.py:135; fp8.py:1256 is the same."""
+    made = layer("ColumnParallelLinear", channel_fp8(), 256, 256)
+    codes = torch.arange(256).repeat(256, 1).float().to(torch.float8_e4m3fn)
+    made.weight.weight_loader(made.weight, codes)
+    made.quant_method.process_weights_after_loading(made)
+    assert torch.equal(made.weight.data.view(torch.uint8), codes.t().view(torch.uint8))
+    assert not hasattr(made.weight, "weight_loader")
+    assert "restore_weights_before_loading" not in vars(type(made.quant_method))
+
+
+def test_deepseek_asks_fp8_shared_experts_for_what_per_channel_fp8_has_not() -> None:
+    """models/deepseek_v2.py:968, models/glm4_moe.py:519: quant_method.quant_config."""
+    import sglang.srt
+
+    question = "shared_experts.gate_up_proj.quant_method.quant_config.weight_block_size"
+    for module in ("deepseek_v2", "glm4_moe"):
+        # their modules warn of themselves when they are imported
+        source = Path(sglang.srt.__path__[0]) / "models" / f"{module}.py"
+        assert question in source.read_text(encoding="utf-8")
+    method = layer("ColumnParallelLinear", channel_fp8(), 256, 128).quant_method
+    assert not hasattr(method, "quant_config")
 
 
 @pytest.mark.usefixtures("played_gpu")
