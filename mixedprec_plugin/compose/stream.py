@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.ahead import ReadAhead
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
+from mixedprec_plugin.compose.order import in_reading_order
 from mixedprec_plugin.compose.repack import repack
 from mixedprec_plugin.compose.rescale import rescale_columns
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
@@ -30,11 +31,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 class VirtualCheckpoint:
-    """Iterates over (tensor name, tensor) of a plan, in the order of the files.
+    """Iterates over (tensor name, tensor) of a plan, in the order in which they are read best.
 
-    One layer is in memory at a time. Names are layer names as the checkpoint spells them, plus
-    the suffixes of the method that the layer runs in. Layers that only a draft model runs are left
-    out.
+    One layer is in memory at a time, and what is read ahead of it. Names are layer names as the
+    checkpoint spells them, plus the suffixes of the method that the layer runs in. Layers that only
+    a draft model runs are left out.
 
     Args:
         plan: a plan without errors.
@@ -46,11 +47,12 @@ class VirtualCheckpoint:
     def __init__(self, plan: Plan, wanted: Callable[[PlannedLayer], bool] = lambda _: True) -> None:
         self.plan = plan.check()
         self.layers = tuple(
-            layer for layer in in_file_order(plan) if layer.kind != "draft" and wanted(layer)
+            in_reading_order(x for x in plan.layers if x.kind != "draft" and wanted(x))
         )
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        with Reader() as reader:
+        inputs = (tensor for layer in self.layers for tensor in layer.inputs.values())
+        with ReadAhead(inputs) as reader:
             for layer in self.layers:
                 for suffix, tensor in compose_layer(layer, self.plan.target, reader).items():
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, tensor
@@ -75,16 +77,6 @@ def open_virtual_checkpoint(
     return VirtualCheckpoint(resolve_plan(preset, model, target, open_other_sources(preset)))
 
 
-def in_file_order(plan: Plan) -> list[PlannedLayer]:
-    """The layers of a plan in the order in which they are read best: file after file."""
-    return sorted(plan.layers, key=_file_order)
-
-
-def _file_order(layer: PlannedLayer) -> tuple[str, int]:
-    first = min(layer.inputs.values(), key=lambda tensor: (str(tensor.path), tensor.start))
-    return str(first.path), first.start
-
-
 def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
     """Read one layer and make of it what the plan says.
 
@@ -94,7 +86,7 @@ def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
         CheckpointError: a weight is NaN or infinite, or does not fit the model's dtype.
     """
     with plain_defaults():
-        stored = {suffix: _read_finite(tensor, reader) for suffix, tensor in layer.inputs.items()}
+        stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
         if layer.action in ("dequantize", "requantize"):
             stored = _dequantize(layer, stored)
         if layer.rescale is not None:
@@ -126,33 +118,6 @@ def plain_defaults() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-def _read_finite(tensor: StoredTensor, reader: Reader) -> torch.Tensor:
-    value = reader.read(tensor)
-    if value.is_floating_point() and not _is_finite(value):
-        plain = value.float()
-        count = plain.numel() - int(torch.isfinite(plain).sum())
-        raise CheckpointError(
-            Problem(
-                tensor.name,
-                f"{count:,} of {value.numel():,} weights in {tensor.path.name} are NaN or infinite",
-                "the checkpoint is damaged; download it again",
-                "finite",
-            )
-        )
-    return value
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    if not value.numel():
-        return True
-    if value.dtype == torch.float8_e4m3fn:  # no infinities, two NaNs, and no reductions in torch
-        return not bool((value.view(torch.uint8) & 0x7F).eq(0x7F).any())
-    if value.element_size() == 1:
-        return bool(torch.isfinite(value.float()).all())
-    # one pass without a temporary; NaN goes through minimum and maximum
-    return bool(torch.isfinite(torch.stack(value.aminmax())).all())
 
 
 def _quantize(layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:

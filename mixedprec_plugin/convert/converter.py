@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mixedprec_plugin.checkpoint.source import INDEX_NAME
-from mixedprec_plugin.compose.stream import in_file_order
+from mixedprec_plugin.compose.order import in_file_order
 from mixedprec_plugin.convert import folder
 from mixedprec_plugin.convert.form import Form
 from mixedprec_plugin.convert.inputs import changed, input_facts

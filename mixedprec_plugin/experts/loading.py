@@ -102,8 +102,9 @@ def _children(layer: FusedMoE) -> Iterable[FusedMoE]:
 
 
 def _parameter(layer: FusedMoE, owner: FusedMoE, expert: int, name: str) -> Any:
-    parameter = dict(owner.named_parameters()).get(name)
-    if parameter is None:
+    # not named_parameters(): it would list them all for every tensor of every expert
+    parameter = getattr(owner, name, None)
+    if not isinstance(parameter, torch.nn.Parameter):
         raise LoadError(
             Problem(
                 f"{layer.layer_name}: expert {expert}",

@@ -56,13 +56,10 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
-            target = _storage(args[0])
-            self.written[target] = self.written.get(target, 0) + args[0].numel()
-            for source in args[1:]:
-                if isinstance(source, torch.Tensor) and _storage(source) in self._names:
-                    self.arrived.add(self._names[_storage(source)])
-        elif isinstance(result, torch.Tensor):
+        if _is_mutable(func):
+            if args and isinstance(args[0], torch.Tensor):
+                self._count(args)
+        elif self._names and isinstance(result, torch.Tensor):
             sources = (_storage(source) for source in args if isinstance(source, torch.Tensor))
             name = next((self._names[s] for s in sources if s in self._names), None)
             if name is None:
@@ -70,6 +67,18 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 self.follow(name, result)
         return result
+
+    def _count(self, args: tuple[Any, ...]) -> None:
+        target = _storage(args[0])
+        self.written[target] = self.written.get(target, 0) + args[0].numel()
+        for source in args[1:]:
+            if isinstance(source, torch.Tensor) and _storage(source) in self._names:
+                self.arrived.add(self._names[_storage(source)])
+
+
+@functools.cache
+def _is_mutable(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
 
 
 def is_recording() -> bool:

@@ -19,7 +19,8 @@ import torch
 from mixedprec_plugin.checkpoint.formats import FormatCache
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
-from mixedprec_plugin.compose.stream import Tensors, compose_layer, in_file_order, plain_defaults
+from mixedprec_plugin.compose.order import in_file_order
+from mixedprec_plugin.compose.stream import Tensors, compose_layer, plain_defaults
 from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.plan.model import Plan, PlannedLayer

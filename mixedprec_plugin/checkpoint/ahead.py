@@ -1,0 +1,118 @@
+"""Reading ahead: threads bring in and check the tensors that are wanted next.
+
+Two windows run in front of the tensor that is taken. In the near one tensors are mapped and
+checked, and count as this process's memory. In the far one the kernel is told to read their ranges
+into its page cache, which is nobody's memory. Both are bounded, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.reader import Reader
+
+# of tensors that are in memory and not yet taken, at most
+BUDGET_BYTES = 64 << 20
+# where the model is small, so is what is read ahead of it
+_BUDGET_SHARE = 128
+_PAGE_CACHE_BYTES = 256 << 20
+# small tensors are read together: a thread has its price
+_BATCH_BYTES = 1 << 20
+_NUM_THREADS = 4
+
+Batch = Sequence[StoredTensor]
+
+
+class ReadAhead(Reader):
+    """A reader that knows what it will be asked for.
+
+    Tensors that are asked for out of turn are read then and there.
+
+    Args:
+        schedule: tensors in the order in which `read_finite` will be called.
+    """
+
+    def __init__(self, schedule: Iterable[StoredTensor]) -> None:
+        super().__init__()
+        tensors = tuple(schedule)
+        self._budget = min(BUDGET_BYTES, _num_bytes(tensors) // _BUDGET_SHARE)
+        self._batches = _batches(tensors, min(_BATCH_BYTES, self._budget // 2))
+        self._pending: collections.deque[tuple[Batch, Future[list[torch.Tensor]]]] = (
+            collections.deque()
+        )
+        self._current: collections.deque[tuple[StoredTensor, torch.Tensor]] = collections.deque()
+        self._next_read = self._next_hint = 0
+        self._read_bytes = self._hinted_bytes = 0
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "mixedprec-read")
+
+    def read_finite(self, tensor: StoredTensor) -> torch.Tensor:
+        """Take a tensor; see `Reader.read_finite`."""
+        self._look_ahead()
+        if not self._current and self._pending and self._pending[0][0][0] == tensor:
+            batch, future = self._pending.popleft()
+            self._current.extend(zip(batch, future.result(), strict=True))
+        if not self._current or self._current[0][0] != tensor:
+            return super().read_finite(tensor)
+        self._read_bytes -= tensor.num_bytes
+        value = self._current.popleft()[1]
+        self._look_ahead()
+        return value
+
+    def close(self) -> None:
+        """Stop reading and close all files."""
+        self._pending.clear()
+        self._current.clear()
+        self._threads.shutdown(cancel_futures=True)
+        super().close()
+
+    def _look_ahead(self) -> None:
+        while self._next_hint < len(self._batches) and self._hinted_bytes < _PAGE_CACHE_BYTES:
+            batch = self._batches[self._next_hint]
+            self._threads.submit(self._hint, batch)
+            self._next_hint += 1
+            self._hinted_bytes += _num_bytes(batch)
+        while self._next_read < len(self._batches):
+            batch = self._batches[self._next_read]
+            if self._read_bytes and self._read_bytes + _num_bytes(batch) > self._budget:
+                return
+            self._pending.append((batch, self._threads.submit(self._read_batch, batch)))
+            self._next_read += 1
+            self._read_bytes += _num_bytes(batch)
+            self._hinted_bytes -= _num_bytes(batch)
+
+    def _read_batch(self, batch: Batch) -> list[torch.Tensor]:
+        return [super(ReadAhead, self).read_finite(tensor) for tensor in batch]
+
+    def _hint(self, batch: Batch) -> None:
+        """Have the kernel start reading; a batch lies in one file, forward."""
+        if hasattr(os, "posix_fadvise"):
+            first, last = batch[0], batch[-1]
+            num_bytes = last.start + last.num_bytes - first.start
+            descriptor = self.descriptor(first.path)
+            os.posix_fadvise(descriptor, first.start, num_bytes, os.POSIX_FADV_WILLNEED)
+
+
+def _batches(tensors: Sequence[StoredTensor], max_bytes: int) -> list[Batch]:
+    """Split a schedule where tensors are large, lie apart or in another file."""
+    batches: list[list[StoredTensor]] = []
+    for tensor in tensors:
+        last = batches[-1][-1] if batches else None
+        if (
+            last is not None
+            and (last.path, last.start + last.num_bytes) == (tensor.path, tensor.start)
+            and _num_bytes(batches[-1]) + tensor.num_bytes <= max_bytes
+        ):
+            batches[-1].append(tensor)
+        else:
+            batches.append([tensor])
+    return list(batches)
+
+
+def _num_bytes(tensors: Iterable[StoredTensor]) -> int:
+    return sum(tensor.num_bytes for tensor in tensors)
