@@ -23,7 +23,10 @@ _FUSED_BY_SHARD = {
 }
 _ROW_PARALLEL = {"o_proj", "down_proj", "out_proj", "dense_4h_to_h", "wo", "w2", "c_proj", "fc2"}
 _REPLICATED = {"q_a_proj", "kv_a_proj_with_mqa"}
-_EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings"}
+_EMBEDDINGS = {
+    "embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings",
+    "position_embedding",
+}  # fmt: skip
 _LM_HEADS = {"lm_head", "embed_out"}
 _ROUTERS = re.compile(r"(?:^|\.)(?:mlp\.gate|block_sparse_moe\.gate|router|shared_expert_gate)$")
 _EXPERT = re.compile(r"\.experts(?:\.\d+)?(?:\.|$)")

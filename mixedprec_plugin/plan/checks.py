@@ -30,6 +30,7 @@ from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.mla import mla_faults
 from mixedprec_plugin.plan.model import PlannedLayer, Target
 from mixedprec_plugin.plan.repacking import why_not_integers
+from mixedprec_plugin.plan.spelling import why_not_spelled
 from mixedprec_plugin.plan.stored_fused import stored_shards, why_not_stored_fused
 from mixedprec_plugin.preset.model import Preset, Rule
 
@@ -124,7 +125,7 @@ def check_layers(
         Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
         for (rule, text, remedy, severity), names in found.items()
     ]
-    problems += why_not_family(config, target, layers)
+    problems += why_not_family(config, target, layers) + why_not_spelled(config, layers)
     return problems + why_not_in_memory(layers, target, config)
 
 

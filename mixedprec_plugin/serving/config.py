@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from mixedprec_plugin.methods.construct import build_config, cuda_capability
 from mixedprec_plugin.plan.architecture import FUSED_MODULES
 from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.folding import fold_names
-from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
 from mixedprec_plugin.serving.source_configs import config_of_source, guard, refusals
@@ -43,7 +44,8 @@ class MixedPrecisionConfig(QuantizationConfig):
         super().__init__()
         self.plan = plan
         self.built: dict[str, torch.nn.Module] = {}
-        self._names = ModuleNames(plan.modules)
+        architectures = plan.source.config.get("architectures") or [""]
+        self._names = ModuleNames(plan.modules, architectures[0])
         self.packed_modules_mapping = {
             module: list(shards) for module, shards in FUSED_MODULES.items()
         }
@@ -107,10 +109,10 @@ class MixedPrecisionConfig(QuantizationConfig):
         self.built[module] = layer
         if isinstance(layer, FusedMoE):
             return self._experts_method(layer, module, prefix)
-        scheme = self.plan.modules[module][0].scheme
-        if scheme is None or scheme.method == "bf16":
+        planned = self.plan.modules[module][0]
+        if planned.scheme is None or planned.scheme.method == "bf16":
             return UnquantizedLinearMethod()
-        return self._method_of(scheme, layer, prefix)
+        return self._method_of(planned, layer, prefix)
 
     def _experts_method(
         self, layer: FusedMoE, module: str, prefix: str
@@ -126,9 +128,13 @@ class MixedPrecisionConfig(QuantizationConfig):
         ]
         return experts_method(layer, prefix, groups)
 
-    def _method_of(self, scheme: Scheme, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
-        child = self._child(scheme)
+    def _method_of(
+        self, planned: PlannedLayer, layer: torch.nn.Module, prefix: str
+    ) -> QuantizeMethodBase:
+        scheme = planned.scheme
+        assert scheme is not None
         is_auto = scheme.method == AUTO
+        child = self._child_under_auto(planned) if is_auto else self._child(scheme)
         with refusals(prefix, type(child).__name__) if is_auto else contextlib.nullcontext():
             method = child.get_quant_method(layer, prefix)
         if method is None or isinstance(method, UnquantizedLinearMethod):
@@ -139,24 +145,37 @@ class MixedPrecisionConfig(QuantizationConfig):
         return guard(method, prefix) if is_auto else method
 
     def _child(self, scheme: Scheme) -> QuantizationConfig:
-        key = (AUTO, scheme.source) if scheme.method == AUTO else scheme.identity
+        def build() -> QuantizationConfig:
+            return build_config(scheme.method, scheme.arguments, self.plan.target.device)
+
+        return self._known(scheme.identity, scheme, build)
+
+    def _child_under_auto(self, planned: PlannedLayer) -> QuantizationConfig:
+        """One for each source, and of our own checkpoints for each that their layers came from."""
+        assert planned.scheme is not None
+        source = self.plan.sources[planned.source]
+        said = source.quantization_config_of(planned.name)
+
+        def build() -> QuantizationConfig:
+            where = self._under_auto(source, said)
+            return config_of_source(source, planned.name, self.packed_modules_mapping, where)
+
+        return self._known((AUTO, source.name, repr(said)), planned.scheme, build)
+
+    def _known(
+        self, key: object, scheme: Scheme, build: Callable[[], QuantizationConfig]
+    ) -> QuantizationConfig:
         if key not in self._children:
-            child = self._build(scheme)
+            child = build()
             self._check_runs_here(scheme, child)
             child.update_packed_modules_mapping(self.packed_modules_mapping)
             self._children[key] = child
         return self._children[key]
 
-    def _build(self, scheme: Scheme) -> QuantizationConfig:
-        if scheme.method == AUTO:
-            source = self.plan.sources[scheme.source]
-            return config_of_source(source, self.packed_modules_mapping, self._under_auto(source))
-        return build_config(scheme.method, scheme.arguments, self.plan.target.device)
-
-    def _under_auto(self, source: Source) -> str:
-        """The layers that run as a source stores them, for messages."""
-        layers = (layer for layer in self.plan.layers if layer.method == AUTO)
-        return ", ".join(fold_names(x.name for x in layers if x.source == source.name))
+    def _under_auto(self, source: Source, said: Mapping[str, Any]) -> str:
+        """The layers that run as a source stores them by what it says, for messages."""
+        layers = (x.name for x in self.plan.layers if x.method == AUTO and x.source == source.name)
+        return ", ".join(fold_names(x for x in layers if source.quantization_config_of(x) == said))
 
     def _check_runs_here(self, scheme: Scheme, child: QuantizationConfig) -> None:
         """Ask a child what SGLang asks the config of a whole model (model_loader/loader.py:252)."""

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.plan.sglang_names import sglang_name
 
 
 class NameMapper(Protocol):
@@ -19,15 +20,18 @@ class NameMapper(Protocol):
 class ModuleNames:
     """Finds the planned module that a module of SGLang's is.
 
-    Models name their modules as the checkpoint does, by a mapper of their own, or without the
-    checkpoint's outermost components (Mixtral says `layers.0`, its checkpoints `model.layers.0`).
+    Models name their modules as the checkpoint does, as `sglang_name` says of an architecture, by a
+    mapper of their own, or without the checkpoint's outermost components (Mixtral says `layers.0`,
+    its checkpoints `model.layers.0`).
 
     Args:
         modules: module names of the plan, as the checkpoint spells them.
+        architecture: the first of config.json's `architectures`.
     """
 
-    def __init__(self, modules: Collection[str]) -> None:
-        self._modules = dict(zip(modules, modules, strict=True))
+    def __init__(self, modules: Collection[str], architecture: str = "") -> None:
+        self._modules = {sglang_name(module, architecture): module for module in modules}
+        self._modules |= dict(zip(modules, modules, strict=True))
         self._by_tail: dict[str, list[str]] = {}
 
     def apply(self, mapper: NameMapper) -> None:
