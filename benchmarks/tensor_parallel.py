@@ -25,7 +25,7 @@ from typing import Any
 from demo.model import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("unquantized", "fp8", "fp8_block", "int8", "awq", "gptq", "gptq_int8")
+METHODS = ("unquantized", "fp8", "fp8_channel", "fp8_block", "int8", "awq", "gptq", "gptq_int8")
 PROMPTS = (
     "The capital of France is",
     "Once upon a time there was a little girl who",
@@ -270,12 +270,18 @@ greedy tokens each, fp32 logits (--enable-fp32-lm-head).
 - *rounding*: the same two numbers for one rank beside one rank whose embedding has half of its
   values changed by one in the last bit: what rounding alone does to the method.
 
-Two ranks cannot give the bits of one: each rounds its part of a row-parallel product to the model's
-dtype before SGLang sums them. Where activations are quantized, a rounding that turns over changes a
-code, and that turns over others: the tokens of such a model part whenever anything is
-rounded differently, be it the number of ranks or the last bit of the embedding, and *change* is as
-large either way. FP8 per tensor differs by more than rounding: a rank sees half of a token's row
-and scales that half by its own maximum, as it does on CUDA.
+On two ranks each computes half of the outputs of a column-parallel layer, with one rank's bits.
+In a row-parallel layer each has half of the inputs. Methods that quantize activations add up there,
+on the CPU platform, in one float32 sum, rank after rank in the order of the inputs, and with one
+scale for a whole token (`mixedprec_plugin/cpu/rank_sums.py`): two ranks give the bits of one. The
+other methods round each rank's part to the model's dtype before SGLang adds the parts, as on CUDA.
+In float16 that changes no token here; in bfloat16, whose roundings are eight times as coarse, it
+does for an unquantized model as for the others.
+
+On CUDA all methods round each rank's part, and FP8 with one scale a token takes it from the rank's
+part of the token. Where activations are quantized, a rounding that turns over changes a code, and
+that turns over others: *rounding* shows how soon such a model's tokens part whenever anything is
+rounded differently, be it the last bit of the embedding. Two GPUs differ from one by as much.
 
 {tables}"""
 
