@@ -37,6 +37,7 @@ _NO_CARD: Mapping[str, set[tuple[str, int]]] = {
     "fp8": {("ragged", 8)},
     "fp8_static": {("ragged", 8)},
     "fp8_block": _BLOCKS,
+    "fp8_channel": {("ragged", 8)},
     "blockwise_int8": _BLOCKS,
     "awq": {("narrow", 8), ("ragged", 8)},
     "gptq_int4": _GPTQ,
@@ -46,8 +47,9 @@ _NO_CARD: Mapping[str, set[tuple[str, int]]] = {
 }
 # FP8 before 8.9 goes through Marlin (fp8.py:1300), so its shapes are Marlin's
 _NOT_IN_MARLIN = _GPTQ
-# get_min_capability: fp8.py:329, blockwise_int8.py:83, gptq/gptq.py:386, awq/awq.py:109
-_LEAST = {"unquantized": 0, "awq": 75}
+# get_min_capability: fp8.py:329, w8a8_fp8.py:66, blockwise_int8.py:83, gptq/gptq.py:386,
+# awq/awq.py:109
+_LEAST = {"unquantized": 0, "awq": 75, "fp8_channel": 89}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,10 @@ def expect(card: Card, method: Method, kind: str, tp_size: int, dtype: str) -> E
         return Expected(refused="SGLang has no quantized kernel for lm_head")
     if (kind, tp_size) in _NO_CARD[name]:
         return Expected(refused="multiple of")
-    if card.architecture < _LEAST.get(name, 80):
-        return Expected(refused=f"compute capability is {card.architecture / 10} (expected 8.0")
+    least = _LEAST.get(name, 80)
+    if card.architecture < least:
+        capability, needed = card.architecture / 10, least / 10
+        return Expected(refused=f"compute capability is {capability} (expected {needed}")
     if name == "awq" and card.architecture < 80 and dtype == "bfloat16":
         # AWQConfig: awq/awq.py:105
         return Expected(refused="does not run in bfloat16")
@@ -87,6 +91,8 @@ def _kernels(card: Card, name: str, kind: str, dtype: str) -> tuple[str, tuple[s
         return "UnquantizedLinearMethod", ("aten:addmm" if has_bias else "aten:mm",)
     if name in ("fp8", "fp8_static"):
         return "Fp8LinearMethod", _fp8(card, name)
+    if name == "fp8_channel":
+        return "W8A8Fp8LinearMethod", _FP8
     if name == "fp8_block":
         return "Fp8LinearMethod", _fp8_block(card, kind, dtype)
     if name == "blockwise_int8":

@@ -27,6 +27,7 @@ METHODS = tuple(
         ("fp8", "method: fp8"),
         ("fp8_static", "method: fp8, activation_scheme: static", "fp8_static"),
         ("fp8_block", "method: fp8_block"),
+        ("fp8_channel", "method: fp8_channel"),
         ("blockwise_int8", "method: blockwise_int8"),
         ("awq", "method: awq"),
         ("gptq_int4", "method: gptq_int4"),
