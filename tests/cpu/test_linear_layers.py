@@ -186,6 +186,20 @@ def test_static_and_dynamic_fp8_take_the_dtype_of_the_input(linear_module, block
     assert layer(torch.randn(2, K).half())[0].dtype == torch.float16
 
 
+@pytest.mark.parametrize("kind", ["merged", "qkv"])
+def test_per_channel_fp8_that_is_stored_fused_loads_as_its_shards_do(linear_module, kind):
+    """As Phi-3 stores it: one tensor, which SGLang's loader of old takes apart."""
+    case = Case("fp8_channel", {})
+    stored = _stored(case, SIZES[kind])
+    apart = make_layer(linear_module, kind, make_config(case), SIZES[kind], K)
+    fill(apart, kind, stored)
+    whole = make_layer(linear_module, kind, make_config(case), SIZES[kind], K)
+    for suffix in ("weight", "weight_scale"):
+        parameter = getattr(whole, suffix)
+        parameter.weight_loader(parameter, torch.cat([tensors[suffix] for tensors in stored]))
+        assert torch.equal(parameter.data.float(), getattr(apart, suffix).data.float())
+
+
 def test_static_scale_of_a_fused_module_is_the_greatest(linear_module):
     case = Case("fp8", {"weight_block_size": None, "activation_scheme": "static"})
     layer = make_layer(linear_module, "merged", make_config(case), SIZES["merged"], K)
