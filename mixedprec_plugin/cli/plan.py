@@ -8,13 +8,17 @@ from typing import TextIO
 
 from rich.console import Console
 
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_draft_plan, make_plan
 from mixedprec_plugin.plan.render import plan_as_dict, print_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_planning_arguments(parser)
+    parser.add_argument(
+        "--draft-model", metavar="DIR",
+        help="checkpoint of the draft model, to plan the preset's section draft over as well",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -24,13 +28,21 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     Returns:
         0 where the preset fits the checkpoint, 1 where it does not.
     Raises:
-        UsageError: no preset was named, and the checkpoint carries none.
+        UsageError: no preset was named, and the checkpoint carries none; or a draft model was
+            named, and the preset has no section for it.
         PresetError, CheckpointError: the files themselves are wrong.
     """
     plan = make_plan(args)
+    draft = make_draft_plan(args, plan) if args.draft_model else None
     if args.json:
-        print(json.dumps(plan_as_dict(plan), indent=1), file=out)
-    else:
-        width = None if out.isatty() else 160
-        print_plan(plan, Console(file=out, width=width, soft_wrap=False))
-    return 1 if plan.errors else 0
+        made = plan_as_dict(plan) | ({"draft": plan_as_dict(draft)} if draft else {})
+        print(json.dumps(made, indent=1), file=out)
+        return 1 if plan.errors or (draft and draft.errors) else 0
+    console = Console(file=out, width=None if out.isatty() else 160, soft_wrap=False)
+    print_plan(plan, console)
+    if draft is not None:
+        console.print("\nThe draft model:")
+        print_plan(draft, console)
+    elif plan.preset.draft is not None:
+        console.print("The preset has a section draft; --draft-model DIR plans it.", markup=False)
+    return 1 if plan.errors or (draft and draft.errors) else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.cards import Gpu, find_gpu, served_dtype
@@ -12,6 +12,7 @@ from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Plan, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.model import Preset
 
 
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +56,24 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """
     source = open_source(args.model)
     preset = preset_for(args.preset, source, args.overrides, "--preset")
+    return _resolved(args, preset, source)
+
+
+def make_draft_plan(args: argparse.Namespace, plan: Plan) -> Plan:
+    """Plan the section `draft` of a plan's preset over the draft model that was named.
+
+    Raises:
+        UsageError: the preset has no such section.
+        CheckpointError: the files themselves are wrong.
+    """
+    preset = plan.preset.draft
+    if preset is None:
+        what = f"{plan.preset.path} has no section draft: SGLang loads the draft model by itself"
+        raise UsageError(Problem("--draft-model", what, "leave it out, or add the section"))
+    return _resolved(args, preset, open_source(args.draft_model))
+
+
+def _resolved(args: argparse.Namespace, preset: Preset, source: Source) -> Plan:
     gpu = _gpu(args)
     dtype = model_dtype(source.config, args.dtype)
     if gpu is not None:

@@ -34,7 +34,8 @@ class Binder:
         self.used: set[str] = set()
         self.sources = self._sources()
         self.schemes = self._schemes()
-        self.rules = self._rules()
+        self.rules = self._rules(("rules",))
+        self.draft_rules = self._rules(("draft", "rules"))
 
     def _sources(self) -> dict[str, SourceReference]:
         sources = {}
@@ -55,11 +56,13 @@ class Binder:
             schemes[name] = self._scheme(name, entry, path, SCHEME_KEYS) if is_sound else None
         return schemes
 
-    def _rules(self) -> tuple[Rule, ...]:
+    def _rules(self, place: Path) -> tuple[Rule, ...]:
         rules = []
-        entries = self.data.get("rules")
+        entries: Any = self.data
+        for key in place:
+            entries = entries.get(key) if isinstance(entries, Mapping) else None
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            path: Path = ("rules", index)
+            path: Path = (*place, index)
             if not isinstance(entry, dict):
                 continue
             patterns = self._patterns(entry.get("match"), path)

@@ -86,6 +86,7 @@ def _bind(
     if not bound.rules:
         findings.add(tree.location, "has no rules (expected at least one)", rule="no-rules")
     _warn_unused(bound, tree, files[-1], findings)
+    draft = _draft(bound, data, files) if bound.draft_rules else None
     return Preset(
         path=files[-1],
         files=tuple(files),
@@ -96,6 +97,24 @@ def _bind(
         trust_sources=data.get("trust_sources", False),
         resolved=escape(data),
         warnings=findings.sorted(files, "warning"),
+        draft=draft,
+    )
+
+
+def _draft(bound: Binder, data: Mapping[str, Any], files: Sequence[str]) -> Preset:
+    """The section `draft` as a preset of its own."""
+    section = data["draft"]
+    own = {key: value for key, value in data.items() if key not in ("draft", "on_fused_conflict")}
+    return Preset(
+        path=files[-1],
+        files=tuple(files),
+        description="",
+        sources=bound.sources,
+        rules=bound.draft_rules,
+        on_fused_conflict=section.get("on_fused_conflict", "error"),
+        trust_sources=data.get("trust_sources", False),
+        resolved=escape({**own, **section}),
+        warnings=(),
     )
 
 
@@ -118,7 +137,7 @@ def _warn_unused(bound: Binder, tree: Node, file: str, findings: Findings) -> No
         if not is_used and location.file == file:
             what, remedy = "no rule uses this scheme", "give it a rule, or take it away"
             findings.add(location, what, remedy, "unused-scheme", "warning")
-    used = {rule.scheme.source for rule in bound.rules}
+    used = {rule.scheme.source for rule in (*bound.rules, *bound.draft_rules)}
     for name, source in bound.sources.items():
         if name not in used and source.location.file == file:
             what, remedy = "no rule takes layers from this source", "give it a rule"

@@ -119,6 +119,7 @@ class Preset:
         resolved: the merged mapping, interpolations resolved, as plain data: loading it again as a
             preset of its own gives the same plan.
         warnings: what is odd but no error, such as a scheme that no rule uses.
+        draft: the section `draft`, for the draft model of speculative decoding; None without one.
     """
 
     path: str
@@ -130,3 +131,4 @@ class Preset:
     trust_sources: bool
     resolved: Mapping[str, Any]
     warnings: tuple[Problem, ...] = ()
+    draft: Preset | None = None

@@ -161,7 +161,7 @@ def _describe(error: ValidationError, path: Path) -> list[_Finding]:
 
 
 def _missing_key(key: str, path: Path) -> tuple[str, str]:
-    if key == "method" and path[:1] == ("rules",):
+    if key == "method" and _is_rule(path):
         return "no method is named", "add 'method:' with its arguments, or 'scheme:'"
     example = _EXAMPLES.get(key, f"{key}: …")
     return f"{key!r} is missing", f"add '{example}'"
@@ -191,7 +191,7 @@ def _unknown_keys(value: Mapping[str, Any], schema: Any, path: Path) -> list[_Fi
     The validator also counts keys whose own value is wrong; those have their problem already.
     """
     known = list(schema.get("properties", {}))
-    is_rule, is_scheme = path[:1] == ("rules",), path[:1] == ("schemes",)
+    is_rule, is_scheme = _is_rule(path), path[:1] == ("schemes",)
     if is_rule and "scheme" in value:
         known.append("scheme")
     elif is_rule or is_scheme:
@@ -212,6 +212,10 @@ def _unknown_keys(value: Mapping[str, Any], schema: Any, path: Path) -> list[_Fi
             remedy = "name a scheme, or a method with its arguments, not both"
         found.append(((key,), what, remedy, "unknown-key"))
     return found
+
+
+def _is_rule(path: Path) -> bool:
+    return path[:1] == ("rules",) or path[:2] == ("draft", "rules")
 
 
 def _belongs_to_a_method(key: str) -> bool:

@@ -41,6 +41,8 @@ def check_early(args: Any) -> None:
         plan = make_plan(args.model_path, settings, str(args.dtype), int(args.tp_size), device)
         problems.extend(plan.errors)
         problems.extend(_expert_problems(args, plan))
+        if plan.preset.draft is not None:
+            problems.extend(_draft_problems(args, plan.preset.draft, device))
     elif settings.config:
         load_preset(settings.config, settings.overrides)
     if problems:
@@ -69,12 +71,31 @@ def make_plan(
         preset = preset_for(settings.config, source, settings.overrides, flag)
     else:
         preset = served
+    target = _target(source, dtype, tp_size, device)
+    return _resolved_once(preset, source, target, open_other_sources(preset))
+
+
+def make_draft_plan(
+    model_path: str, preset: Preset, dtype: str, tp_size: int, device: Device
+) -> Plan:
+    """Plan the section `draft` of a preset over a draft model's local checkpoint.
+
+    Args:
+        preset: `Preset.draft`.
+    Raises:
+        CheckpointError: as the pipeline finds them; plan errors are in the plan.
+    """
+    source = open_source(model_path)
+    target = _target(source, dtype, tp_size, device)
+    return resolve_plan(preset, source, target, open_other_sources(preset))
+
+
+def _target(source: Source, dtype: str, tp_size: int, device: Device) -> Target:
     gpu = serving_gpu() if device == "cuda" else None
     running = model_dtype(source.config, dtype)
     if gpu is not None:
         running = served_dtype(running, gpu.capability)
-    target = Target(device, tp_size, running, gpu)
-    return _resolved_once(preset, source, target, open_other_sources(preset))
+    return Target(device, tp_size, running, gpu)
 
 
 # the last plan of this process, and the state of its files when it was made
@@ -141,6 +162,30 @@ def serving_device() -> Device:
             "platform",
         )
     )
+
+
+def _draft_problems(args: Any, preset: Preset, device: Device) -> Iterable[Problem]:
+    """What keeps a draft model from running as the section `draft` says."""
+    if getattr(args, "speculative_algorithm", None) is None:
+        return
+    where, path = f"{preset.path}: draft", getattr(args, "speculative_draft_model_path", None)
+    if path in (None, args.model_path):
+        yield Problem(
+            where,
+            "the draft model is made of layers of --model-path itself, which SGLang loads as they "
+            "are stored (expected a checkpoint of its own)",
+            "name one with --speculative-draft-model-path, or remove the section",
+            "draft",
+        )
+        return
+    for field in ("speculative_draft_model_quantization", "speculative_draft_load_format"):
+        value = getattr(args, field, None)
+        if value is not None:
+            flag = f"--{field.replace('_', '-')}"
+            what = f"{value!r}: the preset's section draft says how the draft model is loaded"
+            yield Problem(flag, what, f"start without {flag}", "draft")
+    if os.path.isdir(path):
+        yield from make_draft_plan(path, preset, str(args.dtype), int(args.tp_size), device).errors
 
 
 def _expert_problems(args: Any, plan: Plan) -> Iterable[Problem]:

@@ -26,9 +26,10 @@ from mixedprec_plugin.cpu.heap import returning_memory
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import plan_as_dict, summary_lines
+from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
-from mixedprec_plugin.serving.early import make_plan, serving_device
+from mixedprec_plugin.serving.early import make_draft_plan, make_plan, serving_device
 from mixedprec_plugin.serving.hooks import require_registration
 from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.reloading import check_reloadable
@@ -54,6 +55,8 @@ class Loaded:
 
 
 _loaded: Loaded | None = None
+# the draft model of speculative decoding, where a preset says how it runs
+_loaded_draft: Loaded | None = None
 
 
 # where a served model keeps the config that it was built with
@@ -99,7 +102,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             LoadError: the model and the plan do not fit each other, or a parameter stayed empty.
         """
         require_registration()
-        if model_config.is_draft_model:
+        if model_config.is_draft_model and self._draft_preset() is None:
             # not super(): what it calls is ours
             draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
                 model_config=model_config, device_config=device_config
@@ -122,11 +125,14 @@ class MixedPrecisionLoader(DefaultModelLoader):
             )
             check_built(config, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
-            weights = self._verified(plan, iter(VirtualCheckpoint(plan, stage.runs)))
+            weights = iter(VirtualCheckpoint(plan, stage.runs))
+            if not model_config.is_draft_model:
+                weights = self._verified(plan, weights)
             self.load_weights_and_postprocess(model, weights, device)
         close_to_unquantized(model)
-        self._remember(folder, config, stage)
-        self._report(plan, stage, time.perf_counter() - start)
+        is_draft = model_config.is_draft_model
+        self._remember(folder, config, stage, is_draft=is_draft)
+        self._report(plan, stage, time.perf_counter() - start, is_draft=is_draft)
         return model.eval()
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source, **options: Any) -> Weights:
@@ -135,19 +141,20 @@ class MixedPrecisionLoader(DefaultModelLoader):
         SGLang rolls a failed update back by asking the same loader again, with the new path still
         in place (weight_updater.py:236); the second time we open what was served before.
         """
-        assert _loaded is not None
         assert source.model_config is not None
-        if not self._has_opened_new_path and _loaded.config.plan.target.device == "cuda":
-            check_reloadable(_loaded.config.built)
+        loaded = _loaded_draft if source.model_config.is_draft_model else _loaded
+        assert loaded is not None
+        if not self._has_opened_new_path and loaded.config.plan.target.device == "cuda":
+            check_reloadable(loaded.config.built)
         path = source.model_or_path
         if self._has_opened_new_path:
-            path = _loaded.model_path
+            path = loaded.model_path
         self._has_opened_new_path = True
-        served = _loaded.config.plan
+        served = loaded.config.plan
         folder = self._folder(path, source.revision)
         plan = self._plan(folder, source.model_config, served.preset).check()
         _check_same_schemes(served, plan)
-        return iter(VirtualCheckpoint(plan, _loaded.stage.runs))
+        return iter(VirtualCheckpoint(plan, loaded.stage.runs))
 
     def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
@@ -171,16 +178,36 @@ class MixedPrecisionLoader(DefaultModelLoader):
         dtype = {"BF16": "bfloat16", "F16": "float16"}.get(
             DTYPE_NAMES[model_config.dtype], str(model_config.dtype)
         )
-        tp_size = get_parallel().tp_size
-        return make_plan(folder, self.settings, dtype, tp_size, serving_device(), served)
+        tp_size, device = get_parallel().tp_size, serving_device()
+        if model_config.is_draft_model:
+            preset = served or self._draft_preset()
+            assert preset is not None
+            return make_draft_plan(folder, preset, dtype, tp_size, device)
+        return make_plan(folder, self.settings, dtype, tp_size, device, served)
 
-    def _remember(self, folder: str, config: MixedPrecisionConfig, stage: Stage) -> None:
-        global _loaded
-        _loaded = Loaded(self.settings, folder, config, stage)
+    def _draft_preset(self) -> Preset | None:
+        """The section `draft` of the preset that the model itself is served with."""
+        if _loaded is not None:
+            return _loaded.config.plan.preset.draft
+        if not self.settings.config:
+            return None
+        return load_preset(self.settings.config, self.settings.overrides).draft
 
-    def _report(self, plan: Plan, stage: Stage, seconds: float) -> None:
+    def _remember(
+        self, folder: str, config: MixedPrecisionConfig, stage: Stage, *, is_draft: bool
+    ) -> None:
+        global _loaded, _loaded_draft
+        loaded = Loaded(self.settings, folder, config, stage)
+        if is_draft:
+            _loaded_draft = loaded
+        else:
+            _loaded = loaded
+
+    def _report(self, plan: Plan, stage: Stage, seconds: float, *, is_draft: bool) -> None:
         if get_parallel().tp_rank != 0:
             return
+        if is_draft:
+            logger.info("mixedprec: the draft model, by the preset's section draft:")
         if not stage.is_whole:
             logger.info("mixedprec: %s", stage.describe(plan.layers))
         if get_parallel().pp_rank != 0:
@@ -188,7 +215,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         for line in summary_lines(plan):
             logger.info(line)
         logger.info("mixedprec: loaded in %.1f s", seconds)
-        if self.settings.plan_path:
+        if self.settings.plan_path and not is_draft:
             text = json.dumps(plan_as_dict(plan), indent=1)
             Path(self.settings.plan_path).write_text(text + "\n", encoding="utf-8")
 

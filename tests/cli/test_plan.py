@@ -176,3 +176,51 @@ def test_gpu_that_makes_no_sense_exits_2(
     code, _, err = run("plan", "--model", model, "--preset", preset, *argv)
     assert code == 2
     assert message in err
+
+
+class TestDraft:
+    """The plan of a draft model, by the preset's section `draft`."""
+
+    @pytest.fixture
+    def draft_model(self, tmp_path: Path) -> Path:
+        return write_llama(tmp_path / "draft", num_hidden_layers=1)
+
+    @pytest.fixture
+    def preset(self, tmp_path: Path) -> Path:
+        path = write_preset(tmp_path, 'match: "*", method: gptq')
+        text = 'draft: {rules: [{match: "*.mlp.*", method: fp8_block}]}\n'
+        path.write_text(path.read_text() + text)
+        return path
+
+    def test_draft_is_planned_beside_the_model(
+        self, model: Path, preset: Path, draft_model: Path
+    ) -> None:
+        argv = ("plan", "--model", model, "--preset", preset, "--draft-model", draft_model)
+        code, out, err = run(*argv)
+        assert (code, err) == (0, "")
+        _, _, below = out.partition("The draft model:")
+        rows = [" ".join(line.split()[:3]) for line in below.splitlines() if line.strip()]
+        assert "model.layers.0.mlp.gate_up_proj fp8_block fp8" in rows
+        made = json.loads(run(*argv, "--json")[1])
+        assert len(made["draft"]["layers"]) < len(made["layers"])
+
+    def test_draft_that_is_not_named_is_told_of(self, model: Path, preset: Path) -> None:
+        _, out, _ = run("plan", "--model", model, "--preset", preset)
+        assert out.rstrip().endswith("The preset has a section draft; --draft-model DIR plans it.")
+
+    def test_faults_of_the_draft_make_the_exit_code(
+        self, model: Path, preset: Path, tmp_path: Path
+    ) -> None:
+        small = write_llama(tmp_path / "small", intermediate_size=192)
+        code, out, _ = run("plan", "--model", model, "--preset", preset, "--draft-model", small)
+        assert code == 1
+        assert "192" in out.partition("The draft model:")[2]
+
+    def test_draft_without_the_section_is_refused(
+        self, model: Path, draft_model: Path, tmp_path: Path
+    ) -> None:
+        plain = write_preset(tmp_path / "plain", 'match: "*", method: gptq')
+        argv = ("plan", "--model", model, "--preset", plain, "--draft-model", draft_model)
+        code, _, err = run(*argv)
+        assert code == 2
+        assert "has no section draft: SGLang loads the draft model by itself; leave it out" in err

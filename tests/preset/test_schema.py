@@ -15,7 +15,7 @@ from mixedprec_plugin.resources import schema_path
 from tests.preset.conftest import Refuse
 
 TOP_KEYS = (
-    "version, description, extends, sources, schemes, lists, rules, on_fused_conflict, "
+    "version, description, extends, sources, schemes, lists, rules, draft, on_fused_conflict, "
     "trust_sources"
 )
 METHOD_NAMES = "bf16, fp8, fp8_channel, blockwise_int8, awq, gptq, auto"
