@@ -14,8 +14,7 @@ from mixedprec_plugin.convert.provenance import PROVENANCE_NAME
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.methods import awq, gptq
 from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.auto import AUTO
-from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.auto import is_auto
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
 
@@ -46,11 +45,8 @@ class MixedForm:
     name = "mixedprec"
 
     def problems(self, plan: Plan) -> list[Problem]:
-        """Layers that run by another checkpoint's `quantization_config`, which stays behind."""
-        names = [layer.name for layer in plan.layers if layer.method == AUTO]
-        text = "runs as its source says (method: auto), which a converted checkpoint cannot"
-        remedy = "name the layers' method"
-        return [Problem(", ".join(fold_names(names)), text, remedy, "convert-auto")] * bool(names)
+        """None: what can be served can be written."""
+        return []
 
     def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
         """The layer's own."""
@@ -62,10 +58,10 @@ class MixedForm:
 
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         """The preset, and how each quantized layer is stored."""
-        stored: dict[str, tuple[dict[str, Any], list[str]]] = {}
+        stored: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
         for layer in plan.layers:
             if layer.scheme is not None and layer.scheme.method != "bf16":
-                config = stored_config(layer.scheme)
+                config = _config_of(layer, plan)
                 stored.setdefault(repr(config), (config, []))[1].append(layer.name)
         return {
             "quant_method": QUANT_METHOD,
@@ -76,6 +72,16 @@ class MixedForm:
             ],
             "provenance": PROVENANCE_NAME,
         }
+
+
+def _config_of(layer: PlannedLayer, plan: Plan) -> Mapping[str, Any]:
+    """What a checkpoint that is wholly stored as a layer is says: under `auto`, its source's."""
+    assert layer.scheme is not None
+    if is_auto(layer):
+        said = plan.sources[layer.source].quantization_config_of(layer.name)
+        if said:
+            return said
+    return stored_config(layer.scheme)
 
 
 def stored_config(scheme: Scheme) -> dict[str, Any]:

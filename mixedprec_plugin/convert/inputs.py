@@ -35,11 +35,17 @@ def input_facts(plan: Plan, form: str, parts: Sequence[Part]) -> dict[str, str]:
         "the format": form,
         "the dtype": plan.target.dtype,
         "the preset": _digest(plan.preset.resolved),
-        "config.json": _digest(dict(plan.source.config)),
+        "config.json": _digest(_configs(plan)),
         "the sources' files": _digest(files),
         "the size of parts": _digest([[part.file, len(part.tensors)] for part in parts]),
         "the plan": _digest([part.header.decode("latin-1") for part in parts]),
     }
+
+
+def _configs(plan: Plan) -> list[object]:
+    """The model's, and of other sources what layers under `auto` are written with."""
+    said = {name: dict(source.quantization_config) for name, source in plan.sources.items()}
+    return [dict(plan.source.config), said]
 
 
 def _read(layer: PlannedLayer) -> list[StoredTensor]:

@@ -37,18 +37,19 @@ _GUARDED = ("create_weights", "process_weights_after_loading")
 
 
 def config_of_source(
-    source: Source, packed_modules: Mapping[str, list[str]], where: str
+    source: Source, layer: str, packed_modules: Mapping[str, list[str]], where: str
 ) -> QuantizationConfig:
-    """Make SGLang's config of a source.
+    """Make SGLang's config of a source, as one of its layers is stored.
 
     Args:
         source: the checkpoint, whose config.json has a `quantization_config`.
+        layer: a layer's name; of our own checkpoints each has a `quantization_config` of its own.
         packed_modules: last component of a fused module -> those of its shards.
         where: the layers that it is for, for the messages.
     Raises:
         LoadError: there is none, or SGLang has no class that reads it.
     """
-    said = copy.deepcopy(dict(source.quantization_config))
+    said = copy.deepcopy(dict(source.quantization_config_of(layer)))
     name = str(said.get("quant_method") or "").lower()
     if not name:
         raise LoadError(

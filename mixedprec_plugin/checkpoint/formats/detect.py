@@ -57,7 +57,8 @@ class FormatCache:
     def __init__(self) -> None:
         self._known: dict[str, dict[str, StoredFormat | None]] = {}
         self._shared: dict[object, StoredFormat | None] = {}
-        self._apart: dict[str, bool] = {}
+        # by the address of a config: its source, and so it, outlives the plan's making
+        self._apart: dict[int, bool] = {}
 
     def of(self, source: Source, name: str) -> StoredFormat | None:
         """The format of one layer of a source; see `detect_format`."""
@@ -68,12 +69,11 @@ class FormatCache:
         return found
 
     def _find(self, source: Source, name: str) -> StoredFormat | None:
-        if source.name not in self._apart:
-            self._apart[source.name] = tells_layers_apart(source.quantization_config)
-        tensors = source.layers[name]
-        alike = name if self._apart[source.name] else without_numbers(name)
+        tensors, config = source.layers[name], source.quantization_config_of(name)
+        if config and id(config) not in self._apart:
+            self._apart[id(config)] = tells_layers_apart(config)
+        alike = name if config and self._apart[id(config)] else without_numbers(name)
         signature = tuple([(suffix, t.dtype, t.shape) for suffix, t in tensors.items()])
-        config = source.quantization_config_of(name)
         key = (source.name, alike, signature, id(config) if config else 0)
         if key not in self._shared:
             self._shared[key] = detect_format(tensors, config, name)
