@@ -6,17 +6,21 @@ those of real models come close to it, larger outliers make it larger.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
+from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.model import PlannedLayer, Target
 from mixedprec_plugin.plan.repacking import rounds_scales
 
 _NORMAL = NormalDist()
 # measured on half a million normal numbers; with three bits of mantissa it hardly depends on scales
 _E4M3_RMS = 0.026
+# formats whose scales SGLang's classes keep in the dtype that the model runs in
+_RUNNING_SCALES = frozenset({"awq", "gptq", "pack-quantized"})
 _DTYPES = {"F16": "float16", "F32": "float32"}
 
 
@@ -33,11 +37,23 @@ def find_losses(layer: PlannedLayer, target: Target) -> list[tuple[str, str]]:
             f"an error of {size}"
         )
         return [(text, "take it from an unquantized source for one rounding")]
-    if layer.action == "repack" and (dtype := rounds_scales(scheme, layer.inputs, target.dtype)):
+    if layer.action in ("repack", "as stored") and (dtype := _rounded_scales(layer, target)):
         name = _DTYPES[dtype]
         text = f"its codes are kept, its {name} scales are rounded to bfloat16, up to 0.2% each"
         return [(text, "start with --dtype float16 to keep them" if dtype == "F16" else "")]
     return []
+
+
+def _rounded_scales(layer: PlannedLayer, target: Target) -> str:
+    """The dtype of scales that are rounded, by us or by SGLang's own loader; empty if none are."""
+    assert layer.scheme is not None
+    assert layer.stored is not None
+    if layer.method == AUTO and layer.stored.family not in _RUNNING_SCALES:
+        return ""
+    scheme = layer.scheme
+    if layer.method == AUTO:
+        scheme = dataclasses.replace(scheme, method="gptq")
+    return rounds_scales(scheme, layer.inputs, target.dtype)
 
 
 def find_shard_losses(layers: Sequence[PlannedLayer], target: Target) -> list[tuple[str, str]]:

@@ -48,7 +48,8 @@ def test_peer_of_a_method_is_taken_as_stored(tmp_path: Path, folder: str) -> Non
     made = plan(
         model, f'match: "*_proj", method: {DETECTED[folder][0]}, group_size: 64', target=CPU
     )
-    assert problem_texts(made) == [t for t in problem_texts(made) if "does not run on CUDA" in t]
+    foreseen = ("does not run on CUDA", "its float16 scales are rounded to bfloat16")
+    assert all(any(text in t for text in foreseen) for t in problem_texts(made))
     stream = dict(iter(VirtualCheckpoint(made)))
     for layer in LAYERS:
         for suffix, tensor in torch_layer(folder, layer).items():

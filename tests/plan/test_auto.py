@@ -30,7 +30,7 @@ BOTH = "model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj"
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_tensor_passes_as_stored_to_cuda(tmp_path: Path, folder: str) -> None:
     made = plan(peer_checkpoint(tmp_path / "model", folder), AUTO)
-    assert not made.problems
+    assert all("scales are rounded" in text for text in problem_texts(made))
     stream = dict(iter(VirtualCheckpoint(made)))
     for name in LAYERS:
         layer = made.by_name[name]
@@ -68,7 +68,8 @@ def test_cpu_runs_our_methods_as_themselves(tmp_path: Path, folder: str) -> None
     made = plan(peer_checkpoint(tmp_path / "model", folder), AUTO, target=CPU)
     layer = made.by_name[LAYERS[0]]
     assert (layer.method, layer.action) == (DETECTED[folder][0], "as stored")
-    assert all("does not run on CUDA" in text for text in problem_texts(made))
+    foreseen = ("does not run on CUDA", "its float16 scales are rounded to bfloat16")
+    assert all(any(text in t for text in foreseen) for t in problem_texts(made))
 
 
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if DETECTED[f][0] == ""])

@@ -11,12 +11,12 @@ from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods.registry import METHODS, bind
 from mixedprec_plugin.plan.losses import relative_rms
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.plan.model import Device, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
-from tests.checkpoint.peers import peer_checkpoint
+from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.presets import plan, preset, problem_texts
-from tests.quantize.peers import LAYERS, config, numpy_layer
+from tests.quantize.peers import LAYERS, config, numpy_layer, torch_layer
 from tests.quantize.peers import relative_rms as distance
 from tests.reference.dequantize import dequantize_checkpoint
 
@@ -95,6 +95,26 @@ def test_scales_that_are_rounded_in_repacking_are_a_warning(tmp_path: Path) -> N
     )
     exact = Target(device="cpu", dtype="F16")
     assert all("CUDA" in t for t in problem_texts(plan(model, rule, target=exact)))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_scales_that_are_rounded_as_they_are_placed_are_the_same_warning(
+    tmp_path: Path, folder: str, device: Device
+) -> None:
+    """SGLang's classes keep them in the model's dtype, which their loaders copy them into."""
+    model, rule = peer_checkpoint(tmp_path / "model", folder), 'match: "*_proj", method: auto'
+    made = plan(model, rule, target=Target(device=device))
+    warned = [text for text in problem_texts(made) if "scales are rounded to bfloat16" in text]
+    layer = made.by_name[LAYERS[0]]
+    assert len(warned) == (layer.action == "as stored" and _has_float16_scales(folder))
+    exact = plan(model, rule, target=Target(device=device, dtype="F16"))
+    assert not any("scales are rounded" in text for text in problem_texts(exact))
+
+
+def _has_float16_scales(folder: str) -> bool:
+    stored = torch_layer(folder, LAYERS[0])
+    return "scales" in stored and stored["scales"].dtype == torch.float16
 
 
 def test_layers_that_lose_the_same_are_one_warning(tmp_path: Path) -> None:
