@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.formats import FormatCache, StoredFormat
 from mixedprec_plugin.checkpoint.garbage import uncollected
-from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
+from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.methods import registry
-from mixedprec_plugin.methods.spec import TensorSpec
 from mixedprec_plugin.names import nearest, without_numbers
 from mixedprec_plugin.plan import checks
 from mixedprec_plugin.plan.architecture import (
@@ -25,24 +22,19 @@ from mixedprec_plugin.plan.architecture import (
     scheme_unit,
     shard_order,
 )
-from mixedprec_plugin.plan.auto import AUTO, auto_scheme, find_mixed_modules
+from mixedprec_plugin.plan.auto import find_mixed_modules
 from mixedprec_plugin.plan.config_shapes import check_config_shapes
-from mixedprec_plugin.plan.conversion import is_stored_as
 from mixedprec_plugin.plan.draft import NOTE, draft_layers
 from mixedprec_plugin.plan.expert_ids import check_expert_ids
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import settle_fused_modules
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.mixing import settle_sources
-from mixedprec_plugin.plan.model import Action, Plan, PlannedLayer, Target
-from mixedprec_plugin.plan.repacking import is_repackable
+from mixedprec_plugin.plan.model import Plan, PlannedLayer, Target
+from mixedprec_plugin.plan.outcomes import Outcome, Outcomes
+from mixedprec_plugin.plan.schemes import SchemeChooser
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
-_FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
-# SGLang keeps some routers in float32 (models/glm4_moe.py:391, models/deepseek_v2.py:520), and a
-# draft model is loaded from what is stored
-_UNCAST = frozenset({"router", "draft"})
-_ROUTER_BIAS = "e_score_correction_bias"
 # buffers that some old checkpoints carry and every model computes by itself
 _COMPUTED = ("rotary_emb",)
 
@@ -82,7 +74,7 @@ def resolve_plan(
     matches = match_rules(preset.rules, (*names, *tied), uncounted=drafts)
     rules = matches.deciding
     taken, problems = _take(names, rules, kinds, sources, formats)
-    asking = _Schemes(target)
+    asking = SchemeChooser(target)
     asked = {name: asking.of(rules.get(name), taken[name].stored, kinds[name]) for name in names}
     fused = {name: fused_module(name, model.layers.keys()) for name in names}
     units: dict[str, list[str]] = {}
@@ -95,7 +87,7 @@ def resolve_plan(
     problems += mixtures + conflicts
     problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
-    maker = _Maker(target)
+    outcomes = Outcomes(target)
     planned = [
         _planned_layer(
             name,
@@ -104,7 +96,7 @@ def resolve_plan(
             schemes[name],
             rules.get(name),
             taken[name],
-            maker.of(schemes[name], taken[name], kinds[name]),
+            outcomes.of(schemes[name], taken[name].stored, taken[name].tensors, kinds[name]),
         )
         for name in names
     ]
@@ -181,79 +173,6 @@ def _tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
     return {"lm_head": embedding} if embedding else {}
 
 
-class _Schemes:
-    """The scheme of each layer; layers of one rule or of no rule that are alike share one."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._known: dict[object, Scheme] = {}
-
-    def of(self, rule: Rule | None, stored: StoredFormat | None, kind: Kind) -> Scheme | None:
-        if kind in NEVER_QUANTIZED or stored is None:
-            return None
-        key = (id(rule), id(stored))
-        if key not in self._known:
-            self._known[key] = self._made(rule, stored)
-        return self._known[key]
-
-    def _made(self, rule: Rule | None, stored: StoredFormat) -> Scheme:
-        if rule is None:
-            return _as_stored(stored)
-        if rule.scheme.method == AUTO:
-            return auto_scheme(rule.scheme, stored, self._target.device)
-        return _completed(rule, stored)
-
-
-def _as_stored(stored: StoredFormat) -> Scheme:
-    if stored.method in ("", "bf16"):
-        return Scheme("as stored", *registry.bind("unquantized", {}))
-    return Scheme("as stored", *registry.bind(stored.method, stored.arguments))
-
-
-def _completed(rule: Rule, stored: StoredFormat) -> Scheme:
-    """Act order that the preset leaves open is as the source stores it, and none if we quantize."""
-    scheme = rule.scheme
-    if scheme.arguments.get("desc_act", True) is not None:
-        return scheme
-    desc_act = scheme.method == stored.family and bool(stored.said.get("desc_act"))
-    return dataclasses.replace(scheme, arguments={**scheme.arguments, "desc_act": desc_act})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """What layers that are alike become."""
-
-    action: Action
-    outputs: Mapping[str, TensorSpec]
-    bytes_before: int
-    bytes_after: int
-
-
-class _Maker:
-    """What each layer becomes; layers that are alike share it."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._known: dict[object, _Made] = {}
-
-    def of(self, scheme: Scheme | None, taken: _Taken, kind: Kind) -> _Made:
-        # layers share a format only where their tensors have the same dtypes and shapes
-        alike: object = id(taken.stored)
-        if taken.stored is None:
-            alike = tuple([(suffix, t.dtype, t.shape) for suffix, t in taken.tensors.items()])
-        key = (id(scheme), alike, kind)
-        if key not in self._known:
-            action = _action(scheme, taken.stored, taken.tensors, self._target)
-            outputs = _outputs(action, scheme, taken.stored, taken.tensors, kind, self._target)
-            self._known[key] = _Made(
-                action,
-                MappingProxyType(outputs),
-                sum(tensor.num_bytes for tensor in taken.tensors.values()),
-                sum(map(_spec_bytes, outputs.values())) if kind != "draft" else 0,
-            )
-        return self._known[key]
-
-
 def _planned_layer(
     name: str,
     module: str,
@@ -262,7 +181,7 @@ def _planned_layer(
     scheme: Scheme | None,
     rule: Rule | None,
     taken: _Taken,
-    made: _Made,
+    outcome: Outcome,
 ) -> PlannedLayer:
     return PlannedLayer(
         name=name,
@@ -273,68 +192,10 @@ def _planned_layer(
         rule=rule,
         source=taken.source.name,
         stored=taken.stored,
-        action=made.action,
+        action=outcome.action,
         inputs=taken.tensors,
-        outputs=made.outputs,
-        bytes_before=made.bytes_before,
-        bytes_after=made.bytes_after,
+        outputs=outcome.outputs,
+        bytes_before=outcome.bytes_before,
+        bytes_after=outcome.bytes_after,
         note=NOTE if kind == "draft" else "",
     )
-
-
-def _action(
-    scheme: Scheme | None,
-    stored: StoredFormat | None,
-    tensors: Mapping[str, StoredTensor],
-    target: Target,
-) -> Action:
-    if scheme is None or stored is None:
-        return "as stored"
-    if scheme.method == "bf16":
-        if stored.method != "bf16":
-            return "dequantize"
-        served = {"BF16": "bfloat16", "F16": "float16"}.get(target.dtype)
-        return "as stored" if stored.arguments["dtype"] == served else "cast"
-    if scheme.method == AUTO:
-        return "as stored"
-    if stored.method == "bf16":
-        return "quantize"
-    if is_stored_as(stored, scheme):
-        return "as stored"
-    if is_repackable(stored, scheme, tensors):
-        return "repack"
-    return "requantize" if scheme.requantize and stored.is_readable else "as stored"
-
-
-def _outputs(
-    action: Action,
-    scheme: Scheme | None,
-    stored: StoredFormat | None,
-    tensors: Mapping[str, StoredTensor],
-    kind: Kind,
-    target: Target,
-) -> dict[str, TensorSpec]:
-    """What the layer is served as: the method's tensors, then those beside the matrix (biases)."""
-    outputs: dict[str, TensorSpec] = {}
-    replaced: set[str] = set()
-    if scheme is not None and stored is not None and stored.N:
-        spec = registry.METHODS[scheme.method]
-        outputs |= spec.stored(scheme.arguments, stored.N, stored.K, target.dtype)
-        if action != "as stored":
-            replaced = set(stored.suffixes)
-    if scheme is not None and stored is not None and scheme.method == AUTO:
-        outputs |= {
-            s: TensorSpec(t.dtype, t.shape) for s, t in tensors.items() if s in stored.suffixes
-        }
-        if stored.family == "gptq" and "g_idx" not in tensors:
-            outputs["g_idx"] = TensorSpec("I32", (stored.K,))
-    for suffix, tensor in tensors.items():
-        if suffix not in replaced and suffix not in outputs:
-            is_cast = tensor.dtype in _FLOATS and kind not in _UNCAST and suffix != _ROUTER_BIAS
-            dtype = target.dtype if is_cast else tensor.dtype
-            outputs[suffix] = TensorSpec(dtype, tensor.shape)
-    return outputs
-
-
-def _spec_bytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8

@@ -1,0 +1,56 @@
+"""From the rule that decides about a layer to its scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mixedprec_plugin.checkpoint.formats import StoredFormat
+from mixedprec_plugin.methods import registry
+from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, Kind
+from mixedprec_plugin.plan.auto import AUTO, auto_scheme
+from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.preset.model import Rule, Scheme
+
+
+class SchemeChooser:
+    """The scheme of each layer; layers of one rule or of no rule that are alike share one."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._known: dict[object, Scheme] = {}
+
+    def of(self, rule: Rule | None, stored: StoredFormat | None, kind: Kind) -> Scheme | None:
+        """The scheme of a layer; None where it has no weight that could be quantized.
+
+        Args:
+            rule: the rule that decides; None leaves the layer as it is stored.
+            stored: the format of the layer's weight in its source.
+        """
+        if kind in NEVER_QUANTIZED or stored is None:
+            return None
+        key = (id(rule), id(stored))
+        if key not in self._known:
+            self._known[key] = self._made(rule, stored)
+        return self._known[key]
+
+    def _made(self, rule: Rule | None, stored: StoredFormat) -> Scheme:
+        if rule is None:
+            return _as_stored(stored)
+        if rule.scheme.method == AUTO:
+            return auto_scheme(rule.scheme, stored, self._target.device)
+        return _completed(rule, stored)
+
+
+def _as_stored(stored: StoredFormat) -> Scheme:
+    if stored.method in ("", "bf16"):
+        return Scheme("as stored", *registry.bind("unquantized", {}))
+    return Scheme("as stored", *registry.bind(stored.method, stored.arguments))
+
+
+def _completed(rule: Rule, stored: StoredFormat) -> Scheme:
+    """Act order that the preset leaves open is as the source stores it, and none if we quantize."""
+    scheme = rule.scheme
+    if scheme.arguments.get("desc_act", True) is not None:
+        return scheme
+    desc_act = scheme.method == stored.family and bool(stored.said.get("desc_act"))
+    return dataclasses.replace(scheme, arguments={**scheme.arguments, "desc_act": desc_act})
