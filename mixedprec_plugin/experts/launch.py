@@ -114,12 +114,6 @@ _OPTIONS: tuple[Option, ...] = (
         "LoRA replaces the layers of experts by its own",
         "start without adapters, or give all experts of a layer one scheme",
     ),
-    (
-        "enforce_shared_experts_fusion",
-        (None, False),
-        "shared experts cannot be fused into routed ones of several schemes",
-        "start without it",
-    ),
 )
 
 

@@ -17,6 +17,7 @@ from mixedprec_plugin.plan.folding import fold_names, fold_numbers
 from mixedprec_plugin.plan.memory import memory_line
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.sglang_names import sglang_name
+from mixedprec_plugin.plan.shared_experts import shared_experts_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +227,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(totals_line(plan), highlight=False)
     if line := memory_line(plan.layers, plan.target, plan.source.config):
         console.print(line, highlight=False)
+    if line := shared_experts_line(plan.source.config, plan.layers):
+        console.print(line, highlight=False, markup=False)
     for problem in plan.problems:
         style = "bold red" if problem.severity == "error" else "yellow"
         console.print(Text(f"{problem.severity}: ", style=style).append(Text(str(problem), "")))
@@ -253,6 +256,8 @@ def summary_lines(plan: Plan) -> list[str]:
             f"{format_bytes(group.bytes_after)}  {bits}".rstrip()
         )
     lines.append(f"mixedprec: {totals_line(plan)}")
+    if line := shared_experts_line(plan.source.config, plan.layers):
+        lines.append(f"mixedprec: {line}")
     lines.extend(f"mixedprec: {p.severity}: {p}" for p in plan.problems)
     return lines
 

@@ -85,6 +85,7 @@ class MixedPrecisionConfig(QuantizationConfig):
     def can_fuse_shared_expert(self) -> bool:
         """Never: a shared expert is a layer of its own, in a scheme of its own.
 
+        GLM-4-MoE's model does not ask; see `MixedPrecisionLoader`.
         Source: `quant_blocks_shared_experts_fusion` (models/deepseek_common/utils.py:159).
         """
         return False

@@ -18,7 +18,7 @@ from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_exec, get_parallel
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
@@ -116,8 +116,10 @@ class MixedPrecisionLoader(DefaultModelLoader):
         _apply_name_mapper(config, model_config)
         device = torch.device(device_config.device)
         returning = returning_memory() if device.type == "cpu" else contextlib.nullcontext()
+        # can_fuse_shared_expert() of the config is not what every model asks (glm4_moe.py:1012)
+        unfused = get_exec().moe.override(disable_shared_experts_fusion=True)
         with set_default_torch_dtype(model_config.dtype), returning:
-            with device:
+            with device, unfused:
                 model: torch.nn.Module = _initialize_model(model_config, self.load_config, config)
             stages = get_parallel().pp_group
             stage = Stage(

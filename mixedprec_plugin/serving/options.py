@@ -22,6 +22,8 @@ _OWN_READING = (
     "SGLang's readers"
 )
 
+_SHARED = "a preset gives shared experts methods of their own, and they are not fused"
+
 # field of ServerArgs, the values that go, why others do not
 _EVERYWHERE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("quantization", (None,), "a preset names the method of each layer"),
@@ -70,6 +72,8 @@ _EVERYWHERE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (None,),
         "the plan is made from the checkpoint's own config.json",
     ),
+    ("enforce_shared_experts_fusion", (None, False), _SHARED),
+    ("enable_waterfill", (None, False), _SHARED),
     (
         "offload_group_size",
         (None, -1, 0),

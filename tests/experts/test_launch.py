@@ -26,7 +26,6 @@ def test_default_launch_goes():
         ("init_expert_location", "map.json", "--init-expert-location 'map.json': expert placement"),
         ("enable_lora", True, "--enable-lora True: LoRA replaces"),
         ("lora_paths", ["a"], r"--lora-paths \['a'\]: LoRA replaces"),
-        ("enforce_shared_experts_fusion", True, "--enforce-shared-experts-fusion True: shared"),
         ("moe_runner_backend", "flashinfer_cutlass", "--moe-runner-backend 'flashinfer_cutlass'"),
     ],
 )

@@ -97,6 +97,11 @@ PAST = "tensors that come past the plan are not quantized by the preset"
         (("--decrypted-config-file", "x"), "the plan is made from the checkpoint's own"),
         (("--offload-group-size", "4"), "by the names of unquantized parameters"),
         (
+            ("--enforce-shared-experts-fusion",),
+            "--enforce-shared-experts-fusion: True: a preset gives shared experts methods of the",
+        ),
+        (("--enable-waterfill",), "a preset gives shared experts methods of their own"),
+        (
             ("--json-model-override-args", '{"quantization_config": {}}'),
             "--json-model-override-args: quantization_config: a preset names the method",
         ),
