@@ -23,6 +23,7 @@ RULES = (
     'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
     'match: "*.1.self_attn.*", method: unquantized',
     'match: "*.2.self_attn.o_proj", method: fp8',
+    'match: "*.2.mlp.*", method: fp8_channel',
 )
 SCHEMES = {
     "model.layers.0.self_attn.qkv_proj": "CompressedTensorsW8A8Fp8",

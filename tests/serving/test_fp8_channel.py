@@ -89,6 +89,7 @@ def test_update_from_disk_is_refused_before_anything_is_read(
     monkeypatch.setattr(loader, "_loaded", loaded)
     made = object.__new__(loader.MixedPrecisionLoader)
     made._has_opened_new_path = False
-    source = SimpleNamespace(model_config=SimpleNamespace(), model_or_path="nowhere", revision=None)
+    of = SimpleNamespace(is_draft_model=False)
+    source = SimpleNamespace(model_config=of, model_or_path="nowhere", revision=None)
     with pytest.raises(LoadError, match="a: takes no new weights"):
         made._get_weights_iterator(source)  # type: ignore[arg-type]

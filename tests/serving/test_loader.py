@@ -18,7 +18,7 @@ from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, wri
 from tests.presets import write_preset
 
 LoadModel = Callable[..., Any]
-METHODS = ("bf16", "fp8", "fp8_block", "int8", "awq", "gptq", "gptq_int8")
+METHODS = ("bf16", "fp8", "fp8_block", "fp8_channel", "int8", "awq", "gptq", "gptq_int8")
 
 
 @pytest.fixture
@@ -63,6 +63,7 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
     ("method", "suffixes"),
     [
         ("fp8_block", {"weight": 0, "weight_scale_inv": 0}),
+        ("fp8_channel", {"weight": 0, "weight_scale": 0}),
         ("int8", {"weight": 0, "weight_scale_inv": 0}),
         ("awq", {"qweight": 1, "qzeros": 1, "scales": 1}),
         ("gptq", {"qweight": 1, "qzeros": 1, "scales": 1}),
