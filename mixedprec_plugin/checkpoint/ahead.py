@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
-from mixedprec_plugin.checkpoint.reader import Reader
+from mixedprec_plugin.checkpoint.reader import AS_USUAL, Reader, Reading
 
 # of tensors that are in memory and not yet taken, at most
 BUDGET_BYTES = 64 << 20
@@ -36,10 +36,15 @@ class ReadAhead(Reader):
 
     Args:
         schedule: tensors in the order in which `read_finite` will be called.
+        how: how files are read.
     """
 
-    def __init__(self, schedule: Iterable[StoredTensor]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        schedule: Iterable[StoredTensor],
+        how: Reading = AS_USUAL,
+    ) -> None:
+        super().__init__(how)
         tensors = tuple(schedule)
         self._budget = min(BUDGET_BYTES, _num_bytes(tensors) // _BUDGET_SHARE)
         self._batches = _batches(tensors, min(_BATCH_BYTES, self._budget // 2))

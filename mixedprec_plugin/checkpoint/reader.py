@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import mmap
 import os
@@ -49,17 +50,36 @@ _MAPPED_BYTES = 1 << 20
 _MADV_POPULATE_READ = 22  # linux/mman.h, from Linux 5.14 on
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files are read.
+
+    Attributes:
+        may_map: whether large tensors may be mappings, and not reads into memory of their own.
+        drops_cache: whether the kernel is told in the end that it need not keep the files' pages.
+    """
+
+    may_map: bool = True
+    drops_cache: bool = False
+
+
+AS_USUAL = Reading()
+
+
 class Reader:
     """Reads tensors of safetensors files; keeps files open until it is closed.
 
     Several threads may read at once.
 
+    Args:
+        how: how files are read.
     Example:
         with Reader() as reader:
             weight = reader.read(source.tensors["lm_head.weight"])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, how: Reading = AS_USUAL) -> None:
+        self._how = how
         self._descriptors: dict[Path, int] = {}
         self._opening: dict[Path, threading.Lock] = {}
 
@@ -77,7 +97,10 @@ class Reader:
     def close(self) -> None:
         """Close all files."""
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            _, descriptor = self._descriptors.popitem()
+            if self._how.drops_cache:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
         """Read one tensor into memory of its own.
@@ -97,7 +120,8 @@ class Reader:
         dtype = TORCH_DTYPES[tensor.dtype]
         descriptor = self.descriptor(tensor.path)
         # a file written by hand may start its tensors anywhere
-        if tensor.num_bytes < _MAPPED_BYTES or tensor.start % dtype.itemsize:
+        is_mapped = self._how.may_map and tensor.num_bytes >= _MAPPED_BYTES
+        if not is_mapped or tensor.start % dtype.itemsize:
             data = _read(descriptor, tensor)
         else:
             data = _map(descriptor, tensor)

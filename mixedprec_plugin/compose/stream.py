@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mixedprec_plugin.checkpoint.ahead import ReadAhead
-from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
+from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYPES, Reader, Reading
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.compose.order import in_reading_order
@@ -40,19 +40,26 @@ class VirtualCheckpoint:
     Args:
         plan: a plan without errors.
         wanted: which of its layers to read; all of them by default.
+        how: how files are read.
     Raises (while iterating):
         CheckpointError: a file cannot be read, or a weight is NaN or infinite.
     """
 
-    def __init__(self, plan: Plan, wanted: Callable[[PlannedLayer], bool] = lambda _: True) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        wanted: Callable[[PlannedLayer], bool] = lambda _: True,
+        how: Reading = AS_USUAL,
+    ) -> None:
         self.plan = plan.check()
+        self._how = how
         self.layers = tuple(
             in_reading_order(x for x in plan.layers if x.kind != "draft" and wanted(x))
         )
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         inputs = (tensor for layer in self.layers for tensor in layer.inputs.values())
-        with ReadAhead(inputs) as reader:
+        with ReadAhead(inputs, self._how) as reader:
             for layer in self.layers:
                 for suffix, tensor in compose_layer(layer, self.plan.target, reader).items():
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, tensor

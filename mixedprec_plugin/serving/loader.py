@@ -18,9 +18,9 @@ from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
-from sglang.srt.runtime_context import get_exec, get_parallel
+from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 
-from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
+from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.cpu.heap import returning_memory
 from mixedprec_plugin.errors import LoadError, Problem
@@ -127,7 +127,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             )
             check_built(config, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
-            weights = iter(VirtualCheckpoint(plan, stage.runs))
+            weights = iter(VirtualCheckpoint(plan, stage.runs, _how_to_read()))
             if not model_config.is_draft_model:
                 weights = self._verified(plan, weights)
             self.load_weights_and_postprocess(model, weights, device)
@@ -156,7 +156,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         folder = self._folder(path, source.revision)
         plan = self._plan(folder, source.model_config, served.preset).check()
         _check_same_schemes(served, plan)
-        return iter(VirtualCheckpoint(plan, loaded.stage.runs))
+        return iter(VirtualCheckpoint(plan, loaded.stage.runs, _how_to_read()))
 
     def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
@@ -220,6 +220,15 @@ class MixedPrecisionLoader(DefaultModelLoader):
         if self.settings.plan_path and not is_draft:
             text = json.dumps(plan_as_dict(plan), indent=1)
             Path(self.settings.plan_path).write_text(text + "\n", encoding="utf-8")
+
+
+def _how_to_read() -> Reading:
+    """What the options --weight-loader-* say; reading ahead is our own, with or without one."""
+    said = get_model()
+    return Reading(
+        may_map=not said.weight_loader_disable_mmap,
+        drops_cache=bool(said.weight_loader_drop_cache_after_load),
+    )
 
 
 def _restore(model: torch.nn.Module) -> None:

@@ -17,10 +17,7 @@ from mixedprec_plugin.serving.settings import parse_extra_config, split_extra_co
 _OTHER_LOADER = "it belongs to another load format, which this one would not ask"
 _MODELOPT = "ModelOpt quantizes a whole model in its own loader"
 _PAST_THE_PLAN = "tensors that come past the plan are not quantized by the preset"
-_OWN_READING = (
-    "the load format reads each tensor once, in the order of the files, and not through "
-    "SGLang's readers"
-)
+_OWN_READING = "the load format reads ahead by itself, and not through SGLang's readers"
 
 _SHARED = "a preset gives shared experts methods of their own, and they are not fused"
 
@@ -42,8 +39,6 @@ _EVERYWHERE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (None, "off"),
         "the weight cache puts a load format of its own in this one's place",
     ),
-    ("weight_loader_prefetch_checkpoints", (None, False), _OWN_READING),
-    ("weight_loader_drop_cache_after_load", (None, False), _OWN_READING),
     ("remote_instance_weight_loader_seed_instance_ip", (None,), _OTHER_LOADER),
     ("remote_instance_weight_loader_seed_instance_service_port", (None,), _OTHER_LOADER),
     ("remote_instance_weight_loader_send_weights_group_ports", (None, []), _OTHER_LOADER),

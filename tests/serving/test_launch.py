@@ -55,7 +55,7 @@ def check(model: Path, rules: tuple[str, ...], *argv: str) -> list[str]:
 pytestmark = pytest.mark.usefixtures("sglang_context")
 
 OTHER_LOADER = "it belongs to another load format"
-OWN_READING = "the load format reads each tensor once, in the order of the files"
+OWN_READING = "the load format reads ahead by itself"
 PAST = "tensors that come past the plan are not quantized by the preset"
 
 
@@ -69,8 +69,6 @@ PAST = "tensors that come past the plan are not quantized by the preset"
             "--startup-weight-load-mode: 'overlap': SGLang overlaps loading with CUDA graphs",
         ),
         (("--weight-cache-mode", "client"), "--weight-cache-mode: 'client': the weight cache"),
-        (("--weight-loader-prefetch-checkpoints",), OWN_READING),
-        (("--weight-loader-drop-cache-after-load",), OWN_READING),
         (
             ("--model-loader-extra-config", '{"num_threads": 4}'),
             f"--model-loader-extra-config: num_threads: {OWN_READING}",
@@ -120,6 +118,8 @@ def test_option_that_changes_what_is_read_is_refused(
     [
         (),
         ("--weight-loader-disable-mmap",),
+        ("--weight-loader-drop-cache-after-load",),
+        ("--weight-loader-prefetch-checkpoints",),
         ("--json-model-override-args", '{"rope_theta": 1000.0}'),
         ("--cpu-offload-gb", "1"),
         ("--pp-size", "2"),
@@ -221,6 +221,20 @@ def test_draft_model_is_loaded_as_sglang_would(llama: Path) -> None:
     assert isinstance(down.quant_method, UnquantizedLinearMethod)
     stored = load_file(llama / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert down.weight.equal(stored)
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_options_of_reading_reach_the_reader(is_said: bool) -> None:
+    from sglang.srt.runtime_context import get_model
+
+    from mixedprec_plugin.checkpoint.reader import Reading
+    from mixedprec_plugin.serving.loader import _how_to_read
+
+    said = {
+        "weight_loader_disable_mmap": is_said, "weight_loader_drop_cache_after_load": is_said,
+    }  # fmt: skip
+    with get_model().override(**said):
+        assert _how_to_read() == Reading(may_map=not is_said, drops_cache=is_said)
 
 
 class TestDraft:
