@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-gpu lint format bench quality memory experts tp dryrun compat clean plan-speed composite-speed
+.PHONY: help install demo test test-gpu lint format bench quality memory loading experts tp dryrun compat clean plan-speed composite-speed
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
@@ -11,7 +11,7 @@ help:
 	@echo "make test-gpu run the shipped presets on this machine's GPU (tests/gpu)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite what it can"
-	@echo "make bench    measure quality, memory and tensor parallel (docs/quality.md, memory.md, tensor_parallel.md)"
+	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
 	@echo "make compat   see which SGLang releases the plugin fits (docs/compat.md)"
 	@echo "make clean    remove build products; 'rm -r $(VENV)' removes the environment"
@@ -44,13 +44,16 @@ format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: quality memory experts tp plan-speed composite-speed
+bench: quality memory loading experts tp plan-speed composite-speed
 
 quality: $(INSTALLED)
 	@$(RUN) -m benchmarks.quality --out docs/quality.md
 
 memory: $(INSTALLED)
 	@$(RUN) -m benchmarks.memory --out docs/memory.md
+
+loading: $(INSTALLED)
+	@$(RUN) -m benchmarks.loading --out docs/loading.md
 
 experts: $(INSTALLED)
 	@$(RUN) -m benchmarks.experts --out docs/experts.md

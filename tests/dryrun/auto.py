@@ -36,7 +36,7 @@ def main(title: str, folder: str) -> None:
     warnings.simplefilter("ignore")
     card, shared = CARDS[title], Path(folder)
     boot(card, shared / "libcuda.so.1")
-    _stand_in_for_zero_points()
+    stand_in_for_zero_points()
     from tests.checkpoint.peers import FOLDERS
 
     found = {
@@ -58,7 +58,7 @@ def main(title: str, folder: str) -> None:
     (shared / f"{title}.json").write_text(json.dumps(found, indent=1))
 
 
-def _stand_in_for_zero_points() -> None:
+def stand_in_for_zero_points() -> None:
     """compressed-tensors' zero points go through numpy by a name of the module's own."""
     from sglang.srt.layers.quantization import marlin_utils
     from sglang.srt.layers.quantization.compressed_tensors.schemes import (
@@ -191,7 +191,7 @@ def write(
     tensors: dict[str, torch.Tensor] = {}
     for name, (N, K) in weights.items():
         for suffix, like in torch_layer(peer, LAYERS[0]).items():
-            tensors[f"{name}.{renamed.get(suffix, suffix)}"] = _alike(suffix, like, N, K)
+            tensors[f"{name}.{renamed.get(suffix, suffix)}"] = alike(suffix, like, N, K)
         if name.endswith(("q_proj", "k_proj", "v_proj")):
             tensors[f"{name}.bias"] = torch.zeros(N, dtype=torch.bfloat16)
     config: dict[str, Any] = {"torch_dtype": "bfloat16", "num_key_value_heads": 8}
@@ -202,7 +202,7 @@ def write(
     write_checkpoint(folder, config, tensors)
 
 
-def _alike(suffix: str, like: Any, N: int, K: int) -> Any:
+def alike(suffix: str, like: Any, N: int, K: int) -> Any:
     """A tensor of the same kind for an [N, K] weight."""
     import torch
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixedprec_plugin.cli.main import main
-from tests.checkpoints import write_llama
+from tests.checkpoints import llama_config, llama_tensors, write_llama
 from tests.presets import write_preset
 
 RULES = (
@@ -94,6 +94,83 @@ def test_stock_sglang_fills_every_parameter_with_the_stored_numbers(
                 suffix
             )
     assert checked == {name for name in stored if "_proj." in name}
+    others = {name: p for name, p in stock.named_parameters() if "_proj." not in name}
+    assert others.keys() == {name for name in stored if "_proj." not in name}
+    for name, parameter in others.items():
+        assert torch.equal(parameter.data[: len(stored[name])], stored[name]), name
+
+
+def test_what_stock_sglang_holds_is_the_model_that_was_quantized(stock: Any) -> None:
+    """Read back by what the formats mean, a number at a time, it is within a rounding of bf16's."""
+    original = llama_tensors(llama_config())
+    shards = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    for module_name, scheme in SCHEMES.items():
+        parent, _, last = module_name.rpartition(".")
+        names = [f"{parent}.{shard}.weight" for shard in shards.get(last, (last,))]
+        whole = torch.cat([original[name].float() for name in names])
+        held = {n: p.data for n, p in stock.get_submodule(module_name).named_parameters()}
+        read, step = _READ[scheme](held, [len(original[name]) for name in names])
+        assert bool(((read - whole).abs() <= step).all()), module_name
+
+
+Read = tuple[torch.Tensor, torch.Tensor | float]
+
+
+def _plain(held: dict[str, torch.Tensor], _rows: list[int]) -> Read:
+    return held["weight"].float(), 0.0
+
+
+def _packed(held: dict[str, torch.Tensor], _rows: list[int]) -> Read:
+    """Codes from the low bits of a word on; without zero points the middle code is zero."""
+    N, K = held["weight_packed"].shape[0], int(held["weight_shape"][1])
+    bits = 32 * held["weight_packed"].shape[1] // K
+    codes = torch.stack(
+        [(held["weight_packed"] >> bits * i) & ((1 << bits) - 1) for i in range(32 // bits)], -1
+    ).reshape(N, K)
+    zeros = torch.full((N, 1), 1 << (bits - 1))
+    if "weight_zero_point" in held:
+        words = held["weight_zero_point"]
+        zeros = torch.stack([(words >> 4 * i) & 15 for i in range(8)], 1).reshape(N, -1)
+    scales = held["weight_scale"].float()
+    size = K // scales.shape[1]
+    wide = scales.repeat_interleave(size, 1)
+    zeros = zeros.repeat_interleave(K // zeros.shape[1], 1)
+    # half a step, and a whole one where a range ends or the scale was rounded to bfloat16
+    return (codes - zeros) * wide, 1.02 * wide.abs()
+
+
+def _float8(held: dict[str, torch.Tensor], rows: list[int]) -> Read:
+    """A scale for each block of 128 x 128, or for each shard."""
+    weight, scales = held["weight"].float(), held["weight_scale"]
+    if scales.dim() == 2:
+        wide = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    else:
+        wide = scales.reshape(-1).repeat_interleave(torch.tensor(rows))[:, None]
+    read = weight * wide
+    # three bits of mantissa: half a step is a sixteenth; below the normal numbers, of 2^-6
+    return read, (read.abs() / 15).clamp(min=0) + wide * 2**-10
+
+
+_READ = {None: _plain, "CompressedTensorsWNA16": _packed, "CompressedTensorsW8A8Fp8": _float8}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what becomes of it without a GPU")
+def test_without_a_gpu_stock_sglang_serves_no_compressed_tensors(
+    sglang_context: SimpleNamespace, exported: Path
+) -> None:
+    """Its config asks for the compute capability of every scheme, before a weight is there."""
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader.loader import get_model_loader
+
+    model_config = ModelConfig(str(exported), dtype="bfloat16")
+    loader = get_model_loader(LoadConfig(), model_config)
+    with pytest.raises(RuntimeError, match="NVIDIA driver") as raised:
+        loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+    frames = [entry for entry in raised.traceback if "sglang" in str(entry.path)]
+    assert frames[-1].path.name == "compressed_tensors.py"
+    assert frames[-1].name == "_check_scheme_supported"
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
