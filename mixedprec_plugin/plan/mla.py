@@ -1,9 +1,11 @@
 """What multi-head latent attention (DeepSeek V2 and V3) cannot run.
 
 Source: SGLang's models/deepseek_common/deepseek_weight_loader.py. `kv_b_proj` is absorbed into the
-attention after loading: `post_load_weights` (:585) takes any `qweight` for AWQ's (:625), finds the
-block size of INT8 in the config of the whole model (:732), and multiplies FP8 and AWQ by CUDA
-kernels. `q_a_proj` and `kv_a_proj_with_mqa` become one replicated layer with one input.
+attention after loading: `post_load_weights` (:586) takes any `qweight` for AWQ's (:625), finds the
+block size of INT8 in the config of the whole model (:728), and multiplies FP8 by CUDA kernels.
+AWQ's kernel is wrapped by a module that is gone since SGLang 0.5.20 (utils.py:104,
+`sglang.kernel_api_logging`), so that AWQ fails as well. `q_a_proj` and `kv_a_proj_with_mqa` become
+one replicated layer with one input.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mixedprec_plugin.plan.architecture import last_component
+from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.model import Device, PlannedLayer
 
 _FUSED = "fused_qkv_a_proj_with_mqa"
 _ABSORBED = {
     "blockwise_int8": "SGLang looks for its block size in the config of a whole model",
     "gptq": "SGLang takes its packed weights for AWQ's",
+    "awq": "SGLang imports sglang.kernel_api_logging for it, which it does not have since 0.5.20",
 }
+# of a layer under `auto`: what is stored as `weight` in floats or FP8
+_ABSORBED_AS_STORED = ("float", "fp8")
 
 
 def mla_faults(
@@ -33,12 +39,18 @@ def mla_faults(
         return
     if last_component(layer.name) == "kv_b_proj":
         reason = _ABSORBED.get(scheme.method, "")
+        if (
+            scheme.method == AUTO
+            and layer.stored
+            and layer.stored.family not in _ABSORBED_AS_STORED
+        ):
+            reason = f"SGLang absorbs floats and FP8, and it is {layer.stored.description}"
         if not reason and device == "cpu":
             reason = "the CPU platform absorbs it unquantized only"
         if reason:
             remedy = "give kv_b_proj the method bf16"
             if device == "cuda":
-                remedy += ", fp8 or awq"
+                remedy += ", fp8 or fp8_channel"
             yield f"kv_b_proj cannot be absorbed in {scheme.label}: {reason}", remedy
     if last_component(layer.module) != _FUSED:
         return
@@ -46,7 +58,7 @@ def mla_faults(
         yield (
             f"q_a_proj and kv_a_proj_with_mqa are one layer in SGLang, and {scheme.label} has one "
             "scale for each of them (expected one scale a layer)",
-            "use method: fp8_block",
+            "use method: fp8_block or fp8_channel",
         )
     if scheme.method == "gptq":
         yield (
