@@ -59,6 +59,7 @@ def _ranks_of(layer: LinearBase) -> GroupCoordinator | None:
     """The ranks that each hold a part of the layer's K; None where it is not split."""
     if not isinstance(layer, RowParallelLinear):
         return None
-    group = layer.tp_group
+    # SGLang before 0.5.22 has none: there its own all-reduce adds up
+    group = getattr(layer, "tp_group", None)
     is_split = isinstance(group, GroupCoordinator) and group.world_size > 1
     return group if is_split else None

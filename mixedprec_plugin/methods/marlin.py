@@ -40,16 +40,23 @@ def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
     return found
 
 
-def fp8_marlin_faults(shape: LayerShape) -> list[str]:
-    """Return what Marlin refuses of an FP8 layer, which it serves on GPUs without FP8 arithmetic.
+def fp8_marlin_fault(N: int, K: int) -> str:
+    """Return why Marlin does not take an FP8 weight [N, K] of one rank; empty if it does.
+
+    It serves FP8 on GPUs without FP8 arithmetic.
 
     Source: `tile_n_size` in gptq_marlin_repack.cuh and `thread_configs` in gptq_marlin.cuh
     (sglang/kernels/jit/csrc/gemm/marlin); nothing in Python asks (marlin_utils_fp8.py:98).
     """
-    N, K = sum(outputs_per_rank(shape)), inputs_per_rank(shape)
     if any(N % n == 0 and K % k == 0 for n, k in ((64, 128), (128, 64))):
-        return []
-    return [
+        return ""
+    return (
         f"its share of a rank is [{N}, {K}], and FP8 runs in Marlin kernels on this GPU "
         "(expected multiples of [64, 128] or [128, 64])"
-    ]
+    )
+
+
+def fp8_marlin_faults(shape: LayerShape) -> list[str]:
+    """Return what Marlin refuses of an FP8 layer; the shards of a fused module are one matrix."""
+    fault = fp8_marlin_fault(sum(outputs_per_rank(shape)), inputs_per_rank(shape))
+    return [fault] if fault else []

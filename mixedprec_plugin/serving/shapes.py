@@ -15,6 +15,7 @@ from sglang.srt.layers.linear import (
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.methods.marlin import fp8_marlin_fault
 from mixedprec_plugin.plan.architecture import ExpertShard, Shard
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -54,8 +55,10 @@ def check_built(config: MixedPrecisionConfig, stage: Stage) -> None:
 def _kernel_problems(config: MixedPrecisionConfig) -> list[Problem]:
     """What only this GPU refuses: FP8 without FP8 units runs in Marlin kernels, which have tiles.
 
-    Source: `tile_n_size` in gptq_marlin_repack.cuh and `thread_configs` in gptq_marlin.cuh
-    (sglang/kernels/jit/csrc/gemm/marlin); `Fp8LinearMethod.use_marlin` (fp8.py:518).
+    The plan refuses it where it knows the GPU and the layer's method; a layer under `auto` is known
+    as SGLang built it.
+
+    Source: `Fp8LinearMethod.use_marlin` (fp8.py:518).
     """
     found: dict[str, list[str]] = {}
     built: Any
@@ -64,12 +67,8 @@ def _kernel_problems(config: MixedPrecisionConfig) -> list[Problem]:
             built.quant_method, "use_marlin", False
         ):
             continue
-        N, K = built.output_size_per_partition, built.input_size_per_partition
-        if not any(N % n == 0 and K % k == 0 for n, k in ((64, 128), (128, 64))):
-            text = (
-                f"its share of a rank is [{N}, {K}], and FP8 runs in Marlin kernels on this GPU "
-                "(expected multiples of [64, 128] or [128, 64])"
-            )
+        text = fp8_marlin_fault(built.output_size_per_partition, built.input_size_per_partition)
+        if text:
             found.setdefault(text, []).append(module)
     return [
         Problem(
