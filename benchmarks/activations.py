@@ -15,6 +15,8 @@ import torch
 FP8_MAX = 448.0
 INT8_MAX = 127.0
 _EPSILON = 1e-10
+# input features whose products are summed at once
+_SUM_SIZE = 128
 
 Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -132,15 +134,19 @@ class QuantizedInputLinear(torch.nn.Module):
         """Multiply [..., K] by the weight: [..., N] in the dtype of x.
 
         Source: SGLang's _w8a8_block_fp8_matmul and its like: a float32 sum over K-blocks of
-            (codes . codes) * token scale * weight scale, rounded once.
+            (codes . codes) * token scale * weight scale, rounded once. Within a block of more than
+            128 the sum is taken 128 at a time, as the platform does: another order of sums turns
+            codes over in the next layer.
         """
         codes, token_scales = self.quantize_input(x.float().reshape(-1, x.shape[-1]))
         weight, scales = self.get_buffer("codes"), self.get_buffer("scales")
         size = -(-weight.shape[1] // scales.shape[1])
         total = torch.zeros(len(codes), len(weight))
         for block in range(scales.shape[1]):
-            columns = slice(block * size, (block + 1) * size)
-            dot = _multiply_codes(codes[:, columns], weight[:, columns])
+            dot = torch.zeros(len(codes), len(weight))
+            for start in range(block * size, min((block + 1) * size, weight.shape[1]), _SUM_SIZE):
+                columns = slice(start, min(start + _SUM_SIZE, (block + 1) * size))
+                dot += _multiply_codes(codes[:, columns], weight[:, columns])
             total += dot * token_scales[:, block, None] * scales[:, block]
         out = total.to(x.dtype).reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.get_buffer("bias").to(x.dtype)
