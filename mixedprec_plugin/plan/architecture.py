@@ -30,7 +30,6 @@ _EMBEDDINGS = {
 _LM_HEADS = {"lm_head", "embed_out"}
 _ROUTERS = re.compile(r"(?:^|\.)(?:mlp\.gate|block_sparse_moe\.gate|router|shared_expert_gate)$")
 _EXPERT = re.compile(r"\.experts(?:\.\d+)?(?:\.|$)")
-_EXPERT_PLACE = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 # projection of one expert -> the shard id that FusedMoE's weight loader takes
 _EXPERT_SHARDS = {
     "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2",
@@ -85,11 +84,11 @@ def fused_module(name: str, names: Collection[str]) -> tuple[str, Shard]:
         the module's name, and the shard id that its weight loader takes; the layer's own name and
         None where it is not fused. All experts of a layer are one module.
     """
-    if ".experts." in name and (place := _EXPERT_PLACE.fullmatch(name)):
-        module, expert, last = place.groups()
-        if last in _EXPERT_SHARDS:
-            return module, ExpertShard(int(expert), _EXPERT_SHARDS[last])
     parent, _, last = name.rpartition(".")
+    if last in _EXPERT_SHARDS:
+        module, _, expert = parent.rpartition(".")
+        if expert.isdecimal() and module.endswith(".experts"):
+            return module, ExpertShard(int(expert), _EXPERT_SHARDS[last])
     if last in _FUSED_BY_SHARD and not _EXPERT.search(name):
         module, shard = _FUSED_BY_SHARD[last]
         prefix = f"{parent}." if parent else ""
