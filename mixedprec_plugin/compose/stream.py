@@ -61,8 +61,10 @@ class VirtualCheckpoint:
         inputs = (tensor for layer in self.layers for tensor in layer.inputs.values())
         with ReadAhead(inputs, self._how) as reader:
             for layer in self.layers:
-                for suffix, tensor in compose_layer(layer, self.plan.target, reader).items():
-                    yield f"{layer.name}.{suffix}" if layer.name else suffix, tensor
+                outputs = compose_layer(layer, self.plan.target, reader)
+                for suffix in list(outputs):
+                    # handed over: what is placed is gone before the next is made
+                    yield f"{layer.name}.{suffix}" if layer.name else suffix, outputs.pop(suffix)
 
     def __len__(self) -> int:
         return sum(len(layer.outputs) for layer in self.layers)

@@ -184,6 +184,8 @@ def _place(
             recorder.follow(name, tensor)
             rest.append(name)
             yield name, tensor
+        # or it would be there while the next one is made
+        del item, tensor
 
 
 def _check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) -> None:

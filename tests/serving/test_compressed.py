@@ -140,15 +140,17 @@ def _packed(held: dict[str, torch.Tensor], _rows: list[int]) -> Read:
 
 
 def _float8(held: dict[str, torch.Tensor], rows: list[int]) -> Read:
-    """A scale for each block of 128 x 128, or for each shard."""
+    """A scale for each block of 128 x 128, each output channel, or each shard."""
     weight, scales = held["weight"].float(), held["weight_scale"]
-    if scales.dim() == 2:
+    if scales.numel() == len(weight):
+        wide = scales.reshape(-1, 1)
+    elif scales.numel() > len(rows):
         wide = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
     else:
         wide = scales.reshape(-1).repeat_interleave(torch.tensor(rows))[:, None]
     read = weight * wide
     # three bits of mantissa: half a step is a sixteenth; below the normal numbers, of 2^-6
-    return read, (read.abs() / 15).clamp(min=0) + wide * 2**-10
+    return read, read.abs() / 15 + wide * 2**-10
 
 
 _READ = {None: _plain, "CompressedTensorsWNA16": _packed, "CompressedTensorsW8A8Fp8": _float8}
