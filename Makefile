@@ -65,11 +65,12 @@ plan-speed: $(INSTALLED)
 	@$(RUN) -m benchmarks.plan
 
 composite-speed: $(INSTALLED)
-	@$(RUN) -m benchmarks.composite_experts
+	@$(RUN) -m benchmarks.composite_experts --out docs/composite_experts.md
 
 dryrun: $(INSTALLED)
-	@$(RUN) -m tests.dryrun.matrix --out docs/cuda.md
-	@$(RUN) -m pytest -q tests/dryrun -m every_card
+	@$(RUN) -m tests.dryrun.matrix --out docs/cuda.md --results build/dryrun
+	@MIXEDPREC_DRYRUN=build/dryrun $(RUN) -m pytest -q -m "every_card or not every_card" \
+		tests/dryrun/test_matrix.py tests/dryrun/test_experts.py tests/dryrun/test_models.py
 
 compat: $(INSTALLED)
 	@$(RUN) -m compat --out docs/compat.md

@@ -43,6 +43,7 @@ class Cell:
         foretold: what the rules say of it, without SGLang.
         broken: what went wrong otherwise; empty in every good cell.
         made_up: operations whose data a dry run has not got.
+        again: what becomes of new weights, see again.py.
     """
 
     method: str
@@ -56,6 +57,7 @@ class Cell:
     foretold: list[str] = dataclasses.field(default_factory=list)
     broken: str = ""
     made_up: list[str] = dataclasses.field(default_factory=list)
+    again: str = ""
 
 
 class OneLayer(torch.nn.Module):
@@ -94,6 +96,8 @@ def run_cell(
 
 
 def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
+    from tests.dryrun import again
+
     torch_dtype, name = _DTYPES[cell.dtype]
     target = Target("cuda", cell.tp_size, name)
     made = plan(checkpoint, f'match: "*", {method.rule}', target=target).check()
@@ -118,6 +122,7 @@ def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
             cell.kernels = JOURNAL.take_kernels()
             cell.made_up = sorted(set(JOURNAL.made_up))
             _check_output(output, kind, cell.tp_size, torch_dtype)
+            cell.again = again.load_again(model, config)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -186,11 +191,11 @@ def describe_parameters(module: torch.nn.Module) -> dict[str, str]:
     }
 
 
-def check_filled(model: torch.nn.Module, unread: str = "") -> None:
+def check_filled(model: torch.nn.Module, *cast: str) -> None:
     """Assert that what was written into each parameter is all of it, and of its dtype and shape.
 
     Args:
-        unread: end of the names of parameters that no kernel reads, whose dtype does not matter.
+        cast: ends of the names of parameters whose dtype on the way does not matter.
     """
     for name, parameter in model.named_parameters():
         if not parameter.numel():
@@ -200,7 +205,7 @@ def check_filled(model: torch.nn.Module, unread: str = "") -> None:
         assert storage in JOURNAL.written, f"{name}: nothing was written"
         elements, _ = JOURNAL.written[storage]
         assert elements.all(), f"{name}: {elements.sum()} of {elements.size} elements written"
-        if not (unread and name.endswith(unread)):
+        if not name.endswith(cast):
             assert not misfits, f"{name}: {misfits}"
 
 

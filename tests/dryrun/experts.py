@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import traceback
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.dryrun.cards import CARDS, Card
-from tests.dryrun.process import boot
+from tests.dryrun.cards import Card
+from tests.dryrun.methods import TP_SIZES
 
 MODULE = "block.mlp.experts"
-NUM_EXPERTS, HIDDEN, INNER, TOP_K, NUM_TOKENS = 4, 512, 1024, 2, 5
-TP_SIZES = (1, 2, 8)
+NUM_EXPERTS, HIDDEN, TOP_K, NUM_TOKENS = 4, 512, 2, 5
+# kind -> inner features, of which a rank has its share
+KINDS: Mapping[str, int] = {"experts": 1024, "narrow_experts": 512}
 # title -> what a preset says; of several rules the last that matches decides
 RULES: Mapping[str, tuple[str, ...]] = {
     "unquantized": ('match: "*", method: unquantized',),
     "fp8": ('match: "*", method: fp8',),
     "fp8_block": ('match: "*", method: fp8_block',),
+    "fp8_channel": ('match: "*", method: fp8_channel',),
     "blockwise_int8": ('match: "*", method: blockwise_int8',),
     "awq": ('match: "*", method: awq',),
     "gptq_int4": ('match: "*", method: gptq_int4',),
@@ -37,6 +36,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
         'match: "*", method: gptq_int4',
         'match: "*.experts.1.*", method: fp8',
         'match: "*.experts.2.*", method: fp8_block',
+        'match: "*.experts.3.*", method: fp8_channel',
     ),
 }
 
@@ -52,9 +52,11 @@ class ExpertsCell:
         foretold: why the plan refuses it where the GPU is known.
         refused: why it is refused where the plan knows no GPU.
         broken: what went wrong otherwise.
+        again: what becomes of new weights, see again.py.
     """
 
     method: str
+    kind: str
     tp_size: int
     dtype: str
     runs_as: list[str] = dataclasses.field(default_factory=list)
@@ -64,25 +66,21 @@ class ExpertsCell:
     refused: str = ""
     broken: str = ""
     made_up: list[str] = dataclasses.field(default_factory=list)
+    again: str = ""
 
 
-def main(title: str, folder: str) -> None:
-    """Run every cell of a card, and write what became of them."""
-    warnings.simplefilter("ignore")
-    card, shared = CARDS[title], Path(folder)
-    boot(card, shared / "libcuda.so.1")
-    from tests.dryrun.journal import JOURNAL
-
-    checkpoint = write(shared / f"experts-{title}")
-    cells = [run(card, method, tp_size, checkpoint) for method in RULES for tp_size in TP_SIZES]
-    result = {
-        "cells": [dataclasses.asdict(cell) for cell in cells],
-        "compiled": dict(JOURNAL.compiled),
-    }
-    (shared / f"{title}.json").write_text(json.dumps(result, indent=1))
+def run_all(card: Card, folder: Path) -> list[ExpertsCell]:
+    """Run every cell of a card."""
+    cells = []
+    for kind, inner in KINDS.items():
+        checkpoint = write(folder / kind, inner)
+        cells += [
+            run(card, method, kind, tp_size, checkpoint) for method in RULES for tp_size in TP_SIZES
+        ]
+    return cells
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, inner: int) -> Path:
     """Write a bf16 checkpoint of one layer of experts."""
     import torch
 
@@ -92,14 +90,14 @@ def write(folder: Path) -> Path:
     tensors = {}
     for expert in range(NUM_EXPERTS):
         for name, (N, K) in {
-            "gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)
+            "gate": (inner, HIDDEN), "up": (inner, HIDDEN), "down": (HIDDEN, inner)
         }.items():  # fmt: skip
             weight = torch.randn(N, K) * K**-0.5
             tensors[f"{MODULE}.{expert}.{name}_proj.weight"] = weight.bfloat16()
     return write_checkpoint(folder, {"model_type": "one", "torch_dtype": "bfloat16"}, tensors)
 
 
-def run(card: Card, method: str, tp_size: int, checkpoint: Path) -> ExpertsCell:
+def run(card: Card, method: str, kind: str, tp_size: int, checkpoint: Path) -> ExpertsCell:
     """Take a cell as far as it goes."""
     import torch
 
@@ -109,7 +107,7 @@ def run(card: Card, method: str, tp_size: int, checkpoint: Path) -> ExpertsCell:
     from tests.dryrun.journal import JOURNAL
     from tests.presets import plan
 
-    cell = ExpertsCell(method, tp_size, card.dtype)
+    cell = ExpertsCell(method, kind, tp_size, card.dtype)
     target = Target("cuda", tp_size, {"bfloat16": "BF16", "float16": "F16"}[card.dtype])
     known = dataclasses.replace(target, gpu=find_gpu(card.title))
     cell.foretold = [
@@ -135,6 +133,7 @@ def _run(cell: ExpertsCell, made: Any) -> None:
     from mixedprec_plugin.serving.config import MixedPrecisionConfig
     from mixedprec_plugin.serving.placement import load_weights
     from mixedprec_plugin.serving.shapes import check_built
+    from tests.dryrun.again import load_again
     from tests.dryrun.cells import check_filled, describe_parameters
     from tests.dryrun.fake_device import fake_card
     from tests.dryrun.journal import JOURNAL
@@ -144,12 +143,13 @@ def _run(cell: ExpertsCell, made: Any) -> None:
     dtype = getattr(torch, cell.dtype)
     torch.set_default_dtype(dtype)
     with rank(cell.tp_size), fake_card():
-        model = build(config)
+        model = build(config, KINDS[cell.kind])
         check_built(config, OneStage())
         load_weights(model, config, VirtualCheckpoint(made))
         cell.parameters = describe_parameters(model)
         # GPTQ's are of the model's dtype, and no kernel is given them: gptq_kernels.py, gptq_moe.py
-        check_filled(model, unread="qzeros" if "gptq" in str(RULES[cell.method]) else "")
+        cast = ["qzeros"] if "gptq" in str(RULES[cell.method]) else []
+        check_filled(model, *cast)
         for module in model.modules():
             method = getattr(module, "quant_method", None)
             if method is not None:
@@ -160,9 +160,10 @@ def _run(cell: ExpertsCell, made: Any) -> None:
         cell.kernels = JOURNAL.take_kernels()
         cell.made_up = sorted(set(JOURNAL.made_up))
         assert (tuple(output.shape), output.dtype) == ((NUM_TOKENS, HIDDEN), dtype), output
+        cell.again = load_again(model, config, *cast)
 
 
-def build(config: Any) -> Any:
+def build(config: Any, inner: int) -> Any:
     """A model of one layer of experts."""
     import torch
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -173,7 +174,7 @@ def build(config: Any) -> Any:
             self.layer = FusedMoE(
                 num_experts=NUM_EXPERTS,
                 hidden_size=HIDDEN,
-                intermediate_size=INNER,
+                intermediate_size=inner,
                 layer_id=0,
                 top_k=TOP_K,
                 quant_config=config,
@@ -215,7 +216,3 @@ def class_names(layer: Any) -> list[str]:
         assert method.__module__.startswith("sglang."), method
         names.append(f"{method.__name__}/{type(scheme).__name__}" if scheme else method.__name__)
     return names
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """The matrix of methods, layer kinds, tensor-parallel sizes and cards.
 
-python -m tests.dryrun.matrix [--out docs/cuda.md]
+python -m tests.dryrun.matrix [--out docs/cuda.md] [--results FOLDER] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -8,61 +8,52 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from tests.checkpoints import write_llama
 from tests.dryrun.cards import CARDS
 from tests.dryrun.driver import compile_stub
 from tests.dryrun.methods import METHODS
+from tests.dryrun.tables import SECTIONS, Result, render, write
 
-Result = Mapping[str, Any]
 _ROOT = Path(__file__).resolve().parents[2]
-_BEGIN, _END = "<!-- matrix -->\n", "<!-- end of matrix -->\n"
-_KINDS = (
-    "column",
-    "merged",
-    "qkv",
-    "few_kv_heads",
-    "row",
-    "replicated",
-    "narrow",
-    "ragged",
-    "lm_head",
-)
-_WORDS = {
-    "aten:mm": "mm",
-    "aten:addmm": "mm",
-    "jit:gptq_marlin_gemm": "Marlin",
-    "jit:awq_dequantize": "awq_dequantize",
-    "aten:_scaled_mm": "torch._scaled_mm",
-    "sgl_kernel:fp8_scaled_mm": "fp8_scaled_mm",
-    "deep_gemm:fp8_fp4_gemm_nt": "DeepGEMM",
-    "triton:_w8a8_block_fp8_matmul": "Triton block matmul",
-    "triton:_w8a8_block_int8_matmul": "Triton block matmul",
-}
 
 
-def run_cards(folder: Path, num_processes: int = 2) -> dict[str, Result]:
-    """Run every card in a process of its own, a few at a time.
+def run_cards(
+    folder: Path, titles: Iterable[str] = tuple(CARDS), num_processes: int = 2
+) -> dict[str, Result]:
+    """Run cards, each in a process of its own, a few at a time.
 
+    Args:
+        folder: for all that is written; the results lie there as TITLE.json.
     Raises:
         RuntimeError: a process failed; with the end of what it said.
     """
     prepare(folder)
+    _prepare_models(folder)
+    wanted = list(titles)
     with ThreadPoolExecutor(num_processes) as pool:
-        results = pool.map(lambda title: run_module("process", title, folder), CARDS)
-        return dict(zip(CARDS, results, strict=True))
+        results = pool.map(lambda title: run_module("process", title, folder), wanted)
+        return dict(zip(wanted, results, strict=True))
 
 
 def prepare(folder: Path) -> None:
-    """Write what every process needs: the stub, and the whole model."""
+    """Write what every process needs: the driver's stub."""
+    folder.mkdir(parents=True, exist_ok=True)
     compile_stub(folder)
+
+
+def _prepare_models(folder: Path) -> None:
+    """Write the whole models, which are the same for every card."""
+    from tests.dryrun import families
+
     write_llama(
         folder / "llama",
         hidden_size=1024,
@@ -74,6 +65,8 @@ def prepare(folder: Path) -> None:
         vocab_size=512,
         tie_word_embeddings=False,
     )
+    for name in families.FAMILIES:
+        families.write(name, folder)
 
 
 def run_module(name: str, title: str, folder: Path) -> Result:
@@ -87,86 +80,39 @@ def run_module(name: str, title: str, folder: Path) -> Result:
     )
     if done.returncode:
         raise RuntimeError(f"{title}: {done.stderr[-3000:]}")
-    result: Result = json.loads((folder / f"{title}.json").read_text())
+    return read_result(folder, title)
+
+
+def read_result(folder: Path, title: str) -> Result:
+    """What a process wrote."""
+    result: Result = json.loads((folder / f"{title}.json").read_text(encoding="utf-8"))
     return result
-
-
-def render(results: Mapping[str, Result]) -> str:
-    """The matrix as Markdown: layer kinds that fare alike on every card share a row."""
-    rows: dict[tuple[str, tuple[str, ...]], list[tuple[str, int]]] = {}
-    cells = {
-        title: {
-            (cell["method"], cell["kind"], cell["tp_size"]): _outcome(cell)
-            for cell in reversed(result["cells"])
-        }
-        for title, result in results.items()
-    }
-    for method in METHODS:
-        for kind in _KINDS:
-            for tp_size in (1, 2, 8):
-                outcomes = tuple(cells[title][method.title, kind, tp_size] for title in results)
-                rows.setdefault((method.title, outcomes), []).append((kind, tp_size))
-    lines = [
-        f"| method | layers (tensor parallel) | {' | '.join(map(_heading, results))} |",
-        f"|---|---|{'---|' * len(results)}",
-    ]
-    lines += [
-        f"| {method} | {_where(where)} | {' | '.join(outcomes)} |"
-        for (method, outcomes), where in rows.items()
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _heading(title: str) -> str:
-    major, minor = CARDS[title].capability
-    return f"{title} ({major}.{minor})"
-
-
-def _where(places: Iterable[tuple[str, int]]) -> str:
-    sizes: dict[str, list[int]] = {}
-    for kind, tp_size in places:
-        sizes.setdefault(kind, []).append(tp_size)
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for kind, held in sizes.items():
-        groups.setdefault(tuple(held), []).append(kind)
-    return "; ".join(
-        f"{', '.join(kinds)} ({', '.join(map(str, held))})" for held, kinds in groups.items()
-    )
-
-
-def _outcome(cell: Mapping[str, Any]) -> str:
-    if cell["broken"]:
-        return "BROKEN"
-    if cell["refused"]:
-        return _reason(cell["refused"])
-    kernels = [_WORDS[kernel] for kernel in cell["kernels"] if kernel in _WORDS]
-    return " + ".join(dict.fromkeys(kernels))
-
-
-def _reason(text: str) -> str:
-    if "compute capability" in text:
-        return "refused: GPU"
-    return "refused: lm_head" if "lm_head" in text else "refused: shape"
-
-
-def write(path: Path, matrix: str) -> None:
-    """Put the matrix between the marks of a page."""
-    page = path.read_text(encoding="utf-8")
-    before, _, rest = page.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    path.write_text(before + _BEGIN + matrix + _END + after, encoding="utf-8")
 
 
 def main() -> None:
     """Print the matrix, and write it into a page if one is named."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="Markdown page with marks for the matrix")
+    parser.add_argument("--out", type=Path, help="Markdown page with marks for the tables")
+    parser.add_argument("--results", type=Path, help="folder to leave the results in")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default 2)")
     arguments = parser.parse_args()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        matrix = render(run_cards(Path(folder)))
-    print(matrix, end="")
-    if arguments.out:
-        write(arguments.out, matrix)
+        results = run_cards(Path(folder), num_processes=arguments.jobs)
+    if arguments.results:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        for title, result in results.items():
+            (arguments.results / f"{title}.json").write_text(json.dumps(result, indent=1))
+    for section in (*SECTIONS, "models"):
+        text = render(results, section)
+        print(text)
+        if arguments.out:
+            write(arguments.out, section, text)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{time.perf_counter() - start:.0f} s, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of processor time"
+    )
 
 
 if __name__ == "__main__":

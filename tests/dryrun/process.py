@@ -1,6 +1,6 @@
 """All cells of one card, in a process of its own: SGLang decides a lot when it is imported.
 
-python -m tests.dryrun.process "H100" LIBCUDA CHECKPOINTS OUT.json
+python -m tests.dryrun.process "H100" FOLDER
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from tests.dryrun.cards import CARDS, Card
 from tests.dryrun.driver import load_stub
-from tests.dryrun.methods import METHODS, TP_SIZES
+from tests.dryrun.methods import METHODS, TP_SIZES, Method
 
 
 def boot(card: Card, library: Path) -> None:
@@ -36,19 +38,48 @@ def boot(card: Card, library: Path) -> None:
 
 
 def main(title: str, folder: str) -> None:
-    """Run every cell and the whole model, and write what became of them."""
+    """Run every cell and the whole models, and write what became of them.
+
+    What was compiled is counted over all: Triton compiles a kernel once in a process.
+    """
     warnings.simplefilter("ignore")
     card, shared = CARDS[title], Path(folder)
     boot(card, shared / "libcuda.so.1")
-    from tests.dryrun import llama
-    from tests.dryrun.cells import run_cell
+    # all that is tried is imported at once: what changes on the disk meanwhile does not mix in
+    import mixedprec_plugin.serving.loader  # noqa: F401
+    from tests.dryrun import attention, experts, llama, moe_models  # noqa: F401
     from tests.dryrun.journal import JOURNAL
+
+    start = time.perf_counter()
+    cells = _linear(card, shared / title)
+    middle = time.perf_counter()
+    expert_cells = experts.run_all(card, shared / f"{title}-experts")
+    end = time.perf_counter()
+    attention.install()
+    runs = {cell.method for cell in cells if cell.kind == "column" and cell.runs_as}
+    methods = [method for method in METHODS if method.title in runs and method.stored == "bf16"]
+    models = _models(card, methods, shared)
+    result = {
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+        "experts": [dataclasses.asdict(cell) for cell in expert_cells],
+        "models": [dataclasses.asdict(model) for model in models],
+        "compiled": dict(JOURNAL.compiled),
+        "seconds": {
+            "linear": middle - start,
+            "experts": end - middle,
+            "models": time.perf_counter() - end,
+        },
+    }
+    (shared / f"{title}.json").write_text(json.dumps(result, indent=1))
+
+
+def _linear(card: Card, folder: Path) -> list[Any]:
+    from tests.dryrun.cells import run_cell
     from tests.dryrun.layers import KINDS
     from tests.dryrun.stored import FORMATS
 
-    own = shared / title
     checkpoints = {
-        (name, stored): kind.write(own / f"{name}-{stored}", stored)
+        (name, stored): kind.write(folder / f"{name}-{stored}", stored)
         for name, kind in KINDS.items()
         for stored in FORMATS
     }
@@ -59,21 +90,20 @@ def main(title: str, folder: str) -> None:
         for tp_size in TP_SIZES
     ]
     other = "float16" if card.dtype == "bfloat16" else "bfloat16"
-    cells += [
+    return cells + [
         run_cell(card, method, "column", 1, checkpoints["column", method.stored], other)
         for method in METHODS
     ]
-    compiled = dict(JOURNAL.compiled)
-    llama.record_norms_and_attention()
-    runs = {cell.method for cell in cells if cell.kind == "column" and cell.runs_as}
-    methods = [method for method in METHODS if method.title in runs and method.stored == "bf16"]
+
+
+def _models(card: Card, methods: list[Method], shared: Path) -> list[Any]:
+    from tests.dryrun import families, llama, moe_models
+
     models = [llama.run_model(card, methods, size, shared / "llama") for size in TP_SIZES]
-    result = {
-        "cells": [dataclasses.asdict(cell) for cell in cells],
-        "models": [dataclasses.asdict(model) for model in models],
-        "compiled": compiled,
-    }
-    (shared / f"{title}.json").write_text(json.dumps(result, indent=1))
+    for name in families.FAMILIES:
+        for size in TP_SIZES:
+            models += moe_models.run_family(card, name, size, shared)
+    return models
 
 
 if __name__ == "__main__":

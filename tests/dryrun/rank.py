@@ -43,9 +43,12 @@ class OneStage:
 @contextlib.contextmanager
 def rank(tp_size: int) -> Iterator[None]:
     """Publish SGLang's context of the last of `tp_size` ranks."""
+    from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
+
     last = tp_size - 1
     alone, group = _Group(0, 1), _Group(last, tp_size)
-    override = get_context().override_server_args(tp_size=tp_size)
+    graphs = default_cuda_graph_config()
+    override = get_context().override_server_args(tp_size=tp_size, cuda_graph_config=graphs)
     override.install()
     parallel = get_parallel()
     parallel.override_permanently(

@@ -14,14 +14,15 @@ from tests.dryrun.marlin_checks import CHECKS
 
 
 class _JitModule:
-    """Stands for a CUDA module that SGLang would compile at its first use."""
+    """Stands for a CUDA module that would be compiled at its first use."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, kind: str = "jit") -> None:
         self._name = name
+        self._kind = kind
 
     def __getattr__(self, function: str) -> Callable[..., None]:
         def launch(*args: Any) -> None:
-            JOURNAL.launch("jit", function)
+            JOURNAL.launch(self._kind, function)
             check: Callable[..., None] | None = CHECKS.get(function)
             if check is not None:
                 check(*args)
@@ -37,6 +38,7 @@ def install() -> None:
     """Put the recorders in place, for the whole process."""
     _record_custom_operators()
     _record_jit_modules()
+    _record_flashinfers_modules()
 
 
 def _record_custom_operators() -> None:
@@ -60,3 +62,14 @@ def _record_jit_modules() -> None:
 
     for module in (utils, compile_package, loader):
         module.load_jit = _load_jit
+
+
+def _record_flashinfers_modules() -> None:
+    from flashinfer.jit import core
+
+    def load(spec: Any, *_args: Any, **_keywords: Any) -> _JitModule:
+        return _JitModule(spec.name, "flashinfer")
+
+    for name in ("JitSpec", "CudaJitSpec", "JitSpecBase"):
+        if hasattr(core, name):
+            getattr(core, name).build_and_load = load

@@ -28,6 +28,10 @@ def run() -> dict[str, str]:
         "AWQ, too narrow as a whole": _finish(
             "ragged", 1, AWQMarlinConfig(4, 128, True, False, None, full_config)
         ),
+        "AWQ absorbed": _absorb_awq(),
+        "DeepSeek's routing": _route(),
+        "AWQ, new weights": _reload(AWQMarlinConfig(4, 128, True, False, None, full_config)),
+        "GPTQ, new weights": _reload(GPTQMarlinConfig(4, 128, False, True, False, {}, {})),
     }
 
 
@@ -41,3 +45,42 @@ def _finish(kind: str, tp_size: int, config: Any) -> str:
         except Exception:  # noqa: BLE001
             return traceback.format_exc()
     return ""
+
+
+def _absorb_awq() -> str:
+    """Ask for what DeepSeek's `kv_b_proj` is dequantized with."""
+    from sglang.srt.models.deepseek_common.utils import awq_dequantize_func
+
+    try:
+        awq_dequantize_func()
+    # whatever SGLang raises is the result
+    except Exception:  # noqa: BLE001
+        return traceback.format_exc()
+    return ""
+
+
+def _route() -> str:
+    """Route tokens as DeepSeek-V3 does: 256 experts in 8 groups, 8 experts of 4 groups a token."""
+    import torch
+    from sglang.srt.layers.moe.topk import biased_grouped_topk_gpu
+
+    with rank(1), fake_card():
+        hidden, logits = torch.empty(5, 7168), torch.empty(5, 256, dtype=torch.float32)
+        bias = torch.empty(256, dtype=torch.float32)
+        try:
+            biased_grouped_topk_gpu(hidden, logits, bias, 8, True, 8, 4)
+        # whatever SGLang or FlashInfer raise is the result
+        except Exception:  # noqa: BLE001
+            return traceback.format_exc()
+    return ""
+
+
+def _reload(config: Any) -> str:
+    """What new weights would find of a layer that Marlin repacked."""
+    with rank(1), fake_card():
+        layer: Any = KINDS["row"].build(config, KINDS["row"].module)
+        layer.quant_method.process_weights_after_loading(layer)
+        restore = getattr(layer.quant_method, "restore_weights_before_loading", None)
+        if restore is not None:
+            restore(layer)
+        return "" if hasattr(layer.qweight, "weight_loader") else "qweight has no weight_loader"

@@ -42,7 +42,7 @@ def measure(model_path: Path, preset_path: Path) -> dict[str, int]:
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the tensors' memory, each piece once: tied weights share theirs."""
     storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def main(model_path: str, preset_path: str) -> None:

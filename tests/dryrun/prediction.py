@@ -1,0 +1,57 @@
+"""What shipped presets would hold on a GPU, beside what the plan predicts.
+
+The widened demo model, loaded and repacked on fake tensors; tests/gpu/memory.py does it on a GPU.
+
+python -m tests.dryrun.prediction H100 FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tests.dryrun.cards import CARDS, Card
+from tests.dryrun.process import boot
+
+PRESETS = ("attention-fp8-mlp-int4", "awq", "down-proj-finer", "fp8-block", "gptq")
+
+
+def main(title: str, folder: str) -> None:
+    """Load each preset, and write the bytes that were planned and that are held."""
+    warnings.simplefilter("ignore")
+    card, shared = CARDS[title], Path(folder)
+    boot(card, shared / "libcuda.so.1")
+    from demo.model import checkpoint
+    from tests.dryrun import attention
+    from tests.gpu.card import PRESETS as PRESET_FOLDER
+
+    attention.install()
+    model = checkpoint("widened")
+    found = {name: measure(card, model, PRESET_FOLDER / f"{name}.yaml") for name in PRESETS}
+    (shared / f"{title}.json").write_text(json.dumps(found, indent=1))
+
+
+def measure(card: Card, model: Path, preset: Path) -> dict[str, Any]:
+    """Return "planned" and "held" bytes."""
+    from mixedprec_plugin.serving.loader import served_config
+    from tests.dryrun import whole
+    from tests.dryrun.fake_device import fake_card
+    from tests.dryrun.journal import JOURNAL
+    from tests.dryrun.rank import rank
+    from tests.gpu.memory import storage_bytes
+
+    JOURNAL.clear()
+    with rank(1), fake_card():
+        loaded = whole.load(model, preset, card)
+        plan = served_config(loaded).plan
+        return {
+            "planned": plan.bytes_after,
+            "held": storage_bytes(loaded.parameters()),
+        }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
