@@ -54,6 +54,15 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Names
     return original(cls, args)
 
 
+def _resolve_once(original: Callable[[Any], None], server_args: Any) -> None:
+    was_resolved = getattr(server_args, "_resolution_finished", False)
+    original(server_args)
+    if server_args.load_format == LOAD_FORMAT and not was_resolved:
+        from mixedprec_plugin.serving.backends import keep_auto
+
+        keep_auto(server_args)
+
+
 def _verify_load_format(original: Callable[[Any], None], load_config: Any) -> None:
     if isinstance(load_config.load_format, str) and load_config.load_format.lower() == LOAD_FORMAT:
         from mixedprec_plugin.serving.loader import MixedPrecisionLoader
@@ -137,6 +146,13 @@ HOOKS = (
         _from_cli_args,
         HookType.AROUND,
         "server_args.py:446: ServerArgs is sealed and knows only its own fields",
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.resolve_once",
+        _resolve_once,
+        HookType.AROUND,
+        "server_args.py:244, arg_groups/overrides.py:771: on Blackwell experts get a backend by "
+        "the quantization of a whole model",
     ),
     Hook(
         "sglang.srt.configs.load_config.LoadConfig._verify_load_format",
