@@ -9,6 +9,8 @@ call, its inputs and its output.
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -42,7 +44,9 @@ def quantizers(generator: torch.Generator) -> dict[str, list[tuple[torch.Tensor,
     return found
 
 
-def block_matmuls(generator: torch.Generator) -> dict[str, list[tuple[torch.Tensor, ...]]]:
+def block_matmuls(
+    generator: torch.Generator, only: str = ""
+) -> dict[str, list[tuple[torch.Tensor, ...]]]:
     """Calls of the block matmuls: codes, scales, weight, weight scales, output."""
     from sglang.kernels.ops.gemm import fp8_kernel, int8_kernel
 
@@ -54,6 +58,8 @@ def block_matmuls(generator: torch.Generator) -> dict[str, list[tuple[torch.Tens
     }
     found: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     for name, (kernel, dtype) in kernels.items():
+        if only not in ("", name):
+            continue
         for num_tokens, N, K in SHAPES:
             left = torch.randn(num_tokens, K, generator=generator).mul_(40).to(dtype)
             right = torch.randn(N, K, generator=generator).mul_(40).to(dtype)
@@ -61,6 +67,26 @@ def block_matmuls(generator: torch.Generator) -> dict[str, list[tuple[torch.Tens
             grid = torch.rand(-(-N // 128), K // 128, generator=generator).add_(0.01)
             out = kernel(left, right, scales, grid, list(BLOCK), torch.bfloat16)
             found.setdefault(name, []).append((left, scales, right, grid, out))
+    return found
+
+
+def hopper_matmuls(generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
+    """Calls of the block FP8 matmul as tuned for Hopper: sides exchanged, K in two parts, both."""
+    from sglang.kernels.ops.gemm import fp8_kernel
+
+    found: list[tuple[torch.Tensor, ...]] = []
+    for changes in ({"SWAP_AB": True}, {"SPLIT_K": 2}, {"SWAP_AB": True, "SPLIT_K": 2}):
+        tiles = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1}
+        config = {**tiles, "num_warps": 4, "num_stages": 3, **changes}
+        with (
+            mock.patch.object(
+                fp8_kernel, "get_platform", return_value=SimpleNamespace(is_sm90=True)
+            ),
+            mock.patch.object(
+                fp8_kernel, "get_w8a8_block_fp8_configs", lambda *_, held=config: {1: held}
+            ),
+        ):
+            found += block_matmuls(generator, only="fp8")["fp8"]
     return found
 
 
@@ -103,6 +129,7 @@ def main(path: str) -> None:
     results = {
         "quantizers": quantizers(generator),
         "block_matmuls": block_matmuls(generator),
+        "hopper_matmuls": hopper_matmuls(generator),
         "channel_matmuls": channel_matmuls(generator),
         "awq_weights": awq_weights(generator),
     }
