@@ -143,15 +143,27 @@ def main(arguments: Sequence[str]) -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         text = table()
-    text = (
-        f"{NUM_EXPERTS} experts of {HIDDEN} x {INTERMEDIATE}, {TOP_K} of them a token, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {options.threads} threads; times of a layer "
-        f"in one group\n\n{text}"
+    text = _PAGE.format(
+        capability=torch.backends.cpu.get_cpu_capability(), threads=options.threads, table=text
     )
     if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+        Path(options.out).write_text(text, encoding="utf-8")
     else:
-        print(text)
+        print(text, end="")
+
+
+_PAGE = f"""# What experts in several groups cost
+
+Written by `make composite-speed`: time of a layer whose experts run in several groups, as those of
+several schemes do, over one in a single group. All groups have the same method, so that nothing but
+the composite differs. On the CPU platform ({{capability}}, threads: {{threads}}): {NUM_EXPERTS}
+experts of {HIDDEN} x {INTERMEDIATE}, {TOP_K} of them a token; the least of {REPEATS} CPU times.
+
+{{table}}
+
+Each group adds a call of SGLang's experts, with a table that maps ids, and a sum. On a GPU that is
+some launches more for each group; no GPU was at hand to time them.
+"""
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.activations import FP8_MAX
+from benchmarks.activations import FP8_MAX, QuantizedInputLinear
 from benchmarks.reference_layers import Tensors, reference_linear
 from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -64,7 +64,13 @@ class ReferenceExperts(torch.nn.Module):
             codes, scale = tensors["weight"].float(), tensors["weight_scale"].float()
             projection = Projection(None, codes, scale.reshape(()))
         else:
-            projection = Projection(reference_linear(layer, tensors))
+            module = reference_linear(layer, tensors)
+            # a rank has a part of the intermediate, and gives it scales of its own
+            if layer.method == "fp8_channel" and layer.shard.projection == "w2":
+                assert isinstance(module, QuantizedInputLinear)
+                projection = Projection(_SplitLinear(module, self.num_ranks))
+            else:
+                projection = Projection(module)
         self.projections[layer.shard.expert][layer.shard.projection] = projection
 
     def forward(
@@ -112,6 +118,22 @@ class ReferenceExperts(torch.nn.Module):
 
     def _activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return (self.activation(gate.float()) * up.float()).to(gate.dtype)
+
+
+class _SplitLinear(torch.nn.Module):
+    """A layer whose input is quantized in as many parts as there are ranks."""
+
+    def __init__(self, whole: QuantizedInputLinear, num_ranks: int) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(
+            QuantizedInputLinear(codes, whole.get_buffer("scales"), None, whole.quantize_input)
+            for codes in whole.get_buffer("codes").chunk(num_ranks, dim=1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] float32 -> [T, N]."""
+        parts = zip(self.parts, x.chunk(len(self.parts), dim=1), strict=True)
+        return torch.stack([part(piece) for part, piece in parts]).sum(0)
 
 
 def split_experts(model: Any, block: str, num_ranks: int = 1) -> ReferenceExperts:

@@ -8,6 +8,7 @@ from benchmarks.families.architectures import NUM_EXPERTS, Architecture
 METHODS = {
     "bf16": "method: bf16",
     "fp8": "method: fp8",
+    "fp8_channel": "method: fp8_channel",
     "fp8_block": "method: fp8_block",
     "int8": "method: blockwise_int8",
     "awq": "method: awq",
