@@ -37,15 +37,19 @@ class ReadAhead(Reader):
     Args:
         schedule: tensors in the order in which `read_finite` will be called.
         how: how files are read.
+        is_lean: leave the near window out, and with it the memory that it takes.
     """
 
     def __init__(
         self,
         schedule: Iterable[StoredTensor],
         how: Reading = AS_USUAL,
+        *,
+        is_lean: bool = False,
     ) -> None:
         super().__init__(how)
         tensors = tuple(schedule)
+        self._is_lean = is_lean
         self._budget = min(BUDGET_BYTES, _num_bytes(tensors) // _BUDGET_SHARE)
         self._batches = _batches(tensors, min(_BATCH_BYTES, self._budget // 2))
         self._pending: collections.deque[tuple[Batch, Future[list[torch.Tensor]]]] = (
@@ -53,12 +57,13 @@ class ReadAhead(Reader):
         )
         self._current: collections.deque[tuple[StoredTensor, torch.Tensor]] = collections.deque()
         self._next_read = self._next_hint = 0
-        self._read_bytes = self._hinted_bytes = 0
+        self._read_bytes = self._hinted_bytes = self._taken_bytes = 0
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "mixedprec-read")
 
     def read_finite(self, tensor: StoredTensor) -> torch.Tensor:
         """Take a tensor; see `Reader.read_finite`."""
         self._look_ahead()
+        self._taken_bytes += tensor.num_bytes
         if not self._current and self._pending and self._pending[0][0][0] == tensor:
             batch, future = self._pending.popleft()
             self._current.extend(zip(batch, future.result(), strict=True))
@@ -77,19 +82,19 @@ class ReadAhead(Reader):
         super().close()
 
     def _look_ahead(self) -> None:
-        while self._next_hint < len(self._batches) and self._hinted_bytes < _PAGE_CACHE_BYTES:
+        far = self._taken_bytes + _PAGE_CACHE_BYTES
+        while self._next_hint < len(self._batches) and self._hinted_bytes < far:
             batch = self._batches[self._next_hint]
             self._threads.submit(self._hint, batch)
             self._next_hint += 1
             self._hinted_bytes += _num_bytes(batch)
-        while self._next_read < len(self._batches):
+        while self._next_read < len(self._batches) and not self._is_lean:
             batch = self._batches[self._next_read]
             if self._read_bytes and self._read_bytes + _num_bytes(batch) > self._budget:
                 return
             self._pending.append((batch, self._threads.submit(self._read_batch, batch)))
             self._next_read += 1
             self._read_bytes += _num_bytes(batch)
-            self._hinted_bytes -= _num_bytes(batch)
 
     def _read_batch(self, batch: Batch) -> list[torch.Tensor]:
         return [super(ReadAhead, self).read_finite(tensor) for tensor in batch]

@@ -59,7 +59,9 @@ class VirtualCheckpoint:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         inputs = (tensor for layer in self.layers for tensor in layer.inputs.values())
-        with ReadAhead(inputs, self._how) as reader:
+        # where weights are computed, that takes the time, and the memory
+        is_lean = not {layer.action for layer in self.layers} <= {"as stored", "cast"}
+        with ReadAhead(inputs, self._how, is_lean=is_lean) as reader:
             for layer in self.layers:
                 outputs = compose_layer(layer, self.plan.target, reader)
                 for suffix in list(outputs):

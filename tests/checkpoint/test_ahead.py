@@ -149,3 +149,12 @@ def test_every_number_that_is_not_finite_is_found(
         ),
     ):
         reader.read_finite(read_header(path)["t"])
+
+
+def test_a_lean_reader_holds_nothing_that_was_not_asked_for(tmp_path: Path) -> None:
+    tensors = _file(tmp_path / "a.safetensors", [2 * MIB] * 4)
+    with ReadAhead(tensors, is_lean=True) as reader:
+        for tensor in tensors:
+            value = reader.read_finite(tensor)
+            assert _mapped_bytes("a.safetensors") <= 2 * MIB + 2 * mmap.PAGESIZE
+            del value
