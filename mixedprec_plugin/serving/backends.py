@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.arg_groups.model_override_base import resolving_view
+from sglang.srt.arg_groups.overrides import declare_resolution
 
 from mixedprec_plugin.experts.launch import BACKENDS
 from mixedprec_plugin.plan.model import Plan
