@@ -7,6 +7,8 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from packaging.version import Version
+
 from compat.constructors import Construction, construction_fault, constructions, fault_elsewhere
 from compat.definitions import Definition, Function, Missing, find, lineage, own_members
 from compat.fields import field_uses, has_field
@@ -22,6 +24,7 @@ FEATURES = (
     "hooks",
     "loader",
     "update_weights_from_disk",
+    "experts in several schemes",
     *METHOD_FEATURES,
     "CPU platform",
     "doctor",
@@ -34,6 +37,7 @@ _LOADING = (
     "sglang.srt.entrypoints.engine",
     "sglang.srt.managers.scheduler",
 )
+_FIELDS = ("field", "option")
 _RESTORE = "restore_weights_before_loading"
 _V2_LOADER = "sglang.srt.layers.linear.WEIGHT_LOADER_V2_SUPPORTED"
 
@@ -89,10 +93,12 @@ class Checker:
     def check(self, release: Sources) -> list[Finding]:
         """Return what a release lacks, by feature; each fault once, at its first line."""
         sources = release.joined(self.ours)
+        is_older = Version(release.version) < Version(self.reference.version)
+        uses = [use for use in self.uses if not (is_older and use.kind == "option")]
         findings = [
             *self._framework(sources),
             *self._hooks(sources),
-            *(found for use in self.uses if (found := self._use(use, sources))),
+            *(found for use in uses if (found := self._use(use, sources))),
             *self._constructors(sources),
             *self._v2_loader(sources),
         ]
@@ -139,7 +145,7 @@ class Checker:
                 return f"no {target.name} in {target.within}"
             return self._misfit(use, sources, target)
         owner, _, name = use.target.rpartition(".")
-        if use.kind == "field":
+        if use.kind in _FIELDS:
             return "" if has_field(sources, use.target) else f"has no {name}"
         if isinstance(find(sources, owner), Missing) or not _has_bases(sources, owner):
             return ""  # the import of the class or of its base is a finding by itself
@@ -247,7 +253,7 @@ def _is_passed(sources: Sources, function: str, keyword: str) -> bool:
 
 
 def _is_theirs(use: Use, reference: Sources) -> bool:
-    if use.kind == "field":
+    if use.kind in _FIELDS:
         return has_field(reference, use.target)
     return use.kind == "name" or member(reference, use.target) is not None
 
@@ -287,6 +293,9 @@ def _use_feature(use: Use) -> str:
         return "update_weights_from_disk"
     if path.startswith("serving/hooks.py"):
         return "hooks"
+    # what is imported with the module, every load needs
+    if path.startswith("experts/") and use.scope:
+        return "experts in several schemes"
     return {"cpu": "CPU platform", "cli": "doctor"}.get(path.partition("/")[0], "loader")
 
 

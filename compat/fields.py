@@ -7,8 +7,10 @@ import functools
 from collections.abc import Iterator
 
 from compat.sources import Sources
-from compat.uses import Use
+from compat.uses import Use, UseKind
 
+_FIELD: UseKind = "field"
+_OPTION: UseKind = "option"
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _MODULES = ("sglang.srt.server_args", "sglang.srt.arg_groups")
 # parameters that hold ServerArgs, or the namespace that they are made from, where nothing says so
@@ -19,20 +21,24 @@ _TABLES = ("mixedprec_plugin.serving.options", "mixedprec_plugin.experts.launch"
 
 
 def field_uses(ours: Sources) -> Iterator[Use]:
-    """Attributes of ours that may be fields of ServerArgs; the reference tells which are."""
+    """Attributes of ours that may be fields of ServerArgs; the reference tells which are.
+
+    Of kind `option` are those that are asked for only where they are: an older release that has
+    them not has nothing that could be refused.
+    """
     for package in _OURS:
         for module in ours.below(package):
             tree = ours.tree(module)
             assert tree is not None
             for node in ast.walk(tree):
-                name = ""
+                name, kind = "", _FIELD
                 if isinstance(node, ast.Attribute) and ast.unparse(node.value) in _NAMES:
                     name = node.attr
                 elif isinstance(node, ast.Constant) and module in _TABLES:
-                    name = str(node.value)
+                    name, kind = str(node.value), _OPTION
                 if name.isidentifier():
                     where = f"{ours.path(module)}:{getattr(node, 'lineno', 1)}"
-                    yield Use(where, "", "field", f"{SERVER_ARGS}.{name}")
+                    yield Use(where, "", kind, f"{SERVER_ARGS}.{name}")
 
 
 def has_field(sources: Sources, target: str) -> bool:

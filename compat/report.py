@@ -10,6 +10,7 @@ BEGIN, END = "<!-- releases -->\n", "<!-- end of releases -->\n"
 _SHORT = {
     "plugin framework": "plugins",
     "update_weights_from_disk": "update from disk",
+    "experts in several schemes": "experts",
     "CPU platform": "CPU",
 }
 

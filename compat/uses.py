@@ -13,7 +13,7 @@ from compat.sources import Sources
 SGLANG = "sglang"
 OURS = "mixedprec_plugin"
 
-UseKind = Literal["name", "member", "override", "super", "field"]
+UseKind = Literal["name", "member", "override", "super", "field", "option"]
 
 
 @dataclasses.dataclass(frozen=True)
