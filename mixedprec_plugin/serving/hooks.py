@@ -87,7 +87,9 @@ def _asked_for() -> Iterator[None]:
 
 def _verify_quantization(original: Callable[[Any], None], model_config: Any) -> None:
     said = getattr(model_config.hf_config, "quantization_config", None)
-    if _is_asked_for.get() and isinstance(said, Mapping) and is_converted(said):
+    is_ours = isinstance(said, Mapping) and is_converted(said)
+    # a draft model is served as SGLang serves it
+    if _is_asked_for.get() and (is_ours or not model_config.is_draft_model):
         model_config.quantization = None
         return
     original(model_config)
@@ -171,8 +173,8 @@ HOOKS = (
         "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
         _verify_quantization,
         HookType.AROUND,
-        "configs/model_config.py:2000: no method of SGLang's is called mixedprec, as checkpoints "
-        "that we converted say",
+        "configs/model_config.py:2000: what the checkpoint says of the whole model need be no "
+        "method that SGLang runs: mixedprec, as those say that we converted, or gptq",
     ),
     Hook(
         "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"

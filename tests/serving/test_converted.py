@@ -69,6 +69,18 @@ def load_with_args(sglang_context: SimpleNamespace) -> LoadModel:
     return load
 
 
+def test_checkpoint_of_a_method_that_sglang_runs_nowhere_is_planned(
+    load_with_args: LoadModel, tmp_path: Path
+) -> None:
+    """configs/model_config.py:2152: `gptq` is no method of SGLang's but on ROCm."""
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    stored = write_llama(tmp_path / "gptq", quantization_config=said)
+    preset = write_preset(tmp_path, 'match: "*", method: fp8_block')
+    served = load_with_args(stored, mixedprec_config=str(preset))
+    method = served.model.layers[0].self_attn.o_proj.quant_method
+    assert type(method).__name__ == "Fp8LinearMethod"
+
+
 def test_converted_checkpoint_loads_without_a_preset_into_the_same_model(
     load_model: LoadModel, load_with_args: LoadModel, model: Path, preset: Path, converted: Path
 ) -> None:
