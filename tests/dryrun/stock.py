@@ -12,7 +12,7 @@ from tests.dryrun.rank import rank
 
 def run() -> dict[str, str]:
     """Return what becomes of each: the traceback, or empty if nothing was raised."""
-    from sglang.srt.layers.quantization.awq.awq import AWQMarlinConfig
+    from sglang.srt.layers.quantization.awq.awq import AWQConfig, AWQMarlinConfig
     from sglang.srt.layers.quantization.fp8 import Fp8Config
     from sglang.srt.layers.quantization.gptq.gptq import GPTQMarlinConfig
 
@@ -28,6 +28,7 @@ def run() -> dict[str, str]:
         "AWQ, too narrow as a whole": _finish(
             "ragged", 1, AWQMarlinConfig(4, 128, True, False, None, full_config)
         ),
+        "AWQ experts, plain": _experts(AWQConfig(4, 128, True)),
         "AWQ absorbed": _absorb_awq(),
         "DeepSeek's routing": _route(),
         "AWQ, new weights": _reload(AWQMarlinConfig(4, 128, True, False, None, full_config)),
@@ -45,6 +46,14 @@ def _finish(kind: str, tp_size: int, config: Any) -> str:
         except Exception:  # noqa: BLE001
             return traceback.format_exc()
     return ""
+
+
+def _experts(config: Any) -> str:
+    """What runs a layer of experts under a config."""
+    from tests.dryrun.experts import build
+
+    with rank(1), fake_card():
+        return type(build(config, 1024).layer.quant_method).__name__
 
 
 def _absorb_awq() -> str:

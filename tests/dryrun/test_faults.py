@@ -74,6 +74,8 @@ def test_dry_run_breaks(results: Mapping[str, Any], fault: str, text: str) -> No
         ("GPTQ in Marlin, ragged", r"gptq_kernels.*marlin_checks.*assert size_n % _TILE_N"),
         # awq/awq.py:368 looks at the whole layer, awq_marlin.py:49 at its share
         ("AWQ, its share too narrow", "output_size_per_partition = 32 is not divisible by"),
+        # awq/awq.py:139, and no word of it
+        ("AWQ experts, plain", "^UnquantizedFusedMoEMethod$"),
         # models/deepseek_common/utils.py:104
         ("AWQ absorbed", "No module named 'sglang.kernel_api_logging'"),
         # layers/moe/topk.py:2021 does not ask the GPU

@@ -311,5 +311,26 @@ def test_plugin_that_cannot_be_loaded_is_only_logged(monkeypatch: pytest.MonkeyP
     assert plugins.load_plugins_by_group(plugins.GENERAL_PLUGINS_GROUP) == {}
 
 
+def test_native_experts_take_masked_ids_for_an_index() -> None:
+    """layers/moe/fused_moe_native.py:76."""
+    from sglang.srt.layers.moe import MoeRunnerConfig
+    from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    chosen = StandardTopKOutput(torch.ones(1, 2), torch.tensor([[0, -1]]), torch.zeros(1, 2))
+    layer: Any = SimpleNamespace(num_experts=2)
+    with pytest.raises(RuntimeError, match="index -1 is out of bounds"):
+        moe_forward_native(layer, torch.ones(1, 8), chosen, MoeRunnerConfig())
+
+
+def test_mixtral_asks_for_neither_ties_nor_the_width_of_heads() -> None:
+    """models/mixtral.py:151: heads are hidden_size / num_attention_heads wide, lm_head untied."""
+    import sglang.srt
+
+    source = (Path(sglang.srt.__path__[0]) / "models" / "mixtral.py").read_text(encoding="utf-8")
+    assert "tie_word_embeddings" not in source
+    assert "config.head_dim" not in source
+
+
 def parsed(function: Any) -> ast.AST:
     return ast.parse(textwrap.dedent(inspect.getsource(function)))
