@@ -19,9 +19,12 @@ from mixedprec_plugin.checkpoint.formats import StoredFormat, detect_format
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.methods import registry
 from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, Kind, layer_kind
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.render import format_bytes, problem_as_dict
+from mixedprec_plugin.plan.repacking import is_repackable
+from mixedprec_plugin.preset.model import Scheme
 
 _NUMBER = re.compile(r"\d+")
 
@@ -32,12 +35,17 @@ class InspectedLayer:
 
     Attributes:
         stored: the format of its weight matrix; None where it has none.
-        num_bytes: of all its tensors.
+        tensors: parameter suffix -> tensor.
     """
 
     name: str
     stored: StoredFormat | None
-    num_bytes: int
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     @property
     def num_weights(self) -> int:
@@ -61,7 +69,24 @@ class InspectedLayer:
             return "neither"
         if self.stored.method:
             return f"serve as {self.stored.method}, dequantize"
-        return "dequantize" if self.stored.dequantizer else "neither"
+        others = "".join(f"repack as {method}, " for method in self._repacked_as())
+        return f"{others}dequantize" if self.stored.dequantizer else "neither"
+
+    def _repacked_as(self) -> list[str]:
+        """Methods whose own format holds the same numbers, some arguments given."""
+        assert self.stored is not None
+        how = {**self.stored.dequantizer_arguments, **self.stored.facts}
+        how["weight_block_size"] = how.get("block")
+        how["activation_scheme"] = "static" if "input_scale" in self.tensors else "dynamic"
+        how["desc_act"] = bool(self.stored.said.get("desc_act"))
+        found = []
+        for method in ("fp8", "fp8_channel", "blockwise_int8", "gptq", "awq"):
+            defaults = registry.METHODS[method].defaults
+            given = {key: how[key] for key in defaults if key in how}
+            scheme = Scheme(method, method, {**defaults, **given})
+            if is_repackable(self.stored, scheme, self.tensors):
+                found.append(method)
+        return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +123,7 @@ def inspect_layers(source: Source) -> list[InspectedLayer]:
         InspectedLayer(
             name,
             detect_format(tensors, source.quantization_config_of(name), name),
-            sum(tensor.num_bytes for tensor in tensors.values()),
+            tensors,
         )
         for name, tensors in sorted(source.layers.items(), key=_by_name)
     ]

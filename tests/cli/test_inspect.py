@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from mixedprec_plugin.cli.main import main
+from mixedprec_plugin.plan.model import Target
 from mixedprec_plugin.quantize import awq, blockwise_int8
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoint.test_formats import DETECTED
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
+from tests.presets import plan
 
 AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
 
@@ -101,6 +103,32 @@ def test_every_peer_is_shown_as_json(tmp_path: Path, folder: str) -> None:
     assert layer["bits_per_weight"] == round(8 * layer["bytes"] / (192 * 576), 4)
     assert layer["dequantize"] is (folder != "bf16")
     assert made["bytes"] == sum(x["bytes"] for x in made["layers"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "use"),
+    [
+        ("autoawq-g64", "serve as awq, dequantize"),
+        ("gptqmodel-asym-g64", "repack as awq, dequantize"),
+        ("llmcompressor-w4a16-g64", "repack as gptq, repack as awq, dequantize"),
+        ("llmcompressor-fp8-block", "repack as fp8, dequantize"),
+        ("llmcompressor-w8a8-int8", "dequantize"),
+    ],
+)
+def test_what_a_plan_can_do_without_a_rounding_is_shown(
+    tmp_path: Path, folder: str, use: str
+) -> None:
+    """And it can: the method that is shown, asked for, gives a plan that repacks."""
+    model = peer_checkpoint(tmp_path / "model", folder)
+    layers = json.loads(run("inspect", model, "--json")[1])["layers"]
+    layer = next(x for x in layers if x["name"].endswith("k_proj"))
+    assert layer["use"] == use
+    alias = {"fp8": "fp8_block"}
+    for method in (text.split()[-1] for text in use.split(", ") if text.startswith("repack as")):
+        size = "" if method == "fp8" else ", group_size: 64"
+        rule = f'match: "*_proj", method: {alias.get(method, method)}{size}'
+        made = plan(model, rule, target=Target(device="cpu"))
+        assert made.by_name[layer["name"]].action == "repack"
 
 
 def test_missing_folder_exits_1_without_a_traceback(tmp_path: Path) -> None:
