@@ -22,6 +22,14 @@ if ! { test -x "$venv/bin/python" && has_sglang "$venv/bin/python"; }; then
         exit 2
     fi
 fi
+missing=$("$venv/bin/python" -c '
+from importlib.util import find_spec
+names = "accelerate bracex gguf hypothesis jsonschema omegaconf pytest referencing rich wcmatch"
+print(*(name for name in names.split() if find_spec(name) is None))')
+if test -n "$missing"; then
+    echo "$venv lacks $missing: set MIXEDPREC_WHEELHOUSE to a folder with their wheels" >&2
+    exit 2
+fi
 if test -n "$wheelhouse"; then
     export PIP_NO_INDEX=1 PIP_FIND_LINKS="$wheelhouse"
 fi

@@ -50,6 +50,7 @@ def test_distributions_are_the_references_and_the_cpu_engines(
     assert result.is_within, result
     entries = json.loads(_QUALITY.read_text(encoding="utf-8"))
     on_cpu = {entry["preset"]: entry["engine"] for entry in entries}
+    assert preset in on_cpu, f"{_QUALITY.name} does not hold {preset}: run make quality on a CPU"
     assert result.engine == pytest.approx(on_cpu[preset], rel=_PERPLEXITY)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,25 @@ def test_script_says_what_it_lacks(tmp_path: Path) -> None:
     done = subprocess.run(["sh", str(_SCRIPT)], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "set MIXEDPREC_WHEELHOUSE to a folder of wheels" in done.stderr
+
+
+def test_script_names_the_packages_that_an_environment_lacks(tmp_path: Path) -> None:
+    """An environment that has SGLang, for all that it says, and nothing else."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$2" in\n'
+        '  "import sglang, torch") exit 0;;\n'
+        f'  *) exec "{sys.executable}" -S -I "$@";;\n'
+        "esac\n"
+    )
+    python.chmod(0o755)
+    environment = {
+        **os.environ,
+        "MIXEDPREC_TEST_VENV": str(tmp_path / "venv"),
+        "MIXEDPREC_WHEELHOUSE": "",
+    }
+    done = subprocess.run(["sh", str(_SCRIPT)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "lacks accelerate bracex gguf hypothesis jsonschema omegaconf pytest" in done.stderr
