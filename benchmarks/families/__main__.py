@@ -1,6 +1,8 @@
 """`make families`: which family runs in which method, on one rank and two.
 
 python -m benchmarks.families [--out FILE] [--cell FAMILY/METHOD ...]
+
+Single cells are written into the file beside those that are there.
 """
 
 from __future__ import annotations
@@ -9,18 +11,20 @@ import argparse
 import fnmatch
 import functools
 import itertools
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.families import engine
 from benchmarks.families.architectures import ARCHITECTURES, Architecture
 from benchmarks.families.cells import Cell, Runner
 from benchmarks.families.methods import COLUMNS, has_cell
 from benchmarks.families.processes import forked
-from benchmarks.families.report import as_json, as_markdown
+from benchmarks.families.report import as_markdown, entry_of
 
 _HOURS = 4 * 3600.0
 Wanted = tuple[Architecture, str]
@@ -53,9 +57,19 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     cells = run(wanted, options.jobs)
     if options.out:
-        options.out.write_text(as_markdown(cells), encoding="utf-8")
-        options.out.with_suffix(".json").write_text(as_json(cells), encoding="utf-8")
+        _write(options.out, [entry_of(cell) for cell in cells], is_whole=not options.cell)
     return 0 if all(cell.is_green for cell in cells) else 1
+
+
+def _write(page: Path, entries: list[dict[str, Any]], *, is_whole: bool) -> None:
+    """Write the page and its numbers; of single cells, into those that are there."""
+    path = page.with_suffix(".json")
+    known = [] if is_whole or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
+    merged = {(entry["family"], entry["method"]): entry for entry in (*known, *entries)}
+    order = [(architecture.name, column) for architecture in ARCHITECTURES for column in COLUMNS]
+    ordered = [merged[place] for place in order if place in merged]
+    path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    page.write_text(as_markdown(ordered), encoding="utf-8")
 
 
 def run(wanted: Sequence[Wanted], num_jobs: int) -> list[Cell]:

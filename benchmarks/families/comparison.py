@@ -25,8 +25,8 @@ class Distance:
         errors: root mean square of the logits' difference at each position, over the reference's
             standard deviation.
         differing: greedy tokens that differ.
-        unexplained: those of them whose logits the reference holds further apart than the error
-            could bring together.
+        unexplained: those of them whose logits the reference holds further apart than the error,
+            and one rounding of the two in each run, could bring together.
         num_tokens: greedy tokens compared.
     """
 
@@ -81,8 +81,11 @@ def distance(got: torch.Tensor, reference: torch.Tensor, num_tokens: int) -> Dis
     by_position = (difference / spread).square().mean(1).sqrt()
     mine, theirs = got[-num_tokens:].argmax(1), reference[-num_tokens:].argmax(1)
     rows = reference[-num_tokens:]
-    gaps = rows.gather(1, theirs[:, None]) - rows.gather(1, mine[:, None])
+    first, second = rows.gather(1, theirs[:, None]), rows.gather(1, mine[:, None])
+    gaps = first - second
     allowed = _GAP * by_position[-num_tokens:, None] * spread[-num_tokens:]
+    # the greatest logits are the ones that are rounded most
+    allowed += 2 * ROUNDING * (first.abs() + second.abs())
     return Distance(
         tuple(by_position.tolist()),
         int((mine != theirs).sum()),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.families.trace import watch
+from benchmarks.families.trace import Trace, watch
 
 # pools of two dozen tokens: what is tried is the model
 MAX_TOTAL_TOKENS = 256
@@ -28,7 +28,9 @@ def warm_up() -> None:
     import mixedprec_plugin.serving.loader  # noqa: F401
 
 
-def server_args(model: Path, preset: Path, tp_size: int) -> Any:
+def server_args(
+    model: Path, preset: Path, tp_size: int, max_total_tokens: int = MAX_TOTAL_TOKENS
+) -> Any:
     """The arguments of a server; resolved, as each rank gets them."""
     from sglang.srt.server_args import ServerArgs
 
@@ -41,7 +43,7 @@ def server_args(model: Path, preset: Path, tp_size: int) -> Any:
         attention_backend="torch_native",
         sampling_backend="pytorch",
         tp_size=tp_size,
-        max_total_tokens=MAX_TOTAL_TOKENS,
+        max_total_tokens=max_total_tokens,
         max_running_requests=2,
         disable_radix_cache=True,
         disable_cuda_graph=True,
@@ -55,7 +57,14 @@ def server_args(model: Path, preset: Path, tp_size: int) -> Any:
 
 
 def serve(
-    args: Any, port: int, rank: int, prompt: list[int], num_steps: int, forced: list[int]
+    args: Any,
+    port: int,
+    rank: int,
+    prompt: list[int],
+    num_steps: int,
+    forced: list[int],
+    *,
+    is_traced: bool = True,
 ) -> dict[str, Any]:
     """Load a model and run it.
 
@@ -63,9 +72,11 @@ def serve(
         args: of `server_args`.
         port: of loopback, for the ranks to meet.
         forced: tokens to go on with instead of the model's own; the greedy ones if empty.
+        is_traced: whether to keep what modules are given.
     Returns:
         "logits" float32 [T + num_steps, V], of every position of the prompt and every step;
-        "tokens": the greedy one after the prompt, and after each step; "trace": a `Trace` of all.
+        "tokens": the greedy one after the prompt, and after each step; "trace": a `Trace`, empty
+        where nothing is kept.
     """
     from sglang.benchmark import one_batch
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
@@ -79,7 +90,7 @@ def serve(
     runner = _model_runner(args, port, rank)
     seen: list[torch.Tensor] = []
     _watch_logits(runner.model, seen)
-    trace = watch(served_config(runner.model).built)
+    trace = watch(served_config(runner.model).built) if is_traced else Trace()
     request = one_batch.Req(
         rid=0,
         origin_input_text="",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sglang
@@ -49,10 +48,17 @@ are not the reference's; each of them by less than the distance explains, but fo
 """
 
 
-def as_markdown(cells: Sequence[Cell]) -> str:
-    """Write the page."""
+Entry = Mapping[str, Any]
+
+
+def as_markdown(entries: Sequence[Entry]) -> str:
+    """Write the page.
+
+    Args:
+        entries: of `entry_of`.
+    """
     notes: dict[str, int] = {}
-    rows = _rows(cells, lambda cell: _text(cell, notes))
+    rows = _rows(entries, lambda entry: _text(entry, notes))
     parts = [
         _HEAD.format(
             sglang=sglang.__version__,
@@ -62,16 +68,16 @@ def as_markdown(cells: Sequence[Cell]) -> str:
         ),
         "\n".join(rows),
         "\n".join(f"{number}. {text}" for text, number in notes.items()),
-        _alone(cells),
-        _on_cuda(cells),
+        _alone(entries),
+        _on_cuda(entries),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _rows(cells: Sequence[Cell], write: Callable[[Cell], str]) -> list[str]:
-    found = {(cell.architecture, cell.column): cell for cell in cells}
+def _rows(entries: Sequence[Entry], write: Callable[[Entry], str]) -> list[str]:
+    found = {(entry["family"], entry["method"]): entry for entry in entries}
     rows = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for family in dict.fromkeys(cell.architecture for cell in cells):
+    for family in dict.fromkeys(entry["family"] for entry in entries):
         texts = [
             write(found[family, column]) if (family, column) in found else "" for column in COLUMNS
         ]
@@ -79,80 +85,78 @@ def _rows(cells: Sequence[Cell], write: Callable[[Cell], str]) -> list[str]:
     return rows
 
 
-def _text(cell: Cell, notes: dict[str, int]) -> str:
-    if cell.failures:
+def _text(entry: Entry, notes: dict[str, int]) -> str:
+    if entry["failures"]:
         return "**failed**"
     shown = []
-    for tp_size in (1, 2):
-        held = cell.held.get(tp_size)
-        shown.append(f"{held.error:.4f}" if held else "refused")
-    text = ("✓ " if cell.is_green else "**too far** ") + " / ".join(shown)
-    if not cell.held:
+    for ranks in ("1", "2"):
+        held = entry["held"].get(ranks)
+        worst = max(held["logits"]["worst"], held["worst_input"]["error"]) if held else 0.0
+        shown.append(f"{worst:.4f}" if held else "refused")
+    text = ("✓ " if entry["green"] else "**too far** ") + " / ".join(shown)
+    if not entry["held"]:
         text = "refused"
-    numbers = sorted({notes.setdefault(note, len(notes) + 1) for note in _notes(cell)})
+    numbers = sorted({notes.setdefault(note, len(notes) + 1) for note in _notes(entry)})
     return text + "".join(f" [{number}]" for number in numbers)
 
 
-def _notes(cell: Cell) -> list[str]:
+def _notes(entry: Entry) -> list[str]:
     made = []
-    for reason in dict.fromkeys(reason for why in cell.refusals.values() for reason in why):
-        sizes = " and ".join(str(size) for size, why in cell.refusals.items() if reason in why)
-        kept = f" Served with `{cell.kept}` in bf16." if cell.kept else ""
-        made.append(f"Refused on {sizes} rank(s): {reason}.{kept}")
+    refused = entry["refused"]
+    for reason in dict.fromkeys(reason for why in refused.values() for reason in why):
+        ranks = " and ".join(size for size, why in refused.items() if reason in why)
+        kept = f" Served with `{entry['kept_in_bf16']}` in bf16." if entry["kept_in_bf16"] else ""
+        made.append(f"Refused on {ranks} rank(s): {reason}.{kept}")
     return made
 
 
-def _alone(cells: Sequence[Cell]) -> str:
+def _alone(entries: Sequence[Entry]) -> str:
     """How far the models are from references that go their own ways."""
-    served = [cell.alone for cell in cells if cell.alone]
+    served = [entry["alone"] for entry in entries if entry["alone"]]
     head = _ALONE.format(
-        differing=sum(near.differing for near in served),
-        tokens=sum(near.num_tokens for near in served),
-        unexplained=sum(near.unexplained for near in served),
+        differing=sum(near["differing"] for near in served),
+        tokens=sum(near["tokens"] for near in served),
+        unexplained=sum(near["unexplained"] for near in served),
     )
-    return "\n".join([head, *_rows(cells, _median)])
+    return "\n".join([head, *_rows(entries, _median)])
 
 
-def _median(cell: Cell) -> str:
-    if cell.alone is None or cell.routed is None:
+def _median(entry: Entry) -> str:
+    if not entry["alone"]:
         return ""
-    is_same = cell.alone == cell.routed
-    return f"{cell.alone.error:.3f}" + ("" if is_same else f", {cell.routed.error:.3f}")
+    alone, routed = entry["alone"]["median"], entry["routed"]["median"]
+    return f"{alone:.3f}" + ("" if alone == routed else f", {routed:.3f}")
 
 
-def _on_cuda(cells: Sequence[Cell]) -> str:
+def _on_cuda(entries: Sequence[Entry]) -> str:
     """What the plan refuses for a GPU, of the same models."""
     found: dict[str, list[str]] = {}
-    for cell in cells:
-        for tp_size, why in cell.cuda_refusals.items():
+    for entry in entries:
+        for ranks, why in entry["refused_for_cuda"].items():
             for reason in why:
-                place = f"{cell.architecture} {cell.column} ({tp_size})"
+                place = f"{entry['family']} {entry['method']} ({ranks})"
                 found.setdefault(reason, []).append(place)
     lines = [f"- {reason}. In {', '.join(places)}." for reason, places in found.items()]
     head = "## Refused for a GPU\n\nThe same, planned for CUDA (ranks in brackets).\n"
     return "\n".join([head, *(lines or ["Nothing."])])
 
 
-def as_json(cells: Sequence[Cell]) -> str:
-    """Everything that was measured."""
-    made: list[dict[str, Any]] = [
-        {
-            "family": cell.architecture,
-            "method": cell.column,
-            "green": cell.is_green,
-            "refused": {str(size): why for size, why in cell.refusals.items()},
-            "refused_for_cuda": {str(size): why for size, why in cell.cuda_refusals.items()},
-            "kept_in_bf16": cell.kept,
-            "failures": cell.failures,
-            "effect_of_the_method": round(cell.effect, 4),
-            "seconds": round(cell.seconds, 1),
-            "held": {str(tp_size): _held(held) for tp_size, held in cell.held.items()},
-            "alone": _logits(cell.alone),
-            "routed": _logits(cell.routed),
-        }
-        for cell in cells
-    ]
-    return json.dumps(made, indent=1) + "\n"
+def entry_of(cell: Cell) -> dict[str, Any]:
+    """Everything that was measured of a cell, as plain data."""
+    return {
+        "family": cell.architecture,
+        "method": cell.column,
+        "green": cell.is_green,
+        "refused": {str(size): list(why) for size, why in cell.refusals.items()},
+        "refused_for_cuda": {str(size): list(why) for size, why in cell.cuda_refusals.items()},
+        "kept_in_bf16": cell.kept,
+        "failures": list(cell.failures),
+        "effect_of_the_method": round(cell.effect, 4),
+        "seconds": round(cell.seconds, 1),
+        "held": {str(tp_size): _held(held) for tp_size, held in cell.held.items()},
+        "alone": _logits(cell.alone),
+        "routed": _logits(cell.routed),
+    }
 
 
 def _held(held: Held) -> dict[str, Any]:

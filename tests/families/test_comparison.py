@@ -49,6 +49,18 @@ def test_token_beyond_the_error_is_not() -> None:
     assert distance(got, reference, 1).unexplained == 1
 
 
+def test_rounding_of_the_greatest_logits_is_forgiven() -> None:
+    reference = torch.randn(1, 500, generator=torch.Generator().manual_seed(0))
+    # neighbours in bfloat16, of which each run takes another
+    reference[0, 0], reference[0, 1] = 9.0, 8.9375
+    got = reference.clone()
+    got[0, 1] = 9.0625
+    near = distance(got, reference, 1)
+    assert (near.differing, near.unexplained) == (1, 0)
+    reference[0, 1] = 8.5
+    assert distance(got, reference, 1).unexplained == 1
+
+
 def test_one_position_too_far_is_too_far() -> None:
     reference = spread(24)
     got = reference.clone()
