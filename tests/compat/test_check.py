@@ -167,3 +167,16 @@ def test_a_removed_server_argument_is_found(checker: Checker, sglang_sources: So
     assert finding.feature == "CPU platform"
     assert finding.target == "sglang.srt.server_args.ServerArgs.sleep_on_idle"
     assert "server_args.sleep_on_idle = True" in line_at(finding.where)
+
+
+@pytest.mark.parametrize(("version", "is_lacking"), [("0.5.22", False), ("99.0", True)])
+def test_option_that_an_older_release_has_not_is_nothing_that_it_lacks(
+    checker: Checker, sglang_sources: Sources, version: str, is_lacking: bool
+) -> None:
+    """What cannot be given need not be refused; what a newer one renamed is refused no more."""
+    definition = "    enable_paged_experts:"
+    (module,) = sglang_sources.mentions(f"^{definition}", "sglang.srt")
+    other = changed(sglang_sources, module, definition, "    enable_paged:")
+    other.version = version
+    targets = [finding.target.rpartition(".")[2] for finding in checker.check(other)]
+    assert ("enable_paged_experts" in targets) == is_lacking
