@@ -9,8 +9,8 @@ loader is called, once, cold. What the kernel's high-water mark of resident memo
 just before) rises by must stay below the final model plus one decoder layer in bf16.
 
 Library code is brought in beforehand because its pages come in when a function first runs: they are
-the page cache's, not memory that loading takes, yet VmHWM counts them. The checkpoint's files are
-read, not mapped, and so are in no process's resident memory.
+the page cache's, not memory that loading takes, yet VmHWM counts them. Of the checkpoint's files
+what is mapped counts, which is the tensor at hand.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ up by an earlier load.
   is the page cache's and not memory that loading takes.
 - *peak*: how far the kernel's high-water mark of resident memory (VmHWM, reset before) rises above
   the baseline while the loader runs. It must stay below the limit, the final model plus one
-  decoder layer in bf16. The checkpoint's files are read, not mapped: no page of them is in it.
+  decoder layer in bf16. Large tensors are mapped while they are read, and counted.
 - *model*: every tensor that the loaded model keeps. What is kept beyond it are Python's objects
   (the model's modules, the plan) and the ends of pages.
 
