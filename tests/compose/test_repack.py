@@ -336,9 +336,7 @@ def test_one_scale_a_tensor_is_taken_under_any_name_and_dtype(
         ("gptqmodel-fp8-row", "which no method serves as it is"),
     ],
 )
-def test_one_scale_a_channel_is_not_one_a_tensor(
-    tmp_path: Path, folder: str, message: str
-) -> None:
+def test_one_scale_a_channel_is_not_one_a_tensor(tmp_path: Path, folder: str, message: str) -> None:
     model = peer_checkpoint(tmp_path / "model", folder)
     (problem,) = plan(model, 'match: "*_proj", method: fp8', target=Target(device="cpu")).errors
     assert re.search(message, str(problem))
