@@ -44,7 +44,7 @@ format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: quality memory loading experts tp plan-speed composite-speed
+bench: quality memory experts tp plan-speed composite-speed loading
 
 quality: $(INSTALLED)
 	@$(RUN) -m benchmarks.quality --out docs/quality.md
