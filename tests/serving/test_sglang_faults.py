@@ -248,6 +248,33 @@ def test_gptq_experts_hold_packed_zero_points_in_the_models_dtype() -> None:
     assert gptq_experts().w13_qzeros.dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("played_gpu")
+@pytest.mark.parametrize("said", ["-:.*experts.*", "+:.*experts.*"])
+def test_gptq_asks_dynamic_for_no_experts(said: str) -> None:
+    """gptq/gptq.py:447: experts that `dynamic` leaves out, or gives 8 bits, get the 4 of all."""
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+    from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
+
+    own = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False}
+    config = GPTQMarlinConfig.from_config({**own, "dynamic": {said: {"bits": 8}}})
+    experts = FusedMoE.__new__(FusedMoE)
+    method = config.get_quant_method(experts, "model.layers.0.mlp.experts")
+    assert type(method).__name__ == "GPTQMarlinMoEMethod"
+    assert method.quant_config.weight_bits == 4
+
+
+def test_compressed_tensors_looks_at_the_first_expert_only() -> None:
+    """compressed_tensors/compressed_tensors.py:885: one ignored expert is not seen."""
+    from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    tree = parsed(CompressedTensorsConfig.get_moe_scheme)
+    asked = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert {".0.gate_proj", ".0.up_proj", ".0.down_proj"} <= asked
+    assert not any(".1." in value for value in asked if isinstance(value, str))
+
+
 def test_gptq_asks_whether_marlin_fits_and_does_not_listen() -> None:
     """hardware_backend/gpu/quantization/gptq_kernels.py:89."""
     from sglang.srt.hardware_backend.gpu.quantization.gptq_kernels import GPTQMarlinLinearKernel
