@@ -25,7 +25,7 @@ def test_server_answers_over_the_openai_api(mixed: Mixed) -> None:
 def test_log_shows_the_plan(mixed: Mixed, widened_model: Path) -> None:
     log = mixed.log_path.read_text()
     assert f"mixedprec: {MIXED} over {widened_model}" in log
-    assert "model.layers.18-23.mlp.gate_up_proj  awq  quantize" in log
+    assert "model.layers.18-23.mlp.gate_up_proj  awq (awq 4-bit g128)  quantize" in log
     assert "model.layers.6-11.self_attn.qkv_proj  fp8  quantize" in log
 
 
