@@ -15,7 +15,6 @@ from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8Config
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig, gptq
-from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8Config
 
 from mixedprec_plugin.cpu.awq_experts import AWQMoEMethod, CpuAWQMoEScheme
 from mixedprec_plugin.cpu.awq_linear import AWQLinearMethod, CpuAWQLinearScheme
@@ -28,6 +27,7 @@ from mixedprec_plugin.cpu.gptq_linear import CpuGPTQLinearScheme, GPTQMarlinLine
 from mixedprec_plugin.cpu.int8_experts import BlockInt8MoEMethod
 from mixedprec_plugin.cpu.int8_linear import BlockInt8LinearMethod
 from mixedprec_plugin.errors import MethodError, Problem
+from mixedprec_plugin.serving.fp8_channel import ChannelFp8Config
 
 
 class CpuFp8Config(Fp8Config):
@@ -66,19 +66,8 @@ class CpuFp8Config(Fp8Config):
             )
 
 
-class CpuChannelFp8Config(W8A8Fp8Config):
-    """`W8A8Fp8Config` on the CPU, as `serving.fp8_channel.ChannelFp8Config` has it.
-
-    Attributes:
-        weight_block_size: None, there are no blocks.
-    """
-
-    weight_block_size: list[int] | None = None
-
-    @classmethod
-    def get_name(cls) -> str:
-        """The method's name in presets."""
-        return "fp8_channel"
+class CpuChannelFp8Config(ChannelFp8Config):
+    """`W8A8Fp8Config` on the CPU."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The layer's method; None where the layer is none that is quantized."""
