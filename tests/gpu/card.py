@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -36,6 +38,11 @@ def why_skip(found: int | None) -> str:
     if importlib.util.find_spec("sgl_kernel") is None:
         return "needs SGLang's kernels: there is no sgl_kernel"
     return ""
+
+
+def flags() -> list[str]:
+    """More flags for every server, from MIXEDPREC_GPU_FLAGS: what this machine lacks, or shares."""
+    return shlex.split(os.environ.get("MIXEDPREC_GPU_FLAGS", ""))
 
 
 def preset_plan(name: str, model_path: Path, found: int) -> Plan:
