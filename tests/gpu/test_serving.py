@@ -1,0 +1,364 @@
+"""What only a whole server on a real GPU shows: graphs, experts, new weights, adapters, drafts."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from benchmarks.quality import QUANTIZED_INPUT_LIMIT, WEIGHT_ONLY_LIMIT
+from demo.server import Server, ServerError
+from mixedprec_plugin.cli.main import main
+from tests.gpu.adapters import adapt, write_adapter
+from tests.gpu.serving import (
+    PROMPTS,
+    TEXT_TOKENS,
+    Adapted,
+    Continuation,
+    agreement,
+    continuations,
+    divergence,
+    expected_log_probabilities,
+    is_rehearsal,
+    near_tie,
+    reference,
+    serve,
+    served_log_probabilities,
+)
+from tests.presets import write_preset
+from tests.server.conftest import chat
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+_ROOT = Path(__file__).resolve().parents[2]
+MIXED = _ROOT / "tests" / "server" / "mixed.yaml"
+EXPERTS = _ROOT / "tests" / "server" / "experts.yaml"
+EXPERTS_WEIGHT_ONLY = _ROOT / "tests" / "server" / "experts_weight_only.yaml"
+EXPORT = _ROOT / "benchmarks" / "compressed_tensors" / "export.yaml"
+
+
+@pytest.fixture(autouse=True)
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU, or a reason to skip; DeepGEMM compiles what is asked for, and not all in advance."""
+    monkeypatch.setenv("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
+    if not is_rehearsal():
+        request.getfixturevalue("gpu")
+
+
+@pytest.fixture
+def dense(machine: None, request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue("widened_model")
+    return path
+
+
+@pytest.fixture
+def mixture(machine: None, request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue("experts_model")
+    return path
+
+
+def tokens_of(model: Path, prose: str) -> list[int]:
+    tokens: list[int] = AutoTokenizer.from_pretrained(model)(prose)["input_ids"]
+    return tokens[:TEXT_TOKENS]
+
+
+def served_divergence(server: Server, model: Path, preset: Path | None, prose: str) -> float:
+    """Mean KL from the reference, in nats a token."""
+    tokens = tokens_of(model, prose)
+    expected = expected_log_probabilities(reference(model, preset), tokens)
+    return divergence(expected, served_log_probabilities(server, tokens, expected.shape[1]))
+
+
+def check_same(
+    ours: Sequence[Continuation],
+    theirs: Sequence[Continuation],
+    limit: float,
+    what: str,
+    report: list[str],
+) -> None:
+    found = agreement(ours, theirs)
+    report.append(f"{what}: {found}")
+    assert found.is_explained(limit), f"{what}: {found} (expected at most {near_tie(limit):.3f})"
+
+
+def check_graphs_ran(server: Server) -> None:
+    """Decoding replays captured graphs, by the server's own log."""
+    if not is_rehearsal():
+        log = server.log_path.read_text(errors="replace")
+        lines = [line for line in log.splitlines() if "Decode batch" in line]
+        assert lines, server.log_tail()
+        assert any("cuda graph: True" in line for line in lines), lines[-1]
+
+
+CELLS = {
+    "every-method": ("widened_model", MIXED, QUANTIZED_INPUT_LIMIT),
+    "four-expert-schemes": ("experts_model", EXPERTS, QUANTIZED_INPUT_LIMIT),
+    "four-weight-only-expert-schemes": ("experts_model", EXPERTS_WEIGHT_ONLY, WEIGHT_ONLY_LIMIT),
+    "stock-bf16-experts": ("experts_model", None, WEIGHT_ONLY_LIMIT),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_graphs_and_eager_decode_what_dequantized_weights_say(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, prose: str, report: list[str]
+) -> None:
+    shape, preset, limit = CELLS[name]
+    model: Path = request.getfixturevalue(shape)
+    with serve(model, tmp_path / "graphs.log", preset) as server:
+        answer = chat(server)
+        replayed = continuations(server)
+        check_graphs_ran(server)
+        found = served_divergence(server, model, preset, prose)
+    report.append(f"{name}: mean KL {found:.5f} (limit {limit}), answers {answer!r}")
+    with serve(model, tmp_path / "eager.log", preset, with_graphs=False) as server:
+        eager = continuations(server)
+    same = agreement(replayed, eager)
+    report.append(f"{name}, graphs and eager: {same}")
+    assert found < limit, f"mean KL {found} (expected less than {limit}); {same}"
+    assert same.is_explained(limit), f"{same} (expected at most {near_tie(limit):.3f})"
+    assert "Paris" in answer, answer
+
+
+def update(server: Server, path: Path) -> str:
+    """Ask for new weights; what the server says against it, empty if it took them."""
+    try:
+        answer = server.request("/update_weights_from_disk", {"model_path": str(path)})
+    except ServerError as error:
+        return str(error)
+    return "" if answer["success"] else str(answer["message"])
+
+
+@pytest.fixture
+def other_weights(dense: Path, tmp_path: Path) -> Path:
+    """The same model with the MLPs of two pairs of layers exchanged."""
+    folder = tmp_path / "other"
+    shutil.copytree(dense, folder)
+    tensors = load_file(dense / "model.safetensors")
+    for one, other in ((3, 20), (12, 25)):
+        for name in [n for n in tensors if n.startswith(f"model.layers.{one}.mlp.")]:
+            twin = name.replace(f"layers.{one}.", f"layers.{other}.")
+            tensors[name], tensors[twin] = tensors[twin], tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_new_weights_are_served_and_old_ones_come_back(
+    dense: Path, other_weights: Path, tmp_path: Path, report: list[str]
+) -> None:
+    preset = write_preset(
+        tmp_path / "presets",
+        'match: "*", method: unquantized',
+        'match: "*.layers.{0..9}.*_proj", method: fp8_block',
+        'match: "*.layers.{10..19}.*_proj", method: int8',
+    )
+    with serve(dense, tmp_path / "updated.log", preset) as server:
+        before = continuations(server)
+        assert update(server, other_weights) == ""
+        changed = continuations(server)
+        assert update(server, dense) == ""
+        after = continuations(server)
+    with serve(other_weights, tmp_path / "fresh.log", preset) as server:
+        fresh = continuations(server)
+    assert agreement(before, changed).num_equal < len(PROMPTS)
+    limit = QUANTIZED_INPUT_LIMIT
+    check_same(changed, fresh, limit, "new weights, updated and fresh", report)
+    check_same(before, after, limit, "old weights, before and after", report)
+
+
+def test_new_weights_that_marlin_cannot_take_are_refused(
+    dense: Path, other_weights: Path, tmp_path: Path, report: list[str]
+) -> None:
+    if is_rehearsal():
+        pytest.skip("on a CPU every layer takes new weights")
+    with serve(dense, tmp_path / "server.log", MIXED) as server:
+        before = continuations(server)
+        refusal = update(server, other_weights)
+        after = continuations(server)
+    report.append(f"new weights for Marlin: {refusal[:300]}")
+    assert "takes no new weights" in refusal, refusal
+    check_same(before, after, QUANTIZED_INPUT_LIMIT, "refused weights, before and after", report)
+
+
+ADAPTED = {"every-method": (MIXED, QUANTIZED_INPUT_LIMIT), "stock-bf16": (None, WEIGHT_ONLY_LIMIT)}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapter_is_added_to_every_method(
+    name: str, dense: Path, tmp_path: Path, prose: str, report: list[str]
+) -> None:
+    preset, limit = ADAPTED[name]
+    adapter = write_adapter(dense, tmp_path / "adapter")
+    tokens = tokens_of(dense, prose)
+    adapted = reference(dense, preset)
+    adapt(adapted, adapter)
+    expected = expected_log_probabilities(adapted, tokens)
+    plain = expected_log_probabilities(reference(dense, preset), tokens)
+    effect = divergence(plain, expected)
+    report.append(f"adapter over {name}: moves the reference by a mean KL of {effect:.3f}")
+    assert effect > 10 * limit, f"the adapter does too little: {effect}"
+    if is_rehearsal():
+        pytest.skip("SGLang has no adapters on a CPU")
+    flags = ("--lora-paths", f"tiny={adapter}", "--max-loras-per-batch", "2")
+    with serve(dense, tmp_path / "server.log", preset, *flags) as server:
+        # both over the same prefix cache, which must tell them apart
+        with_adapter = served_log_probabilities(Adapted(server, "tiny"), tokens, plain.shape[1])
+        without = served_log_probabilities(server, tokens, plain.shape[1])
+        decoded = continuations(Adapted(server, "tiny"))
+        undecoded = continuations(server)
+        check_graphs_ran(server)
+    found, base = divergence(expected, with_adapter), divergence(plain, without)
+    differing = len(PROMPTS) - agreement(decoded, undecoded).num_equal
+    measured = (
+        f"adapter over {name}: mean KL {found:.5f} with it, {base:.5f} without (limit {limit}), "
+        f"{differing} of {len(PROMPTS)} continuations differ"
+    )
+    report.append(measured)
+    assert found < limit, measured
+    assert base < limit, measured
+    assert differing, measured
+
+
+_TARGET = ('match: "*.self_attn.*_proj", method: fp8', 'match: "*.mlp.*_proj", method: gptq')
+_DRAFT = 'draft:\n  rules:\n    - {match: "*_proj", method: awq}\n'
+DRAFTS = {"no-draft-section": "", "draft-section": _DRAFT}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_speculation_changes_no_token(
+    name: str, dense: Path, tmp_path: Path, report: list[str]
+) -> None:
+    preset = write_preset(tmp_path, *_TARGET, head=DRAFTS[name])
+    draft = tmp_path / "draft"
+    shutil.copytree(dense, draft)
+    if is_rehearsal():
+        pytest.skip("SGLang has no speculative decoding on a CPU")
+    with serve(dense, tmp_path / "plain.log", preset) as server:
+        plain = continuations(server)
+    flags = (
+        "--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(draft),
+        "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",
+        "--speculative-num-draft-tokens", "4",
+    )  # fmt: skip
+    lengths = []
+    with serve(dense, tmp_path / "draft.log", preset, *flags) as server:
+        for prompt, before in zip(PROMPTS, plain, strict=True):
+            sampling = {
+                "temperature": 0, "max_new_tokens": len(before.tokens), "ignore_eos": True
+            }  # fmt: skip
+            answer = server.request("/generate", {"text": prompt, "sampling_params": sampling})
+            lengths.append(float(answer["meta_info"]["spec_accept_length"]))
+            check_speculated(prompt, before, answer["output_ids"], report, name)
+        log = server.log_path.read_text(errors="replace")
+    mean = sum(lengths) / len(lengths)
+    report.append(f"speculation, {name}: {mean:.2f} tokens accepted a step, of 4 at most")
+    assert mean > 1, lengths
+    assert ("the draft model, by the preset's section draft:" in log) == bool(DRAFTS[name])
+
+
+def check_speculated(
+    prompt: str, before: Continuation, tokens: list[int], report: list[str], name: str
+) -> None:
+    """The tokens are those without speculation, up to a near tie by the run without it."""
+    assert len(tokens) == len(before.tokens), tokens
+    for step, (expected, token) in enumerate(zip(before.tokens, tokens, strict=True)):
+        if token != expected:
+            gap = before.gap(step, token)
+            report.append(f"speculation, {name}: {prompt!r} parts at {step}, gap {gap:.3f}")
+            assert gap <= near_tie(QUANTIZED_INPUT_LIMIT), (prompt, step, gap)
+            return
+
+
+def convert(model: Path, preset: Path, out: Path, *more: str) -> Path:
+    device = "cpu" if is_rehearsal() else "cuda"
+    argv = ["convert", "--model", str(model), "--preset", str(preset), "--out", str(out)]
+    said = io.StringIO()
+    assert main([*argv, "--device", device, *more], said) == 0, said.getvalue()
+    return out
+
+
+def test_converted_checkpoint_gives_the_tokens_of_the_direct_load(
+    dense: Path, tmp_path: Path, report: list[str]
+) -> None:
+    converted = convert(dense, MIXED, tmp_path / "converted", "--max-shard-size", "50MB")
+    with serve(dense, tmp_path / "direct.log", MIXED) as server:
+        direct = continuations(server)
+    flags = ("--load-format", "mixedprec")
+    with serve(converted, tmp_path / "converted.log", None, *flags) as server:
+        found = continuations(server)
+    check_same(found, direct, QUANTIZED_INPUT_LIMIT, "converted and direct", report)
+
+
+_WEIGHT_ONLY_EXPORT = (
+    'match: "*", method: unquantized',
+    'match: "*.layers.{0..9}.*_proj", method: awq',
+    'match: "*.layers.{10..19}.*_proj", method: gptq',
+    'match: "*.layers.{20..24}.*_proj", method: gptq_int8',
+)
+EXPORTS = {"with-fp8": QUANTIZED_INPUT_LIMIT, "weight-only": WEIGHT_ONLY_LIMIT}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_compressed_tensors_export_is_served_by_stock_sglang(
+    name: str,
+    dense: Path,
+    tmp_path: Path,
+    prose: str,
+    monkeypatch: pytest.MonkeyPatch,
+    report: list[str],
+) -> None:
+    preset = EXPORT
+    if name == "weight-only":
+        preset = write_preset(tmp_path / "presets", *_WEIGHT_ONLY_EXPORT)
+    exported = convert(dense, preset, tmp_path / "exported", "--format", "compressed-tensors")
+    said = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    assert said["quantization_config"]["quant_method"] == "compressed-tensors"
+    tokens = tokens_of(dense, prose)
+    expected = expected_log_probabilities(reference(dense, preset), tokens)
+    if is_rehearsal():
+        pytest.skip("stock SGLang runs compressed-tensors on GPUs")
+    monkeypatch.setenv("SGLANG_PLUGINS", "no-such-plugin")
+    with serve(exported, tmp_path / "server.log") as server:
+        served = served_log_probabilities(server, tokens, expected.shape[1])
+        answer = chat(server)
+    found, limit = divergence(expected, served), EXPORTS[name]
+    report.append(f"export {name} in stock SGLang: mean KL {found:.5f} (limit {limit}), {answer!r}")
+    assert found < limit, f"mean KL {found} (expected less than {limit}), {answer!r}"
+
+
+def test_installed_plugin_changes_nothing_where_it_is_not_asked_for(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: list[str]
+) -> None:
+    if is_rehearsal():
+        # naming the platform keeps the CPU engine, whatever general plugins are admitted
+        monkeypatch.setenv("SGLANG_PLATFORM", "mixedprec_cpu")
+    found = {}
+    for admitted in ("", "no-such-plugin"):
+        monkeypatch.setenv("SGLANG_PLUGINS", admitted)
+        with serve(dense, tmp_path / f"server-{admitted}.log") as server:
+            found[admitted] = continuations(server)
+            if not admitted:
+                server.request("/flush_cache", {})
+                again = continuations(server)
+    own, other = agreement(found[""], again), agreement(found[""], found["no-such-plugin"])
+    report.append(f"stock server twice: {own}; with and without the plugin: {other}")
+    # nothing of ours runs, so what is left is what one server differs by from itself
+    assert other.shift <= own.shift, (str(own), str(other))
+    assert other.num_equal >= own.num_equal, (str(own), str(other))
+
+
+def test_composed_layers_are_compared_with_the_reference_while_they_load(
+    dense: Path, tmp_path: Path, report: list[str]
+) -> None:
+    log_path = tmp_path / "server.log"
+    with serve(dense, log_path, MIXED, "--mixedprec-verify", str(dense)) as server:
+        answer = chat(server)
+    log = log_path.read_text(errors="replace")
+    lines = [line for line in log.splitlines() if "layers compared with" in line]
+    assert len(lines) == 1, server.log_tail()
+    report.append(f"{lines[0].partition('mixedprec: ')[2]}; answers {answer!r}")
+    assert "Paris" in answer, answer
