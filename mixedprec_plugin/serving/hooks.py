@@ -130,6 +130,14 @@ def _load_weights_direct(original: Callable[..., Any], model: Any, named_tensors
     return original(model, named_tensors)
 
 
+def _read_adapter(original: Callable[[Any], None], adapter: Any) -> None:
+    from mixedprec_plugin.serving.loader import MixedPrecisionLoader, without_settings
+
+    if adapter.load_config.load_format is MixedPrecisionLoader:
+        adapter.load_config = without_settings(adapter.load_config)
+    original(adapter)
+
+
 def _should_async_load(original: Callable[[Any], bool], weight: Any) -> bool:
     from mixedprec_plugin.serving.placement import is_recording
 
@@ -197,6 +205,13 @@ HOOKS = (
         HookType.AROUND,
         "weight_updater.py:438: the load format direct of update_weights_from_tensor passes by "
         "the model's load_weights",
+    ),
+    Hook(
+        "sglang.srt.lora.lora.LoRAAdapter.initialize_weights",
+        _read_adapter,
+        HookType.AROUND,
+        "lora/lora.py:145: an adapter is read by the default loader with the model's load config, "
+        "whose format and settings that loader refuses",
     ),
 )
 

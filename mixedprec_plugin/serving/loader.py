@@ -79,13 +79,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
     """Loads a model with the method that a preset names for each layer."""
 
     def __init__(self, load_config: LoadConfig) -> None:
-        settings, rest = split_extra_config(
-            parse_extra_config(load_config.model_loader_extra_config)
-        )
-        own = copy.copy(load_config)
-        own.load_format = LoadFormat.AUTO
-        own.model_loader_extra_config = rest
-        super().__init__(own)
+        super().__init__(without_settings(load_config))
+        settings, _ = split_extra_config(parse_extra_config(load_config.model_loader_extra_config))
         if settings is None and _loaded is not None:
             settings = _loaded.settings
         self.settings = settings or Settings()
@@ -220,6 +215,15 @@ class MixedPrecisionLoader(DefaultModelLoader):
         if self.settings.plan_path and not is_draft:
             text = json.dumps(plan_as_dict(plan), indent=1)
             Path(self.settings.plan_path).write_text(text + "\n", encoding="utf-8")
+
+
+def without_settings(load_config: LoadConfig) -> LoadConfig:
+    """The same config for SGLang's own loader, as a copy."""
+    own = copy.copy(load_config)
+    own.load_format = LoadFormat.AUTO
+    extra = parse_extra_config(load_config.model_loader_extra_config)
+    own.model_loader_extra_config = split_extra_config(extra)[1]
+    return own
 
 
 def _how_to_read() -> Reading:

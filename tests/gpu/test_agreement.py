@@ -16,9 +16,7 @@ from tests.gpu.serving import Continuation, agreement, near_tie
 ONE = Continuation([5, 6, 7], [{5: -0.1, 9: -3.0}, {6: -0.6, 8: -0.7}, {7: -0.2}])
 
 
-def test_same_tokens_agree_and_how_far_their_log_probabilities_are_is_known() -> (
-    None
-):
+def test_same_tokens_agree_and_how_far_their_log_probabilities_are_is_known() -> None:
     other = Continuation(ONE.tokens, [{5: -0.15}, {6: -0.6}, {7: -0.2}])
     found = agreement([ONE], [other])
     assert (found.num_equal, found.gaps) == (1, [])
