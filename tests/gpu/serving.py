@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.engine_logprobs import WINDOW, distributions
 from benchmarks.reference_model import (
@@ -43,9 +45,13 @@ TEXT_TOKENS = 200
 _SMALL = {
     "--mem-fraction-static": ("0.5",),
     "--max-total-tokens": ("16384",),
-    "--max-running-requests": ("8",),
+    "--max-running-requests": ("4",),
 }
-_GRAPHS = {"--cuda-graph-bs-decode": ("1", "2", "4"), "--cuda-graph-bs-prefill": ("32", "160")}
+_GRAPHS = {
+    "--cuda-graph-bs-decode": ("1", "2", "4"),
+    "--cuda-graph-bs-prefill": ("32", "160"),
+    "--cuda-graph-max-bs-prefill": ("160",),
+}
 _NO_GRAPHS: dict[str, tuple[str, ...]] = {
     "--disable-decode-cuda-graph": (),
     "--disable-prefill-cuda-graph": (),
@@ -69,6 +75,13 @@ def serve(
     chosen = _LOG if is_rehearsal() else _LOG | _SMALL | (_GRAPHS if with_graphs else _NO_GRAPHS)
     said = [word for flag, values in chosen.items() for word in (flag, *values)]
     return Server(model, log_path, preset, [*flags(), *said, *more])
+
+
+def flush(server: Server) -> None:
+    """Empty the prefix cache; the answer is no JSON, and an error where it was not done."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{server.port}/flush_cache?timeout=30", timeout=60) as done:
+        assert done.status == 200, done.read()
 
 
 class Adapted:
@@ -167,23 +180,85 @@ def agreement(ours: Sequence[Continuation], theirs: Sequence[Continuation]) -> A
     return Agreement(len(ours) - len(gaps), gaps, shift)
 
 
-def reference(model: Path, preset: Path | None) -> Any:
-    """transformers in bf16 on the preset's weights, dequantized by independent code."""
-    if preset is None:
-        return load_unquantized(model, torch.bfloat16)
-    return load_reference(model, preset, torch.bfloat16)[0]
+@dataclasses.dataclass(frozen=True)
+class Nearness:
+    """How far a server's distributions are from those of dequantized weights.
+
+    Attributes:
+        rounded, exact: mean KL(reference || server) a token in nats, of a reference in bf16 that
+            rounds where SGLang does, and of one that rounds nothing but what the methods round.
+        spread: from the one reference to the other. Both are correct: where activations are
+            quantized, a rounding that turns over makes others do so.
+        limit: what the distance must stay below, or else below half as much again as the spread.
+    """
+
+    rounded: float
+    exact: float
+    spread: float
+    limit: float
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the server is as near to a reference as a correct one is."""
+        return min(self.rounded, self.exact) < max(self.limit, 1.5 * self.spread)
+
+    def __str__(self) -> str:
+        return (
+            f"mean KL {self.rounded:.5f} from bf16, {self.exact:.5f} from fp32, "
+            f"which are {self.spread:.5f} apart (limit {self.limit})"
+        )
 
 
-def expected_log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
-    """Log-probabilities float32 [T - 1, V] of a reference, which is changed in place."""
-    round_as_kernels(model)
-    return windowed_log_probabilities(model, tokens, WINDOW)
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What dequantized weights say of a text.
+
+    Attributes:
+        tokens: T token ids.
+        rounded, exact: log-probabilities float32 [T - 1, V], as in `Nearness`.
+    """
+
+    tokens: list[int]
+    rounded: torch.Tensor
+    exact: torch.Tensor
+
+    def served(self, server: Any) -> torch.Tensor:
+        """Log-probabilities float32 [T - 1, V] of a server."""
+        found = distributions(server, self.tokens, self.exact.shape[1])
+        return torch.from_numpy(np.concatenate([rows for _, rows in found]))
+
+    def nearness(self, served: torch.Tensor, limit: float) -> Nearness:
+        """Compare with a server's log-probabilities."""
+        return Nearness(
+            divergence(self.rounded, served),
+            divergence(self.exact, served),
+            divergence(self.exact, self.rounded),
+            limit,
+        )
 
 
-def served_log_probabilities(server: Any, tokens: list[int], size: int) -> torch.Tensor:
-    """Log-probabilities float32 [T - 1, V] of a server."""
-    rows = [rows for _, rows in distributions(server, tokens, size)]
-    return torch.from_numpy(np.concatenate(rows))
+def expected(
+    model: Path, preset: Path | None, text: str, change: Callable[[Any], None] | None = None
+) -> Expected:
+    """Ask transformers, on the preset's weights dequantized by independent code.
+
+    Args:
+        preset: None for the weights as they are.
+        change: what is done to the model before.
+    """
+    tokens = AutoTokenizer.from_pretrained(model)(text)["input_ids"][:TEXT_TOKENS]
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        if preset is None:
+            reference = load_unquantized(model, dtype)
+        else:
+            reference, _ = load_reference(model, preset, dtype)
+        if change is not None:
+            change(reference)
+        if dtype == torch.bfloat16:
+            round_as_kernels(reference)
+        found.append(windowed_log_probabilities(reference, tokens, WINDOW))
+    return Expected(tokens, *found)
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from benchmarks.quality import QUANTIZED_INPUT_LIMIT, WEIGHT_ONLY_LIMIT
 from demo.server import Server, ServerError
@@ -18,18 +17,16 @@ from mixedprec_plugin.cli.main import main
 from tests.gpu.adapters import adapt, write_adapter
 from tests.gpu.serving import (
     PROMPTS,
-    TEXT_TOKENS,
     Adapted,
     Continuation,
     agreement,
     continuations,
     divergence,
-    expected_log_probabilities,
+    expected,
+    flush,
     is_rehearsal,
     near_tie,
-    reference,
     serve,
-    served_log_probabilities,
 )
 from tests.presets import write_preset
 from tests.server.conftest import chat
@@ -60,18 +57,6 @@ def dense(machine: None, request: pytest.FixtureRequest) -> Path:
 def mixture(machine: None, request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue("experts_model")
     return path
-
-
-def tokens_of(model: Path, prose: str) -> list[int]:
-    tokens: list[int] = AutoTokenizer.from_pretrained(model)(prose)["input_ids"]
-    return tokens[:TEXT_TOKENS]
-
-
-def served_divergence(server: Server, model: Path, preset: Path | None, prose: str) -> float:
-    """Mean KL from the reference, in nats a token."""
-    tokens = tokens_of(model, prose)
-    expected = expected_log_probabilities(reference(model, preset), tokens)
-    return divergence(expected, served_log_probabilities(server, tokens, expected.shape[1]))
 
 
 def check_same(
@@ -113,13 +98,14 @@ def test_graphs_and_eager_decode_what_dequantized_weights_say(
         answer = chat(server)
         replayed = continuations(server)
         check_graphs_ran(server)
-        found = served_divergence(server, model, preset, prose)
-    report.append(f"{name}: mean KL {found:.5f} (limit {limit}), answers {answer!r}")
+        dequantized = expected(model, preset, prose)
+        near = dequantized.nearness(dequantized.served(server), limit)
+    report.append(f"{name}: {near}, answers {answer!r}")
     with serve(model, tmp_path / "eager.log", preset, with_graphs=False) as server:
         eager = continuations(server)
     same = agreement(replayed, eager)
     report.append(f"{name}, graphs and eager: {same}")
-    assert found < limit, f"mean KL {found} (expected less than {limit}); {same}"
+    assert near.is_within, f"{near}; {same}"
     assert same.is_explained(limit), f"{same} (expected at most {near_tie(limit):.3f})"
     assert "Paris" in answer, answer
 
@@ -193,12 +179,9 @@ def test_adapter_is_added_to_every_method(
 ) -> None:
     preset, limit = ADAPTED[name]
     adapter = write_adapter(dense, tmp_path / "adapter")
-    tokens = tokens_of(dense, prose)
-    adapted = reference(dense, preset)
-    adapt(adapted, adapter)
-    expected = expected_log_probabilities(adapted, tokens)
-    plain = expected_log_probabilities(reference(dense, preset), tokens)
-    effect = divergence(plain, expected)
+    adapted = expected(dense, preset, prose, lambda model: adapt(model, adapter))
+    plain = expected(dense, preset, prose)
+    effect = divergence(plain.exact, adapted.exact)
     report.append(f"adapter over {name}: moves the reference by a mean KL of {effect:.3f}")
     assert effect > 10 * limit, f"the adapter does too little: {effect}"
     if is_rehearsal():
@@ -206,20 +189,19 @@ def test_adapter_is_added_to_every_method(
     flags = ("--lora-paths", f"tiny={adapter}", "--max-loras-per-batch", "2")
     with serve(dense, tmp_path / "server.log", preset, *flags) as server:
         # both over the same prefix cache, which must tell them apart
-        with_adapter = served_log_probabilities(Adapted(server, "tiny"), tokens, plain.shape[1])
-        without = served_log_probabilities(server, tokens, plain.shape[1])
+        found = adapted.nearness(adapted.served(Adapted(server, "tiny")), limit)
+        base = plain.nearness(plain.served(server), limit)
         decoded = continuations(Adapted(server, "tiny"))
         undecoded = continuations(server)
         check_graphs_ran(server)
-    found, base = divergence(expected, with_adapter), divergence(plain, without)
     differing = len(PROMPTS) - agreement(decoded, undecoded).num_equal
     measured = (
-        f"adapter over {name}: mean KL {found:.5f} with it, {base:.5f} without (limit {limit}), "
+        f"adapter over {name}: {found}; without it {base}; "
         f"{differing} of {len(PROMPTS)} continuations differ"
     )
     report.append(measured)
-    assert found < limit, measured
-    assert base < limit, measured
+    assert found.is_within, measured
+    assert base.is_within, measured
     assert differing, measured
 
 
@@ -265,8 +247,8 @@ def check_speculated(
 ) -> None:
     """The tokens are those without speculation, up to a near tie by the run without it."""
     assert len(tokens) == len(before.tokens), tokens
-    for step, (expected, token) in enumerate(zip(before.tokens, tokens, strict=True)):
-        if token != expected:
+    for step, (taken, token) in enumerate(zip(before.tokens, tokens, strict=True)):
+        if token != taken:
             gap = before.gap(step, token)
             report.append(f"speculation, {name}: {prompt!r} parts at {step}, gap {gap:.3f}")
             assert gap <= near_tie(QUANTIZED_INPUT_LIMIT), (prompt, step, gap)
@@ -317,17 +299,15 @@ def test_compressed_tensors_export_is_served_by_stock_sglang(
     exported = convert(dense, preset, tmp_path / "exported", "--format", "compressed-tensors")
     said = json.loads((exported / "config.json").read_text(encoding="utf-8"))
     assert said["quantization_config"]["quant_method"] == "compressed-tensors"
-    tokens = tokens_of(dense, prose)
-    expected = expected_log_probabilities(reference(dense, preset), tokens)
+    dequantized = expected(dense, preset, prose)
     if is_rehearsal():
         pytest.skip("stock SGLang runs compressed-tensors on GPUs")
     monkeypatch.setenv("SGLANG_PLUGINS", "no-such-plugin")
     with serve(exported, tmp_path / "server.log") as server:
-        served = served_log_probabilities(server, tokens, expected.shape[1])
+        near = dequantized.nearness(dequantized.served(server), EXPORTS[name])
         answer = chat(server)
-    found, limit = divergence(expected, served), EXPORTS[name]
-    report.append(f"export {name} in stock SGLang: mean KL {found:.5f} (limit {limit}), {answer!r}")
-    assert found < limit, f"mean KL {found} (expected less than {limit}), {answer!r}"
+    report.append(f"export {name} in stock SGLang: {near}, answers {answer!r}")
+    assert near.is_within, f"{near}, answers {answer!r}"
 
 
 def test_installed_plugin_changes_nothing_where_it_is_not_asked_for(
@@ -342,7 +322,7 @@ def test_installed_plugin_changes_nothing_where_it_is_not_asked_for(
         with serve(dense, tmp_path / f"server-{admitted}.log") as server:
             found[admitted] = continuations(server)
             if not admitted:
-                server.request("/flush_cache", {})
+                flush(server)
                 again = continuations(server)
     own, other = agreement(found[""], again), agreement(found[""], found["no-such-plugin"])
     report.append(f"stock server twice: {own}; with and without the plugin: {other}")
