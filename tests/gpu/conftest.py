@@ -8,7 +8,18 @@ import pytest
 
 from tests.gpu.card import capability, why_skip
 
-_lines: list[str] = []
+_MEASURED = "measured"
+
+
+class _Report(list[str]):
+    """Lines that go with a test's result, so that they come back from another process as well."""
+
+    def __init__(self, test: pytest.Item) -> None:
+        super().__init__()
+        self._test = test
+
+    def append(self, line: str) -> None:
+        self._test.user_properties.append((_MEASURED, line))
 
 
 @pytest.fixture(scope="session")
@@ -33,15 +44,17 @@ def demo_model(gpu: int) -> Path:
         pytest.skip(f"needs the demo model, in the cache or from a package index: {error}")
 
 
-@pytest.fixture(scope="session")
-def report() -> list[str]:
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> list[str]:
     """Lines that are printed when all is done."""
-    return _lines
+    return _Report(request.node)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what was measured."""
-    if _lines:
+    results = [x for key in ("passed", "failed") for x in terminalreporter.stats.get(key, ())]
+    lines = {str(line) for x in results for key, line in x.user_properties if key == _MEASURED}
+    if lines:
         terminalreporter.section("measured on the GPU")
-        for line in sorted(_lines):
+        for line in sorted(lines):
             terminalreporter.write_line(line)
