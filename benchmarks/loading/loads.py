@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.loading.cache import make_cold, make_warm
 from benchmarks.memory import resident
 
@@ -108,6 +110,8 @@ def _measure(name: str, loader: Any, cache: str, model_config: Any, device_confi
     before = resident("VmRSS")
     start, cpu = time.perf_counter(), time.process_time()
     model = loader.load_model(model_config=model_config, device_config=device_config)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     peak = resident("VmHWM") - before
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in model.parameters()}
