@@ -28,6 +28,7 @@ from tests.gpu.serving import (
     near_tie,
     serve,
 )
+from tests.gpu.shards import share_scales
 from tests.presets import write_preset
 from tests.server.conftest import chat
 
@@ -299,7 +300,12 @@ def test_compressed_tensors_export_is_served_by_stock_sglang(
     exported = convert(dense, preset, tmp_path / "exported", "--format", "compressed-tensors")
     said = json.loads((exported / "config.json").read_text(encoding="utf-8"))
     assert said["quantization_config"]["quant_method"] == "compressed-tensors"
-    dequantized = expected(dense, preset, prose)
+    num_shared: list[int] = []
+    dequantized = expected(
+        dense, preset, prose, lambda model: num_shared.append(share_scales(model))
+    )
+    # qkv and gate_up of the layers whose FP8 has one scale a shard
+    assert num_shared == [12 if name == "with-fp8" else 0] * 2
     if is_rehearsal():
         pytest.skip("stock SGLang runs compressed-tensors on GPUs")
     monkeypatch.setenv("SGLANG_PLUGINS", "no-such-plugin")
