@@ -6,10 +6,11 @@ numbers. Importing this module imports SGLang.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import functools
-import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-# DeepGEMM would compile for every batch size up to 16,384 before its first matmul
-os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.plan.model import Plan, Target
@@ -83,8 +81,10 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 
 @functools.cache
 def _folder() -> Path:
-    """Of this process's checkpoints; small, and left to the system's care."""
-    return Path(tempfile.mkdtemp(prefix="mixedprec-gpu-"))
+    """Of this process's checkpoints, which go with it."""
+    folder = Path(tempfile.mkdtemp(prefix="mixedprec-gpu-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache

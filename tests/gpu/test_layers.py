@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -20,6 +21,10 @@ pytestmark = [
     # what SGLang and the compilers of its kernels warn of on a GPU is not ours
     pytest.mark.filterwarnings("ignore"),
 ]
+if torch.cuda.is_available():
+    # DeepGEMM would compile for every batch size up to 16,384 before its first matmul; read when
+    # SGLang is imported
+    os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 KINDS = (
     "column", "narrow", "ragged", "merged", "qkv", "few_kv_heads", "row", "replicated", "lm_head",
 )  # fmt: skip
