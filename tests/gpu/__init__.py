@@ -5,4 +5,7 @@ conftest.py   skips with a reason where there is no GPU; prints the measurements
 card.py       whether this machine's GPU can be tested, and which presets it runs
 memory.py     one load in a process of its own: bytes on the GPU beside the plan's
 speed.py      tokens a second of a running server
+serving.py    servers that share a GPU, and how near two of them are
+adapters.py   a LoRA adapter, for a server and for the reference
+shards.py     what stock SGLang makes of an export's FP8 shards
 """

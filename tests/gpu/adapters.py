@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-RANK = 8
-ALPHA = 16
+RANK = 16
+ALPHA = 32
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # of a layer's output, root mean square, for an input that is white
 _SHARE = 0.1
