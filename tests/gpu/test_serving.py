@@ -228,33 +228,34 @@ def test_speculation_changes_no_token(
         "--speculative-num-steps", "3", "--speculative-eagle-topk", "1",
         "--speculative-num-draft-tokens", "4",
     )  # fmt: skip
-    lengths = []
+    num_correct, num_steps, gaps = 0, 0, []
     with serve(dense, tmp_path / "draft.log", preset, *flags) as server:
         for prompt, before in zip(PROMPTS, plain, strict=True):
             sampling = {
                 "temperature": 0, "max_new_tokens": len(before.tokens), "ignore_eos": True
             }  # fmt: skip
             answer = server.request("/generate", {"text": prompt, "sampling_params": sampling})
-            lengths.append(float(answer["meta_info"]["spec_accept_length"]))
-            check_speculated(prompt, before, answer["output_ids"], report, name)
+            num_correct += int(answer["meta_info"]["spec_num_correct_drafts"])
+            num_steps += int(answer["meta_info"]["spec_verify_ct"])
+            gaps.append(gap_of(before, answer["output_ids"]))
         log = server.log_path.read_text(errors="replace")
-    mean = sum(lengths) / len(lengths)
-    report.append(f"speculation, {name}: {mean:.2f} tokens accepted a step, of 4 at most")
-    assert mean > 1, lengths
+    length = 1 + num_correct / num_steps
+    measured = (
+        f"speculation, {name}: acceptance length {length:.2f} of 4 at most; in {gaps.count(0.0)} "
+        f"of {len(gaps)} prompts the same tokens, greatest gap of a differing one {max(gaps):.3f}"
+    )
+    report.append(measured)
+    assert max(gaps) <= near_tie(QUANTIZED_INPUT_LIMIT), measured
+    # a draft model whose weights are noise is right in no step
+    assert length > 1.5, (num_correct, num_steps)
     assert ("the draft model, by the preset's section draft:" in log) == bool(DRAFTS[name])
 
 
-def check_speculated(
-    prompt: str, before: Continuation, tokens: list[int], report: list[str], name: str
-) -> None:
-    """The tokens are those without speculation, up to a near tie by the run without it."""
+def gap_of(before: Continuation, tokens: list[int]) -> float:
+    """By the run without speculation, how far behind the first other token was; 0.0 without one."""
     assert len(tokens) == len(before.tokens), tokens
-    for step, (taken, token) in enumerate(zip(before.tokens, tokens, strict=True)):
-        if token != taken:
-            gap = before.gap(step, token)
-            report.append(f"speculation, {name}: {prompt!r} parts at {step}, gap {gap:.3f}")
-            assert gap <= near_tie(QUANTIZED_INPUT_LIMIT), (prompt, step, gap)
-            return
+    pairs = enumerate(zip(before.tokens, tokens, strict=True))
+    return next((before.gap(step, token) for step, (taken, token) in pairs if token != taken), 0.0)
 
 
 def convert(model: Path, preset: Path, out: Path, *more: str) -> Path:
