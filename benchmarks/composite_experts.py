@@ -1,20 +1,22 @@
-"""Time of a layer of experts in several groups over one in a single group, on the CPU platform.
+"""Time of a layer of experts in several groups over one in a single group.
 
-    python -m benchmarks.composite_experts [--threads 1] [--out FILE]
+    python -m benchmarks.composite_experts [--device cuda] [--threads 1] [--out FILE]
 
 Every group has the same method, so that nothing but the composite differs: its tables, a loop for
 each group, and the sum of the groups. One group is the method by itself, as a homogeneous layer
 runs it. Routing is random and alike for all. Ratios come from one run, each from the least of
-several times, taken in turn; times are the process's CPU time, which other processes lengthen less.
+several times, taken in turn; on the CPU platform they are the process's CPU time, which other
+processes lengthen less, on a GPU those of replays of a CUDA graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +27,7 @@ import torch
 from mixedprec_plugin.methods.construct import build_config
 from mixedprec_plugin.methods.registry import METHODS, bind
 
-HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 768, 768, 32, 4
 NUM_GROUPS = (1, 2, 4, 8)
-TOKENS = (1, 8, 64)
 SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bf16", {}),
     ("fp8_block", {}),
@@ -38,24 +38,50 @@ SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
 REPEATS = 25
 
 
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a layer of experts.
+
+    Attributes:
+        hidden, intermediate: features.
+        top_k: experts of a token.
+        tokens: how many are routed at once, in turn.
+    """
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    tokens: tuple[int, ...]
+
+
+# the second is Qwen3-30B-A3B's
+SIZES = {"cpu": Size(768, 768, 32, 4, (1, 8, 64)), "cuda": Size(2048, 768, 128, 8, (1, 8, 64, 512))}
+
+
 class _Choice:
     """A config that gives the layer its groups' method."""
 
-    def __init__(self, groups: Sequence[Any]) -> None:
+    def __init__(self, groups: Sequence[Any], device: str) -> None:
         self._groups = groups
+        self._device = device
 
     def get_name(self) -> str:
         return "mixedprec"
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        from mixedprec_plugin.cpu.unquantized_experts import UnquantizedFusedMoEMethod
         from mixedprec_plugin.experts.method import experts_method
 
+        method = experts_method(layer, prefix, self._groups)
+        if method is not None or self._device == "cuda":
+            return method
+        from mixedprec_plugin.cpu.unquantized_experts import UnquantizedFusedMoEMethod
+
         # SGLang's own CPU path is another loop; compared with it, not the composite is measured
-        return experts_method(layer, prefix, self._groups) or UnquantizedFusedMoEMethod()
+        return UnquantizedFusedMoEMethod()
 
 
-def make_layer(name: str, given: dict[str, Any], num_groups: int) -> Any:
+def make_layer(name: str, given: dict[str, Any], num_groups: int, device: str) -> Any:
     """A layer of experts in so many groups of one method, filled with random weights."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
@@ -64,25 +90,29 @@ def make_layer(name: str, given: dict[str, Any], num_groups: int) -> Any:
 
     method, arguments = bind(name, given)
     spec = METHODS[method]
+    size = SIZES[device]
     groups = [
         ExpertGroup(
-            tuple(range(first, NUM_EXPERTS, num_groups)),
-            build_config(method, arguments, "cpu") if spec.quantizer else None,
+            tuple(range(first, size.num_experts, num_groups)),
+            build_config(method, arguments, device) if spec.quantizer else None,
         )
         for first in range(num_groups)
     ]
-    layer: Any = FusedMoE(
-        NUM_EXPERTS, HIDDEN, INTERMEDIATE, layer_id=0, top_k=TOP_K, params_dtype=torch.bfloat16,
-        inplace=False, prefix="experts", quant_config=_Choice(groups),
-    )  # fmt: skip
+    with torch.device(device):
+        layer: Any = FusedMoE(
+            size.num_experts, size.hidden, size.intermediate, layer_id=0, top_k=size.top_k,
+            params_dtype=torch.bfloat16, inplace=False, prefix="experts",
+            quant_config=_Choice(groups, device),
+        )  # fmt: skip
     for shard in ("w1", "w2", "w3"):
-        shape = (HIDDEN, INTERMEDIATE) if shard == "w2" else (INTERMEDIATE, HIDDEN)
+        wide = (size.intermediate, size.hidden)
+        shape = wide[::-1] if shard == "w2" else wide
         weight = torch.randn(shape).mul_(0.03).bfloat16()
         tensors = {"weight": weight}
         if spec.quantizer:
             module, function = spec.quantizer.split(":")
             tensors = getattr(import_module(module), function)(weight, arguments, torch.bfloat16)
-        for expert in range(NUM_EXPERTS):
+        for expert in range(size.num_experts):
             for suffix, tensor in tensors.items():
                 load_expert_tensor(layer, expert, shard, suffix, tensor)
     for module in layer.modules():
@@ -91,23 +121,55 @@ def make_layer(name: str, given: dict[str, Any], num_groups: int) -> Any:
     return layer
 
 
-def measure(layers: Sequence[Any], num_tokens: int) -> list[float]:
+def measure(layers: Sequence[Any], num_tokens: int, device: str) -> list[float]:
     """Least milliseconds of each layer, taken in turn."""
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-    x = torch.randn(num_tokens, HIDDEN).bfloat16()
-    logits = torch.randn(num_tokens, NUM_EXPERTS)
-    weights, ids = logits.softmax(1).topk(TOP_K)
-    best = [float("inf")] * len(layers)
-    for _ in range(REPEATS):
-        for index, layer in enumerate(layers):
-            start = time.process_time()
-            layer(x, StandardTopKOutput(weights, ids.int(), logits))
-            best[index] = min(best[index], time.process_time() - start)
-    return [seconds * 1e3 for seconds in best]
+    size = SIZES[device]
+    x = torch.randn(num_tokens, size.hidden).bfloat16().to(device)
+    logits = torch.randn(num_tokens, size.num_experts).to(device)
+    weights, ids = logits.softmax(1).topk(size.top_k)
+    routed = StandardTopKOutput(weights, ids.int(), logits)
+    clocks = [(_captured if device == "cuda" else _eager)(layer, x, routed) for layer in layers]
+    rounds = [[clock() for clock in clocks] for _ in range(REPEATS)]
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
-def table() -> str:
+def _eager(layer: Any, x: torch.Tensor, routed: Any) -> Callable[[], float]:
+    def clock() -> float:
+        start = time.process_time()
+        layer(x, routed)
+        return (time.process_time() - start) * 1e3
+
+    return clock
+
+
+def _captured(layer: Any, x: torch.Tensor, routed: Any) -> Callable[[], float]:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            layer(x.clone(), routed)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(x, routed)
+
+    def clock() -> float:
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        graph.replay()
+        start.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 10
+
+    return clock
+
+
+def table(device: str) -> str:
     """One line for each method and number of tokens."""
     heads = " | ".join(f"{count} groups" for count in NUM_GROUPS[1:])
     lines = [
@@ -115,54 +177,64 @@ def table() -> str:
         "|---|---|---|" + "---|" * len(NUM_GROUPS[1:]),
     ]
     for name, given in SCHEMES:
-        layers = [make_layer(name, given, count) for count in NUM_GROUPS]
-        for num_tokens in TOKENS:
-            base, *others = measure(layers, num_tokens)
+        layers = [make_layer(name, given, count, device) for count in NUM_GROUPS]
+        for num_tokens in SIZES[device].tokens:
+            base, *others = measure(layers, num_tokens, device)
             ratios = " | ".join(f"{value / base:.2f}" for value in others)
-            lines.append(f"| {name} | {num_tokens} | {base:.2f} | {ratios} |")
+            lines.append(f"| {name} | {num_tokens} | {base:.3f} | {ratios} |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print the table, or write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="write the table to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     # SGLang warns at import that AWQ and GGUF need a GPU.
     warnings.simplefilter("ignore")
+    from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
     from sglang.srt.runtime_context import get_context, get_parallel
 
-    get_context().override_server_args(tp_size=1).install()
+    graphs = default_cuda_graph_config()
+    get_context().override_server_args(tp_size=1, cuda_graph_config=graphs).install()
     group = SimpleNamespace(rank_in_group=0, world_size=1)
     get_parallel().override_permanently(
-        tp_rank=0, moe_tp_rank=0, moe_ep_rank=0, tp_group=group, moe_tp_group=group,
-        moe_ep_group=group,
+        tp_rank=0, moe_tp_rank=0, moe_ep_rank=0, moe_dp_rank=0, tp_group=group,
+        moe_tp_group=group, moe_ep_group=group,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.inference_mode():
-        text = table()
-    text = _PAGE.format(
-        capability=torch.backends.cpu.get_cpu_capability(), threads=options.threads, table=text
-    )
+        text = table(options.device)
+    text = _page(text, options.device, options.threads)
     if options.out:
         Path(options.out).write_text(text, encoding="utf-8")
     else:
         print(text, end="")
 
 
-_PAGE = f"""# What experts in several groups cost
+def _page(text: str, device: str, threads: int) -> str:
+    size = SIZES[device]
+    where = (
+        f"On a GPU ({torch.cuda.get_device_name()})"
+        if device == "cuda"
+        else f"On the CPU platform ({torch.backends.cpu.get_cpu_capability()}, threads: {threads})"
+    )
+    least = "replays of a CUDA graph" if device == "cuda" else "CPU times"
+    return f"""# What experts in several groups cost
 
 Written by `make composite-speed`: time of a layer whose experts run in several groups, as those of
 several schemes do, over one in a single group. All groups have the same method, so that nothing but
-the composite differs. On the CPU platform ({{capability}}, threads: {{threads}}): {NUM_EXPERTS}
-experts of {HIDDEN} x {INTERMEDIATE}, {TOP_K} of them a token; the least of {REPEATS} CPU times.
+the composite differs. {where}: {size.num_experts}
+experts of {size.hidden} x {size.intermediate}, {size.top_k} of them a token; the least of
+{REPEATS} {least}.
 
-{{table}}
+{text}
 
 Each group adds a call of SGLang's experts, with a table that maps ids, and a sum. On a GPU that is
-some launches more for each group; no GPU was at hand to time them.
+some launches more for each group.
 """
 
 
