@@ -26,17 +26,20 @@ _BF16, _FP16, _FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 
 def reached() -> list[Compile]:
     """Name, function and arguments of each module, those that take longest first."""
+    from sglang.kernels.ops.activation import activation
     from sglang.kernels.ops.gemm import gptq_marlin
-    from sglang.kernels.ops.moe import moe_align_single_token, moe_wna16_marlin
+    from sglang.kernels.ops.moe import moe_align, moe_align_single_token, moe_wna16_marlin
     from sglang.kernels.ops.quantization import (
         awq_dequantize,
         awq_marlin_repack,
         gptq_marlin_repack,
+        per_tensor_quant_fp8,
         per_token_group_quant,
         per_token_quant_fp8,
     )
 
     experts = moe_wna16_marlin._jit_moe_wna16_marlin_module
+    whole = per_tensor_quant_fp8.per_tensor_quant_fp8_module
     groups = per_token_group_quant._jit_module
     return [
         ("moe_wna16_marlin, w13", experts, (_BF16, False, False, True, False, True)),
@@ -50,6 +53,11 @@ def reached() -> list[Compile]:
             for dtype, rows in ((_FP8, False), (_FP8, True), (torch.int8, True))
         ),
         ("per_token_quant_fp8", per_token_quant_fp8._jit_per_token_quant_fp8_module, (_BF16,)),
+        ("activation", activation.activation_module, (_BF16,)),
+        # where SGLang rounds experts again at load, and of activations
+        ("per_tensor_quant_fp8, static", whole, (True, _FP16)),
+        ("per_tensor_quant_fp8", whole, (False, _BF16)),
+        ("moe_align_block_size", moe_align._jit_moe_align_module, (torch.int32, True, False)),
         ("align_single_token", moe_align_single_token._jit_align_single_token_module, (True,)),
         *(
             (f"awq_dequantize, {dtype}", awq_dequantize._jit_awq_dequantize_module, (dtype,))
