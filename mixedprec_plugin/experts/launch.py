@@ -24,6 +24,8 @@ BACKENDS = {
     "fp8_channel": frozenset({"triton"}),
     "blockwise_int8": frozenset({"triton"}),
     **dict.fromkeys(MARLIN_METHODS, frozenset[str]()),
+    # SGLang's class chooses by what is stored
+    "auto": frozenset(),
 }
 
 # field of ServerArgs, the values that go, what it is and why it does not go, what to do

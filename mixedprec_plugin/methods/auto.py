@@ -40,7 +40,7 @@ SPEC = MethodSpec(
     dequantizer="",
     # never compared: shards under `auto` are of one format, or an error
     precision=lambda _arguments: 0.0,
-    layer_kinds=frozenset({"linear"}),
+    layer_kinds=frozenset({"linear", "expert"}),
     min_capability=0,
     check_shape=check_shape,
 )

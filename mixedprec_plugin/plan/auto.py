@@ -5,18 +5,20 @@
     CPU, stored as one of our methods  that method
     CPU, anything else                 dequantized if we can, which the plan says; else refused
 
-What SGLang's class cannot read is found at load.
+What SGLang's class cannot read is found at load. It runs all experts of a layer in the form that it
+finds for the first one: they need one source and one stored format, on the CPU too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from mixedprec_plugin.checkpoint.formats import StoredFormat
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.plan.architecture import last_component
+from mixedprec_plugin.plan.architecture import ExpertShard, last_component
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Device, PlannedLayer
 from mixedprec_plugin.preset.model import Rule, Scheme
@@ -34,12 +36,28 @@ def auto_scheme(scheme: Scheme, stored: StoredFormat, device: Device) -> Scheme:
     if stored.method == "bf16":
         bound = registry.bind("unquantized", {})
     elif device == "cuda":
-        bound = (AUTO, {"source": scheme.source, "stored": stored.description})
+        bound = (AUTO, {"source": scheme.source, "stored": described(stored)})
     elif stored.method:
-        bound = registry.bind(stored.method, stored.arguments)
+        bound = registry.bind(stored.method, _arguments(stored))
     else:
         bound = registry.bind("unquantized", {})
     return dataclasses.replace(scheme, method=bound[0], arguments=bound[1])
+
+
+def described(stored: StoredFormat) -> str:
+    """The format in words, the same for an expert's layers of one group and of several."""
+    if _is_one_group(stored):
+        return stored.description.replace("group -1", f"group {stored.K}")
+    return stored.description
+
+
+def _arguments(stored: StoredFormat) -> Mapping[str, Any]:
+    return {**stored.arguments, **({"group_size": stored.K} if _is_one_group(stored) else {})}
+
+
+def _is_one_group(stored: StoredFormat) -> bool:
+    """Whether the one group is of the size that config.json names; tensors alone say all of K."""
+    return stored.facts.get("group_size") == -1 and stored.said.get("group_size") == stored.K
 
 
 def is_auto(layer: PlannedLayer) -> bool:
@@ -87,22 +105,98 @@ def find_mixed_modules(
     return set(mixed), problems
 
 
+def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
+    """Find layers of experts, some of them quantized and under `auto`, that are not all alike.
+
+    Args:
+        layers: planned layers, of all kinds.
+    Returns:
+        an error for each way in which the experts of a layer differ.
+    Source:
+        compressed-tensors asks for expert 0 (compressed_tensors.py, `get_moe_scheme`), the other
+        classes for the layer: a group of experts, a layer of its own in a composite, has no name
+        that a source's lists and patterns know.
+    """
+    modules: dict[str, list[PlannedLayer]] = {}
+    for layer in layers:
+        if isinstance(layer.shard, ExpertShard):
+            modules.setdefault(layer.module, []).append(layer)
+    found: dict[str, list[str]] = {}
+    for module, experts in modules.items():
+        if any(is_auto(layer) and _is_quantized(layer) for layer in experts):
+            forms: dict[tuple[str, str], set[int]] = {}
+            for layer in experts:
+                assert isinstance(layer.shard, ExpertShard)
+                forms.setdefault(_form(layer), set()).add(layer.shard.expert)
+            if len(forms) > 1:
+                found.setdefault(_told(forms), []).append(module)
+    return [
+        Problem(
+            ", ".join(fold_names(names)),
+            "under method: auto SGLang's class runs all experts of a layer alike: they need one "
+            f"source and one stored format, got {text}",
+            "take all of them from one source, or name a method for all of them",
+            "mixed-experts",
+        )
+        for text, names in found.items()
+    ]
+
+
+def _is_quantized(layer: PlannedLayer) -> bool:
+    return layer.stored is not None and layer.stored.method != "bf16"
+
+
+def _form(layer: PlannedLayer) -> tuple[str, str]:
+    """What experts of a layer need to agree in: the tensors', and what is said of activations."""
+    if not is_auto(layer) or layer.stored is None:
+        return f"method {layer.method}", ""
+    inputs = layer.stored.said.get("inputs")
+    said = ", ".join(f"{key} {value}" for key, value in sorted(inputs.items())) if inputs else ""
+    return f"{described(layer.stored)} of {layer.source!r}", said
+
+
+def _told(forms: Mapping[tuple[str, str], Collection[int]]) -> str:
+    is_told_by_tensors = len({stored for stored, _ in forms}) == len(forms)
+    parts = []
+    for (stored, said), experts in forms.items():
+        activations = "" if is_told_by_tensors else f" with activations {said or 'as they are'}"
+        ids = sorted(experts)
+        listed = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
+        parts.append(f"{stored}{activations} for expert{'s' if len(ids) > 1 else ''} {listed}")
+    return ", ".join(parts)
+
+
+def judged_as(layer: PlannedLayer) -> tuple[str, Mapping[str, Any]]:
+    """Return the method and arguments by whose rules a layer's shape and GPU are checked.
+
+    Of experts under `auto` those that they are stored in: SGLang's classes ask neither in all
+    cases. AWQ's does, and has another kernel for what Marlin does not take (awq.py:336).
+    """
+    scheme, stored = layer.scheme, layer.stored
+    assert scheme is not None
+    assert stored is not None
+    if scheme.method != AUTO or layer.kind != "expert" or stored.family == "awq":
+        return scheme.method, scheme.arguments
+    if stored.method:
+        return registry.bind(stored.method, _arguments(stored))
+    if stored.family == "fp8":
+        return registry.bind("fp8", {})
+    return scheme.method, scheme.arguments
+
+
 def _held(
     shard: str, rules: Mapping[str, Rule], stored: Mapping[str, tuple[str, StoredFormat | None]]
 ) -> str:
     source, format_ = stored[shard]
     if shard in rules and rules[shard].scheme.method != AUTO:
         return f"method {rules[shard].scheme.method}"
-    return f"{format_.description if format_ else 'nothing'} of {source!r}"
+    return f"{described(format_) if format_ else 'nothing'} of {source!r}"
 
 
 def find_auto_faults(layer: PlannedLayer, device: Device) -> list[tuple[str, str, str]]:
     """Return (rule, text, remedy) for what keeps a layer under `auto` from being served."""
     if not is_auto(layer) or layer.stored is None or layer.stored.method == "bf16":
         return []
-    if layer.kind == "expert":
-        text = f"is an expert stored as {layer.stored.description}, which method: auto does not do"
-        return [("auto-expert", text, "name the experts' method")]
     if device == "cuda" and layer.stored.disagreements:
         text = f"{layer.stored.disagreements[0]}, which method: auto would go by"
         return [("auto-config", text, "correct config.json, or name the layer's method")]
@@ -120,5 +214,6 @@ def find_auto_notes(layer: PlannedLayer) -> list[tuple[str, str]]:
     text = (
         f"is dequantized here: no method of the CPU platform runs {layer.stored.description}; on "
         f"CUDA it runs as stored{', with quantized activations' if inputs else ''}"
+        f"{', if SGLang has a kernel for such experts' if layer.kind == 'expert' else ''}"
     )
     return [(text, "")]

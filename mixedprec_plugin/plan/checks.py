@@ -20,7 +20,7 @@ from mixedprec_plugin.plan.architecture import (
     parallel_kind,
     shard_order,
 )
-from mixedprec_plugin.plan.auto import AUTO, find_auto_faults, find_auto_notes
+from mixedprec_plugin.plan.auto import AUTO, find_auto_faults, find_auto_notes, judged_as
 from mixedprec_plugin.plan.conversion import different_arguments
 from mixedprec_plugin.plan.families import why_not_family
 from mixedprec_plugin.plan.folding import fold_names
@@ -165,7 +165,8 @@ def _faults(
         yield rule, text, remedy, "error"
     if faults:
         return
-    spec = registry.METHODS[layer.scheme.method]
+    method, arguments = judged_as(layer)
+    spec = registry.METHODS[method]
     if text := why_not_stored_fused(layer, config):
         yield "config-shape", text, "config.json and weights are of different models", "error"
         return
@@ -173,19 +174,17 @@ def _faults(
     losses = find_losses(layer, target) + find_shard_losses(shards, target)
     for text, remedy in (*losses, *find_auto_notes(layer)):
         yield "loss", text, remedy, "warning"
-    misfits = spec.check_shape(layer.scheme.arguments, shape, target.device)
+    misfits = spec.check_shape(arguments, shape, target.device)
     for text, remedy in misfits:
         yield "shape", text, remedy, "error"
     if target.gpu is not None:
         capability = target.gpu.capability
-        for text, remedy in why_not_on_card(
-            layer.scheme.method, layer.scheme.arguments, shape, capability
-        ):
+        for text, remedy in why_not_on_card(method, arguments, shape, capability):
             yield "gpu", text, remedy, "error"
     for text, remedy in mla_faults(layer, shards, target.device):
         yield "mla", text, remedy, "error"
     if target.device == "cpu" and not misfits:
-        for text, remedy in spec.check_shape(layer.scheme.arguments, shape, "cuda"):
+        for text, remedy in spec.check_shape(arguments, shape, "cuda"):
             yield "cuda-shape", f"does not run on CUDA: {text}", remedy, "warning"
 
 

@@ -22,7 +22,7 @@ from mixedprec_plugin.plan.architecture import (
     scheme_unit,
     shard_order,
 )
-from mixedprec_plugin.plan.auto import find_mixed_modules
+from mixedprec_plugin.plan.auto import find_mixed_experts, find_mixed_modules
 from mixedprec_plugin.plan.config_shapes import check_config_shapes
 from mixedprec_plugin.plan.draft import NOTE, draft_layers
 from mixedprec_plugin.plan.expert_ids import check_expert_ids
@@ -100,6 +100,9 @@ def resolve_plan(
         )
         for name in names
     ]
+    problems += find_mixed_experts(
+        layer for layer in planned if scheme_unit(layer.module, layer.shard) not in mixed
+    )
     planned, mismatches = settle_sources(preset, planned, sources, target, matches, tied, formats)
     problems += mismatches
     problems += checks.check_layers(planned, target, model.config)

@@ -24,6 +24,7 @@ from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
+from mixedprec_plugin.serving.auto_experts import experts_method_under_auto
 from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
 from mixedprec_plugin.serving.source_configs import config_of_source, guard, refusals
 
@@ -119,6 +120,11 @@ class MixedPrecisionConfig(QuantizationConfig):
         self, layer: FusedMoE, module: str, prefix: str
     ) -> QuantizeMethodBase | None:
         """SGLang's own method where the experts share a scheme; None for unquantized ones."""
+        planned = self.plan.modules[module][0]
+        if planned.method == AUTO:
+            child = self._child_under_auto(planned)
+            with refusals(prefix, type(child).__name__):
+                return guard(experts_method_under_auto(child, layer, prefix, planned), prefix)
         groups = [
             ExpertGroup(
                 group.experts,

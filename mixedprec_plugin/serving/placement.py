@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import (
 
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.loading import load_expert_tensor
+from mixedprec_plugin.experts.parts import check_expert_part
 from mixedprec_plugin.plan.architecture import ExpertShard, scheme_unit
 from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.folding import fold_names
@@ -27,6 +28,8 @@ from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.source_configs import refusals
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+# compressed-tensors' is the latter
+GROUP_INDICES = ("g_idx", "weight_g_idx")
 # what has one group index -> the layer whose came first, and that one
 Orders = dict[tuple[str, bool], tuple[str, torch.Tensor]]
 
@@ -171,7 +174,7 @@ def _place(
         layer = config.plan.by_name.get(layer_name)
         if layer is not None and layer.module in config.built:
             recorder.forget(tensor)
-            if suffix == "g_idx" and layer.shard is not None:
+            if suffix in GROUP_INDICES and layer.shard is not None:
                 _check_act_order(orders, layer, tensor)
             module = config.built[layer.module]
             with _naming(layer, module, suffix):
@@ -225,6 +228,8 @@ def _place_tensor(
     if isinstance(layer.shard, ExpertShard):
         assert isinstance(module, FusedMoE)
         expert, projection = layer.shard
+        if layer.method == AUTO:
+            check_expert_part(module, layer.name, projection, suffix, tensor)
         load_expert_tensor(module, expert, projection, suffix, tensor)
         return
     parameter = _parameter(module, suffix, layer)

@@ -27,9 +27,14 @@ def check_reloadable(built: Mapping[str, torch.nn.Module]) -> None:
     for name, module in built.items():
         for part in module.modules():
             method = getattr(part, "quant_method", None)
-            if method is None or _restores(method):
+            if method is None:
                 continue
-            if any(_is_turned(parameter) for parameter in part.parameters(recurse=False)):
+            parameters = list(part.parameters(recurse=False))
+            if _restores(method):
+                is_lost = any(map(_is_replaced, parameters))
+            else:
+                is_lost = any(map(_is_turned, parameters))
+            if is_lost:
                 found.setdefault(type(method).__name__, []).append(name)
     problems = [
         Problem(
@@ -52,6 +57,15 @@ def _is_turned(parameter: torch.Tensor) -> bool:
     return not hasattr(parameter, "weight_loader") or bool(
         getattr(parameter, "format_ue8m0", False)
     )
+
+
+def _is_replaced(parameter: torch.Tensor) -> bool:
+    """Whether a method that restores its weights has put another in the place of a parameter.
+
+    Source: act order, and what Triton's kernels read, of compressed-tensors' experts in integers
+    (compressed_tensors_wNa16_moe.py:283, 575).
+    """
+    return parameter.numel() > 0 and not hasattr(parameter, "weight_loader")
 
 
 def _restores(method: object) -> bool:

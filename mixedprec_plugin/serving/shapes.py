@@ -113,7 +113,8 @@ def _expert_difference(layer: PlannedLayer, built: FusedMoE) -> str:
     expected = (
         (built.hidden_size, inner) if layer.shard.projection == "w2" else (inner, built.hidden_size)
     )
-    if expected != (layer.stored.N, layer.stored.K):
+    # as above
+    if layer.stored.N and layer.stored.K and expected != (layer.stored.N, layer.stored.K):
         return (
             f"its weight is [{layer.stored.N}, {layer.stored.K}] "
             f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"

@@ -58,4 +58,5 @@ def _describe(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _address(parameter: torch.Tensor) -> int:
-    return int(parameter.data.untyped_storage()._cdata)
+    # what holds nothing may be anywhere
+    return int(parameter.data.untyped_storage()._cdata) if parameter.numel() else 0

@@ -20,6 +20,7 @@ class _Group:
         self.world_size = size
         self.cpu_group = self.device_group = None
         self.is_first_rank = self.is_last_rank = True
+        self.device = torch.device("cuda", 0)
 
     def all_reduce(self, tensor: torch.Tensor, *_args: Any, **_keywords: Any) -> torch.Tensor:
         """The tensor as it is."""

@@ -60,6 +60,13 @@ def test_marlins_experts_take_no_backend_of_choice():
     assert remedy == "start without --moe-runner-backend"
 
 
+def test_experts_under_auto_take_no_backend_of_choice():
+    """SGLang's class chooses by what is stored; some pass a choice over without a word."""
+    ((what, _),) = why_not_experts(SimpleNamespace(moe_runner_backend="triton"), ["auto"])
+    assert what.endswith("SGLang does not run experts in auto in it (expected 'auto')")
+    assert why_not_experts(SimpleNamespace(moe_runner_backend="auto"), ["auto", "fp8"]) == []
+
+
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [

@@ -164,20 +164,6 @@ def test_auto_beside_a_named_method_in_one_fused_module_is_an_error(tmp_path: Pa
     assert "got method fp8 for q_proj, fp8 per tensor of 'other' for k_proj, method" in problem.what
 
 
-def test_quantized_experts_under_auto_are_refused_for_now(tmp_path: Path) -> None:
-    model = peer_checkpoint(tmp_path / "model", "autoawq-g64")
-    layer = torch_layer("autoawq-g64", LAYERS[0])
-    name = "model.layers.0.mlp.experts.0.up_proj"
-    (model / "model.safetensors").unlink()
-    save_file({f"{name}.{s}": t for s, t in layer.items()}, model / "model.safetensors")
-    for target in (Target(), CPU):
-        (problem,) = plan(model, 'match: "*", method: auto', target=target).errors
-        assert str(problem) == (
-            f"{name}: is an expert stored as awq 4-bit group 64, which method: auto does not do; "
-            "name the experts' method"
-        )
-
-
 def test_auto_leaves_what_is_never_quantized_alone(tmp_path: Path) -> None:
     made = plan(write_llama(tmp_path / "model"), 'match: "*", method: auto', 'match: "lm_head", '
                 "method: auto")  # fmt: skip

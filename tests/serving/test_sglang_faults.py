@@ -275,6 +275,36 @@ def test_compressed_tensors_looks_at_the_first_expert_only() -> None:
     assert not any(".1." in value for value in asked if isinstance(value, str))
 
 
+def test_compressed_tensors_takes_experts_zero_points_for_awqs() -> None:
+    """compressed_tensors_wNa16_moe.py:378: AWQ's are interleaved, and compressed-tensors' are not.
+
+    fused_moe_triton/layer.py:1363: they stay as they are stored, [N / 8, K / G], unlike the codes.
+    """
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsWNA16MoE,
+    )
+
+    tree = parsed(CompressedTensorsWNA16MoE.process_weights_after_loading)
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert "moe_awq_to_marlin_zero_points" in called
+    loader = ast.unparse(parsed(FusedMoE._weight_loader_impl))
+    assert "and 'zero' not in weight_name" in loader
+
+
+def test_compressed_tensors_experts_hold_the_down_scales_of_all_ranks() -> None:
+    """compressed_tensors_wNa16_moe.py:148: the loader fills a rank's part, and zeros the rest."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsWNA16MoE,
+    )
+
+    tree = ast.unparse(parsed(CompressedTensorsWNA16MoE.create_weights))
+    assert "intermediate_size_per_partition * layer.moe_tp_size" in tree
+    assert "load_full" not in ast.unparse(parsed(FusedMoE._load_w2))
+    assert "load_full" not in ast.unparse(parsed(FusedMoE._weight_loader_impl))
+
+
 def test_gptq_asks_whether_marlin_fits_and_does_not_listen() -> None:
     """hardware_backend/gpu/quantization/gptq_kernels.py:89."""
     from sglang.srt.hardware_backend.gpu.quantization.gptq_kernels import GPTQMarlinLinearKernel

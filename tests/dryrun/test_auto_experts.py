@@ -1,0 +1,133 @@
+"""Experts under `method: auto` over other tools' formats, on cards that are played."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.peers import FOLDERS
+from tests.dryrun.matrix import prepare, run_module
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"),
+]
+
+_MARLIN, _TRITON = "jit:moe_wna16_marlin_gemm", "triton:fused_moe_kernel"
+# class, the kernel that multiplies, what becomes of new weights
+AWQ = ("AWQMoEMethod/AWQMoEScheme", _MARLIN, "refused")
+GPTQ = ("GPTQMarlinMoEMethod/RepairedGPTQMarlinMoEScheme", _MARLIN, "refused")
+WNA16 = ("CompressedTensorsFusedMoEMethod/CompressedTensorsWNA16MoE", _MARLIN, "taken")
+FP8 = ("CompressedTensorsFusedMoEMethod/CompressedTensorsW8A8Fp8MoE", _TRITON, "taken")
+W8A8 = r"CompressedTensorsConfig: The W8A8Int8 Fused MoE scheme is implemented only for NPU"
+# peer -> the same, or why it is refused
+RUNS: Mapping[str, Any] = {
+    "autoawq-g64": AWQ,
+    "autoround-awq-asym-g64": AWQ,
+    "autoround-gptq-g64": GPTQ,
+    "autoround-int8": W8A8,
+    "autoround-native-g64": GPTQ,
+    # SGLang's class has no place for the zero points of what it takes for symmetric
+    "autoround-sym-awqpack-g64": "has no parameter 'w2_qzeros' in MoeWNA16Method",
+    "bf16": ("UnquantizedFusedMoEMethod", _TRITON, "taken"),
+    "deepseek": ("Fp8MoEMethod", _TRITON, "taken"),
+    "gptqmodel-asym-g64": r"\('gptq' of source 'model': Invalid quantization method: gptq",
+    "gptqmodel-fp8-row": r"\('fp8' of source 'model': Cannot find any of \['activation_scheme'\]",
+    "gptqmodel-gptq-g64": GPTQ,
+    "llmcompressor-fp8-block": FP8,
+    "llmcompressor-fp8-dynamic": FP8,
+    "llmcompressor-w4a16-asym-g64": "SGLang reads the zero points of such experts as if they were",
+    "llmcompressor-w4a16-g64": WNA16,
+    "llmcompressor-w8a8-int8": W8A8,
+}
+_IN_FP8 = (
+    "deepseek", "gptqmodel-fp8-row", "llmcompressor-fp8-block", "llmcompressor-fp8-dynamic"
+)  # fmt: skip
+
+Results = tuple[str, Mapping[str, Any]]
+
+
+@pytest.fixture(scope="module", params=["H100", "A100"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("auto_experts")
+    prepare(folder)
+    return request.param, run_module("auto_experts", request.param, folder)
+
+
+def test_every_peer_runs_in_sglangs_own_class_or_is_refused(results: Results) -> None:
+    title, found = results
+    assert set(RUNS) == {*FOLDERS, "deepseek"}
+    for peer, expected in RUNS.items():
+        for tp_size in (1, 2):
+            got = found[f"{peer} {tp_size}"]
+            if title == "A100" and peer in _IN_FP8:
+                continue
+            assert not got.get("broken"), got["broken"]
+            assert not got["foretold"], got["foretold"]
+            if isinstance(expected, str):
+                assert re.search(expected, got["refused"]), got["refused"]
+                assert got["refused"].startswith("block.mlp.experts"), got["refused"]
+                continue
+            runs_as, kernel, again = expected
+            assert got.get("runs_as") == runs_as, (peer, got)
+            matmuls = {name for name in got["kernels"] if name in (_MARLIN, _TRITON)}
+            assert matmuls == {kernel}, (peer, got["kernels"])
+            assert ("ranks:all_reduce" in got["kernels"]) == (tp_size > 1)
+            assert got["again"] == again, peer
+
+
+def test_plan_refuses_fp8_where_triton_does_not_compile_it(results: Results) -> None:
+    title, found = results
+    for peer in _IN_FP8:
+        for tp_size in (1, 2):
+            foretold = found[f"{peer} {tp_size}"]["foretold"]
+            assert bool(foretold) == (title == "A100"), (peer, foretold)
+            assert all("compute capability" in text for text in foretold)
+
+
+def test_parameters_are_of_the_ranks_sizes_and_indices_without_order_empty(
+    results: Results,
+) -> None:
+    _, found = results
+    held = found["llmcompressor-w4a16-g64 2"]["parameters"]
+    assert held["layer.w13_weight_packed"] == "int32 [4, 64, 1024]"
+    assert held["layer.w2_weight_scale"] == "bfloat16 [4, 8, 512]"
+    assert held["layer.w13_weight_g_idx"] == "int32 [4, 0]"
+    held = found["act order, in integers"]["parameters"]
+    assert held["layer.w13_weight_g_idx"] == "int32 [4, 512]"
+    assert held["layer.w13_g_idx_sort_indices"] == "int32 [4, 0]"
+    assert found["gptqmodel-gptq-g64 1"]["parameters"]["layer.w13_scales"].startswith("bfloat16")
+
+
+def test_act_order_runs_and_takes_no_new_weights(results: Results) -> None:
+    """What sorts them took the place of the group indices."""
+    _, found = results
+    got = found["act order, in integers"]
+    assert (got.get("runs_as"), got.get("again")) == (WNA16[0], "refused"), got
+
+
+def test_one_group_of_the_size_that_the_config_names_is_no_other_format(results: Results) -> None:
+    _, found = results
+    assert found["one group"].get("runs_as") == WNA16[0], found["one group"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("act order, in integers, two ranks", "a part of the scales, of which act order"),
+        ("dynamic act order", "dynamic says desc_act True of its experts, and SGLang does not ask"),
+        ("half a group", "on a rank, 96 features in groups of 64"),
+        ("ignored by its config", r"\(CompressedTensorsConfig\) would leave it unquantized, not"),
+        ("unknown quant_method", r"'none_such' of source 'model': Invalid quantization method"),
+        ("not Marlin's", r"auto does not run in bfloat16 with AWQConfig \(expected float16\)"),
+    ],
+)
+def test_what_sglang_would_compute_wrongly_or_not_at_all_is_refused(
+    results: Results, name: str, message: str
+) -> None:
+    _, found = results
+    assert re.search(message, found[name].get("refused", "")), found[name]
