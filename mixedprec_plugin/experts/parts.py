@@ -7,7 +7,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
 from mixedprec_plugin.errors import LoadError, Problem
 
-# what SGLang holds as floats and gives to no kernel: gptq_moe.py:255, and of compressed-tensors
+# what SGLang holds as floats and gives to no kernel: gptq_moe.py:254, and of compressed-tensors
 _UNREAD = ("weight_shape", "qzeros")
 _FLOAT_CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -30,7 +30,7 @@ def check_expert_part(
         LoadError: it would be cut, padded, or cast from codes into something else.
     """
     parameter = getattr(layer, ("w2_" if shard == "w2" else "w13_") + suffix, None)
-    # one without a dimension for experts is a name that the loader passes over (moe_wna16.py:283)
+    # one without a dimension for experts is a name that the loader passes over (moe_wna16.py:369)
     is_passed_over = isinstance(parameter, torch.Tensor) and parameter.shape == (0,)
     if not isinstance(parameter, torch.Tensor) or is_passed_over:
         return

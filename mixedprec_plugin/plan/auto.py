@@ -170,7 +170,7 @@ def judged_as(layer: PlannedLayer) -> tuple[str, Mapping[str, Any]]:
     """Return the method and arguments by whose rules a layer's shape and GPU are checked.
 
     Of experts under `auto` those that they are stored in: SGLang's classes ask neither in all
-    cases. AWQ's does, and has another kernel for what Marlin does not take (awq.py:336).
+    cases. AWQ's does, and has another kernel for what Marlin does not take (awq.py:383).
     """
     scheme, stored = layer.scheme, layer.stored
     assert scheme is not None

@@ -77,9 +77,9 @@ def _integer_faults(layer: FusedMoE, scheme: CompressedTensorsWNA16MoE) -> list[
     """What compressed-tensors' class for experts in integers takes and computes wrongly.
 
     Source: SGLang 0.5.23. Zero points are stored packed along N, [N / 8, K / G], and are neither
-    turned (moe/fused_moe_triton/layer.py:1363) nor told from AWQ's, which are interleaved
-    (compressed_tensors_wNa16_moe.py:378). With act order a rank has the scales of all groups, of
-    which the loader fills its share (:152; layer.py:946).
+    turned (moe/fused_moe_triton/layer.py:1365) nor told from AWQ's, which are interleaved
+    (compressed_tensors_wNa16_moe.py:387). With act order a rank has the scales of all groups, of
+    which the loader fills its share (:148; layer.py:948).
     """
     faults = []
     if not scheme.sym:
@@ -96,7 +96,7 @@ def _integer_faults(layer: FusedMoE, scheme: CompressedTensorsWNA16MoE) -> list[
 
 
 def _marlin_faults(layer: FusedMoE, group_size: int) -> list[str]:
-    """What Marlin's kernels do not take; SGLang asks for AWQ's experts alone (awq.py:336)."""
+    """What Marlin's kernels do not take; SGLang asks for AWQ's experts alone (awq.py:383)."""
     if check_moe_marlin_supports_layer(layer, group_size):
         return []
     inner = layer.intermediate_size_per_partition
@@ -110,7 +110,7 @@ def _repair_while_created(method: FusedMoEMethodBase, scheme: CompressedTensorsW
     """Empty the indices that no checkpoint holds once they are created: they look unfilled.
 
     Where there is no act order SGLang empties the group's, too, and those that sort them it
-    computes (`process_weights_after_loading`, compressed_tensors_wNa16_moe.py:265).
+    computes (`process_weights_after_loading`, compressed_tensors_wNa16_moe.py:310).
     """
     names = ["w13_g_idx_sort_indices", "w2_g_idx_sort_indices"]
     if scheme.actorder != "group":

@@ -157,7 +157,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
     ) -> None:
         """Place every tensor, prove that every parameter was filled, and let methods repack."""
-        if self._has_opened_new_path and target_device.type == "cpu":
+        if self._has_opened_new_path:
             _restore(model)
         load_weights(model, served_config(model), weights)
         self.postprocess_weights(model, target_device)
@@ -238,7 +238,7 @@ def _how_to_read() -> Reading:
 def _restore(model: torch.nn.Module) -> None:
     """Have methods that repacked their weights give them the checkpoint's layout again.
 
-    SGLang does so before an update from 0.5.23 on; our methods do nothing the second time.
+    SGLang does so before an update from 0.5.23 on; its methods and ours do nothing the second time.
     """
     for module in model.modules():
         # before 0.5.21 SGLang's own methods have none

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsFusedMoEMethod,
+)
 
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.folding import fold_names
@@ -29,12 +32,12 @@ def check_reloadable(built: Mapping[str, torch.nn.Module]) -> None:
             method = getattr(part, "quant_method", None)
             if method is None:
                 continue
-            parameters = list(part.parameters(recurse=False))
-            if _restores(method):
-                is_lost = any(map(_is_replaced, parameters))
-            else:
-                is_lost = any(map(_is_turned, parameters))
-            if is_lost:
+            is_lost = _is_turned
+            if isinstance(method, CompressedTensorsFusedMoEMethod):
+                is_lost = _is_replaced
+            elif _restores(method):
+                continue
+            if any(map(is_lost, part.parameters(recurse=False))):
                 found.setdefault(type(method).__name__, []).append(name)
     problems = [
         Problem(
@@ -60,10 +63,11 @@ def _is_turned(parameter: torch.Tensor) -> bool:
 
 
 def _is_replaced(parameter: torch.Tensor) -> bool:
-    """Whether a method that restores its weights has put another in the place of a parameter.
+    """Whether another stands in the place of a parameter of compressed-tensors' experts.
 
-    Source: act order, and what Triton's kernels read, of compressed-tensors' experts in integers
-    (compressed_tensors_wNa16_moe.py:283, 575).
+    These restore what they repacked, but not all: the order of groups is gone, as is what Triton's
+    kernels read anew, and the scales of FP8 per tensor (compressed_tensors_wNa16_moe.py:328, 517,
+    compressed_tensors_w8a8_fp8_moe.py:310).
     """
     return parameter.numel() > 0 and not hasattr(parameter, "weight_loader")
 

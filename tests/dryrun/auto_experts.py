@@ -42,6 +42,7 @@ def main(title: str, folder: str) -> None:
     }
     for name, peer, tp_size, changes in (
         ("act order, in integers", _W4A16, 1, {"actorder": "group"}),
+        ("groups of 128", _W4A16, 1, {"group_size": 128}),
         ("act order, in integers, two ranks", _W4A16, 2, {"actorder": "group"}),
         ("dynamic act order", _GPTQ, 1, {"dynamic": _DYNAMIC}),
         ("ignored by its config", _W4A16, 1, {"ignore": ["re:.*experts.*"]}),
@@ -130,8 +131,8 @@ def write(folder: Path, peer: str, inner: int, changes: Mapping[str, Any]) -> No
     """Write a checkpoint of experts in a peer's format.
 
     Args:
-        changes: keys of `quantization_config` to overwrite; `actorder` changes its group, and adds
-            the order.
+        changes: keys of `quantization_config` to overwrite; `actorder` and `group_size` are of its
+            weights, and change the tensors, too.
     """
     import torch
     from safetensors.torch import load_file
@@ -146,17 +147,22 @@ def write(folder: Path, peer: str, inner: int, changes: Mapping[str, Any]) -> No
         for name in ("gate", "up", "down")
     }
     said = dict(changes)
-    actorder = said.pop("actorder", None)
-    if actorder:
+    own = {key: said.pop(key) for key in ("actorder", "group_size") if key in said}
+    if own:
         said["config_groups"] = quantization_config(peer)["config_groups"]
-        said["config_groups"]["group_0"]["weights"]["actorder"] = actorder
+        said["config_groups"]["group_0"]["weights"] |= own
     write_layers(folder, peer, weights, said)
-    if actorder:
-        config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-        for name, (_, K) in weights.items():
+    if not own:
+        return
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    for name, (_, K) in weights.items():
+        if "actorder" in own:
             tensors[f"{name}.weight_g_idx"] = (torch.arange(K) // 64).int()
-        write_checkpoint(folder, config, tensors)
+        if "group_size" in own:
+            scales = tensors[f"{name}.weight_scale"]
+            tensors[f"{name}.weight_scale"] = scales[:, : K // own["group_size"]].contiguous()
+    write_checkpoint(folder, config, tensors)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ _IN_FP8 = (
 Results = tuple[str, Mapping[str, Any]]
 
 
-@pytest.fixture(scope="module", params=["H100", "A100"])
+@pytest.fixture(scope="module", params=["H100", "A100", "B200"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("auto_experts")
     prepare(folder)
@@ -101,6 +101,17 @@ def test_parameters_are_of_the_ranks_sizes_and_indices_without_order_empty(
     assert held["layer.w13_weight_g_idx"] == "int32 [4, 512]"
     assert held["layer.w13_g_idx_sort_indices"] == "int32 [4, 0]"
     assert found["gptqmodel-gptq-g64 1"]["parameters"]["layer.w13_scales"].startswith("bfloat16")
+
+
+def test_groups_that_tritons_kernel_takes_run_in_it_on_10_0(results: Results) -> None:
+    """compressed_tensors.py:927; what it puts in the place of a parameter takes no new weights."""
+    title, found = results
+    got = found["groups of 128"]
+    scheme = "CompressedTensorsWNA16TritonMoE" if title == "B200" else "CompressedTensorsWNA16MoE"
+    assert got.get("runs_as") == f"CompressedTensorsFusedMoEMethod/{scheme}", got
+    kernel = "triton:fused_moe_kernel_gptq_awq" if title == "B200" else _MARLIN
+    assert kernel in got["kernels"]
+    assert got["again"] == ("refused" if title == "B200" else "taken")
 
 
 def test_act_order_runs_and_takes_no_new_weights(results: Results) -> None:

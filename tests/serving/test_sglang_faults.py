@@ -276,9 +276,9 @@ def test_compressed_tensors_looks_at_the_first_expert_only() -> None:
 
 
 def test_compressed_tensors_takes_experts_zero_points_for_awqs() -> None:
-    """compressed_tensors_wNa16_moe.py:378: AWQ's are interleaved, and compressed-tensors' are not.
+    """compressed_tensors_wNa16_moe.py:387: AWQ's are interleaved, and compressed-tensors' are not.
 
-    fused_moe_triton/layer.py:1363: they stay as they are stored, [N / 8, K / G], unlike the codes.
+    fused_moe_triton/layer.py:1365: they stay as they are stored, [N / 8, K / G], unlike the codes.
     """
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.layers.quantization.compressed_tensors.schemes import (
