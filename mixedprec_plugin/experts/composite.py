@@ -27,10 +27,10 @@ from sglang.srt.platforms import current_platform
 
 from mixedprec_plugin.cpu import unquantized_experts
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.experts.gptq import repaired
 from mixedprec_plugin.experts.groups import ExpertGroup, check_groups, routing_table
 from mixedprec_plugin.experts.launch import backend_fault
 from mixedprec_plugin.experts.loading import GROUPS, OWNERS, add_routers
+from mixedprec_plugin.experts.repairs import repaired
 
 # methods that can return every choice's output; on CUDA in these of SGLang's runners
 _UNSUMMED_METHODS = (

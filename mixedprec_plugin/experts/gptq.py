@@ -7,6 +7,8 @@ As of SGLang 0.5.23 (layers/quantization/gptq/schemes/gptq_moe.py):
 - :198  without act order the down projection's scales get the groups of all ranks on every rank:
   the loader fills 1/tp of them, and the kernel finds a wrong group size.
 - :290, :300  two parameters of sort indices, which no checkpoint holds, look like empty weights.
+
+And the order of the gate and up projections' scales, see `marlin_scales`.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
 from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinMoEScheme
 
 from mixedprec_plugin.errors import MethodError, Problem
+from mixedprec_plugin.experts.marlin_scales import gate_up_scales_in_order
 
 
 class RepairedGPTQMarlinMoEScheme(GPTQMarlinMoEScheme):
-    """SGLang's scheme; only the parameters that it creates are repaired."""
+    """SGLang's scheme; the parameters that it creates and the order of its scales are repaired."""
 
     def create_weights(
         self, layer: FusedMoE, *args: Any, params_dtype: torch.dtype, **kwargs: Any
@@ -37,6 +39,11 @@ class RepairedGPTQMarlinMoEScheme(GPTQMarlinMoEScheme):
         super().create_weights(layer, *args, params_dtype=params_dtype, **kwargs)
         repair_parameters(layer, self.quant_config, params_dtype)
 
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Repack the layer for Marlin."""
+        with gate_up_scales_in_order(layer, self.quant_config.group_size):
+            super().process_weights_after_loading(layer)
+
 
 class GPTQExpertsConfig(GPTQMarlinConfig):
     """`GPTQMarlinConfig` whose experts have the repaired parameters.
@@ -47,21 +54,6 @@ class GPTQExpertsConfig(GPTQMarlinConfig):
     def get_moe_scheme(self, layer: FusedMoE) -> RepairedGPTQMarlinMoEScheme:
         """The scheme that `GPTQMarlinMoEMethod` runs."""
         return RepairedGPTQMarlinMoEScheme(self)
-
-
-def repaired(config: QuantizationConfig | None) -> QuantizationConfig | None:
-    """The config whose experts have repaired parameters; others are returned as they are."""
-    if not isinstance(config, GPTQMarlinConfig) or type(config) is not GPTQMarlinConfig:
-        return config
-    return GPTQExpertsConfig(
-        weight_bits=config.weight_bits,
-        group_size=config.group_size,
-        desc_act=config.desc_act,
-        is_sym=config.is_sym,
-        lm_head_quantized=config.lm_head_quantized,
-        dynamic=config.dynamic,
-        full_config=config.full_config,
-    )
 
 
 def repair_parameters(layer: FusedMoE, config: GPTQMarlinConfig, params_dtype: torch.dtype) -> None:

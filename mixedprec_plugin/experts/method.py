@@ -10,8 +10,8 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.composite import CompositeMoEMethod
-from mixedprec_plugin.experts.gptq import repaired
 from mixedprec_plugin.experts.groups import ExpertGroup, check_groups
+from mixedprec_plugin.experts.repairs import repaired
 
 
 def experts_method(

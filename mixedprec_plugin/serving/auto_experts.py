@@ -16,7 +16,7 @@ from sglang.srt.layers.quantization.marlin_utils import check_moe_marlin_support
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.experts.gptq import repaired
+from mixedprec_plugin.experts.repairs import repaired
 from mixedprec_plugin.plan.model import PlannedLayer
 
 _REMEDY = "name a method for the experts, or take them from another source"
@@ -37,7 +37,7 @@ def experts_method_under_auto(
     Raises:
         LoadError: SGLang would leave the experts unquantized, or compute them wrongly.
     """
-    method = config.get_quant_method(layer, prefix)
+    method = (repaired(config) or config).get_quant_method(layer, prefix)
     if method is None or isinstance(method, UnquantizedFusedMoEMethod):
         text = f"SGLang ({type(config).__name__}) would leave it unquantized, not as it is stored"
         raise LoadError(Problem(prefix, text, rule="left-unquantized"))
@@ -46,7 +46,6 @@ def experts_method_under_auto(
     faults: list[str] = []
     if isinstance(method, GPTQMarlinMoEMethod):
         faults = _gptq_faults(layer, method.quant_config, planned)
-        method.quant_config = repaired(method.quant_config)
     elif isinstance(scheme, CompressedTensorsWNA16MoE):
         faults = _integer_faults(layer, scheme)
         _repair_while_created(method, scheme)

@@ -311,7 +311,8 @@ def test_one_group_gets_the_method_of_its_config(expert_layer, case):
 def test_gptq_config_of_cuda_is_repaired(expert_layer):
     from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
 
-    from mixedprec_plugin.experts.gptq import GPTQExpertsConfig, repaired
+    from mixedprec_plugin.experts.gptq import GPTQExpertsConfig
+    from mixedprec_plugin.experts.repairs import repaired
 
     config = repaired(GPTQMarlinConfig(4, 64, False, True, False, {}, {"bits": 4}))
     assert type(config) is GPTQExpertsConfig
