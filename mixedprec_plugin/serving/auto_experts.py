@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.quantization.awq.awq import AWQMoEMethod
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, QuantizationConfig
 from sglang.srt.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16MoE,
@@ -37,7 +38,7 @@ def experts_method_under_auto(
     Raises:
         LoadError: SGLang would leave the experts unquantized, or compute them wrongly.
     """
-    method = (repaired(config) or config).get_quant_method(layer, prefix)
+    method = _method_of(config, layer, prefix)
     if method is None or isinstance(method, UnquantizedFusedMoEMethod):
         text = f"SGLang ({type(config).__name__}) would leave it unquantized, not as it is stored"
         raise LoadError(Problem(prefix, text, rule="left-unquantized"))
@@ -51,6 +52,22 @@ def experts_method_under_auto(
         _repair_while_created(method, scheme)
     if faults:
         raise LoadError(Problem(prefix, text, _REMEDY, "auto-experts") for text in faults)
+    return method
+
+
+def _method_of(config: QuantizationConfig, layer: FusedMoE, prefix: str) -> Any:
+    """What a config gives, of the repaired config of its kind if it has a method of Marlin's.
+
+    auto-round's makes GPTQ's and AWQ's configs as it is asked (auto_round.py:400, 537).
+    """
+    method = config.get_quant_method(layer, prefix)
+    if not isinstance(method, GPTQMarlinMoEMethod | AWQMoEMethod):
+        return method
+    own = method.quant_config
+    cured = repaired(own)
+    if cured is not None and cured is not own:
+        layer.scheme = None
+        method = cured.get_quant_method(layer, prefix)
     return method
 
 
@@ -91,6 +108,9 @@ def _integer_faults(layer: FusedMoE, scheme: CompressedTensorsWNA16MoE) -> list[
     if not isinstance(scheme, CompressedTensorsWNA16TritonMoE):
         group_size = -1 if scheme.strategy == "channel" else scheme.group_size
         faults += _marlin_faults(layer, group_size)
+        if group_size == layer.hidden_size:
+            # it takes the repacked gate and up codes' width for K (:370), see `marlin_scales`
+            faults.append(f"SGLang turns the scales of one group of {group_size} inputs")
     return faults
 
 

@@ -19,7 +19,7 @@ pytestmark = [
 
 _MARLIN, _TRITON = "jit:moe_wna16_marlin_gemm", "triton:fused_moe_kernel"
 # class, the kernel that multiplies, what becomes of new weights
-AWQ = ("AWQMoEMethod/AWQMoEScheme", _MARLIN, "refused")
+AWQ = ("AWQMoEMethod/RepairedAWQMoEScheme", _MARLIN, "refused")
 GPTQ = ("GPTQMarlinMoEMethod/RepairedGPTQMarlinMoEScheme", _MARLIN, "refused")
 WNA16 = ("CompressedTensorsFusedMoEMethod/CompressedTensorsWNA16MoE", _MARLIN, "taken")
 FP8 = ("CompressedTensorsFusedMoEMethod/CompressedTensorsW8A8Fp8MoE", _TRITON, "taken")

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 # class, and scheme where it has one
 _GPTQ = "GPTQMarlinMoEMethod/RepairedGPTQMarlinMoEScheme"
-_AWQ = "AWQMoEMethod/AWQMoEScheme"
+_AWQ = "AWQMoEMethod/RepairedAWQMoEScheme"
 RUNS_AS = {
     "unquantized": ["UnquantizedFusedMoEMethod"],
     "fp8": ["Fp8MoEMethod"],
