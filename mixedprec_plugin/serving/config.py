@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.quantization.awq import AWQMarlinConfig
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
@@ -74,6 +75,29 @@ class MixedPrecisionConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """Never called: the config is made from a plan."""
         raise LoadError("MixedPrecisionConfig is made from a plan, not from a config.json")
+
+    @property
+    def quant_type(self) -> Any:
+        """The integers of AWQ's layers, which ask the model's config for them in prefill graphs.
+
+        Source: SGLang 0.5.23, layers/quantization/marlin_utils.py:634; GPTQ's layers say their own.
+
+        Raises:
+            LoadError: layers are stored in AWQ of several types.
+        """
+        children = self._children.values()
+        found = {child.quant_type for child in children if isinstance(child, AWQMarlinConfig)}
+        if len(found) != 1:
+            raise LoadError(
+                Problem(
+                    "the plan",
+                    f"has AWQ layers in {', '.join(sorted(map(str, found))) or 'no type'}, and in "
+                    "prefill graphs SGLang asks the whole model for one",
+                    "start with --cuda-graph-backend-prefill disabled",
+                    "awq-types",
+                )
+            )
+        return next(iter(found))
 
     def get_scaled_act_names(self) -> list[str]:
         """No method of ours scales activations."""
