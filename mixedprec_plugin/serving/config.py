@@ -40,12 +40,15 @@ class MixedPrecisionConfig(QuantizationConfig):
         plan: what every layer runs as.
         built: module name, as the plan spells it -> the module that the model built for it; filled
             while it is built.
+        quant_type: the integers of AWQ's layers, which ask the model's config for them in prefill
+            graphs (layers/quantization/marlin_utils.py:634); None without such layers.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
         self.built: dict[str, torch.nn.Module] = {}
+        self.quant_type: Any = None
         architectures = plan.source.config.get("architectures") or [""]
         self._names = ModuleNames(plan.modules, architectures[0])
         self.packed_modules_mapping = {
@@ -75,29 +78,6 @@ class MixedPrecisionConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """Never called: the config is made from a plan."""
         raise LoadError("MixedPrecisionConfig is made from a plan, not from a config.json")
-
-    @property
-    def quant_type(self) -> Any:
-        """The integers of AWQ's layers, which ask the model's config for them in prefill graphs.
-
-        Source: SGLang 0.5.23, layers/quantization/marlin_utils.py:634; GPTQ's layers say their own.
-
-        Raises:
-            LoadError: layers are stored in AWQ of several types.
-        """
-        children = self._children.values()
-        found = {child.quant_type for child in children if isinstance(child, AWQMarlinConfig)}
-        if len(found) != 1:
-            raise LoadError(
-                Problem(
-                    "the plan",
-                    f"has AWQ layers in {', '.join(sorted(map(str, found))) or 'no type'}, and in "
-                    "prefill graphs SGLang asks the whole model for one",
-                    "start with --cuda-graph-backend-prefill disabled",
-                    "awq-types",
-                )
-            )
-        return next(iter(found))
 
     def get_scaled_act_names(self) -> list[str]:
         """No method of ours scales activations."""
@@ -201,7 +181,18 @@ class MixedPrecisionConfig(QuantizationConfig):
             self._check_runs_here(scheme, child)
             child.update_packed_modules_mapping(self.packed_modules_mapping)
             self._children[key] = child
+            if isinstance(child, AWQMarlinConfig):
+                self._answer_for_awq(child)
         return self._children[key]
+
+    def _answer_for_awq(self, child: AWQMarlinConfig) -> None:
+        if self.quant_type not in (None, child.quant_type):
+            text = (
+                f"has AWQ layers of {self.quant_type} and of {child.quant_type}, and in prefill "
+                "graphs SGLang asks the whole model for one type"
+            )
+            raise LoadError(Problem("the plan", text, "take them from one source", "awq-types"))
+        self.quant_type = child.quant_type
 
     def _under_auto(self, source: Source, said: Mapping[str, Any]) -> str:
         """The layers that run as a source stores them by what it says, for messages."""

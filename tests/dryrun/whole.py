@@ -70,6 +70,9 @@ def run(
             JOURNAL.take_kernels()
             forward(model)
             whole.kernels = JOURNAL.take_kernels()
+            forward_in_prefill_graph(model)
+            in_graph = JOURNAL.take_kernels()
+            assert sorted(in_graph) == sorted(whole.kernels), in_graph
             whole.made_up = sorted(set(JOURNAL.made_up))
     except MixedPrecisionError as error:
         whole.refused = str(error)
@@ -101,6 +104,20 @@ def load(folder: Path, preset: Path, card: Card) -> Any:
         model_config=ModelConfig(str(folder), dtype=card.dtype),
         device_config=DeviceConfig("cuda"),
     )
+
+
+def forward_in_prefill_graph(model: Any) -> None:
+    """The same as SGLang records it for prefilling: some layers then ask the model's config.
+
+    Source: `set_tc_piecewise_forward_context` (runner_backend_utils/tc_piecewise_cuda_graph/).
+    """
+    from sglang.srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph import (
+        set_tc_piecewise_forward_context,
+    )
+
+    config = model.quant_config
+    with set_tc_piecewise_forward_context(None, [], config, [], []):
+        forward(model)
 
 
 def forward(model: Any) -> None:
