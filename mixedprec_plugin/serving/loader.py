@@ -25,7 +25,7 @@ from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.cpu.heap import returning_memory
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.plan.render import plan_as_dict, summary_lines
+from mixedprec_plugin.plan.render import format_bytes, plan_as_dict, summary_lines
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
@@ -129,7 +129,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         close_to_unquantized(model)
         is_draft = model_config.is_draft_model
         self._remember(folder, config, stage, is_draft=is_draft)
-        self._report(plan, stage, time.perf_counter() - start, is_draft=is_draft)
+        self._report(plan, stage, model, time.perf_counter() - start, is_draft=is_draft)
         return model.eval()
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source, **options: Any) -> Weights:
@@ -200,7 +200,9 @@ class MixedPrecisionLoader(DefaultModelLoader):
         else:
             _loaded = loaded
 
-    def _report(self, plan: Plan, stage: Stage, seconds: float, *, is_draft: bool) -> None:
+    def _report(
+        self, plan: Plan, stage: Stage, model: torch.nn.Module, seconds: float, *, is_draft: bool
+    ) -> None:
         if get_parallel().tp_rank != 0:
             return
         if is_draft:
@@ -211,10 +213,17 @@ class MixedPrecisionLoader(DefaultModelLoader):
             return
         for line in summary_lines(plan):
             logger.info(line)
-        logger.info("mixedprec: loaded in %.1f s", seconds)
+        size = format_bytes(_num_bytes(model))
+        logger.info("mixedprec: loaded in %.1f s, %s of parameters", seconds, size)
         if self.settings.plan_path and not is_draft:
             text = json.dumps(plan_as_dict(plan), indent=1)
             Path(self.settings.plan_path).write_text(text + "\n", encoding="utf-8")
+
+
+def _num_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the parameters' memory, each piece once: tied weights share theirs."""
+    storages = (parameter.untyped_storage() for parameter in model.parameters())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def without_settings(load_config: LoadConfig) -> LoadConfig:
