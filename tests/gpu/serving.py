@@ -264,3 +264,22 @@ def expected(
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     """Mean KL(p || q) a token in nats, from log-probabilities [T, V]."""
     return float((p.exp() * (p - q)).double().sum(-1).mean())
+
+
+def perplexity(server: Server, model: Path, text: str) -> float:
+    """Perplexity of a text, as the server reads it at once."""
+    tokens = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    answer = server.request(
+        "/generate",
+        {
+            "input_ids": tokens,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        },
+    )
+    found = [
+        value for value, *_ in answer["meta_info"]["input_token_logprobs"] if value is not None
+    ]
+    assert len(found) == len(tokens) - 1
+    return math.exp(-sum(found) / len(found))

@@ -9,7 +9,7 @@ import pytest
 
 from mixedprec_plugin.preset.load import load_preset
 from tests.gpu import memory
-from tests.gpu.card import PRESETS, flags, preset_plan, why_not
+from tests.gpu.card import PRESETS, preset_plan, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 _QUALITY = Path(__file__).resolve().parents[2] / "docs" / "quality.json"
@@ -33,25 +33,24 @@ def preset(request: pytest.FixtureRequest, gpu: int, demo_model: Path) -> str:
 
 
 def test_distributions_are_the_references_and_the_cpu_engines(
-    preset: str, demo_model: Path, prose: str, report: list[str]
+    preset: str, demo_model: Path, prose: str, tmp_path: Path, report: list[str]
 ) -> None:
-    from transformers import AutoTokenizer
+    from benchmarks.quality import QUANTIZED_INPUT_LIMIT, QUANTIZES_INPUT, WEIGHT_ONLY_LIMIT
+    from tests.gpu.serving import expected, perplexity, serve
 
-    from benchmarks.quality import measure
-    from benchmarks.reference_model import load_unquantized, log_probabilities
-
-    tokens = AutoTokenizer.from_pretrained(demo_model)(prose)["input_ids"]
-    unquantized = log_probabilities(load_unquantized(demo_model), tokens)
-    result = measure(preset, demo_model, tokens, unquantized, flags())
-    report.append(
-        f"{preset}: PPL {result.engine:.3f} (reference {result.reference:.3f}), "
-        f"mean KL {result.divergence:.5f} (limit {result.limit})"
-    )
-    assert result.is_within, result
+    path = PRESETS / f"{preset}.yaml"
+    methods = {layer.method for layer in preset_plan(preset, demo_model, 90).layers}
+    limit = QUANTIZED_INPUT_LIMIT if methods & set(QUANTIZES_INPUT) else WEIGHT_ONLY_LIMIT
+    with serve(demo_model, tmp_path / "server.log", path) as server:
+        dequantized = expected(demo_model, path, prose)
+        near = dequantized.nearness(dequantized.served(server), limit)
+        found = perplexity(server, demo_model, prose)
+    report.append(f"{preset}: PPL {found:.3f}; {near}")
+    assert near.is_within, near
     entries = json.loads(_QUALITY.read_text(encoding="utf-8"))
     on_cpu = {entry["preset"]: entry["engine"] for entry in entries}
     assert preset in on_cpu, f"{_QUALITY.name} does not hold {preset}: run make quality on a CPU"
-    assert result.engine == pytest.approx(on_cpu[preset], rel=_PERPLEXITY)
+    assert found == pytest.approx(on_cpu[preset], rel=_PERPLEXITY)
 
 
 def test_memory_is_what_the_plan_says(

@@ -160,7 +160,7 @@ def test_codes_are_the_kernels_but_for_quotients_on_a_boundary(
     x = spread(num_tokens, width)
     codes, scales = (tensor.cpu() for tensor in theirs(x.to(DEVICE)))
     our_codes, our_scales = ours(x)
-    if scales.shape[-1] == 1:
+    if "tokens" in name:
         # of a token of zeros the kernel stores the greatest code, and a scale of zero
         codes.view(torch.uint8)[scales.flatten() == 0] = 0
     distance = (steps(our_codes) - steps(codes)).abs()
