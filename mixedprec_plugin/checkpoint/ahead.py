@@ -22,12 +22,17 @@ from mixedprec_plugin.checkpoint.reader import AS_USUAL, Reader, Reading
 BUDGET_BYTES = 64 << 20
 # where the model is small, so is what is read ahead of it
 _BUDGET_SHARE = 128
+_MIN_BUDGET_BYTES = 2 << 20
 _PAGE_CACHE_BYTES = 256 << 20
 # small tensors are read together: a thread has its price
 _BATCH_BYTES = 1 << 20
+# smaller ones on an average are not read by threads: to hand the interpreter from one to another
+# and back takes longer than to read
+_THREAD_BYTES = 128 << 10
 _NUM_THREADS = 4
 
 Batch = Sequence[StoredTensor]
+Tensors = list[torch.Tensor]
 
 
 class ReadAhead(Reader):
@@ -51,12 +56,13 @@ class ReadAhead(Reader):
         super().__init__(how)
         tensors = tuple(schedule)
         self._is_lean = is_lean
-        self._budget = min(BUDGET_BYTES, _num_bytes(tensors) // _BUDGET_SHARE)
+        share = max(_MIN_BUDGET_BYTES, _num_bytes(tensors) // _BUDGET_SHARE)
+        self._budget = min(BUDGET_BYTES, share)
         self._batches = _batches(tensors, min(_BATCH_BYTES, self._budget // 2))
-        self._pending: collections.deque[tuple[Batch, Future[list[torch.Tensor]]]] = (
+        self._pending: collections.deque[tuple[Batch, Future[Tensors] | None]] = collections.deque()
+        self._current: collections.deque[tuple[StoredTensor, torch.Tensor | None]] = (
             collections.deque()
         )
-        self._current: collections.deque[tuple[StoredTensor, torch.Tensor]] = collections.deque()
         self._next_read = self._next_hint = 0
         self._read_bytes = self._hinted_bytes = self._taken_bytes = 0
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "mixedprec-read")
@@ -67,13 +73,14 @@ class ReadAhead(Reader):
         self._taken_bytes += tensor.num_bytes
         if not self._current and self._pending and self._pending[0][0][0] == tensor:
             batch, future = self._pending.popleft()
-            self._current.extend(zip(batch, future.result(), strict=True))
+            values = [None] * len(batch) if future is None else future.result()
+            self._current.extend(zip(batch, values, strict=True))
         if not self._current or self._current[0][0] != tensor:
             return super().read_finite(tensor)
         self._read_bytes -= tensor.num_bytes
         value = self._current.popleft()[1]
         self._look_ahead()
-        return value
+        return super().read_finite(tensor) if value is None else value
 
     def close(self) -> None:
         """Stop reading and close all files."""
@@ -93,36 +100,46 @@ class ReadAhead(Reader):
             batch = self._batches[self._next_read]
             if self._read_bytes and self._read_bytes + _num_bytes(batch) > self._budget:
                 return
-            self._pending.append((batch, self._threads.submit(self._read_batch, batch)))
+            is_tiny = _num_bytes(batch) < len(batch) * _THREAD_BYTES
+            future = None if is_tiny else self._threads.submit(self._read_batch, batch)
+            self._pending.append((batch, future))
             self._next_read += 1
             self._read_bytes += _num_bytes(batch)
 
-    def _read_batch(self, batch: Batch) -> list[torch.Tensor]:
+    def _read_batch(self, batch: Batch) -> Tensors:
         return [super(ReadAhead, self).read_finite(tensor) for tensor in batch]
 
     def _hint(self, batch: Batch) -> None:
-        """Have the kernel start reading; a batch lies in one file, forward."""
+        """Have the kernel start reading."""
         if hasattr(os, "posix_fadvise"):
-            first, last = batch[0], batch[-1]
-            num_bytes = last.start + last.num_bytes - first.start
-            descriptor = self.descriptor(first.path)
-            os.posix_fadvise(descriptor, first.start, num_bytes, os.POSIX_FADV_WILLNEED)
+            descriptor = self.descriptor(batch[0].path)
+            for start, end in _ranges(batch):
+                os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 def _batches(tensors: Sequence[StoredTensor], max_bytes: int) -> list[Batch]:
-    """Split a schedule where tensors are large, lie apart or in another file."""
+    """Split a schedule where tensors are large or lie in another file."""
     batches: list[list[StoredTensor]] = []
+    size = 0
     for tensor in tensors:
-        last = batches[-1][-1] if batches else None
-        if (
-            last is not None
-            and (last.path, last.start + last.num_bytes) == (tensor.path, tensor.start)
-            and _num_bytes(batches[-1]) + tensor.num_bytes <= max_bytes
-        ):
+        size += tensor.num_bytes
+        if batches and batches[-1][-1].path == tensor.path and size <= max_bytes:
             batches[-1].append(tensor)
         else:
             batches.append([tensor])
+            size = tensor.num_bytes
     return list(batches)
+
+
+def _ranges(batch: Batch) -> list[tuple[int, int]]:
+    """Where a batch lies in its file, [start, end), neighbours as one."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted((x.start, x.start + x.num_bytes) for x in batch):
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+    return found
 
 
 def _num_bytes(tensors: Iterable[StoredTensor]) -> int:

@@ -44,6 +44,28 @@ def test_a_tensor_out_of_turn_is_read_too(tmp_path: Path) -> None:
             assert torch.equal(reader.read_finite(tensor), expected[tensor.name])
 
 
+def test_tiny_tensors_are_read_in_any_order_and_not_before_they_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.safetensors"
+    tensors = _file(path, [400 + 4 * (i % 7) for i in range(3000)])[::-1]
+    expected = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with ReadAhead(tensors) as reader:
+        for index, tensor in enumerate(tensors):
+            assert torch.equal(reader.read_finite(tensor), expected[tensor.name])
+            if index == 1000:
+                reader._threads.submit(int).result()
+                assert _mapped_bytes(path.name) == 0
+
+
+def test_tiny_tensor_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"good": torch.ones(8), "spoilt": torch.tensor([1.0, float("nan")])}, path)
+    tensors = read_header(path)
+    with ReadAhead(tensors.values()) as reader:
+        reader.read_finite(tensors["good"])
+        with pytest.raises(CheckpointError, match=r"spoilt: 1 of 2 weights in .* are NaN"):
+            reader.read_finite(tensors["spoilt"])
+
+
 def test_no_more_than_the_budget_waits_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
