@@ -16,7 +16,6 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -105,20 +104,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(known[name].is_within for name in names) else 1
 
 
-def measure(
-    name: str,
-    model_path: Path,
-    tokens: list[int],
-    unquantized: torch.Tensor,
-    flags: Sequence[str] = (),
-) -> Result:
+def measure(name: str, model_path: Path, tokens: list[int], unquantized: torch.Tensor) -> Result:
     """Compare one preset's server with its reference.
 
     Args:
         name: a shipped preset, or UNQUANTIZED for a stock server.
         tokens: T token ids.
         unquantized: [T - 1, V] log-probabilities of the bf16 weights in fp32.
-        flags: more flags of `sglang serve`.
     """
     preset_path, bits, limit = None, 16.0, WEIGHT_ONLY_LIMIT
     if name != UNQUANTIZED:
@@ -135,7 +127,7 @@ def measure(
     sums = np.zeros(4)
     with (
         tempfile.TemporaryDirectory(prefix="mixedprec-quality-") as folder,
-        Server(model_path, Path(folder) / "server.log", preset_path, flags) as server,
+        Server(model_path, Path(folder) / "server.log", preset_path) as server,
     ):
         for first, rows in distributions(server, tokens, reference.shape[1]):
             sums += _sums(first, rows, tokens, (reference, in_float32, unquantized))

@@ -6,7 +6,7 @@ method     the method of a layer of experts: SGLang's own, or a composite
 composite  the composite method: a child layer for each group, ids remapped, outputs summed
 loading    tensors of single experts -> the parameters that hold them
 parts      whether a tensor is as large as what it fills, where no statement of ours says so
-gptq       cures for SGLang's GPTQ experts
+repairs    SGLang's config of a method, cured: gptq, awq, and for both marlin_scales
 
 What a caller gives, in `get_quant_method(layer, prefix)` for a `FusedMoE` layer:
 

@@ -24,10 +24,13 @@ def gate_up_scales_in_order(layer: Any, group_size: int) -> Iterator[None]:
         layer: the experts, with `w13_scales` [E, K / G, 2N] as loaded.
         group_size: G; -1 for one group a column.
     """
+    num_groups, size_n = layer.w13_scales.shape[1:]
+    size_k = num_groups * group_size
+    inner = layer.intermediate_size_per_partition
+    if group_size == -1 or (group_size < inner) == (group_size < size_k):
+        yield
+        return
     loaded = layer.w13_scales.detach().clone()
     yield
-    if group_size == -1:
-        return
-    num_groups, size_n = loaded.shape[1:]
-    ordered = marlin_moe_permute_scales(loaded, num_groups * group_size, size_n, group_size)
+    ordered = marlin_moe_permute_scales(loaded, size_k, size_n, group_size)
     layer.w13_scales.data.copy_(ordered)

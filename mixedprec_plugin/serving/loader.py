@@ -35,6 +35,7 @@ from mixedprec_plugin.serving.placement import close_to_unquantized, load_weight
 from mixedprec_plugin.serving.reloading import check_reloadable
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
 from mixedprec_plugin.serving.shapes import check_built
+from mixedprec_plugin.serving.sizes import storage_bytes
 from mixedprec_plugin.serving.stages import Stage
 from mixedprec_plugin.verify.reference import reference_of
 from mixedprec_plugin.verify.stream import verified
@@ -213,17 +214,11 @@ class MixedPrecisionLoader(DefaultModelLoader):
             return
         for line in summary_lines(plan):
             logger.info(line)
-        size = format_bytes(_num_bytes(model))
+        size = format_bytes(storage_bytes(model.parameters()))
         logger.info("mixedprec: loaded in %.1f s, %s of parameters", seconds, size)
         if self.settings.plan_path and not is_draft:
             text = json.dumps(plan_as_dict(plan), indent=1)
             Path(self.settings.plan_path).write_text(text + "\n", encoding="utf-8")
-
-
-def _num_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the parameters' memory, each piece once: tied weights share theirs."""
-    storages = (parameter.untyped_storage() for parameter in model.parameters())
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def without_settings(load_config: LoadConfig) -> LoadConfig:

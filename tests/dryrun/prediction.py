@@ -37,11 +37,11 @@ def main(title: str, folder: str) -> None:
 def measure(card: Card, model: Path, preset: Path) -> dict[str, Any]:
     """Return "planned" and "held" bytes."""
     from mixedprec_plugin.serving.loader import served_config
+    from mixedprec_plugin.serving.sizes import storage_bytes
     from tests.dryrun import whole
     from tests.dryrun.fake_device import fake_card
     from tests.dryrun.journal import JOURNAL
     from tests.dryrun.rank import rank
-    from tests.gpu.memory import storage_bytes
 
     JOURNAL.clear()
     with rank(1), fake_card():

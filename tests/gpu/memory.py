@@ -9,11 +9,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mixedprec_plugin.serving.sizes import storage_bytes
 
 _MARK = "MEMORY "
 _ROOT = Path(__file__).resolve().parents[2]
@@ -37,12 +38,6 @@ def measure(model_path: Path, preset_path: Path) -> dict[str, int]:
         )
     found: dict[str, int] = json.loads(match[1])
     return found
-
-
-def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors' memory, each piece once: tied weights share theirs."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def main(model_path: str, preset_path: str) -> None:

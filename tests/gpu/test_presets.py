@@ -33,13 +33,13 @@ def preset(request: pytest.FixtureRequest, gpu: int, demo_model: Path) -> str:
 
 
 def test_distributions_are_the_references_and_the_cpu_engines(
-    preset: str, demo_model: Path, prose: str, tmp_path: Path, report: list[str]
+    preset: str, demo_model: Path, gpu: int, prose: str, tmp_path: Path, report: list[str]
 ) -> None:
     from benchmarks.quality import QUANTIZED_INPUT_LIMIT, QUANTIZES_INPUT, WEIGHT_ONLY_LIMIT
     from tests.gpu.serving import expected, perplexity, serve
 
     path = PRESETS / f"{preset}.yaml"
-    methods = {layer.method for layer in preset_plan(preset, demo_model, 90).layers}
+    methods = {layer.method for layer in preset_plan(preset, demo_model, gpu).layers}
     limit = QUANTIZED_INPUT_LIMIT if methods & set(QUANTIZES_INPUT) else WEIGHT_ONLY_LIMIT
     with serve(demo_model, tmp_path / "server.log", path) as server:
         dequantized = expected(demo_model, path, prose)

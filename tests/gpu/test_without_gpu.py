@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixedprec_plugin.serving.sizes import storage_bytes
 from tests.checkpoints import write_llama
 from tests.gpu.card import preset_plan, why_not, why_skip
-from tests.gpu.memory import storage_bytes
 from tests.gpu.speed import speed
 from tests.gpu.test_presets import NAMES
 
