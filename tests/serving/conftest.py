@@ -60,3 +60,11 @@ def load_model(sglang_context: SimpleNamespace) -> LoadModel:
         return loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
 
     return load
+
+
+@pytest.fixture
+def played_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's classes for Marlin construct where a GPU has compute capability 8.0."""
+    from sglang.srt.layers.quantization import marlin_utils
+
+    monkeypatch.setattr(marlin_utils, "get_device_capability", lambda *_: (9, 0))
