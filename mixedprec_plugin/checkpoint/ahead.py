@@ -15,8 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from mixedprec_plugin.checkpoint.direct import DirectReads
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.reader import AS_USUAL, Reader, Reading
+from mixedprec_plugin.checkpoint.together import ranges, read_together
 
 # of tensors that are in memory and not yet taken, at most
 BUDGET_BYTES = 64 << 20
@@ -32,7 +34,7 @@ _THREAD_BYTES = 128 << 10
 _NUM_THREADS = 4
 
 Batch = Sequence[StoredTensor]
-Tensors = list[torch.Tensor]
+Tensors = list[torch.Tensor | None]
 
 
 class ReadAhead(Reader):
@@ -44,6 +46,7 @@ class ReadAhead(Reader):
         schedule: tensors in the order in which `read_finite` will be called.
         how: how files are read.
         is_lean: leave the near window out, and with it the memory that it takes.
+        direct: reads what goes into the model as it is stored; the near window is left out, too.
     """
 
     def __init__(
@@ -52,18 +55,21 @@ class ReadAhead(Reader):
         how: Reading = AS_USUAL,
         *,
         is_lean: bool = False,
+        direct: DirectReads | None = None,
     ) -> None:
         super().__init__(how)
         tensors = tuple(schedule)
-        self._is_lean = is_lean
+        self._is_lean = is_lean or direct is not None
+        self._direct = direct
         share = max(_MIN_BUDGET_BYTES, _num_bytes(tensors) // _BUDGET_SHARE)
         self._budget = min(BUDGET_BYTES, share)
         self._batches = _batches(tensors, min(_BATCH_BYTES, self._budget // 2))
-        self._pending: collections.deque[tuple[Batch, Future[Tensors] | None]] = collections.deque()
+        self._pending: dict[int, Future[Tensors]] = {}
         self._current: collections.deque[tuple[StoredTensor, torch.Tensor | None]] = (
             collections.deque()
         )
-        self._next_read = self._next_hint = 0
+        # the batches that are taken, read and hinted at next
+        self._next_taken = self._next_read = self._next_hint = 0
         self._read_bytes = self._hinted_bytes = self._taken_bytes = 0
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "mixedprec-read")
 
@@ -71,9 +77,9 @@ class ReadAhead(Reader):
         """Take a tensor; see `Reader.read_finite`."""
         self._look_ahead()
         self._taken_bytes += tensor.num_bytes
-        if not self._current and self._pending and self._pending[0][0][0] == tensor:
-            batch, future = self._pending.popleft()
-            values = [None] * len(batch) if future is None else future.result()
+        if not self._current and self._is_next(tensor):
+            batch, pending = self._take_batch()
+            values = self._read_batch(batch) if pending is None else pending.result()
             self._current.extend(zip(batch, values, strict=True))
         if not self._current or self._current[0][0] != tensor:
             return super().read_finite(tensor)
@@ -82,12 +88,49 @@ class ReadAhead(Reader):
         self._look_ahead()
         return super().read_finite(tensor) if value is None else value
 
+    def read_to_place(self, tensor: StoredTensor) -> torch.Tensor:
+        """Take a tensor that goes into the model as it is stored; see `read_finite`.
+
+        Where it is read directly, it is looked at on its way, or by `settle`.
+        """
+        if self._direct is None or not self.is_mapped(tensor):
+            return self.read_finite(tensor)
+        self._look_ahead()
+        self._taken_bytes += tensor.num_bytes
+        if self._is_next(tensor):
+            self._take_batch()
+        return self._direct.offer(tensor, self)
+
+    def settle(self) -> None:
+        """Look at what was read to be placed, and was not looked at on its way.
+
+        Raises:
+            CheckpointError: not all is finite.
+        """
+        if self._direct is not None:
+            self._direct.settle()
+
     def close(self) -> None:
         """Stop reading and close all files."""
+        if self._direct is not None:
+            self._direct.close()
         self._pending.clear()
         self._current.clear()
         self._threads.shutdown(cancel_futures=True)
         super().close()
+
+    def _is_next(self, tensor: StoredTensor) -> bool:
+        index = self._next_taken
+        return index < len(self._batches) and self._batches[index][0] == tensor
+
+    def _take_batch(self) -> tuple[Batch, Future[Tensors] | None]:
+        index = self._next_taken
+        self._next_taken += 1
+        if self._next_read <= index:
+            # nobody read it before
+            self._next_read = index + 1
+            self._read_bytes += _num_bytes(self._batches[index])
+        return self._batches[index], self._pending.pop(index, None)
 
     def _look_ahead(self) -> None:
         far = self._taken_bytes + _PAGE_CACHE_BYTES
@@ -100,20 +143,23 @@ class ReadAhead(Reader):
             batch = self._batches[self._next_read]
             if self._read_bytes and self._read_bytes + _num_bytes(batch) > self._budget:
                 return
-            is_tiny = _num_bytes(batch) < len(batch) * _THREAD_BYTES
-            future = None if is_tiny else self._threads.submit(self._read_batch, batch)
-            self._pending.append((batch, future))
+            if _num_bytes(batch) >= len(batch) * _THREAD_BYTES:
+                self._pending[self._next_read] = self._threads.submit(self._read_batch, batch)
             self._next_read += 1
             self._read_bytes += _num_bytes(batch)
 
     def _read_batch(self, batch: Batch) -> Tensors:
-        return [super(ReadAhead, self).read_finite(tensor) for tensor in batch]
+        if len(batch) == 1:
+            return [super().read_finite(batch[0])]
+        values = read_together(self.descriptor(batch[0].path), batch)
+        # what is wrong with one is said of it, and when it is taken
+        return [None] * len(batch) if values is None else list(values)
 
     def _hint(self, batch: Batch) -> None:
         """Have the kernel start reading."""
         if hasattr(os, "posix_fadvise"):
             descriptor = self.descriptor(batch[0].path)
-            for start, end in _ranges(batch):
+            for start, end in ranges(batch):
                 os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
@@ -129,17 +175,6 @@ def _batches(tensors: Sequence[StoredTensor], max_bytes: int) -> list[Batch]:
             batches.append([tensor])
             size = tensor.num_bytes
     return list(batches)
-
-
-def _ranges(batch: Batch) -> list[tuple[int, int]]:
-    """Where a batch lies in its file, [start, end), neighbours as one."""
-    found: list[tuple[int, int]] = []
-    for start, end in sorted((x.start, x.start + x.num_bytes) for x in batch):
-        if found and found[-1][1] == start:
-            found[-1] = (found[-1][0], end)
-        else:
-            found.append((start, end))
-    return found
 
 
 def _num_bytes(tensors: Iterable[StoredTensor]) -> int:

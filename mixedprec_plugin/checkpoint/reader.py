@@ -8,9 +8,7 @@ count as the process's memory, as those of a buffer would. Small tensors are pla
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import errno
 import mmap
 import os
 import threading
@@ -19,15 +17,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mixedprec_plugin.checkpoint.finite import check_finite
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.hub import fetch_if_missing
+from mixedprec_plugin.checkpoint.pages import bring_in
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from typing_extensions import Buffer, Self
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -47,7 +48,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # below, a mapping costs more than the copy that it saves
 _MAPPED_BYTES = 1 << 20
-_MADV_POPULATE_READ = 22  # linux/mman.h, from Linux 5.14 on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Reader:
         self._descriptors: dict[Path, int] = {}
         self._opening: dict[Path, threading.Lock] = {}
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -117,15 +117,28 @@ class Reader:
                     str(tensor.path), f"{tensor.name!r} is {tensor.dtype}, which torch cannot hold"
                 )
             )
-        dtype = TORCH_DTYPES[tensor.dtype]
         descriptor = self.descriptor(tensor.path)
+        if self.is_mapped(tensor):
+            mapped = map_file(descriptor, tensor)
+            value = view_mapped(mapped, tensor, _first_page(tensor))
+            with raising_unread(tensor):
+                bring_in(value.data_ptr(), tensor.num_bytes)
+            return value
+        buffer = np.empty(tensor.num_bytes, dtype=np.uint8)
+        read_into(buffer, descriptor, tensor)
+        # one of no bytes has no stride to be viewed by
+        value = torch.from_numpy(buffer) if buffer.size else torch.empty(0, dtype=torch.uint8)
+        return value.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+
+    def is_mapped(self, tensor: StoredTensor) -> bool:
+        """Whether a tensor is read as a mapping."""
         # a file written by hand may start its tensors anywhere
-        is_mapped = self._how.may_map and tensor.num_bytes >= _MAPPED_BYTES
-        if not is_mapped or tensor.start % dtype.itemsize:
-            data = _read(descriptor, tensor)
-        else:
-            data = _map(descriptor, tensor)
-        return data.view(dtype).view(tensor.shape)
+        return (
+            self._how.may_map
+            and tensor.dtype in TORCH_DTYPES
+            and tensor.num_bytes >= _MAPPED_BYTES
+            and tensor.start % TORCH_DTYPES[tensor.dtype].itemsize == 0
+        )
 
     def read_finite(self, tensor: StoredTensor) -> torch.Tensor:
         """Read one tensor and see that all of its numbers are finite.
@@ -136,6 +149,10 @@ class Reader:
         value = self.read(tensor)
         check_finite(tensor, value)
         return value
+
+    def read_to_place(self, tensor: StoredTensor) -> torch.Tensor:
+        """Read one tensor that goes into the model as it is stored; see `read_finite`."""
+        return self.read_finite(tensor)
 
     def descriptor(self, path: Path) -> int:
         """Open a file, downloading it first where the cache has not got it; once.
@@ -160,47 +177,68 @@ class Reader:
         return self._descriptors[path]
 
 
-def _read(descriptor: int, tensor: StoredTensor) -> torch.Tensor:
-    buffer = torch.empty(tensor.num_bytes, dtype=torch.uint8)
-    view = memoryview(cast("Buffer", buffer.numpy()))
+def read_into(
+    buffer: npt.NDArray[np.uint8], descriptor: int, tensor: StoredTensor, start: int = 0
+) -> None:
+    """Fill a buffer with bytes of a tensor.
+
+    Args:
+        descriptor: of the tensor's file.
+        start: of the tensor's bytes, the first one to read.
+    Raises:
+        CheckpointError: the file ends early, or cannot be read.
+    """
+    view = memoryview(cast("Buffer", buffer))
     done = 0
-    while done < tensor.num_bytes:
-        with _reading(tensor):
-            count = os.preadv(descriptor, [view[done:]], tensor.start + done)
+    while done < buffer.size:
+        with raising_unread(tensor):
+            count = os.preadv(descriptor, [view[done:]], tensor.start + start + done)
         if count == 0:
             _raise_short(tensor)
         done += count
-    return buffer
 
 
-def _map(descriptor: int, tensor: StoredTensor) -> torch.Tensor:
-    start = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
-    ahead = tensor.start - start
-    if os.fstat(descriptor).st_size < tensor.start + tensor.num_bytes:
+def view_mapped(mapped: mmap.mmap, tensor: StoredTensor, start: int = 0) -> torch.Tensor:
+    """Take a tensor out of a mapping of its file; nothing is read yet.
+
+    Args:
+        mapped: of the file, from byte `start` on; it lives as long as the tensor.
+        tensor: one that starts at a multiple of its element's size.
+    Raises:
+        CheckpointError: the mapping ends before the tensor.
+    """
+    offset = tensor.start - start
+    if len(mapped) < offset + tensor.num_bytes:
         _raise_short(tensor)
-    with _reading(tensor):
-        # its own copy of what is written to, so that nobody can change the file
-        mapped = mmap.mmap(
-            descriptor, ahead + tensor.num_bytes, access=mmap.ACCESS_COPY, offset=start
-        )
-        data = torch.frombuffer(mapped, dtype=torch.uint8, count=tensor.num_bytes, offset=ahead)
-        _bring_in(data.data_ptr() - ahead, len(mapped))
-    return data
+    data = torch.frombuffer(mapped, dtype=torch.uint8, count=tensor.num_bytes, offset=offset)
+    return data.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
 
 
-def _bring_in(address: int, num_bytes: int) -> None:
-    """Have the kernel map all pages at once: an unreadable one is an error, and no SIGBUS."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    if libc.madvise(address, num_bytes, _MADV_POPULATE_READ):
-        number = ctypes.get_errno()
-        # older kernels do not know it; pages come in as they are touched
-        if number != errno.EINVAL:
-            raise OSError(number, os.strerror(number))
+def map_file(descriptor: int, tensor: StoredTensor, *, is_whole: bool = False) -> mmap.mmap:
+    """Map a tensor's range of its file, from the start of its first page on, or all of it.
+
+    What is written to is a copy of its own: nobody can change the file.
+
+    Raises:
+        CheckpointError: the file ends early, or cannot be mapped.
+    """
+    first = 0 if is_whole else _first_page(tensor)
+    end = tensor.start + tensor.num_bytes
+    size = os.fstat(descriptor).st_size
+    if size < end:
+        _raise_short(tensor)
+    length = size if is_whole else end - first
+    with raising_unread(tensor):
+        return mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=first)
+
+
+def _first_page(tensor: StoredTensor) -> int:
+    return tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
 
 
 @contextlib.contextmanager
-def _reading(tensor: StoredTensor) -> Iterator[None]:
+def raising_unread(tensor: StoredTensor) -> Iterator[None]:
+    """Turn what the system says of a read into an error that names the tensor."""
     try:
         yield
     except OSError as error:

@@ -10,6 +10,8 @@ from mixedprec_plugin.plan.model import Plan, PlannedLayer
 # above, a layer is read while the model's memory is still empty: it is there twice
 _LARGE_BYTES = 64 << 20
 _NUM_FILES = 4
+# small layers of one file that are read together, before it is another file's turn
+_RUN_BYTES = 1 << 20
 
 
 def in_file_order(plan: Plan) -> list[PlannedLayer]:
@@ -44,7 +46,8 @@ def _merge(queues: Sequence[Sequence[PlannedLayer]]) -> list[PlannedLayer]:
     for number, queue in enumerate(queues):
         total, done = sum(map(_num_bytes, queue)), 0
         for layer in queue:
-            placed.append((done / total if total else 0.0, number, layer))
+            start = done - done % _RUN_BYTES
+            placed.append((start / total if total else 0.0, number, layer))
             done += _num_bytes(layer)
     return [layer for _, _, layer in sorted(placed, key=lambda item: item[:2])]
 

@@ -139,7 +139,7 @@ def _read_adapter(original: Callable[[Any], None], adapter: Any) -> None:
 
 
 def _should_async_load(original: Callable[[Any], bool], weight: Any) -> bool:
-    from mixedprec_plugin.serving.placement import is_recording
+    from mixedprec_plugin.serving.recorder import is_recording
 
     return False if is_recording() else original(weight)
 

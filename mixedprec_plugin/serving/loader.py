@@ -20,6 +20,7 @@ from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
 from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 
+from mixedprec_plugin.checkpoint.direct import DirectReads
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.cpu.heap import returning_memory
@@ -86,6 +87,9 @@ class MixedPrecisionLoader(DefaultModelLoader):
             settings = _loaded.settings
         self.settings = settings or Settings()
         self._has_opened_new_path = False
+        # on a CPU nothing need lie between a file and a parameter; what is verified is read before
+        is_direct = serving_device() == "cpu" and not self.settings.verify
+        self._direct = DirectReads() if is_direct else None
 
     def load_model(
         self, *, model_config: ModelConfig, device_config: DeviceConfig
@@ -123,7 +127,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             )
             check_built(config, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
-            weights = iter(VirtualCheckpoint(plan, stage.runs, _how_to_read()))
+            weights = iter(VirtualCheckpoint(plan, stage.runs, _how_to_read(), self._direct))
             if not model_config.is_draft_model:
                 weights = self._verified(plan, weights)
             self.load_weights_and_postprocess(model, weights, device)
@@ -152,7 +156,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         folder = self._folder(path, source.revision)
         plan = self._plan(folder, source.model_config, served.preset).check()
         _check_same_schemes(served, plan)
-        return iter(VirtualCheckpoint(plan, loaded.stage.runs, _how_to_read()))
+        return iter(VirtualCheckpoint(plan, loaded.stage.runs, _how_to_read(), self._direct))
 
     def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
@@ -160,7 +164,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """Place every tensor, prove that every parameter was filled, and let methods repack."""
         if self._has_opened_new_path:
             _restore(model)
-        load_weights(model, served_config(model), weights)
+        load_weights(model, served_config(model), weights, direct=self._direct)
         self.postprocess_weights(model, target_device)
 
     def _verified(self, plan: Plan, weights: Weights) -> Weights:

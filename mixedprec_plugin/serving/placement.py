@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-)
+from torch.utils._python_dispatch import _disable_current_modes
 
+from mixedprec_plugin.checkpoint.direct import DirectReads, storage_id
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.loading import load_expert_tensor
 from mixedprec_plugin.experts.parts import check_expert_part
@@ -25,6 +22,7 @@ from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.recorder import WriteRecorder
 from mixedprec_plugin.serving.source_configs import refusals
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -34,68 +32,13 @@ GROUP_INDICES = ("g_idx", "weight_g_idx")
 Orders = dict[tuple[str, bool], tuple[str, torch.Tensor]]
 
 
-class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what is written into which memory, and follows stream tensors on their way there.
-
-    SGLang's weight loaders accept tensors that are too short or too long without a word, and its
-    models drop tensors that they do not know; only what was really written tells.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.written: dict[int, int] = {}
-        self.arrived: set[str] = set()
-        self._names: dict[int, str] = {}
-
-    def follow(self, name: str, tensor: torch.Tensor) -> None:
-        """Watch for `tensor`, or what is made of it, being written anywhere."""
-        self._names[_storage(tensor)] = name
-
-    def forget(self, tensor: torch.Tensor) -> None:
-        """Do not take `tensor` for one whose freed memory it may have inherited."""
-        self._names.pop(_storage(tensor), None)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if _is_mutable(func):
-            if args and isinstance(args[0], torch.Tensor):
-                self._count(args)
-        elif self._names and isinstance(result, torch.Tensor):
-            sources = (_storage(source) for source in args if isinstance(source, torch.Tensor))
-            name = next((self._names[s] for s in sources if s in self._names), None)
-            if name is None:
-                self.forget(result)
-            else:
-                self.follow(name, result)
-        return result
-
-    def _count(self, args: tuple[Any, ...]) -> None:
-        target = _storage(args[0])
-        self.written[target] = self.written.get(target, 0) + args[0].numel()
-        for source in args[1:]:
-            if isinstance(source, torch.Tensor) and _storage(source) in self._names:
-                self.arrived.add(self._names[_storage(source)])
-
-
-@functools.cache
-def _is_mutable(func: Any) -> bool:
-    return bool(func._schema.is_mutable)
-
-
-def is_recording() -> bool:
-    """Whether what this thread writes is being counted."""
-    modes = _get_current_dispatch_mode_stack()
-    return any(isinstance(mode, WriteRecorder) for mode in modes)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def load_weights(
-    model: torch.nn.Module, config: MixedPrecisionConfig, weights: Weights, *, partial: bool = False
+    model: torch.nn.Module,
+    config: MixedPrecisionConfig,
+    weights: Weights,
+    *,
+    partial: bool = False,
+    direct: DirectReads | None = None,
 ) -> None:
     """Fill a model with the tensors of its plan.
 
@@ -107,10 +50,11 @@ def load_weights(
         model: built with `config`.
         weights: (tensor name, tensor) of the virtual checkpoint.
         partial: only a part of the tensors comes; what is not touched stays as it is.
+        direct: reads what it handed out to `weights`.
     Raises:
         LoadError: a tensor found no parameter, or a parameter was not filled; all are named.
     """
-    recorder = WriteRecorder()
+    recorder = WriteRecorder(direct)
     # the class's own: the model's is closed to others, see `close_to_unquantized`
     load = functools.partial(type(model).load_weights, model)  # type: ignore[attr-defined]
     rest: list[str] = []
@@ -310,7 +254,7 @@ def _dropped(
 def _unfilled(model: torch.nn.Module, recorder: WriteRecorder) -> list[Problem]:
     found: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
-        written = recorder.written.get(_storage(parameter.data), 0)
+        written = recorder.written.get(storage_id(parameter.data), 0)
         if written < parameter.numel():
             share = f"{written:,} of {parameter.numel():,} elements"
             found.setdefault(share, []).append(name)

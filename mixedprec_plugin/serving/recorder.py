@@ -1,0 +1,89 @@
+"""What is written while a model loads: into which memory, and from which tensors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
+
+from mixedprec_plugin.checkpoint.direct import DirectReads, storage_id
+
+
+class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what is written into which memory, and follows stream tensors on their way there.
+
+    SGLang's weight loaders accept tensors that are too short or too long without a word, and its
+    models drop tensors that they do not know; only what was really written tells.
+
+    Args:
+        direct: takes over the copies that it can.
+    """
+
+    def __init__(self, direct: DirectReads | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._direct = direct
+        self.written: dict[int, int] = {}
+        self.arrived: set[str] = set()
+        self._names: dict[int, str] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # nothing is compiled here, and each call would ask whether it is
+        return False
+
+    def follow(self, name: str, tensor: torch.Tensor) -> None:
+        """Watch for `tensor`, or what is made of it, being written anywhere."""
+        self._names[storage_id(tensor)] = name
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Do not take `tensor` for one whose freed memory it may have inherited."""
+        self._names.pop(storage_id(tensor), None)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = self._run(func, args, kwargs or {})
+        if _is_mutable(func):
+            if args and isinstance(args[0], torch.Tensor):
+                self._count(args)
+        elif self._names and isinstance(result, torch.Tensor):
+            sources = (storage_id(source) for source in args if isinstance(source, torch.Tensor))
+            name = next((self._names[s] for s in sources if s in self._names), None)
+            if name is None:
+                self.forget(result)
+            else:
+                self.follow(name, result)
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        direct = self._direct
+        if direct is None or func.is_view:
+            return func(*args, **kwargs)
+        if func is torch.ops.aten.copy_.default and direct.copy(args[0], args[1]):
+            return args[0]
+        if direct.is_writing:
+            direct.wait_for(tree_leaves((args, kwargs)))
+        if _is_mutable(func) and args and isinstance(args[0], torch.Tensor):
+            direct.withdraw(args[0])
+        return func(*args, **kwargs)
+
+    def _count(self, args: tuple[Any, ...]) -> None:
+        target = storage_id(args[0])
+        self.written[target] = self.written.get(target, 0) + args[0].numel()
+        for source in args[1:]:
+            if isinstance(source, torch.Tensor) and storage_id(source) in self._names:
+                self.arrived.add(self._names[storage_id(source)])
+
+
+@functools.cache
+def _is_mutable(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
+def is_recording() -> bool:
+    """Whether what this thread writes is being counted."""
+    modes = _get_current_dispatch_mode_stack()
+    return any(isinstance(mode, WriteRecorder) for mode in modes)
