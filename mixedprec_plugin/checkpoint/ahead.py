@@ -3,7 +3,8 @@
 Two windows run in front of the tensor that is taken. In the near one tensors are mapped and
 checked, and count as this process's memory. In the far one the kernel is told to read their ranges
 into its page cache, which is nobody's memory. Both are bounded, whatever the model's size. From a
-cold disk small tensors one by one take several times as long without the far one.
+cold disk small tensors one by one take several times as long without the far one. Where tensors
+are read directly, into a CPU's memory, the near one has no use.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class ReadAhead(Reader):
         self._taken_bytes += tensor.num_bytes
         if self._is_next(tensor):
             self._take_batch()
+            self._read_bytes -= tensor.num_bytes
         return self._direct.offer(tensor, self)
 
     def settle(self) -> None:

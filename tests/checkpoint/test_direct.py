@@ -2,46 +2,29 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from mixedprec_plugin.checkpoint.ahead import ReadAhead
+from mixedprec_plugin.checkpoint import direct
 from mixedprec_plugin.checkpoint.direct import DirectReads
-from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.reader import read_into
 from mixedprec_plugin.errors import CheckpointError
+from tests.direct import DirectFile, K, N, random_weights
 
 MIB = 1 << 20
-# 12 MiB, three pieces
-N, K = 3072, 1024
 NAN = float("nan")
 
 
-def _weights() -> torch.Tensor:
-    return torch.randn(N, K, generator=torch.Generator().manual_seed(0))
-
-
-class File:
-    """A file that is read directly, and what reads it."""
-
-    def __init__(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, path)
-        # not mappings of the file
-        self.expected = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        self.stored: dict[str, StoredTensor] = read_header(path)
-        self.direct = DirectReads(num_threads=2)
-        self.reader = ReadAhead(self.stored.values(), direct=self.direct)
-
-    def take(self, name: str) -> torch.Tensor:
-        return self.reader.read_to_place(self.stored[name])
-
-
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[File]:
-    made = File(tmp_path / "a.safetensors", {"w": _weights(), "small": torch.ones(3)})
+def file(tmp_path: Path) -> Iterator[DirectFile]:
+    made = DirectFile(tmp_path / "a.safetensors", {"w": random_weights(), "small": torch.ones(3)})
     with made.reader:
         yield made
 
@@ -57,23 +40,25 @@ def _file_pages(path: Path) -> int:
     return total // mmap.PAGESIZE
 
 
-def test_what_is_copied_is_read_into_the_target_and_nowhere_else(file: File) -> None:
+def test_what_is_copied_is_read_into_the_target_and_nowhere_else(file: DirectFile) -> None:
     target = torch.empty(N, K)
     assert file.direct.copy(target, file.take("w"))
     file.direct.settle()
     file.direct.wait()
     assert torch.equal(target, file.expected["w"])
-    assert _file_pages(file.stored["w"].path) == 0
+    assert _file_pages(file.path) == 0
 
 
-def test_small_tensor_is_an_ordinary_one(file: File) -> None:
+def test_small_tensor_is_an_ordinary_one(file: DirectFile) -> None:
     target, source = torch.empty(3), file.take("small")
     assert not file.direct.copy(target, source)
     assert torch.equal(source, file.expected["small"])
 
 
 @pytest.mark.parametrize("start", [0, 1024, 2048])
-def test_rows_of_a_rank_are_read_into_a_part_of_a_fused_target(file: File, start: int) -> None:
+def test_rows_of_a_rank_are_read_into_a_part_of_a_fused_target(
+    file: DirectFile, start: int
+) -> None:
     target = torch.zeros(2048, K)
     assert file.direct.copy(target[1024:], file.take("w")[start : start + 1024])
     file.direct.settle()
@@ -81,37 +66,37 @@ def test_rows_of_a_rank_are_read_into_a_part_of_a_fused_target(file: File, start
     assert torch.equal(target[1024:], file.expected["w"][start : start + 1024])
     assert not target[:1024].any()
     # the page that it shares with its neighbour
-    assert _file_pages(file.stored["w"].path) <= 1
+    assert _file_pages(file.path) <= 1
 
 
-def test_columns_of_a_rank_are_copied_as_ever(file: File) -> None:
+def test_columns_of_a_rank_are_copied_as_ever(file: DirectFile) -> None:
     target, source = torch.empty(N, 512), file.take("w")
     assert not file.direct.copy(target, source[:, 512:])
     target.copy_(source[:, 512:])
     file.direct.settle()
     assert torch.equal(target, file.expected["w"][:, 512:])
-    assert _file_pages(file.stored["w"].path) <= 1
+    assert _file_pages(file.path) <= 1
 
 
-def test_what_must_be_cast_is_copied_as_ever(file: File) -> None:
+def test_what_must_be_cast_is_copied_as_ever(file: DirectFile) -> None:
     assert not file.direct.copy(torch.empty(N, K, dtype=torch.bfloat16), file.take("w"))
 
 
 @pytest.mark.parametrize("spoilt", [0, 1500 * K, N * K - 1])
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
-@pytest.mark.parametrize("num_rows", [N, 1024, 0])
+@pytest.mark.parametrize("rows", [(0, N), (0, 1024), (2048, N), (0, 0)])
 def test_number_that_is_not_finite_is_found_wherever_it_goes(
-    tmp_path: Path, spoilt: int, value: float, num_rows: int
+    tmp_path: Path, spoilt: int, value: float, rows: tuple[int, int]
 ) -> None:
     """Copied whole, in part, or not at all."""
-    weights = _weights()
+    weights = random_weights()
     weights.view(-1)[spoilt] = value
-    file = File(tmp_path / "a.safetensors", {"w": weights})
+    file = DirectFile(tmp_path / "a.safetensors", {"w": weights})
 
     def load() -> None:
-        source = file.take("w")
-        if num_rows:
-            file.direct.copy(torch.empty(num_rows, K), source[:num_rows])
+        source = file.take("w")[slice(*rows)]
+        if len(source):
+            assert file.direct.copy(torch.empty(len(source), K), source)
         file.direct.settle()
         file.direct.wait()
 
@@ -122,34 +107,48 @@ def test_number_that_is_not_finite_is_found_wherever_it_goes(
         load()
 
 
-def test_later_copy_to_the_same_place_wins(tmp_path: Path) -> None:
-    file = File(tmp_path / "a.safetensors", {"first": _weights(), "second": _weights() + 1})
+def test_later_copy_to_the_same_place_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"first": random_weights(), "second": random_weights() + 1}
+    file = DirectFile(tmp_path / "a.safetensors", tensors)
+
+    def read_first_late(
+        piece: npt.NDArray[np.uint8], descriptor: int, stored: StoredTensor, start: int
+    ) -> None:
+        if stored.name == "first":
+            time.sleep(0.2)
+        read_into(piece, descriptor, stored, start)
+
+    monkeypatch.setattr(direct, "read_into", read_first_late)
     target = torch.empty(N, K)
+    # more threads than a tensor has pieces
+    file.direct = DirectReads(num_threads=8)
     with file.reader:
         for name in ("first", "second"):
-            assert file.direct.copy(target, file.take(name))
+            source = file.direct.offer(file.stored[name], file.reader)
+            assert file.direct.copy(target, source)
         file.direct.wait()
     assert torch.equal(target, file.expected["second"])
+    file.direct.close()
 
 
-def test_file_that_is_cut_short_while_it_is_read_raises(file: File) -> None:
+def test_file_that_is_cut_short_while_it_is_read_raises(file: DirectFile) -> None:
     source = file.take("w")
-    os.truncate(file.stored["w"].path, file.stored["w"].start + 5 * MIB)
+    os.truncate(file.path, file.stored["w"].start + 5 * MIB)
     file.direct.copy(torch.empty(N, K), source)
     with pytest.raises(CheckpointError, match="ends inside 'w'"):
         file.direct.wait()
 
 
-def test_what_was_begun_is_dropped_when_the_reader_is_closed(file: File) -> None:
+def test_what_was_begun_is_dropped_when_the_reader_is_closed(file: DirectFile) -> None:
     file.direct.copy(torch.empty(N, K), file.take("w"))
     file.reader.close()
     assert not file.direct.is_writing
-    assert _file_pages(file.stored["w"].path) == 0
+    assert _file_pages(file.path) == 0
 
 
 def test_tensors_without_numbers_that_could_be_wrong_are_read_too(tmp_path: Path) -> None:
     words = torch.randint(-(2**31), 2**31 - 1, (N, K), dtype=torch.int32)
-    file = File(tmp_path / "a.safetensors", {"qweight": words})
+    file = DirectFile(tmp_path / "a.safetensors", {"qweight": words})
     target = torch.empty(N, K, dtype=torch.int32)
     with file.reader:
         assert file.direct.copy(target, file.take("qweight"))

@@ -7,40 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from mixedprec_plugin.checkpoint.ahead import ReadAhead
-from mixedprec_plugin.checkpoint.direct import DirectReads
-from mixedprec_plugin.checkpoint.headers import read_header
 from mixedprec_plugin.serving.recorder import WriteRecorder
-
-N, K = 3072, 1024
-
-
-class File:
-    """A file with a large and a small tensor, and what reads it."""
-
-    def __init__(self, path: Path) -> None:
-        weights = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
-        save_file({"w": weights, "small": torch.ones(3)}, path)
-        self.path = path
-        self.expected = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        self.stored = read_header(path)
-        self.direct = DirectReads(num_threads=2)
-        self.reader = ReadAhead(self.stored.values(), direct=self.direct)
-
-    def take(self, name: str) -> torch.Tensor:
-        return self.reader.read_to_place(self.stored[name])
+from tests.direct import DirectFile, K, N, random_weights
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[File]:
-    made = File(tmp_path / "a.safetensors")
+def file(tmp_path: Path) -> Iterator[DirectFile]:
+    made = DirectFile(tmp_path / "a.safetensors", {"w": random_weights(), "small": torch.ones(3)})
     with made.reader:
         yield made
 
 
-def test_copies_are_counted_where_they_are_read_directly(file: File) -> None:
+def test_copies_are_counted_where_they_are_read_directly(file: DirectFile) -> None:
     target, other = torch.zeros(2 * N, K), torch.zeros(3)
     with WriteRecorder(file.direct) as recorder:
         target[N:].copy_(file.take("w"))
@@ -53,7 +33,7 @@ def test_copies_are_counted_where_they_are_read_directly(file: File) -> None:
     assert counts == [N * K, 3]
 
 
-def test_operation_on_a_parameter_waits_for_its_weights(file: File) -> None:
+def test_operation_on_a_parameter_waits_for_its_weights(file: DirectFile) -> None:
     target = torch.zeros(2 * N, K)
     with WriteRecorder(file.direct):
         target[N:].copy_(file.take("w"))
@@ -66,7 +46,7 @@ def test_operation_on_a_parameter_waits_for_its_weights(file: File) -> None:
     assert bool((target[:N] == 2).all())
 
 
-def test_weights_that_a_loader_changes_are_placed_as_changed(file: File) -> None:
+def test_weights_that_a_loader_changes_are_placed_as_changed(file: DirectFile) -> None:
     target = torch.empty(N, K)
     with WriteRecorder(file.direct):
         source = file.take("w")
