@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks import tensor_parallel
 from benchmarks.engine_logprobs import WINDOW, distributions
 from benchmarks.reference_model import (
     load_reference,
@@ -28,14 +29,7 @@ from benchmarks.rounding import round_as_kernels
 from demo.server import Server
 from tests.gpu.card import flags
 
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time there was a little girl who",
-    "The three primary colors are",
-    "In 1969, the first man",
-    "The largest planet in the solar system is",
-    "Water boils at",
-)
+PROMPTS = tensor_parallel.PROMPTS[:6]
 NUM_TOKENS = 32
 # of the prose that distributions are compared on: two windows
 TEXT_TOKENS = 200
