@@ -93,7 +93,7 @@ ours.
   what each weight loader writes.
 
 From a cold disk the large models load in about the time that stock takes (0.9 to 1.1 of it in
-several runs). From the page cache they take 1.15 to 1.3 times as long where, as on the two cores
+several runs). From the page cache they take 1.15 to 1.35 times as long where, as on the two cores
 of this table, the processor is what bounds both. Weights are read straight into the parameters,
 and every number is looked at on its way: that look is most of the difference. Without it (the one
 check taken out by hand, 9 loads each) the two large models took 1.02 and 1.10 of stock's time. On
