@@ -15,6 +15,8 @@ import mmap
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,9 @@ from mixedprec_plugin.checkpoint.reader import (
     read_into,
     view_mapped,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _PIECE_BYTES = 4 << 20
 # being read, or waiting for a thread
@@ -64,11 +69,10 @@ class DirectReads:
     Args:
         num_threads: that read; as many as torch computes with by default.
     Example:
-        source = direct.offer(stored, reader)
-        if not direct.copy(parameter, source):
-            parameter.copy_(source)
-        direct.settle()
-        direct.wait()
+        with DirectReads() as direct:
+            source = direct.offer(stored, reader)
+            if not direct.copy(parameter, source):
+                parameter.copy_(source)
     """
 
     def __init__(self, num_threads: int | None = None) -> None:
@@ -80,6 +84,23 @@ class DirectReads:
         self._pending: collections.deque[Future[None]] = collections.deque()
         # storage -> addresses that are being written
         self._targets: dict[int, list[Range]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Finish what was begun; after an error, see that nothing more is written."""
+        try:
+            if kind is None:
+                self.settle()
+                self.wait()
+        finally:
+            self.close()
 
     def offer(self, stored: StoredTensor, reader: Reader) -> torch.Tensor:
         """Hand out a tensor that is not read yet.

@@ -87,9 +87,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             settings = _loaded.settings
         self.settings = settings or Settings()
         self._has_opened_new_path = False
-        # on a CPU nothing need lie between a file and a parameter; what is verified is read before
-        is_direct = serving_device() == "cpu" and not self.settings.verify
-        self._direct = DirectReads() if is_direct else None
+        self._direct: DirectReads | None = None
 
     def load_model(
         self, *, model_config: ModelConfig, device_config: DeviceConfig
@@ -127,7 +125,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             )
             check_built(config, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
-            weights = iter(VirtualCheckpoint(plan, stage.runs, _how_to_read(), self._direct))
+            weights = self._open(plan, stage)
             if not model_config.is_draft_model:
                 weights = self._verified(plan, weights)
             self.load_weights_and_postprocess(model, weights, device)
@@ -156,7 +154,15 @@ class MixedPrecisionLoader(DefaultModelLoader):
         folder = self._folder(path, source.revision)
         plan = self._plan(folder, source.model_config, served.preset).check()
         _check_same_schemes(served, plan)
-        return iter(VirtualCheckpoint(plan, loaded.stage.runs, _how_to_read(), self._direct))
+        return self._open(plan, loaded.stage)
+
+    def _open(self, plan: Plan, stage: Stage) -> Weights:
+        """The virtual checkpoint, of which one stream is read at a time."""
+        # on a CPU nothing need lie between a file and a parameter; what is verified is read before
+        is_direct = serving_device() == "cpu" and not self.settings.verify
+        # its own for each stream: SGLang rolls a failed update back beside what is left of it
+        self._direct = DirectReads() if is_direct else None
+        return iter(VirtualCheckpoint(plan, stage.runs, _how_to_read(), self._direct))
 
     def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device

@@ -58,7 +58,7 @@ def load_weights(
     # the class's own: the model's is closed to others, see `close_to_unquantized`
     load = functools.partial(type(model).load_weights, model)  # type: ignore[attr-defined]
     rest: list[str] = []
-    with recorder:
+    with direct or contextlib.nullcontext(), recorder:
         load(_place(model, config, weights, recorder, rest))
         _absorb(model, config)
     problems = _dropped(model, config, rest, recorder)

@@ -107,28 +107,56 @@ def test_number_that_is_not_finite_is_found_wherever_it_goes(
         load()
 
 
-def test_later_copy_to_the_same_place_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {"first": random_weights(), "second": random_weights() + 1}
-    file = DirectFile(tmp_path / "a.safetensors", tensors)
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of tensors named `slow` or `w` are read late."""
 
-    def read_first_late(
+    def read(
         piece: npt.NDArray[np.uint8], descriptor: int, stored: StoredTensor, start: int
     ) -> None:
-        if stored.name == "first":
+        if stored.name in ("slow", "w"):
             time.sleep(0.2)
         read_into(piece, descriptor, stored, start)
 
-    monkeypatch.setattr(direct, "read_into", read_first_late)
+    monkeypatch.setattr(direct, "read_into", read)
+
+
+@pytest.mark.usefixtures("slowly")
+def test_later_copy_to_the_same_place_wins(tmp_path: Path) -> None:
+    tensors = {"slow": random_weights(), "second": random_weights() + 1}
+    file = DirectFile(tmp_path / "a.safetensors", tensors)
     target = torch.empty(N, K)
     # more threads than a tensor has pieces
-    file.direct = DirectReads(num_threads=8)
-    with file.reader:
-        for name in ("first", "second"):
-            source = file.direct.offer(file.stored[name], file.reader)
-            assert file.direct.copy(target, source)
-        file.direct.wait()
+    with file.reader, DirectReads(num_threads=8) as reads:
+        for name in ("slow", "second"):
+            assert reads.copy(target, reads.offer(file.stored[name], file.reader))
     assert torch.equal(target, file.expected["second"])
-    file.direct.close()
+
+
+@pytest.mark.usefixtures("slowly")
+def test_leaving_waits_for_what_was_begun(file: DirectFile) -> None:
+    target = torch.empty(N, K)
+    with file.direct:
+        file.direct.copy(target, file.take("w"))
+    assert torch.equal(target, file.expected["w"])
+
+
+@pytest.mark.usefixtures("slowly")
+def test_nothing_is_written_after_an_error(file: DirectFile) -> None:
+    target = torch.zeros(N, K)
+
+    def fail() -> None:
+        with file.direct:
+            file.direct.copy(target, file.take("w"))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    left = target.clone()
+    time.sleep(0.5)
+    assert torch.equal(target, left)
+    # two threads had begun with a piece each, and there are three
+    assert not target[-1].any()
 
 
 def test_file_that_is_cut_short_while_it_is_read_raises(file: DirectFile) -> None:
