@@ -11,7 +11,7 @@ from mixedprec_plugin.checkpoint.ahead import ReadAhead
 from mixedprec_plugin.checkpoint.direct import DirectReads
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 
-# 12 MiB of float32, three pieces
+# 12 MiB of float32, pieces of 1 MiB
 N, K = 3072, 1024
 
 

@@ -2,9 +2,12 @@
 
 A tensor that goes into the model as it is stored need not be in memory before. What is handed out
 for it is a mapping of its range of the file that nobody has touched. Where a weight loader copies
-it, or a contiguous part of it, threads read that range into the parameter instead, piece by piece,
-and look for numbers that are not finite while a piece is in a core's cache. To everything else the
-mapping is a tensor like any other.
+it, or a contiguous part of it, that range is read into the parameter instead, piece by piece, and
+each piece is looked at for numbers that are not finite. To everything else the mapping is a tensor
+like any other.
+
+Threads read while the weight loaders go on; once these have to wait, the thread that waits reads,
+too. Pieces are large, since to hand the interpreter from thread to thread has its price.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +26,9 @@ import numpy.typing as npt
 import torch
 
 from mixedprec_plugin.checkpoint.finite import check_finite, is_finite
+from mixedprec_plugin.checkpoint.fresh_pages import FreshPages, whole_pages
 from mixedprec_plugin.checkpoint.headers import StoredTensor
-from mixedprec_plugin.checkpoint.pages import bring_in
+from mixedprec_plugin.checkpoint.pages import bring_in, let_go
 from mixedprec_plugin.checkpoint.reader import (
     Reader,
     map_file,
@@ -36,12 +40,32 @@ from mixedprec_plugin.checkpoint.reader import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_PIECE_BYTES = 4 << 20
-# being read, or waiting for a thread
-_MAX_PIECES = 16
+# of files' pages that are being copied, at most, and as a share of the model
+_BUDGET_BYTES = 64 << 20
+_BUDGET_SHARE = 64
+_MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 1 << 20, 8 << 20
+# begun by nobody yet; it bounds how far the weight loaders, and the hints to the kernel, get ahead
+_MAX_QUEUED = 32
+# of a file, as which the kernel may bring pages in
+_LARGE_FOLIO_BYTES = 2 << 20
 
 Bytes = npt.NDArray[np.uint8]
 Range = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file that is read from.
+
+    Attributes:
+        descriptor: of the file.
+        private: a mapping of it, of which tensors are handed out; they may be written to.
+        pages: another one, whose pages come and go as they are copied.
+    """
+
+    descriptor: int
+    private: mmap.mmap
+    pages: Bytes
 
 
 @dataclasses.dataclass
@@ -50,24 +74,39 @@ class _Offer:
 
     Attributes:
         stored: where it lies.
-        descriptor: of its file.
-        mapped: the whole file.
-        value: the tensor in there.
+        file: there.
+        value: the tensor in its private mapping.
         num_taken: its first bytes, which are read into parameters.
     """
 
     stored: StoredTensor
-    descriptor: int
-    mapped: mmap.mmap
+    file: _File
     value: torch.Tensor
     num_taken: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What is read at once.
+
+    Attributes:
+        offer: the tensor that it is of.
+        data: where it goes.
+        start: its first byte of the tensor's.
+    """
+
+    offer: _Offer
+    data: Bytes
+    start: int
 
 
 class DirectReads:
     """Reads into parameters while the weight loaders go on.
 
     Args:
-        num_threads: that read; as many as torch computes with by default.
+        num_bytes: of the model; pieces of a small one are small.
+        num_threads: that read, with the one that waits for them; as many as torch computes with by
+            default.
     Example:
         with DirectReads() as direct:
             source = direct.offer(stored, reader)
@@ -75,13 +114,18 @@ class DirectReads:
                 parameter.copy_(source)
     """
 
-    def __init__(self, num_threads: int | None = None) -> None:
-        self._num_threads = num_threads or torch.get_num_threads()
-        self._threads: ThreadPoolExecutor | None = None
-        self._files: dict[Path, mmap.mmap] = {}
+    def __init__(self, num_bytes: int = 0, num_threads: int | None = None) -> None:
+        self._num_helpers = max(1, (num_threads or torch.get_num_threads()) - 1)
+        budget = min(_BUDGET_BYTES, num_bytes // _BUDGET_SHARE)
+        share = budget // (self._num_helpers + 1)
+        self._piece_bytes = min(max(share, _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
+        self._helpers: ThreadPoolExecutor | None = None
+        self._fresh: FreshPages | None = None
+        self._files: dict[Path, _File] = {}
         # storage -> what lies there
         self._offers: dict[int, _Offer] = {}
-        self._pending: collections.deque[Future[None]] = collections.deque()
+        self._queue: collections.deque[_Piece] = collections.deque()
+        self._running: list[Future[None]] = []
         # storage -> addresses that are being written
         self._targets: dict[int, list[Range]] = {}
 
@@ -110,12 +154,11 @@ class DirectReads:
         Raises:
             CheckpointError: the file cannot be opened, or ends early.
         """
-        descriptor = reader.descriptor(stored.path)
         if stored.path not in self._files:
-            self._files[stored.path] = map_file(descriptor, stored, is_whole=True)
-        mapped = self._files[stored.path]
-        value = view_mapped(mapped, stored)
-        self._offers[storage_id(value)] = _Offer(stored, descriptor, mapped, value)
+            self._files[stored.path] = _open_file(reader.descriptor(stored.path), stored)
+        file = self._files[stored.path]
+        value = view_mapped(file.private, stored)
+        self._offers[storage_id(value)] = _Offer(stored, file, value)
         return value
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> bool:
@@ -130,8 +173,9 @@ class DirectReads:
         self.wait_for((target,))
         first = source.data_ptr() - offer.value.data_ptr()
         data = _bytes(target.detach())
-        for start in range(0, data.size, _PIECE_BYTES):
-            self._submit(offer, data[start : start + _PIECE_BYTES], first + start)
+        for start, end in _cut(data.ctypes.data, data.size, self._piece_bytes):
+            self._queue.append(_Piece(offer, data[start:end], first + start))
+        self._go_on()
         if first <= offer.num_taken:
             offer.num_taken = max(offer.num_taken, first + data.size)
         self._targets.setdefault(storage_id(target), []).append(_addresses(target))
@@ -168,8 +212,9 @@ class DirectReads:
         Raises:
             CheckpointError: a file could not be read, or holds numbers that are not finite.
         """
-        while self._pending:
-            self._pending.popleft().result()
+        self._read_queued()
+        while self._running:
+            self._running.pop().result()
         self._targets.clear()
 
     def settle(self) -> None:
@@ -185,24 +230,48 @@ class DirectReads:
                 # pages of the mapping would count as ours until the file is closed
                 first = -(-offer.stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
                 length = offer.stored.start + offer.stored.num_bytes - first
-                offer.mapped.madvise(mmap.MADV_DONTNEED, first, length)
+                offer.file.private.madvise(mmap.MADV_DONTNEED, first, length)
 
     def close(self) -> None:
         """Read no further, and forget what was handed out."""
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
-            self._threads = None
+        self._queue.clear()
+        if self._helpers is not None:
+            self._helpers.shutdown()
+            self._helpers = None
+        if self._fresh is not None:
+            self._fresh.close()
+            self._fresh = None
+        self._running.clear()
         self._files.clear()
         self._offers.clear()
-        self._pending.clear()
         self._targets.clear()
 
-    def _submit(self, offer: _Offer, piece: Bytes, start: int) -> None:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._num_threads, "mixedprec-direct")
-        if len(self._pending) >= _MAX_PIECES:
-            self._pending.popleft().result()
-        self._pending.append(self._threads.submit(_read, offer, piece, start))
+    def _go_on(self) -> None:
+        """Keep the helpers busy, and help them where they fall behind."""
+        if self._helpers is None:
+            self._helpers = ThreadPoolExecutor(self._num_helpers, "mixedprec-direct")
+            self._fresh = FreshPages.open()
+        for future in [future for future in self._running if future.done()]:
+            self._running.remove(future)
+            future.result()
+        while len(self._running) < min(self._num_helpers, len(self._queue)):
+            self._running.append(self._helpers.submit(self._read_queued))
+        self._read_queued(_MAX_QUEUED)
+
+    def _read_queued(self, num_left: int = 0) -> None:
+        """Read until the queue is no longer than that."""
+        while len(self._queue) > num_left:
+            try:
+                piece = self._queue.popleft()
+            except IndexError:
+                # another thread was faster
+                return
+            try:
+                _read(piece, self._fresh)
+            except BaseException:
+                # the load has failed
+                self._queue.clear()
+                raise
 
     def _is_written(self, tensor: torch.Tensor) -> bool:
         ranges = self._targets.get(storage_id(tensor))
@@ -217,11 +286,68 @@ def storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _read(offer: _Offer, piece: Bytes, start: int) -> None:
-    with raising_unread(offer.stored):
-        bring_in(piece.ctypes.data, piece.size, to_write=True)
-    read_into(piece, offer.descriptor, offer.stored, start)
-    _check(offer, piece)
+def _open_file(descriptor: int, stored: StoredTensor) -> _File:
+    private = map_file(descriptor, stored, is_whole=True)
+    with raising_unread(stored):
+        shared = mmap.mmap(descriptor, len(private), access=mmap.ACCESS_READ)
+    return _File(descriptor, private, np.frombuffer(shared, dtype=np.uint8))
+
+
+def _cut(address: int, num_bytes: int, piece_bytes: int) -> Iterator[Range]:
+    """Split a range where pages end; [start, end), relative to its address."""
+    start = 0
+    while start < num_bytes:
+        end = start + piece_bytes
+        end -= (address + end) % mmap.PAGESIZE
+        yield start, min(end, num_bytes)
+        start = end
+
+
+def _read(piece: _Piece, fresh: FreshPages | None) -> None:
+    offer, data = piece.offer, piece.data
+    if fresh is None or not _fill(piece, fresh):
+        with raising_unread(offer.stored):
+            bring_in(data.ctypes.data, data.size, to_write=True)
+        _read_part(piece, 0, data.size)
+    _check(offer, data)
+
+
+def _fill(piece: _Piece, fresh: FreshPages) -> bool:
+    """Copy what is whole pages of the target from the page cache, and read the ends."""
+    offer, data = piece.offer, piece.data
+    target = data.ctypes.data
+    start, end = whole_pages(target, data.size)
+    position = offer.stored.start + piece.start
+    source = offer.file.pages.ctypes.data + position
+    if position + data.size > offer.file.pages.size or start == end:
+        return False
+    try:
+        bring_in(source + start, end - start)
+        is_filled = fresh.fill(target + start, source + start, end - start)
+    except OSError:
+        # reading will tell why
+        return False
+    finally:
+        _let_go(offer.file.pages, position, data.size)
+    if is_filled:
+        _read_part(piece, 0, start)
+        _read_part(piece, end, data.size)
+    return is_filled
+
+
+def _read_part(piece: _Piece, start: int, end: int) -> None:
+    if start < end:
+        offer = piece.offer
+        part = piece.data[start:end]
+        read_into(part, offer.file.descriptor, offer.stored, piece.start + start)
+
+
+def _let_go(pages: Bytes, start: int, num_bytes: int) -> None:
+    """Unmap a range, with what the kernel may have brought in around it."""
+    first = start - start % _LARGE_FOLIO_BYTES
+    end = start + num_bytes
+    last = min(pages.size, end + -end % _LARGE_FOLIO_BYTES)
+    let_go(pages.ctypes.data + first, last - first)
 
 
 def _check_rest(offer: _Offer) -> None:

@@ -1,4 +1,4 @@
-"""Asking the kernel for the pages of a range of memory at once, and not one by one as touched."""
+"""Pages of a range of memory, brought in at once and not one by one as touched, and let go."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ def bring_in(address: int, num_bytes: int, *, to_write: bool = False) -> None:
         # older kernels do not know it; pages come in as they are touched
         if number != errno.EINVAL:
             raise OSError(number, os.strerror(number))
+
+
+def let_go(address: int, num_bytes: int) -> None:
+    """Have a mapping of a file give its pages back to the page cache; what was written is lost.
+
+    Args:
+        address: the start of a page.
+        num_bytes: of the range; its last page counts as a whole.
+    Raises:
+        OSError: the range is not mapped.
+    """
+    if _libc().madvise(address, num_bytes, mmap.MADV_DONTNEED):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 @functools.cache

@@ -161,7 +161,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         # on a CPU nothing need lie between a file and a parameter; what is verified is read before
         is_direct = serving_device() == "cpu" and not self.settings.verify
         # its own for each stream: SGLang rolls a failed update back beside what is left of it
-        self._direct = DirectReads() if is_direct else None
+        self._direct = DirectReads(plan.bytes_after) if is_direct else None
         return iter(VirtualCheckpoint(plan, stage.runs, _how_to_read(), self._direct))
 
     def load_weights_and_postprocess(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -182,7 +182,7 @@ def _place_tensor(
         parameter.data.copy_(tensor)
     elif layer.shard is None:
         loader(parameter, tensor)
-    elif "loaded_shard_id" in inspect.signature(loader).parameters:
+    elif _takes_shards(getattr(loader, "__func__", loader)):
         loader(parameter, tensor, layer.shard)
     else:
         raise LoadError(
@@ -193,6 +193,11 @@ def _place_tensor(
                 rule="fused-module",
             )
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _takes_shards(loader: Callable[..., Any]) -> bool:
+    return "loaded_shard_id" in inspect.signature(loader).parameters
 
 
 def _lay_end_to_end(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from mixedprec_plugin.checkpoint.direct import DirectReads, storage_id
+
+# to copy less takes one thread no time
+_SMALL_BYTES = 1 << 20
 
 
 class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -62,12 +67,16 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         direct = self._direct
         if direct is None or func.is_view:
             return func(*args, **kwargs)
-        if func is torch.ops.aten.copy_.default and direct.copy(args[0], args[1]):
+        is_copy = func is torch.ops.aten.copy_.default
+        if is_copy and direct.copy(args[0], args[1]):
             return args[0]
         if direct.is_writing:
             direct.wait_for(tree_leaves((args, kwargs)))
         if _is_mutable(func) and args and isinstance(args[0], torch.Tensor):
             direct.withdraw(args[0])
+        if is_copy and args[0].nbytes < _SMALL_BYTES:
+            with _one_thread():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _count(self, args: tuple[Any, ...]) -> None:
@@ -76,6 +85,17 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for source in args[1:]:
             if isinstance(source, torch.Tensor) and storage_id(source) in self._names:
                 self.arrived.add(self._names[storage_id(source)])
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """OpenMP's other threads would spin afterwards, in wait for more, where files are read."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @functools.cache
