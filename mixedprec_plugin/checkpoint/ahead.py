@@ -135,12 +135,8 @@ class ReadAhead(Reader):
         return self._batches[index], self._pending.pop(index, None)
 
     def _look_ahead(self) -> None:
-        far = self._taken_bytes + _PAGE_CACHE_BYTES
-        while self._next_hint < len(self._batches) and self._hinted_bytes < far:
-            batch = self._batches[self._next_hint]
-            self._threads.submit(self._hint, batch)
-            self._next_hint += 1
-            self._hinted_bytes += _num_bytes(batch)
+        if self._hinted_bytes - self._taken_bytes < _PAGE_CACHE_BYTES // 2:
+            self._hint_on()
         while self._next_read < len(self._batches) and not self._is_lean:
             batch = self._batches[self._next_read]
             if self._read_bytes and self._read_bytes + _num_bytes(batch) > self._budget:
@@ -150,6 +146,15 @@ class ReadAhead(Reader):
             self._next_read += 1
             self._read_bytes += _num_bytes(batch)
 
+    def _hint_on(self) -> None:
+        first = self._next_hint
+        far = self._taken_bytes + _PAGE_CACHE_BYTES
+        while self._next_hint < len(self._batches) and self._hinted_bytes < far:
+            self._hinted_bytes += _num_bytes(self._batches[self._next_hint])
+            self._next_hint += 1
+        if first < self._next_hint:
+            self._threads.submit(self._hint, self._batches[first : self._next_hint])
+
     def _read_batch(self, batch: Batch) -> Tensors:
         if len(batch) == 1:
             return [super().read_finite(batch[0])]
@@ -157,9 +162,11 @@ class ReadAhead(Reader):
         # what is wrong with one is said of it, and when it is taken
         return [None] * len(batch) if values is None else list(values)
 
-    def _hint(self, batch: Batch) -> None:
+    def _hint(self, batches: Sequence[Batch]) -> None:
         """Have the kernel start reading."""
-        if hasattr(os, "posix_fadvise"):
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for batch in batches:
             descriptor = self.descriptor(batch[0].path)
             for start, end in ranges(batch):
                 os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)

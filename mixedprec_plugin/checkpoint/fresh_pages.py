@@ -82,9 +82,19 @@ class FreshPages:
             descriptor = _open()
         if descriptor is None:
             return False
+        pages = struct.pack("QQ", target, num_bytes)
         try:
-            return _fill(descriptor, target, source, num_bytes)
+            return _fill(descriptor, pages, source)
         finally:
+            self._release(descriptor, pages)
+
+    def _release(self, descriptor: int, pages: bytes) -> None:
+        try:
+            fcntl.ioctl(descriptor, _UFFDIO_UNREGISTER, bytearray(pages))
+        except OSError:
+            # closing gives all of its pages free
+            os.close(descriptor)
+        else:
             self._idle.append(descriptor)
 
 
@@ -104,20 +114,15 @@ def _open() -> int | None:
     return descriptor
 
 
-def _fill(descriptor: int, target: int, source: int, num_bytes: int) -> bool:
-    pages = struct.pack("QQ", target, num_bytes)
-    register = bytearray(struct.pack("16sQQ", pages, _MISSING, 0))
+def _fill(descriptor: int, pages: bytes, source: int) -> bool:
+    target, num_bytes = struct.unpack("QQ", pages)
+    register = bytearray(struct.pack("QQQQ", target, num_bytes, _MISSING, 0))
     copy = bytearray(struct.pack("QQQQq", target, source, num_bytes, 0, 0))
     try:
         fcntl.ioctl(descriptor, _UFFDIO_REGISTER, register)
-    except OSError:
-        return False
-    try:
         fcntl.ioctl(descriptor, _UFFDIO_COPY, copy)
     except OSError:
         return False
-    finally:
-        fcntl.ioctl(descriptor, _UFFDIO_UNREGISTER, bytearray(pages))
     return True
 
 

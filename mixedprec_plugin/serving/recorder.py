@@ -50,6 +50,9 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func.is_view:
+            # of memory that is followed, or not, already
+            return func(*args, **(kwargs or {}))
         result = self._run(func, args, kwargs or {})
         if _is_mutable(func):
             if args and isinstance(args[0], torch.Tensor):
@@ -65,13 +68,13 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         direct = self._direct
-        if direct is None or func.is_view:
+        if direct is None:
             return func(*args, **kwargs)
         is_copy = func is torch.ops.aten.copy_.default
         if is_copy and direct.copy(args[0], args[1]):
             return args[0]
         if direct.is_writing:
-            direct.wait_for(tree_leaves((args, kwargs)))
+            direct.wait_for(args if is_copy else tree_leaves((args, kwargs)))
         if _is_mutable(func) and args and isinstance(args[0], torch.Tensor):
             direct.withdraw(args[0])
         if is_copy and args[0].nbytes < _SMALL_BYTES:

@@ -6,20 +6,29 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from mixedprec_plugin.checkpoint import direct
 from mixedprec_plugin.checkpoint.direct import DirectReads
-from mixedprec_plugin.checkpoint.headers import StoredTensor
-from mixedprec_plugin.checkpoint.reader import read_into
+from mixedprec_plugin.checkpoint.fresh_pages import FreshPages
 from mixedprec_plugin.errors import CheckpointError
 from tests.direct import DirectFile, K, N, random_weights
 
 MIB = 1 << 20
 NAN = float("nan")
+
+
+@pytest.fixture(params=["fresh", "plain"], autouse=True)
+def pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test, with and without pages that are copies from the start."""
+    if request.param == "plain":
+        monkeypatch.setattr(FreshPages, "open", lambda: None)
+        return
+    opened = FreshPages.open()
+    if opened is None:
+        pytest.skip("this system has no userfaultfd for us, or brings memory in in huge pages")
+    opened.close()
 
 
 @pytest.fixture
@@ -53,6 +62,42 @@ def test_small_tensor_is_an_ordinary_one(file: DirectFile) -> None:
     target, source = torch.empty(3), file.take("small")
     assert not file.direct.copy(target, source)
     assert torch.equal(source, file.expected["small"])
+
+
+def test_target_that_was_written_to_before_is_overwritten(file: DirectFile) -> None:
+    target = torch.full((N, K), 7.0)
+    assert file.direct.copy(target, file.take("w"))
+    file.direct.settle()
+    file.direct.wait()
+    assert torch.equal(target, file.expected["w"])
+
+
+def test_many_pieces_are_read_by_whoever_is_there(tmp_path: Path) -> None:
+    """More of them than are queued at once, by one thread and by many."""
+    tensors = {f"w{i}": random_weights() + i for i in range(6)}
+    file = DirectFile(tmp_path / "a.safetensors", tensors)
+    for num_threads in (1, 2, 5):
+        targets = {name: torch.empty(N, K) for name in tensors}
+        with DirectReads(num_threads=num_threads) as reads:
+            for name, target in targets.items():
+                assert reads.copy(target, reads.offer(file.stored[name], file.reader))
+        for name, target in targets.items():
+            assert torch.equal(target, file.expected[name])
+    file.reader.close()
+
+
+def test_change_of_a_neighbour_is_not_lost(tmp_path: Path) -> None:
+    tensors = {f"w{i}": random_weights()[:512] + i for i in range(3)}
+    file = DirectFile(tmp_path / "a.safetensors", tensors)
+    with file.reader:
+        changed = file.take("w1")
+        file.direct.withdraw(changed)
+        changed.add_(1)
+        for name in ("w0", "w2"):
+            assert file.direct.copy(torch.empty(512, K), file.take(name))
+        file.direct.settle()
+        file.direct.wait()
+        assert torch.equal(changed, file.expected["w1"] + 1)
 
 
 @pytest.mark.parametrize("start", [0, 1024, 2048])
@@ -110,15 +155,14 @@ def test_number_that_is_not_finite_is_found_wherever_it_goes(
 @pytest.fixture
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of tensors named `slow` or `w` are read late."""
+    read = direct._read
 
-    def read(
-        piece: npt.NDArray[np.uint8], descriptor: int, stored: StoredTensor, start: int
-    ) -> None:
-        if stored.name in ("slow", "w"):
-            time.sleep(0.2)
-        read_into(piece, descriptor, stored, start)
+    def read_late(piece: direct._Piece, fresh: FreshPages | None) -> None:
+        if piece.offer.stored.name in ("slow", "w"):
+            time.sleep(0.05)
+        read(piece, fresh)
 
-    monkeypatch.setattr(direct, "read_into", read)
+    monkeypatch.setattr(direct, "_read", read_late)
 
 
 @pytest.mark.usefixtures("slowly")
@@ -155,7 +199,7 @@ def test_nothing_is_written_after_an_error(file: DirectFile) -> None:
     left = target.clone()
     time.sleep(0.5)
     assert torch.equal(target, left)
-    # two threads had begun with a piece each, and there are three
+    # one thread had begun with one piece or two, and there are twelve
     assert not target[-1].any()
 
 

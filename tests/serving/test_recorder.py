@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixedprec_plugin.serving.recorder import WriteRecorder
 from tests.direct import DirectFile, K, N, random_weights
@@ -58,3 +60,34 @@ def test_weights_that_a_loader_changes_are_placed_as_changed(file: DirectFile) -
     file.direct.wait()
     assert torch.equal(target, expected)
     assert torch.equal(load_file(file.path)["w"], file.expected["w"])
+
+
+class _Threads(TorchDispatchMode):
+    """With how many threads torch copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.seen.append(torch.get_num_threads())
+        return func(*args, **(kwargs or {}))
+
+
+def test_small_copies_leave_the_cores_to_those_who_read(file: DirectFile) -> None:
+    """A thread of OpenMP's that has nothing to do keeps its core busy for a while."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with _Threads() as threads, WriteRecorder(file.direct):
+            torch.zeros(3).copy_(file.take("small"))
+            # columns are not read directly
+            torch.zeros(N, 512).copy_(file.take("w")[:, 512:])
+            torch.zeros(3).copy_(torch.ones(3))
+        assert threads.seen == [1, 3, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(num_threads)
