@@ -27,11 +27,13 @@ class Case:
         name: for the page.
         make: folder -> a checkpoint in several parts there.
         rules: the preset's, which take layers from the model and from the source `other`.
+        is_large: whether its bytes take the time, and not what comes before them.
     """
 
     name: str
     make: Callable[[Path], None]
     rules: str
+    is_large: bool = False
 
 
 _DENSE_RULES = """\
@@ -164,8 +166,8 @@ def _fp8(folder: Path) -> None:
 _FP8_RULES = _DENSE_RULES.replace("bf16", "fp8_channel")
 
 CASES = (
-    Case("random Llama of 1.1 G weights", _random(_LLAMA), _DENSE_RULES),
-    Case("the same in FP8, a scale a channel", _fp8, _FP8_RULES),
+    Case("random Llama of 1.1 G weights", _random(_LLAMA), _DENSE_RULES, is_large=True),
+    Case("the same in FP8, a scale a channel", _fp8, _FP8_RULES, is_large=True),
     Case("SmolLM2-135M-Instruct, widened", _real, _DENSE_RULES),
     Case("random Qwen3-MoE, 4 layers of 128 tiny experts", _random(_QWEN3_MOE), _EXPERTS_RULES),
 )

@@ -92,15 +92,18 @@ ours.
 - *CPU seconds*: of all threads. Ours also looks for weights that are NaN or infinite, and counts
   what each weight loader writes.
 
-From a cold disk the large models load in about the time that stock takes (0.9 to 1.1 of it in
-several runs). From the page cache they take 1.15 to 1.35 times as long where, as on the two cores
-of this table, the processor is what bounds both. Weights are read straight into the parameters,
-and every number is looked at on its way: that look is most of the difference. Without it (the one
-check taken out by hand, 9 loads each) the two large models took 1.02 and 1.10 of stock's time. On
-one of these cores a GiB takes 0.45 s to be written to fresh memory page by page, as stock does;
-0.25 s to have the kernel bring in fresh pages at once and 0.18 s to read the file into them, as
-ours does; and 0.06 s to be looked at. A small model shows the plan, and one of very many tiny
-tensors what a tensor costs beside its bytes, 0.1 ms.
+The two large models take no longer than stock takes, cold and warm (0.9 to 1.0 of it from the page
+cache in several runs, 0.8 to 1.1 from the disk), though every weight is looked at. Weights are read
+straight into the parameters by threads, and by the main one too as soon as it would wait. On one of
+the two cores of this table a GiB takes 0.45 to 0.5 s to be written to fresh memory page by page, as
+stock does; 0.40 s if the kernel brings in fresh pages at once and reads the file into them; 0.27 s
+if it hands out pages that are copies of the page cache's from the start (userfaultfd, which ours
+uses where the system lets it); and 0.06 s to be looked at. Without userfaultfd, as in most
+containers, both models took 0.98 of stock's time (9 loads each).
+
+A small model shows what is there before a byte is read: the plan, and the count of what each weight
+loader writes, 0.08 s for SmolLM2. One of very many tiny tensors shows what a tensor costs beside
+its bytes, 0.1 ms, of which stock has the half.
 
 {tables}
 """

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 _BUDGET_BYTES = 64 << 20
 _BUDGET_SHARE = 64
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 1 << 20, 8 << 20
+# for less, it takes longer to prepare pages that are copies from the start than it saves
+_MIN_FILLED_BYTES = 4 << 20
 # begun by nobody yet; it bounds how far the weight loaders, and the hints to the kernel, get ahead
 _MAX_QUEUED = 32
 # of a file, as which the kernel may bring pages in
@@ -319,7 +321,7 @@ def _fill(piece: _Piece, fresh: FreshPages) -> bool:
     start, end = whole_pages(target, data.size)
     position = offer.stored.start + piece.start
     source = offer.file.pages.ctypes.data + position
-    if position + data.size > offer.file.pages.size or start == end:
+    if position + data.size > offer.file.pages.size or end - start < _MIN_FILLED_BYTES:
         return False
     try:
         bring_in(source + start, end - start)

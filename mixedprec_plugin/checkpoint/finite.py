@@ -62,15 +62,15 @@ def is_finite(data: npt.NDArray[np.uint8], dtype: torch.dtype) -> bool:
     """
     if dtype not in _FIRST_BITS:
         return True
+    step = _PIECE_BYTES
+    return all(_is_finite(data[i : i + step], dtype) for i in range(0, data.size, step))
+
+
+def _is_finite(data: npt.NDArray[np.uint8], dtype: torch.dtype) -> bool:
     integer, first = _FIRST_BITS[dtype]
     signed: npt.NDArray[Any] = data.view(integer)
     unsigned = data.view(np.dtype(integer).str.replace("i", "u"))
     sign = 1 << (8 * dtype.itemsize - 1)
     if dtype.itemsize > 1 and not int(np.bitwise_or.reduce(unsigned)) & (sign >> 1):
         return True
-    step = _PIECE_BYTES // dtype.itemsize
-    return all(
-        int(signed[start : start + step].max()) < first
-        and int(unsigned[start : start + step].max()) < sign + first
-        for start in range(0, signed.size, step)
-    )
+    return int(signed.max()) < first and int(unsigned.max()) < sign + first

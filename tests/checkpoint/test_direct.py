@@ -29,6 +29,7 @@ def pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if opened is None:
         pytest.skip("this system has no userfaultfd for us, or brings memory in in huge pages")
     opened.close()
+    monkeypatch.setattr(direct, "_MIN_FILLED_BYTES", 1)
 
 
 @pytest.fixture
