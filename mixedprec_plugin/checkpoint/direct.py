@@ -45,7 +45,7 @@ _BUDGET_BYTES = 64 << 20
 _BUDGET_SHARE = 64
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 1 << 20, 8 << 20
 # for less, it takes longer to prepare pages that are copies from the start than it saves
-_MIN_FILLED_BYTES = 4 << 20
+_MIN_FILLED_BYTES = 3 << 20
 # begun by nobody yet; it bounds how far the weight loaders, and the hints to the kernel, get ahead
 _MAX_QUEUED = 32
 # of a file, as which the kernel may bring pages in
@@ -295,13 +295,16 @@ def _open_file(descriptor: int, stored: StoredTensor) -> _File:
     return _File(descriptor, private, np.frombuffer(shared, dtype=np.uint8))
 
 
-def _cut(address: int, num_bytes: int, piece_bytes: int) -> Iterator[Range]:
-    """Split a range where pages end; [start, end), relative to its address."""
+def _cut(address: int, num_bytes: int, max_bytes: int) -> Iterator[Range]:
+    """Split a range evenly, where pages end; [start, end), relative to its address."""
+    num_pieces = -(-num_bytes // max_bytes)
     start = 0
-    while start < num_bytes:
-        end = start + piece_bytes
-        end -= (address + end) % mmap.PAGESIZE
-        yield start, min(end, num_bytes)
+    for index in range(1, num_pieces + 1):
+        end = num_bytes
+        if index < num_pieces:
+            end = num_bytes * index // num_pieces
+            end -= (address + end) % mmap.PAGESIZE
+        yield start, end
         start = end
 
 
