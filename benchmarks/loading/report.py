@@ -92,14 +92,15 @@ ours.
 - *CPU seconds*: of all threads. Ours also looks for weights that are NaN or infinite, and counts
   what each weight loader writes.
 
-The two large models take no longer than stock takes: from the page cache 0.75 to 0.95 (bf16) and
-0.91 to 1.03 (FP8) of it in several runs, from the disk 0.8 to 0.9, though every weight is looked
-at. Weights are read straight into the parameters by threads, and by the main one too as soon as it
+The two large models take what stock takes or less: from the page cache 0.75 to 0.95 of it (bf16)
+and 0.91 to 1.03 (FP8) in several runs, from the disk 0.8 to 0.9, though every weight is looked at.
+Weights are read straight into the parameters by threads, and by the main one too as soon as it
 would wait. On one of the two cores of this table a GiB takes 0.45 to 0.5 s to be written to fresh
 memory page by page, as stock does; 0.40 s if the kernel brings in fresh pages at once and reads the
 file into them; 0.27 s if it hands out pages that are copies of the page cache's from the start
 (userfaultfd, for pieces of 3 MiB and more, where the system lets us); and 0.06 s to be looked at,
-FP8 0.1 s. Without userfaultfd, as in most containers, both took 0.98 of stock's time (9 loads each).
+FP8 0.1 s. Without userfaultfd, as in most containers, both took 0.98 of stock's time (9 loads
+each).
 
 A small model shows from the page cache what is there before a byte is read, 0.06 s for SmolLM2: the
 plan, and the count of what each weight loader writes. One of very many tiny tensors shows what a
