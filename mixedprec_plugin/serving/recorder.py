@@ -50,9 +50,6 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func.is_view:
-            # of memory that is followed, or not, already
-            return func(*args, **(kwargs or {}))
         result = self._run(func, args, kwargs or {})
         if _is_mutable(func):
             if args and isinstance(args[0], torch.Tensor):
@@ -68,7 +65,7 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         direct = self._direct
-        if direct is None:
+        if direct is None or func.is_view:
             return func(*args, **kwargs)
         is_copy = func is torch.ops.aten.copy_.default
         if is_copy and direct.copy(args[0], args[1]):
