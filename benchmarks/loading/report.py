@@ -92,8 +92,9 @@ ours.
 - *CPU seconds*: of all threads. Ours also looks for weights that are NaN or infinite, and counts
   what each weight loader writes.
 
-The two large models take what stock takes or less: from the page cache 0.75 to 0.95 of it (bf16)
-and 0.91 to 1.03 (FP8) in several runs, from the disk 0.8 to 0.9, though every weight is looked at.
+The two large models take about what stock takes, or less: from the page cache 0.55 to 0.95 of it
+(bf16) and 0.91 to 1.03 (FP8, a tie) in several runs, from the disk 0.8 to 0.9, though every weight
+is looked at.
 Weights are read straight into the parameters by threads, and by the main one too as soon as it
 would wait. On one of the two cores of this table a GiB takes 0.45 to 0.5 s to be written to fresh
 memory page by page, as stock does; 0.40 s if the kernel brings in fresh pages at once and reads the
