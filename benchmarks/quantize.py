@@ -21,7 +21,10 @@ from typing import Any
 
 import torch
 
-from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, gptq
+from mixedprec_plugin.methods.awq import codec as awq
+from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
+from mixedprec_plugin.methods.fp8 import codec as fp8
+from mixedprec_plugin.methods.gptq import codec as gptq
 
 Tensors = dict[str, torch.Tensor]
 CASES: dict[str, tuple[ModuleType, dict[str, Any]]] = {

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from mixedprec_plugin.methods.fp8.codec import E4M3, decode
 from mixedprec_plugin.quantize.checks import refuse, take
 from mixedprec_plugin.quantize.chunks import row_chunks
-from mixedprec_plugin.quantize.fp8 import E4M3, decode
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> torch.Tensor:

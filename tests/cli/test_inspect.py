@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mixedprec_plugin.cli.main import main
+from mixedprec_plugin.methods.awq import codec as awq
+from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
 from mixedprec_plugin.plan.model import Target
-from mixedprec_plugin.quantize import awq, blockwise_int8
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoint.test_formats import DETECTED
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.errors import CheckpointError
+from mixedprec_plugin.methods.awq import codec as awq
+from mixedprec_plugin.methods.fp8 import codec as fp8
+from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.plan.model import Target
-from mixedprec_plugin.quantize import awq, fp8, gptq
 from tests.checkpoint.peers import peer_checkpoint
 from tests.checkpoints import write_checkpoint
 from tests.presets import plan

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
+from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.model import Target
 from mixedprec_plugin.plan.resolve import resolve_plan
-from mixedprec_plugin.quantize import gptq
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.convert.folders import contents, same_bytes, tensors
 from tests.presets import write_preset

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, fp8_channel, gptq
+from mixedprec_plugin.methods.awq import codec as awq
+from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
+from mixedprec_plugin.methods.fp8 import codec as fp8
+from mixedprec_plugin.methods.fp8_channel import codec as fp8_channel
+from mixedprec_plugin.methods.gptq import codec as gptq
 from tests.reference.dequantize import dequantize_method
 
 QUANTIZERS = {

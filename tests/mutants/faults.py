@@ -18,7 +18,11 @@ import pytest
 import torch
 
 from mixedprec_plugin.methods import gptq as gptq_method
-from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, gptq, packing
+from mixedprec_plugin.methods.awq import codec as awq
+from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
+from mixedprec_plugin.methods.fp8 import codec as fp8
+from mixedprec_plugin.methods.gptq import codec as gptq
+from mixedprec_plugin.quantize import packing
 
 Tensors = dict[str, torch.Tensor]
 _ONE_EACH = 0x11111111

@@ -118,7 +118,7 @@ def _has_float16_scales(folder: str) -> bool:
 
 
 def test_layers_that_lose_the_same_are_one_warning(tmp_path: Path) -> None:
-    from mixedprec_plugin.quantize import gptq
+    from mixedprec_plugin.methods.gptq import codec as gptq
 
     tensors = llama_tensors(llama_config())
     arguments = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}
@@ -136,7 +136,7 @@ def test_layers_that_lose_the_same_are_one_warning(tmp_path: Path) -> None:
 def test_per_tensor_shards_of_several_sources_warn_of_the_cards_that_round_them(
     tmp_path: Path,
 ) -> None:
-    from mixedprec_plugin.quantize import fp8
+    from mixedprec_plugin.methods.fp8 import codec as fp8
 
     arguments = {"weight_block_size": None, "activation_scheme": "dynamic"}
     tensors = llama_tensors(llama_config())

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
+from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.plan.model import Target
-from mixedprec_plugin.quantize import blockwise_int8, gptq
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.presets import plan, problem_texts
 

@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 
+from mixedprec_plugin.methods.awq import codec as awq
+from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
+from mixedprec_plugin.methods.fp8 import codec as fp8
+from mixedprec_plugin.methods.fp8_channel import codec as fp8_channel
+from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.registry import bind
-from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, fp8_channel, gptq
 
 MODULES = {
     "fp8": fp8, "fp8_channel": fp8_channel, "blockwise_int8": blockwise_int8, "awq": awq,

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mixedprec_plugin.quantize import awq, blockwise_int8, fp8, fp8_channel, gptq, packing
+from mixedprec_plugin.methods.awq import codec as awq
+from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
+from mixedprec_plugin.methods.fp8 import codec as fp8
+from mixedprec_plugin.methods.fp8_channel import codec as fp8_channel
+from mixedprec_plugin.methods.gptq import codec as gptq
+from mixedprec_plugin.quantize import packing
 from tests.quantize.peers import EXPECTED, LAYERS, original, relative_rms, torch_layer
 
 layers = pytest.mark.parametrize("layer", LAYERS)

@@ -15,7 +15,9 @@ from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file
 
 from mixedprec_plugin.errors import PlanError
-from mixedprec_plugin.quantize import awq, fp8, gptq
+from mixedprec_plugin.methods.awq import codec as awq
+from mixedprec_plugin.methods.fp8 import codec as fp8
+from mixedprec_plugin.methods.gptq import codec as gptq
 from tests.checkpoints import write_checkpoint, write_mixtral
 from tests.cpu.expert_layers import evaluate, relative_error, route
 from tests.presets import write_preset

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from mixedprec_plugin.errors import PlanError
-from mixedprec_plugin.quantize import awq, fp8, gptq
+from mixedprec_plugin.methods.awq import codec as awq
+from mixedprec_plugin.methods.fp8 import codec as fp8
+from mixedprec_plugin.methods.gptq import codec as gptq
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.presets import write_preset
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mixedprec_plugin.errors import LoadError
-from mixedprec_plugin.quantize import gptq
+from mixedprec_plugin.methods.gptq import codec as gptq
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.presets import write_preset
 

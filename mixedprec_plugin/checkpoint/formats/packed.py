@@ -61,7 +61,7 @@ def _awq(tensors: Tensors, N: int, K: int, num_groups: int) -> StoredFormat:
         family="awq",
         facts={"bits": 4, "group_size": group_size},
         suffixes=frozenset({"qweight", "qzeros", "scales"}),
-        dequantizer="mixedprec_plugin.quantize.awq:dequantize",
+        dequantizer="mixedprec_plugin.methods.awq.codec:dequantize",
         dequantizer_arguments={"group_size": group_size},
     )
 
@@ -112,7 +112,7 @@ def _readable_gptq(
         family="gptq",
         facts={"bits": bits, "group_size": group_size},
         suffixes=frozenset({"qweight", "qzeros", "scales", "g_idx"}) & frozenset(tensors),
-        dequantizer="mixedprec_plugin.quantize.gptq:dequantize",
+        dequantizer="mixedprec_plugin.methods.gptq.codec:dequantize",
         dequantizer_arguments={
             "bits": bits, "group_size": group_size, "checkpoint_format": version
         },

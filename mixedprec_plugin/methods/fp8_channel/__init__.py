@@ -55,8 +55,8 @@ SPEC = MethodSpec(
     },
     build=build,
     stored=stored,
-    quantizer="mixedprec_plugin.quantize.fp8_channel:quantize",
-    dequantizer="mixedprec_plugin.quantize.fp8_channel:dequantize",
+    quantizer="mixedprec_plugin.methods.fp8_channel.codec:quantize",
+    dequantizer="mixedprec_plugin.methods.fp8_channel.codec:dequantize",
     # between a scale a tensor and one a 128x128 block, whose activations have more scales, too
     precision=lambda _arguments: 8.05,
     layer_kinds=frozenset({"linear", "expert"}),

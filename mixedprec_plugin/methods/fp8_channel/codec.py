@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from mixedprec_plugin.methods.fp8.codec import E4M3, E4M3_MAX, decode
 from mixedprec_plugin.quantize.blocks import SMALLEST_SCALE
 from mixedprec_plugin.quantize.checks import require_finite, take, take_matrix, weight_shape
 from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
-from mixedprec_plugin.quantize.fp8 import E4M3, E4M3_MAX, decode
 
 
 def quantize(
