@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.lazy import load_object
+from mixedprec_plugin.methods.interface import Arguments, Method
 from mixedprec_plugin.methods.registry import METHODS
-from mixedprec_plugin.methods.spec import Arguments, MethodSpec
 
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -35,7 +35,7 @@ def build_config(
     spec = METHODS[method]
     key = config_key(spec, platform, cuda_capability() if capability is None else capability)
     config_class = load_class(spec, key)
-    keywords = spec.build(arguments, key)
+    keywords = spec.config_arguments(arguments, key)
     check_signature(config_class, keywords, method)
     try:
         config: QuantizationConfig = config_class(**keywords)
@@ -45,7 +45,7 @@ def build_config(
     return config
 
 
-def config_key(spec: MethodSpec, platform: str, capability: int | None) -> str:
+def config_key(spec: Method, platform: str, capability: int | None) -> str:
     """Return the key of `config_classes` for a platform: old GPUs may have a class of their own.
 
     Args:
@@ -75,7 +75,7 @@ def cuda_capability() -> int | None:
     return major * 10 + minor
 
 
-def load_class(spec: MethodSpec, key: str) -> type[QuantizationConfig]:
+def load_class(spec: Method, key: str) -> type[QuantizationConfig]:
     """Import the config class of a method.
 
     Raises:

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mixedprec_plugin.checkpoint.formats import FormatCache
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Array, Values, are_equal
 from mixedprec_plugin.errors import Problem, Severity
+from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.plan.wiring import norm_offset

@@ -142,7 +142,7 @@ class Coupling:
         """Whether the columns of a layer can be multiplied on the way."""
         if layer.name in unit.fixed or layer.kind == "embedding" or layer.stored is None:
             return False
-        is_plain = layer.action == "as stored" and layer.stored.method == "bf16"
+        is_plain = layer.action == "as stored" and layer.stored.is_float
         return layer.stored.is_readable and (is_plain or layer.action in _CHANGEABLE)
 
     def _choose(

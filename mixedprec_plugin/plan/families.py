@@ -8,8 +8,9 @@ from typing import Any
 
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.methods.cards import version
+from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.folding import fold_names
-from mixedprec_plugin.plan.model import PlannedLayer, Target
+from mixedprec_plugin.plan.model import PlannedLayer
 
 # SGLang's own kernel for tokens that are routed by groups of experts (environ.py:1485)
 _TRITON_ROUTING = "SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK"

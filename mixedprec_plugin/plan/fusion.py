@@ -54,7 +54,7 @@ def settle_fused_modules(
 
 
 def _precision(scheme: Scheme) -> float:
-    return registry.METHODS[scheme.method].precision(scheme.arguments)
+    return registry.METHODS[scheme.method].rounding(scheme.arguments).rank
 
 
 def _asked(shards: list[str], asked: Mapping[str, Scheme | None], rules: Mapping[str, Rule]) -> str:

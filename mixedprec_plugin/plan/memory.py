@@ -7,8 +7,9 @@ from typing import Any
 
 from mixedprec_plugin.checkpoint.config import text_config
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.architecture import parallel_kind
-from mixedprec_plugin.plan.model import PlannedLayer, Target
+from mixedprec_plugin.plan.model import PlannedLayer
 
 _SPLIT_KINDS = ("linear", "expert", "embedding", "lm_head")
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mixedprec_plugin.checkpoint.formats import FormatCache
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.plan.biases import settle_biases
 from mixedprec_plugin.plan.compatibility import check_sources
 from mixedprec_plugin.plan.coupling import Coupling
 from mixedprec_plugin.plan.matching import Matches
-from mixedprec_plugin.plan.model import PlannedLayer, Target
+from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.plan.pairs import Pairs
 from mixedprec_plugin.plan.wiring import norm_offset
 from mixedprec_plugin.preset.model import Preset

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from mixedprec_plugin.methods.interface import Device
+from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
 from mixedprec_plugin.plan.architecture import last_component
-from mixedprec_plugin.plan.auto import AUTO
-from mixedprec_plugin.plan.model import Device, PlannedLayer
+from mixedprec_plugin.plan.model import PlannedLayer
 
 _FUSED = "fused_qkv_a_proj_with_mqa"
 _ABSORBED = {
@@ -35,14 +36,14 @@ def mla_faults(
         shards: all layers of the module that runs it.
     """
     scheme = layer.scheme
-    if scheme is None or scheme.method == "bf16":
+    if scheme is None or scheme.method == UNQUANTIZED:
         return
     if last_component(layer.name) == "kv_b_proj":
         reason = _ABSORBED.get(scheme.method, "")
         if (
             scheme.method == AUTO
             and layer.stored
-            and layer.stored.family not in _ABSORBED_AS_STORED
+            and layer.stored.encoding not in _ABSORBED_AS_STORED
         ):
             reason = f"SGLang absorbs floats and FP8, and it is {layer.stored.description}"
         if not reason and device == "cpu":

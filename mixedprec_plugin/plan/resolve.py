@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from mixedprec_plugin.checkpoint.formats import FormatCache, StoredFormat
 from mixedprec_plugin.checkpoint.garbage import uncollected
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.recognition import FormatCache
+from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.names import nearest, without_numbers
 from mixedprec_plugin.plan import checks
 from mixedprec_plugin.plan.architecture import (
@@ -24,14 +26,14 @@ from mixedprec_plugin.plan.architecture import (
 )
 from mixedprec_plugin.plan.auto import find_mixed_experts, find_mixed_modules
 from mixedprec_plugin.plan.config_shapes import check_config_shapes
+from mixedprec_plugin.plan.conversion import Conversion, Conversions
 from mixedprec_plugin.plan.draft import NOTE, draft_layers
 from mixedprec_plugin.plan.expert_ids import check_expert_ids
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import settle_fused_modules
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.mixing import settle_sources
-from mixedprec_plugin.plan.model import Plan, PlannedLayer, Target
-from mixedprec_plugin.plan.outcomes import Outcome, Outcomes
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.schemes import SchemeChooser
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
@@ -87,7 +89,7 @@ def resolve_plan(
     problems += mixtures + conflicts
     problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
-    outcomes = Outcomes(target)
+    conversions = Conversions(target)
     planned = [
         _planned_layer(
             name,
@@ -96,7 +98,9 @@ def resolve_plan(
             schemes[name],
             rules.get(name),
             taken[name],
-            outcomes.of(schemes[name], taken[name].stored, taken[name].tensors, kinds[name]),
+            conversions.of(
+                schemes[name], rules.get(name), taken[name].stored, taken[name].tensors, kinds[name]
+            ),
         )
         for name in names
     ]
@@ -184,7 +188,7 @@ def _planned_layer(
     scheme: Scheme | None,
     rule: Rule | None,
     taken: _Taken,
-    outcome: Outcome,
+    conversion: Conversion,
 ) -> PlannedLayer:
     return PlannedLayer(
         name=name,
@@ -195,10 +199,11 @@ def _planned_layer(
         rule=rule,
         source=taken.source.name,
         stored=taken.stored,
-        action=outcome.action,
+        action=conversion.action,
         inputs=taken.tensors,
-        outputs=outcome.outputs,
-        bytes_before=outcome.bytes_before,
-        bytes_after=outcome.bytes_after,
+        outputs=conversion.outputs,
+        bytes_before=conversion.bytes_before,
+        bytes_after=conversion.bytes_after,
         note=NOTE if kind == "draft" else "",
+        reasons=conversion.reasons,
     )

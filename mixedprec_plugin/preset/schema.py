@@ -12,10 +12,9 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from jsonschema.protocols import Validator
-from referencing import Registry, Resource
 
-from mixedprec_plugin.methods.registry import METHODS, method_names
-from mixedprec_plugin.methods.spec import MethodSpec
+from mixedprec_plugin.methods.interface import Method
+from mixedprec_plugin.methods.registry import AUTO, METHODS, method_names
 from mixedprec_plugin.names import nearest
 from mixedprec_plugin.preset.findings import Findings
 from mixedprec_plugin.preset.tree import Node, Path
@@ -40,6 +39,7 @@ _EXAMPLES = {
 # keys of a scheme that are no argument of its method
 SCHEME_KEYS = ("method", "source", "requantize")
 _UNQUOTE = "leave the quotes out"
+_FIXED: Mapping[str, Any] = {AUTO: {"requantize": {"const": False}}}
 _PARTS = ("version", "extends", "sources", "schemes", "lists", "rules")
 
 
@@ -58,39 +58,25 @@ def check_preset(data: Any, tree: Node, findings: Findings) -> None:
     _report(_preset_validator(), data, tree, findings)
 
 
-def preset_schema(methods: Iterable[MethodSpec]) -> dict[str, Any]:
-    """The preset's schema, with branches for the methods that other packages add."""
+def preset_schema(methods: Iterable[Method]) -> dict[str, Any]:
+    """The preset's schema, with the names and arguments of these methods."""
     schema: dict[str, Any] = json.loads(schema_path(PRESET_SCHEMA).read_text(encoding="utf-8"))
-    names: list[str] = schema["$defs"]["method"]["enum"]
-    for spec in methods:
-        added = [name for name in (spec.name, *spec.aliases) if name not in names]
-        if added:
-            names.extend(added)
-            schema["$defs"]["method_arguments"]["allOf"].append(_branch(spec, added))
+    methods = tuple(methods)
+    schema["$defs"]["method"]["enum"] = [name for method in methods for name in method.names]
+    schema["$defs"]["method_arguments"]["allOf"] = [
+        {
+            "if": {"properties": {"method": {"enum": list(method.names)}}, "required": ["method"]},
+            # a layer that runs as it is stored is never rounded again
+            "then": {"properties": {**_FIXED.get(method.name, {}), **method.schema}},
+        }
+        for method in methods
+    ]
     return schema
-
-
-def _branch(spec: MethodSpec, names: list[str]) -> dict[str, Any]:
-    file = f"methods/{spec.argument_schema}"
-    return {
-        "if": {"properties": {"method": {"enum": names}}, "required": ["method"]},
-        "then": {
-            "properties": {key: {"$ref": f"{file}#/properties/{key}"} for key in spec.defaults}
-        },
-    }
 
 
 @functools.cache
 def _preset_validator() -> Validator:
-    specs = list(METHODS.values())
-    root = schema_path(PRESET_SCHEMA).as_uri()
-    contents = {root: preset_schema(specs)}
-    for spec in specs:
-        path = schema_path("methods") / spec.argument_schema
-        contents[path.as_uri()] = json.loads(path.read_text(encoding="utf-8"))
-    resources = [(uri, Resource.from_contents(schema)) for uri, schema in contents.items()]
-    registry: Registry[Any] = Registry().with_resources(resources)
-    return Draft202012Validator({"$ref": root}, registry=registry)
+    return Draft202012Validator(preset_schema(METHODS.values()))
 
 
 @functools.cache
@@ -222,7 +208,7 @@ def _belongs_to_a_method(key: str) -> bool:
     return key in SCHEME_KEYS or any(key in spec.defaults for spec in METHODS.values())
 
 
-def _method(name: Any) -> MethodSpec | None:
+def _method(name: Any) -> Method | None:
     for spec in METHODS.values():
         if name == spec.name or (isinstance(name, str) and name in spec.aliases):
             return spec

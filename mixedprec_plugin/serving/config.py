@@ -20,8 +20,8 @@ from mixedprec_plugin.experts.groups import ExpertGroup
 from mixedprec_plugin.experts.method import experts_method
 from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.construct import build_config, cuda_capability
+from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
 from mixedprec_plugin.plan.architecture import FUSED_MODULES
-from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
@@ -116,7 +116,7 @@ class MixedPrecisionConfig(QuantizationConfig):
         if isinstance(layer, FusedMoE):
             return self._experts_method(layer, module, prefix)
         planned = self.plan.modules[module][0]
-        if planned.scheme is None or planned.scheme.method == "bf16":
+        if planned.is_unquantized:
             return UnquantizedLinearMethod()
         return self._method_of(planned, layer, prefix)
 
@@ -132,7 +132,7 @@ class MixedPrecisionConfig(QuantizationConfig):
         groups = [
             ExpertGroup(
                 group.experts,
-                None if group.scheme.method == "bf16" else self._child(group.scheme),
+                None if group.scheme.method == UNQUANTIZED else self._child(group.scheme),
                 group.scheme.label,
             )
             for group in self.plan.expert_groups[module]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixedprec_plugin.errors import Problem, UsageError
-from mixedprec_plugin.plan.model import Device
+from mixedprec_plugin.methods.interface import Device
 from mixedprec_plugin.serving.settings import parse_extra_config, split_extra_config
 
 _OTHER_LOADER = "it belongs to another load format, which this one would not ask"

@@ -11,8 +11,9 @@ import torch
 
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import peer_checkpoint
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.compose.stream import open_virtual_checkpoint
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import peer_checkpoint, quantization_config
 from tests.checkpoints import write_llama
 from tests.convert.folders import same_bytes, tensors

@@ -15,7 +15,7 @@ import torch
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.errors import MixedPrecisionError
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.placement import load_weights
 from mixedprec_plugin.serving.shapes import check_built

@@ -103,7 +103,7 @@ def run(card: Card, method: str, kind: str, tp_size: int, checkpoint: Path) -> E
 
     from mixedprec_plugin.errors import MixedPrecisionError
     from mixedprec_plugin.methods.cards import find_gpu
-    from mixedprec_plugin.plan.model import Target
+    from mixedprec_plugin.methods.interface import Target
     from tests.dryrun.journal import JOURNAL
     from tests.presets import plan
 

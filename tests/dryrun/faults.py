@@ -82,8 +82,9 @@ def main(title: str, folder: str) -> None:
         ),
         "constructor argument renamed": spec(
             "gptq_int4",
-            build=lambda a, p: {
-                "num_bits" if k == "weight_bits" else k: v for k, v in gptq.build(a, p).items()
+            config_arguments=lambda a, p: {
+                "num_bits" if k == "weight_bits" else k: v
+                for k, v in gptq.config_arguments(a, p).items()
             },
         ),
         "Triton kernel without instructions on the card": {"broken": _compile_fp8_matmul()},

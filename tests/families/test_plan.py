@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mixedprec_plugin.methods.cards import find_gpu
+from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.families import why_not_family
-from mixedprec_plugin.plan.model import Target
 
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"], "num_attention_heads": 16, "num_key_value_heads": 16,

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.placement import load_weights
 from mixedprec_plugin.serving.shapes import check_built

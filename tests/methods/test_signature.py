@@ -27,7 +27,7 @@ def test_matching_arguments_pass() -> None:
 
 
 def test_renamed_argument_is_named_with_what_is_taken() -> None:
-    given = METHODS["awq"].build(bind("awq", {})[1], "cpu")
+    given = METHODS["awq"].config_arguments(bind("awq", {})[1], "cpu")
     with pytest.raises(MethodError) as caught:
         check_signature(Renamed, given, "awq")
     takes = "(expected bits, group_size, zero_point, skip)"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import quantization_config
 from tests.checkpoints import write_checkpoint
 from tests.presets import plan, problem_texts

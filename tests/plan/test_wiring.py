@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from mixedprec_plugin.checkpoint.formats.stored import StoredFormat
+from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.architecture import layer_kind
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.plan.wiring import Unit, coupled_units, norm_offset, producers

@@ -119,7 +119,7 @@ def test_engine_without_a_preset_says_how_to_name_one(
 class TestCompositeConfig:
     @pytest.fixture
     def config(self, sglang_context: SimpleNamespace, tmp_path: Path) -> object:
-        from mixedprec_plugin.plan.model import Target
+        from mixedprec_plugin.methods.interface import Target
         from mixedprec_plugin.serving.config import MixedPrecisionConfig
         from tests.presets import plan
 
