@@ -77,6 +77,7 @@ compat: $(INSTALLED)
 
 schemas: $(INSTALLED)
 	@$(RUN) -m mixedprec_plugin.preset.schema_files
+	@$(RUN) -m benchmarks.preset_reference
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
