@@ -55,7 +55,7 @@ def check(model: Path, rules: tuple[str, ...], *argv: str) -> list[str]:
 pytestmark = pytest.mark.usefixtures("sglang_context")
 
 OTHER_LOADER = "it belongs to another load format"
-OWN_READING = "the load format reads ahead by itself"
+OWN_READING = "the load format reads files by itself"
 PAST = "tensors that come past the plan are not quantized by the preset"
 
 
