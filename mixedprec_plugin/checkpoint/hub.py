@@ -78,7 +78,8 @@ def read_remote_header(path: Path) -> dict[str, StoredTensor]:
             said = HfApi().parse_safetensors_file_metadata(repo_id, path.name, revision=commit)
         entries = sorted(said.tensors.items(), key=lambda item: item[1].data_offsets)
         header = lay_out(((name, x.dtype, x.shape) for name, x in entries), path)
-    except (SafetensorsParsingError, TypeError, RecursionError) as error:
+    except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:
+        # only the first of these is huggingface_hub's word for it
         raise damaged(path, f"its header is malformed ({error})") from error
     for name, entry in entries:
         # of a file that it has not got, safetensors checks nothing

@@ -18,6 +18,7 @@ from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
+from sglang.srt.model_loader.weight_utils import _prefetch_all_checkpoints
 from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
@@ -155,7 +156,14 @@ class MixedPrecisionLoader(DefaultModelLoader):
         return self._open(plan, loaded.stage)
 
     def _open(self, plan: Plan, stage: Stage) -> Weights:
-        return iter(VirtualCheckpoint(plan, stage.runs, _how_to_read()))
+        stream = VirtualCheckpoint(plan, stage.runs, _how_to_read())
+        said = get_model()
+        if said.weight_loader_prefetch_checkpoints and not said.weight_loader_disable_mmap:
+            inputs = (tensor for layer in stream.layers for tensor in layer.inputs.values())
+            paths = sorted({str(tensor.path) for tensor in inputs})
+            # a thread of SGLang's, which ends by itself
+            _prefetch_all_checkpoints(paths, said.weight_loader_prefetch_num_threads)
+        return iter(stream)
 
     def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device

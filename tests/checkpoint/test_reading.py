@@ -117,7 +117,7 @@ def test_file_that_was_cut_short_is_an_error(tmp_path: Path, how: Reading) -> No
         reader.read_finite(first)
         os.truncate(first.path, first.path.stat().st_size - MIB)
         with pytest.raises(
-            CheckpointError, match="(truncated|ends inside 't1').*; it changed while"
+            CheckpointError, match=r"(truncated|ends inside 't1').*; it changed while"
         ):
             reader.read_finite(last)
 

@@ -237,6 +237,19 @@ def test_options_of_reading_reach_the_reader(is_said: bool) -> None:
         assert _how_to_read() == Reading(may_map=not is_said, drops_cache=is_said)
 
 
+@pytest.mark.parametrize("is_said", [True, False])
+def test_files_are_prefetched_by_sglang_if_that_is_asked_for(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_said: bool
+) -> None:
+    from sglang.srt.runtime_context import get_model
+
+    caplog.set_level("DEBUG", "sglang.srt.model_loader.weight_utils")
+    preset = write_preset(tmp_path, *DENSE)
+    with get_model().override(weight_loader_prefetch_checkpoints=is_said):
+        TestDraft().load(llama, preset, tmp_path / "plan.json", is_draft=False)
+    assert ("prefetching 1/1 checkpoint shards" in caplog.text) == is_said
+
+
 class TestDraft:
     """A draft model of speculative decoding, by the preset's section `draft`."""
 
