@@ -30,20 +30,13 @@ from mixedprec_plugin.errors import CheckpointError, Problem
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# of the format's others torch has no dtype, or `check_finite` does not know what is not a number
 TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-}
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # of mappings, before they are given up
@@ -110,10 +103,10 @@ class Reader:
             the tensor on the CPU, with the stored dtype and shape.
         Raises:
             CheckpointError: the file is not what it was or cannot be downloaded, or its dtype is
-                none that torch has.
+                none that is read.
         """
         if tensor.dtype not in TORCH_DTYPES:
-            what = f"{tensor.name!r} is {tensor.dtype}, which torch cannot hold"
+            what = f"{tensor.name!r} is {tensor.dtype} (expected {', '.join(TORCH_DTYPES)})"
             raise CheckpointError(Problem(str(tensor.path), what))
         if tensor.path not in self._paths:
             fetch_if_missing(tensor.path)

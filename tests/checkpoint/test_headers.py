@@ -109,13 +109,14 @@ def test_what_the_library_refuses_is_an_error_in_its_words(
 
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("F4", 2), ("F8_E8M0", 4), ("C64", 32)])
-def test_dtype_that_torch_cannot_hold_is_named_when_it_is_read(
-    tmp_path: Path, dtype: str, num_bytes: int
-) -> None:
+def test_dtype_that_is_not_read_is_named(tmp_path: Path, dtype: str, num_bytes: int) -> None:
     text = json.dumps({"a": entry(dtype, data_offsets=(0, num_bytes))}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
     tensor = read_header(path)["a"]
     assert (tensor.dtype, tensor.num_bytes) == (dtype, num_bytes)
-    with pytest.raises(CheckpointError, match=f"'a' is {dtype}, which"), Reader() as reader:
+    with (
+        pytest.raises(CheckpointError, match=rf"'a' is {dtype} \(expected BOOL, U8"),
+        Reader() as reader,
+    ):
         reader.read(tensor)
