@@ -1,6 +1,6 @@
 """Fills the tables of docs/presets.md from the preset's schema and the methods.
 
-    python -m benchmarks.preset_reference
+python -m benchmarks.preset_reference
 """
 
 from __future__ import annotations

@@ -103,6 +103,5 @@ def _slice(tensor: StoredTensor, name: str, number: int, num_halves: int) -> Sto
     num_experts, rows, *rest = tensor.shape
     num_bytes = tensor.num_bytes // (num_experts * num_halves)
     start = tensor.start + number * num_bytes
-    return StoredTensor(
-        name, tensor.dtype, (rows // num_halves, *rest), tensor.path, start, num_bytes
-    )
+    shape = (rows // num_halves, *rest)
+    return StoredTensor(name, tensor.dtype, shape, tensor.path, start, num_bytes, tensor)

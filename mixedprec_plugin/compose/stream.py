@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from mixedprec_plugin.checkpoint.ahead import ReadAhead
-from mixedprec_plugin.checkpoint.direct import DirectReads
 from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYPES, Reader, Reading
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
@@ -31,16 +29,13 @@ Tensors = dict[str, torch.Tensor]
 class VirtualCheckpoint:
     """Iterates over (tensor name, tensor) of a plan, in the order in which they are read best.
 
-    One layer is in memory at a time, and what is read ahead of it. Names are layer names as the
-    checkpoint spells them, plus the suffixes of the method that the layer runs in. Layers that only
-    a draft model runs are left out.
+    One layer is in memory at a time. Names are layer names as the checkpoint spells them, plus the
+    suffixes of the method that the layer runs in. Layers that only a draft model runs are left out.
 
     Args:
         plan: a plan without errors.
         wanted: which of its layers to read; all of them by default.
         how: how files are read.
-        direct: reads large tensors into the parameters that they are copied to; whoever copies
-            asks it first, and waits for it in the end.
     Raises (while iterating):
         CheckpointError: a file cannot be read, or a weight is NaN or infinite.
     """
@@ -50,29 +45,20 @@ class VirtualCheckpoint:
         plan: Plan,
         wanted: Callable[[PlannedLayer], bool] = lambda _: True,
         how: Reading = AS_USUAL,
-        direct: DirectReads | None = None,
     ) -> None:
         self.plan = plan.check()
         self._how = how
-        self._direct = direct
         self.layers = tuple(
             in_reading_order(x for x in plan.layers if x.kind != "draft" and wanted(x))
         )
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        inputs = (tensor for layer in self.layers for tensor in layer.inputs.values())
-        # where weights are computed, that takes the time, and the memory
-        is_lean = not {layer.action for layer in self.layers} <= {"as stored", "cast"}
-        with ReadAhead(inputs, self._how, is_lean=is_lean, direct=self._direct) as reader:
+        with Reader(self._how) as reader:
             for layer in self.layers:
                 outputs = compose_layer(layer, self.plan.target, reader)
                 for suffix in list(outputs):
                     # handed over: what is placed is gone before the next is made
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, outputs.pop(suffix)
-                reader.settle()
-            if self._direct is not None:
-                # files are closed next
-                self._direct.wait()
 
     def __len__(self) -> int:
         return sum(len(layer.outputs) for layer in self.layers)
@@ -102,12 +88,8 @@ def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
     Raises:
         CheckpointError: a weight is NaN or infinite, or does not fit the model's dtype.
     """
-    if layer.action == "as stored" and layer.rescale is None:
-        stored = {suffix: reader.read_to_place(tensor) for suffix, tensor in layer.inputs.items()}
-        outputs = _take_as_stored(layer, stored)
-    else:
-        with plain_defaults():
-            outputs = _compute(layer, target, reader)
+    with plain_defaults():
+        outputs = _compute(layer, target, reader)
     return {
         suffix: _fit(outputs[suffix], spec, layer, suffix) for suffix, spec in layer.outputs.items()
     }
@@ -202,9 +184,8 @@ def _take_as_stored(layer: PlannedLayer, stored: Tensors) -> Tensors:
         return stored
     arguments = {"desc_act": False, **layer.stored.arguments, **layer.stored.how}
     try:
-        with plain_defaults():
-            # under `auto`, SGLang's class says what it takes of a layer that no method serves
-            taken: Tensors = take(stored, arguments, checks=bool(layer.stored.method))
+        # under `auto`, SGLang's class says what it takes of a layer that no method serves
+        taken: Tensors = take(stored, arguments, checks=bool(layer.stored.method))
     except NotTheSameNumbersError as error:
         remedy = "write method: bf16 to dequantize it"
         raise CheckpointError(Problem(layer.name, str(error), remedy, "stored-values")) from error

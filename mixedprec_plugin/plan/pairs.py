@@ -249,6 +249,7 @@ def _leading_columns(
         suffix: tensor._replace(
             shape=(rows := tensor.shape[0] * num_columns // K, *tensor.shape[1:]),
             num_bytes=tensor.num_bytes // tensor.shape[0] * rows,
+            part_of=tensor,
         )
         for suffix, tensor in tensors.items()
         if suffix in stored.suffixes

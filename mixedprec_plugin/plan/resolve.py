@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from mixedprec_plugin.checkpoint.garbage import uncollected
+from mixedprec_plugin.checkpoint.garbage import gc_paused
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
@@ -50,7 +50,7 @@ class _Taken:
     stored: StoredFormat | None
 
 
-@uncollected()
+@gc_paused()
 def resolve_plan(
     preset: Preset,
     model: Source,

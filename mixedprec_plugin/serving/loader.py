@@ -18,9 +18,9 @@ from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
+from sglang.srt.model_loader.weight_utils import _prefetch_all_checkpoints
 from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 
-from mixedprec_plugin.checkpoint.direct import DirectReads
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.cpu.heap import returning_memory
@@ -87,7 +87,6 @@ class MixedPrecisionLoader(DefaultModelLoader):
             settings = _loaded.settings
         self.settings = settings or Settings()
         self._has_opened_new_path = False
-        self._direct: DirectReads | None = None
 
     def load_model(
         self, *, model_config: ModelConfig, device_config: DeviceConfig
@@ -157,12 +156,14 @@ class MixedPrecisionLoader(DefaultModelLoader):
         return self._open(plan, loaded.stage)
 
     def _open(self, plan: Plan, stage: Stage) -> Weights:
-        """The virtual checkpoint, of which one stream is read at a time."""
-        # on a CPU nothing need lie between a file and a parameter; what is verified is read before
-        is_direct = serving_device() == "cpu" and not self.settings.verify
-        # its own for each stream: SGLang rolls a failed update back beside what is left of it
-        self._direct = DirectReads(plan.bytes_after) if is_direct else None
-        return iter(VirtualCheckpoint(plan, stage.runs, _how_to_read(), self._direct))
+        stream = VirtualCheckpoint(plan, stage.runs, _how_to_read())
+        said = get_model()
+        if said.weight_loader_prefetch_checkpoints and not said.weight_loader_disable_mmap:
+            inputs = (tensor for layer in stream.layers for tensor in layer.inputs.values())
+            paths = sorted({str(tensor.path) for tensor in inputs})
+            # a thread of SGLang's, which ends by itself
+            _prefetch_all_checkpoints(paths, said.weight_loader_prefetch_num_threads)
+        return iter(stream)
 
     def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
@@ -170,7 +171,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """Place every tensor, prove that every parameter was filled, and let methods repack."""
         if self._has_opened_new_path:
             _restore(model)
-        load_weights(model, served_config(model), weights, direct=self._direct)
+        load_weights(model, served_config(model), weights)
         self.postprocess_weights(model, target_device)
 
     def _verified(self, plan: Plan, weights: Weights) -> Weights:
@@ -241,7 +242,7 @@ def without_settings(load_config: LoadConfig) -> LoadConfig:
 
 
 def _how_to_read() -> Reading:
-    """What the options --weight-loader-* say; reading ahead is our own, with or without one."""
+    """What the options --weight-loader-* say."""
     said = get_model()
     return Reading(
         may_map=not said.weight_loader_disable_mmap,

@@ -17,7 +17,7 @@ from mixedprec_plugin.serving.settings import parse_extra_config, split_extra_co
 _OTHER_LOADER = "it belongs to another load format, which this one would not ask"
 _MODELOPT = "ModelOpt quantizes a whole model in its own loader"
 _PAST_THE_PLAN = "tensors that come past the plan are not quantized by the preset"
-_OWN_READING = "the load format reads ahead by itself, and not through SGLang's readers"
+_OWN_READING = "the load format reads files by itself, and not through SGLang's readers"
 
 _SHARED = "a preset gives shared experts methods of their own, and they are not fused"
 

@@ -90,7 +90,9 @@ def test_every_tensor_is_aligned_to_its_elements(model: Path, preset: Path, tmp_
     sizes = {"F32": 4, "I32": 4, "BF16": 2, "I8": 1, "F8_E4M3": 1}
     for tensor in open_source(tmp_path / "out").tensors.values():
         assert tensor.start % sizes[tensor.dtype] == 0, tensor
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+    path = tmp_path / "out" / "model.safetensors"
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
