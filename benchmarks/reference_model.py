@@ -19,7 +19,7 @@ from benchmarks.reference_layers import (
     replace_layer,
 )
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
-from mixedprec_plugin.plan.architecture import ExpertShard
+from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.model import Target
 
 _ATTENTION = "sdpa_over_windows"

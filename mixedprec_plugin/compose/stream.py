@@ -19,10 +19,10 @@ from mixedprec_plugin.compose.order import in_reading_order
 from mixedprec_plugin.compose.repack import repack
 from mixedprec_plugin.compose.rescale import rescale_columns
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
+from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Plan, PlannedLayer, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset

@@ -15,9 +15,9 @@ import torch
 
 from mixedprec_plugin.convert.form import Tensors
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.groups import num_groups
 from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme

@@ -17,8 +17,8 @@ from typing import Any
 
 from mixedprec_plugin.checkpoint.formats import StoredFormat
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.names import ExpertShard, last_component
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.plan.architecture import ExpertShard, last_component
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Device, PlannedLayer
 from mixedprec_plugin.preset.model import Rule, Scheme

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mixedprec_plugin.checkpoint.config import text_config
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, why_not_split
 from mixedprec_plugin.errors import Problem, Severity
-from mixedprec_plugin.methods import registry
-from mixedprec_plugin.methods.cards import served_dtype, why_not_on_card
-from mixedprec_plugin.methods.spec import LayerShape
-from mixedprec_plugin.names import nearest
-from mixedprec_plugin.plan.architecture import (
+from mixedprec_plugin.families.config import text_config
+from mixedprec_plugin.families.names import (
     NEVER_QUANTIZED,
     ExpertShard,
     Kind,
@@ -20,18 +16,25 @@ from mixedprec_plugin.plan.architecture import (
     parallel_kind,
     shard_order,
 )
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.methods import registry
+from mixedprec_plugin.methods.cards import served_dtype, why_not_on_card
+from mixedprec_plugin.methods.spec import LayerShape
+from mixedprec_plugin.names import nearest
 from mixedprec_plugin.plan.auto import AUTO, find_auto_faults, find_auto_notes, judged_as
 from mixedprec_plugin.plan.conversion import different_arguments
-from mixedprec_plugin.plan.families import why_not_family
+from mixedprec_plugin.plan.families import (
+    mla_faults,
+    stored_shards,
+    why_not_family,
+    why_not_stored_fused,
+)
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
-from mixedprec_plugin.plan.mla import mla_faults
 from mixedprec_plugin.plan.model import PlannedLayer, Target
 from mixedprec_plugin.plan.repacking import why_not_integers
-from mixedprec_plugin.plan.spelling import why_not_spelled
-from mixedprec_plugin.plan.stored_fused import stored_shards, why_not_stored_fused
 from mixedprec_plugin.preset.model import Preset, Rule
 
 # rule, text, remedy, severity
@@ -125,7 +128,7 @@ def check_layers(
         Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
         for (rule, text, remedy, severity), names in found.items()
     ]
-    problems += why_not_family(config, target, layers) + why_not_spelled(config, layers)
+    problems += why_not_family(config, target, layers)
     return problems + why_not_in_memory(layers, target, config)
 
 
@@ -181,7 +184,7 @@ def _faults(
         capability = target.gpu.capability
         for text, remedy in why_not_on_card(method, arguments, shape, capability):
             yield "gpu", text, remedy, "error"
-    for text, remedy in mla_faults(layer, shards, target.device):
+    for text, remedy in mla_faults(layer, shards, target.device, config):
         yield "mla", text, remedy, "error"
     if target.device == "cpu" and not misfits:
         for text, remedy in spec.check_shape(arguments, shape, "cuda"):
@@ -211,7 +214,7 @@ def _layer_shape(
         N=layer.stored.N,
         K=layer.stored.K,
         shard_sizes=tuple(N for _, N in shards),
-        parallel=parallel_kind(layer.name),
+        parallel=parallel_kind(layer.name, family_of(config)),
         tp_size=target.tp_size,
         dtype=target.dtype,
         shard_ranks=tuple(

@@ -12,9 +12,9 @@ from mixedprec_plugin.checkpoint.formats import StoredFormat
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.families.names import ExpertShard, Kind, Shard, shard_order
 from mixedprec_plugin.methods.cards import Gpu
 from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.architecture import ExpertShard, Kind, Shard, shard_order
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
 Action = Literal["as stored", "cast", "quantize", "dequantize", "repack", "requantize"]

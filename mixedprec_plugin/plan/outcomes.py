@@ -9,9 +9,9 @@ from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.formats import StoredFormat
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
+from mixedprec_plugin.families.names import Kind
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.architecture import Kind
 from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.conversion import is_stored_as
 from mixedprec_plugin.plan.model import Action, Target

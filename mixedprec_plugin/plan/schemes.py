@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from mixedprec_plugin.checkpoint.formats import StoredFormat
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.plan.auto import AUTO, auto_scheme
 from mixedprec_plugin.plan.model import Target
 from mixedprec_plugin.preset.model import Rule, Scheme
