@@ -23,8 +23,8 @@ such a norm (below its parent) count as its consumers, and none of them may be r
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from mixedprec_plugin.families.config import Config
 from mixedprec_plugin.families.names import Kind, last_component
@@ -32,15 +32,6 @@ from mixedprec_plugin.families.record import Family
 from mixedprec_plugin.families.table import family_of
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.(.+)")
-
-
-class Layer(Protocol):
-    """What is asked of a layer."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> Kind: ...
 
 
 class Unit(NamedTuple):
@@ -57,22 +48,31 @@ class Unit(NamedTuple):
     fixed: tuple[str, ...] = ()
 
 
-def coupled_units(layers: Iterable[Layer], tied: Mapping[str, str], config: Config) -> list[Unit]:
+def coupled_units(kinds: Mapping[str, Kind], tied: Mapping[str, str], config: Config) -> list[Unit]:
     """List every norm with its consumers.
 
     Args:
-        layers: of the whole model.
+        kinds: layer name -> kind, of the whole model.
         tied: tied layer name -> the layer whose weight it shares.
         config: the model's config.json.
     """
     family = family_of(config)
-    blocks: dict[str, list[Layer]] = {}
-    for layer in layers:
-        match = _BLOCK.match(layer.name)
-        blocks.setdefault(match[1] if match else "", []).append(layer)
-    outside = blocks.pop("", [])
-    units = [unit for name, block in blocks.items() for unit in _block_units(name, block, family)]
-    return units + _outer_units(outside, tied, family)
+    blocks: dict[str, tuple[list[str], list[str]]] = {}
+    for name, kind in kinds.items():
+        match = _BLOCK.match(name)
+        norms, matrices = blocks.setdefault(match[1] if match else "", ([], []))
+        (norms if kind == "norm" else matrices).append(name)
+    norms, matrices = blocks.pop("", ([], []))
+    units = [
+        _known_unit(block, norm, *layers, family) or _unknown_unit(norm, layers[1])
+        for block, layers in blocks.items()
+        for norm in layers[0]
+    ]
+    heads = tuple(name for name in matrices if kinds[name] == "lm_head")
+    is_last = len(norms) == 1 and last_component(norms[0]).endswith("norm")
+    if is_last and heads and family.norm_offset is not None:
+        return [*units, Unit(norms[0], heads)]
+    return units + [Unit(norm, (), heads or tuple(tied.values())) for norm in norms]
 
 
 def producers(names: Collection[str], config: Config) -> list[tuple[str, str]]:
@@ -93,18 +93,12 @@ def producers(names: Collection[str], config: Config) -> list[tuple[str, str]]:
     return found
 
 
-def _block_units(block: str, layers: Sequence[Layer], family: Family) -> Iterator[Unit]:
-    norms = [layer.name for layer in layers if layer.kind == "norm"]
-    matrices = [layer.name for layer in layers if layer.kind != "norm"]
-    for norm in norms:
-        unit = _known_unit(block, norm, norms, matrices, family)
-        if unit is None:
-            parent = norm.rpartition(".")[0]
-            # parameters that stand at a module itself (`self_attn.sinks`) go with what is below it
-            inside = tuple(name for name in matrices if name.startswith(f"{norm}."))
-            beside = tuple(name for name in matrices if name.startswith(f"{parent}."))
-            unit = Unit(norm, (), inside or beside)
-        yield unit
+def _unknown_unit(norm: str, matrices: Sequence[str]) -> Unit:
+    """A norm that any layer beside it may read."""
+    # parameters that stand at a module itself (`self_attn.sinks`) go with what is below it
+    inside = tuple(name for name in matrices if name.startswith(f"{norm}."))
+    parent = norm.rpartition(".")[0]
+    return Unit(norm, (), inside or tuple(n for n in matrices if n.startswith(f"{parent}.")))
 
 
 def _known_unit(
@@ -137,12 +131,3 @@ def _known_unit(
         elif (top in modules or top not in both) and last not in others:
             fixed.append(name)
     return Unit(norm, tuple(consumers), tuple(fixed))
-
-
-def _outer_units(layers: Sequence[Layer], tied: Mapping[str, str], family: Family) -> list[Unit]:
-    heads = tuple(layer.name for layer in layers if layer.kind == "lm_head")
-    norms = [layer.name for layer in layers if layer.kind == "norm"]
-    is_last = len(norms) == 1 and last_component(norms[0]).endswith("norm")
-    if is_last and heads and family.norm_offset is not None:
-        return [Unit(norms[0], heads)]
-    return [Unit(norm, (), heads or tuple(tied.values())) for norm in norms]

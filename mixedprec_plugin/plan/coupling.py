@@ -61,7 +61,8 @@ class Coupling:
         trusted: bool = False,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
-        self.units = coupled_units(layers, tied, sources["model"].config)
+        kinds = {layer.name: layer.kind for layer in layers}
+        self.units = coupled_units(kinds, tied, sources["model"].config)
         self._sources = sources
         self._offset = family_of(sources["model"].config).norm_offset
         self._values = values

@@ -158,7 +158,7 @@ def _storage(tensors: Mapping[str, TensorSpec]) -> str:
 def _is_readable(layer: PlannedLayer) -> bool:
     """Whether SGLang's models may look at the dtype of its weight; they know AWQ's to have none."""
     is_known = "weight" in layer.outputs or _storage(layer.outputs) == "AWQ"
-    return is_known or layer.method == AUTO
+    return is_known or layer.scheme is None or layer.method == AUTO
 
 
 def _instead_of_packed() -> str:
@@ -235,7 +235,7 @@ def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int],
     if last == "gate_up_proj":
         return (("gate", N // 2), ("up", N // 2))
     if last == "qkv":  # of vision towers, whose heads are all alike
-        return (("q", N // 3), ("k", N // 3), ("v", N // 3))
+        return tuple((shard, N // 3) for shard in "qkv")
     if last != "qkv_proj":
         return ()
     said = sizes(config)

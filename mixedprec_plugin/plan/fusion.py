@@ -59,13 +59,11 @@ def settle_fused_modules(
 
 
 def _asked(shards: list[str], asked: Mapping[str, Scheme | None], rules: Mapping[str, Rule]) -> str:
-    parts = []
-    for shard in shards:
-        scheme = asked[shard]
-        label = scheme.label if scheme else "as stored"
-        by = f"({rules[shard]})" if shard in rules else "(no rule)"
-        parts.append(f"{label} for {last_component(shard)} {by}")
-    return ", ".join(parts)
+    labels = {shard: s.label if (s := asked[shard]) else "as stored" for shard in shards}
+    return ", ".join(
+        f"{label} for {last_component(shard)} ({rules.get(shard, 'no rule')})"
+        for shard, label in labels.items()
+    )
 
 
 def _remedy(shards: list[str]) -> str:

@@ -70,7 +70,8 @@ class Verifier:
     def __init__(self, plan: Plan, reference: Source, limits: Mapping[str, float]) -> None:
         self.plan, self.reference, self.limits = plan, reference, limits
         self._formats = FormatCache()
-        units = coupled_units(plan.layers, plan.tied, plan.source.config)
+        kinds = {layer.name: layer.kind for layer in plan.layers}
+        units = coupled_units(kinds, plan.tied, plan.source.config)
         self._norms = {name: unit.norm for unit in units for name in unit.consumers}
         self._with_consumers = {unit.norm for unit in units if unit.consumers}
         pairs = producers(plan.by_name, plan.source.config)

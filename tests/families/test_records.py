@@ -182,15 +182,11 @@ def test_layers_run_in_sglangs_modules(row: Row) -> None:
 
 @rows
 def test_norms_are_read_by_their_consumers(row: Row) -> None:
-    class Layer(NamedTuple):
-        name: str
-        kind: Kind
-
-    layers = [Layer(row.block + norm, "norm") for norm in row.readers]
-    layers += [Layer(row.block + layer, _kind(layer)) for layer in row.modules]
+    kinds: dict[str, Kind] = {row.block + norm: "norm" for norm in row.readers}
+    kinds |= {row.block + layer: _kind(layer) for layer in row.modules}
     found = {
         unit.norm.removeprefix(row.block): [name.removeprefix(row.block) for name in unit.consumers]
-        for unit in coupled_units(layers, {}, row.config)
+        for unit in coupled_units(kinds, {}, row.config)
     }
     assert found == row.readers
 

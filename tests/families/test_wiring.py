@@ -6,29 +6,20 @@ from collections.abc import Iterable
 
 import pytest
 
-from mixedprec_plugin.checkpoint.formats.stored import StoredFormat
-from mixedprec_plugin.families.names import layer_kind
+from mixedprec_plugin.families.names import Kind, layer_kind
 from mixedprec_plugin.families.table import DECODER, family_of
 from mixedprec_plugin.families.wiring import Unit, coupled_units, producers
-from mixedprec_plugin.plan.model import PlannedLayer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 DENSE = tuple(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
 
 
-def layers(names: Iterable[str]) -> list[PlannedLayer]:
-    """Planned layers of the given names, matrices all but the norms."""
-    made = []
-    for name in names:
-        has_matrix = "norm" not in name and not name.endswith("sinks")
-        stored = StoredFormat("bf16", {}, 8, 8, "bfloat16") if has_matrix else None
-        made.append(
-            PlannedLayer(
-                name, name, None, layer_kind(name, has_matrix, DECODER), None, None, "model",
-                stored, "as stored", {}, {}, 0, 0,
-            )
-        )  # fmt: skip
-    return made
+def kinds(names: Iterable[str]) -> dict[str, Kind]:
+    """Layers of the given names, matrices all but the norms."""
+    return {
+        name: layer_kind(name, "norm" not in name and not name.endswith("sinks"), DECODER)
+        for name in names
+    }
 
 
 def block(*names: str, index: int = 3) -> list[str]:
@@ -36,7 +27,7 @@ def block(*names: str, index: int = 3) -> list[str]:
 
 
 def units(model_type: str, names: Iterable[str], **tied: str) -> dict[str, Unit]:
-    found = coupled_units(layers(names), tied, {"model_type": model_type})
+    found = coupled_units(kinds(names), tied, {"model_type": model_type})
     return {unit.norm.removeprefix("model.layers.3."): unit for unit in found}
 
 
