@@ -141,8 +141,8 @@ def _not_absorbed(layer: PlannedLayer, device: Device) -> str:
         return "the CPU platform absorbs it unquantized only" if device == "cpu" else ""
     if kind in _NOT_ABSORBED and layer.method != AUTO:
         return _NOT_ABSORBED[kind]
-    assert layer.stored is not None
-    return f"SGLang absorbs floats and FP8, and it is {layer.stored.description}"
+    named = layer.stored.description if layer.stored and layer.method == AUTO else ""
+    return f"SGLang absorbs floats and FP8, and it is {named or ' and '.join(layer.outputs)}"
 
 
 def _storage(tensors: Mapping[str, TensorSpec]) -> str:

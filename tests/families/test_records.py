@@ -155,6 +155,18 @@ def test_every_record_has_a_row() -> None:
         assert names & told, f"no row for {', '.join(sorted(names))}"
 
 
+def test_nothing_else_in_the_package_names_an_architecture() -> None:
+    package = _source("mixedprec_plugin", "")
+    named = [
+        path
+        for path in package.rglob("*.py")
+        if re.search(
+            r"\w+For(?:CausalLM|ConditionalGeneration)\b|\bmodel_type\b", path.read_text("utf-8")
+        )
+    ]
+    assert {path.parent.name for path in named} == {"families"}
+
+
 def test_no_name_is_in_two_records() -> None:
     names = [name for family in FAMILIES for name in (*family.architectures, *family.model_types)]
     assert sorted(names) == sorted(set(names))
