@@ -63,10 +63,6 @@ def draft_layers(config: Config, names: Collection[str], family: Family) -> froz
     Source: SGLang passes over tensors of layers from `num_hidden_layers` on where
     `num_nextn_predict_layers` is set (models/deepseek_common/deepseek_weight_loader.py:337,
     models/glm4_moe.py:1148), and over those whose name holds "mtp" (models/qwen3_next.py:1186).
-
-    Args:
-        config: the model's config.json.
-        names: its layer names.
     """
     said = text_config(config)
     first = said.get("num_hidden_layers") if said.get("num_nextn_predict_layers") else None
@@ -81,7 +77,6 @@ def fused_module(name: str, names: Collection[str], family: Family) -> tuple[str
     """Find the module that runs a layer.
 
     Args:
-        name: layer name.
         names: all layer names of the checkpoint; a lone shard (no siblings) is not fused.
     Returns:
         the module's name, and the shard id that its weight loader takes; the layer's own name and
@@ -121,11 +116,7 @@ def scheme_unit(module: str, shard: Shard) -> str:
 
 
 def sglang_name(module: str, family: Family) -> str:
-    """Name a module as SGLang hands it to a quantization config, and so as its logs do.
-
-    Args:
-        module: the plan's name, in the checkpoint's spelling, fused: `….self_attn.qkv_proj`.
-    """
+    """Name a module, which the plan calls `….self_attn.qkv_proj`, as SGLang's logs do."""
     for pattern, replacement in family.renames.items():
         module = re.sub(pattern, replacement, module)
     return module

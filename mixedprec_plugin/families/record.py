@@ -37,6 +37,7 @@ class Family:
             ranks cannot split the heads, nor k have fewer.
         dtype_readers: end of a module's name -> what in SGLang looks at the dtype of its weight.
         draft_prefixes: how names of layers start that only a draft model runs.
+        embeddings, lm_heads: such layers.
         routers, experts: patterns of the names of routers, and of what belongs to routed experts.
         expert_shards: projection of one expert -> the shard id that SGLang's FusedMoE takes.
         fused_modules: fused module -> its shards in SGLang's order, with the ids that SGLang's

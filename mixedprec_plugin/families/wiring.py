@@ -54,7 +54,6 @@ def coupled_units(kinds: Mapping[str, Kind], tied: Mapping[str, str], config: Co
     Args:
         kinds: layer name -> kind, of the whole model.
         tied: tied layer name -> the layer whose weight it shares.
-        config: the model's config.json.
     """
     family = family_of(config)
     blocks: dict[str, tuple[list[str], list[str]]] = {}
@@ -76,12 +75,7 @@ def coupled_units(kinds: Mapping[str, Kind], tied: Mapping[str, str], config: Co
 
 
 def producers(names: Collection[str], config: Config) -> list[tuple[str, str]]:
-    """List (producer, consumer) of layers whose outputs another layer of the same module reads.
-
-    Args:
-        names: of all layers.
-        config: the model's config.json.
-    """
+    """List (producer, consumer) of layers whose outputs another layer of the same module reads."""
     family = family_of(config)
     found = []
     for name in names:
