@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mixedprec_plugin.checkpoint.config import text_config
 from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.families.config import text_config
 
 _HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _SUFFIXES = {"": "weight", "_scale_inv": "weight_scale_inv", "_bias": "bias"}

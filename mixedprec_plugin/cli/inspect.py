@@ -18,10 +18,11 @@ from mixedprec_plugin.checkpoint.converted import embedded_preset
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind, layer_kind
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.recognition import recognize
 from mixedprec_plugin.methods.stored import StoredFormat
-from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, Kind, layer_kind
 from mixedprec_plugin.plan.conversion import action_of
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.render import format_bytes, problem_as_dict
@@ -35,11 +36,13 @@ class InspectedLayer:
     """One layer of a checkpoint.
 
     Attributes:
+        kind: what it is, by its name.
         stored: the format of its weight matrix; None where it has none.
         tensors: parameter suffix -> tensor.
     """
 
     name: str
+    kind: Kind
     stored: StoredFormat | None
     tensors: Mapping[str, StoredTensor]
 
@@ -52,11 +55,6 @@ class InspectedLayer:
     def num_weights(self) -> int:
         """Elements of the weight matrix; 0 where there is none, or where its size is not known."""
         return self.stored.N * self.stored.K if self.stored else 0
-
-    @property
-    def kind(self) -> Kind:
-        """What the layer is, by its name."""
-        return layer_kind(self.name, self.stored is not None)
 
     @property
     def use(self) -> str:
@@ -119,14 +117,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def inspect_layers(source: Source) -> list[InspectedLayer]:
     """Tell the format of every layer, in natural order of their names."""
-    return [
-        InspectedLayer(
-            name,
-            recognize(tensors, source.quantization_config_of(name), name),
-            tensors,
-        )
-        for name, tensors in sorted(source.layers.items(), key=_by_name)
-    ]
+    family = family_of(source.config)
+    layers = []
+    for name, tensors in sorted(source.layers.items(), key=_by_name):
+        stored = recognize(tensors, source.quantization_config_of(name), name)
+        kind = layer_kind(name, stored is not None, family)
+        layers.append(InspectedLayer(name, kind, stored, tensors))
+    return layers
 
 
 def _by_name(item: tuple[str, Mapping[str, StoredTensor]]) -> list[str | int]:

@@ -13,11 +13,11 @@ from typing import Any
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.convert.form import Tensors
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.foreign import compressed_tensors
 from mixedprec_plugin.methods.recognition import recognize
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.stored import StoredFormat, TensorSpec
-from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.quantize.codec import load_codec

@@ -16,13 +16,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.names import ExpertShard, last_component
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.interface import Device, Fault, LayerShape, Target
 from mixedprec_plugin.methods.recognition import faults_as_stored
 from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
 from mixedprec_plugin.methods.remedies import find_faults
 from mixedprec_plugin.methods.stored import StoredFormat
-from mixedprec_plugin.plan.architecture import ExpertShard, last_component
 from mixedprec_plugin.plan.conversion import is_auto
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer

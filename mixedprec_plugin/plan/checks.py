@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mixedprec_plugin.checkpoint.config import text_config
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, why_not_split
 from mixedprec_plugin.errors import Problem, Severity
-from mixedprec_plugin.methods.interface import LayerShape, Target
-from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
-from mixedprec_plugin.names import nearest
-from mixedprec_plugin.plan.architecture import (
+from mixedprec_plugin.families.config import text_config
+from mixedprec_plugin.families.names import (
     NEVER_QUANTIZED,
     ExpertShard,
     Kind,
@@ -19,16 +16,22 @@ from mixedprec_plugin.plan.architecture import (
     parallel_kind,
     shard_order,
 )
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.methods.interface import LayerShape, Target
+from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
+from mixedprec_plugin.names import nearest
 from mixedprec_plugin.plan.auto import faults_of, find_auto_notes
-from mixedprec_plugin.plan.families import why_not_family
+from mixedprec_plugin.plan.families import (
+    mla_faults,
+    stored_shards,
+    why_not_family,
+    why_not_stored_fused,
+)
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
-from mixedprec_plugin.plan.mla import mla_faults
 from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.plan.spelling import why_not_spelled
-from mixedprec_plugin.plan.stored_fused import stored_shards, why_not_stored_fused
 from mixedprec_plugin.preset.model import Preset, Rule
 
 # rule, text, remedy, severity
@@ -122,7 +125,7 @@ def check_layers(
         Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
         for (rule, text, remedy, severity), names in found.items()
     ]
-    problems += why_not_family(config, target, layers) + why_not_spelled(config, layers)
+    problems += why_not_family(config, target, layers)
     return problems + why_not_in_memory(layers, target, config)
 
 
@@ -165,7 +168,7 @@ def _faults(
     faults = faults_of(layer, shape, target)
     for fault in faults:
         yield *fault, "error"
-    for text, remedy in mla_faults(layer, shards, target.device):
+    for text, remedy in mla_faults(layer, shards, target.device, config):
         yield "mla", text, remedy, "error"
     if target.device == "cpu" and not faults:
         for fault in faults_of(layer, shape, Target(tp_size=target.tp_size, dtype=target.dtype)):
@@ -196,7 +199,7 @@ def _layer_shape(
         N=layer.stored.N,
         K=layer.stored.K,
         shard_sizes=tuple(N for _, N in shards),
-        parallel=parallel_kind(layer.name),
+        parallel=parallel_kind(layer.name, family_of(config)),
         tp_size=target.tp_size,
         dtype=target.dtype,
         shard_ranks=tuple(

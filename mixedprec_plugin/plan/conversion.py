@@ -21,11 +21,11 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.methods.cards import served_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
 from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, TensorSpec
-from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.preset.model import Rule, Scheme
 
 Action = Literal[

@@ -10,10 +10,10 @@ from types import MappingProxyType
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.families.names import ExpertShard, Kind, Shard, shard_order
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import UNQUANTIZED
 from mixedprec_plugin.methods.stored import StoredFormat, TensorSpec
-from mixedprec_plugin.plan.architecture import ExpertShard, Kind, Shard, shard_order
 from mixedprec_plugin.plan.conversion import Action, Reason
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 

@@ -32,12 +32,12 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.errors import Problem, ShapeError
+from mixedprec_plugin.families.names import last_component
+from mixedprec_plugin.families.wiring import producers
 from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.stored import StoredFormat
-from mixedprec_plugin.plan.architecture import last_component
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.plan.wiring import producers
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,7 @@ class Pairs:
             CheckpointError: a layer cannot be read.
         """
         errors: dict[tuple[str, str], list[str]] = {}
-        for producer, consumer in producers(self._layers):
+        for producer, consumer in producers(self._layers, self._sources["model"].config):
             made, reads = self._layers[producer].source, self._layers[consumer].source
             if made == reads or self._sources[made].path == self._sources[reads].path:
                 continue

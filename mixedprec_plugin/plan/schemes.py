@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
 from mixedprec_plugin.methods.stored import StoredFormat
-from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.plan.auto import auto_scheme
 from mixedprec_plugin.preset.model import Rule, Scheme
 

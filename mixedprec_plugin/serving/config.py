@@ -18,10 +18,10 @@ from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.groups import ExpertGroup
 from mixedprec_plugin.experts.method import experts_method
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.construct import build_config, cuda_capability
 from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
-from mixedprec_plugin.plan.architecture import FUSED_MODULES
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
@@ -49,10 +49,10 @@ class MixedPrecisionConfig(QuantizationConfig):
         self.plan = plan
         self.built: dict[str, torch.nn.Module] = {}
         self.quant_type: Any = None
-        architectures = plan.source.config.get("architectures") or [""]
-        self._names = ModuleNames(plan.modules, architectures[0])
+        family = family_of(plan.source.config)
+        self._names = ModuleNames(plan.modules, family)
         self.packed_modules_mapping = {
-            module: list(shards) for module, shards in FUSED_MODULES.items()
+            module: list(shards) for module, shards in family.fused_modules.items()
         }
         self._children: dict[Any, QuantizationConfig] = {}
 

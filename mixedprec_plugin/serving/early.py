@@ -11,11 +11,11 @@ from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
+from mixedprec_plugin.families.config import model_dtype
+from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
 from mixedprec_plugin.methods.interface import Device, Target
-from mixedprec_plugin.plan.architecture import ExpertShard
 from mixedprec_plugin.plan.carried import preset_for
-from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan

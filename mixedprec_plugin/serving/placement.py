@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.loading import load_expert_tensor
 from mixedprec_plugin.experts.parts import check_expert_part
+from mixedprec_plugin.families.names import ExpertShard, scheme_unit
 from mixedprec_plugin.methods.registry import AUTO
-from mixedprec_plugin.plan.architecture import ExpertShard, scheme_unit
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig

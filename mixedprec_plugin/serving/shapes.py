@@ -15,8 +15,8 @@ from sglang.srt.layers.linear import (
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.families.names import ExpertShard, Shard
 from mixedprec_plugin.methods.shapes import fp8_marlin_fault
-from mixedprec_plugin.plan.architecture import ExpertShard, Shard
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig

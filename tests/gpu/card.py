@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.families.config import model_dtype
+from mixedprec_plugin.families.names import parallel_kind
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
 from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.remedies import find_faults
-from mixedprec_plugin.plan.architecture import parallel_kind
-from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
@@ -64,7 +65,7 @@ def why_not(plan: Plan, found: int) -> list[str]:
                 N=layer.stored.N,
                 K=layer.stored.K,
                 shard_sizes=tuple(x.stored.N for x in layers if x.stored is not None),
-                parallel=parallel_kind(layer.name),
+                parallel=parallel_kind(layer.name, family_of(plan.source.config)),
                 dtype=plan.target.dtype,
             )
             scheme = layer.scheme

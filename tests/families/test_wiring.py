@@ -6,28 +6,20 @@ from collections.abc import Iterable
 
 import pytest
 
-from mixedprec_plugin.methods.stored import StoredFormat
-from mixedprec_plugin.plan.architecture import layer_kind
-from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.plan.wiring import Unit, coupled_units, norm_offset, producers
+from mixedprec_plugin.families.names import Kind, layer_kind
+from mixedprec_plugin.families.table import DECODER, family_of
+from mixedprec_plugin.families.wiring import Unit, coupled_units, producers
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 DENSE = tuple(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
 
 
-def layers(names: Iterable[str]) -> list[PlannedLayer]:
-    """Planned layers of the given names, matrices all but the norms."""
-    made = []
-    for name in names:
-        has_matrix = "norm" not in name and not name.endswith("sinks")
-        stored = StoredFormat("bf16", {}, 8, 8, "bfloat16") if has_matrix else None
-        made.append(
-            PlannedLayer(
-                name, name, None, layer_kind(name, has_matrix), None, None, "model", stored,
-                "as stored", {}, {}, 0, 0,
-            )
-        )  # fmt: skip
-    return made
+def kinds(names: Iterable[str]) -> dict[str, Kind]:
+    """Layers of the given names, matrices all but the norms."""
+    return {
+        name: layer_kind(name, "norm" not in name and not name.endswith("sinks"), DECODER)
+        for name in names
+    }
 
 
 def block(*names: str, index: int = 3) -> list[str]:
@@ -35,7 +27,7 @@ def block(*names: str, index: int = 3) -> list[str]:
 
 
 def units(model_type: str, names: Iterable[str], **tied: str) -> dict[str, Unit]:
-    found = coupled_units(layers(names), tied, {"model_type": model_type})
+    found = coupled_units(kinds(names), tied, {"model_type": model_type})
     return {unit.norm.removeprefix("model.layers.3."): unit for unit in found}
 
 
@@ -115,7 +107,7 @@ def test_unknown_family_is_not_guessed_at() -> None:
     for unit in units("brand_new", names).values():
         assert unit.consumers == ()
         assert len(unit.fixed) == 7
-    assert norm_offset({"model_type": "brand_new"}) is None
+    assert family_of({"model_type": "brand_new"}).norm_offset is None
 
 
 def test_head_norms_and_sinks_come_with_their_attention() -> None:
@@ -141,7 +133,7 @@ def test_last_norm_feeds_lm_head_or_the_embedding_that_it_is_tied_to() -> None:
     ],
 )
 def test_norm_offset_is_the_familys(config: dict[str, object], offset: float | None) -> None:
-    assert norm_offset(config) == offset
+    assert family_of(config).norm_offset == offset
 
 
 def test_producers_are_found_for_each_expert() -> None:
@@ -150,7 +142,7 @@ def test_producers_are_found_for_each_expert() -> None:
         "mlp.experts.4.up_proj", "mlp.experts.4.down_proj", "block_sparse_moe.experts.1.w3",
         "block_sparse_moe.experts.1.w2", "mlp.experts.5.down_proj",
     )  # fmt: skip
-    found = producers({layer.name: layer for layer in layers(names)})
+    found = producers(names, {})
     assert [tuple(ends(pair)) for pair in found] == [
         ("self_attn.v_proj", "self_attn.o_proj"),
         ("mlp.up_proj", "mlp.down_proj"),

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from mixedprec_plugin.families.names import sglang_name
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.plan.render import plan_as_dict, print_plan
-from mixedprec_plugin.plan.sglang_names import sglang_name
 from tests import published
 from tests.presets import plan
 
@@ -39,7 +40,7 @@ GEMMA = "Gemma3ForConditionalGeneration"
     ],
 )
 def test_module_is_named_as_sglang_does(architecture: str, module: str, expected: str) -> None:
-    assert sglang_name(module, architecture) == expected
+    assert sglang_name(module, family_of({"architectures": [architecture]})) == expected
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from mixedprec_plugin.methods.cards import find_gpu
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.families import why_not_family
+from tests import published
+from tests.presets import plan, problem_texts
 
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"], "num_attention_heads": 16, "num_key_value_heads": 16,
@@ -82,3 +85,40 @@ def test_routing_that_runs_is_not_refused(config: dict[str, Any], gpu: str) -> N
 
 def test_routing_is_not_asked_for_without_a_gpu() -> None:
     assert why_not_family(DEEPSEEK, Target()) == []
+
+
+@pytest.mark.parametrize(("method", "is_refused"), [("gptq", True), ("awq", False), ("fp8", False)])
+def test_glms_shared_experts_need_a_weight_with_a_dtype(
+    tmp_path: Path, method: str, is_refused: bool
+) -> None:
+    model = published.glm_4_5_air(num_layers=2).write(tmp_path / "m")
+    made = plan(model, f'match: "*.shared_experts.*", method: {method}')
+    assert problem_texts(made) == [
+        f"error: model.layers.1.mlp.shared_experts.{name}: SGLang's GLM-4-MoE looks at the dtype "
+        "of their weight, and GPTQ has none; use method: fp8_block or awq"
+        for name in ("gate_proj", "up_proj")
+        if is_refused
+    ]
+
+
+def test_draft_models_shared_experts_are_not_asked_for(tmp_path: Path) -> None:
+    """They are left to a draft model, packed or not."""
+    model = published.glm_4_5_air(num_layers=2)
+    block = "model.layers.2.mlp.shared_experts."
+    packed = {
+        f"{block}{name}.{suffix}": spec
+        for name in ("gate_proj", "up_proj")
+        for suffix, spec in {
+            "qweight": ("I32", (512, 1408)), "qzeros": ("I32", (32, 176)),
+            "scales": ("F16", (32, 1408)), "g_idx": ("I32", (4096,)),
+        }.items()
+    }  # fmt: skip
+    floats = {name: spec for name, spec in model.tensors.items() if not name.startswith(block)}
+    config = {
+        **model.config,
+        "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    }
+    folder = published.Published(config, {**floats, **packed}, 1).write(tmp_path / "m")
+    made = plan(folder, 'match: "*.experts.*", method: bf16')
+    assert made.by_name[f"{block}up_proj"].kind == "draft"
+    assert not [text for text in problem_texts(made) if "GLM" in text]
