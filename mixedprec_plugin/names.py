@@ -12,33 +12,45 @@ A pattern matches a whole name, case-sensitively:
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import functools
-import itertools
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import bracex
 
 MAX_PATTERN_LENGTH = 4096
 MAX_ALTERNATIVES = 10_000
 MAX_DEPTH = 8
-MAX_BACKTRACKING_STARS = 4
+MAX_TESTS = 256
 
-_RANGE = re.compile(r"([-+]?\d+|[A-Za-z])\.\.([-+]?\d+|[A-Za-z])(\.\.[-+]?\d+)?")
+_ENDS = r"[-+]?\d{1,18}\.\.[-+]?\d{1,18}|[a-z]\.\.[a-z]|[A-Z]\.\.[A-Z]"
+_RANGE = re.compile(rf"({_ENDS})(\.\.[-+]?\d{{1,18}})?", re.ASCII)
+_TOKEN = re.compile(r"\[[^\]]*\]?|.", re.DOTALL)
+_SET = re.compile(r"\[[^\]]*\]")
+_PIECE = re.compile(rf"\*+|(?:{_SET.pattern}|[^*])+")
+_WILDCARD = re.compile(r"[*?[]")
 _NUMBER = re.compile(r"\d+")
-_REGEX_HINTS = frozenset("\\^$()|+")
 
 _shortened = reprlib.Repr()
 _shortened.maxstring = 100
+
+# (name, where a part may start in it) -> where it may end
+_Part = Callable[[str, Collection[int]], Collection[int]]
 
 
 class PatternError(ValueError):
     """A glob that cannot be read; its text says what to write instead."""
 
 
+@functools.lru_cache(maxsize=256)
 def compile_pattern(pattern: str) -> Callable[[str], bool]:
     """Turn a glob into a test of one layer name.
+
+    A part is tried once at each place where it may start, so that the time grows with the length
+    of the pattern times that of the name. A regular expression would try all combinations of
+    stars and of alternatives of different lengths.
 
     Args:
         pattern: the glob; see the module's docstring.
@@ -47,12 +59,6 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     Raises:
         PatternError: the pattern is malformed, or expands to too many alternatives.
     """
-    fullmatch = _compile(pattern).fullmatch
-    return lambda name: fullmatch(name) is not None
-
-
-@functools.lru_cache(maxsize=4096)
-def _compile(pattern: str) -> re.Pattern[str]:
     if not pattern:
         raise PatternError("an empty pattern matches no layer; write '*' for all of them")
     if len(pattern) > MAX_PATTERN_LENGTH:
@@ -62,212 +68,182 @@ def _compile(pattern: str) -> re.Pattern[str]:
         )
     if pattern.startswith("re:"):
         raise PatternError(f"{pattern!r} is a regular expression (expected a glob)")
-    translator = _Translator(pattern)
-    return re.compile(translator.translate(), re.DOTALL)
+    parts: list[_Part] = []
+    at = num_words = num_tests = 0
+    for start, end in _braces(pattern):
+        words = _expand(pattern[start:end], MAX_ALTERNATIVES - num_words, pattern)
+        group, tests = _group(words)
+        num_words += len(words)
+        num_tests += tests
+        parts += [*_parts(pattern[at:start]), group]
+        at = end
+    if num_tests > MAX_TESTS:
+        raise PatternError(
+            f"{_shortened.repr(pattern)} has more than {MAX_TESTS} braces, or wildcards within "
+            "them; write several patterns"
+        )
+    ends = _sequence([*parts, *_parts(pattern[at:])])
+    return lambda name: len(name) in ends(name, (0,))
 
 
-class _Translator:
-    """Recursive descent over one glob; keeps braces as alternations, so that they never multiply.
-
-    `*` followed by text of one fixed length is compiled to a possessive search: the first place
-    where that text occurs serves as well as any later one. Only the rest can backtrack, and their
-    number is limited.
-    """
-
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
-        self.shown = _shortened.repr(pattern)
-        self.at = 0
-        self.alternatives = 0
-        self.backtracking = 0
-
-    def translate(self) -> str:
-        parts, stops = self._sequence(depth=0)
-        assert not stops
-        segments = [
-            list(segment)
-            for is_star, segment in itertools.groupby(parts, key=lambda part: part is _STAR)
-            if not is_star
-        ]
-        if not segments:
-            return ".*"
-        begins_with_star, ends_with_star = parts[0] is _STAR, parts[-1] is _STAR
-        text = "" if begins_with_star else _join(segments.pop(0))
-        tail = ""
-        if not ends_with_star and segments:
-            tail = ".*" + _join(segments.pop())
-        for number, segment in enumerate(segments):
-            text += self._search(segment, number)
-        return text + (".*" if ends_with_star else tail)
-
-    def _search(self, segment: list[_Part], number: int) -> str:
-        body = _join(segment)
-        if all(part.length is not None for part in segment):
-            return f"(?=(?P<s{number}>.*?{body}))(?P=s{number})"
-        self._count_star()
-        return f".*?{body}"
-
-    def _count_star(self) -> None:
-        self.backtracking += 1
-        if self.backtracking > MAX_BACKTRACKING_STARS:
-            raise PatternError(
-                f"{self.shown} has more than {MAX_BACKTRACKING_STARS} stars within or before "
-                "braces; write several patterns"
-            )
-
-    def _sequence(self, depth: int) -> tuple[list[_Part], str]:
-        """Read up to the end, or inside braces up to `,` or `}`, which is returned."""
-        parts: list[_Part] = []
-        while self.at < len(self.pattern):
-            character = self.pattern[self.at]
-            if depth and character in ",}":
-                return parts, character
-            self.at += 1
-            if character == "*":
-                if not parts or parts[-1] is not _STAR:
-                    parts.append(_STAR)
-            elif character == "?":
-                parts.append(_Part(".", 1))
-            elif character == "[":
-                parts.append(self._set())
-            elif character == "{":
-                parts.append(self._braces(depth + 1))
-            else:
-                parts.append(self._literal(character))
-        if depth:
-            raise PatternError(f"{self.shown} opens a '{{' that nothing closes")
-        return parts, ""
-
-    def _literal(self, character: str) -> _Part:
-        if character in "]}":
-            raise PatternError(f"{self.shown} has a {character!r} that closes nothing")
-        if character == ",":
-            raise PatternError(
-                f"{self.shown} has a ',' outside braces; write a list of patterns, or {{a,b}}"
-            )
-        if character in _REGEX_HINTS:
-            raise PatternError(
-                f"{self.shown} has {character!r}, which no layer name has; patterns are globs, "
-                "not regular expressions: '*', '?', '[…]', '{a,b}', '{0..15}'"
-            )
-        if character.isspace() or not character.isprintable():
-            raise PatternError(f"{self.shown} has {character!r}, which no layer name has")
-        return _Part(re.escape(character), 1)
-
-    def _set(self) -> _Part:
-        end = self.pattern.find("]", self.at + 1)
-        if end < 0:
-            raise PatternError(f"{self.shown} opens a '[' that nothing closes")
-        content = self.pattern[self.at : end]
-        self.at = end + 1
-        negated = content.startswith("!")
-        members = content[1:] if negated else content
-        if not members or any(character in "[]{},^\\!" for character in members):
-            raise PatternError(
-                f"'[{content}]' in {self.shown} is not a set of characters "
-                "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')"
-            )
-        text, at = "", 0
-        while at < len(members):
-            if members[at + 1 : at + 2] == "-" and at + 2 < len(members):
-                first, last = members[at], members[at + 2]
-                if first > last:
-                    raise PatternError(
-                        f"'[{content}]' in {self.shown} counts backwards; write '{last}-{first}'"
-                    )
-                text += f"{re.escape(first)}-{re.escape(last)}"
-                at += 3
-            else:
-                text += re.escape(members[at])
-                at += 1
-        return _Part(f"[{'^' if negated else ''}{text}]", 1)
-
-    def _braces(self, depth: int) -> _Part:
-        if depth > MAX_DEPTH:
-            raise PatternError(
-                f"{self.shown} nests braces more than {MAX_DEPTH} deep; write several patterns"
-            )
-        end = self.pattern.find("}", self.at)
-        content = self.pattern[self.at : end] if end >= 0 else ""
-        if _RANGE.fullmatch(content):
-            self.at = end + 1
-            return self._range(content)
-        if ".." in content and not any(character in "{," for character in content):
-            raise PatternError(
-                f"'{{{content}}}' in {self.shown} is not a range (expected '{{0..15}}')"
-            )
-        return self._choice(depth)
-
-    def _choice(self, depth: int) -> _Part:
-        start = self.at - 1
-        choices: list[_Part] = []
-        stop = ","
-        while stop == ",":
-            begin = self.at
-            parts, stop = self._sequence(depth)
-            if _RANGE.fullmatch(word := self.pattern[begin : self.at]):
+def _braces(pattern: str) -> list[tuple[int, int]]:
+    """Check a pattern, and return where its outermost braces start and end."""
+    shown = _shortened.repr(pattern)
+    spans: list[tuple[int, int]] = []
+    opened: list[list[int]] = []  # where the choices of each open brace start
+    for match in _TOKEN.finditer(pattern):
+        token, at = match.group(), match.start()
+        if token == "{":
+            opened.append([at + 1])
+            if len(opened) > MAX_DEPTH:
                 raise PatternError(
-                    f"'{word}' in {self.shown} is no range beside a ',' "
-                    f"(expected '{{{word}}}' there)"
+                    f"{shown} nests braces more than {MAX_DEPTH} deep; write several patterns"
                 )
-            for _ in range(sum(part is _STAR for part in parts)):
-                self._count_star()
-            self._count_alternatives(1)
-            lengths = [part.length for part in parts]
-            length = None if None in lengths else sum(n for n in lengths if n is not None)
-            choices.append(_Part(_join(parts), length))
-            self.at += 1
-        if len(choices) < 2:
-            text = self.pattern[start : self.at]
-            raise PatternError(
-                f"{text!r} in {self.shown} leaves nothing to choose "
-                "(expected '{a,b}' or '{0..15}'); leave the braces out"
-            )
-        fixed = {choice.length for choice in choices}
-        return _Part(
-            f"(?:{'|'.join(choice.text for choice in choices)})",
-            fixed.pop() if len(fixed) == 1 else None,
+        elif token in ("}", ",") and opened:
+            _check_choice(pattern, opened[-1], at)
+            opened[-1].append(at + 1)
+            if token == "}" and len(opened) == 1:
+                spans.append((opened[0][0] - 1, at + 1))
+            if token == "}":
+                opened.pop()
+        else:
+            _check_token(token, shown)
+    if opened:
+        raise PatternError(f"{shown} opens a '{{' that nothing closes")
+    return spans
+
+
+def _check_choice(pattern: str, starts: Sequence[int], end: int) -> None:
+    """Check one choice of a brace, which ends at its `,` or `}`."""
+    shown, choice = _shortened.repr(pattern), pattern[starts[-1] : end]
+    is_range = _RANGE.fullmatch(choice) is not None
+    is_alone = len(starts) == 1 and pattern[end] == "}"
+    if is_range and not is_alone:
+        raise PatternError(
+            f"'{choice}' in {shown} is no range beside a ',' (expected '{{{choice}}}' there)"
+        )
+    if is_alone and not is_range and ".." in choice and "{" not in choice:
+        raise PatternError(f"'{{{choice}}}' in {shown} is not a range (expected '{{0..15}}')")
+    if is_alone and not is_range:
+        raise PatternError(
+            f"{f'{{{choice}}}'!r} in {shown} leaves nothing to choose "
+            "(expected '{a,b}' or '{0..15}'); leave the braces out"
         )
 
-    def _range(self, content: str) -> _Part:
-        try:
-            words = bracex.expand(f"{{{content}}}", limit=MAX_ALTERNATIVES)
-        except bracex.ExpansionLimitException:
-            self._count_alternatives(MAX_ALTERNATIVES + 1)
-            raise
-        if words == [f"{{{content}}}"]:
-            raise PatternError(
-                f"'{{{content}}}' in {self.shown} is not a range (expected '{{0..15}}')"
-            )
-        self._count_alternatives(len(words))
-        lengths = {len(word) for word in words}
-        text = "|".join(re.escape(word) for word in words)
-        return _Part(f"(?:{text})", lengths.pop() if len(lengths) == 1 else None)
 
-    def _count_alternatives(self, count: int) -> None:
-        self.alternatives += count
-        if self.alternatives > MAX_ALTERNATIVES:
-            raise PatternError(
-                f"the braces of {self.shown} list more than {MAX_ALTERNATIVES} alternatives; "
-                "use '*' or a shorter range"
-            )
+def _check_token(token: str, shown: str) -> None:
+    """Check one character outside of sets, or one set."""
+    if token == "[":
+        raise PatternError(f"{shown} opens a '[' that nothing closes")
+    if token[0] == "[":
+        _check_set(token, shown)
+    elif token in "]}":
+        raise PatternError(f"{shown} has a {token!r} that closes nothing")
+    elif token == ",":
+        raise PatternError(
+            f"{shown} has a ',' outside braces; write a list of patterns, or {{a,b}}"
+        )
+    elif token in "\\^$()|+":
+        raise PatternError(
+            f"{shown} has {token!r}, which no layer name has; patterns are globs, "
+            "not regular expressions: '*', '?', '[…]', '{a,b}', '{0..15}'"
+        )
+    elif token.isspace() or not token.isprintable():
+        raise PatternError(f"{shown} has {token!r}, which no layer name has")
 
 
-class _Part:
-    """A piece of regular expression, and how many characters it takes where that is fixed."""
+def _check_set(token: str, shown: str) -> None:
+    members = token[1:-1].removeprefix("!")
+    if token[-1] != "]":
+        raise PatternError(f"{shown} opens a '[' that nothing closes")
+    if not members or any(character in "[]{},^\\!" for character in members):
+        raise PatternError(
+            f"'{token}' in {shown} is not a set of characters "
+            "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')"
+        )
+    for first, last in re.findall("(.)-(.)", members):
+        if first > last:
+            raise PatternError(f"'{token}' in {shown} counts backwards; write '{last}-{first}'")
 
-    __slots__ = ("length", "text")
 
-    def __init__(self, text: str, length: int | None) -> None:
-        self.text = text
-        self.length = length
+def _expand(brace: str, limit: int, pattern: str) -> list[str]:
+    """The words that an outermost brace stands for."""
+    try:
+        # behind a character, as an empty word alone is left out
+        return [word[1:] for word in bracex.expand(f"x{brace}", limit=max(1, limit))]
+    except bracex.ExpansionLimitException:
+        raise PatternError(
+            f"the braces of {_shortened.repr(pattern)} list more than {MAX_ALTERNATIVES} "
+            "alternatives; use '*' or a shorter range"
+        ) from None
 
 
-_STAR = _Part(".*?", None)
+def _parts(text: str) -> list[_Part]:
+    """The parts of a text without braces."""
+    return [_star if piece[0] == "*" else _fixed(piece) for piece in _PIECE.findall(text)]
 
 
-def _join(parts: Iterable[_Part]) -> str:
-    return "".join(part.text for part in parts)
+def _sequence(parts: Sequence[_Part]) -> _Part:
+    def ends(name: str, starts: Collection[int]) -> Collection[int]:
+        for part in parts:
+            if not starts:
+                break
+            starts = part(name, starts)
+        return starts
+
+    return ends
+
+
+def _star(name: str, starts: Collection[int]) -> Collection[int]:
+    return range(min(starts), len(name) + 1)
+
+
+def _fixed(text: str) -> _Part:
+    """A text of one length: characters, `?` and sets."""
+    if not _WILDCARD.search(text):
+        return _literal(text)
+    length = len(_SET.sub("?", text))
+    match = re.compile(fnmatch.translate(text)).match
+    return lambda name, starts: {at + length for at in starts if match(name, at, at + length)}
+
+
+def _literal(text: str) -> _Part:
+    def ends(name: str, starts: Collection[int]) -> Collection[int]:
+        if not isinstance(starts, range):
+            return [at + len(text) for at in starts if name.startswith(text, at)]
+        found = []
+        at = name.find(text, starts[0])
+        while at >= 0:
+            found.append(at + len(text))
+            at = name.find(text, at + 1)
+        return found
+
+    return ends
+
+
+def _group(words: Iterable[str]) -> tuple[_Part, int]:
+    """Any of several words, and the number of tests that it takes at each place."""
+    plain: dict[int, set[str]] = {}
+    wild: list[_Part] = []
+    tests = 0
+    for word in words:
+        if _WILDCARD.search(word):
+            parts = _parts(word)
+            tests += len(parts)
+            wild.append(_sequence(parts))
+        else:
+            plain.setdefault(len(word), set()).add(word)
+
+    def ends(name: str, starts: Collection[int]) -> Collection[int]:
+        found = {
+            at + length
+            for length, some in plain.items()
+            for at in starts
+            if name[at : at + length] in some
+        }
+        return found.union(*(part(name, starts) for part in wild))
+
+    return ends, tests + len(plain)
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:

@@ -1,233 +1,260 @@
-"""Interpolations: `${schemes.attention}` and `${oc.env:NAME}`, and nothing else.
+"""Resolves interpolations, `${schemes.attention}` and `${oc.env:NAME}`, and lists in patterns.
 
-OmegaConf parses and resolves them. Before it does, every reference is followed here: only then are
-a resolver that may do anything, an endless circle, or text that doubles itself thirty times out of
-the question, and only so does every mistake get its line.
+OmegaConf resolves one text after another, each after those that it refers to. So a circle, or text
+that doubles itself thirty times, is found before it is followed, and every mistake has its line.
+
+Within a pattern a list stands for the alternatives of a glob, `${lists.hot}` for `{3,17,42}`:
+
+    lists:
+      hot: [3, 17, "40..47"]
+    rules:
+      - {match: "*.mlp.experts.${lists.hot}.*", scheme: fine}
+
+A list that stands alone, `match: ${lists.hot}`, stays a list: that of the rule's patterns.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
+import re
+from collections.abc import Collection
 from typing import Any, NoReturn
 
-from omegaconf import OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixedprec_plugin.names import nearest
-from mixedprec_plugin.preset.findings import Findings
-from mixedprec_plugin.preset.references import (
-    Environment,
-    Expression,
-    ExpressionError,
+from mixedprec_plugin.preset.document import Document, Path, Scalar, at, rewrite
+from mixedprec_plugin.preset.expressions import (
+    EXPRESSION,
     Reference,
-    parse_expression,
+    Variable,
+    is_interpolated,
+    parse_text,
 )
-from mixedprec_plugin.preset.tree import Key, Node, Path
 
 MAX_SIZE = 1 << 21
 MAX_CHAIN = 32
-MAX_OPEN = 3 * MAX_CHAIN
+
+# what a reference counts for, however short its value
+_REFERENCE_SIZE = 64
+_RANGE = re.compile(r"-?\d+\.\.-?\d+(\.\.-?\d+)?")
 
 
-def resolve(root: Node, findings: Findings) -> Any:
+def resolve(document: Document, untrusted: str = "") -> tuple[Any, Any]:
     """Resolve every interpolation of a merged preset.
 
+    Args:
+        untrusted: the file whose texts may not read environment variables.
     Returns:
-        Plain data; null stands for every value that could not be resolved, and its location is
-        muted.
+        Plain data, in which null stands for every value that could not be resolved; and the same
+        for messages and files, with `${oc.env:NAME}` in place of that variable's value.
     """
-    if not any(_is_interpolated(node) for _, node in root.scalars()):
-        return root.plain()
-    checker = _Checker(root, findings)
-    checker.check()
-    data = root.plain()
-    for path in checker.broken:
-        findings.mute(root.locate(path))
-        _assign(data, path, None)
+    pending = {path: None for path, value in document.scalars() if is_interpolated(value)}
+    if not pending:
+        return document.data, document.data
     try:
-        return OmegaConf.to_container(OmegaConf.create(data), resolve=True)
-    except OmegaConfBaseException as error:
-        findings.add(root.location, f"cannot be resolved: {error}", rule="interpolation")
-        return data
+        return _Resolver(document, pending, untrusted).resolve()
+    except _TooLargeError:
+        what = f"interpolations make the preset longer than {MAX_SIZE} characters"
+        document.report((), what, "refer to less", "interpolation-bomb")
+        return None, None
 
 
 def escape(data: Any) -> Any:
     """Write text so that resolving it gives it back: `${` in it is no interpolation."""
-    if isinstance(data, dict):
-        return {key: escape(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [escape(value) for value in data]
-    if not isinstance(data, str) or "${" not in data:
-        return data
-    head, *parts = data.split("${")
-    text = head
-    for part in parts:
-        stem = text.rstrip("\\")
-        text = stem + "\\" * (2 * (len(text) - len(stem)) + 1) + "${" + part
-    return text
+
+    def change(_: Path, value: Scalar) -> Scalar:
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    return rewrite(data, change)
 
 
 class _BrokenError(Exception):
     """A value depends on one that has a problem."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Extent:
-    """How long a value is when it is resolved, and how many references lie one behind another."""
-
-    size: int
-    depth: int
-
-    def __add__(self, other: _Extent) -> _Extent:
-        return _Extent(self.size + other.size, max(self.depth, other.depth))
+class _TooLargeError(Exception):
+    pass
 
 
-_NODE = _Extent(16, 0)
-
-
-class _Checker:
+class _Resolver:
     """Depth-first search over what refers to what.
 
     Attributes:
-        broken: the scalars that cannot be resolved.
+        pending: the paths of all texts with interpolations.
+        filled: the preset with lists written out in patterns.
+        configs: that with the values of environment variables, and with their names.
+        depths: path of what is resolved -> how many references lie one behind another in it.
     """
 
-    def __init__(self, root: Node, findings: Findings) -> None:
-        self.root = root
-        self.findings = findings
-        self.broken: set[Path] = set()
-        self.extents: dict[Path, _Extent] = {}
+    def __init__(self, document: Document, pending: Collection[Path], untrusted: str) -> None:
+        self.document = document
+        self.pending = pending
+        self.untrusted = untrusted
+        self.depths: dict[Path, int] = {}
         self.open: list[Path] = []
+        self.size = 0
+        lists = at(document.data, ("lists",))
+        lists = lists.items() if isinstance(lists, dict) else ()
+        self.lists = {name: _alternatives(items) for name, items in lists}
+        self.filled = rewrite(document.data, self._fill)
+        masked = rewrite(self.filled, _mask)
+        variants = [self.filled] if masked == self.filled else [self.filled, masked]
+        self.configs: list[Any] = [OmegaConf.create(data) for data in variants]
 
-    def check(self) -> None:
-        total = 0
-        for path, _ in self.root.scalars():
-            try:
-                total += self._extent(path).size
-            except _BrokenError:
-                self.broken.add(path)
-        if total > MAX_SIZE:
-            what = f"interpolations make the preset longer than {MAX_SIZE} characters"
-            self.findings.add(self.root.location, what, "refer to less", "interpolation-bomb")
-            self.broken.update(path for path, _ in self.root.scalars())
+    def resolve(self) -> tuple[Any, Any]:
+        for path in self.pending:
+            with contextlib.suppress(_BrokenError):
+                self._resolve(path)
+        data = [OmegaConf.to_container(config, resolve=True) for config in self.configs]
+        return data[0], data[-1]
 
-    def _extent(self, path: Path) -> _Extent:
-        if path in self.broken:
-            raise _BrokenError
-        if path not in self.extents:
-            if path in self.open:
-                self._circle(path)
-            self.open.append(path)
-            try:
-                self.extents[path] = self._measure(path)
-            finally:
-                self.open.pop()
-        return self.extents[path]
+    def _resolve(self, path: Path) -> int:
+        """Put its value in the place of one text, and return the depth."""
+        if path in self.depths:
+            return self.depths[path]
+        if path in self.open:
+            self._circle(path)
+        self.open.append(path)
+        try:
+            if path in self.document.broken:
+                raise _BrokenError
+            if len(self.open) > MAX_CHAIN + 1:
+                self._too_long(path)
+            parts, is_whole = parse_text(at(self.document.data, path))
+            depth = max((self._depth(path, part, is_whole) for part in parts), default=0)
+            if depth > MAX_CHAIN:
+                self._too_long(path)
+            self._assign(path)
+        except _BrokenError:
+            self.document.mark(path)
+            self._assign(path, is_broken=True)
+            raise
+        finally:
+            self.open.pop()
+        self.depths[path] = depth
+        return depth
 
-    def _measure(self, path: Path) -> _Extent:
-        node = _at(self.root, path)
-        if isinstance(node.value, dict):
-            return sum((self._extent((*path, key)) for key in node.value), _NODE)
-        if isinstance(node.value, list):
-            return sum((self._extent((*path, i)) for i in range(len(node.value))), _NODE)
-        own = _NODE + _Extent(len(str(node.value)), 0)
-        if not isinstance(node.value, str) or "${" not in node.value:
-            return own
-        expression = self._parse(path, node.value)
-        return sum((self._part(path, part, expression) for part in expression.parts), own)
+    def _assign(self, path: Path, is_broken: bool = False) -> None:
+        try:
+            for config in self.configs:
+                parent = _walk(config, path[:-1])
+                parent[path[-1]] = None if is_broken else escape(parent[path[-1]])
+        except OmegaConfBaseException as error:
+            self._fail(path, f"cannot be resolved: {str(error).splitlines()[0]}")
 
-    def _part(self, path: Path, part: Reference | Environment, whole: Expression) -> _Extent:
-        if isinstance(part, Environment):
-            value = os.environ.get(part.name)
-            if value is None and not part.has_default:
-                what = f"the environment variable {part.name} is not set"
-                remedy = f"set it, or give a default: ${{oc.env:{part.name},DEFAULT}}"
-                self._fail(path, what, remedy, "missing-variable")
-            return _Extent(len(value or ""), 0)
-        target = self._target(path, part)
-        if len(self.open) > MAX_OPEN:
-            self._too_long(path)
-        extent = self._extent(target)
-        if extent.depth >= MAX_CHAIN:
-            self._too_long(path)
-        if not whole.is_whole and isinstance(self._behind(target).value, (dict, list)):
-            what = f"{part.text} is not text and stands within text"
-            self._fail(path, what, "let it stand alone", "interpolation-type")
-        return _Extent(extent.size, extent.depth + 1)
+    def _depth(self, path: Path, part: Reference | Variable, is_whole: bool) -> int:
+        """Check what one interpolation refers to, and resolve that."""
+        if isinstance(part, Reference):
+            is_written = not is_whole and self._list(part)
+            return 1 if is_written else self._refer(path, part, is_whole) + 1
+        if self.document.locate(path).file == self.untrusted:
+            what = f"{part.text} reads the environment, which a checkpoint's own preset may not"
+            self._fail(path, what, "name a preset of your own", "environment")
+        value = os.environ.get(part.name)
+        if value is None and not part.has_default:
+            what = f"the environment variable {part.name} is not set"
+            remedy = f"set it, or give a default: ${{oc.env:{part.name},DEFAULT}}"
+            self._fail(path, what, remedy, "missing-variable")
+        self._count(len(value or ""))
+        return self._depth(path, part.nested, is_whole=False) if part.nested else 0
+
+    def _refer(self, path: Path, reference: Reference, is_whole: bool) -> int:
+        if reference.dots > len(path):
+            self._missing(path, reference, 0, [])
+        target = path[: len(path) - reference.dots] if reference.dots else ()
+        node = _walk(self.configs[0], target)
+        depth = 0
+        for number, key in enumerate(reference.keys):
+            names = list(node) if isinstance(node, DictConfig) else []
+            is_index = isinstance(node, ListConfig) and key.isdecimal()
+            if not (int(key[:9]) < len(node) if is_index else key in names):
+                self._missing(path, reference, number + 1, names)
+            target = (*target, int(key) if is_index else key)
+            depth = max(depth, self._resolve(target) if target in self.pending else 0)
+            node = node[target[-1]]
+        if isinstance(node, Container):
+            below = [link for link in self.pending if link[: len(target)] == target]
+            depth = max([depth, *(self._resolve(link) for link in below if link != target)])
+            if not is_whole:
+                what = f"{reference.text} is not text and stands within text"
+                self._fail(path, what, "let it stand alone", "interpolation-type")
+        self._count(_REFERENCE_SIZE + len(str(node)))
+        return depth
+
+    def _count(self, size: int) -> None:
+        self.size += size
+        if self.size > MAX_SIZE:
+            raise _TooLargeError
+
+    def _missing(self, path: Path, reference: Reference, depth: int, names: list[str]) -> NoReturn:
+        keys = reference.keys[:depth]
+        what = f"there is no {'.'.join(keys)!r}" if keys else "no such level"
+        remedy = self.document.findings.suggest(keys[-1], names) if names else ""
+        self._fail(path, f"{reference.text} points at nothing ({what})", remedy, "missing-key")
+
+    def _circle(self, path: Path) -> NoReturn:
+        links = self.open[self.open.index(path) :]
+        chain = " -> ".join(self.document.locate(link).key for link in [*links, path])
+        what = f"interpolations go in a circle: {chain}"
+        self._fail(path, what, "write one of them out", "interpolation-cycle")
 
     def _too_long(self, path: Path) -> NoReturn:
         what = f"more than {MAX_CHAIN} interpolations lie one behind another"
         self._fail(path, what, "refer to the value itself", "interpolation-chain")
 
-    def _parse(self, path: Path, text: str) -> Expression:
-        try:
-            return parse_expression(text)
-        except ExpressionError as error:
-            self._fail(path, str(error), error.remedy, error.rule)
-
-    def _target(self, path: Path, reference: Reference) -> Path:
-        """Where a reference points, through other references on its way."""
-        if reference.dots > len(path):
-            self._missing(path, reference, 0, [])
-        base: Path = path[: len(path) - reference.dots] if reference.dots else ()
-        for number, text in enumerate(reference.keys):
-            if _is_interpolated(_at(self.root, base)):
-                self._extent(base)
-                base = self._path_behind(base)
-            node = _at(self.root, base)
-            key: Key = int(text) if isinstance(node.value, list) and text.isdecimal() else text
-            if node.child(key) is None:
-                near = list(node.value) if isinstance(node.value, dict) else []
-                self._missing(path, reference, number + 1, near)
-            base = (*base, key)
-        return base
-
-    def _behind(self, path: Path) -> Node:
-        return _at(self.root, self._path_behind(path))
-
-    def _path_behind(self, path: Path) -> Path:
-        """Follow a value that is one reference and nothing else to what it stands for."""
-        while _is_interpolated(node := _at(self.root, path)):
-            expression = self._parse(path, str(node.value))
-            if not expression.is_whole or not isinstance(expression.parts[0], Reference):
-                break
-            path = self._target(path, expression.parts[0])
-        return path
-
-    def _missing(self, path: Path, reference: Reference, depth: int, keys: list[str]) -> NoReturn:
-        near = nearest(reference.keys[depth - 1], keys) if depth else []
-        remedy = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-        what = f"there is no {'.'.join(reference.keys[:depth])!r}" if depth else "no such level"
-        self._fail(path, f"{reference.text} points at nothing ({what})", remedy, "missing-key")
-
-    def _circle(self, path: Path) -> NoReturn:
-        circle = self.open[self.open.index(path) :]
-        links = [link for link in circle if _is_interpolated(_at(self.root, link))]
-        chain = " -> ".join(self.root.locate(link).key for link in [*links, links[0]])
-        what = f"interpolations go in a circle: {chain}"
-        self._fail(links[0], what, "write one of them out", "interpolation-cycle")
-
-    def _fail(self, path: Path, what: str, remedy: str, rule: str) -> NoReturn:
-        self.findings.add(self.root.locate(path), what, remedy, rule)
-        self.broken.add(path)
+    def _fail(
+        self, path: Path, what: str, remedy: str = "", rule: str = "interpolation"
+    ) -> NoReturn:
+        self.document.report(path, what, remedy, rule)
         raise _BrokenError
 
+    def _fill(self, path: Path, value: Scalar) -> Scalar:
+        """Write the lists within one text out."""
+        if path not in self.pending or path in self.document.broken or parse_text(str(value))[1]:
+            return value
 
-def _at(root: Node, path: Path) -> Node:
-    node = root
+        def write(match: re.Match[str]) -> str:
+            (part,), _ = parse_text(match[2])
+            written = self._list(part)
+            self._count(len(written))
+            return match[1] + (written or match[2])
+
+        return EXPRESSION.sub(write, str(value))
+
+    def _list(self, part: Reference | Variable) -> str:
+        """What is written for a list within text; empty where nothing is."""
+        match part:
+            case Reference(keys=("lists", name), dots=0):
+                return self.lists.get(name, "")
+        return ""
+
+
+def _walk(config: Any, path: Path) -> Any:
     for key in path:
-        below = node.child(key)
-        assert below is not None
-        node = below
-    return node
+        config = config[key]
+    return config
 
 
-def _is_interpolated(node: Node) -> bool:
-    return isinstance(node.value, str) and "${" in node.value
+def _alternatives(items: Any) -> str:
+    """`[3, 17, "40..47"]` -> `{3,17,{40..47}}`; empty where that is no list to be written."""
+    words = []
+    for item in items if isinstance(items, list) else []:
+        if isinstance(item, bool) or not isinstance(item, int | str) or is_interpolated(item):
+            return ""
+        words.append(f"{{{item}}}" if _RANGE.fullmatch(str(item)) else str(item))
+    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}" if words else ""
 
 
-def _assign(data: Any, path: Path, value: Any) -> None:
-    for key in path[:-1]:
-        data = data[key]
-    data[path[-1]] = value
+def _mask(_path: Path, value: Scalar) -> Scalar:
+    """Write the names of environment variables in place of their values."""
+
+    def name(match: re.Match[str]) -> str:
+        (part,), _ = parse_text(match[2])
+        while isinstance(part, Variable) and part.name not in os.environ and part.nested:
+            part = part.nested
+        is_read = isinstance(part, Variable) and part.name in os.environ
+        return f"{match[1]}\\{part.text}" if is_read else match[0]
+
+    return EXPRESSION.sub(name, str(value)) if is_interpolated(value) else value

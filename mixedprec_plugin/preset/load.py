@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.preset.binding import Binder
-from mixedprec_plugin.preset.family import find_preset, merge, read_family
-from mixedprec_plugin.preset.findings import Findings
+from mixedprec_plugin.preset.document import Document, Findings, Path, Scalar, rewrite
+from mixedprec_plugin.preset.expressions import is_interpolated
 from mixedprec_plugin.preset.interpolation import escape, resolve
-from mixedprec_plugin.preset.lists import expand_lists
-from mixedprec_plugin.preset.model import Location, Preset
+from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.preset.overrides import FLAG, apply_overrides
+from mixedprec_plugin.preset.parents import find_preset, merge, read_with_parents
+from mixedprec_plugin.preset.reader import read_data
 from mixedprec_plugin.preset.schema import check_file, check_preset
-from mixedprec_plugin.preset.tree import Node, node_from_plain
 
 
 def load_preset(path: str | FilePath, overrides: Sequence[str] = ()) -> Preset:
@@ -30,64 +31,63 @@ def load_preset(path: str | FilePath, overrides: Sequence[str] = ()) -> Preset:
         PresetError: with every problem of all files, by file and line.
     """
     findings = Findings()
-    files: list[str] = []
     file = find_preset(str(path), findings)
-    preset = _load(file, overrides, files, findings) if file is not None else None
-    if preset is None or findings.has_errors():
-        raise PresetError(findings.sorted(files, "error"))
-    return preset
+    documents = read_with_parents(file, findings) if file is not None else []
+    return _load(documents, overrides, findings)
 
 
 def load_resolved(resolved: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Preset:
-    """Read a preset from plain data, such as `Preset.resolved`.
+    """Read a preset from plain data, such as a converted checkpoint carries.
 
     Args:
-        resolved: the whole preset, parents merged in; not modified.
+        resolved: the whole preset, parents merged in, as `Preset.resolved`; not modified. It may
+            not read environment variables: it may be anybody's.
         where: what errors call it.
         overrides: as for `load_preset`.
     Raises:
         PresetError: with every problem.
     """
     findings = Findings()
-    tree = node_from_plain(dict(resolved), Location(where, 0))
-    check_file(tree, findings)
-    findings.mute_found()
-    preset = _bind(tree, overrides, [where], findings)
-    if preset is None or findings.has_errors():
-        raise PresetError(findings.sorted([where], "error"))
-    return preset
+    document = read_data(resolved, where, findings)
+    return _load([document], overrides, findings, untrusted=where)
 
 
 def _load(
-    file: FilePath, overrides: Sequence[str], files: list[str], findings: Findings
-) -> Preset | None:
-    members = read_family(file, findings)
-    files.extend(member.file for member in members)
-    for member in members:
-        if member.tree is not None:
-            check_file(member.tree, findings)
-    if any(member.tree is None for member in members):
-        return None
-    findings.mute_found()
-    return _bind(merge(members), overrides, files, findings)
+    documents: Sequence[Document],
+    overrides: Sequence[str],
+    findings: Findings,
+    untrusted: str = "",
+) -> Preset:
+    files = [document.file for document in documents]
+    for document in documents:
+        if document.data is not None:
+            check_file(document)
+    preset = None
+    if documents and all(document.data is not None for document in documents):
+        preset = _bind(merge(documents), overrides, files, untrusted)
+    if preset is None or findings.has_errors():
+        raise PresetError(findings.sorted(files, "error"))
+    return preset
 
 
 def _bind(
-    merged: Node, overrides: Sequence[str], files: list[str], findings: Findings
+    document: Document, overrides: Sequence[str], files: Sequence[str], untrusted: str
 ) -> Preset | None:
-    tree = expand_lists(apply_overrides(merged, overrides, findings))
-    _check_set(tree, findings)
-    data = resolve(tree, findings)
-    findings.mute_found()
-    check_preset(data, tree, findings)
-    bound = Binder(data, tree, findings)
-    if findings.has_errors():
+    apply_overrides(document, overrides)
+    _check_given(document)
+    data, shown = resolve(document, untrusted)
+    if data is None:
+        return None
+    check_preset(data, shown, document)
+    bound = Binder(data, shown, document)
+    if document.findings.has_errors():
         return None
     if not bound.rules:
-        findings.add(tree.location, "has no rules (expected at least one)", rule="no-rules")
-    _warn_unused(bound, tree, files[-1], findings)
-    draft = _draft(bound, data, files) if bound.draft_rules else None
-    return Preset(
+        document.report((), "has no rules (expected at least one)", rule="no-rules")
+    _warn_unused(bound, document)
+    # the values of environment variables are written nowhere
+    written = data | {key: shown[key] for key in ("description", "sources", "lists") if key in data}
+    preset = Preset(
         path=files[-1],
         files=tuple(files),
         description=data.get("description", ""),
@@ -95,50 +95,55 @@ def _bind(
         rules=bound.rules,
         on_fused_conflict=data.get("on_fused_conflict", "error"),
         trust_sources=data.get("trust_sources", False),
-        resolved=escape(data),
-        warnings=findings.sorted(files, "warning"),
-        draft=draft,
+        resolved=escape(written),
+        warnings=document.findings.sorted(files, "warning"),
     )
-
-
-def _draft(bound: Binder, data: Mapping[str, Any], files: Sequence[str]) -> Preset:
-    """The section `draft` as a preset of its own."""
-    section = data["draft"]
-    own = {key: value for key, value in data.items() if key not in ("draft", "on_fused_conflict")}
-    return Preset(
-        path=files[-1],
-        files=tuple(files),
+    section = data.get("draft")
+    if section is None:
+        return preset
+    shared = {key: value for key, value in written.items() if key != "on_fused_conflict"}
+    draft = dataclasses.replace(
+        preset,
         description="",
-        sources=bound.sources,
         rules=bound.draft_rules,
         on_fused_conflict=section.get("on_fused_conflict", "error"),
-        trust_sources=data.get("trust_sources", False),
-        resolved=escape({**own, **section}),
+        resolved=escape({key: shared[key] for key in shared if key != "draft"} | section),
         warnings=(),
     )
+    return dataclasses.replace(preset, draft=draft)
 
 
-def _check_set(tree: Node, findings: Findings) -> None:
+def _check_given(document: Document) -> None:
     """Refuse `???`, which stands in OmegaConf for a value that is still to be given."""
-    for path, node in tree.scalars():
-        if node.value == "???":
-            location = tree.locate(path)
-            key = ".".join(str(part) for part in path)
-            what = "has no value yet ('???')"
-            findings.add(location, what, f"give it with {FLAG} {key}=VALUE", "missing-value")
+
+    def check(path: Path, value: Scalar) -> Scalar:
+        if value != "???":
+            return value
+        key = ".".join(str(part) for part in path)
+        remedy = f"give it with {FLAG} {key}=VALUE"
+        document.report(path, "has no value yet ('???')", remedy, "missing-value")
+        return None
+
+    document.data = rewrite(document.data, check)
 
 
-def _warn_unused(bound: Binder, tree: Node, file: str, findings: Findings) -> None:
+def _warn_unused(bound: Binder, document: Document) -> None:
     """Warn of schemes and sources that the asked-for file itself defines and nothing uses."""
-    texts = [str(node.value) for _, node in tree.scalars() if "${" in str(node.value)]
-    for name in bound.schemes:
-        location = tree.locate(("schemes", name))
-        is_used = name in bound.used or any(f"schemes.{name}" in text for text in texts)
-        if not is_used and location.file == file:
-            what, remedy = "no rule uses this scheme", "give it a rule, or take it away"
-            findings.add(location, what, remedy, "unused-scheme", "warning")
+    texts = " ".join(value for _, value in document.scalars() if is_interpolated(value))
     used = {rule.scheme.source for rule in (*bound.rules, *bound.draft_rules)}
-    for name, source in bound.sources.items():
-        if name not in used and source.location.file == file:
-            what, remedy = "no rule takes layers from this source", "give it a rule"
-            findings.add(source.location, what, remedy, "unused-source", "warning")
+    unused = [
+        *(
+            (("schemes", name), "no rule uses this scheme", "give it a rule, or take it away")
+            for name in bound.schemes
+            if name not in bound.used and f"schemes.{name}" not in texts
+        ),
+        *(
+            (("sources", name), "no rule takes layers from this source", "give it a rule")
+            for name in bound.sources
+            if name not in used
+        ),
+    ]
+    for path, what, remedy in unused:
+        place = document.locate(path)
+        if place.file == document.file:
+            document.findings.add(place, what, remedy, f"unused-{path[0][:-1]}", "warning")

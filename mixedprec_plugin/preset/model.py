@@ -30,12 +30,14 @@ class SourceReference:
     Attributes:
         path: a folder, absolute or relative to the working directory, or a Hugging Face id.
         revision: branch, tag or commit of a Hugging Face id.
+        shown: the path for messages, with names of environment variables for their values.
     """
 
     name: str
     path: str
     revision: str | None
     location: Location
+    shown: str
 
 
 # arguments that say how we read and quantize, and that no SGLang config knows
@@ -97,6 +99,7 @@ class Rule:
         index: position in the merged list of rules, from 0.
         patterns: globs over layer names; the rule matches where any does.
         location: the rule's own line, in the file that it was written in.
+        shown: the patterns for messages, with names of environment variables for their values.
     """
 
     index: int
@@ -104,9 +107,10 @@ class Rule:
     scheme: Scheme
     optional: bool
     location: Location
+    shown: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"rule {self.index}, {', '.join(repr(p) for p in self.patterns)}"
+        return f"rule {self.index}, {', '.join(repr(p) for p in self.shown)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from mixedprec_plugin.preset.findings import Findings
+from omegaconf import OmegaConf
+
+from mixedprec_plugin.preset.document import Document, Path, join_path
+from mixedprec_plugin.preset.expressions import is_interpolated
 from mixedprec_plugin.preset.model import Location
-from mixedprec_plugin.preset.reader import read_value
-from mixedprec_plugin.preset.tree import Node, Path, join_path
+from mixedprec_plugin.preset.reader import MAX_DEPTH, read_value
 
 FLAG = "--mixedprec-set"
 
-_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+|\[[A-Za-z0-9_-]+\])*")
-_PART = re.compile(r"[A-Za-z0-9_-]+")
+_PART = r"[A-Za-z0-9_-]+"
+_KEY = re.compile(rf"{_PART}(\.{_PART}|\[{_PART}\]){{0,{MAX_DEPTH - 1}}}")
 
 
 class _MisplacedError(Exception):
@@ -24,71 +28,61 @@ class _MisplacedError(Exception):
         self.remedy = remedy
 
 
-def apply_overrides(root: Node, overrides: Sequence[str], findings: Findings) -> Node:
-    """Return the tree with every `KEY=VALUE` set, in order.
+def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
+    """Set every `KEY=VALUE` in a document, in order.
 
     A mapping is merged into the mapping that is there, a list replaces the list, an item of a list
     is reached by its number (`rules.0.method`, `rules[0].method`) and must exist.
     """
     for override in overrides:
-        root = _apply(root, override, findings)
-    return root
+        place = Location(f"{FLAG} {override}", 0)
+        try:
+            _apply(document, override, place)
+        except _MisplacedError as error:
+            document.findings.add(place, str(error), error.remedy, "override")
 
 
-def _apply(root: Node, override: str, findings: Findings) -> Node:
-    location = Location(f"{FLAG} {override}", 0)
+def _apply(document: Document, override: str, place: Location) -> None:
     key, equals, text = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
         what = "is not an override (expected KEY=VALUE, such as schemes.experts.group_size=64)"
-        findings.add(location, what, rule="override")
-        return root
-    path = tuple(_PART.findall(key))
-    if path[0] == "extends":
+        raise _MisplacedError(what)
+    keys = re.findall(_PART, key)
+    if keys[0] == "extends":
         what = "the key 'extends' cannot be overridden"
-        findings.add(location, what, "parents are read first; change the file", "override")
-        return root
-    if text.startswith("*"):
-        node: Node | None = Node(text, location)
-    else:
-        node = read_value(text, location.file, findings)
-    if node is None:
-        return root
-    try:
-        return _set(root, path, (), node, location)
-    except _MisplacedError as error:
-        findings.add(location, str(error), error.remedy, "override")
-        return root
+        raise _MisplacedError(what, "parents are read first; change the file")
+    if text.startswith("*"):  # a pattern, for YAML an alias
+        text = json.dumps(text, ensure_ascii=False)
+    value = read_value(text, place.file, document.findings)
+    if value is None:
+        return
+    path = _locate(document.data, keys)
+    config = OmegaConf.create(document.data)
+    OmegaConf.update(config, join_path(path), value.data)
+    document.data = OmegaConf.to_container(config)
+    for length in range(1, len(path)):
+        document.places.setdefault(path[:length], place)
+    for below, written in value.places.items():
+        document.places[path + below] = written
+    for below in value.broken:
+        document.mark(path + below)
 
 
-def _set(node: Node, path: tuple[str, ...], above: Path, new: Node, location: Location) -> Node:
-    if not path:
-        return _merge(node, new)
-    key, rest = path[0], path[1:]
-    if isinstance(node.value, dict):
-        below = node.value.get(key) or Node({} if rest else None, location)
-        changed = _set(below, rest, (*above, key), new, location)
-        return Node({**node.value, key: changed}, node.location)
-    if isinstance(node.value, list):
-        if not key.isdecimal() or int(key) >= len(node.value):
-            raise _MisplacedError(
-                f"{join_path(above)} has no item {key!r} (expected a number below "
-                f"{len(node.value)})"
-            )
-        items = list(node.value)
-        items[int(key)] = _set(items[int(key)], rest, (*above, int(key)), new, location)
-        return Node(items, node.location)
-    if isinstance(node.value, str) and "${" in node.value:
-        raise _MisplacedError(
-            f"{join_path(above)} is the interpolation {node.value!r} and has no {key!r} of its own",
-            "override what it points at, or set it as a whole",
-        )
-    raise _MisplacedError(f"{join_path(above)} is {node.value!r} and has no {key!r}")
-
-
-def _merge(old: Node, new: Node) -> Node:
-    if not isinstance(old.value, dict) or not isinstance(new.value, dict):
-        return new
-    merged = dict(old.value)
-    for key, node in new.value.items():
-        merged[key] = _merge(merged[key], node) if key in merged else node
-    return Node(merged, old.location)
+def _locate(data: Any, keys: Sequence[str]) -> Path:
+    """The path that a key of an override means; parts of it that are not there are mappings."""
+    path: Path = ()
+    for key in keys:
+        where = join_path(path)
+        if isinstance(data, list):
+            if not (key.isdecimal() and len(key) < 10 and int(key) < len(data)):
+                what = f"{where} has no item {key!r} (expected a number below {len(data)})"
+                raise _MisplacedError(what)
+            path, data = (*path, int(key)), data[int(key)]
+        elif isinstance(data, dict):
+            path, data = (*path, key), data.get(key, {})
+        elif is_interpolated(data):
+            what = f"{where} is the interpolation {data!r} and has no {key!r} of its own"
+            raise _MisplacedError(what, "override what it points at, or set it as a whole")
+        else:
+            raise _MisplacedError(f"{where} is {data!r} and has no {key!r}")
+    return path

@@ -6,7 +6,7 @@ import pytest
 
 from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.preset import reader
-from mixedprec_plugin.preset.findings import Findings
+from mixedprec_plugin.preset.document import Findings
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.reader import read_text
 from tests.preset.conftest import Refuse, Write

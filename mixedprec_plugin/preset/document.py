@@ -1,0 +1,153 @@
+"""The plain data of a preset beside the places of its parts, and what is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Any
+
+from mixedprec_plugin.errors import Problem, Severity
+from mixedprec_plugin.names import nearest
+from mixedprec_plugin.preset.model import Location
+
+MAX_COMPARED = 100_000
+
+Scalar = str | int | float | bool | None
+Path = tuple[str | int, ...]
+
+
+class Findings:
+    """What is wrong with a preset, once each."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Location, str], Problem] = {}
+        self._num_compared = 0
+
+    def add(
+        self,
+        location: Location,
+        what: str,
+        remedy: str = "",
+        rule: str = "",
+        severity: Severity = "error",
+    ) -> None:
+        """Keep one problem, unless it is there already."""
+        problem = Problem(str(location), what, remedy, rule, severity)
+        self._found.setdefault((location, what), problem)
+
+    def has_errors(self) -> bool:
+        """Whether anything was found that stops the work."""
+        return any(problem.severity == "error" for problem in self._found.values())
+
+    def sorted(self, files: Sequence[str], severity: Severity) -> tuple[Problem, ...]:
+        """The problems of one severity by file, in the order given, and line; others come last."""
+        order = {file: index for index, file in enumerate(files)}
+        found = [pair for pair in self._found.items() if pair[1].severity == severity]
+        found.sort(key=lambda pair: (order.get(pair[0][0].file, len(order)), pair[0][0].line))
+        return tuple(problem for _, problem in found)
+
+    def suggest(self, name: str, names: Iterable[str]) -> str:
+        """The remedy that names what was meant; empty where nothing is near.
+
+        Comparing takes longest of all: thousands of unknown names get no remedy in the end.
+        """
+        names = list(names)
+        self._num_compared += len(names)
+        near = nearest(name, names) if self._num_compared <= MAX_COMPARED else []
+        return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+@dataclasses.dataclass
+class Document:
+    """One file of a preset, or several of them merged.
+
+    Attributes:
+        file: what errors call it.
+        data: mappings, lists and scalars; None where the file cannot be read.
+        places: key path -> where that part was written. The root is always there.
+        broken: key paths of parts that have a problem: what later checks find there follows of it.
+    """
+
+    file: str
+    findings: Findings
+    data: Any = None
+    places: dict[Path, Location] = dataclasses.field(default_factory=dict)
+    broken: set[Path] = dataclasses.field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.places.setdefault((), Location(self.file, 0))
+        self._around = {link for path in self.broken for link in _prefixes(path)}
+
+    def locate(self, path: Path) -> Location:
+        """Where `path` was written; where it was not, the nearest thing around it that was."""
+        depth = len(path)
+        while path[:depth] not in self.places:
+            depth -= 1
+        place = self.places[path[:depth]]
+        return dataclasses.replace(place, key=join_path(path[depth:], place.key))
+
+    def report(self, path: Path, what: str, remedy: str = "", rule: str = "") -> None:
+        """Say what is wrong at a path."""
+        self.findings.add(self.locate(path), what, remedy, rule)
+        self.mark(path)
+
+    def mark(self, path: Path) -> None:
+        """Take a part for broken without a word."""
+        self.broken.add(path)
+        self._around.update(_prefixes(path))
+
+    def is_sound(self, path: Path) -> bool:
+        """Whether nothing at, below or around a part was found wrong."""
+        return path not in self._around and not is_within(path, self.broken)
+
+    def scalars(self) -> Iterator[tuple[Path, Scalar]]:
+        """Every scalar with its path."""
+        return _scalars(self.data, ())
+
+
+def is_within(path: Path, others: Container[Path]) -> bool:
+    """Whether a path is one of others, or below one; the root does not count."""
+    return any(prefix in others for prefix in _prefixes(path))
+
+
+def _prefixes(path: Path) -> list[Path]:
+    return [path[:length] for length in range(1, len(path) + 1)]
+
+
+def _scalars(data: Any, path: Path) -> Iterator[tuple[Path, Scalar]]:
+    if isinstance(data, dict | list):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _scalars(value, (*path, key))
+    else:
+        yield path, data
+
+
+def rewrite(data: Any, change: Callable[[Path, Scalar], Scalar], path: Path = ()) -> Any:
+    """Copy plain data, every scalar changed."""
+    if isinstance(data, dict):
+        return {key: rewrite(value, change, (*path, key)) for key, value in data.items()}
+    if isinstance(data, list):
+        return [rewrite(value, change, (*path, index)) for index, value in enumerate(data)]
+    return change(path, data)
+
+
+def at(data: Any, path: Path) -> Any:
+    """The value at a path, or None where there is none."""
+    for key in path:
+        is_there = (
+            key in data if isinstance(data, dict)
+            else isinstance(data, list) and isinstance(key, int) and 0 <= key < len(data)
+        )  # fmt: skip
+        data = data[key] if is_there else None
+    return data
+
+
+def join_path(path: Path, start: str = "") -> str:
+    """Write a path as people do: `rules[2].group_size`."""
+    text = start
+    for key in path:
+        if isinstance(key, int):
+            text += f"[{key}]"
+        else:
+            text += f".{key}" if text else key
+    return text
