@@ -17,6 +17,7 @@ import functools
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import bracex
 
@@ -27,17 +28,36 @@ MAX_TESTS = 256
 
 _ENDS = r"[-+]?\d{1,18}\.\.[-+]?\d{1,18}|[a-z]\.\.[a-z]|[A-Z]\.\.[A-Z]"
 _RANGE = re.compile(rf"({_ENDS})(\.\.[-+]?\d{{1,18}})?", re.ASCII)
-_TOKEN = re.compile(r"\[[^\]]*\]?|.", re.DOTALL)
+_BRACES = re.compile(r"\{([^{}]*)\}")
 _SET = re.compile(r"\[[^\]]*\]")
-_PIECE = re.compile(rf"\*+|(?:{_SET.pattern}|[^*])+")
-_WILDCARD = re.compile(r"[*?[]")
+# characters that no pattern holds: each stands for braces that were read
+_FIRST = 0xE000
+_READ = r"[\uE000-\uF8FF]"
+_PIECE = re.compile(rf"\*+|{_READ}|(?:{_SET.pattern}|[^*\uE000-\uF8FF])+")
+_WILDCARD = re.compile(r"[*?[\uE000-\uF8FF]")
 _NUMBER = re.compile(r"\d+")
+_MISTAKES = {
+    "[": "opens a '[' that nothing closes",
+    "]": "has a ']' that closes nothing",
+    "{": "opens a '{' that nothing closes",
+    "}": "has a '}' that closes nothing",
+    ",": "has a ',' outside braces; write a list of patterns, or {a,b}",
+}
 
 _shortened = reprlib.Repr()
 _shortened.maxstring = 100
 
 # (name, where a part may start in it) -> where it may end
 _Part = Callable[[str, Collection[int]], Collection[int]]
+
+
+class _Group(NamedTuple):
+    """Braces: what they match, how many words they list, tests they take, and braces they nest."""
+
+    part: _Part
+    num_words: int
+    num_tests: int
+    depth: int
 
 
 class PatternError(ValueError):
@@ -57,8 +77,29 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     Returns:
         A function of a whole layer name, true where the pattern matches.
     Raises:
-        PatternError: the pattern is malformed, or expands to too many alternatives.
+        PatternError: the pattern is malformed, or lists too many alternatives.
     """
+    shown = _shortened.repr(pattern)
+    _check(pattern, shown)
+    groups: list[_Group] = []
+    text = pattern
+    while braces := _BRACES.search(text):
+        groups.append(_group(braces[1], groups, shown))
+        text = f"{text[: braces.start()]}{chr(_FIRST + len(groups) - 1)}{text[braces.end() :]}"
+    _refuse("{},", text, shown)
+    if sum(group.num_words for group in groups) > MAX_ALTERNATIVES:
+        raise _too_many_words(shown)
+    if sum(group.num_tests for group in groups) > MAX_TESTS:
+        raise PatternError(
+            f"{shown} has more than {MAX_TESTS} braces, or wildcards within them; "
+            "write several patterns"
+        )
+    ends = _sequence(_parts(text, groups))
+    return lambda name: len(name) in ends(name, (0,))
+
+
+def _check(pattern: str, shown: str) -> None:
+    """Check everything but the braces."""
     if not pattern:
         raise PatternError("an empty pattern matches no layer; write '*' for all of them")
     if len(pattern) > MAX_PATTERN_LENGTH:
@@ -67,120 +108,87 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
             "at most); write several patterns"
         )
     if pattern.startswith("re:"):
-        raise PatternError(f"{pattern!r} is a regular expression (expected a glob)")
-    parts: list[_Part] = []
-    at = num_words = num_tests = 0
-    for start, end in _braces(pattern):
-        words = _expand(pattern[start:end], MAX_ALTERNATIVES - num_words, pattern)
-        group, tests = _group(words)
-        num_words += len(words)
-        num_tests += tests
-        parts += [*_parts(pattern[at:start]), group]
-        at = end
-    if num_tests > MAX_TESTS:
+        raise PatternError(f"{shown} is a regular expression (expected a glob)")
+    for token in _SET.findall(pattern):
+        members = token[1:-1].removeprefix("!")
+        if not members or re.search(r"[\[{},^\\!]", members):
+            raise PatternError(
+                f"'{token}' in {shown} is not a set of characters "
+                "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')"
+            )
+        for first, last in re.findall("(.)-(.)", members):
+            if first > last:
+                what = f"'{token}' in {shown} counts backwards; write '{last}-{first}'"
+                raise PatternError(what)
+    outside = _SET.sub("", pattern)
+    _refuse("[]", outside, shown)
+    for character in outside:
+        if character in "\\^$()|+":
+            raise PatternError(
+                f"{shown} has {character!r}, which no layer name has; patterns are globs, "
+                "not regular expressions: '*', '?', '[…]', '{a,b}', '{0..15}'"
+            )
+        if character.isspace() or not character.isprintable():
+            raise PatternError(f"{shown} has {character!r}, which no layer name has")
+
+
+def _refuse(characters: str, text: str, shown: str) -> None:
+    for character in characters:
+        if character in text:
+            raise PatternError(f"{shown} {_MISTAKES[character]}")
+
+
+def _too_many_words(shown: str) -> PatternError:
+    return PatternError(
+        f"the braces of {shown} list more than {MAX_ALTERNATIVES} alternatives; "
+        "use '*' or a shorter range"
+    )
+
+
+def _group(content: str, groups: Sequence[_Group], shown: str) -> _Group:
+    """Read what stands in braces; other braces within it were read before."""
+    inner = [groups[ord(c) - _FIRST] for c in content if ord(c) >= _FIRST]
+    depth = 1 + max((group.depth for group in inner), default=0)
+    if depth > MAX_DEPTH:
         raise PatternError(
-            f"{_shortened.repr(pattern)} has more than {MAX_TESTS} braces, or wildcards within "
-            "them; write several patterns"
+            f"{shown} nests braces more than {MAX_DEPTH} deep; write several patterns"
         )
-    ends = _sequence([*parts, *_parts(pattern[at:])])
-    return lambda name: len(name) in ends(name, (0,))
-
-
-def _braces(pattern: str) -> list[tuple[int, int]]:
-    """Check a pattern, and return where its outermost braces start and end."""
-    shown = _shortened.repr(pattern)
-    spans: list[tuple[int, int]] = []
-    opened: list[list[int]] = []  # where the choices of each open brace start
-    for match in _TOKEN.finditer(pattern):
-        token, at = match.group(), match.start()
-        if token == "{":
-            opened.append([at + 1])
-            if len(opened) > MAX_DEPTH:
-                raise PatternError(
-                    f"{shown} nests braces more than {MAX_DEPTH} deep; write several patterns"
-                )
-        elif token in ("}", ",") and opened:
-            _check_choice(pattern, opened[-1], at)
-            opened[-1].append(at + 1)
-            if token == "}" and len(opened) == 1:
-                spans.append((opened[0][0] - 1, at + 1))
-            if token == "}":
-                opened.pop()
+    words = content.split(",")
+    ranges = [word for word in words if _RANGE.fullmatch(word)]
+    if ranges and len(words) > 1:
+        what = f"'{ranges[0]}' in {shown} is no range beside a ','"
+        raise PatternError(f"{what} (expected '{{{ranges[0]}}}' there)")
+    if ranges:
+        try:
+            words = bracex.expand(f"{{{content}}}", limit=MAX_ALTERNATIVES)
+        except bracex.ExpansionLimitException:
+            raise _too_many_words(shown) from None
+    elif len(words) == 1 and ".." in content and not inner:
+        raise PatternError(f"'{{{content}}}' in {shown} is not a range (expected '{{0..15}}')")
+    elif len(words) == 1:
+        text = repr(f"{{{re.sub(_READ, '{…}', content)}}}")
+        what = f"{text} in {shown} leaves nothing to choose"
+        raise PatternError(f"{what} (expected '{{a,b}}' or '{{0..15}}'); leave the braces out")
+    plain: dict[int, set[str]] = {}
+    wild: list[list[_Part]] = []
+    for word in words:
+        if _WILDCARD.search(word):
+            wild.append(_parts(word, groups))
         else:
-            _check_token(token, shown)
-    if opened:
-        raise PatternError(f"{shown} opens a '{{' that nothing closes")
-    return spans
+            plain.setdefault(len(word), set()).add(word)
+    return _Group(_any_of(plain, wild), len(words), len(plain) + sum(map(len, wild)), depth)
 
 
-def _check_choice(pattern: str, starts: Sequence[int], end: int) -> None:
-    """Check one choice of a brace, which ends at its `,` or `}`."""
-    shown, choice = _shortened.repr(pattern), pattern[starts[-1] : end]
-    is_range = _RANGE.fullmatch(choice) is not None
-    is_alone = len(starts) == 1 and pattern[end] == "}"
-    if is_range and not is_alone:
-        raise PatternError(
-            f"'{choice}' in {shown} is no range beside a ',' (expected '{{{choice}}}' there)"
-        )
-    if is_alone and not is_range and ".." in choice and "{" not in choice:
-        raise PatternError(f"'{{{choice}}}' in {shown} is not a range (expected '{{0..15}}')")
-    if is_alone and not is_range:
-        raise PatternError(
-            f"{f'{{{choice}}}'!r} in {shown} leaves nothing to choose "
-            "(expected '{a,b}' or '{0..15}'); leave the braces out"
-        )
-
-
-def _check_token(token: str, shown: str) -> None:
-    """Check one character outside of sets, or one set."""
-    if token == "[":
-        raise PatternError(f"{shown} opens a '[' that nothing closes")
-    if token[0] == "[":
-        _check_set(token, shown)
-    elif token in "]}":
-        raise PatternError(f"{shown} has a {token!r} that closes nothing")
-    elif token == ",":
-        raise PatternError(
-            f"{shown} has a ',' outside braces; write a list of patterns, or {{a,b}}"
-        )
-    elif token in "\\^$()|+":
-        raise PatternError(
-            f"{shown} has {token!r}, which no layer name has; patterns are globs, "
-            "not regular expressions: '*', '?', '[…]', '{a,b}', '{0..15}'"
-        )
-    elif token.isspace() or not token.isprintable():
-        raise PatternError(f"{shown} has {token!r}, which no layer name has")
-
-
-def _check_set(token: str, shown: str) -> None:
-    members = token[1:-1].removeprefix("!")
-    if token[-1] != "]":
-        raise PatternError(f"{shown} opens a '[' that nothing closes")
-    if not members or any(character in "[]{},^\\!" for character in members):
-        raise PatternError(
-            f"'{token}' in {shown} is not a set of characters "
-            "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')"
-        )
-    for first, last in re.findall("(.)-(.)", members):
-        if first > last:
-            raise PatternError(f"'{token}' in {shown} counts backwards; write '{last}-{first}'")
-
-
-def _expand(brace: str, limit: int, pattern: str) -> list[str]:
-    """The words that an outermost brace stands for."""
-    try:
-        # behind a character, as an empty word alone is left out
-        return [word[1:] for word in bracex.expand(f"x{brace}", limit=max(1, limit))]
-    except bracex.ExpansionLimitException:
-        raise PatternError(
-            f"the braces of {_shortened.repr(pattern)} list more than {MAX_ALTERNATIVES} "
-            "alternatives; use '*' or a shorter range"
-        ) from None
-
-
-def _parts(text: str) -> list[_Part]:
-    """The parts of a text without braces."""
-    return [_star if piece[0] == "*" else _fixed(piece) for piece in _PIECE.findall(text)]
+def _parts(text: str, groups: Sequence[_Group]) -> list[_Part]:
+    """The parts of a text in which a character stands for each braces."""
+    return [
+        _star
+        if piece[0] == "*"
+        else groups[ord(piece) - _FIRST].part
+        if ord(piece[0]) >= _FIRST
+        else _fixed(piece)
+        for piece in _PIECE.findall(text)
+    ]
 
 
 def _sequence(parts: Sequence[_Part]) -> _Part:
@@ -194,56 +202,44 @@ def _sequence(parts: Sequence[_Part]) -> _Part:
     return ends
 
 
+def _any_of(plain: dict[int, set[str]], wild: Sequence[Sequence[_Part]]) -> _Part:
+    """Any of some words, by their length, and of some sequences of parts."""
+    others = [_sequence(parts) for parts in wild]
+
+    def ends(name: str, starts: Collection[int]) -> Collection[int]:
+        found = {
+            at + length
+            for length, words in plain.items()
+            for at in starts
+            if name[at : at + length] in words
+        }
+        return found.union(*(part(name, starts) for part in others))
+
+    return ends
+
+
 def _star(name: str, starts: Collection[int]) -> Collection[int]:
     return range(min(starts), len(name) + 1)
 
 
 def _fixed(text: str) -> _Part:
     """A text of one length: characters, `?` and sets."""
-    if not _WILDCARD.search(text):
-        return _literal(text)
     length = len(_SET.sub("?", text))
-    match = re.compile(fnmatch.translate(text)).match
-    return lambda name, starts: {at + length for at in starts if match(name, at, at + length)}
+    if _WILDCARD.search(text):
+        match = re.compile(fnmatch.translate(text)).match
+        return lambda name, starts: {at + length for at in starts if match(name, at, at + length)}
 
-
-def _literal(text: str) -> _Part:
     def ends(name: str, starts: Collection[int]) -> Collection[int]:
         if not isinstance(starts, range):
-            return [at + len(text) for at in starts if name.startswith(text, at)]
+            return [at + length for at in starts if name.startswith(text, at)]
         found = []
         at = name.find(text, starts[0])
         while at >= 0:
-            found.append(at + len(text))
+            found.append(at + length)
             at = name.find(text, at + 1)
         return found
 
     return ends
-
-
-def _group(words: Iterable[str]) -> tuple[_Part, int]:
-    """Any of several words, and the number of tests that it takes at each place."""
-    plain: dict[int, set[str]] = {}
-    wild: list[_Part] = []
-    tests = 0
-    for word in words:
-        if _WILDCARD.search(word):
-            parts = _parts(word)
-            tests += len(parts)
-            wild.append(_sequence(parts))
-        else:
-            plain.setdefault(len(word), set()).add(word)
-
-    def ends(name: str, starts: Collection[int]) -> Collection[int]:
-        found = {
-            at + length
-            for length, some in plain.items()
-            for at in starts
-            if name[at : at + length] in some
-        }
-        return found.union(*(part(name, starts) for part in wild))
-
-    return ends, tests + len(plain)
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
@@ -262,13 +258,10 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     shapes: dict[str, list[str]] = {}
     for candidate in candidates:
         shapes.setdefault(without_numbers(candidate), []).append(candidate)
-    wanted = _shape(name)
-    scored = [(_likeness(wanted, shape), shape) for shape in shapes]
-    best = sorted((pair for pair in scored if pair[0] >= 0.6), key=lambda pair: (-pair[0], pair[1]))
-    found: list[str] = []
-    for _, shape in best[:n]:
-        found.append(_same_numbers(name, shapes[shape]))
-    return found
+    wanted, numbers = _shape(name), _NUMBER.findall(name)
+    best = sorted((-_likeness(wanted, shape), shape) for shape in shapes)[:n]
+    alike = [shapes[shape] for likeness, shape in best if likeness <= -0.6]
+    return [next((c for c in some if _NUMBER.findall(c) == numbers), some[0]) for some in alike]
 
 
 def without_numbers(name: str) -> str:
@@ -293,11 +286,3 @@ def _likeness(wanted: str, shape: str) -> float:
         window = ".".join(has[-parts:])
         ratio = max(ratio, 0.95 * difflib.SequenceMatcher(None, bare, window).ratio())
     return ratio
-
-
-def _same_numbers(name: str, candidates: list[str]) -> str:
-    numbers = _NUMBER.findall(name)
-    for candidate in candidates:
-        if _NUMBER.findall(candidate) == numbers:
-            return candidate
-    return candidates[0]

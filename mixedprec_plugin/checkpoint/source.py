@@ -13,7 +13,7 @@ from typing import Any
 from mixedprec_plugin.checkpoint import hub
 from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, split_experts, why_not_split
-from mixedprec_plugin.checkpoint.garbage import uncollected
+from mixedprec_plugin.checkpoint.garbage import garbage_collection_paused
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.errors import CheckpointError, Problem
 
@@ -97,7 +97,7 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
         )
     config = _read_json(folder / "config.json")
     has_index = (folder / INDEX_NAME).is_file()
-    with uncollected():
+    with garbage_collection_paused():
         tensors = _read_indexed(folder) if has_index else _read_folder(folder)
     return Source(name, folder, MappingProxyType(config), MappingProxyType(tensors))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.formats import FormatCache, StoredFormat
-from mixedprec_plugin.checkpoint.garbage import uncollected
+from mixedprec_plugin.checkpoint.garbage import garbage_collection_paused
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
@@ -48,7 +48,7 @@ class _Taken:
     stored: StoredFormat | None
 
 
-@uncollected()
+@garbage_collection_paused()
 def resolve_plan(
     preset: Preset,
     model: Source,

@@ -43,10 +43,11 @@ class Binder:
         for name, entry in self._mapping("sources").items():
             path: Path = ("sources", name)
             if isinstance(entry, dict) and self.document.is_sound(path):
-                shown = at(self.shown, (*path, "path"))
-                place = self.document.locate(path)
-                revision = entry.get("revision")
-                sources[name] = SourceReference(name, entry["path"], revision, place, shown)
+                place, shown = self.document.locate(path), at(self.shown, path)
+                sources[name] = SourceReference(
+                    name, entry["path"], entry.get("revision"), place,
+                    shown["path"], shown.get("revision"),
+                )  # fmt: skip
         return sources
 
     def _schemes(self) -> dict[str, Scheme | None]:

@@ -16,6 +16,14 @@ Scalar = str | int | float | bool | None
 Path = tuple[str | int, ...]
 
 
+class RefusedError(Exception):
+    """Why a value is refused, said by code that does not know where it stands."""
+
+    def __init__(self, what: str, remedy: str = "", rule: str = "") -> None:
+        super().__init__(what)
+        self.args = (what, remedy, rule)
+
+
 class Findings:
     """What is wrong with a preset, once each."""
 
@@ -42,14 +50,16 @@ class Findings:
     def sorted(self, files: Sequence[str], severity: Severity) -> tuple[Problem, ...]:
         """The problems of one severity by file, in the order given, and line; others come last."""
         order = {file: index for index, file in enumerate(files)}
-        found = [pair for pair in self._found.items() if pair[1].severity == severity]
-        found.sort(key=lambda pair: (order.get(pair[0][0].file, len(order)), pair[0][0].line))
+        found = [
+            (key[0], value) for key, value in self._found.items() if value.severity == severity
+        ]
+        found.sort(key=lambda pair: (order.get(pair[0].file, len(order)), pair[0].line))
         return tuple(problem for _, problem in found)
 
     def suggest(self, name: str, names: Iterable[str]) -> str:
         """The remedy that names what was meant; empty where nothing is near.
 
-        Comparing takes longest of all: thousands of unknown names get no remedy in the end.
+        Comparing takes longest of all: of thousands of unknown names the last ones get none.
         """
         names = list(names)
         self._num_compared += len(names)
@@ -134,11 +144,10 @@ def rewrite(data: Any, change: Callable[[Path, Scalar], Scalar], path: Path = ()
 def at(data: Any, path: Path) -> Any:
     """The value at a path, or None where there is none."""
     for key in path:
-        is_there = (
-            key in data if isinstance(data, dict)
-            else isinstance(data, list) and isinstance(key, int) and 0 <= key < len(data)
-        )  # fmt: skip
-        data = data[key] if is_there else None
+        try:
+            data = data[key]
+        except (KeyError, IndexError, TypeError):
+            return None
     return data
 
 
@@ -146,8 +155,5 @@ def join_path(path: Path, start: str = "") -> str:
     """Write a path as people do: `rules[2].group_size`."""
     text = start
     for key in path:
-        if isinstance(key, int):
-            text += f"[{key}]"
-        else:
-            text += f".{key}" if text else key
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
     return text

@@ -1,7 +1,9 @@
-"""Resolves interpolations, `${schemes.attention}` and `${oc.env:NAME}`, and lists in patterns.
+"""Interpolations, `${schemes.attention}` and `${oc.env:NAME}`, and lists in patterns.
 
-OmegaConf resolves one text after another, each after those that it refers to. So a circle, or text
-that doubles itself thirty times, is found before it is followed, and every mistake has its line.
+OmegaConf resolves them, one text after another, each after those that it refers to: a circle, or
+text that doubles itself thirty times, is found before it is followed. It is given these two forms
+alone, as it would run any resolver that some package has registered, and recurses as deeply as a
+text nests.
 
 Within a pattern a list stands for the alternatives of a glob, `${lists.hot}` for `{3,17,42}`:
 
@@ -16,49 +18,118 @@ A list that stands alone, `match: ${lists.hot}`, stays a list: that of the rule'
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import re
-from collections.abc import Collection
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from mixedprec_plugin.preset.document import Document, Path, Scalar, at, rewrite
-from mixedprec_plugin.preset.expressions import (
-    EXPRESSION,
-    Reference,
-    Variable,
-    is_interpolated,
-    parse_text,
-)
+from mixedprec_plugin.preset.document import Document, Path, RefusedError, Scalar, at, rewrite
 
+MAX_LENGTH = 10_000
 MAX_SIZE = 1 << 21
 MAX_CHAIN = 32
 
 # what a reference counts for, however short its value
 _REFERENCE_SIZE = 64
+_REMEDY = "write ${schemes.NAME} or ${oc.env:NAME}; for a plain '${' write '\\${'"
+_SYNTAX = "interpolation-syntax"
+
+_UNESCAPED = r"(?<!\\)((?:\\\\)*)"
+_INNER = re.compile(r"\$\{[^${}]*\}")
+# backslashes that stand for half of them, an interpolation, what is in it
+_EXPRESSION = re.compile(rf"{_UNESCAPED}(\$\{{((?:[^${{}}]|{_INNER.pattern})*)\}})")
+_KEY = r"[A-Za-z0-9_-]+"
+_REFERENCE = re.compile(rf" *(\.*)((?:{_KEY}|\[{_KEY}\])(?:\.{_KEY}|\[{_KEY}\])*) *")
+_DEFAULT = r"""[^\s,'"()\[\]\0][^,'"()\[\]\0]*|'[^'\0]*'|"[^"\0]*"|\0"""
+_VARIABLE = re.compile(rf""" *(["']?)([A-Za-z_][A-Za-z0-9_.-]*)\1 *(?:,( *(?:{_DEFAULT}) *))?""")
+# a key that no preset has: what stands there is put in place of lists within text
+_WRITTEN_LISTS = "lists-within-text"
+_MISSING = "missing-key"
 _RANGE = re.compile(r"-?\d+\.\.-?\d+(\.\.-?\d+)?")
 
 
-def resolve(document: Document, untrusted: str = "") -> tuple[Any, Any]:
-    """Resolve every interpolation of a merged preset.
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """`${schemes.attention}`; `dots` counts the dots of a relative one, `${.bits}`."""
 
-    Args:
-        untrusted: the file whose texts may not read environment variables.
+    text: str
+    keys: tuple[str, ...]
+    dots: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Variable:
+    """`${oc.env:NAME}` or `${oc.env:NAME,DEFAULT}`; `nested` is an interpolation as default."""
+
+    text: str
+    name: str
+    has_default: bool
+    nested: _Reference | _Variable | None
+
+
+def is_interpolated(value: Any) -> TypeGuard[str]:
+    """Whether a value holds an interpolation, or one that is escaped."""
+    return isinstance(value, str) and "${" in value
+
+
+@functools.lru_cache(maxsize=4096)
+def check_text(text: str) -> tuple[tuple[_Reference | _Variable, ...], bool]:
+    """Find the interpolations of a text.
+
     Returns:
-        Plain data, in which null stands for every value that could not be resolved; and the same
-        for messages and files, with `${oc.env:NAME}` in place of that variable's value.
+        all of them, and whether the text is one interpolation and nothing else.
+    Raises:
+        RefusedError: there is something else, such as a resolver other than `oc.env`.
     """
-    pending = {path: None for path, value in document.scalars() if is_interpolated(value)}
-    if not pending:
-        return document.data, document.data
+    shown = repr(text if len(text) < 100 else f"{text[:99]}…")
+    if len(text) > MAX_LENGTH:
+        what = f"{shown} has an interpolation and {len(text)} characters"
+        raise RefusedError(f"{what} (expected {MAX_LENGTH} at most)", "write less", _SYNTAX)
+    if re.search(_UNESCAPED + r"\$\{", _EXPRESSION.sub("_", text)):
+        expected = "'${' and '}' in pairs, at most one pair within another"
+        raise RefusedError(
+            f"{shown} is not an interpolation (expected {expected})", _REMEDY, _SYNTAX
+        )
+    parts = tuple(_part(match[2], match[3]) for match in _EXPRESSION.finditer(text))
     try:
-        return _Resolver(document, pending, untrusted).resolve()
-    except _TooLargeError:
-        what = f"interpolations make the preset longer than {MAX_SIZE} characters"
-        document.report((), what, "refer to less", "interpolation-bomb")
-        return None, None
+        OmegaConf.create([text])
+    except GrammarParseError as error:
+        reason = str(error).splitlines()[0]
+        what = f"{shown} is not an interpolation: {reason}"
+        raise RefusedError(what, _REMEDY, _SYNTAX) from error
+    whole = _EXPRESSION.fullmatch(text)
+    return parts, whole is not None and not whole[1]
+
+
+def _part(text: str, body: str) -> _Reference | _Variable:
+    nested = [_part(inner, inner[2:-1]) for inner in _INNER.findall(body)]
+    flat = _INNER.sub("\0", body)
+    name, colon, arguments = flat.partition(":")
+    if colon and name.strip() != "oc.env":
+        what = f"the resolver {body.partition(':')[0]!r} in {text} is not allowed in presets"
+        remedy = "only ${oc.env:NAME} and references such as ${schemes.NAME} are"
+        raise RefusedError(what, remedy, "resolver")
+    if colon:
+        variable = _VARIABLE.fullmatch(arguments)
+        if variable is None:
+            what = f"{text} does not name one environment variable"
+            raise RefusedError(what, "write ${oc.env:NAME} or ${oc.env:NAME,DEFAULT}", _SYNTAX)
+        default = nested[0] if nested else None
+        return _Variable(text, variable[2], variable[3] is not None, default)
+    if nested:
+        what = f"{text} has an interpolation within its key"
+        remedy = "write the key out; a rule's 'scheme' may be an interpolation itself"
+        raise RefusedError(what, remedy, "nested-interpolation")
+    reference = _REFERENCE.fullmatch(flat)
+    if reference is None:
+        raise RefusedError(
+            f"{text} is not an interpolation (expected keys and dots)", _REMEDY, _SYNTAX
+        )
+    return _Reference(text, tuple(re.findall(_KEY, reference[2])), len(reference[1]))
 
 
 def escape(data: Any) -> Any:
@@ -70,11 +141,31 @@ def escape(data: Any) -> Any:
     return rewrite(data, change)
 
 
+def resolve(document: Document, untrusted: str = "") -> tuple[Any, Any]:
+    """Resolve every interpolation of a merged preset.
+
+    Args:
+        untrusted: the file whose texts may not read environment variables.
+    Returns:
+        Plain data, in which null stands for every value that could not be resolved; and the same
+        for messages and files, with `${oc.env:NAME}` in place of that variable's value. Both are
+        None where it would be too long.
+    """
+    if not any(is_interpolated(value) for _, value in document.scalars()):
+        return document.data, document.data
+    try:
+        return _Resolver(document, untrusted).resolve()
+    except _TooLongError:
+        what = f"interpolations make the preset longer than {MAX_SIZE} characters"
+        document.report((), what, "refer to less", "interpolation-bomb")
+        return None, None
+
+
 class _BrokenError(Exception):
     """A value depends on one that has a problem."""
 
 
-class _TooLargeError(Exception):
+class _TooLongError(Exception):
     pass
 
 
@@ -83,30 +174,32 @@ class _Resolver:
 
     Attributes:
         pending: the paths of all texts with interpolations.
-        filled: the preset with lists written out in patterns.
-        configs: that with the values of environment variables, and with their names.
+        lists: name -> what is written for a list within text.
+        configs: the preset with the values of environment variables, and with their names.
         depths: path of what is resolved -> how many references lie one behind another in it.
     """
 
-    def __init__(self, document: Document, pending: Collection[Path], untrusted: str) -> None:
+    def __init__(self, document: Document, untrusted: str) -> None:
         self.document = document
-        self.pending = pending
         self.untrusted = untrusted
+        self.pending = {path: 0 for path, value in document.scalars() if is_interpolated(value)}
+        lists = at(document.data, ("lists",))
+        entries = lists.items() if isinstance(lists, dict) else ()
+        self.lists = {name: _alternatives(items) for name, items in entries}
+        data = rewrite(document.data, self._point) | {_WRITTEN_LISTS: self.lists}
+        masked = rewrite(data, _mask)
+        variants = [data] if masked == data else [data, masked]
+        self.configs: list[Any] = [OmegaConf.create(variant) for variant in variants]
+        self.size = 0
         self.depths: dict[Path, int] = {}
         self.open: list[Path] = []
-        self.size = 0
-        lists = at(document.data, ("lists",))
-        lists = lists.items() if isinstance(lists, dict) else ()
-        self.lists = {name: _alternatives(items) for name, items in lists}
-        self.filled = rewrite(document.data, self._fill)
-        masked = rewrite(self.filled, _mask)
-        variants = [self.filled] if masked == self.filled else [self.filled, masked]
-        self.configs: list[Any] = [OmegaConf.create(data) for data in variants]
 
     def resolve(self) -> tuple[Any, Any]:
         for path in self.pending:
             with contextlib.suppress(_BrokenError):
                 self._resolve(path)
+        for config in self.configs:
+            del config[_WRITTEN_LISTS]
         data = [OmegaConf.to_container(config, resolve=True) for config in self.configs]
         return data[0], data[-1]
 
@@ -115,17 +208,21 @@ class _Resolver:
         if path in self.depths:
             return self.depths[path]
         if path in self.open:
-            self._circle(path)
+            links = [*self.open[self.open.index(path) :], path]
+            chain = " -> ".join(self.document.locate(link).key for link in links)
+            what = f"interpolations go in a circle: {chain}"
+            self._fail(path, what, "write one of them out", "interpolation-cycle")
         self.open.append(path)
         try:
             if path in self.document.broken:
                 raise _BrokenError
-            if len(self.open) > MAX_CHAIN + 1:
-                self._too_long(path)
-            parts, is_whole = parse_text(at(self.document.data, path))
-            depth = max((self._depth(path, part, is_whole) for part in parts), default=0)
+            parts, is_whole = check_text(at(self.document.data, path))
+            depth = len(self.open) - 1
+            if depth <= MAX_CHAIN:
+                depth = max((self._follow(path, part, is_whole) for part in parts), default=0)
             if depth > MAX_CHAIN:
-                self._too_long(path)
+                what = f"more than {MAX_CHAIN} interpolations lie one behind another"
+                self._fail(path, what, "refer to the value itself", "interpolation-chain")
             self._assign(path)
         except _BrokenError:
             self.document.mark(path)
@@ -144,11 +241,12 @@ class _Resolver:
         except OmegaConfBaseException as error:
             self._fail(path, f"cannot be resolved: {str(error).splitlines()[0]}")
 
-    def _depth(self, path: Path, part: Reference | Variable, is_whole: bool) -> int:
+    def _follow(self, path: Path, part: _Reference | _Variable, is_whole: bool) -> int:
         """Check what one interpolation refers to, and resolve that."""
-        if isinstance(part, Reference):
-            is_written = not is_whole and self._list(part)
-            return 1 if is_written else self._refer(path, part, is_whole) + 1
+        if isinstance(part, _Reference):
+            written = "" if is_whole else self._list(part)
+            self._count(len(written))
+            return 1 if written else self._refer(path, part, is_whole) + 1
         if self.document.locate(path).file == self.untrusted:
             what = f"{part.text} reads the environment, which a checkpoint's own preset may not"
             self._fail(path, what, "name a preset of your own", "environment")
@@ -158,25 +256,27 @@ class _Resolver:
             remedy = f"set it, or give a default: ${{oc.env:{part.name},DEFAULT}}"
             self._fail(path, what, remedy, "missing-variable")
         self._count(len(value or ""))
-        return self._depth(path, part.nested, is_whole=False) if part.nested else 0
+        return self._follow(path, part.nested, is_whole=False) if part.nested else 0
 
-    def _refer(self, path: Path, reference: Reference, is_whole: bool) -> int:
+    def _refer(self, path: Path, reference: _Reference, is_whole: bool) -> int:
         if reference.dots > len(path):
-            self._missing(path, reference, 0, [])
+            self._fail(path, f"{reference.text} points at nothing (no such level)", "", _MISSING)
         target = path[: len(path) - reference.dots] if reference.dots else ()
         node = _walk(self.configs[0], target)
         depth = 0
-        for number, key in enumerate(reference.keys):
+        for number, key in enumerate(reference.keys, start=1):
             names = list(node) if isinstance(node, DictConfig) else []
             is_index = isinstance(node, ListConfig) and key.isdecimal()
             if not (int(key[:9]) < len(node) if is_index else key in names):
-                self._missing(path, reference, number + 1, names)
+                missing = f"there is no {'.'.join(reference.keys[:number])!r}"
+                what = f"{reference.text} points at nothing ({missing})"
+                self._fail(path, what, self.document.findings.suggest(key, names), _MISSING)
             target = (*target, int(key) if is_index else key)
             depth = max(depth, self._resolve(target) if target in self.pending else 0)
             node = node[target[-1]]
         if isinstance(node, Container):
-            below = [link for link in self.pending if link[: len(target)] == target]
-            depth = max([depth, *(self._resolve(link) for link in below if link != target)])
+            below = [link for link in self.pending if link[: len(target)] == target != link]
+            depth = max([depth, *map(self._resolve, below)])
             if not is_whole:
                 what = f"{reference.text} is not text and stands within text"
                 self._fail(path, what, "let it stand alone", "interpolation-type")
@@ -186,23 +286,7 @@ class _Resolver:
     def _count(self, size: int) -> None:
         self.size += size
         if self.size > MAX_SIZE:
-            raise _TooLargeError
-
-    def _missing(self, path: Path, reference: Reference, depth: int, names: list[str]) -> NoReturn:
-        keys = reference.keys[:depth]
-        what = f"there is no {'.'.join(keys)!r}" if keys else "no such level"
-        remedy = self.document.findings.suggest(keys[-1], names) if names else ""
-        self._fail(path, f"{reference.text} points at nothing ({what})", remedy, "missing-key")
-
-    def _circle(self, path: Path) -> NoReturn:
-        links = self.open[self.open.index(path) :]
-        chain = " -> ".join(self.document.locate(link).key for link in [*links, path])
-        what = f"interpolations go in a circle: {chain}"
-        self._fail(path, what, "write one of them out", "interpolation-cycle")
-
-    def _too_long(self, path: Path) -> NoReturn:
-        what = f"more than {MAX_CHAIN} interpolations lie one behind another"
-        self._fail(path, what, "refer to the value itself", "interpolation-chain")
+            raise _TooLongError
 
     def _fail(
         self, path: Path, what: str, remedy: str = "", rule: str = "interpolation"
@@ -210,31 +294,27 @@ class _Resolver:
         self.document.report(path, what, remedy, rule)
         raise _BrokenError
 
-    def _fill(self, path: Path, value: Scalar) -> Scalar:
-        """Write the lists within one text out."""
-        if path not in self.pending or path in self.document.broken or parse_text(str(value))[1]:
+    def _point(self, path: Path, value: Scalar) -> Scalar:
+        """Let the lists within one text point at what is written for them."""
+        if not is_interpolated(value) or path in self.document.broken or check_text(value)[1]:
             return value
 
         def write(match: re.Match[str]) -> str:
-            (part,), _ = parse_text(match[2])
-            written = self._list(part)
-            self._count(len(written))
-            return match[1] + (written or match[2])
+            part = _part(match[2], match[3])
+            if isinstance(part, _Variable) or not self._list(part):
+                return match[0]
+            return f"{match[1]}${{{_WRITTEN_LISTS}.{part.keys[1]}}}"
 
-        return EXPRESSION.sub(write, str(value))
+        return _EXPRESSION.sub(write, value)
 
-    def _list(self, part: Reference | Variable) -> str:
+    def _list(self, reference: _Reference) -> str:
         """What is written for a list within text; empty where nothing is."""
-        match part:
-            case Reference(keys=("lists", name), dots=0):
-                return self.lists.get(name, "")
-        return ""
+        is_list = len(reference.keys) == 2 and reference.keys[0] == "lists" and not reference.dots
+        return self.lists.get(reference.keys[1], "") if is_list else ""
 
 
 def _walk(config: Any, path: Path) -> Any:
-    for key in path:
-        config = config[key]
-    return config
+    return functools.reduce(lambda node, key: node[key], path, config)
 
 
 def _alternatives(items: Any) -> str:
@@ -251,10 +331,9 @@ def _mask(_path: Path, value: Scalar) -> Scalar:
     """Write the names of environment variables in place of their values."""
 
     def name(match: re.Match[str]) -> str:
-        (part,), _ = parse_text(match[2])
-        while isinstance(part, Variable) and part.name not in os.environ and part.nested:
+        part: _Reference | _Variable | None = _part(match[2], match[3])
+        while isinstance(part, _Variable) and part.name not in os.environ:
             part = part.nested
-        is_read = isinstance(part, Variable) and part.name in os.environ
-        return f"{match[1]}\\{part.text}" if is_read else match[0]
+        return f"{match[1]}\\{part.text}" if isinstance(part, _Variable) else match[0]
 
-    return EXPRESSION.sub(name, str(value)) if is_interpolated(value) else value
+    return _EXPRESSION.sub(name, value) if is_interpolated(value) else value

@@ -10,8 +10,7 @@ from typing import Any
 from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.preset.binding import Binder
 from mixedprec_plugin.preset.document import Document, Findings, Path, Scalar, rewrite
-from mixedprec_plugin.preset.expressions import is_interpolated
-from mixedprec_plugin.preset.interpolation import escape, resolve
+from mixedprec_plugin.preset.interpolation import escape, is_interpolated, resolve
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.preset.overrides import FLAG, apply_overrides
 from mixedprec_plugin.preset.parents import find_preset, merge, read_with_parents

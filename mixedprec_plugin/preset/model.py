@@ -30,14 +30,21 @@ class SourceReference:
     Attributes:
         path: a folder, absolute or relative to the working directory, or a Hugging Face id.
         revision: branch, tag or commit of a Hugging Face id.
-        shown: the path for messages, with names of environment variables for their values.
+        shown_path, shown_revision: the same with the names of environment variables in place of
+            their values, which neither messages nor files may hold.
     """
 
     name: str
     path: str
     revision: str | None
     location: Location
-    shown: str
+    shown_path: str
+    shown_revision: str | None
+
+    def conceal(self, text: str) -> str:
+        """Write the names of environment variables in place of their values."""
+        text = text.replace(self.path, self.shown_path)
+        return text.replace(self.revision, self.shown_revision or "") if self.revision else text
 
 
 # arguments that say how we read and quantize, and that no SGLang config knows
@@ -99,7 +106,7 @@ class Rule:
         index: position in the merged list of rules, from 0.
         patterns: globs over layer names; the rule matches where any does.
         location: the rule's own line, in the file that it was written in.
-        shown: the patterns for messages, with names of environment variables for their values.
+        shown: the patterns with the names of environment variables in place of their values.
     """
 
     index: int

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mixedprec_plugin.preset.document import Document, Path, join_path
-from mixedprec_plugin.preset.expressions import is_interpolated
+from mixedprec_plugin.preset.document import Document, Path, RefusedError, join_path
+from mixedprec_plugin.preset.interpolation import is_interpolated
 from mixedprec_plugin.preset.model import Location
 from mixedprec_plugin.preset.reader import MAX_DEPTH, read_value
 
@@ -18,14 +18,6 @@ FLAG = "--mixedprec-set"
 
 _PART = r"[A-Za-z0-9_-]+"
 _KEY = re.compile(rf"{_PART}(\.{_PART}|\[{_PART}\]){{0,{MAX_DEPTH - 1}}}")
-
-
-class _MisplacedError(Exception):
-    """The key of an override leads nowhere."""
-
-    def __init__(self, what: str, remedy: str = "") -> None:
-        super().__init__(what)
-        self.remedy = remedy
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
@@ -38,19 +30,20 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
         place = Location(f"{FLAG} {override}", 0)
         try:
             _apply(document, override, place)
-        except _MisplacedError as error:
-            document.findings.add(place, str(error), error.remedy, "override")
+        except RefusedError as error:
+            what, remedy, _ = error.args
+            document.findings.add(place, what, remedy, "override")
 
 
 def _apply(document: Document, override: str, place: Location) -> None:
     key, equals, text = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
         what = "is not an override (expected KEY=VALUE, such as schemes.experts.group_size=64)"
-        raise _MisplacedError(what)
+        raise RefusedError(what)
     keys = re.findall(_PART, key)
     if keys[0] == "extends":
         what = "the key 'extends' cannot be overridden"
-        raise _MisplacedError(what, "parents are read first; change the file")
+        raise RefusedError(what, "parents are read first; change the file")
     if text.startswith("*"):  # a pattern, for YAML an alias
         text = json.dumps(text, ensure_ascii=False)
     value = read_value(text, place.file, document.findings)
@@ -76,13 +69,13 @@ def _locate(data: Any, keys: Sequence[str]) -> Path:
         if isinstance(data, list):
             if not (key.isdecimal() and len(key) < 10 and int(key) < len(data)):
                 what = f"{where} has no item {key!r} (expected a number below {len(data)})"
-                raise _MisplacedError(what)
+                raise RefusedError(what)
             path, data = (*path, int(key)), data[int(key)]
         elif isinstance(data, dict):
             path, data = (*path, key), data.get(key, {})
         elif is_interpolated(data):
             what = f"{where} is the interpolation {data!r} and has no {key!r} of its own"
-            raise _MisplacedError(what, "override what it points at, or set it as a whole")
+            raise RefusedError(what, "override what it points at, or set it as a whole")
         else:
-            raise _MisplacedError(f"{where} is {data!r} and has no {key!r}")
+            raise RefusedError(f"{where} is {data!r} and has no {key!r}")
     return path

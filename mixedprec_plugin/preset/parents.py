@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from mixedprec_plugin.preset.document import Document, Findings, Path
-from mixedprec_plugin.preset.expressions import is_interpolated
+from mixedprec_plugin.preset.interpolation import is_interpolated
 from mixedprec_plugin.preset.model import Location
 from mixedprec_plugin.preset.reader import read_file
 from mixedprec_plugin.resources import preset_dir, preset_names

@@ -1,35 +1,43 @@
 """Reads one YAML file into plain data with the place of each part, and says all that is wrong.
 
 Stricter than YAML: one document, one mapping, text keys without duplicates, no anchors, aliases,
-merge keys or tags, no scalar that YAML 1.1 and YAML 1.2 read differently, and no interpolation but
-those of `expressions`.
+merge keys or tags, no scalar that YAML 1.1 and YAML 1.2 read differently, and interpolations of
+two forms alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
 
-from mixedprec_plugin.preset.document import Document, Findings, Path, Scalar, join_path, rewrite
-from mixedprec_plugin.preset.expressions import ExpressionError, is_interpolated, parse_text
+from mixedprec_plugin.preset.document import (
+    Document,
+    Findings,
+    Path,
+    RefusedError,
+    Scalar,
+    join_path,
+    rewrite,
+)
+from mixedprec_plugin.preset.interpolation import check_text, is_interpolated
 from mixedprec_plugin.preset.model import Location
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_DIGITS = 18
 
-_EXPECTED = "(expected a mapping with 'version' and 'rules')"
+_TOO_DEEP = (f"nested more than {MAX_DEPTH} deep", "a preset needs four levels", "depth")
+_POINT = "point at the value with an interpolation such as ${schemes.NAME}"
+_TAG = "tag:yaml.org,2002:"
 _UNQUOTED_GLOB = re.compile(r"""match\s*:\s*(\[\s*)?[*&!%@{?]|^\s*-\s*[*&!%@{?]|[\[,]\s*\*""")
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?[0-9]+\.[0-9]*([eE][-+][0-9]+)?")
 _FLOAT_1_2 = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _OCTAL_1_2 = re.compile(r"0o[0-7]+")
-_TAG = "tag:yaml.org,2002:"
-_TOO_DEEP = (f"nested more than {MAX_DEPTH} deep", "a preset needs four levels", "depth")
-_POINT = "point at the value with an interpolation such as ${schemes.NAME}"
 
 
 def read_file(path: FilePath, findings: Findings) -> Document:
@@ -40,42 +48,46 @@ def read_file(path: FilePath, findings: Findings) -> Document:
         problems the data is there to look for more of them, not to be used.
     """
     document = Document(str(path), findings)
+    what, remedy = "", ""
     try:
         if path.is_dir():
-            document.report((), "is a folder (expected a YAML file)", rule="file")
-            return document
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            what = "is a folder (expected a YAML file)"
+        elif (size := path.stat().st_size) > MAX_FILE_BYTES:
             what = f"has {size} bytes (expected {MAX_FILE_BYTES} at most)"
-            document.report((), what, "a preset is a few kilobytes of rules", "file")
-            return document
-        content = path.read_bytes()
+            remedy = "a preset is a few kilobytes of rules"
+        else:
+            return read_text(path.read_bytes().decode("utf-8-sig"), str(path), findings)
     except FileNotFoundError:
-        document.report((), "no such file (expected a preset)", rule="file")
-        return document
+        what = "no such file (expected a preset)"
     except OSError as error:
         what = f"cannot be read: {error.strerror or error}"
-        document.report((), what, "check the path and its permissions", "file")
-        return document
-    try:
-        text = content.decode("utf-8-sig")
+        remedy = "check the path and its permissions"
     except UnicodeDecodeError as error:
-        line = len((content[: error.start] + b"x").splitlines())
-        what = f"byte {content[error.start]:#04x} is not UTF-8"
+        line = _line_of(error.object[: error.start].decode())
+        what = f"byte {error.object[error.start]:#04x} is not UTF-8"
         findings.add(Location(str(path), line), what, "save the file as UTF-8", "encoding")
         return document
-    return read_text(text, str(path), findings)
+    document.report((), what, remedy, "file")
+    return document
 
 
 def read_text(text: str, name: str, findings: Findings) -> Document:
     """Read YAML text as `read_file` does; `name` stands for the file in messages."""
-    return _Reader(text, Document(name, findings), is_file=True).read()
+    document = Document(name, findings)
+    reader = _Reader(text, document, is_file=True)
+    if reader.read() and not isinstance(document.data, dict):
+        is_empty = not document.places[()].line
+        what = "the file is empty" if is_empty else f"{_kind(document.data)} is not a preset"
+        what = f"{what} (expected a mapping with 'version' and 'rules')"
+        document.report((), what, rule="not-a-mapping")
+        document.data = None
+    return document
 
 
 def read_value(text: str, name: str, findings: Findings) -> Document | None:
     """Read a single YAML value, such as that of an override; an empty text is null."""
-    reader = _Reader(text, Document(name, findings), is_file=False)
-    document = reader.read()
-    return None if reader.has_stopped else document
+    document = Document(name, findings)
+    return document if _Reader(text, document, is_file=False).read() else None
 
 
 def read_data(data: Any, name: str, findings: Findings) -> Document:
@@ -83,40 +95,28 @@ def read_data(data: Any, name: str, findings: Findings) -> Document:
     document = Document(name, findings)
     level = [data]
     for _ in range(MAX_DEPTH + 1):
-        level = [
-            below
-            for value in level
-            if isinstance(value, dict | list)
-            for below in (value.values() if isinstance(value, dict) else value)
-        ]
+        nested = [value for value in level if isinstance(value, dict | list)]
+        level = [item for value in nested for item in _items(value)]
     if level:
         document.report((), *_TOO_DEEP)
-        return document
-    document.data = rewrite(data, lambda path, value: _checked(document, path, value))
+    else:
+        document.data = rewrite(data, lambda path, value: _checked(document, path, value))
     return document
 
 
 def _checked(document: Document, path: Path, value: Scalar) -> Scalar:
     """The value of a scalar; None where it is text with an interpolation that presets lack."""
-    if is_interpolated(value):
-        try:
-            parse_text(value)
-        except ExpressionError as error:
-            document.report(path, str(error), error.remedy, error.rule)
-            return None
+    try:
+        if is_interpolated(value):
+            check_text(value)
+    except RefusedError as error:
+        document.report(path, *error.args)
+        return None
     return value
 
 
 class _StoppedError(Exception):
     """What follows cannot be read."""
-
-
-class _SurprisingError(Exception):
-    """A scalar that another YAML reader would take for something else."""
-
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(what)
-        self.remedy = remedy
 
 
 class _Reader:
@@ -126,29 +126,29 @@ class _Reader:
         self.text = text
         self.document = document
         self.is_file = is_file
-        self.has_stopped = False
         self.loader: Any = None
 
-    def read(self) -> Document:
+    def read(self) -> bool:
+        """Read the document; return whether that was possible."""
         try:
             self.loader = yaml.SafeLoader(self.text)
             self.document.data = self._document()
         except yaml.reader.ReaderError as error:
-            line = len((self.text[: error.position] + "x").splitlines())
             code = error.character if isinstance(error.character, int) else ord(error.character)
             what = f"the character U+{code:04X} is not allowed in YAML"
-            self._stop(line, what, "remove it")
+            line = _line_of(self.text[: error.position])
+            self._problem((), line, what, "remove it", "syntax")
+            return False
         except yaml.MarkedYAMLError as error:
-            self._stop_at_syntax(error)
+            self._report_syntax(error)
+            return False
         except _StoppedError:
-            self.has_stopped = True
-        return self.document
+            return False
+        return True
 
     def _document(self) -> Any:
         self.loader.get_event()
         if self.loader.check_event(yaml.StreamEndEvent):
-            if self.is_file:
-                self._problem((), 0, f"the file is empty {_EXPECTED}", "", "not-a-mapping")
             return None
         self.loader.get_event()
         data = self._value((), self._line())
@@ -156,10 +156,6 @@ class _Reader:
         if not self.loader.check_event(yaml.StreamEndEvent):
             what = "a second document starts (expected one)"
             self._problem((), self._line(), what, "keep one preset in a file", "documents")
-        if self.is_file and not isinstance(data, dict):
-            what = f"{_kind(data)} is not a preset {_EXPECTED}"
-            self._problem((), self.document.places[()].line, what, "", "not-a-mapping")
-            return None
         return data
 
     def _value(self, path: Path, key_line: int) -> Any:
@@ -213,19 +209,17 @@ class _Reader:
 
     def _key(self, path: Path, line: int) -> str:
         if not self.loader.check_event(yaml.ScalarEvent):
-            value = self._value((*path, f"<line {line}>"), line)
-            what = f"{_kind(value)} is used as a key (expected text)"
+            text = f"<line {line}>"
+            what = f"{_kind(self._value((*path, text), line))} is used as a key (expected text)"
             remedy = "put quotes around a value that starts with '{' or '['"
             self._problem(path, line, what, remedy, "key")
-            return f"<line {line}>"
+            return text
         event = self.loader.get_event()
-        text: str = event.value
+        text = str(event.value)
+        kind = self._kind(event)
         if event.tag is not None:
             self._problem(path, line, f"the key {text!r} has a tag", "leave it out", "tag")
-        if event.tag is not None or not event.implicit[0]:
-            return text
-        kind = self._kind_of(text)
-        if kind == "merge":
+        elif kind == "merge":
             what = "the merge key << is not read in presets"
             remedy = "use 'extends', or an interpolation such as ${schemes.NAME}"
             self._problem(path, line, what, remedy, "merge-key")
@@ -237,33 +231,30 @@ class _Reader:
     def _scalar(self, event: yaml.ScalarEvent, path: Path, line: int) -> Scalar:
         value: Scalar = event.value
         try:
-            if event.tag is None and event.implicit[0]:
-                value = _read_plain(event.value, self._kind_of(event.value))
-        except _SurprisingError as error:
-            self._problem(path, line, str(error), error.remedy, "yaml-1.1")
+            value = _read_plain(event.value, self._kind(event))
+        except RefusedError as error:
+            self._problem(path, line, *error.args)
         return _checked(self.document, path, value)
 
-    def _kind_of(self, text: str) -> str:
-        """What YAML 1.1 takes an unquoted scalar for: `str`, `bool`, `int`, …"""
-        tag: str = self.loader.resolve(yaml.ScalarNode, text, (True, False))
+    def _kind(self, event: yaml.ScalarEvent) -> str:
+        """What YAML 1.1 takes a scalar for: `bool`, `int`, …; `str` where it is quoted."""
+        if event.tag is not None or not event.implicit[0]:
+            return "quoted"
+        tag: str = self.loader.resolve(yaml.ScalarNode, event.value, (True, False))
         return tag.removeprefix(_TAG)
 
     def _line(self) -> int:
         line: int = self.loader.peek_event().start_mark.line
         return line + 1
 
+    def _place(self, path: Path, line: int) -> Location:
+        return Location(self.document.file, line if self.is_file else 0, join_path(path))
+
     def _problem(self, path: Path, line: int, what: str, remedy: str, rule: str) -> None:
         self.document.findings.add(self._place(path, line), what, remedy, rule)
         self.document.mark(path)
 
-    def _place(self, path: Path, line: int) -> Location:
-        return Location(self.document.file, line if self.is_file else 0, join_path(path))
-
-    def _stop(self, line: int, what: str, remedy: str) -> None:
-        self._problem((), line, what, remedy, "syntax")
-        self.has_stopped = True
-
-    def _stop_at_syntax(self, error: yaml.MarkedYAMLError) -> None:
+    def _report_syntax(self, error: yaml.MarkedYAMLError) -> None:
         mark = error.problem_mark or error.context_mark
         assert mark is not None
         source = (mark.get_snippet(0, MAX_FILE_BYTES) or "").partition("\n")[0]
@@ -274,62 +265,72 @@ class _Reader:
             remedy = 'within { } or [ ] put interpolations in quotes: "${schemes.NAME}"'
         elif _UNQUOTED_GLOB.search(source):
             remedy = 'put patterns in quotes: match: "*.q_proj"'
-        self._stop(mark.line + 1, f"is not YAML: {error.problem or error.context}", remedy)
+        what = f"is not YAML: {error.problem or error.context}"
+        self._problem((), mark.line + 1, what, remedy, "syntax")
 
 
 def _read_plain(text: str, kind: str) -> Scalar:
-    """Turn an unquoted scalar into a value.
+    """Turn a scalar into a value.
 
     Args:
         kind: what YAML 1.1 takes it for.
     Raises:
-        _SurprisingError: YAML 1.1 and YAML 1.2 disagree about it, or no preset needs it.
+        RefusedError: YAML 1.1 and YAML 1.2 disagree about it, or no preset needs it.
     """
-    is_octal = _OCTAL_1_2.fullmatch(text) is not None
-    if (kind == "int" or is_octal) and len(text) > MAX_DIGITS:
-        what = f"{text[:20]}… has more than {MAX_DIGITS} digits"
-        raise _SurprisingError(what, "write a smaller number")
     if kind == "null":
         return None
     if kind == "bool" and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if kind == "int" and _INT.fullmatch(text):
-        return int(text)
+    is_octal = _OCTAL_1_2.fullmatch(text) is not None
+    if kind == "quoted" or (kind == "str" and not is_octal and not _FLOAT_1_2.fullmatch(text)):
+        return text
     if kind == "float" and _FLOAT.fullmatch(text):
         return float(text)
-    if kind == "str" and not is_octal and not _FLOAT_1_2.fullmatch(text):
-        return text
+    if (kind == "int" or is_octal) and len(text) > MAX_DIGITS:
+        what = f"{text[:20]}… has more than {MAX_DIGITS} digits"
+        raise RefusedError(what, "write a smaller number", "yaml-1.1")
+    if kind == "int" and _INT.fullmatch(text):
+        return int(text)
     shown = text if len(text) < 40 else f"{text[:20]}…"
     what, instead = _surprise(text, kind)
-    raise _SurprisingError(f"{shown} {what}", f"write {instead}'\"{shown}\"'")
+    raise RefusedError(f"{shown} {what}", f"write {instead}'\"{shown}\"'", "yaml-1.1")
 
 
 def _surprise(text: str, kind: str) -> tuple[str, str]:
     """Why an unquoted scalar is refused, and what else than quotes would do."""
-    if kind == "bool":
-        meant = "true" if text.lower() in ("yes", "on") else "false"
-        return f"is {meant} in YAML 1.1 and text in YAML 1.2", f"{meant} or "
+    in_1_1, in_1_2, instead = "text", "text", ""
     if kind in ("int", "float") and ":" in text:
-        return "is a number in base 60 in YAML 1.1 and text in YAML 1.2", ""
-    if kind == "int":
+        in_1_1 = "a number in base 60"
+    elif kind == "bool":
+        in_1_1 = instead = "true" if text.lower() in ("yes", "on") else "false"
+    elif kind == "int":
         digits = text.replace("_", "").lower()
         start = digits.lstrip("+-")[:2]
-        try:
-            value = int(digits, {"0x": 16, "0b": 2}.get(start, 8 if start[:1] == "0" else 10))
-        except ValueError:  # such as 0x_
-            return "is a number in YAML 1.1 and text in YAML 1.2", ""
-        return f"is {value} in YAML 1.1 and may be something else in YAML 1.2", f"{value} or "
-    if kind == "float":
+        in_1_1, in_1_2 = "a number", "may be something else"
+        with contextlib.suppress(ValueError):  # such as 0x_
+            base = {"0x": 16, "0b": 2}.get(start, 8 if start[:1] == "0" else 10)
+            in_1_1 = instead = str(int(digits, base))
+    elif kind == "str" and _OCTAL_1_2.fullmatch(text):
+        in_1_2 = instead = str(int(text[2:], 8))
+    elif kind == "str":
+        number = float(text)
+        in_1_2 = "a number"
+        instead = str(int(number) if number.is_integer() else number) * (len(text) <= MAX_DIGITS)
+    elif kind == "float":
         return "is not a plain decimal number", "it as in 0.5, or "
-    if kind != "str":
+    else:
         return "is a date in YAML" if kind == "timestamp" else "means something in YAML", ""
-    if _OCTAL_1_2.fullmatch(text):
-        value = int(text[2:], 8)
-        return f"is text in YAML 1.1 and {value} in YAML 1.2", f"{value} or "
-    number = float(text)
-    plain = f"{int(number) if number.is_integer() else number} or "
-    what = "is text in YAML 1.1 and a number in YAML 1.2"
-    return what, plain if len(text) <= MAX_DIGITS else ""
+    what = f"is {in_1_1} in YAML 1.1 and {in_1_2} in YAML 1.2"
+    return what, f"{instead} or " if instead else ""
+
+
+def _line_of(before: str) -> int:
+    """The line of what stands behind some text."""
+    return len(f"{before}x".splitlines())
+
+
+def _items(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _kind(data: Any) -> str:

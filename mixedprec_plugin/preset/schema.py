@@ -17,7 +17,7 @@ from referencing import Registry, Resource
 from mixedprec_plugin.methods.registry import METHODS, method_names
 from mixedprec_plugin.methods.spec import MethodSpec
 from mixedprec_plugin.preset.document import Document, Findings, Path, at, is_within
-from mixedprec_plugin.preset.expressions import is_interpolated
+from mixedprec_plugin.preset.interpolation import is_interpolated
 from mixedprec_plugin.resources import schema_path
 
 PRESET_SCHEMA = "preset.schema.json"

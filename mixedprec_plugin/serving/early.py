@@ -13,10 +13,10 @@ from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
 from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
 from mixedprec_plugin.plan.architecture import ExpertShard
-from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.model import Device, Plan, Target
+from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset

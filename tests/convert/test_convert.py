@@ -16,8 +16,8 @@ from safetensors import safe_open
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
-from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.quantize import gptq
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
