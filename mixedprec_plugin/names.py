@@ -24,7 +24,7 @@ import bracex
 MAX_PATTERN_LENGTH = 4096
 MAX_ALTERNATIVES = 10_000
 MAX_DEPTH = 8
-MAX_TESTS = 256
+MAX_TESTS = 128
 
 _ENDS = r"[-+]?\d{1,18}\.\.[-+]?\d{1,18}|[a-z]\.\.[a-z]|[A-Z]\.\.[A-Z]"
 _RANGE = re.compile(rf"({_ENDS})(\.\.[-+]?\d{{1,18}})?", re.ASCII)
@@ -34,7 +34,7 @@ _SET = re.compile(r"\[[^\]]*\]")
 _FIRST = 0xE000
 _READ = r"[\uE000-\uF8FF]"
 _PIECE = re.compile(rf"\*+|{_READ}|(?:{_SET.pattern}|[^*\uE000-\uF8FF])+")
-_WILDCARD = re.compile(r"[*?[\uE000-\uF8FF]")
+_WILDCARD = re.compile(rf"[*?[]|{_READ}")
 _NUMBER = re.compile(r"\d+")
 _MISTAKES = {
     "[": "opens a '[' that nothing closes",
@@ -83,17 +83,20 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     _check(pattern, shown)
     groups: list[_Group] = []
     text = pattern
-    while braces := _BRACES.search(text):
-        groups.append(_group(braces[1], groups, shown))
-        text = f"{text[: braces.start()]}{chr(_FIRST + len(groups) - 1)}{text[braces.end() :]}"
+    try:
+        while braces := _BRACES.search(text):
+            groups.append(_group(braces[1], groups, shown))
+            read = chr(_FIRST + len(groups) - 1)
+            text = f"{text[: braces.start()]}{read}{text[braces.end() :]}"
+        if sum(group.num_words for group in groups) > MAX_ALTERNATIVES:
+            raise bracex.ExpansionLimitException
+    except bracex.ExpansionLimitException:
+        what = f"the braces of {shown} list more than {MAX_ALTERNATIVES} alternatives"
+        raise PatternError(f"{what}; use '*' or a shorter range") from None
     _refuse("{},", text, shown)
-    if sum(group.num_words for group in groups) > MAX_ALTERNATIVES:
-        raise _too_many_words(shown)
     if sum(group.num_tests for group in groups) > MAX_TESTS:
-        raise PatternError(
-            f"{shown} has more than {MAX_TESTS} braces, or wildcards within them; "
-            "write several patterns"
-        )
+        what = f"{shown} has more than {MAX_TESTS} braces, or wildcards within them"
+        raise PatternError(f"{what}; write several patterns")
     ends = _sequence(_parts(text, groups))
     return lambda name: len(name) in ends(name, (0,))
 
@@ -103,9 +106,9 @@ def _check(pattern: str, shown: str) -> None:
     if not pattern:
         raise PatternError("an empty pattern matches no layer; write '*' for all of them")
     if len(pattern) > MAX_PATTERN_LENGTH:
+        what = f"a pattern of {len(pattern)} characters is too long"
         raise PatternError(
-            f"a pattern of {len(pattern)} characters is too long (expected {MAX_PATTERN_LENGTH} "
-            "at most); write several patterns"
+            f"{what} (expected {MAX_PATTERN_LENGTH} at most); write several patterns"
         )
     if pattern.startswith("re:"):
         raise PatternError(f"{shown} is a regular expression (expected a glob)")
@@ -138,35 +141,24 @@ def _refuse(characters: str, text: str, shown: str) -> None:
             raise PatternError(f"{shown} {_MISTAKES[character]}")
 
 
-def _too_many_words(shown: str) -> PatternError:
-    return PatternError(
-        f"the braces of {shown} list more than {MAX_ALTERNATIVES} alternatives; "
-        "use '*' or a shorter range"
-    )
-
-
 def _group(content: str, groups: Sequence[_Group], shown: str) -> _Group:
     """Read what stands in braces; other braces within it were read before."""
-    inner = [groups[ord(c) - _FIRST] for c in content if ord(c) >= _FIRST]
+    inner = [groups[ord(read) - _FIRST] for read in re.findall(_READ, content)]
     depth = 1 + max((group.depth for group in inner), default=0)
     if depth > MAX_DEPTH:
-        raise PatternError(
-            f"{shown} nests braces more than {MAX_DEPTH} deep; write several patterns"
-        )
+        what = f"{shown} nests braces more than {MAX_DEPTH} deep"
+        raise PatternError(f"{what}; write several patterns")
     words = content.split(",")
     ranges = [word for word in words if _RANGE.fullmatch(word)]
     if ranges and len(words) > 1:
         what = f"'{ranges[0]}' in {shown} is no range beside a ','"
         raise PatternError(f"{what} (expected '{{{ranges[0]}}}' there)")
     if ranges:
-        try:
-            words = bracex.expand(f"{{{content}}}", limit=MAX_ALTERNATIVES)
-        except bracex.ExpansionLimitException:
-            raise _too_many_words(shown) from None
-    elif len(words) == 1 and ".." in content and not inner:
-        raise PatternError(f"'{{{content}}}' in {shown} is not a range (expected '{{0..15}}')")
+        words = bracex.expand(f"{{{content}}}", limit=MAX_ALTERNATIVES)
     elif len(words) == 1:
-        text = repr(f"{{{re.sub(_READ, '{…}', content)}}}")
+        text = _shortened.repr(f"{{{re.sub(_READ, '{…}', content)}}}")
+        if ".." in content and not inner:
+            raise PatternError(f"{text} in {shown} is not a range (expected '{{0..15}}')")
         what = f"{text} in {shown} leaves nothing to choose"
         raise PatternError(f"{what} (expected '{{a,b}}' or '{{0..15}}'); leave the braces out")
     plain: dict[int, set[str]] = {}
@@ -176,19 +168,19 @@ def _group(content: str, groups: Sequence[_Group], shown: str) -> _Group:
             wild.append(_parts(word, groups))
         else:
             plain.setdefault(len(word), set()).add(word)
-    return _Group(_any_of(plain, wild), len(words), len(plain) + sum(map(len, wild)), depth)
+    num_tests = len(plain) + sum(len(parts) for parts in wild)
+    return _Group(_any_of(plain, wild), len(words), num_tests, depth)
 
 
 def _parts(text: str, groups: Sequence[_Group]) -> list[_Part]:
     """The parts of a text in which a character stands for each braces."""
-    return [
-        _star
-        if piece[0] == "*"
-        else groups[ord(piece) - _FIRST].part
-        if ord(piece[0]) >= _FIRST
-        else _fixed(piece)
-        for piece in _PIECE.findall(text)
-    ]
+    parts: list[_Part] = []
+    for piece in _PIECE.findall(text):
+        if re.fullmatch(_READ, piece):
+            parts.append(groups[ord(piece) - _FIRST].part)
+        else:
+            parts.append(_star if piece[0] == "*" else _fixed(piece))
+    return parts
 
 
 def _sequence(parts: Sequence[_Part]) -> _Part:

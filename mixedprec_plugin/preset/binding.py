@@ -86,7 +86,7 @@ class Binder:
                 compile_pattern(pattern)
             except PatternError as error:
                 shown = at(self.shown, place)
-                what = str(error) if shown == pattern else f"{shown!r} is no pattern"
+                what = str(error) if shown == pattern else f"{shown!r} stands for no pattern"
                 self.document.report(place, what, rule="pattern")
         return _listed(match)
 

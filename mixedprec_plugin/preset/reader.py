@@ -7,8 +7,11 @@ two forms alone.
 
 from __future__ import annotations
 
-import contextlib
+import datetime
+import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -34,10 +37,16 @@ _TOO_DEEP = (f"nested more than {MAX_DEPTH} deep", "a preset needs four levels",
 _POINT = "point at the value with an interpolation such as ${schemes.NAME}"
 _TAG = "tag:yaml.org,2002:"
 _UNQUOTED_GLOB = re.compile(r"""match\s*:\s*(\[\s*)?[*&!%@{?]|^\s*-\s*[*&!%@{?]|[\[,]\s*\*""")
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
-_FLOAT = re.compile(r"[-+]?[0-9]+\.[0-9]*([eE][-+][0-9]+)?")
-_FLOAT_1_2 = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_OCTAL_1_2 = re.compile(r"0o[0-7]+")
+# the core schema of YAML 1.2; what fits nothing is text
+_CORE: tuple[tuple[str, Callable[[str], Scalar]], ...] = (
+    (r"~|null|Null|NULL|", lambda _: None),
+    (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    (r"[-+]?[0-9]+", int),
+    (r"0o[0-7]+", lambda text: int(text[2:], 8)),
+    (r"0x[0-9a-fA-F]+", lambda text: int(text, 16)),
+    (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    (r"[-+]?\.(inf|Inf|INF)", lambda text: float(text.replace(".", ""))),
+)
 
 
 def read_file(path: FilePath, findings: Findings) -> Document:
@@ -216,7 +225,7 @@ class _Reader:
             return text
         event = self.loader.get_event()
         text = str(event.value)
-        kind = self._kind(event)
+        kind = self._kind(text) if event.implicit[0] else "str"
         if event.tag is not None:
             self._problem(path, line, f"the key {text!r} has a tag", "leave it out", "tag")
         elif kind == "merge":
@@ -231,17 +240,42 @@ class _Reader:
     def _scalar(self, event: yaml.ScalarEvent, path: Path, line: int) -> Scalar:
         value: Scalar = event.value
         try:
-            value = _read_plain(event.value, self._kind(event))
+            if event.tag is None and event.implicit[0]:
+                value = self._plain(event.value)
         except RefusedError as error:
             self._problem(path, line, *error.args)
         return _checked(self.document, path, value)
 
-    def _kind(self, event: yaml.ScalarEvent) -> str:
-        """What YAML 1.1 takes a scalar for: `bool`, `int`, …; `str` where it is quoted."""
-        if event.tag is not None or not event.implicit[0]:
-            return "quoted"
-        tag: str = self.loader.resolve(yaml.ScalarNode, event.value, (True, False))
+    def _kind(self, text: str) -> str:
+        """What YAML 1.1 takes an unquoted scalar for: `str`, `bool`, `int`, …"""
+        tag: str = self.loader.resolve(yaml.ScalarNode, text, (True, False))
         return tag.removeprefix(_TAG)
+
+    def _plain(self, text: str) -> Scalar:
+        """The value of an unquoted scalar.
+
+        Raises:
+            RefusedError: YAML 1.1 and YAML 1.2 disagree about it, or no preset needs it.
+        """
+        kind = self._kind(text)
+        if len(text) > MAX_DIGITS and (kind == "int" or re.fullmatch("0o[0-7]+", text)):
+            what = f"{text[:20]}… has more than {MAX_DIGITS} digits"
+            raise RefusedError(what, "write a smaller number", "yaml-1.1")
+        new = _in_yaml_1_2(text)
+        try:
+            old = self.loader.construct_object(yaml.ScalarNode(f"{_TAG}{kind}", text))
+        except (ValueError, yaml.YAMLError):  # such as 0x_, or 2024-13-01
+            old = None if new is not None else text
+        shown = text if len(text) < 40 else f"{text[:20]}…"
+        quoted = f"'\"{shown}\"'"
+        if isinstance(old, float) and not math.isfinite(old):
+            what = f"{shown} is not a plain decimal number"
+            raise RefusedError(what, f"write it as in 0.5, or {quoted}", "yaml-1.1")
+        if type(old) is type(new) and old == new:
+            return new
+        what = f"{shown} is {_name(old)} in YAML 1.1 and {_name(new)} in YAML 1.2"
+        plain = [_name(value) for value in (old, new) if isinstance(value, bool | int | float)]
+        raise RefusedError(what, f"write {' or '.join([*plain[:1], quoted])}", "yaml-1.1")
 
     def _line(self) -> int:
         line: int = self.loader.peek_event().start_mark.line
@@ -269,59 +303,15 @@ class _Reader:
         self._problem((), mark.line + 1, what, remedy, "syntax")
 
 
-def _read_plain(text: str, kind: str) -> Scalar:
-    """Turn a scalar into a value.
-
-    Args:
-        kind: what YAML 1.1 takes it for.
-    Raises:
-        RefusedError: YAML 1.1 and YAML 1.2 disagree about it, or no preset needs it.
-    """
-    if kind == "null":
-        return None
-    if kind == "bool" and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    is_octal = _OCTAL_1_2.fullmatch(text) is not None
-    if kind == "quoted" or (kind == "str" and not is_octal and not _FLOAT_1_2.fullmatch(text)):
-        return text
-    if kind == "float" and _FLOAT.fullmatch(text):
-        return float(text)
-    if (kind == "int" or is_octal) and len(text) > MAX_DIGITS:
-        what = f"{text[:20]}… has more than {MAX_DIGITS} digits"
-        raise RefusedError(what, "write a smaller number", "yaml-1.1")
-    if kind == "int" and _INT.fullmatch(text):
-        return int(text)
-    shown = text if len(text) < 40 else f"{text[:20]}…"
-    what, instead = _surprise(text, kind)
-    raise RefusedError(f"{shown} {what}", f"write {instead}'\"{shown}\"'", "yaml-1.1")
+def _in_yaml_1_2(text: str) -> Scalar:
+    return next((make(text) for known, make in _CORE if re.fullmatch(known, text)), text)
 
 
-def _surprise(text: str, kind: str) -> tuple[str, str]:
-    """Why an unquoted scalar is refused, and what else than quotes would do."""
-    in_1_1, in_1_2, instead = "text", "text", ""
-    if kind in ("int", "float") and ":" in text:
-        in_1_1 = "a number in base 60"
-    elif kind == "bool":
-        in_1_1 = instead = "true" if text.lower() in ("yes", "on") else "false"
-    elif kind == "int":
-        digits = text.replace("_", "").lower()
-        start = digits.lstrip("+-")[:2]
-        in_1_1, in_1_2 = "a number", "may be something else"
-        with contextlib.suppress(ValueError):  # such as 0x_
-            base = {"0x": 16, "0b": 2}.get(start, 8 if start[:1] == "0" else 10)
-            in_1_1 = instead = str(int(digits, base))
-    elif kind == "str" and _OCTAL_1_2.fullmatch(text):
-        in_1_2 = instead = str(int(text[2:], 8))
-    elif kind == "str":
-        number = float(text)
-        in_1_2 = "a number"
-        instead = str(int(number) if number.is_integer() else number) * (len(text) <= MAX_DIGITS)
-    elif kind == "float":
-        return "is not a plain decimal number", "it as in 0.5, or "
-    else:
-        return "is a date in YAML" if kind == "timestamp" else "means something in YAML", ""
-    what = f"is {in_1_1} in YAML 1.1 and {in_1_2} in YAML 1.2"
-    return what, f"{instead} or " if instead else ""
+def _name(value: object) -> str:
+    """What a scalar is called in messages."""
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return {str: "text", datetime.date: "a date"}.get(type(value), "special")
 
 
 def _line_of(before: str) -> int:
