@@ -41,36 +41,28 @@ def read_with_parents(path: FilePath, findings: Findings) -> list[Document]:
         The files, parents first; a file that is reached twice stands where it comes first.
     """
     documents: list[Document] = []
-    _read(path, documents, {os.path.realpath(path)}, [path], findings)
-    return documents
+    known = {os.path.realpath(path)}
 
-
-def _read(
-    path: FilePath,
-    documents: list[Document],
-    known: set[str],
-    chain: Sequence[FilePath],
-    findings: Findings,
-) -> None:
-    """Read a file, its parents first; `chain` leads to it, `known` was read or is being read."""
-    document = read_file(path, findings)
-    for name, place in _parents(document):
-        parent = _find_parent(document, name, place)
-        if parent is None:
-            continue
-        identity = os.path.realpath(parent)
+    def read(chain: Sequence[FilePath]) -> None:
+        document = read_file(chain[-1], findings)
         identities = [os.path.realpath(link) for link in chain]
-        if identity in identities:
-            circle = [*chain[identities.index(identity) :], parent]
-            what = f"extends itself: {' -> '.join(str(link) for link in circle)}"
-            document.report(place, what, "take one of these 'extends' away", "extends-cycle")
-        elif identity not in known and len(known) >= MAX_FILES:
-            what = f"more than {MAX_FILES} files extend one another"
-            document.report(place, what, "extend fewer", "extends-too-many")
-        elif identity not in known:
-            known.add(identity)
-            _read(parent, documents, known, [*chain, parent], findings)
-    documents.append(document)
+        for name, place in _parents(document):
+            parent = _find_parent(document, name, place)
+            identity = os.path.realpath(parent or "")
+            if parent is not None and identity in identities:
+                circle = [*chain[identities.index(identity) :], parent]
+                what = f"extends itself: {' -> '.join(map(str, circle))}"
+                document.report(place, what, "take one of these 'extends' away", "extends-cycle")
+            elif parent is not None and identity not in known and len(known) >= MAX_FILES:
+                what = f"more than {MAX_FILES} files extend one another"
+                document.report(place, what, "extend fewer", "extends-too-many")
+            elif parent is not None and identity not in known:
+                known.add(identity)
+                read([*chain, parent])
+        documents.append(document)
+
+    read([path])
+    return documents
 
 
 def _parents(document: Document) -> Iterator[tuple[str, Path]]:
