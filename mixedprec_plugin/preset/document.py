@@ -110,9 +110,15 @@ class Document:
         """Whether nothing at, below or around a part was found wrong."""
         return path not in self._around and not is_within(path, self.broken)
 
-    def scalars(self) -> Iterator[tuple[Path, Scalar]]:
-        """Every scalar with its path."""
-        return _scalars(self.data, ())
+    def parts(self) -> Iterator[tuple[Path, Any]]:
+        """Every mapping, list and scalar with its path, however deeply they nest."""
+        stack: list[tuple[Path, Any]] = [((), self.data)]
+        while stack:
+            path, value = stack.pop()
+            yield path, value
+            if isinstance(value, dict | list):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                stack.extend(reversed([((*path, key), item) for key, item in items]))
 
 
 def is_within(path: Path, others: Container[Path]) -> bool:
@@ -122,14 +128,6 @@ def is_within(path: Path, others: Container[Path]) -> bool:
 
 def _prefixes(path: Path) -> list[Path]:
     return [path[:length] for length in range(1, len(path) + 1)]
-
-
-def _scalars(data: Any, path: Path) -> Iterator[tuple[Path, Scalar]]:
-    if isinstance(data, dict | list):
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            yield from _scalars(value, (*path, key))
-    else:
-        yield path, data
 
 
 def rewrite(data: Any, change: Callable[[Path, Scalar], Scalar], path: Path = ()) -> Any:

@@ -151,7 +151,7 @@ def resolve(document: Document, untrusted: str = "") -> tuple[Any, Any]:
         for messages and files, with `${oc.env:NAME}` in place of that variable's value. Both are
         None where it would be too long.
     """
-    if not any(is_interpolated(value) for _, value in document.scalars()):
+    if not any(is_interpolated(value) for _, value in document.parts()):
         return document.data, document.data
     try:
         return _Resolver(document, untrusted).resolve()
@@ -182,7 +182,7 @@ class _Resolver:
     def __init__(self, document: Document, untrusted: str) -> None:
         self.document = document
         self.untrusted = untrusted
-        self.pending = {path: 0 for path, value in document.scalars() if is_interpolated(value)}
+        self.pending = {path: 0 for path, value in document.parts() if is_interpolated(value)}
         lists = at(document.data, ("lists",))
         entries = lists.items() if isinstance(lists, dict) else ()
         self.lists = {name: _alternatives(items) for name, items in entries}

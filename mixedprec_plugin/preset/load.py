@@ -63,7 +63,7 @@ def load_resolved(resolved: Mapping[str, Any], where: str, overrides: Sequence[s
         PresetError: with every problem.
     """
     findings = Findings()
-    document = read_data(resolved, where, findings)
+    document = read_data(dict(resolved), where, findings)
     return _load([document], overrides, findings, untrusted=where)
 
 
@@ -205,7 +205,7 @@ def _check_given(document: Document) -> None:
 
 def _warn_unused(bound: Binder, document: Document) -> None:
     """Warn of schemes and sources that the asked-for file itself defines and nothing uses."""
-    texts = " ".join(value for _, value in document.scalars() if is_interpolated(value))
+    texts = " ".join(value for _, value in document.parts() if is_interpolated(value))
     used = {rule.scheme.source for rule in (*bound.rules, *bound.draft_rules)}
     unused = [
         *(

@@ -101,13 +101,10 @@ def read_value(text: str, name: str, findings: Findings) -> Document | None:
 
 def read_data(data: Any, name: str, findings: Findings) -> Document:
     """Check plain data as `read_text` does text."""
-    document = Document(name, findings)
-    level = [data]
-    for _ in range(MAX_DEPTH + 1):
-        nested = [value for value in level if isinstance(value, dict | list)]
-        level = [item for value in nested for item in _items(value)]
-    if level:
+    document = Document(name, findings, data)
+    if any(len(path) > MAX_DEPTH for path, _ in document.parts()):
         document.report((), *_TOO_DEEP)
+        document.data = None
     else:
         document.data = rewrite(data, lambda path, value: _checked(document, path, value))
     return document
@@ -317,10 +314,6 @@ def _name(value: object) -> str:
 def _line_of(before: str) -> int:
     """The line of what stands behind some text."""
     return len(f"{before}x".splitlines())
-
-
-def _items(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value
 
 
 def _kind(data: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import math
@@ -31,15 +30,10 @@ _TYPES = {
     "number": "a number",
     "null": "null",
 }
-_EXAMPLES = {
-    "match": 'match: "*.q_proj"',
-    "path": "path: FOLDER",
-    "version": "version: 1",
-}
+_EXAMPLES = {"match": 'match: "*.q_proj"', "path": "path: FOLDER", "version": "version: 1"}
 # keys of a scheme that are no argument of its method
 SCHEME_KEYS = ("method", "source", "requantize")
 _UNQUOTE = "leave the quotes out"
-_PARTS = ("version", "extends", "sources", "schemes", "lists", "rules")
 
 
 def check_file(document: Document) -> None:
@@ -95,10 +89,9 @@ def _preset_validator() -> Validator:
 
 @functools.cache
 def _file_validator() -> Validator:
-    schema = preset_schema(())
-    parts = copy.deepcopy({key: schema["properties"][key] for key in _PARTS})
-    for key in ("sources", "schemes", "lists", "rules"):
-        parts[key] = {"type": parts[key]["type"]}
+    whole = preset_schema(())["properties"]
+    parts = {key: {"type": whole[key]["type"]} for key in ("sources", "schemes", "lists", "rules")}
+    parts |= {key: whole[key] for key in ("version", "extends")}
     return Draft202012Validator({"required": ["version"], "properties": parts})
 
 
@@ -134,8 +127,12 @@ def _describe(error: ValidationError, value: Any, path: Path, findings: Findings
     if rule in ("unevaluatedProperties", "additionalProperties"):
         return _unknown_keys(error, path, findings)
     if rule == "required":
-        missing = [key for key in expected if key not in value and f"'{key}'" in error.message]
-        return [((), *_missing_key(key, path), rule) for key in missing]
+        (key,) = (key for key in expected if f"'{key}'" in error.message)
+        if key == "method" and _is_rule(path):
+            remedy = "add 'method:' with its arguments, or 'scheme:'"
+            return [((), "no method is named", remedy, rule)]
+        example = _EXAMPLES.get(key, f"{key}: …")
+        return [((), f"{key!r} is missing", f"add '{example}'", rule)]
     if rule == "enum":
         return [((), *_not_one_of(error, value, path, findings), rule)]
     if rule == "pattern" and "${" not in str(expected).replace("\\", ""):
@@ -159,13 +156,6 @@ def _describe(error: ValidationError, value: Any, path: Path, findings: Findings
     else:
         what = f"does not fit (expected {rule} {show(expected)})"
     return [((), f"{show(value)} {what}", "", rule)]
-
-
-def _missing_key(key: str, path: Path) -> tuple[str, str]:
-    if key == "method" and _is_rule(path):
-        return "no method is named", "add 'method:' with its arguments, or 'scheme:'"
-    example = _EXAMPLES.get(key, f"{key}: …")
-    return f"{key!r} is missing", f"add '{example}'"
 
 
 def _not_one_of(
