@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from typing_extensions import Buffer
 
 # bits an element; https://github.com/huggingface/safetensors, `Dtype`
@@ -140,6 +140,8 @@ def read_bytes(tensor: StoredTensor, start: int, num_bytes: int) -> npt.NDArray[
     Raises:
         CheckpointError: the file cannot be read or ends early.
     """
+    import numpy as np
+
     try:
         with tensor.path.open("rb") as file:
             header_bytes = 8 + int.from_bytes(file.read(8), "little")

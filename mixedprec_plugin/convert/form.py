@@ -44,8 +44,16 @@ class MixedForm:
     name = "mixedprec"
 
     def problems(self, plan: Plan) -> list[Problem]:
-        """None: what can be served can be written."""
-        return []
+        """Rules whose patterns read the environment: config.json would hold the values."""
+        preset = plan.preset
+        rules = [*preset.rules, *(preset.draft.rules if preset.draft else ())]
+        what = "reads an environment variable, whose value config.json would hold"
+        remedy = "write the pattern out, or set it with --mixedprec-set"
+        return [
+            Problem(str(rule.location), f"{', '.join(rule.shown)} {what}", remedy, "environment")
+            for rule in rules
+            if rule.shown != rule.patterns
+        ]
 
     def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
         """The layer's own."""

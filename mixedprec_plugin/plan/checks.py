@@ -63,7 +63,7 @@ def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> 
 def _unmatched(rule: Rule, kinds: Mapping[str, Kind]) -> Problem:
     near = nearest(rule.patterns[0], list(kinds))
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    patterns = ", ".join(repr(p) for p in rule.patterns)
+    patterns = ", ".join(repr(p) for p in rule.shown)
     return Problem(
         str(rule.location),
         f"{patterns} matches no layer of the model",

@@ -15,9 +15,9 @@ from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
 from mixedprec_plugin.methods.interface import Device, Target
-from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset

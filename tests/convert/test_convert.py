@@ -18,7 +18,7 @@ from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.carried import preset_for
+from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.convert.folders import contents, same_bytes, tensors

@@ -1,4 +1,4 @@
-"""The preset that a converted checkpoint carries in its config.json."""
+"""The preset to plan with: the one that was named, or the one that the checkpoint carries."""
 
 from __future__ import annotations
 

@@ -127,12 +127,12 @@ def test_broken_parent_does_not_hide_what_is_wrong_in_the_child(write: Write) ->
     assert [message.partition(": ")[0] for message in messages(path)] == ["base.yaml:1", "a.yaml:3"]
 
 
-def test_family_of_too_many_files_is_refused(write: Write) -> None:
+def test_too_many_files_are_refused(write: Write) -> None:
     for number in range(70):
         write(f"p{number}.yaml", f"version: 1\nextends: p{number + 1}\n" + rules("*"))
     write("p70.yaml", "version: 1\n" + rules("*"))
     assert messages("p0.yaml") == [
-        "p63.yaml:2: extends: more than 64 files in one family of presets; extend fewer"
+        "p63.yaml:2: extends: more than 64 files extend one another; extend fewer"
     ]
 
 
