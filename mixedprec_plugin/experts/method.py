@@ -11,7 +11,6 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.composite import CompositeMoEMethod
 from mixedprec_plugin.experts.groups import ExpertGroup, check_groups
-from mixedprec_plugin.experts.repairs import repaired
 
 
 def experts_method(
@@ -32,7 +31,7 @@ def experts_method(
     check_groups(prefix, groups, layer.num_experts)
     if len(groups) > 1:
         return CompositeMoEMethod(groups)
-    config = repaired(groups[0].config)
+    config = groups[0].config
     if config is None:
         return None
     method: FusedMoEMethodBase | None = config.get_quant_method(layer, prefix)

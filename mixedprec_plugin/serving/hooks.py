@@ -1,7 +1,8 @@
 """Every place in SGLang that the plugin stands on, and the check that it stands there.
 
 Line numbers are SGLang 0.5.23's, below sglang/srt. SGLang logs a plugin's exception and goes on,
-and a hook that it cannot apply likewise; so the loader calls `check_registration` first.
+and a hook that it cannot apply likewise; so `check_registration` comes before the load format gets
+its loader.
 """
 
 from __future__ import annotations
@@ -45,26 +46,30 @@ def _add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     from mixedprec_plugin.serving.early import check_early
+    from mixedprec_plugin.serving.planner import hand_over
 
     try:
         args = fold_flags(args)
         check_early(args)
     except MixedPrecisionError as error:
         exit_with(error)
-    return original(cls, args)
+    server_args = original(cls, args)
+    hand_over(args, server_args)
+    return server_args
 
 
 def _resolve_once(original: Callable[[Any], None], server_args: Any) -> None:
     was_resolved = getattr(server_args, "_resolution_finished", False)
     original(server_args)
     if server_args.load_format == LOAD_FORMAT and not was_resolved:
-        from mixedprec_plugin.serving.backends import keep_auto
+        from mixedprec_plugin.serving.late import keep_auto
 
         keep_auto(server_args)
 
 
 def _verify_load_format(original: Callable[[Any], None], load_config: Any) -> None:
     if isinstance(load_config.load_format, str) and load_config.load_format.lower() == LOAD_FORMAT:
+        require_registration()
         from mixedprec_plugin.serving.loader import MixedPrecisionLoader
 
         load_config.load_format = MixedPrecisionLoader
@@ -101,10 +106,12 @@ def _model_config_from_server_args(
     if server_args.load_format != LOAD_FORMAT:
         return original(server_args, *args, **kwargs)
     from mixedprec_plugin.serving.early import check_early
+    from mixedprec_plugin.serving.planner import hand_over
 
     check_early(server_args)
     with _asked_for():
         model_config = original(server_args, *args, **kwargs)
+    hand_over(server_args, model_config)
     if not model_config.is_draft_model:
         model_config.quantization = None
     return model_config

@@ -78,7 +78,7 @@ def test_act_order_over_ranks_is_refused(expert_layer):
 
 
 def test_fp4_experts_are_refused(expert_layer):
-    from mixedprec_plugin.cpu.configs import CpuFp8Config
+    from mixedprec_plugin.methods.fp8.sglang import CpuFp8Config
 
     config = CpuFp8Config(is_checkpoint_fp8_serialized=True, is_fp4_experts=True)
     layer = make_case(expert_layer, None)
@@ -87,7 +87,7 @@ def test_fp4_experts_are_refused(expert_layer):
 
 
 def test_ignored_experts_stay_unquantized(expert_layer):
-    from mixedprec_plugin.cpu.configs import CpuAWQConfig
+    from mixedprec_plugin.methods.awq.sglang import CpuAWQConfig
 
     layer = make_case(expert_layer, None)
     assert CpuAWQConfig(4, 128, True, ["experts"]).get_quant_method(layer, "experts") is None

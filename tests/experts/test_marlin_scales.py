@@ -40,7 +40,7 @@ def repack(method: str, layer: Any, monkeypatch: pytest.MonkeyPatch, is_ours: bo
     from sglang.srt.layers.quantization.awq import AWQMarlinConfig, awq
     from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
 
-    from mixedprec_plugin.experts.repairs import repaired
+    from mixedprec_plugin.methods.construct import repaired
 
     config: Any
     if method == "awq":

@@ -48,7 +48,7 @@ def test_method_of_the_cpu_answers_them_too() -> None:
 
 
 def test_weights_that_sglang_turned_around_are_not_written_over() -> None:
-    from mixedprec_plugin.serving.reloading import check_reloadable
+    from mixedprec_plugin.serving.late import check_reloadable
 
     message = (
         r"model.layers.0-1.mlp.down_proj: takes no new weights: W8A8Fp8LinearMethod gave its "
@@ -60,13 +60,13 @@ def test_weights_that_sglang_turned_around_are_not_written_over() -> None:
 
 
 def test_weights_that_keep_their_loaders_are() -> None:
-    from mixedprec_plugin.serving.reloading import check_reloadable
+    from mixedprec_plugin.serving.late import check_reloadable
 
     check_reloadable({"a": layer(config(device="cpu")), "b": layer(None)})
 
 
 def test_a_method_that_restores_its_weights_is_trusted() -> None:
-    from mixedprec_plugin.serving.reloading import check_reloadable
+    from mixedprec_plugin.serving.late import check_reloadable
 
     class Restoring:
         def restore_weights_before_loading(self, _layer: object) -> None:

@@ -126,7 +126,7 @@ SPEC = MethodSpec(
     config_classes={
         "cuda": _MARLIN_CONFIG,
         "cuda_fallback": _CONFIG,
-        "cpu": "mixedprec_plugin.cpu.configs:CpuAWQConfig",
+        "cpu": "mixedprec_plugin.methods.awq.sglang:CpuAWQConfig",
     },
     build=build,
     stored=stored,
@@ -137,4 +137,6 @@ SPEC = MethodSpec(
     min_capability=75,
     check_shape=check_shape,
     fallback_below=80,
+    sglang="mixedprec_plugin.methods.awq.sglang",
+    moe_kernels="marlin",
 )

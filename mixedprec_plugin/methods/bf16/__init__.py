@@ -71,4 +71,10 @@ SPEC = MethodSpec(
     layer_kinds=frozenset({"linear", "expert", "lm_head"}),
     min_capability=75,
     check_shape=check_shape,
+    sglang="mixedprec_plugin.methods.bf16.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset(
+        {"triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
+        | {"flashinfer_cutlass", "deep_gemm"}
+    ),
 )

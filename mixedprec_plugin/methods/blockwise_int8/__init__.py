@@ -53,7 +53,10 @@ SPEC = MethodSpec(
     aliases={"int8": {}, "int8_block": {}, "int8_blockwise": {}, "block_int8": {}},
     defaults={"weight_block_size": [128, 128], "activation_scheme": "dynamic"},
     argument_schema="blockwise_int8.schema.json",
-    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.cpu.configs:CpuBlockInt8Config"},
+    config_classes={
+        "cuda": _CLASS,
+        "cpu": "mixedprec_plugin.methods.blockwise_int8.sglang:CpuBlockInt8Config",
+    },
     build=build,
     stored=stored,
     quantizer="mixedprec_plugin.methods.blockwise_int8.codec:quantize",
@@ -62,4 +65,7 @@ SPEC = MethodSpec(
     layer_kinds=frozenset({"linear", "expert"}),
     min_capability=80,
     check_shape=check_shape,
+    sglang="mixedprec_plugin.methods.blockwise_int8.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset({"triton"}),
 )

@@ -106,7 +106,7 @@ SPEC = MethodSpec(
     },
     defaults={"weight_block_size": None, "activation_scheme": "dynamic"},
     argument_schema="fp8.schema.json",
-    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.cpu.configs:CpuFp8Config"},
+    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.methods.fp8.sglang:CpuFp8Config"},
     build=build,
     stored=stored,
     quantizer="mixedprec_plugin.methods.fp8.codec:quantize",
@@ -117,4 +117,9 @@ SPEC = MethodSpec(
     check_shape=check_shape,
     argument_conflict=argument_conflict,
     why_not_quantize=why_not_quantize,
+    sglang="mixedprec_plugin.methods.fp8.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset(
+        {"triton", "deep_gemm", "cutlass", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
+    ),
 )

@@ -50,8 +50,8 @@ SPEC = MethodSpec(
     defaults={},
     argument_schema="fp8_channel.schema.json",
     config_classes={
-        "cuda": "mixedprec_plugin.serving.fp8_channel:ChannelFp8Config",
-        "cpu": "mixedprec_plugin.cpu.configs:CpuChannelFp8Config",
+        "cuda": "mixedprec_plugin.methods.fp8_channel.sglang:ChannelFp8Config",
+        "cpu": "mixedprec_plugin.methods.fp8_channel.sglang:CpuChannelFp8Config",
     },
     build=build,
     stored=stored,
@@ -62,4 +62,7 @@ SPEC = MethodSpec(
     layer_kinds=frozenset({"linear", "expert"}),
     min_capability=89,
     check_shape=check_shape,
+    sglang="mixedprec_plugin.methods.fp8_channel.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset({"triton"}),
 )

@@ -130,7 +130,7 @@ SPEC = MethodSpec(
     argument_schema="gptq.schema.json",
     config_classes={
         "cuda": "sglang.srt.layers.quantization.gptq.gptq:GPTQMarlinConfig",
-        "cpu": "mixedprec_plugin.cpu.configs:CpuGPTQConfig",
+        "cpu": "mixedprec_plugin.methods.gptq.sglang:CpuGPTQConfig",
     },
     build=build,
     stored=stored,
@@ -141,4 +141,6 @@ SPEC = MethodSpec(
     min_capability=80,
     check_shape=check_shape,
     why_not_quantize=why_not_quantize,
+    sglang="mixedprec_plugin.methods.gptq.sglang",
+    moe_kernels="marlin",
 )

@@ -1,8 +1,9 @@
-"""4-bit weights in the layout of torch's int4 kernel for CPUs.
+"""Weights of 4 and 8 bits multiplied in the activation's dtype, as AWQ's and Marlin's kernels do.
 
-The layout depends on the CPU: rows in blocks of 64 (AVX-512) or 32 (AVX2), K runs over a block's
-columns, a byte holds row r of the block in its low nibble and row r + half in its high one. Which
-one this machine has is found by packing; a machine that has another keeps the checkpoint's layout.
+They stay packed in the layouts of torch's kernels for CPUs. That of 4 bits depends on the CPU: rows
+in blocks of 64 (AVX-512) or 32 (AVX2), K runs over a block's columns, a byte holds row r of the
+block in its low nibble and row r + half in its high one. Which one this machine has is found by
+packing; a machine that has another keeps the checkpoint's layout.
 """
 
 from __future__ import annotations
@@ -12,15 +13,58 @@ import functools
 from collections.abc import Callable
 
 import torch
-
-from mixedprec_plugin.cpu.weight_only import dequantize, multiply
+from torch.nn.functional import linear
 
 # Group sizes that the kernel takes (aten/src/ATen/native/LinearAlgebra.cpp), the widest first.
 _GROUP_SIZES = (256, 128, 64, 32)
-# Up to so many tokens the kernel is faster than dequantizing; measured by benchmarks/cpu_linear.py.
-_KERNEL_TOKENS = 48
+# Up to so many tokens torch's kernels of 4 and of 8 bits are faster than dequantizing; measured by
+# benchmarks/cpu_linear.py.
+_INT4_TOKENS = 48
+_INT8_TOKENS = 16
 # Codes that are widened to int32 at once: 1 MiB.
 _CHUNK = 1 << 18
+# Flips the sign bit: code - 128 as int8.
+_SIGN = 0x80
+
+
+def dequantize(
+    codes: torch.Tensor, zeros: torch.Tensor | int, scales: torch.Tensor
+) -> torch.Tensor:
+    """The weight that the kernels multiply by.
+
+    Args:
+        codes: uint8 or int8 [N, K].
+        zeros: zero points, uint8 [N, K/G], or one for all.
+        scales: [K/G, N], the dtype of the activations.
+    Returns:
+        [N, K]: (code - zero) * scale in the dtype of scales; the difference is exact, the product
+        rounded once.
+    Source:
+        sglang/kernels/ops/quantization/awq_triton.py, awq_dequantize_kernel; for GPTQ the types
+        uint4b8 and uint8b128 of GPTQMarlinConfig.TYPE_MAP.
+    """
+    num_groups, num_rows = scales.shape
+    steps = codes.to(scales.dtype).view(num_rows, num_groups, -1)
+    if isinstance(zeros, torch.Tensor):
+        steps.sub_(zeros.to(scales.dtype).unsqueeze(2))
+    elif zeros:
+        steps.sub_(zeros)
+    return steps.mul_(scales.t().unsqueeze(2)).view(num_rows, -1)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply in the weight's dtype, accumulating in float32.
+
+    Args:
+        x: [T, K], the dtype of the weight.
+        weight: [N, K].
+    Returns:
+        [T, N] in the dtype of x.
+    """
+    # Without AVX-512 torch multiplies 16-bit matrices one by one; float32 gives the same sums.
+    if x.shape[0] > 1 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return linear(x.float(), weight.float()).to(x.dtype)
+    return linear(x, weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +85,6 @@ class Int4Weight:
 
     @classmethod
     def pack(
-        cls, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | int
-    ) -> Int4Weight | None:
-        """Pack codes, uint8 [N, K].
-
-        Returns:
-            None where the kernel takes no such shape, dtype or group size.
-        """
-        num_rows, num_columns = codes.shape
-        return cls.pack_rows(codes.__getitem__, num_rows, num_columns, scales, zeros)
-
-    @classmethod
-    def pack_rows(
         cls,
         read: Callable[[slice], torch.Tensor],
         num_rows: int,
@@ -83,6 +115,10 @@ class Int4Weight:
             pairs = pairs.repeat_interleave(group_size // kernel_group, dim=0)
         return cls(_pack_rows(read, num_rows, num_columns), scales, zeros, pairs)
 
+    def unpack(self) -> torch.Tensor:
+        """The codes, uint8 [N, K]."""
+        return unpack_int4(self.packed)
+
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply [T, K] bfloat16 by the weight, [T, N].
 
@@ -90,13 +126,46 @@ class Int4Weight:
         kernels round the weight, (q - z) * scale, to bfloat16, and this one rounds the offset,
         (8 - z) * scale. Many tokens are multiplied by the weight as CUDA rounds it.
         """
-        if x.shape[0] > _KERNEL_TOKENS:
-            return multiply(x, dequantize(unpack_int4(self.packed), self.zeros, self.scales))
+        if x.shape[0] > _INT4_TOKENS:
+            return multiply(x, dequantize(self.unpack(), self.zeros, self.scales))
         group_size = x.shape[1] // self.pairs.shape[0]
         out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), self.packed, group_size, self.pairs
         )
         return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Weight:
+    """A weight that is kept in 8 bits.
+
+    Attributes:
+        packed: int8 [N, K], W = packed * scale.
+        scales: bfloat16 or float16 [K/G, N].
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def pack(cls, codes: torch.Tensor, scales: torch.Tensor) -> Int8Weight:
+        """Take codes, uint8 [N, K] with zero point 128."""
+        return cls((codes ^ _SIGN).view(torch.int8), scales)
+
+    def unpack(self) -> torch.Tensor:
+        """The codes, uint8 [N, K]."""
+        return self.packed.view(torch.uint8) ^ _SIGN
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply [T, K] by the weight, [T, N].
+
+        Few tokens by a weight with one scale a channel go through torch's kernel, which scales the
+        sum as Marlin does; all else is multiplied by the dequantized weight.
+        """
+        is_channelwise = self.scales.shape[0] == 1 and self.scales.dtype == torch.bfloat16
+        if is_channelwise and x.shape[0] <= _INT8_TOKENS:
+            return torch._weight_int8pack_mm(x.contiguous(), self.packed, self.scales[0])
+        return multiply(x, dequantize(self.packed, 0, self.scales))
 
 
 @functools.cache
