@@ -18,8 +18,8 @@ What a caller gives, in `get_quant_method(layer, prefix)` for a `FusedMoE` layer
 - One group for each scheme; its ids are the checkpoint's, and all groups together hold each of
   `range(layer.num_experts)` once. `config` is what `methods.construct.build_config` returns, None
   for unquantized experts.
-- One group gives its config's own method (None for unquantized, as SGLang expects). Several give a
-  `CompositeMoEMethod`.
+- One group gives SGLang's own method (None for unquantized, as SGLang expects), of a config that is
+  repaired where its method knows a cure. Several give a `CompositeMoEMethod`.
 - Gate, up and down projection of an expert share one scheme: SGLang's classes hold no two. Each
   `FusedMoE` has one quantization method; `TritonMoeQuantInfo` (moe_runner/triton.py:52) has one set
   of flags and one block shape, which `_fused_moe_kernel_sequence` (moe_runner/triton_utils/

@@ -29,8 +29,6 @@ def build_config(
         arguments: all its arguments, as `registry.bind` returns them.
         platform: `cuda` or `cpu`; `cuda_fallback` asks for that class whatever the GPU.
         capability: CUDA compute capability as major * 10 + minor; None asks torch.
-    Returns:
-        SGLang's config, repaired where the method knows a cure.
     Raises:
         MethodError: the method has no class on the platform; the installed SGLang has not got the
             class, takes other arguments, or refuses their values.
@@ -45,7 +43,7 @@ def build_config(
     except ValueError as error:
         what = f"{config_class.__name__} of SGLang {sglang_version()} refuses it: {error}"
         raise MethodError(Problem(method, what, rule="config-refused")) from error
-    return repaired(config, (method,))
+    return config
 
 
 def config_key(spec: MethodSpec, platform: str, capability: int | None) -> str:
@@ -92,7 +90,7 @@ def load_class(spec: MethodSpec, key: str) -> type[QuantizationConfig]:
     return config_class
 
 
-def repaired(config: QuantizationConfig, methods: Iterable[str] = METHODS) -> QuantizationConfig:
+def repaired(config: QuantizationConfig, methods: Iterable[str]) -> QuantizationConfig:
     """The config whose experts compute rightly, where one of some methods knows a cure."""
     for method in methods:
         cure = offered(method, "repaired")

@@ -18,6 +18,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.methods.construct import repaired
+from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
 
 _REMEDY = "name a method for the experts, or take them from another source"
@@ -63,7 +64,7 @@ def _method_of(config: QuantizationConfig, layer: FusedMoE, prefix: str) -> Any:
     method = config.get_quant_method(layer, prefix)
     if not isinstance(method, GPTQMarlinMoEMethod | AWQMoEMethod):
         return method
-    cured = repaired(method.quant_config)
+    cured = repaired(method.quant_config, METHODS)
     if cured is not method.quant_config:
         layer.scheme = None
         method = cured.get_quant_method(layer, prefix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -182,12 +182,12 @@ class MixedPrecisionConfig(QuantizationConfig):
             check_config(self.plan, scheme, child)
             child.update_packed_modules_mapping(self.packed_modules_mapping)
             self._children[key] = child
-            self._answer_for(child)
+            self._answer_for(child, METHODS if scheme.method == AUTO else (scheme.method,))
         return self._children[key]
 
-    def _answer_for(self, child: QuantizationConfig) -> None:
+    def _answer_for(self, child: QuantizationConfig, methods: Iterable[str] = METHODS) -> None:
         """Take over what a method's kernels ask of the whole model's config, in prefill graphs."""
-        for method in METHODS:
+        for method in methods:
             asked = offered(method, "asked_of_model")
             for name, value in asked(child).items() if asked else ():
                 own = self._answers.setdefault(name, value)

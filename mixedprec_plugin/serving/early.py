@@ -14,7 +14,7 @@ from mixedprec_plugin.plan.model import Device, Plan
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.options import why_not_options
-from mixedprec_plugin.serving.planner import make_draft_plan, planner_of, serving_device
+from mixedprec_plugin.serving.planner import make_draft_plan, plan_of, serving_device
 from mixedprec_plugin.serving.settings import read_settings
 
 
@@ -32,8 +32,7 @@ def check_early(args: Any) -> None:
     device = serving_device()
     problems = why_not_options(args, device)
     if os.path.isdir(args.model_path):
-        dtype, tp_size = str(args.dtype), int(args.tp_size)
-        plan = planner_of(args).plan(args.model_path, settings, dtype, tp_size, device)
+        plan = plan_of(args)
         problems.extend(plan.errors)
         problems.extend(_expert_problems(args, plan))
         if plan.preset.draft is not None:

@@ -35,8 +35,7 @@ from mixedprec_plugin.plan.architecture import ExpertShard, Shard
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
-from mixedprec_plugin.serving.planner import planner_of, serving_device
-from mixedprec_plugin.serving.settings import read_settings
+from mixedprec_plugin.serving.planner import plan_of
 from mixedprec_plugin.serving.stages import Stage
 
 _AUTO = "auto"
@@ -54,7 +53,7 @@ def keep_auto(args: Any) -> None:
     Args:
         args: resolved ServerArgs with the load format mixedprec, not published yet.
     Raises:
-        PresetError, CheckpointError: as for `Planner.plan`.
+        PresetError, CheckpointError: as for `plan_of`.
     """
     if args.moe_runner_backend != _AUTO:
         return
@@ -62,19 +61,10 @@ def keep_auto(args: Any) -> None:
     if chosen == _AUTO:
         return
     if os.path.isdir(args.model_path):
-        settings, dtype, tp_size = read_settings(args), str(args.dtype), int(args.tp_size)
-        plan = planner_of(args).plan(args.model_path, settings, dtype, tp_size, serving_device())
-        if serves(chosen, plan):
+        groups = plan_of(args).expert_groups.values()
+        if all(len(g) == 1 and chosen in METHODS[g[0].scheme.method].moe_backends for g in groups):
             return
     declare_resolution(args, "mixedprec", moe_runner_backend=_AUTO)
-
-
-def serves(backend: str, plan: Plan) -> bool:
-    """Whether every layer of experts of a plan runs in a backend."""
-    return all(
-        len(groups) == 1 and backend in METHODS[groups[0].scheme.method].moe_backends
-        for groups in plan.expert_groups.values()
-    )
 
 
 def check_config(plan: Plan, scheme: Scheme, child: QuantizationConfig) -> None:

@@ -15,7 +15,7 @@ from mixedprec_plugin.plan.dtype import model_dtype
 from mixedprec_plugin.plan.model import Device, Plan, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.model import Preset
-from mixedprec_plugin.serving.settings import Settings
+from mixedprec_plugin.serving.settings import Settings, read_settings
 
 _ATTRIBUTE = "_mixedprec_planner"
 
@@ -85,6 +85,18 @@ def planner_of(record: Any) -> Planner:
         setattr(record, _ATTRIBUTE, planner)
     assert isinstance(planner, Planner)
     return planner
+
+
+def plan_of(args: Any) -> Plan:
+    """The plan of a server over a local checkpoint.
+
+    Args:
+        args: ServerArgs, or the namespace that they are made from.
+    Raises:
+        UsageError, PresetError, CheckpointError: as for `Planner.plan`.
+    """
+    settings, dtype, tp_size = read_settings(args), str(args.dtype), int(args.tp_size)
+    return planner_of(args).plan(args.model_path, settings, dtype, tp_size, serving_device())
 
 
 def hand_over(record: Any, to: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixedprec_plugin.errors import MethodError, ShapeError
 from tests.cpu.layers import Case, make_config, make_layer
 
 CASES = [
@@ -60,28 +59,3 @@ def test_ignored_layers_stay_unquantized(linear_module):
     ):
         layer = make_layer(linear_module, "column", config, (64,), 128)
         assert type(layer.quant_method) is UnquantizedLinearMethod
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({}, "weights that are not stored in FP8"),
-        ({"is_checkpoint_fp8_serialized": True, "use_mxfp8": True}, "MXFP8"),
-        ({"is_checkpoint_fp8_serialized": True, "scale_fmt": "ue8m0"}, "power-of-two"),
-    ],
-)
-def test_other_forms_of_fp8_are_refused(linear_module, arguments, text):
-    from mixedprec_plugin.methods.fp8.sglang import CpuFp8Config
-
-    layer = make_layer(linear_module, "column", None, (64,), 128)
-    with pytest.raises(MethodError, match=f"the CPU platform does not run fp8 with {text}"):
-        CpuFp8Config(**arguments).get_quant_method(layer, "layer")
-
-
-def test_awq_with_one_group_over_split_columns_is_refused(linear_module):
-    config = make_config(Case("awq", {"bits": 4, "group_size": -1}))
-    layer = make_layer(linear_module, "column", config, (64,), 256)
-    with pytest.raises(ShapeError, match="AWQ group size -1 with K = 512 split over ranks"):
-        config.get_linear_scheme(layer).create_weights(
-            layer, 256, [64], torch.bfloat16, None, input_size=512, output_size=64
-        )

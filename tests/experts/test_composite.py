@@ -304,16 +304,3 @@ def test_one_group_gets_the_method_of_its_config(expert_layer, case):
     assert not hasattr(layer, "expert_groups")
     expected = make_experts(expert_layer) if case is None else make_case(expert_layer, case)
     assert type(layer.quant_method) is type(expected.quant_method)
-
-
-def test_gptq_config_of_cuda_is_repaired(expert_layer):
-    from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
-
-    from mixedprec_plugin.methods.construct import repaired
-    from mixedprec_plugin.methods.gptq.sglang import GPTQExpertsConfig
-
-    config = repaired(GPTQMarlinConfig(4, 64, False, True, False, {}, {"bits": 4}))
-    assert type(config) is GPTQExpertsConfig
-    assert vars(config) == vars(GPTQMarlinConfig(4, 64, False, True, False, {}, {"bits": 4}))
-    own = make_config(GPTQ)
-    assert repaired(own) is own

@@ -50,7 +50,7 @@ def repack(method: str, layer: Any, monkeypatch: pytest.MonkeyPatch, is_ours: bo
     else:
         config = GPTQMarlinConfig(4, GROUP, False, True, False, {}, {"bits": 4})
         monkeypatch.setattr(gptq_kernels, "gptq_marlin_moe_repack", lambda codes, *_: codes)
-    config = repaired(config) if is_ours else config
+    config = repaired(config, [method]) if is_ours else config
     config.get_moe_scheme(layer).process_weights_after_loading(layer)
 
 
