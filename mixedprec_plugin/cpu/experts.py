@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from sglang.srt.layers.moe.token_dispatcher.standard import (
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from torch.nn.functional import gelu, silu
 
-from mixedprec_plugin.cpu.scaled_matmul import block_matmul
+from mixedprec_plugin.cpu.scaled_matmul import block_matmul, channel_matmul
 from mixedprec_plugin.errors import MethodError, Problem, ShapeError
 
 Rows = slice | torch.Tensor
@@ -103,11 +103,11 @@ class Routing:
 
     Attributes:
         order: slots (token * top_k + choice) that an expert serves, sorted by expert, int64 [S].
-        spans: (expert, its part of order), for every expert that has one.
+        spans: (expert, its part of order, its slots), for every expert that has one.
     """
 
     order: torch.Tensor
-    spans: tuple[tuple[int, slice], ...]
+    spans: tuple[tuple[int, slice, torch.Tensor], ...]
 
     @classmethod
     def of(cls, topk_ids: torch.Tensor) -> Routing:
@@ -120,7 +120,7 @@ class Routing:
         spans, start = [], 0
         for expert in counts.nonzero().flatten().tolist():
             end = start + int(counts[expert])
-            spans.append((expert, slice(start, end)))
+            spans.append((expert, slice(start, end), order[start:end]))
             start = end
         return cls(order, tuple(spans))
 
@@ -180,11 +180,11 @@ def _run(
     hidden = x.new_empty(routing.order.numel(), layer.intermediate_size_per_partition)
     activation = ACTIVATIONS[config.activation]
     first = prepare[0](x)
-    for expert, span, slots in _runs(routing):
+    for expert, span, slots in routing.spans:
         pairs = first(expert, slots // top_k, None if early is None else early[slots])
         hidden[span] = _activate(pairs, activation)
     second = prepare[1](hidden)
-    for expert, span, slots in _runs(routing):
+    for expert, span, slots in routing.spans:
         out[slots] = second(expert, span, None if late is None else late[slots])
 
 
@@ -195,6 +195,57 @@ def weigh(product: torch.Tensor, router_weights: torch.Tensor | None, dtype: Any
     return product.to(dtype)
 
 
+def prepare_blocks(
+    layer: FusedMoE,
+    quantize: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+    block_size: tuple[int, int],
+) -> tuple[Prepare, Prepare]:
+    """Prepare activations for block-quantized experts, gate and up and then down.
+
+    Args:
+        layer: holds `w13_weight`, `w2_weight` [E, N, K] and a `..._scale_inv` [E, N/BN, K/BK] each.
+        quantize: ([R, K], group size) -> codes [R, K], scales [R, K/G].
+        block_size: (BN, BK).
+    """
+
+    def prepare(weights: torch.Tensor, grids: torch.Tensor, x: torch.Tensor) -> Product:
+        codes, scales = quantize(x, block_size[1])
+
+        def multiply(expert: int, rows: Rows) -> torch.Tensor:
+            weight, grid = weights[expert], grids[expert]
+            return block_matmul(codes[rows], scales[rows], weight, grid, block_size, torch.float32)
+
+        return weighed(multiply, x.dtype)
+
+    return (
+        functools.partial(prepare, layer.w13_weight.data, layer.w13_weight_scale_inv.data),
+        functools.partial(prepare, layer.w2_weight.data, layer.w2_weight_scale_inv.data),
+    )
+
+
+def prepare_channels(
+    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    weights: torch.Tensor,
+    channel_scales: torch.Tensor,
+    x: torch.Tensor,
+) -> Product:
+    """Prepare activations for experts in FP8 with a scale a channel.
+
+    Args:
+        quantize: [R, K] -> codes [R, K], scales [R, 1].
+        weights: float8_e4m3fn [E, N, K].
+        channel_scales: float32 [E, N, 1].
+        x: [R, K].
+    """
+    codes, scales = quantize(x)
+
+    def multiply(expert: int, rows: Rows) -> torch.Tensor:
+        weight, channels = weights[expert], channel_scales[expert]
+        return channel_matmul(codes[rows], scales[rows], weight, channels, torch.float32)
+
+    return weighed(multiply, x.dtype)
+
+
 def weighed(multiply: Callable[[int, Rows], torch.Tensor], dtype: torch.dtype) -> Product:
     """Make (expert, rows) -> float32 [t, N] a product of activations in a dtype, see `weigh`."""
 
@@ -202,36 +253,6 @@ def weighed(multiply: Callable[[int, Rows], torch.Tensor], dtype: torch.dtype) -
         return weigh(multiply(expert, rows), router_weights, dtype)
 
     return run
-
-
-def prepare_blocks(
-    quantize: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
-    block_size: tuple[int, int],
-    weights: torch.Tensor,
-    weight_scales: torch.Tensor,
-    x: torch.Tensor,
-) -> Product:
-    """Quantize activations by groups, ready for block-quantized experts.
-
-    Args:
-        quantize: ([R, K], group size) -> codes [R, K], scales [R, K/G].
-        block_size: (BN, BK).
-        weights: [E, N, K], the dtype of the codes.
-        weight_scales: float32 [E, N/BN, K/BK].
-        x: [R, K].
-    """
-    codes, scales = quantize(x, block_size[1])
-
-    def multiply(expert: int, rows: Rows) -> torch.Tensor:
-        weight, grid = weights[expert], weight_scales[expert]
-        return block_matmul(codes[rows], scales[rows], weight, grid, block_size, torch.float32)
-
-    return weighed(multiply, x.dtype)
-
-
-def _runs(routing: Routing) -> Iterator[tuple[int, slice, torch.Tensor]]:
-    for expert, span in routing.spans:
-        yield expert, span, routing.order[span]
 
 
 def _router_weights(

@@ -281,30 +281,23 @@ def _pack_experts(
     Returns:
         every expert's weight, or None where nothing was changed.
     """
-    num_experts = qweight.shape[0]
-    first = pack(0)
-    if first is None:
-        return None
-    packed = first.packed.new_empty(num_experts, *first.packed.shape)
-    pairs = None
-    if isinstance(first, Int4Weight):
-        pairs = first.pairs.new_empty(num_experts, *first.pairs.shape)
     weights: list[PackedWeight] = []
-    for expert in range(num_experts):
-        weight = first if expert == 0 else pack(expert)
-        assert weight is not None
-        packed[expert].copy_(weight.packed)
+    stacks: dict[str, torch.Tensor] = {}
+    for expert in range(qweight.shape[0]):
+        weight: Any = pack(expert)
+        if weight is None:
+            return None
+        tensors = {"packed": weight.packed}
         if isinstance(weight, Int4Weight):
-            assert pairs is not None
-            pairs[expert].copy_(weight.pairs)
-            shares = weight.pairs.shape[0] == weight.scales.shape[0]
-            weight = dataclasses.replace(
-                weight,
-                pairs=pairs[expert],
-                scales=pairs[expert][..., 0] if shares else weight.scales,
-            )
-        weights.append(dataclasses.replace(weight, packed=packed[expert]))
-    qweight.data = packed
-    if pairs is not None and pairs.shape[1] == scales.shape[1]:
-        scales.data = pairs[..., 0]
+            tensors["pairs"] = weight.pairs
+        for name, tensor in tensors.items():
+            if name not in stacks:
+                stacks[name] = tensor.new_empty(qweight.shape[0], *tensor.shape)
+            tensors[name] = stacks[name][expert].copy_(tensor)
+        if isinstance(weight, Int4Weight) and len(weight.pairs) == len(weight.scales):
+            tensors["scales"] = tensors["pairs"][..., 0]
+        weights.append(dataclasses.replace(weight, **tensors))
+    qweight.data = stacks["packed"]
+    if "pairs" in stacks and stacks["pairs"].shape[1] == scales.shape[1]:
+        scales.data = stacks["pairs"][..., 0]
     return weights

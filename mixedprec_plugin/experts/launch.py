@@ -56,6 +56,10 @@ _ALIKE_EXPERTS: tuple[Option, ...] = (
     ),
 )
 
+_LORA = (
+    "LoRA replaces the layers of experts by its own",
+    "start without adapters, or give all experts of a layer one scheme",
+)
 # where the experts of one layer are in several schemes
 _OPTIONS: tuple[Option, ...] = (
     (
@@ -83,18 +87,8 @@ _OPTIONS: tuple[Option, ...] = (
         "expert placement belongs to expert parallelism",
         "start without it",
     ),
-    (
-        "enable_lora",
-        (None, False),
-        "LoRA replaces the layers of experts by its own",
-        "start without adapters, or give all experts of a layer one scheme",
-    ),
-    (
-        "lora_paths",
-        (None, [], {}),
-        "LoRA replaces the layers of experts by its own",
-        "start without adapters, or give all experts of a layer one scheme",
-    ),
+    ("enable_lora", (None, False), *_LORA),
+    ("lora_paths", (None, [], {}), *_LORA),
 )
 
 

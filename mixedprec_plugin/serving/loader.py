@@ -23,7 +23,7 @@ from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 from mixedprec_plugin.checkpoint.direct import DirectReads
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.cpu.heap import returning_memory
+from mixedprec_plugin.cpu.heap import returning_memory, storage_bytes
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes, plan_as_dict, summary_lines
@@ -34,7 +34,6 @@ from mixedprec_plugin.serving.late import check_built, check_reloadable
 from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.planner import make_draft_plan, planner_of, serving_device
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
-from mixedprec_plugin.serving.sizes import storage_bytes
 from mixedprec_plugin.serving.stages import Stage
 from mixedprec_plugin.verify.reference import reference_of
 from mixedprec_plugin.verify.stream import verified

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -38,11 +36,7 @@ class BlockInt8MoEMethod(LoopedExperts, blockwise_int8.BlockInt8MoEMethod):
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
         """Activations -> their products with gate and up weights, and with down weights."""
-        prepare = partial(prepare_blocks, quantize_int8_groups, self.block_size())
-        return (
-            partial(prepare, layer.w13_weight.data, layer.w13_weight_scale_inv.data),
-            partial(prepare, layer.w2_weight.data, layer.w2_weight_scale_inv.data),
-        )
+        return prepare_blocks(layer, quantize_int8_groups, self.block_size())
 
 
 class CpuBlockInt8Config(CpuConfig, blockwise_int8.BlockInt8Config):

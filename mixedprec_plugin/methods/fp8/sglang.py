@@ -15,13 +15,10 @@ from mixedprec_plugin.cpu.config import CpuConfig
 from mixedprec_plugin.cpu.experts import (
     LoopedExperts,
     Prepare,
-    Product,
-    Rows,
     prepare_blocks,
-    weighed,
+    prepare_channels,
 )
 from mixedprec_plugin.cpu.linear import QuantizedLinear, multiply_blocks, multiply_channels
-from mixedprec_plugin.cpu.scaled_matmul import channel_matmul
 from mixedprec_plugin.errors import MethodError, Problem
 
 UNSUMMED_EXPERTS = (fp8.Fp8MoEMethod,)
@@ -77,17 +74,11 @@ class Fp8MoEMethod(LoopedExperts, fp8.Fp8MoEMethod):
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
         """Activations -> their products with gate and up weights, and with down weights."""
-        gate_up, down = layer.w13_weight.data, layer.w2_weight.data
         if block_size := self.block_size():
-            blocks = partial(prepare_blocks, quantize_fp8_groups, block_size)
-            return (
-                partial(blocks, gate_up, layer.w13_weight_scale_inv.data),
-                partial(blocks, down, layer.w2_weight_scale_inv.data),
-            )
-        gate_up_scales, down_scales = layer.w13_weight_scale.data[:, 0], layer.w2_weight_scale.data
+            return prepare_blocks(layer, quantize_fp8_groups, block_size)
         return (
-            partial(_prepare, gate_up, gate_up_scales, layer.gate_up_scale),
-            partial(_prepare, down, down_scales, layer.down_scale),
+            _prepare(layer.w13_weight.data, layer.w13_weight_scale.data[:, 0], layer.gate_up_scale),
+            _prepare(layer.w2_weight.data, layer.w2_weight_scale.data, layer.down_scale),
         )
 
 
@@ -128,20 +119,19 @@ def quantize_fp8_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _prepare(
-    weights: torch.Tensor, scales: torch.Tensor, input_scale: torch.Tensor | None, x: torch.Tensor
-) -> Product:
-    """Quantize [R, K] with the checkpoint's scale or one for all; weights [E, N, K], scales [E]."""
-    if input_scale is None:
-        codes, scale = quantize_fp8_tensor(x)
-    else:
-        codes, scale = quantize_fp8_static(x, input_scale), input_scale
+    weights: torch.Tensor, scales: torch.Tensor, input_scale: torch.Tensor | None
+) -> Prepare:
+    """Quantize by the checkpoint's scale, or one for all rows; weights [E, N, K], scales [E]."""
 
-    def multiply(expert: int, rows: Rows) -> torch.Tensor:
-        weight = weights[expert]
-        channels = scales[expert].expand(weight.shape[0], 1)
-        return channel_matmul(codes[rows], scale, weight, channels, torch.float32)
+    def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if input_scale is None:
+            codes, scale = quantize_fp8_tensor(x)
+        else:
+            codes, scale = quantize_fp8_static(x, input_scale), input_scale
+        return codes, scale.expand(x.shape[0], 1)
 
-    return weighed(multiply, x.dtype)
+    channels = scales.view(-1, 1, 1).expand(-1, weights.shape[1], 1)
+    return partial(prepare_channels, quantize, weights, channels)
 
 
 def _unify_scales(weight: torch.Tensor, scales: torch.Tensor) -> None:

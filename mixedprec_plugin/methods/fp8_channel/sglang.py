@@ -18,9 +18,8 @@ from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 
 from mixedprec_plugin.cpu.activation import quantize_fp8_tokens
 from mixedprec_plugin.cpu.config import CpuConfig
-from mixedprec_plugin.cpu.experts import LoopedExperts, Prepare, Product, Rows, weighed
+from mixedprec_plugin.cpu.experts import LoopedExperts, Prepare, prepare_channels
 from mixedprec_plugin.cpu.linear import QuantizedLinear, multiply_channels
-from mixedprec_plugin.cpu.scaled_matmul import channel_matmul
 
 UNSUMMED_EXPERTS = (w8a8_fp8.W8A8FP8MoEMethod,)
 
@@ -66,9 +65,10 @@ class W8A8FP8MoEMethod(LoopedExperts, w8a8_fp8.W8A8FP8MoEMethod):
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
         """Activations -> their products with gate and up weights, and with down weights."""
+        prepare = partial(prepare_channels, quantize_fp8_tokens)
         return (
-            partial(_prepare, layer.w13_weight.data, layer.w13_weight_scale.data),
-            partial(_prepare, layer.w2_weight.data, layer.w2_weight_scale.data),
+            partial(prepare, layer.w13_weight.data, layer.w13_weight_scale.data),
+            partial(prepare, layer.w2_weight.data, layer.w2_weight_scale.data),
         )
 
 
@@ -76,14 +76,3 @@ class CpuChannelFp8Config(CpuConfig, ChannelFp8Config):
     """`W8A8Fp8Config` on the CPU."""
 
     methods = (W8A8Fp8LinearMethod, W8A8FP8MoEMethod)
-
-
-def _prepare(weights: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> Product:
-    """Quantize [R, K] with a scale a row; weights [E, N, K], scales [E, N, 1]."""
-    codes, token_scales = quantize_fp8_tokens(x)
-
-    def multiply(expert: int, rows: Rows) -> torch.Tensor:
-        weight, channels = weights[expert], scales[expert]
-        return channel_matmul(codes[rows], token_scales[rows], weight, channels, torch.float32)
-
-    return weighed(multiply, x.dtype)
