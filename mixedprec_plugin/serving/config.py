@@ -54,7 +54,6 @@ class MixedPrecisionConfig(QuantizationConfig):
             module: list(shards) for module, shards in FUSED_MODULES.items()
         }
         self._children: dict[Any, QuantizationConfig] = {}
-        self._answers: dict[str, Any] = {}
 
     def get_name(self) -> str:
         """The name of the load format."""
@@ -190,7 +189,7 @@ class MixedPrecisionConfig(QuantizationConfig):
         for method in methods:
             asked = offered(method, "asked_of_model")
             for name, value in asked(child).items() if asked else ():
-                own = self._answers.setdefault(name, value)
+                own = getattr(self, name, value)
                 if own != value:
                     text = (
                         f"has {method} layers whose {name} is {own} and others where it is "
