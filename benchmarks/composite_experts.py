@@ -75,7 +75,7 @@ class _Choice:
         method = experts_method(layer, prefix, self._groups)
         if method is not None or self._device == "cuda":
             return method
-        from mixedprec_plugin.cpu.unquantized_experts import UnquantizedFusedMoEMethod
+        from mixedprec_plugin.methods.bf16.sglang import UnquantizedFusedMoEMethod
 
         # SGLang's own CPU path is another loop; compared with it, not the composite is measured
         return UnquantizedFusedMoEMethod()
@@ -94,6 +94,8 @@ def make_layer(name: str, given: dict[str, Any], num_groups: int, device: str) -
     groups = [
         ExpertGroup(
             tuple(range(first, size.num_experts, num_groups)),
+            method,
+            method,
             build_config(method, arguments, device) if spec.codec else None,
         )
         for first in range(num_groups)

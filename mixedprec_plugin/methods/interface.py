@@ -172,6 +172,22 @@ class Method:
         faults_as_stored: (stored, layer shape, target) -> why SGLang's own class, under `method:
             auto`, does not serve an expert, or computes it wrongly; None for `faults`.
         conflict: arguments -> why they contradict each other; empty if they do not.
+        sglang: lazy `package.module` of what SGLang needs of the method, empty if nothing; imported
+            where a model is built. Each of these names may be in it:
+            `UNSUMMED_EXPERTS: tuple[type, ...]`: SGLang's methods for its experts that can return
+            every choice's output; on CUDA where they run in Triton's or Marlin's kernels.
+            `repaired(config) -> config`: a config of SGLang's for it -> the one whose experts
+            compute rightly; all others are returned as they are.
+            `CPU_EXPERTS: type`: its method for groups of experts on the CPU platform, where it has
+            no config class.
+            `asked_of_model(config) -> Mapping[str, Any]`: attributes that its kernels ask the
+            config of the whole model for.
+        moe_kernels: SGLang's kernels that its experts run in where no backend is asked for; empty
+            if SGLang chooses by what is stored.
+        moe_backends: explicit values of --moe-runner-backend that its experts really run in;
+            SGLang's classes pass others over without a word (`create_moe_runner` in
+            quantization/{unquant,fp8,blockwise_int8}.py). Marlin's run where none is asked for
+            alone (gptq_kernels.py, awq_moe.py: `assert get_moe_runner_backend().is_auto()`).
         why_not_quantize: arguments -> why a layer cannot be quantized with them and must be stored
             so; empty if it can.
     """
@@ -198,6 +214,9 @@ class Method:
     faults_as_stored: Callable[[StoredFormat, LayerShape, Target], list[Fault]] | None = None
     conflict: Callable[[Arguments], str] = _no_reason
     why_not_quantize: Callable[[Arguments], str] = _no_reason
+    sglang: str = ""
+    moe_kernels: Literal["triton", "marlin", ""] = ""
+    moe_backends: frozenset[str] = frozenset()
 
     @property
     def defaults(self) -> Arguments:

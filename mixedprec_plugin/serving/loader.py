@@ -23,20 +23,17 @@ from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.cpu.heap import returning_memory
+from mixedprec_plugin.cpu.heap import returning_memory, storage_bytes
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes, plan_as_dict, summary_lines
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
-from mixedprec_plugin.serving.early import make_draft_plan, make_plan, serving_device
-from mixedprec_plugin.serving.hooks import require_registration
+from mixedprec_plugin.serving.late import check_built, check_reloadable
 from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
-from mixedprec_plugin.serving.reloading import check_reloadable
+from mixedprec_plugin.serving.planner import make_draft_plan, planner_of, serving_device
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
-from mixedprec_plugin.serving.shapes import check_built
-from mixedprec_plugin.serving.sizes import storage_bytes
 from mixedprec_plugin.serving.stages import Stage
 from mixedprec_plugin.verify.reference import reference_of
 from mixedprec_plugin.verify.stream import verified
@@ -94,11 +91,9 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """Load a model as its plan says.
 
         Raises:
-            RegistrationError: the plugin is not whole in this process.
             PresetError, CheckpointError, PlanError: before a weight is read.
             LoadError: the model and the plan do not fit each other, or a parameter stayed empty.
         """
-        require_registration()
         if model_config.is_draft_model and self._draft_preset() is None:
             # not super(): what it calls is ours
             draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
@@ -122,7 +117,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             stage = Stage(
                 model, plan.tied, num_stages=stages.world_size, is_last=stages.is_last_rank
             )
-            check_built(config, stage)
+            check_built(plan, config.built, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
             weights = self._open(plan, stage)
             if not model_config.is_draft_model:
@@ -192,7 +187,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
             preset = served or self._draft_preset()
             assert preset is not None
             return make_draft_plan(folder, preset, dtype, tp_size, device)
-        return make_plan(folder, self.settings, dtype, tp_size, device, served)
+        planner = planner_of(model_config)
+        return planner.plan(folder, self.settings, dtype, tp_size, device, served)
 
     def _draft_preset(self) -> Preset | None:
         """The section `draft` of the preset that the model itself is served with."""

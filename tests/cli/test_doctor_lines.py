@@ -43,6 +43,8 @@ warnings.simplefilter("ignore")
 import sglang.srt.plugins.hook_registry as registry
 registry.HookKind = registry.HookType
 del registry.HookType
+from sglang.srt.layers.quantization import moe_wna16
+del moe_wna16.MoeWNA16Method
 """
 
 
@@ -120,3 +122,6 @@ def test_name_that_is_gone_is_sent_to_the_import() -> None:
     assert text.startswith("cannot be imported: ")
     (line,) = lines_named(text)
     assert line == "from sglang.srt.plugins.hook_registry import HookRegistry, HookType"
+    (text,) = failures(report, "configs")["awq (cpu)"]
+    (line,) = lines_named(text)
+    assert line == "from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method"

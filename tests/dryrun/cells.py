@@ -17,8 +17,8 @@ from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.errors import MixedPrecisionError
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.late import check_built
 from mixedprec_plugin.serving.placement import load_weights
-from mixedprec_plugin.serving.shapes import check_built
 from tests.dryrun.cards import Card
 from tests.dryrun.fake_device import fake_card
 from tests.dryrun.foretold import foretell
@@ -106,7 +106,7 @@ def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
     try:
         with rank(cell.tp_size), fake_card():
             model = OneLayer(kind, config)
-            check_built(config, OneStage())
+            check_built(config.plan, config.built, OneStage())
             amounts: dict[str, int] = {}
             load_weights(model, config, _count(VirtualCheckpoint(made), amounts))
             if cell.tp_size == 1:

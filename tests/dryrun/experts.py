@@ -131,8 +131,8 @@ def _run(cell: ExpertsCell, made: Any) -> None:
 
     from mixedprec_plugin.compose.stream import VirtualCheckpoint
     from mixedprec_plugin.serving.config import MixedPrecisionConfig
+    from mixedprec_plugin.serving.late import check_built
     from mixedprec_plugin.serving.placement import load_weights
-    from mixedprec_plugin.serving.shapes import check_built
     from tests.dryrun.again import load_again
     from tests.dryrun.cells import check_filled, describe_parameters
     from tests.dryrun.fake_device import fake_card
@@ -144,7 +144,7 @@ def _run(cell: ExpertsCell, made: Any) -> None:
     torch.set_default_dtype(dtype)
     with rank(cell.tp_size), fake_card():
         model = build(config, KINDS[cell.kind])
-        check_built(config, OneStage())
+        check_built(config.plan, config.built, OneStage())
         load_weights(model, config, VirtualCheckpoint(made))
         cell.parameters = describe_parameters(model)
         # GPTQ's are of the model's dtype, and no kernel is given them: gptq_kernels.py, gptq_moe.py

@@ -33,8 +33,6 @@ def sglang() -> None:
         warnings.simplefilter("ignore")
         import sglang.srt.layers.quantization  # noqa: F401
 
-        import mixedprec_plugin.cpu.configs  # noqa: F401
-
 
 QUANTIZED = [scheme for scheme in SCHEMES if scheme[0] != "unquantized"]
 KEYS = [(name, given, key) for name, given in QUANTIZED for key in ("cuda", "cpu")]

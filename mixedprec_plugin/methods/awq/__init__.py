@@ -248,7 +248,7 @@ METHOD = Method(
     config_classes={
         "cuda": _MARLIN_CONFIG,
         "cuda_fallback": _CONFIG,
-        "cpu": "mixedprec_plugin.cpu.configs:CpuAWQConfig",
+        "cpu": "mixedprec_plugin.methods.awq.sglang:CpuAWQConfig",
     },
     config_arguments=config_arguments,
     codec=CODEC,
@@ -257,4 +257,6 @@ METHOD = Method(
     why_not_repack=why_not_repack,
     # SGLang's class asks, and has another kernel for what Marlin does not take (awq.py:383)
     faults_as_stored=lambda _stored, _shape, _target: [],
+    sglang="mixedprec_plugin.methods.awq.sglang",
+    moe_kernels="marlin",
 )

@@ -80,4 +80,10 @@ METHOD = Method(
     declare=lambda _arguments: {},
     faults=faults,
     rounding=lambda _arguments: Rounding(rank=16.0, limit=_LIMIT),
+    sglang="mixedprec_plugin.methods.bf16.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset(
+        {"triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
+        | {"flashinfer_cutlass", "deep_gemm"}
+    ),
 )

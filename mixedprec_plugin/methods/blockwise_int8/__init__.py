@@ -121,9 +121,15 @@ METHOD = Method(
         Alternative("gptq", tuple({"bits": 8, **size} for size in GROUP_SIZES)),
         Alternative("awq"),
     ),
-    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.cpu.configs:CpuBlockInt8Config"},
+    config_classes={
+        "cuda": _CLASS,
+        "cpu": "mixedprec_plugin.methods.blockwise_int8.sglang:CpuBlockInt8Config",
+    },
     config_arguments=config_arguments,
     codec="mixedprec_plugin.methods.blockwise_int8.codec",
     min_capability=80,
     why_not_repack=why_not_repack,
+    sglang="mixedprec_plugin.methods.blockwise_int8.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset({"triton"}),
 )

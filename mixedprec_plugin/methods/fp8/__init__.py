@@ -216,11 +216,16 @@ METHOD = Method(
         Alternative("blockwise_int8"),
         Alternative("awq"),
     ),
-    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.cpu.configs:CpuFp8Config"},
+    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.methods.fp8.sglang:CpuFp8Config"},
     config_arguments=config_arguments,
     codec="mixedprec_plugin.methods.fp8.codec",
     min_capability=80,
     why_not_repack=why_not_repack,
     conflict=conflict,
     why_not_quantize=why_not_quantize,
+    sglang="mixedprec_plugin.methods.fp8.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset(
+        {"triton", "deep_gemm", "cutlass", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
+    ),
 )

@@ -83,11 +83,14 @@ METHOD = Method(
         Alternative("awq"),
     ),
     config_classes={
-        "cuda": "mixedprec_plugin.serving.fp8_channel:ChannelFp8Config",
-        "cpu": "mixedprec_plugin.cpu.configs:CpuChannelFp8Config",
+        "cuda": "mixedprec_plugin.methods.fp8_channel.sglang:ChannelFp8Config",
+        "cpu": "mixedprec_plugin.methods.fp8_channel.sglang:CpuChannelFp8Config",
     },
     config_arguments=lambda _arguments, _platform: {"is_checkpoint_fp8_serialized": True},
     codec="mixedprec_plugin.methods.fp8_channel.codec",
     min_capability=89,
     why_not_repack=why_not_repack,
+    sglang="mixedprec_plugin.methods.fp8_channel.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset({"triton"}),
 )

@@ -312,7 +312,7 @@ METHOD = Method(
     ),
     config_classes={
         "cuda": "sglang.srt.layers.quantization.gptq.gptq:GPTQMarlinConfig",
-        "cpu": "mixedprec_plugin.cpu.configs:CpuGPTQConfig",
+        "cpu": "mixedprec_plugin.methods.gptq.sglang:CpuGPTQConfig",
     },
     config_arguments=config_arguments,
     codec=CODEC,
@@ -321,4 +321,6 @@ METHOD = Method(
     complete=complete,
     faults_as_stored=faults_as_stored,
     why_not_quantize=why_not_quantize,
+    sglang="mixedprec_plugin.methods.gptq.sglang",
+    moe_kernels="marlin",
 )
