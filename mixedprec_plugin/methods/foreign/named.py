@@ -85,7 +85,8 @@ def _unrecognized(tensors: Tensors, _said: Said) -> StoredFormat | None:
     held = {suffix: t for suffix, t in tensors.items() if suffix not in _BUFFERS}
     codes = [t for t in held.values() if t.dtype in _CODE_DTYPES and t.shape]
     beside = [s for s, t in held.items() if _BESIDE_CODES.search(s) and len(t.shape) > 1]
-    if not codes and not beside:
+    # of experts in one tensor the plan says why they cannot be sliced
+    if not (codes or beside) or any(suffix.startswith("gate_up_proj") for suffix in held):
         return None
     listed = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(held.items()))
     text = f"its tensors are of no format that this release knows ({listed})"
