@@ -19,12 +19,13 @@ from tests.checkpoint.peers import FOLDERS, quantization_config
 from tests.convert.folders import same_bytes
 from tests.presets import write_preset
 
+# SGLang's class for them reads their zero points as AWQ's
+REFUSED = ("llmcompressor-w4a16-asym-g64", "cuda")
+CASES = [(peer, device) for peer in FOLDERS for device in ("cuda", "cpu")]
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("peer", FOLDERS)
-def test_converted_experts_are_what_their_source_stores_and_says(
-    tmp_path: Path, peer: str, device: Device
-) -> None:
+
+def convert(tmp_path: Path, peer: str, device: str) -> tuple[int, Path, Path, str]:
+    """Convert a model whose experts come from a peer; the exit code, model, preset and errors."""
     model = write_experts(tmp_path / "model", "bf16")
     other = write_experts(tmp_path / "other", peer)
     preset = write_preset(
@@ -34,7 +35,23 @@ def test_converted_experts_are_what_their_source_stores_and_says(
     argv = ["convert", "--model", model, "--preset", preset, "--device", device,
             "--out", tmp_path / "out"]  # fmt: skip
     errors = io.StringIO()
-    assert main([str(word) for word in argv], io.StringIO(), errors) == 0, errors.getvalue()
+    code = main([str(word) for word in argv], io.StringIO(), errors)
+    return code, model, preset, errors.getvalue()
+
+
+def test_experts_that_no_server_could_run_are_refused(tmp_path: Path) -> None:
+    code, _, _, errors = convert(tmp_path, *REFUSED)
+    assert code == 1
+    assert "SGLang reads the zero points of such experts as if they were AWQ's" in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("peer", "device"), [case for case in CASES if case != REFUSED])
+def test_converted_experts_are_what_their_source_stores_and_says(
+    tmp_path: Path, peer: str, device: Device
+) -> None:
+    code, model, preset, errors = convert(tmp_path, peer, device)
+    assert code == 0, errors
     before = dict(iter(open_virtual_checkpoint(model, preset, Target(device=device))))
     source = open_source(tmp_path / "out")
     plan = resolve_plan(preset_for("", source, (), "preset"), source, Target(device=device))
