@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.checkpoints import write_llama
+
 LoadModel = Callable[..., "object"]
 
 
@@ -39,6 +41,11 @@ def sglang_context() -> SimpleNamespace:
         moe_tp_group=group, moe_ep_group=group, pp_group=group,
     )  # fmt: skip
     return SimpleNamespace(context=get_context())
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture
