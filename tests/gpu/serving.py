@@ -174,6 +174,18 @@ def agreement(ours: Sequence[Continuation], theirs: Sequence[Continuation]) -> A
     return Agreement(len(ours) - len(gaps), gaps, shift)
 
 
+def check_same(
+    ours: Sequence[Continuation],
+    theirs: Sequence[Continuation],
+    limit: float,
+    what: str,
+    report: list[str],
+) -> None:
+    found = agreement(ours, theirs)
+    report.append(f"{what}: {found}")
+    assert found.is_explained(limit), f"{what}: {found} (expected at most {near_tie(limit):.3f})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Nearness:
     """How far a server's distributions are from those of dequantized weights.
