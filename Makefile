@@ -38,7 +38,6 @@ lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(RUN) -m mypy --follow-imports silent -p demo -p benchmarks -p compat
 
 format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
