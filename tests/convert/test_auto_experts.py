@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.plan.carried import preset_for
 from mixedprec_plugin.plan.model import Device, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peer_experts import MODULE, write_experts
 from tests.checkpoint.peers import FOLDERS, quantization_config
+from tests.commands import converted
 from tests.convert.folders import same_bytes
 from tests.presets import write_preset
 
@@ -31,10 +30,7 @@ def test_converted_experts_are_what_their_source_stores_and_says(
         tmp_path, 'match: "*", method: auto, source: other',
         head=f"trust_sources: true\nsources: {{other: {{path: {json.dumps(str(other))}}}}}\n",
     )  # fmt: skip
-    argv = ["convert", "--model", model, "--preset", preset, "--device", device,
-            "--out", tmp_path / "out"]  # fmt: skip
-    errors = io.StringIO()
-    assert main([str(word) for word in argv], io.StringIO(), errors) == 0, errors.getvalue()
+    converted(model, preset, tmp_path / "out", device=device)
     before = dict(iter(open_virtual_checkpoint(model, preset, Target(device=device))))
     source = open_source(tmp_path / "out")
     plan = resolve_plan(preset_for("", source, (), "preset"), source, Target(device=device))

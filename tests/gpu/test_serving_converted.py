@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks.quality import QUANTIZED_INPUT_LIMIT, WEIGHT_ONLY_LIMIT
-from mixedprec_plugin.cli.main import main
+from tests.commands import converted
 from tests.gpu.serving import check_same, continuations, expected, is_rehearsal, serve
 from tests.gpu.shards import share_scales
 from tests.presets import write_preset
@@ -21,20 +20,17 @@ EXPORT = Path(__file__).resolve().parents[2] / "benchmarks" / "compressed_tensor
 
 def convert(model: Path, preset: Path, out: Path, *more: str) -> Path:
     device = "cpu" if is_rehearsal() else "cuda"
-    argv = ["convert", "--model", str(model), "--preset", str(preset), "--out", str(out)]
-    said = io.StringIO()
-    assert main([*argv, "--device", device, *more], said) == 0, said.getvalue()
-    return out
+    return converted(model, preset, out, *more, device=device)
 
 
 def test_converted_checkpoint_gives_the_tokens_of_the_direct_load(
     dense: Path, tmp_path: Path, report: list[str]
 ) -> None:
-    converted = convert(dense, MIXED, tmp_path / "converted", "--max-shard-size", "50MB")
+    out = convert(dense, MIXED, tmp_path / "converted", "--max-shard-size", "50MB")
     with serve(dense, tmp_path / "direct.log", MIXED) as server:
         direct = continuations(server)
     flags = ("--load-format", "mixedprec")
-    with serve(converted, tmp_path / "converted.log", None, *flags) as server:
+    with serve(out, tmp_path / "converted.log", None, *flags) as server:
         found = continuations(server)
     check_same(found, direct, QUANTIZED_INPUT_LIMIT, "converted and direct", report)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from demo.server import Server, ServerError
-from mixedprec_plugin.cli.main import main
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
+from tests.commands import converted
 from tests.presets import write_preset
 from tests.server.conftest import generate
 
@@ -77,10 +76,8 @@ def test_preset_that_does_not_fit_stops_the_server_with_exit_code_1(tmp_path: Pa
 
 def test_converted_checkpoint_without_the_load_format_is_sglangs_own_error(tmp_path: Path) -> None:
     preset = write_preset(tmp_path, 'match: "*", method: fp8')
-    argv = ["convert", "--model", str(write_llama(tmp_path / "model")), "--preset", str(preset),
-            "--out", str(tmp_path / "out")]  # fmt: skip
-    assert main(argv, io.StringIO()) == 0
-    server = Server(tmp_path / "out", tmp_path / "server.log", flags=["--skip-tokenizer-init"])
+    out = converted(write_llama(tmp_path / "model"), preset, tmp_path / "out", device="cuda")
+    server = Server(out, tmp_path / "server.log", flags=["--skip-tokenizer-init"])
     with pytest.raises(ServerError, match="the server ended with exit code"), server:
         pass
     assert "Unknown quantization method: mixedprec" in (tmp_path / "server.log").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixedprec_plugin.cli.main import main
 from tests.checkpoints import llama_config, llama_tensors, write_llama
-from tests.presets import write_preset
+from tests.commands import converted
+from tests.presets import EXPORTED, write_preset
+from tests.serving.stock import load
 
-RULES = (
-    'match: "*", method: fp8',
-    'match: "*.self_attn.*", method: fp8_block',
-    'match: "*.0.mlp.*", method: awq',
-    'match: "*.1.mlp.*", method: gptq, group_size: -1',
-    'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
-    'match: "*.1.self_attn.*", method: unquantized',
-    'match: "*.2.self_attn.o_proj", method: fp8',
-    'match: "*.2.mlp.*", method: fp8_channel',
-)
+RULES = (*EXPORTED, 'match: "*.2.self_attn.o_proj", method: fp8')
 SCHEMES = {
     "model.layers.0.self_attn.qkv_proj": "CompressedTensorsW8A8Fp8",
     "model.layers.0.self_attn.o_proj": "CompressedTensorsW8A8Fp8",
@@ -45,27 +36,21 @@ SCHEMES = {
 def exported(tmp_path: Path) -> Path:
     model = write_llama(tmp_path / "model")
     preset = write_preset(tmp_path, *RULES)
-    argv = ["convert", "--model", str(model), "--preset", str(preset), "--out",
-            str(tmp_path / "out"), "--format", "compressed-tensors"]  # fmt: skip
-    assert main(argv, io.StringIO()) == 0
-    return tmp_path / "out"
+    flags = ("--format", "compressed-tensors")
+    return converted(model, preset, tmp_path / "out", *flags, device="cuda")
 
 
 @pytest.fixture
 def stock(sglang_context: SimpleNamespace, exported: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model as SGLang's own loader fills it on an H100, before kernels repack it."""
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+    from sglang.srt.model_loader.loader import DefaultModelLoader
 
     # the one thing that schemes ask of a GPU before their weights are processed
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(DefaultModelLoader, "postprocess_weights", staticmethod(lambda *_: None))
-    model_config = ModelConfig(str(exported), dtype="bfloat16")
-    assert model_config.quantization == "compressed-tensors"
-    loader = get_model_loader(LoadConfig(), model_config)
-    return loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+    assert ModelConfig(str(exported), dtype="bfloat16").quantization == "compressed-tensors"
+    return load(exported)
 
 
 def test_stock_sglang_finds_a_scheme_for_every_layer(stock: Any) -> None:
@@ -161,15 +146,8 @@ def test_without_a_gpu_stock_sglang_serves_no_compressed_tensors(
     sglang_context: SimpleNamespace, exported: Path
 ) -> None:
     """Its config asks for the compute capability of every scheme, before a weight is there."""
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import get_model_loader
-
-    model_config = ModelConfig(str(exported), dtype="bfloat16")
-    loader = get_model_loader(LoadConfig(), model_config)
     with pytest.raises(RuntimeError, match="NVIDIA driver") as raised:
-        loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+        load(exported)
     frames = [entry for entry in raised.traceback if "sglang" in str(entry.path)]
     assert frames[-1].path.name == "compressed_tensors.py"
     assert frames[-1].name == "_check_scheme_supported"

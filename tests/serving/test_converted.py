@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.errors import UsageError
+from tests import commands
 from tests.checkpoints import write_llama
 from tests.presets import write_preset
 
@@ -38,11 +37,7 @@ def preset(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def converted(model: Path, preset: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "converted"
-    argv = ["convert", "--model", str(model), "--preset", str(preset), "--device", "cpu",
-            "--out", str(out)]  # fmt: skip
-    assert main(argv, io.StringIO()) == 0
-    return out
+    return commands.converted(model, preset, tmp_path / "converted")
 
 
 @pytest.fixture

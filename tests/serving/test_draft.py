@@ -5,33 +5,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from mixedprec_plugin.errors import PlanError
 from tests.checkpoints import write_llama
 from tests.presets import write_preset
+from tests.serving.stock import load
 
 pytestmark = pytest.mark.usefixtures("sglang_context")
 
 
 def test_draft_model_is_loaded_as_sglang_would(llama: Path) -> None:
     from safetensors.torch import load_file
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-    from sglang.srt.model_loader.loader import get_model_loader
 
     from mixedprec_plugin.serving.loader import is_mixed_precision
 
-    config = ModelConfig(str(llama), dtype="bfloat16", is_draft_model=True)
     # the preset of the model that it drafts for
     extra = {"mixedprec_config": "fp8-block"}
-    load_config = LoadConfig(load_format="mixedprec", model_loader_extra_config=extra)
-    loader = get_model_loader(load_config, config)
-    model = loader.load_model(model_config=config, device_config=DeviceConfig("cpu"))
+    model = load(llama, is_draft=True, load_format="mixedprec", model_loader_extra_config=extra)
     assert not is_mixed_precision(model)
     down = model.get_submodule("model.layers.1.mlp.down_proj")
     assert isinstance(down.quant_method, UnquantizedLinearMethod)
@@ -64,8 +57,9 @@ def test_section_says_what_the_draft_model_runs_in(
 
     caplog.set_level("INFO")
     plan_path = tmp_path / "plan.json"
-    model = load(llama, preset, plan_path, is_draft=False)
-    draft = load(llama, preset, plan_path, is_draft=True)
+    extra = {"mixedprec_config": str(preset), "mixedprec_plan": str(plan_path)}
+    how = {"load_format": "mixedprec", "model_loader_extra_config": extra}
+    model, draft = load(llama, **how), load(llama, is_draft=True, **how)
     assert "the draft model, by the preset's section draft" in caplog.text
     down, up = (f"model.layers.1.mlp.{name}" for name in ("down_proj", "gate_up_proj"))
     assert draft.get_submodule(down).quant_method.quant_config.weight_block_size == [128, 128]
@@ -76,19 +70,6 @@ def test_section_says_what_the_draft_model_runs_in(
     assert model.get_submodule(down).quant_method.quant_config.weight_block_size is None
     methods = {x["name"]: x["method"] for x in json.loads(plan_path.read_text())["layers"]}
     assert methods["model.layers.1.mlp.gate_proj"] == "fp8"
-
-
-def load(path: Path, preset: Path, plan_path: Path, *, is_draft: bool) -> Any:
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import get_model_loader
-
-    config = ModelConfig(str(path), dtype="bfloat16", is_draft_model=is_draft)
-    extra = {"mixedprec_config": str(preset), "mixedprec_plan": str(plan_path)}
-    load_config = LoadConfig(load_format="mixedprec", model_loader_extra_config=extra)
-    loader = get_model_loader(load_config, config)
-    return loader.load_model(model_config=config, device_config=DeviceConfig("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from mixedprec_plugin.methods.fp8 import codec as fp8
 from mixedprec_plugin.plan.model import Target
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.presets import write_preset
+from tests.serving.stock import load, load_again, loader_of
 
 LoadModel = Callable[..., Any]
 METHODS = ("bf16", "fp8", "fp8_block", "fp8_channel", "int8", "awq", "gptq", "gptq_int8")
@@ -131,17 +132,9 @@ def family(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def test_bf16_model_is_the_one_that_sglang_loads_by_itself(
     load_model: LoadModel, tmp_path: Path, name: str
 ) -> None:
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import get_model_loader
-
     model_path = write_checkpoint(tmp_path / "model", *family(name), parts=2)
     ours = load_model(model_path, write_preset(tmp_path, 'match: "*", method: bf16'))
-    model_config = ModelConfig(str(model_path), dtype="bfloat16")
-    loader = get_model_loader(LoadConfig(), model_config)
-    stock = loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
-    theirs = dict(stock.named_parameters())
+    theirs = dict(load(model_path).named_parameters())
     held = dict(ours.named_parameters())
     assert held.keys() == theirs.keys()
     for parameter_name, parameter in held.items():
@@ -199,10 +192,6 @@ def test_new_weights_load_where_sglang_restores_nothing_before(
     load_model: LoadModel, tmp_path: Path, method: str
 ) -> None:
     """As SGLang 0.5.21 and 0.5.22 do: weight_updater.py calls the loader alone."""
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
-
     first = write_llama(tmp_path / "first")
     config = llama_config()
     others = {name: tensor * 0.5 for name, tensor in llama_tensors(config).items()}
@@ -210,12 +199,9 @@ def test_new_weights_load_where_sglang_restores_nothing_before(
     preset = write_preset(tmp_path, f'match: "*", method: {method}')
     expected = load_model(second, preset)
     model = load_model(first, preset)
-    model_config = ModelConfig(str(second), dtype="bfloat16")
-    loader: Any = get_model_loader(LoadConfig(load_format="mixedprec"), model_config)
+    loader, model_config = loader_of(second, load_format="mixedprec")
     for _ in range(2):
-        source = DefaultModelLoader.Source.init_new(model_config, model)
-        weights = loader._get_weights_iterator(source)
-        loader.load_weights_and_postprocess(model, weights, torch.device("cpu"))
+        load_again(loader, model_config, model)
         loader._has_opened_new_path = False
     held = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():

@@ -14,106 +14,89 @@ from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, wri
 from tests.presets import write_preset
 
 LoadModel = Callable[..., Any]
+LoadTensors = Callable[..., Any]
+FP8, GPTQ = (f'match: "*.mlp.*", method: {method}' for method in ("fp8", "gptq"))
 
 
-def test_tensor_that_the_model_has_no_parameter_for_is_an_error(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
+@pytest.fixture
+def load_tensors(load_model: LoadModel, tmp_path: Path) -> LoadTensors:
+    """Load a Llama of such tensors, its MLPs in FP8 if nothing else is said."""
+
+    def load(tensors: dict[str, Any], config: Any = None, rule: str = FP8, **more: Any) -> Any:
+        model = write_checkpoint(tmp_path / "model", config or llama_config(), tensors)
+        return load_model(model, write_preset(tmp_path, rule), **more)
+
+    return load
+
+
+def test_tensor_that_the_model_has_no_parameter_for_is_an_error(load_tensors: LoadTensors) -> None:
+    tensors = llama_tensors(llama_config())
     tensors["model.layers.0.self_attn.sinks"] = torch.ones(4, dtype=torch.bfloat16)
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
     message = r"0\.self_attn\.sinks: is in the checkpoint, but LlamaForCausalLM has no parameter"
     with pytest.raises(LoadError, match=message):
-        load_model(model, preset)
+        load_tensors(tensors)
 
 
-def test_bias_that_the_model_does_not_have_is_an_error(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
+def test_bias_that_the_model_does_not_have_is_an_error(load_tensors: LoadTensors) -> None:
+    tensors = llama_tensors(llama_config())
     tensors["model.layers.0.self_attn.o_proj.bias"] = torch.ones(256, dtype=torch.bfloat16)
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
     with pytest.raises(LoadError, match="has no parameter 'bias'"):
-        load_model(model, preset)
+        load_tensors(tensors)
 
 
-def test_norm_that_the_checkpoint_lacks_is_an_error(load_model: LoadModel, tmp_path: Path) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
+def test_norm_that_the_checkpoint_lacks_is_an_error(load_tensors: LoadTensors) -> None:
+    tensors = llama_tensors(llama_config())
     del tensors["model.layers.1.input_layernorm.weight"]
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
     with pytest.raises(LoadError, match=r"model\.layers\.1\.input_layernorm\.weight: 0 of 256 "
                        "elements were filled from the checkpoint"):  # fmt: skip
-        load_model(model, preset)
+        load_tensors(tensors)
 
 
-def test_shard_that_the_checkpoint_lacks_is_an_error(load_model: LoadModel, tmp_path: Path) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
+def test_shard_that_the_checkpoint_lacks_is_an_error(load_tensors: LoadTensors) -> None:
+    tensors = llama_tensors(llama_config())
     del tensors["model.layers.1.self_attn.k_proj.weight"]
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
     with pytest.raises(
         LoadError, match=r"model\.layers\.1\.self_attn\.qkv_proj: the model builds it"
     ):
-        load_model(model, preset)
+        load_tensors(tensors)
 
 
-def test_untied_head_that_the_checkpoint_lacks_is_an_error(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
+def test_untied_head_that_the_checkpoint_lacks_is_an_error(load_tensors: LoadTensors) -> None:
     tensors = llama_tensors(llama_config())
-    model = write_checkpoint(tmp_path / "model", llama_config(tie_word_embeddings=False), tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
     with pytest.raises(LoadError, match=r"lm_head\.weight: 0 of .* elements were filled"):
-        load_model(model, preset)
+        load_tensors(tensors, llama_config(tie_word_embeddings=False))
 
 
 def test_shape_that_the_model_denies_is_an_error_before_a_weight_is_read(
-    load_model: LoadModel, tmp_path: Path
+    load_tensors: LoadTensors,
 ) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
+    tensors = llama_tensors(llama_config())
     name = "model.layers.1.mlp.down_proj.weight"
     tensors[name] = torch.full((256, 640), torch.nan, dtype=torch.bfloat16)
-    model = write_checkpoint(tmp_path / "model", config | {"architectures": ["MistralForCausalLM"]},
-                             tensors)  # fmt: skip
-    preset = write_preset(tmp_path, 'match: "*.self_attn.*", method: fp8')
+    config = llama_config(architectures=["MistralForCausalLM"])
+    rule = 'match: "*.self_attn.*", method: fp8'
     with pytest.raises(PlanError, match=r"its weight is \[256, 640\] .expected \[256, 512\]"):
-        load_model(model, preset)
+        load_tensors(tensors, config, rule=rule)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("layer", ["mlp.up_proj", "self_attn.q_proj", "input_layernorm"])
 def test_weight_that_is_not_finite_is_an_error(
-    load_model: LoadModel, tmp_path: Path, layer: str, value: float
+    load_tensors: LoadTensors, layer: str, value: float
 ) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
+    tensors = llama_tensors(llama_config())
     name = f"model.layers.2.{layer}.weight"
     tensors[name].view(-1)[7] = value
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
     message = rf"model\.layers\.2\.{layer}\.weight: 1 of .* weights in model\.safetensors are NaN"
     with pytest.raises(CheckpointError, match=message):
-        load_model(model, preset)
+        load_tensors(tensors, rule=GPTQ)
 
 
-def test_bf16_weight_that_fp16_cannot_hold_is_an_error(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
+def test_bf16_weight_that_fp16_cannot_hold_is_an_error(load_tensors: LoadTensors) -> None:
+    tensors = llama_tensors(llama_config())
     tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] = 1e5
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
     with pytest.raises(CheckpointError, match="has values over 65504, which float16 cannot hold"):
-        load_model(model, preset, dtype="float16")
+        load_tensors(tensors, rule=GPTQ, dtype="float16")
 
 
 def test_shards_with_act_orders_of_their_own_are_refused(
@@ -159,14 +142,11 @@ def act_ordered(name: str, N: int, K: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_nan_among_fp8_codes_is_an_error(load_model: LoadModel, tmp_path: Path) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
+def test_nan_among_fp8_codes_is_an_error(load_tensors: LoadTensors) -> None:
+    tensors = llama_tensors(llama_config())
     name = "model.layers.0.self_attn.o_proj"
     codes = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
     codes.view(torch.uint8)[3, 4] = 0xFF
     tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": torch.tensor(1.0)}
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
     with pytest.raises(CheckpointError, match=r"o_proj\.weight: 1 of 65,536 weights .* are NaN"):
-        load_model(model, preset)
+        load_tensors(tensors, rule=GPTQ)
