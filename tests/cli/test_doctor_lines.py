@@ -41,6 +41,8 @@ _MOVED = """
 import warnings
 warnings.simplefilter("ignore")
 import sglang.srt.plugins.hook_registry as registry
+
+pytestmark = pytest.mark.sglang
 registry.HookKind = registry.HookType
 del registry.HookType
 """
@@ -108,7 +110,7 @@ def test_hooks_that_fit_are_not_named(changed: dict[str, Any]) -> None:
 def test_renamed_argument_is_sent_to_the_builder(changed: dict[str, Any]) -> None:
     (text,) = failures(changed, "configs")["fp8 (cuda)"]
     assert "does not take the argument 'weight_block_size'" in text
-    assert "look at mixedprec_plugin/methods/fp8.py:" in text
+    assert "look at mixedprec_plugin/methods/fp8/__init__.py:" in text
     (line,) = lines_named(text)
     assert line.startswith("def build(")
 

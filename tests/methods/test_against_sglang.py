@@ -21,6 +21,8 @@ from mixedprec_plugin.methods.registry import METHODS, bind
 from mixedprec_plugin.methods.spec import LayerShape
 from tests.methods.shapes import SCHEMES, grid
 
+pytestmark = pytest.mark.sglang
+
 
 @pytest.fixture(scope="module", autouse=True)
 def sglang() -> None:
