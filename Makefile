@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-gpu lint format bench quality memory loading experts tp dryrun compat clean plan-speed composite-speed
+.PHONY: help install demo test test-gpu lint format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
@@ -73,6 +73,10 @@ dryrun: $(INSTALLED)
 
 compat: $(INSTALLED)
 	@$(RUN) -m compat --out docs/compat.md
+
+schemas: $(INSTALLED)
+	@$(RUN) -m mixedprec_plugin.preset.schema_files
+	@$(RUN) -m benchmarks.preset_reference
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,7 +17,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 
 from mixedprec_plugin.methods.construct import build_config
 from mixedprec_plugin.methods.registry import METHODS, bind
+from mixedprec_plugin.quantize.codec import load_codec
 
 NUM_GROUPS = (1, 2, 4, 8)
 SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -75,7 +75,7 @@ class _Choice:
         method = experts_method(layer, prefix, self._groups)
         if method is not None or self._device == "cuda":
             return method
-        from mixedprec_plugin.cpu.unquantized_experts import UnquantizedFusedMoEMethod
+        from mixedprec_plugin.methods.bf16.sglang import UnquantizedFusedMoEMethod
 
         # SGLang's own CPU path is another loop; compared with it, not the composite is measured
         return UnquantizedFusedMoEMethod()
@@ -94,7 +94,9 @@ def make_layer(name: str, given: dict[str, Any], num_groups: int, device: str) -
     groups = [
         ExpertGroup(
             tuple(range(first, size.num_experts, num_groups)),
-            build_config(method, arguments, device) if spec.quantizer else None,
+            method,
+            method,
+            build_config(method, arguments, device) if spec.codec else None,
         )
         for first in range(num_groups)
     ]
@@ -109,9 +111,8 @@ def make_layer(name: str, given: dict[str, Any], num_groups: int, device: str) -
         shape = wide[::-1] if shard == "w2" else wide
         weight = torch.randn(shape).mul_(0.03).bfloat16()
         tensors = {"weight": weight}
-        if spec.quantizer:
-            module, function = spec.quantizer.split(":")
-            tensors = getattr(import_module(module), function)(weight, arguments, torch.bfloat16)
+        if spec.codec:
+            tensors = load_codec(spec.codec).quantize(weight, arguments, torch.bfloat16)
         for expert in range(size.num_experts):
             for suffix, tensor in tensors.items():
                 load_expert_tensor(layer, expert, shard, suffix, tensor)

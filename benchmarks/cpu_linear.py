@@ -17,13 +17,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from mixedprec_plugin.methods.construct import build_config
 from mixedprec_plugin.methods.registry import METHODS, bind
+from mixedprec_plugin.quantize.codec import load_codec
 
 # (N, K): the demo model's fused qkv is wider than o_proj; gate_up and down are its MLP.
 SHAPES = ((768, 768), (1536, 768), (768, 1536))
@@ -50,9 +50,8 @@ def make_layer(name: str, given: dict[str, Any], N: int, K: int) -> Any:
     layer: Any = ReplicatedLinear(
         K, N, bias=False, params_dtype=torch.bfloat16, quant_config=config
     )
-    module, function = spec.quantizer.split(":")
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    stored = getattr(import_module(module), function)(weight, arguments, torch.bfloat16)
+    stored = load_codec(spec.codec).quantize(weight, arguments, torch.bfloat16)
     for suffix, tensor in stored.items():
         parameter = getattr(layer, suffix)
         parameter.weight_loader(parameter, tensor)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
-from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset

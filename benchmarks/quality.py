@@ -36,7 +36,7 @@ from benchmarks.rounding import round_as_kernels
 from demo.model import checkpoint
 from demo.server import Server
 from mixedprec_plugin.compose.stream import open_virtual_checkpoint
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 
 ROOT = Path(__file__).resolve().parents[1]
 PROSE = ROOT / "benchmarks" / "data" / "prose.txt"

@@ -116,13 +116,13 @@ def measure(name: str, weight: torch.Tensor, repeats: int) -> dict[str, Any]:
     dtype = torch.bfloat16
     gigabytes = weight.numel() * weight.itemsize / 1e9
     tensors: Tensors = module.quantize(weight, arguments, dtype)
-    again = module.dequantize(tensors, arguments)
+    again = module.read(tensors, arguments).dequantize()
     row: dict[str, Any] = {
         "method": name,
         "quantize_gb_s": gigabytes
         / seconds(lambda: module.quantize(weight, arguments, dtype), repeats),
         "dequantize_gb_s": gigabytes
-        / seconds(lambda: module.dequantize(tensors, arguments), repeats),
+        / seconds(lambda: module.read(tensors, arguments).dequantize(), repeats),
         "relative_rms": float((again - weight.float()).norm() / weight.float().norm()),
         "memcpy_gb_s": gigabytes / seconds(weight.clone, repeats),
         "naive_gb_s": None,
@@ -130,7 +130,7 @@ def measure(name: str, weight: torch.Tensor, repeats: int) -> dict[str, Any]:
     }
     by_formula = naive(name, weight, arguments)
     if by_formula is not None:
-        again = module.dequantize(by_formula, arguments)
+        again = module.read(by_formula, arguments).dequantize()
         row["naive_relative_rms"] = float((again - weight.float()).norm() / weight.float().norm())
         row["naive_gb_s"] = gigabytes / seconds(lambda: naive(name, weight, arguments), repeats)
     return row

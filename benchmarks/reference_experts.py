@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.activations import FP8_MAX, QuantizedInputLinear
 from benchmarks.reference_layers import Tensors, reference_linear
-from mixedprec_plugin.plan.architecture import ExpertShard
+from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.model import PlannedLayer
 
 

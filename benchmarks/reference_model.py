@@ -19,8 +19,8 @@ from benchmarks.reference_layers import (
     replace_layer,
 )
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
-from mixedprec_plugin.plan.architecture import ExpertShard
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.families.names import ExpertShard
+from mixedprec_plugin.methods.interface import Target
 
 _ATTENTION = "sdpa_over_windows"
 

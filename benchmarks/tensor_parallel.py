@@ -273,7 +273,7 @@ greedy tokens each, fp32 logits (--enable-fp32-lm-head).
 On two ranks each computes half of the outputs of a column-parallel layer, with one rank's bits.
 In a row-parallel layer each has half of the inputs. Methods that quantize activations add up there,
 on the CPU platform, in one float32 sum, rank after rank in the order of the inputs, and with one
-scale for a whole token (`mixedprec_plugin/cpu/rank_sums.py`): two ranks give the bits of one. The
+scale for a whole token (`mixedprec_plugin/cpu/linear.py`): two ranks give the bits of one. The
 other methods round each rank's part to the model's dtype before SGLang adds the parts, as on CUDA.
 In float16 that changes no token here; in bfloat16, whose roundings are eight times as coarse, it
 does for an unquantized model as for the others.

@@ -293,10 +293,13 @@ def _use_feature(use: Use) -> str:
         return "update_weights_from_disk"
     if path.startswith("serving/hooks.py"):
         return "hooks"
+    folder, _, rest = path.partition("/")
     # what is imported with the module, every load needs
+    if folder == "methods" and rest.endswith("/sglang.py") and use.scope:
+        return "CPU platform"
     if path.startswith("experts/") and use.scope:
         return "experts in several schemes"
-    return {"cpu": "CPU platform", "cli": "doctor"}.get(path.partition("/")[0], "loader")
+    return {"cpu": "CPU platform", "cli": "doctor"}.get(folder, "loader")
 
 
 def _construction_feature(construction: Construction) -> str:

@@ -42,8 +42,8 @@ def constructions(ours: Sources) -> Iterator[Construction]:
         spec = METHODS[method]
         label = " ".join([name, *(f"{key}={value}" for key, value in given.items())])
         for platform, lazy in spec.config_classes.items():
-            keywords = spec.build(arguments, platform)
-            where = _builder(ours, spec.build.__module__, spec.build.__name__)
+            keywords = spec.config_arguments(arguments, platform)
+            where = _builder(ours, spec.config_arguments.__module__, spec.config_arguments.__name__)
             dotted = lazy.replace(":", ".")
             yield Construction(where, method, label, platform, dotted, keywords)
 

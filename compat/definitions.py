@@ -185,7 +185,13 @@ def members(sources: Sources, owner: Definition) -> Members:
 
 
 def lineage(sources: Sources, owner: Definition) -> Iterator[Definition]:
-    """The class and its bases, nearest first; a foreign base has no node."""
+    """The class and its bases in the order in which Python asks them; a foreign one has no node."""
+    found = list(_depth_first(sources, owner))
+    # a base of several comes after the last of them
+    yield from (base for index, base in enumerate(found) if base not in found[index + 1 :])
+
+
+def _depth_first(sources: Sources, owner: Definition) -> Iterator[Definition]:
     yield owner
     if not isinstance(owner.node, ast.ClassDef):
         return
@@ -197,7 +203,7 @@ def lineage(sources: Sources, owner: Definition) -> Iterator[Definition]:
         start = binding(sources, owner.module, first)
         found = _descend(sources, start, rest) if start else Definition("builtins", None)
         if isinstance(found, Definition):
-            yield from lineage(sources, found)
+            yield from _depth_first(sources, found)
         else:
             yield Definition(found.within, None)
 

@@ -5,6 +5,7 @@
     resources     the schemas and presets that ship
     preset        a YAML file -> the ordered rules
     methods       the registry of quantization methods
+    families      what layer names, config.json and SGLang's class of a model mean
     checkpoint    safetensors headers -> what a source holds, and how it stores it
     plan          rules x sources x model -> scheme, source and action of every layer
     quantize      weight -> the tensors that a method stores, and back

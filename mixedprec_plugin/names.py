@@ -12,262 +12,226 @@ A pattern matches a whole name, case-sensitively:
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import functools
-import itertools
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import bracex
 
 MAX_PATTERN_LENGTH = 4096
 MAX_ALTERNATIVES = 10_000
 MAX_DEPTH = 8
-MAX_BACKTRACKING_STARS = 4
+MAX_TESTS = 128
 
-_RANGE = re.compile(r"([-+]?\d+|[A-Za-z])\.\.([-+]?\d+|[A-Za-z])(\.\.[-+]?\d+)?")
+_ENDS = r"[-+]?\d{1,18}\.\.[-+]?\d{1,18}|[a-z]\.\.[a-z]|[A-Z]\.\.[A-Z]"
+_RANGE = re.compile(rf"({_ENDS})(\.\.[-+]?\d{{1,18}})?", re.ASCII)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_SET = re.compile(r"\[[^\]]*\]")
+# characters that no pattern holds: each stands for braces that were read
+_FIRST = 0xE000
+_READ = r"[\uE000-\uF8FF]"
+_PIECE = re.compile(rf"\*+|{_READ}|(?:{_SET.pattern}|[^*\uE000-\uF8FF])+")
+_WILDCARD = re.compile(rf"[*?[]|{_READ}")
 _NUMBER = re.compile(r"\d+")
-_REGEX_HINTS = frozenset("\\^$()|+")
+_MISTAKES = {
+    "[": "opens a '[' that nothing closes",
+    "]": "has a ']' that closes nothing",
+    "{": "opens a '{' that nothing closes",
+    "}": "has a '}' that closes nothing",
+    ",": "has a ',' outside braces; write a list of patterns, or {a,b}",
+}
 
 _shortened = reprlib.Repr()
 _shortened.maxstring = 100
+
+# (name, where a part may start in it) -> where it may end
+_Part = Callable[[str, Collection[int]], Collection[int]]
+
+
+class _Group(NamedTuple):
+    """Braces: what they match, how many words they list, tests they take, and braces they nest."""
+
+    part: _Part
+    num_words: int
+    num_tests: int
+    depth: int
 
 
 class PatternError(ValueError):
     """A glob that cannot be read; its text says what to write instead."""
 
 
+@functools.lru_cache(maxsize=256)
 def compile_pattern(pattern: str) -> Callable[[str], bool]:
     """Turn a glob into a test of one layer name.
+
+    A part is tried once at each place where it may start, so that the time grows with the length
+    of the pattern times that of the name. A regular expression would try all combinations of
+    stars and of alternatives of different lengths.
 
     Args:
         pattern: the glob; see the module's docstring.
     Returns:
         A function of a whole layer name, true where the pattern matches.
     Raises:
-        PatternError: the pattern is malformed, or expands to too many alternatives.
+        PatternError: the pattern is malformed, or lists too many alternatives.
     """
-    fullmatch = _compile(pattern).fullmatch
-    return lambda name: fullmatch(name) is not None
+    shown = _shortened.repr(pattern)
+    _check(pattern, shown)
+    groups: list[_Group] = []
+    text = pattern
+    try:
+        while braces := _BRACES.search(text):
+            groups.append(_group(braces[1], groups, shown))
+            read = chr(_FIRST + len(groups) - 1)
+            text = f"{text[: braces.start()]}{read}{text[braces.end() :]}"
+        if sum(group.num_words for group in groups) > MAX_ALTERNATIVES:
+            raise bracex.ExpansionLimitException
+    except bracex.ExpansionLimitException:
+        what = f"the braces of {shown} list more than {MAX_ALTERNATIVES} alternatives"
+        raise PatternError(f"{what}; use '*' or a shorter range") from None
+    _refuse("{},", text, shown)
+    if sum(group.num_tests for group in groups) > MAX_TESTS:
+        what = f"{shown} has more than {MAX_TESTS} braces, or wildcards within them"
+        raise PatternError(f"{what}; write several patterns")
+    ends = _sequence(_parts(text, groups))
+    return lambda name: len(name) in ends(name, (0,))
 
 
-@functools.lru_cache(maxsize=4096)
-def _compile(pattern: str) -> re.Pattern[str]:
+def _check(pattern: str, shown: str) -> None:
+    """Check everything but the braces."""
     if not pattern:
         raise PatternError("an empty pattern matches no layer; write '*' for all of them")
     if len(pattern) > MAX_PATTERN_LENGTH:
+        what = f"a pattern of {len(pattern)} characters is too long"
         raise PatternError(
-            f"a pattern of {len(pattern)} characters is too long (expected {MAX_PATTERN_LENGTH} "
-            "at most); write several patterns"
+            f"{what} (expected {MAX_PATTERN_LENGTH} at most); write several patterns"
         )
     if pattern.startswith("re:"):
-        raise PatternError(f"{pattern!r} is a regular expression (expected a glob)")
-    translator = _Translator(pattern)
-    return re.compile(translator.translate(), re.DOTALL)
-
-
-class _Translator:
-    """Recursive descent over one glob; keeps braces as alternations, so that they never multiply.
-
-    `*` followed by text of one fixed length is compiled to a possessive search: the first place
-    where that text occurs serves as well as any later one. Only the rest can backtrack, and their
-    number is limited.
-    """
-
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
-        self.shown = _shortened.repr(pattern)
-        self.at = 0
-        self.alternatives = 0
-        self.backtracking = 0
-
-    def translate(self) -> str:
-        parts, stops = self._sequence(depth=0)
-        assert not stops
-        segments = [
-            list(segment)
-            for is_star, segment in itertools.groupby(parts, key=lambda part: part is _STAR)
-            if not is_star
-        ]
-        if not segments:
-            return ".*"
-        begins_with_star, ends_with_star = parts[0] is _STAR, parts[-1] is _STAR
-        text = "" if begins_with_star else _join(segments.pop(0))
-        tail = ""
-        if not ends_with_star and segments:
-            tail = ".*" + _join(segments.pop())
-        for number, segment in enumerate(segments):
-            text += self._search(segment, number)
-        return text + (".*" if ends_with_star else tail)
-
-    def _search(self, segment: list[_Part], number: int) -> str:
-        body = _join(segment)
-        if all(part.length is not None for part in segment):
-            return f"(?=(?P<s{number}>.*?{body}))(?P=s{number})"
-        self._count_star()
-        return f".*?{body}"
-
-    def _count_star(self) -> None:
-        self.backtracking += 1
-        if self.backtracking > MAX_BACKTRACKING_STARS:
+        raise PatternError(f"{shown} is a regular expression (expected a glob)")
+    for token in _SET.findall(pattern):
+        members = token[1:-1].removeprefix("!")
+        if not members or re.search(r"[\[{},^\\!]", members):
             raise PatternError(
-                f"{self.shown} has more than {MAX_BACKTRACKING_STARS} stars within or before "
-                "braces; write several patterns"
+                f"'{token}' in {shown} is not a set of characters "
+                "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')"
             )
-
-    def _sequence(self, depth: int) -> tuple[list[_Part], str]:
-        """Read up to the end, or inside braces up to `,` or `}`, which is returned."""
-        parts: list[_Part] = []
-        while self.at < len(self.pattern):
-            character = self.pattern[self.at]
-            if depth and character in ",}":
-                return parts, character
-            self.at += 1
-            if character == "*":
-                if not parts or parts[-1] is not _STAR:
-                    parts.append(_STAR)
-            elif character == "?":
-                parts.append(_Part(".", 1))
-            elif character == "[":
-                parts.append(self._set())
-            elif character == "{":
-                parts.append(self._braces(depth + 1))
-            else:
-                parts.append(self._literal(character))
-        if depth:
-            raise PatternError(f"{self.shown} opens a '{{' that nothing closes")
-        return parts, ""
-
-    def _literal(self, character: str) -> _Part:
-        if character in "]}":
-            raise PatternError(f"{self.shown} has a {character!r} that closes nothing")
-        if character == ",":
+        for first, last in re.findall("(.)-(.)", members):
+            if first > last:
+                what = f"'{token}' in {shown} counts backwards; write '{last}-{first}'"
+                raise PatternError(what)
+    outside = _SET.sub("", pattern)
+    _refuse("[]", outside, shown)
+    for character in outside:
+        if character in "\\^$()|+":
             raise PatternError(
-                f"{self.shown} has a ',' outside braces; write a list of patterns, or {{a,b}}"
-            )
-        if character in _REGEX_HINTS:
-            raise PatternError(
-                f"{self.shown} has {character!r}, which no layer name has; patterns are globs, "
+                f"{shown} has {character!r}, which no layer name has; patterns are globs, "
                 "not regular expressions: '*', '?', '[…]', '{a,b}', '{0..15}'"
             )
         if character.isspace() or not character.isprintable():
-            raise PatternError(f"{self.shown} has {character!r}, which no layer name has")
-        return _Part(re.escape(character), 1)
-
-    def _set(self) -> _Part:
-        end = self.pattern.find("]", self.at + 1)
-        if end < 0:
-            raise PatternError(f"{self.shown} opens a '[' that nothing closes")
-        content = self.pattern[self.at : end]
-        self.at = end + 1
-        negated = content.startswith("!")
-        members = content[1:] if negated else content
-        if not members or any(character in "[]{},^\\!" for character in members):
-            raise PatternError(
-                f"'[{content}]' in {self.shown} is not a set of characters "
-                "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')"
-            )
-        text, at = "", 0
-        while at < len(members):
-            if members[at + 1 : at + 2] == "-" and at + 2 < len(members):
-                first, last = members[at], members[at + 2]
-                if first > last:
-                    raise PatternError(
-                        f"'[{content}]' in {self.shown} counts backwards; write '{last}-{first}'"
-                    )
-                text += f"{re.escape(first)}-{re.escape(last)}"
-                at += 3
-            else:
-                text += re.escape(members[at])
-                at += 1
-        return _Part(f"[{'^' if negated else ''}{text}]", 1)
-
-    def _braces(self, depth: int) -> _Part:
-        if depth > MAX_DEPTH:
-            raise PatternError(
-                f"{self.shown} nests braces more than {MAX_DEPTH} deep; write several patterns"
-            )
-        end = self.pattern.find("}", self.at)
-        content = self.pattern[self.at : end] if end >= 0 else ""
-        if _RANGE.fullmatch(content):
-            self.at = end + 1
-            return self._range(content)
-        if ".." in content and not any(character in "{," for character in content):
-            raise PatternError(
-                f"'{{{content}}}' in {self.shown} is not a range (expected '{{0..15}}')"
-            )
-        return self._choice(depth)
-
-    def _choice(self, depth: int) -> _Part:
-        start = self.at - 1
-        choices: list[_Part] = []
-        stop = ","
-        while stop == ",":
-            begin = self.at
-            parts, stop = self._sequence(depth)
-            if _RANGE.fullmatch(word := self.pattern[begin : self.at]):
-                raise PatternError(
-                    f"'{word}' in {self.shown} is no range beside a ',' "
-                    f"(expected '{{{word}}}' there)"
-                )
-            for _ in range(sum(part is _STAR for part in parts)):
-                self._count_star()
-            self._count_alternatives(1)
-            lengths = [part.length for part in parts]
-            length = None if None in lengths else sum(n for n in lengths if n is not None)
-            choices.append(_Part(_join(parts), length))
-            self.at += 1
-        if len(choices) < 2:
-            text = self.pattern[start : self.at]
-            raise PatternError(
-                f"{text!r} in {self.shown} leaves nothing to choose "
-                "(expected '{a,b}' or '{0..15}'); leave the braces out"
-            )
-        fixed = {choice.length for choice in choices}
-        return _Part(
-            f"(?:{'|'.join(choice.text for choice in choices)})",
-            fixed.pop() if len(fixed) == 1 else None,
-        )
-
-    def _range(self, content: str) -> _Part:
-        try:
-            words = bracex.expand(f"{{{content}}}", limit=MAX_ALTERNATIVES)
-        except bracex.ExpansionLimitException:
-            self._count_alternatives(MAX_ALTERNATIVES + 1)
-            raise
-        if words == [f"{{{content}}}"]:
-            raise PatternError(
-                f"'{{{content}}}' in {self.shown} is not a range (expected '{{0..15}}')"
-            )
-        self._count_alternatives(len(words))
-        lengths = {len(word) for word in words}
-        text = "|".join(re.escape(word) for word in words)
-        return _Part(f"(?:{text})", lengths.pop() if len(lengths) == 1 else None)
-
-    def _count_alternatives(self, count: int) -> None:
-        self.alternatives += count
-        if self.alternatives > MAX_ALTERNATIVES:
-            raise PatternError(
-                f"the braces of {self.shown} list more than {MAX_ALTERNATIVES} alternatives; "
-                "use '*' or a shorter range"
-            )
+            raise PatternError(f"{shown} has {character!r}, which no layer name has")
 
 
-class _Part:
-    """A piece of regular expression, and how many characters it takes where that is fixed."""
-
-    __slots__ = ("length", "text")
-
-    def __init__(self, text: str, length: int | None) -> None:
-        self.text = text
-        self.length = length
+def _refuse(characters: str, text: str, shown: str) -> None:
+    for character in characters:
+        if character in text:
+            raise PatternError(f"{shown} {_MISTAKES[character]}")
 
 
-_STAR = _Part(".*?", None)
+def _group(content: str, groups: Sequence[_Group], shown: str) -> _Group:
+    """Read what stands in braces; other braces within it were read before."""
+    inner = [groups[ord(read) - _FIRST] for read in re.findall(_READ, content)]
+    depth = 1 + max((group.depth for group in inner), default=0)
+    if depth > MAX_DEPTH:
+        what = f"{shown} nests braces more than {MAX_DEPTH} deep"
+        raise PatternError(f"{what}; write several patterns")
+    words = content.split(",")
+    ranges = [word for word in words if _RANGE.fullmatch(word)]
+    if ranges and len(words) > 1:
+        what = f"'{ranges[0]}' in {shown} is no range beside a ','"
+        raise PatternError(f"{what} (expected '{{{ranges[0]}}}' there)")
+    if ranges:
+        words = bracex.expand(f"{{{content}}}", limit=MAX_ALTERNATIVES)
+    elif len(words) == 1:
+        text = _shortened.repr(f"{{{re.sub(_READ, '{…}', content)}}}")
+        if ".." in content and not inner:
+            raise PatternError(f"{text} in {shown} is not a range (expected '{{0..15}}')")
+        what = f"{text} in {shown} leaves nothing to choose"
+        raise PatternError(f"{what} (expected '{{a,b}}' or '{{0..15}}'); leave the braces out")
+    plain: dict[int, set[str]] = {}
+    wild: list[list[_Part]] = []
+    for word in words:
+        if _WILDCARD.search(word):
+            wild.append(_parts(word, groups))
+        else:
+            plain.setdefault(len(word), set()).add(word)
+    num_tests = len(plain) + sum(len(parts) for parts in wild)
+    return _Group(_any_of(plain, wild), len(words), num_tests, depth)
 
 
-def _join(parts: Iterable[_Part]) -> str:
-    return "".join(part.text for part in parts)
+def _parts(text: str, groups: Sequence[_Group]) -> list[_Part]:
+    """The parts of a text in which a character stands for each braces."""
+    parts: list[_Part] = []
+    for piece in _PIECE.findall(text):
+        if re.fullmatch(_READ, piece):
+            parts.append(groups[ord(piece) - _FIRST].part)
+        else:
+            parts.append(_star if piece[0] == "*" else _fixed(piece))
+    return parts
+
+
+def _sequence(parts: Sequence[_Part]) -> _Part:
+    def ends(name: str, starts: Collection[int]) -> Collection[int]:
+        for part in parts:
+            if not starts:
+                break
+            starts = part(name, starts)
+        return starts
+
+    return ends
+
+
+def _any_of(plain: dict[int, set[str]], wild: Sequence[Sequence[_Part]]) -> _Part:
+    """Any of some words, by their length, and of some sequences of parts."""
+    others = [_sequence(parts) for parts in wild]
+
+    def ends(name: str, starts: Collection[int]) -> Collection[int]:
+        found = {
+            at + length
+            for length, words in plain.items()
+            for at in starts
+            if name[at : at + length] in words
+        }
+        return found.union(*(part(name, starts) for part in others))
+
+    return ends
+
+
+def _star(name: str, starts: Collection[int]) -> Collection[int]:
+    return range(min(starts), len(name) + 1)
+
+
+def _fixed(text: str) -> _Part:
+    """A text of one length: characters, `?` and sets."""
+    length = len(_SET.sub("?", text))
+    if _WILDCARD.search(text):
+        match = re.compile(fnmatch.translate(text)).match
+        return lambda name, starts: {at + length for at in starts if match(name, at, at + length)}
+
+    def ends(name: str, starts: Collection[int]) -> Collection[int]:
+        if not isinstance(starts, range):
+            return [at + length for at in starts if name.startswith(text, at)]
+        found = []
+        at = name.find(text, starts[0])
+        while at >= 0:
+            found.append(at + length)
+            at = name.find(text, at + 1)
+        return found
+
+    return ends
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
@@ -286,13 +250,10 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     shapes: dict[str, list[str]] = {}
     for candidate in candidates:
         shapes.setdefault(without_numbers(candidate), []).append(candidate)
-    wanted = _shape(name)
-    scored = [(_likeness(wanted, shape), shape) for shape in shapes]
-    best = sorted((pair for pair in scored if pair[0] >= 0.6), key=lambda pair: (-pair[0], pair[1]))
-    found: list[str] = []
-    for _, shape in best[:n]:
-        found.append(_same_numbers(name, shapes[shape]))
-    return found
+    wanted, numbers = _shape(name), _NUMBER.findall(name)
+    best = sorted((-_likeness(wanted, shape), shape) for shape in shapes)[:n]
+    alike = [shapes[shape] for likeness, shape in best if likeness <= -0.6]
+    return [next((c for c in some if _NUMBER.findall(c) == numbers), some[0]) for some in alike]
 
 
 def without_numbers(name: str) -> str:
@@ -317,11 +278,3 @@ def _likeness(wanted: str, shape: str) -> float:
         window = ".".join(has[-parts:])
         ratio = max(ratio, 0.95 * difflib.SequenceMatcher(None, bare, window).ratio())
     return ratio
-
-
-def _same_numbers(name: str, candidates: list[str]) -> str:
-    numbers = _NUMBER.findall(name)
-    for candidate in candidates:
-        if _NUMBER.findall(candidate) == numbers:
-            return candidate
-    return candidates[0]

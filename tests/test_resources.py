@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import configparser
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import mixedprec_plugin
 from mixedprec_plugin.resources import config_path, preset_dir, preset_names, schema_path
 
 PACKAGE = Path(mixedprec_plugin.__file__).parent
-SETUP = PACKAGE.parent / "setup.cfg"
+SETUP = PACKAGE.parent / "setup.py"
 
 
 def test_schemas_and_presets_are_found() -> None:
@@ -20,15 +21,21 @@ def test_schemas_and_presets_are_found() -> None:
 
 
 @pytest.mark.skipif(not SETUP.is_file(), reason="not run from a checkout")
-def test_setup_lists_every_package() -> None:
-    setup = configparser.ConfigParser()
-    setup.read(SETUP)
-    listed = set(setup["options"]["packages"].split())
+def test_setup_installs_every_package() -> None:
+    code = (
+        "import setuptools\n"
+        "from distutils.core import run_setup\n"
+        "print(*run_setup('setup.py', stop_after='config').packages)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=SETUP.parent, capture_output=True, text=True, check=True
+    )
     there = {
         ".".join(init.parent.relative_to(PACKAGE.parent).parts)
         for init in PACKAGE.rglob("__init__.py")
     }
-    assert listed == there | {"mixedprec_plugin.configs", "mixedprec_plugin.schemas"}
+    data = {"mixedprec_plugin.configs", "mixedprec_plugin.schemas"}
+    assert set(run.stdout.split()) == there | data
 
 
 @pytest.mark.skipif(not SETUP.is_file(), reason="not run from a checkout")

@@ -19,7 +19,8 @@ from benchmarks.families.reference import Run, run_reference
 from benchmarks.families.trace import Trace, join
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.plan.model import Device, Plan, Target
+from mixedprec_plugin.methods.interface import Device, Target
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from array import array
 from pathlib import Path
@@ -24,8 +25,12 @@ def warm_up() -> None:
     import sglang.benchmark.one_batch
     import sglang.srt.models.registry  # noqa: F401
 
-    import mixedprec_plugin.cpu.configs
     import mixedprec_plugin.serving.loader  # noqa: F401
+    from mixedprec_plugin.methods.registry import METHODS
+
+    for spec in METHODS.values():
+        if spec.sglang:
+            importlib.import_module(spec.sglang)
 
 
 def server_args(

@@ -22,7 +22,7 @@ from benchmarks.reference_layers import (
     replace_layer,
 )
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.plan.architecture import ExpertShard
+from mixedprec_plugin.families.names import ExpertShard
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,10 +94,8 @@ def _stock_loader() -> Any:
 def _own_loader(preset: str) -> Any:
     from sglang.srt.configs.load_config import LoadConfig
 
-    from mixedprec_plugin.serving import early
     from mixedprec_plugin.serving.loader import MixedPrecisionLoader
 
-    early._last = None  # planning is part of loading
     extra = json.dumps({"mixedprec_config": preset})
     config = LoadConfig(load_format=MixedPrecisionLoader, model_loader_extra_config=extra)
     return MixedPrecisionLoader(config)

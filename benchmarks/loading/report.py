@@ -9,6 +9,9 @@ from importlib.metadata import version
 from benchmarks.loading.loads import Load
 
 _MIB = 2**20
+# what a load of large tensors may take
+MAX_RATIOS = {"warm": 1.15, "cold": 1.0}
+MAX_PEAK_BYTES = 64 * _MIB
 
 
 def median(loads: Sequence[Load], loader: str, cache: str, field: str = "seconds") -> float:
@@ -21,10 +24,15 @@ def ratio(loads: Sequence[Load], cache: str) -> float:
     return median(loads, "mixedprec", cache) / median(loads, "stock", cache)
 
 
-def is_met(loads: Sequence[Load], cache: str) -> bool:
-    """Whether our median is no more than what a quarter of SGLang's own loads take."""
-    stock = statistics.quantiles(_values(loads, "stock", cache, "seconds"), n=4)
-    return median(loads, "mixedprec", cache) <= stock[2]
+def is_met(loads: Sequence[Load]) -> bool:
+    """Whether our medians over SGLang's own loader's, and our memory, keep to the limits."""
+    is_fast = all(ratio(loads, cache) <= limit for cache, limit in MAX_RATIOS.items())
+    return is_fast and peak_above(loads, "mixedprec") <= MAX_PEAK_BYTES
+
+
+def peak_above(loads: Sequence[Load], loader: str) -> int:
+    """Bytes beside the model, in the worst of one loader's loads."""
+    return max(x.peak - x.model for x in loads if x.loader == loader)
 
 
 def _values(loads: Sequence[Load], loader: str, cache: str, field: str) -> list[float]:
@@ -51,10 +59,7 @@ def tables(results: Mapping[str, Sequence[Load]]) -> str:
         "|---|--:|--:|--:|",
     ]
     for name, loads in results.items():
-        peaks = [
-            max(x.peak - x.model for x in loads if x.loader == loader) / _MIB
-            for loader in ("stock", "mixedprec")
-        ]
+        peaks = [peak_above(loads, loader) / _MIB for loader in ("stock", "mixedprec")]
         model = loads[0].model / _MIB
         lines.append(f"| {name} | {model:.1f} | {peaks[0]:.1f} | {peaks[1]:.1f} |")
     return "\n".join(lines) + "\n"
@@ -68,7 +73,9 @@ def _spread(loads: Sequence[Load], loader: str, cache: str) -> str:
 def page(results: Mapping[str, Sequence[Load]]) -> str:
     """The whole page."""
     repetitions = len(_values(next(iter(results.values())), "stock", "warm", "seconds"))
-    return _PAGE.format(sglang=version("sglang"), tables=tables(results), repetitions=repetitions)
+    return _PAGE.format(
+        sglang=version("sglang"), tables=tables(results), repetitions=repetitions, **MAX_RATIOS
+    )
 
 
 _PAGE = """# How long loading takes
@@ -92,20 +99,11 @@ ours.
 - *CPU seconds*: of all threads. Ours also looks for weights that are NaN or infinite, and counts
   what each weight loader writes.
 
-The two large models take about what stock takes, or less: from the page cache 0.55 to 0.95 of it
-(bf16) and 0.91 to 1.03 (FP8, a tie) in several runs, from the disk 0.8 to 0.9, though every weight
-is looked at.
-Weights are read straight into the parameters by threads, and by the main one too as soon as it
-would wait. On one of the two cores of this table a GiB takes 0.45 to 0.5 s to be written to fresh
-memory page by page, as stock does; 0.40 s if the kernel brings in fresh pages at once and reads the
-file into them; 0.27 s if it hands out pages that are copies of the page cache's from the start
-(userfaultfd, for pieces of 3 MiB and more, where the system lets us); and 0.06 s to be looked at,
-FP8 0.1 s. Without userfaultfd, as in most containers, both took 0.98 of stock's time (9 loads
-each).
-
-A small model shows from the page cache what is there before a byte is read, 0.06 s for SmolLM2: the
-plan, and the count of what each weight loader writes. One of very many tiny tensors shows what a
-tensor costs beside its bytes, 0.1 ms, of which stock has the half.
+Tensors are mapped by the safetensors library, as SGLang's own loader does, looked at, and copied
+once by the parameters' own weight loaders. A file is opened anew after every 32 MiB, so that pages
+that were copied do not stay in memory. For the two large models {warm} of SGLang's time from the
+page cache, {cold} from the disk, and 64 MiB beside the model are the limits that the measurement
+holds ours to.
 
 {tables}
 """

@@ -30,10 +30,10 @@ from benchmarks.third_party.make import MADE, make, weights_bytes
 from benchmarks.third_party.recipes import RECIPES
 from benchmarks.third_party.reference import reference
 from demo.model import checkpoint
-from mixedprec_plugin.checkpoint.formats import detect_format
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.lazy import load_object
+from mixedprec_plugin.methods.recognition import recognize
+from mixedprec_plugin.quantize.codec import load_codec
 
 NUM_TOKENS = 512
 _NUMBER = re.compile(r"\d+")
@@ -73,14 +73,13 @@ def compare_dequantizers(folder: Path, dense: Tensors) -> Dequantized:
     with Reader() as reader:
         for layer, headers in source.layers.items():
             tensors = {suffix: reader.read(header) for suffix, header in headers.items()}
-            stored = detect_format(headers, source.quantization_config, layer)
+            stored = recognize(headers, source.quantization_config, layer)
             if stored is not None:
                 formats[stored.description] += 1
                 disagreements.update(stored.disagreements)
-                if stored.dequantizer:
-                    dequantize = load_object(stored.dequantizer)
-                    weight = dequantize(tensors, stored.dequantizer_arguments)
-                    tensors = {"weight": weight}
+                if stored.codec:
+                    numbers = load_codec(stored.codec).read(tensors, stored.how)
+                    tensors = {"weight": numbers.dequantize()}
                 elif not tensors["weight"].is_floating_point():
                     raise ValueError(f"{layer}: {stored.description} cannot be dequantized")
             for suffix, tensor in tensors.items():

@@ -29,7 +29,8 @@ from demo.model import checkpoint
 from demo.server import Server
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
-from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 

@@ -1,7 +1,9 @@
 """Reading checkpoints.
 
-headers   one safetensors file: names, dtypes, shapes, byte ranges, without torch
+headers   one safetensors file: names, dtypes, shapes, bytes, without torch
 source    a folder: index, config.json, layers and the tensors they own
 formats   the format that a layer is stored in, told from its tensors, held against config.json
-reader    bytes -> torch tensors
+values    small tensors for planning, without torch
+reader    torch tensors, through the safetensors library
+hub       the same files on the Hugging Face Hub
 """

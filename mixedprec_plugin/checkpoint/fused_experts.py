@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mixedprec_plugin.checkpoint.config import text_config
 from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.families.config import text_config
 
 _HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _SUFFIXES = {"": "weight", "_scale_inv": "weight_scale_inv", "_bias": "bias"}
@@ -103,6 +103,5 @@ def _slice(tensor: StoredTensor, name: str, number: int, num_halves: int) -> Sto
     num_experts, rows, *rest = tensor.shape
     num_bytes = tensor.num_bytes // (num_experts * num_halves)
     start = tensor.start + number * num_bytes
-    return StoredTensor(
-        name, tensor.dtype, (rows // num_halves, *rest), tensor.path, start, num_bytes
-    )
+    shape = (rows // num_halves, *rest)
+    return StoredTensor(name, tensor.dtype, shape, tensor.path, start, num_bytes, tensor)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Pause the cyclic garbage collector: it would walk the growing objects again and again.
 
     What a plan is made of holds no cycles; a third of the time of a large one would go there.

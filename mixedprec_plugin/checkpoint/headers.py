@@ -1,35 +1,33 @@
-"""The header of a safetensors file, checked, without reading a weight."""
+"""One safetensors file, without torch: its header, by the safetensors library, and its bytes.
+
+Bytes are plain reads: without torch the library gives none of the dtypes that numpy lacks.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from safetensors import SafetensorError, safe_open
 
 from mixedprec_plugin.errors import CheckpointError, Problem
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from typing_extensions import Buffer
+
 # bits an element; https://github.com/huggingface/safetensors, `Dtype`
 DTYPE_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
-# the library refuses longer headers; so do we, before a corrupt length makes us read gigabytes
-MAX_HEADER_BYTES = 100_000_000
+    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+CHANGED = "it changed while it was read; download it again"
 
 
 class StoredTensor(NamedTuple):
@@ -40,8 +38,9 @@ class StoredTensor(NamedTuple):
         dtype: safetensors dtype name, such as `BF16`.
         shape: as stored.
         path: the file.
-        start: offset of the first byte in the file.
+        start: offset of the first byte, counted from the end of the file's header.
         num_bytes: length.
+        part_of: the tensor of the file that this one is a run of bytes of; None if it is whole.
     """
 
     name: str
@@ -50,79 +49,114 @@ class StoredTensor(NamedTuple):
     path: Path
     start: int
     num_bytes: int
+    part_of: StoredTensor | None = None
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Read the header of one safetensors file.
 
     Returns:
-        tensor name -> where it lies.
+        tensor name -> where it lies, in the order of the file.
     Raises:
         CheckpointError: the file is missing, truncated, or no safetensors file.
-    Source:
-        https://github.com/huggingface/safetensors#format: 8 bytes little-endian header length,
-        the JSON header, then the tensors' bytes, back to back.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            return parse_header(file, size, path)
-    except OSError as error:
-        raise CheckpointError(
-            Problem(str(path), f"cannot be read ({error.strerror})", "download it again", "file")
-        ) from error
+    with open_tensors(path, "numpy") as file:
+        pieces = ((name, file.get_slice(name)) for name in file.offset_keys())
+        return lay_out(((name, x.get_dtype(), x.get_shape()) for name, x in pieces), path)
 
 
-def parse_header(file: BinaryIO, size: int, path: Path) -> dict[str, StoredTensor]:
-    """Read the header of a safetensors file that is open at its beginning.
+def open_tensors(path: Path, framework: str, remedy: str = "download the file again") -> safe_open:
+    """Open a safetensors file; the library checks its header.
 
     Args:
-        size: of the whole file, in bytes.
-        path: where the file lies, or will.
-    Returns:
-        tensor name -> where it lies.
+        framework: `pt`, which imports torch, or `numpy`.
+        remedy: what to do where the file is not as it should be.
     Raises:
-        CheckpointError: the file is truncated, or no safetensors file.
-        OSError: it cannot be read.
+        CheckpointError: as `read_header` does.
     """
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        raise _damaged(path, f"{size:,} bytes do not hold a safetensors header")
     try:
-        header = json.loads(file.read(length))
-    except ValueError as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
-    tensors = {
-        name: _stored_tensor(name, entry, path, data_start=8 + length)
-        for name, entry in header.items()
-    }
-    end = max((t.start + t.num_bytes for t in tensors.values()), default=8 + length)
-    if end != size:
-        state = "truncated" if size < end else "longer than its header says"
-        raise _damaged(path, f"it is {state}: {size:,} bytes (expected {end:,})")
+        # the library says of every file that it cannot open that there is none
+        with path.open("rb"):
+            return safe_open(path, framework=framework)
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise CheckpointError(Problem(str(path), what, remedy, "file")) from error
+    except SafetensorError as error:
+        what = _wrong_size(path, error) or _refusal(error)
+        raise CheckpointError(Problem(str(path), what, remedy, "file")) from error
+
+
+def lay_out(
+    entries: Iterable[tuple[str, str, Sequence[int]]], path: Path
+) -> dict[str, StoredTensor]:
+    """Tell where tensors lie whose bytes follow each other without a gap, as the format demands.
+
+    Args:
+        entries: name, dtype and shape, in the order of the file.
+    Raises:
+        CheckpointError: a dtype is unknown, or a tensor ends within a byte.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    start = 0
+    for name, dtype, shape in entries:
+        num_bytes, rest = divmod(math.prod(shape) * DTYPE_BITS.get(dtype, 0), 8)
+        if rest or dtype not in DTYPE_BITS:
+            what = f"{name!r} is {dtype!r} {list(shape)} (expected whole bytes of a known dtype)"
+            raise damaged(path, what)
+        tensors[name] = StoredTensor(name, dtype, tuple(shape), path, start, num_bytes)
+        start += num_bytes
     return tensors
 
 
-def _stored_tensor(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
-    try:
-        dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
-        begin, end = map(int, entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"its entry for {name!r} is malformed") from error
-    if dtype in DTYPE_BITS:
-        num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
-        if end - begin != num_bytes or begin < 0 or min(shape, default=0) < 0:
-            raise _damaged(
-                path,
-                f"{name!r} spans {end - begin:,} bytes "
-                f"(expected {num_bytes:,} for {dtype} {shape})",
-            )
-    return StoredTensor(name, dtype, shape, path, data_start + begin, end - begin)
+def _refusal(error: SafetensorError) -> str:
+    reason = str(error).removeprefix("Error while deserializing header: ")
+    return f"safetensors refuses its header ({reason})"
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def _wrong_size(path: Path, error: SafetensorError) -> str:
+    """Say by how much a file is too short or too long; empty where something else is wrong."""
+    if "not fully covered" not in str(error):
+        return ""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    size = path.stat().st_size
+    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    state = "truncated" if size < end else "longer than its header says"
+    return f"it is {state}: {size:,} bytes (expected {end:,})"
+
+
+def damaged(path: Path, what: str) -> CheckpointError:
+    """The error of a file that is not what it should be."""
     return CheckpointError(Problem(str(path), what, "download the file again", "file"))
+
+
+def read_bytes(tensor: StoredTensor, start: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Read some bytes of a tensor, by a plain read, into memory of their own.
+
+    Args:
+        start: the first one, of the tensor's.
+    Raises:
+        CheckpointError: the file cannot be read or ends early.
+    """
+    import numpy as np
+
+    try:
+        with tensor.path.open("rb") as file:
+            header_bytes = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(header_bytes + tensor.start + start)
+            data = np.empty(num_bytes, dtype=np.uint8)
+            count = file.readinto(cast("Buffer", data))
+    except OSError as error:
+        what = f"{tensor.name!r} cannot be read ({error.strerror})"
+        remedy = "check the disk, and download the file again"
+        raise CheckpointError(Problem(str(tensor.path), what, remedy, "file")) from error
+    if count < num_bytes:
+        raise changed(tensor, f"ends inside {tensor.name!r}")
+    return data
+
+
+def changed(tensor: StoredTensor, what: str) -> CheckpointError:
+    """The error of a file that is not what its header said when the plan was made."""
+    return CheckpointError(Problem(str(tensor.path), what, CHANGED, "file"))

@@ -11,9 +11,8 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor, parse_header
+from mixedprec_plugin.checkpoint.headers import StoredTensor, damaged, lay_out
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -35,14 +34,11 @@ def snapshot_folder(repo_id: str, revision: str | None) -> Path:
         CheckpointError: there is no such repository or revision, or offline the cache lacks it.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with _reaching(repo_id, revision):
         return Path(
             snapshot_download(repo_id, revision=revision, allow_patterns=list(_SMALL_FILES))
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise _unreachable(repo_id, revision, error) from error
 
 
 def repository_of(folder: Path) -> tuple[str, str] | None:
@@ -73,33 +69,45 @@ def read_remote_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the file cannot be reached, or is no safetensors file.
     """
-    with _opened(path) as (file, size):
-        return parse_header(file, size, path)
-
-
-def read_remote(path: Path, start: int, num_bytes: int) -> bytes:
-    """Read a range of a file over the network.
-
-    Raises:
-        CheckpointError: the file cannot be reached.
-    """
-    with _opened(path) as (file, _):
-        file.seek(start)
-        return file.read(num_bytes)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A file of the Hub and its size; ranges of it are fetched as they are read."""
-    from huggingface_hub import HfFileSystem
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
 
     repo_id, commit = _repository(path)
     try:
-        with HfFileSystem().open(f"{repo_id}@{commit}/{path.name}", "rb") as file:
-            yield cast(BinaryIO, file), int(file.size)
-    except (HfHubHTTPError, OSError) as error:
-        raise _unreachable(f"{repo_id}/{path.name}", commit, error) from error
+        with _reaching(f"{repo_id}/{path.name}", commit):
+            said = HfApi().parse_safetensors_file_metadata(repo_id, path.name, revision=commit)
+        entries = sorted(said.tensors.items(), key=lambda item: item[1].data_offsets)
+        header = lay_out(((name, x.dtype, x.shape) for name, x in entries), path)
+    except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:
+        # only the first of these is huggingface_hub's word for it
+        raise damaged(path, f"its header is malformed ({error})") from error
+    for name, entry in entries:
+        # of a file that it has not got, safetensors checks nothing
+        span = (header[name].start, header[name].start + header[name].num_bytes)
+        if entry.data_offsets != span or any(type(n) is not int or n < 0 for n in entry.shape):
+            raise damaged(path, f"{name!r} does not span the bytes of its dtype and shape")
+    return header
+
+
+def read_remote(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
+    """Read some bytes of a tensor over the network.
+
+    Args:
+        start: the first one, of the tensor's.
+    Raises:
+        CheckpointError: the file cannot be reached.
+    """
+    from huggingface_hub import HfFileSystem
+
+    repo_id, commit = _repository(tensor.path)
+    what = f"{repo_id}/{tensor.path.name}"
+    with (
+        _reaching(what, commit),
+        HfFileSystem().open(f"{repo_id}@{commit}/{tensor.path.name}", cache_type="none") as file,
+    ):
+        first = 8 + int.from_bytes(file.read(8), "little") + tensor.start + start
+        file.seek(first)
+        return bytes(file.read(num_bytes))
 
 
 def fetch_if_missing(path: Path) -> None:
@@ -111,13 +119,10 @@ def fetch_if_missing(path: Path) -> None:
     if not is_remote(path):
         return
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     repo_id, commit = _repository(path)
-    try:
+    with _reaching(f"{repo_id}/{path.name}", commit):
         hf_hub_download(repo_id, path.name, revision=commit)
-    except (HfHubHTTPError, OSError) as error:
-        raise _unreachable(f"{repo_id}/{path.name}", commit, error) from error
 
 
 def _repository(path: Path) -> tuple[str, str]:
@@ -126,14 +131,22 @@ def _repository(path: Path) -> tuple[str, str]:
     return repository
 
 
-def _unreachable(what: str, revision: str | None, error: Exception) -> CheckpointError:
-    first_line = str(error).strip().partition("\n")[0]
-    at = f" at revision {revision!r}" if revision else ""
-    return CheckpointError(
-        Problem(
-            what,
-            f"cannot be had from the Hugging Face Hub{at} ({type(error).__name__}: {first_line})",
-            "check the id, the revision, the network and the token, or give a local folder",
-            "hub",
-        )
-    )
+@contextlib.contextmanager
+def _reaching(what: str, revision: str | None) -> Iterator[None]:
+    """Say of what is asked of the Hub why it cannot be had; a lost connection is httpx's error."""
+    from httpx import HTTPError
+
+    try:
+        yield
+    except (HTTPError, OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        at = f" at revision {revision!r}" if revision else ""
+        raise CheckpointError(
+            Problem(
+                what,
+                "cannot be had from the Hugging Face Hub"
+                f"{at} ({type(error).__name__}: {first_line})",
+                "check the id, the revision, the network and the token, or give a local folder",
+                "hub",
+            )
+        ) from error

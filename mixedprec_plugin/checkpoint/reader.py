@@ -1,53 +1,48 @@
-"""Reading tensors: exactly the bytes that are asked for, each once.
+"""Reading tensors as torch's, through mappings of their files by the safetensors library.
 
-A large tensor is a private mapping of its own range of the file, brought in as a whole and gone
-with the tensor: its bytes are copied once, from the page cache to the parameter. Pages of a mapping
-count as the process's memory, as those of a buffer would. Small tensors are plain reads.
+Pages of a mapping count as the process's memory until it is closed: files are opened anew after
+every few MiB, which takes no time. Where nothing may be mapped, ranges of bytes are read instead:
+the library would read a whole tensor for a part of it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import mmap
 import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from safetensors import SafetensorError, safe_open
 
 from mixedprec_plugin.checkpoint.finite import check_finite
-from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.headers import (
+    CHANGED,
+    StoredTensor,
+    changed,
+    open_tensors,
+    read_bytes,
+)
 from mixedprec_plugin.checkpoint.hub import fetch_if_missing
-from mixedprec_plugin.checkpoint.pages import bring_in
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer, Self
+    from typing_extensions import Self
 
+# of the format's others torch has no dtype, or `check_finite` does not know what is not a number
 TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-}
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-# below, a mapping costs more than the copy that it saves
-_MAPPED_BYTES = 1 << 20
+# of mappings, before they are given up
+_MAPPED_BYTES = 32 << 20
+# less is copied out of a mapping
+_LARGE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Reading:
     """How files are read.
 
     Attributes:
-        may_map: whether large tensors may be mappings, and not reads into memory of their own.
+        may_map: whether tensors may be mappings, and not reads into memory of their own.
         drops_cache: whether the kernel is told in the end that it need not keep the files' pages.
     """
 
@@ -69,8 +64,6 @@ AS_USUAL = Reading()
 class Reader:
     """Reads tensors of safetensors files; keeps files open until it is closed.
 
-    Several threads may read at once.
-
     Args:
         how: how files are read.
     Example:
@@ -80,8 +73,10 @@ class Reader:
 
     def __init__(self, how: Reading = AS_USUAL) -> None:
         self._how = how
-        self._descriptors: dict[Path, int] = {}
-        self._opening: dict[Path, threading.Lock] = {}
+        # with their sizes: what lies behind the end of a mapped file must not be touched
+        self._files: dict[tuple[Path, int], safe_open] = {}
+        self._paths: set[Path] = set()
+        self._mapped_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -96,49 +91,60 @@ class Reader:
 
     def close(self) -> None:
         """Close all files."""
-        while self._descriptors:
-            _, descriptor = self._descriptors.popitem()
-            if self._how.drops_cache:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+        self._files.clear()
+        while self._paths and self._how.drops_cache:
+            with self._paths.pop().open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """Read one tensor into memory of its own.
+        """Read one tensor; what is written to it stays out of the file.
 
         Returns:
             the tensor on the CPU, with the stored dtype and shape.
         Raises:
-            CheckpointError: the file ends early or cannot be downloaded, or its dtype is none that
-                torch has.
+            CheckpointError: the file is not what it was or cannot be downloaded, or its dtype is
+                none that is read.
         """
         if tensor.dtype not in TORCH_DTYPES:
-            raise CheckpointError(
-                Problem(
-                    str(tensor.path), f"{tensor.name!r} is {tensor.dtype}, which torch cannot hold"
-                )
-            )
-        descriptor = self.descriptor(tensor.path)
-        if self.is_mapped(tensor):
-            mapped = map_file(descriptor, tensor)
-            value = view_mapped(mapped, tensor, _first_page(tensor))
-            with raising_unread(tensor):
-                bring_in(value.data_ptr(), tensor.num_bytes)
-            return value
-        buffer = np.empty(tensor.num_bytes, dtype=np.uint8)
-        read_into(buffer, descriptor, tensor)
+            what = f"{tensor.name!r} is {tensor.dtype} (expected {', '.join(TORCH_DTYPES)})"
+            raise CheckpointError(Problem(str(tensor.path), what))
+        if tensor.path not in self._paths:
+            fetch_if_missing(tensor.path)
+            self._paths.add(tensor.path)
+        if self._how.may_map:
+            return self._map(tensor)
+        data = read_bytes(tensor, 0, tensor.num_bytes)
         # one of no bytes has no stride to be viewed by
-        value = torch.from_numpy(buffer) if buffer.size else torch.empty(0, dtype=torch.uint8)
+        value = torch.from_numpy(data) if data.size else torch.empty(0, dtype=torch.uint8)
         return value.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
 
-    def is_mapped(self, tensor: StoredTensor) -> bool:
-        """Whether a tensor is read as a mapping."""
-        # a file written by hand may start its tensors anywhere
-        return (
-            self._how.may_map
-            and tensor.dtype in TORCH_DTYPES
-            and tensor.num_bytes >= _MAPPED_BYTES
-            and tensor.start % TORCH_DTYPES[tensor.dtype].itemsize == 0
-        )
+    def _map(self, tensor: StoredTensor) -> torch.Tensor:
+        whole = tensor
+        while whole.part_of is not None:
+            whole = whole.part_of
+        try:
+            stored = self._open(tensor).get_tensor(whole.name)  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
+            raise changed(tensor, str(error)) from error
+        value: torch.Tensor = stored.view(-1)
+        if (value.dtype, stored.shape) != (TORCH_DTYPES[whole.dtype], whole.shape):
+            raise changed(tensor, f"{whole.name!r} is another tensor now")
+        # nothing is read yet; get_slice() would put a part on torch's default device
+        first = (tensor.start - whole.start) // value.itemsize
+        value = value[first : first + tensor.num_bytes // value.itemsize].view(tensor.shape)
+        # norms are read again where columns are rescaled: what is written to one must not show
+        return value if tensor.num_bytes >= _LARGE_BYTES else value.clone()
+
+    def _open(self, tensor: StoredTensor) -> safe_open:
+        self._mapped_bytes += tensor.num_bytes
+        if self._mapped_bytes > _MAPPED_BYTES:
+            self._files.clear()
+            self._mapped_bytes = tensor.num_bytes
+        path = tensor.path
+        key = path, path.stat().st_size if path.exists() else 0
+        if key not in self._files:
+            self._files[key] = open_tensors(path, "pt", CHANGED)
+        return self._files[key]
 
     def read_finite(self, tensor: StoredTensor) -> torch.Tensor:
         """Read one tensor and see that all of its numbers are finite.
@@ -149,110 +155,3 @@ class Reader:
         value = self.read(tensor)
         check_finite(tensor, value)
         return value
-
-    def read_to_place(self, tensor: StoredTensor) -> torch.Tensor:
-        """Read one tensor that goes into the model as it is stored; see `read_finite`."""
-        return self.read_finite(tensor)
-
-    def descriptor(self, path: Path) -> int:
-        """Open a file, downloading it first where the cache has not got it; once.
-
-        Raises:
-            CheckpointError: it cannot be opened or downloaded.
-        """
-        with self._opening.setdefault(path, threading.Lock()):
-            if path not in self._descriptors:
-                fetch_if_missing(path)
-                try:
-                    self._descriptors[path] = os.open(path, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(
-                        Problem(
-                            str(path),
-                            f"cannot be read ({error.strerror})",
-                            "it was there when the plan was made; download it again",
-                            "file",
-                        )
-                    ) from error
-        return self._descriptors[path]
-
-
-def read_into(
-    buffer: npt.NDArray[np.uint8], descriptor: int, tensor: StoredTensor, start: int = 0
-) -> None:
-    """Fill a buffer with bytes of a tensor.
-
-    Args:
-        descriptor: of the tensor's file.
-        start: of the tensor's bytes, the first one to read.
-    Raises:
-        CheckpointError: the file ends early, or cannot be read.
-    """
-    view = memoryview(cast("Buffer", buffer))
-    done = 0
-    while done < buffer.size:
-        with raising_unread(tensor):
-            count = os.preadv(descriptor, [view[done:]], tensor.start + start + done)
-        if count == 0:
-            _raise_short(tensor)
-        done += count
-
-
-def view_mapped(mapped: mmap.mmap, tensor: StoredTensor, start: int = 0) -> torch.Tensor:
-    """Take a tensor out of a mapping of its file; nothing is read yet.
-
-    Args:
-        mapped: of the file, from byte `start` on; it lives as long as the tensor.
-        tensor: one that starts at a multiple of its element's size.
-    Raises:
-        CheckpointError: the mapping ends before the tensor.
-    """
-    offset = tensor.start - start
-    if len(mapped) < offset + tensor.num_bytes:
-        _raise_short(tensor)
-    data = torch.frombuffer(mapped, dtype=torch.uint8, count=tensor.num_bytes, offset=offset)
-    return data.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
-
-
-def map_file(descriptor: int, tensor: StoredTensor, *, is_whole: bool = False) -> mmap.mmap:
-    """Map a tensor's range of its file, from the start of its first page on, or all of it.
-
-    What is written to is a copy of its own: nobody can change the file.
-
-    Raises:
-        CheckpointError: the file ends early, or cannot be mapped.
-    """
-    first = 0 if is_whole else _first_page(tensor)
-    end = tensor.start + tensor.num_bytes
-    size = os.fstat(descriptor).st_size
-    if size < end:
-        _raise_short(tensor)
-    length = size if is_whole else end - first
-    with raising_unread(tensor):
-        return mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=first)
-
-
-def _first_page(tensor: StoredTensor) -> int:
-    return tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
-
-
-@contextlib.contextmanager
-def raising_unread(tensor: StoredTensor) -> Iterator[None]:
-    """Turn what the system says of a read into an error that names the tensor."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{tensor.name!r} cannot be read ({error.strerror})"
-        remedy = "check the disk, and download the file again"
-        raise CheckpointError(Problem(str(tensor.path), what, remedy, "file")) from error
-
-
-def _raise_short(tensor: StoredTensor) -> NoReturn:
-    raise CheckpointError(
-        Problem(
-            str(tensor.path),
-            f"ends inside {tensor.name!r}",
-            "it changed while it was read; download it again",
-            "file",
-        )
-    )

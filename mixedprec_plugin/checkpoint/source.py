@@ -13,7 +13,7 @@ from typing import Any
 from mixedprec_plugin.checkpoint import hub
 from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, split_experts, why_not_split
-from mixedprec_plugin.checkpoint.garbage import uncollected
+from mixedprec_plugin.checkpoint.garbage import gc_paused
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.errors import CheckpointError, Problem
 
@@ -97,7 +97,7 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
         )
     config = _read_json(folder / "config.json")
     has_index = (folder / INDEX_NAME).is_file()
-    with uncollected():
+    with gc_paused():
         tensors = _read_indexed(folder) if has_index else _read_folder(folder)
     return Source(name, folder, MappingProxyType(config), MappingProxyType(tensors))
 
@@ -109,7 +109,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             Problem(str(path), f"cannot be read ({error.strerror})", "download it", "file")
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             Problem(str(path), f"is not JSON ({error})", "download it again", "file")
         ) from error
@@ -125,6 +125,8 @@ def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             Problem(str(folder / INDEX_NAME), "has no weight_map", "download it again", "file")
         )
+    # what is no text is no file's name either
+    weight_map = {name: str(file_name) for name, file_name in weight_map.items()}
     problems: list[Problem] = []
     headers: dict[str, dict[str, StoredTensor]] = {}
     for file_name in sorted(set(weight_map.values())):
@@ -197,8 +199,8 @@ def _header(path: Path) -> dict[str, StoredTensor]:
 
 def _inside(folder: Path, file_name: str) -> Path:
     """The file beside an index that the index names, if it is one that lies there."""
-    path = folder / file_name
-    if Path(file_name).name != file_name:
+    # names that no file can have hold NUL or halves of characters
+    if Path(file_name).name != file_name or not file_name.isprintable():
         raise CheckpointError(
             Problem(
                 str(folder / INDEX_NAME),
@@ -207,7 +209,7 @@ def _inside(folder: Path, file_name: str) -> Path:
                 "file",
             )
         )
-    return _not_linked_away(path)
+    return _not_linked_away(folder / file_name)
 
 
 def _not_linked_away(path: Path) -> Path:

@@ -24,7 +24,12 @@ def open_other_sources(preset: Preset) -> Mapping[str, Source]:
             sources[name] = open_source(reference.path, name, reference.revision)
         except CheckpointError as error:
             problems.extend(
-                Problem(f"{reference.location}: {p.where}", p.what, p.remedy, p.rule)
+                Problem(
+                    f"{reference.location}: {reference.conceal(p.where)}",
+                    reference.conceal(p.what),
+                    reference.conceal(p.remedy),
+                    p.rule,
+                )
                 for p in error.problems
             )
     if problems:

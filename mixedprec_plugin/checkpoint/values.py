@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.headers import StoredTensor, read_bytes
 from mixedprec_plugin.checkpoint.hub import is_remote, read_remote
 from mixedprec_plugin.errors import CheckpointError, Problem
 
@@ -92,22 +92,8 @@ def are_equal(first: Array, second: Array, dtypes: Sequence[str]) -> bool:
 
 def _bytes(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
     if is_remote(tensor.path):
-        return read_remote(tensor.path, tensor.start + start, num_bytes)
-    try:
-        with tensor.path.open("rb") as file:
-            file.seek(tensor.start + start)
-            data = file.read(num_bytes)
-    except OSError as error:
-        raise CheckpointError(
-            Problem(
-                str(tensor.path), f"cannot be read ({error.strerror})", "download it again", "file"
-            )
-        ) from error
-    if len(data) != num_bytes:
-        what = f"ends inside {tensor.name!r}"
-        remedy = "it changed while it was read; download it again"
-        raise CheckpointError(Problem(str(tensor.path), what, remedy, "file"))
-    return data
+        return read_remote(tensor, start, num_bytes)
+    return read_bytes(tensor, start, num_bytes).tobytes()
 
 
 def _decoded(data: bytes, tensor: StoredTensor) -> Array:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mixedprec_plugin
 
 if TYPE_CHECKING:
-    from mixedprec_plugin.methods.spec import MethodSpec
+    from mixedprec_plugin.methods.interface import Method
     from mixedprec_plugin.serving.hooks import Hook
 
 _PACKAGE = Path(mixedprec_plugin.__file__).parent
@@ -48,7 +48,7 @@ def line_of_failure(error: BaseException) -> str:
     return found
 
 
-def line_of_method(spec: MethodSpec, key: str, rule: str, error: BaseException) -> str:
+def line_of_method(spec: Method, key: str, rule: str, error: BaseException) -> str:
     """Return the line of ours that a config which does not construct goes back to.
 
     Args:
@@ -59,12 +59,15 @@ def line_of_method(spec: MethodSpec, key: str, rule: str, error: BaseException) 
         error: what was raised; an import that failed within our own class comes first.
     """
     if rule != "no-config-class":
-        return line_of(spec.build)
+        return line_of(spec.config_arguments)
     within = line_of_failure(error.__cause__) if error.__cause__ is not None else ""
-    if within and not within.startswith(("mixedprec_plugin/lazy.py", "mixedprec_plugin/methods")):
+    way = ("mixedprec_plugin/lazy.py", "mixedprec_plugin/methods/construct.py")
+    if within and not within.startswith(way):
         return within
-    module = inspect.getmodule(spec.build)
-    return line_of_text(module, spec.config_classes[key]) if module else line_of(spec.build)
+    module = inspect.getmodule(spec.config_arguments)
+    return (
+        line_of_text(module, spec.config_classes[key]) if module else line_of(spec.config_arguments)
+    )
 
 
 def hook_faults(hook: Hook) -> list[str]:

@@ -18,7 +18,7 @@ from mixedprec_plugin.cli.registration import examine_registration
 from mixedprec_plugin.errors import MixedPrecisionError
 
 if TYPE_CHECKING:
-    from mixedprec_plugin.methods.spec import MethodSpec
+    from mixedprec_plugin.methods.interface import Method
 
 # Names as people type them, with the arguments that are worth a try beside the defaults.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -153,7 +153,7 @@ def examine_configs(active: str) -> list[Finding]:
 
 
 def _construct(
-    label: str, spec: MethodSpec, arguments: Mapping[str, Any], key: str, is_in_use: bool
+    label: str, spec: Method, arguments: Mapping[str, Any], key: str, is_in_use: bool
 ) -> Finding:
     from mixedprec_plugin.errors import MethodError
     from mixedprec_plugin.methods.construct import build_config
@@ -175,7 +175,7 @@ def _construct(
         line = line_of_method(spec, key, error.problems[0].rule, error)
         text = f"{error}; look at {line}"
         return Finding("configs", name, "failed", text, {**details, "reason": str(error)})
-    attributes = _attributes(config, spec.build(arguments, key))
+    attributes = _attributes(config, spec.config_arguments(arguments, key))
     shown = " ".join(f"{name}={value}" for name, value in attributes.items())
     text = f"{type(config).__name__}: {shown}"
     return Finding("configs", name, "ok", text, {**details, "attributes": attributes})

@@ -15,15 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from mixedprec_plugin.checkpoint.converted import embedded_preset
-from mixedprec_plugin.checkpoint.formats import StoredFormat, detect_format
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind, layer_kind
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, Kind, layer_kind
+from mixedprec_plugin.methods.recognition import recognize
+from mixedprec_plugin.methods.stored import StoredFormat
+from mixedprec_plugin.plan.conversion import action_of
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.render import format_bytes, problem_as_dict
-from mixedprec_plugin.plan.repacking import is_repackable
 from mixedprec_plugin.preset.model import Scheme
 
 _NUMBER = re.compile(r"\d+")
@@ -34,11 +36,13 @@ class InspectedLayer:
     """One layer of a checkpoint.
 
     Attributes:
+        kind: what it is, by its name.
         stored: the format of its weight matrix; None where it has none.
         tensors: parameter suffix -> tensor.
     """
 
     name: str
+    kind: Kind
     stored: StoredFormat | None
     tensors: Mapping[str, StoredTensor]
 
@@ -53,15 +57,10 @@ class InspectedLayer:
         return self.stored.N * self.stored.K if self.stored else 0
 
     @property
-    def kind(self) -> Kind:
-        """What the layer is, by its name."""
-        return layer_kind(self.name, self.stored is not None)
-
-    @property
     def use(self) -> str:
         """What a plan can do with the layer."""
         is_quantizable = self.kind not in NEVER_QUANTIZED
-        if self.stored is None or self.stored.method == "bf16":
+        if self.stored is None or self.stored.is_float:
             return (
                 "serve as stored, quantize" if self.stored and is_quantizable else "serve as stored"
             )
@@ -70,21 +69,20 @@ class InspectedLayer:
         if self.stored.method:
             return f"serve as {self.stored.method}, dequantize"
         others = "".join(f"repack as {method}, " for method in self._repacked_as())
-        return f"{others}dequantize" if self.stored.dequantizer else "neither"
+        return f"{others}dequantize" if self.stored.codec else "neither"
 
     def _repacked_as(self) -> list[str]:
         """Methods whose own format holds the same numbers, some arguments given."""
         assert self.stored is not None
-        how = {**self.stored.dequantizer_arguments, **self.stored.facts}
+        how = {**self.stored.how, **self.stored.facts}
         how["weight_block_size"] = how.get("block")
         how["activation_scheme"] = "static" if "input_scale" in self.tensors else "dynamic"
         how["desc_act"] = bool(self.stored.said.get("desc_act"))
         found = []
-        for method in ("fp8", "fp8_channel", "blockwise_int8", "gptq", "awq"):
-            defaults = registry.METHODS[method].defaults
-            given = {key: how[key] for key in defaults if key in how}
-            scheme = Scheme(method, method, {**defaults, **given})
-            if is_repackable(self.stored, scheme, self.tensors):
+        for method, spec in registry.METHODS.items():
+            given = {key: how[key] for key in spec.defaults if key in how}
+            scheme = Scheme(method, method, {**spec.defaults, **given})
+            if action_of(scheme, self.stored, self.tensors, "BF16") == "repack":
                 found.append(method)
         return found
 
@@ -119,14 +117,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def inspect_layers(source: Source) -> list[InspectedLayer]:
     """Tell the format of every layer, in natural order of their names."""
-    return [
-        InspectedLayer(
-            name,
-            detect_format(tensors, source.quantization_config_of(name), name),
-            tensors,
-        )
-        for name, tensors in sorted(source.layers.items(), key=_by_name)
-    ]
+    family = family_of(source.config)
+    layers = []
+    for name, tensors in sorted(source.layers.items(), key=_by_name):
+        stored = recognize(tensors, source.quantization_config_of(name), name)
+        kind = layer_kind(name, stored is not None, family)
+        layers.append(InspectedLayer(name, kind, stored, tensors))
+    return layers
 
 
 def _by_name(item: tuple[str, Mapping[str, StoredTensor]]) -> list[str | int]:
@@ -159,13 +156,13 @@ def _layer_as_dict(layer: InspectedLayer) -> dict[str, Any]:
         "name": layer.name,
         "kind": layer.kind,
         "stored": stored.description if stored else None,
-        "family": stored.family if stored else None,
+        "encoding": stored.encoding if stored else None,
         "shape": [stored.N, stored.K] if stored and layer.num_weights else None,
         "bits_per_weight": round(_bits([layer]), 4),
         "bytes": layer.num_bytes,
         "method": (stored.method or None) if stored else None,
         "arguments": dict(stored.arguments) if stored else {},
-        "dequantize": bool(stored and stored.dequantizer),
+        "dequantize": bool(stored and stored.codec),
         "use": layer.use,
     }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES, Reader
-from mixedprec_plugin.plan.model import Rescale, Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import Rescale
 
 
 def rescale_columns(

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mixedprec_plugin.checkpoint.ahead import ReadAhead
-from mixedprec_plugin.checkpoint.direct import DirectReads
 from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYPES, Reader, Reading
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.compose.order import in_reading_order
-from mixedprec_plugin.compose.repack import repack
 from mixedprec_plugin.compose.rescale import rescale_columns
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
-from mixedprec_plugin.lazy import load_object
-from mixedprec_plugin.methods import registry
-from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.dtype import model_dtype
-from mixedprec_plugin.plan.model import Plan, PlannedLayer, Target
+from mixedprec_plugin.families.config import model_dtype
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
-from mixedprec_plugin.quantize.gptq_stored import why_not_plain, with_group_index
+from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, Numbers, load_codec
 
 Tensors = dict[str, torch.Tensor]
 
@@ -34,16 +29,13 @@ Tensors = dict[str, torch.Tensor]
 class VirtualCheckpoint:
     """Iterates over (tensor name, tensor) of a plan, in the order in which they are read best.
 
-    One layer is in memory at a time, and what is read ahead of it. Names are layer names as the
-    checkpoint spells them, plus the suffixes of the method that the layer runs in. Layers that only
-    a draft model runs are left out.
+    One layer is in memory at a time. Names are layer names as the checkpoint spells them, plus the
+    suffixes of the method that the layer runs in. Layers that only a draft model runs are left out.
 
     Args:
         plan: a plan without errors.
         wanted: which of its layers to read; all of them by default.
         how: how files are read.
-        direct: reads large tensors into the parameters that they are copied to; whoever copies
-            asks it first, and waits for it in the end.
     Raises (while iterating):
         CheckpointError: a file cannot be read, or a weight is NaN or infinite.
     """
@@ -53,29 +45,20 @@ class VirtualCheckpoint:
         plan: Plan,
         wanted: Callable[[PlannedLayer], bool] = lambda _: True,
         how: Reading = AS_USUAL,
-        direct: DirectReads | None = None,
     ) -> None:
         self.plan = plan.check()
         self._how = how
-        self._direct = direct
         self.layers = tuple(
             in_reading_order(x for x in plan.layers if x.kind != "draft" and wanted(x))
         )
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        inputs = (tensor for layer in self.layers for tensor in layer.inputs.values())
-        # where weights are computed, that takes the time, and the memory
-        is_lean = not {layer.action for layer in self.layers} <= {"as stored", "cast"}
-        with ReadAhead(inputs, self._how, is_lean=is_lean, direct=self._direct) as reader:
+        with Reader(self._how) as reader:
             for layer in self.layers:
                 outputs = compose_layer(layer, self.plan.target, reader)
                 for suffix in list(outputs):
                     # handed over: what is placed is gone before the next is made
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, outputs.pop(suffix)
-                reader.settle()
-            if self._direct is not None:
-                # files are closed next
-                self._direct.wait()
 
     def __len__(self) -> int:
         return sum(len(layer.outputs) for layer in self.layers)
@@ -105,12 +88,8 @@ def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
     Raises:
         CheckpointError: a weight is NaN or infinite, or does not fit the model's dtype.
     """
-    if layer.action == "as stored" and layer.rescale is None:
-        stored = {suffix: reader.read_to_place(tensor) for suffix, tensor in layer.inputs.items()}
-        outputs = _take_as_stored(layer, stored)
-    else:
-        with plain_defaults():
-            outputs = _compute(layer, target, reader)
+    with plain_defaults():
+        outputs = _compute(layer, target, reader)
     return {
         suffix: _fit(outputs[suffix], spec, layer, suffix) for suffix, spec in layer.outputs.items()
     }
@@ -148,20 +127,20 @@ def plain_defaults() -> Iterator[None]:
 
 def _quantize(layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:
     assert layer.scheme is not None
-    quantize = _function(registry.METHODS[layer.scheme.method].quantizer)
-    try:
-        return dict(quantize(weight, layer.scheme.arguments, TORCH_DTYPES[target.dtype]))
-    except ShapeError as error:
-        raise ShapeError(Problem(f"{layer.name}.weight", str(error))) from error
+    codec = load_codec(METHODS[layer.scheme.method].codec)
+    with _naming(f"{layer.name}.weight"):
+        return codec.quantize(weight, layer.scheme.arguments, TORCH_DTYPES[target.dtype])
+
+
+def _numbers(layer: PlannedLayer, stored: Tensors) -> Numbers:
+    assert layer.stored is not None
+    return load_codec(layer.stored.codec).read(stored, layer.stored.how)
 
 
 def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
     assert layer.stored is not None
-    dequantize = _function(layer.stored.dequantizer)
-    try:
-        weight = dequantize(stored, layer.stored.dequantizer_arguments)
-    except ShapeError as error:
-        raise ShapeError(Problem(layer.name, str(error))) from error
+    with _naming(layer.name):
+        weight = _numbers(layer, stored).dequantize()
     if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         raise CheckpointError(
             Problem(
@@ -176,28 +155,50 @@ def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
 
 
 def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
-    assert layer.scheme is not None
+    """Store the same numbers as another format does; codes, zeros and scales are only moved."""
+    scheme = layer.scheme
+    assert scheme is not None
     assert layer.stored is not None
-    dtype = TORCH_DTYPES[target.dtype]
+    codec, dtype = load_codec(METHODS[scheme.method].codec), TORCH_DTYPES[target.dtype]
+    rest = {suffix: t for suffix, t in stored.items() if suffix not in layer.stored.suffixes}
     try:
-        return repack(layer.name, layer.stored, layer.scheme, stored, dtype)
-    except ShapeError as error:
-        raise ShapeError(Problem(layer.name, str(error))) from error
+        with _naming(layer.name):
+            return codec.write(_numbers(layer, stored), scheme.arguments, dtype) | rest
+    except NotTheSameNumbersError as error:
+        remedy = error.remedy or "match it with method: bf16 to dequantize it"
+        if error.can_round and not scheme.requantize:
+            remedy = "write requantize: true to round it anew, or method: bf16 to dequantize it"
+        what = (
+            f"is stored as {layer.stored.description} and was to be repacked as {scheme.method}, "
+            f"but {error}"
+        )
+        raise CheckpointError(Problem(layer.name, what, remedy, "repack")) from error
 
 
 def _take_as_stored(layer: PlannedLayer, stored: Tensors) -> Tensors:
     """Add what the method needs and the tensors imply; refuse what its kernels would not read."""
-    if layer.scheme is None or layer.stored is None or layer.stored.family != "gptq":
+    if layer.scheme is None or layer.stored is None or not layer.stored.codec:
         return stored
-    arguments = {"desc_act": False, **layer.stored.arguments, **layer.stored.dequantizer_arguments}
-    with plain_defaults():
-        # under `auto`, SGLang's class says what it takes of a layer that is not symmetric
-        reason = why_not_plain(stored, arguments) if layer.stored.method == "gptq" else ""
-        if reason:
-            raise CheckpointError(
-                Problem(layer.name, reason, "write method: bf16 to dequantize it", "stored-values")
-            )
-        return with_group_index(stored, arguments)
+    take = getattr(load_codec(layer.stored.codec), "take_stored", None)
+    if take is None:
+        return stored
+    arguments = {"desc_act": False, **layer.stored.arguments, **layer.stored.how}
+    try:
+        # under `auto`, SGLang's class says what it takes of a layer that no method serves
+        taken: Tensors = take(stored, arguments, checks=bool(layer.stored.method))
+    except NotTheSameNumbersError as error:
+        remedy = "write method: bf16 to dequantize it"
+        raise CheckpointError(Problem(layer.name, str(error), remedy, "stored-values")) from error
+    return taken
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Put the layer's name before what is wrong with a tensor."""
+    try:
+        yield
+    except ShapeError as error:
+        raise ShapeError(Problem(where, str(error))) from error
 
 
 def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: str) -> torch.Tensor:
@@ -218,9 +219,3 @@ def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: st
     assert tensor.dtype == dtype, (layer.name, suffix, DTYPE_NAMES[tensor.dtype], spec)
     assert tuple(tensor.shape) == spec.shape, (layer.name, suffix, tensor.shape, spec)
     return tensor
-
-
-@functools.cache
-def _function(lazy: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = load_object(lazy)
-    return function

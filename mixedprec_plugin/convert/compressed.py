@@ -1,51 +1,45 @@
 """A plan as compressed-tensors, which stock SGLang and vLLM load without this plugin.
 
-Every layer's numbers stay what they are; only names and packing change. Source: compressed-tensors
-`QuantizationConfig` and `PackedQuantizationCompressor`, and what SGLang 0.5.23 makes of them
-(layers/quantization/compressed_tensors/compressed_tensors.py, below sglang/srt).
+Every layer's numbers stay what they are; only names and packing change.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.convert.form import Tensors
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.methods.groups import num_groups
-from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.architecture import ExpertShard
+from mixedprec_plugin.families.names import ExpertShard
+from mixedprec_plugin.methods.foreign import compressed_tensors
+from mixedprec_plugin.methods.recognition import recognize
+from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.methods.stored import StoredFormat, TensorSpec
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-from mixedprec_plugin.preset.model import Scheme
-from mixedprec_plugin.quantize.packing import pack, unpack_awq
+from mixedprec_plugin.quantize.codec import load_codec
 
 # layers that SGLang builds as linear ones and asks its config for
 _ASKED = frozenset({"linear", "expert", "router", "lm_head"})
-_PACKED = "pack-quantized"
-_FLOAT = "float-quantized"
-_FP8 = ("fp8", "fp8_channel")
 
 
 class CompressedForm:
     """compressed-tensors: a group of layers for each scheme, the unquantized ones ignored."""
 
-    name = "compressed-tensors"
+    name = compressed_tensors.NAME
 
     def problems(self, plan: Plan) -> list[Problem]:
         """Say which layers compressed-tensors, or SGLang's reader of it, cannot hold."""
         found: dict[str, list[str]] = {}
+        blocks: dict[tuple[int, ...], str] = {}
         for layer in plan.layers:
             if reason := _why_not(layer):
                 found.setdefault(reason, []).append(layer.name)
-        blocks = {
-            tuple(layer.scheme.arguments["weight_block_size"]): layer.name
-            for layer in plan.layers
-            if layer.scheme is not None and layer.scheme.arguments.get("weight_block_size")
-        }
+            elif (served := served_format(layer)) and "block" in served.facts:
+                blocks[tuple(served.facts["block"])] = layer.name
         for name in list(blocks.values())[1:]:
             reason = "has blocks of another size than others, and SGLang reads one size there"
             found.setdefault(reason, []).append(name)
@@ -61,36 +55,27 @@ class CompressedForm:
 
     def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
         """The names and shapes of compressed-tensors."""
-        if layer.scheme is None or layer.scheme.method == "bf16":
+        served = served_format(layer)
+        if served is None:
             return layer.outputs
-        assert layer.stored is not None
-        N, K = layer.stored.N, layer.stored.K
-        own = _stored_suffixes(layer.scheme)
-        rest = {suffix: spec for suffix, spec in layer.outputs.items() if suffix not in own}
-        if layer.scheme.method in _FP8:
-            return _fp8_outputs(layer) | rest
-        bits, group_size = layer.scheme.arguments["bits"], layer.scheme.arguments["group_size"]
-        groups = num_groups(K, group_size)
-        outputs = {
-            "weight_packed": TensorSpec("I32", (N, K * bits // 32)),
-            "weight_scale": TensorSpec(layer.outputs["scales"].dtype, (N, groups)),
-            "weight_shape": TensorSpec("I64", (2,)),
-        }
-        if layer.scheme.method == "awq":
-            outputs["weight_zero_point"] = TensorSpec("I32", (N * bits // 32, groups))
-        return outputs | rest
+        rest = {s: spec for s, spec in layer.outputs.items() if s not in served.suffixes}
+        return compressed_tensors.written(served, layer.outputs) | rest
 
     def tensors(self, layer: PlannedLayer, composed: Tensors) -> Tensors:
         """The same numbers in the names and the packing of compressed-tensors."""
-        if layer.scheme is None or layer.scheme.method == "bf16":
+        served = served_format(layer)
+        if served is None:
             return composed
-        own = _stored_suffixes(layer.scheme)
-        rest = {suffix: tensor for suffix, tensor in composed.items() if suffix not in own}
-        if layer.scheme.method in _FP8:
-            return _fp8_tensors(composed) | rest
-        if layer.scheme.method == "gptq":
-            return repack_gptq(composed, layer.scheme.arguments["bits"]) | rest
-        return repack_awq(composed) | rest
+        rest = {suffix: t for suffix, t in composed.items() if suffix not in served.suffixes}
+        numbers = load_codec(served.codec).read(composed, served.how)
+        how = {
+            "bits": served.facts["bits"],
+            "symmetric": compressed_tensors.is_written_symmetric(served),
+        }
+        dtype = next(iter(composed.values())).dtype
+        made = load_codec(compressed_tensors.CODEC).write(numbers, how, dtype)
+        outputs = compressed_tensors.written(served, layer.outputs)
+        return {suffix: t.reshape(outputs[suffix].shape) for suffix, t in made.items()} | rest
 
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         """A group for each scheme.
@@ -105,10 +90,11 @@ class CompressedForm:
         for layer in plan.layers:
             if layer.kind not in _ASKED or not layer.num_weights:
                 continue
-            if layer.scheme is None or layer.scheme.method == "bf16":
+            served = served_format(layer)
+            if served is None:
                 ignore.update(dict.fromkeys(_targets(layer)))
                 continue
-            group = _group(layer.scheme)
+            group = compressed_tensors.group_for(served, layer.outputs)
             targets = groups.setdefault(repr(group), {**group, "targets": {}})["targets"]
             targets.update(dict.fromkeys(_targets(layer)))
         for group in groups.values():
@@ -118,7 +104,7 @@ class CompressedForm:
         ordered = sorted(groups.values(), key=lambda group: "Linear" in group["targets"])
         formats = {group["format"] for group in ordered}
         return {
-            "quant_method": "compressed-tensors",
+            "quant_method": compressed_tensors.NAME,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": {
@@ -131,126 +117,31 @@ class CompressedForm:
         }
 
 
+def served_format(layer: PlannedLayer) -> StoredFormat | None:
+    """What a layer's served tensors are as a stored format; None where it is unquantized."""
+    if layer.scheme is None or layer.is_unquantized:
+        return None
+    declared = METHODS[layer.method].declare(layer.scheme.arguments)
+    nowhere = Path()
+    tensors = {
+        suffix: StoredTensor(suffix, spec.dtype, spec.shape, nowhere, 0, 0)
+        for suffix, spec in layer.outputs.items()
+    }
+    return recognize(tensors, declared)
+
+
 def _why_not(layer: PlannedLayer) -> str:
-    scheme = layer.scheme
-    if scheme is None or scheme.method == "bf16":
+    if layer.scheme is None or layer.is_unquantized:
         return ""
-    if scheme.method == "blockwise_int8":
-        return f"{scheme.label} cannot be written: SGLang reads no INT8 in blocks there"
-    if scheme.method not in (*_FP8, "gptq", "awq"):
-        return f"{scheme.label} ({scheme.method}) has no counterpart there"
-    if scheme.method == "gptq" and scheme.arguments["desc_act"]:
-        return f"{scheme.label} cannot be written: its groups are in act order"
-    if scheme.method == "awq" and isinstance(layer.shard, ExpertShard):
-        return f"{scheme.label} cannot be written: SGLang reads no experts with zero points there"
-    return ""
+    served = served_format(layer)
+    if served is None or not served.numbers or not METHODS[layer.method].codec:
+        return f"{layer.scheme.label} ({layer.method}) has no counterpart there"
+    is_expert = isinstance(layer.shard, ExpertShard)
+    reason = compressed_tensors.why_not_written(served, is_expert=is_expert)
+    return f"{layer.scheme.label} cannot be written: {reason}" if reason else ""
 
 
 def _targets(layer: PlannedLayer) -> list[str]:
     if isinstance(layer.shard, ExpertShard):
         return [rf"re:{re.escape(layer.module)}\.\d+\.\w+$"]
     return list(dict.fromkeys([layer.name, layer.module]))
-
-
-def _stored_suffixes(scheme: Scheme) -> frozenset[str]:
-    if scheme.method in _FP8:
-        return frozenset({"weight", "weight_scale", "weight_scale_inv", "input_scale"})
-    return frozenset({"qweight", "qzeros", "scales", "g_idx"})
-
-
-def _group(scheme: Scheme) -> dict[str, Any]:
-    """One `config_groups` entry, without its targets."""
-    arguments = scheme.arguments
-    if scheme.method == "fp8_channel":
-        weights = _arguments(num_bits=8, type="float", strategy="channel")
-        inputs = _arguments(num_bits=8, type="float", strategy="token", dynamic=True)
-        return {"format": _FLOAT, "weights": weights, "input_activations": inputs}
-    if scheme.method != "fp8":
-        group_size = arguments["group_size"]
-        weights = _arguments(
-            num_bits=arguments["bits"],
-            type="int",
-            symmetric=scheme.method == "gptq",
-            strategy="channel" if group_size == -1 else "group",
-            group_size=None if group_size == -1 else group_size,
-        )
-        return {"format": _PACKED, "weights": weights, "input_activations": None}
-    block = arguments["weight_block_size"]
-    if block is not None:
-        weights = _arguments(num_bits=8, type="float", strategy="block", block_structure=block)
-        inputs = _arguments(
-            num_bits=8, type="float", strategy="group", group_size=block[1], dynamic=True
-        )
-    else:
-        is_dynamic = arguments["activation_scheme"] == "dynamic"
-        weights = _arguments(num_bits=8, type="float", strategy="tensor")
-        inputs = _arguments(
-            num_bits=8,
-            type="float",
-            strategy="token" if is_dynamic else "tensor",
-            dynamic=is_dynamic,
-        )
-    return {"format": _FLOAT, "weights": weights, "input_activations": inputs}
-
-
-def _arguments(**given: Any) -> dict[str, Any]:
-    """compressed-tensors' `QuantizationArgs`, as far as readers look at them."""
-    defaults = {
-        "symmetric": True, "group_size": None, "block_structure": None, "dynamic": False,
-        "actorder": None,
-    }  # fmt: skip
-    return {**defaults, **given}
-
-
-def _fp8_outputs(layer: PlannedLayer) -> dict[str, TensorSpec]:
-    outputs = layer.outputs
-    if "weight_scale_inv" in outputs:
-        return {"weight": outputs["weight"], "weight_scale": outputs["weight_scale_inv"]}
-    if outputs["weight_scale"].shape:
-        return {suffix: outputs[suffix] for suffix in ("weight", "weight_scale")}
-    scales = [suffix for suffix in ("weight_scale", "input_scale") if suffix in outputs]
-    return {"weight": outputs["weight"], **{s: TensorSpec("F32", (1,)) for s in scales}}
-
-
-def _fp8_tensors(composed: Tensors) -> dict[str, torch.Tensor]:
-    if "weight_scale_inv" in composed:
-        return {"weight": composed["weight"], "weight_scale": composed["weight_scale_inv"]}
-    if composed["weight_scale"].dim():
-        return {suffix: composed[suffix] for suffix in ("weight", "weight_scale")}
-    scales = [suffix for suffix in ("weight_scale", "input_scale") if suffix in composed]
-    return {"weight": composed["weight"], **{s: composed[s].reshape(1) for s in scales}}
-
-
-def repack_gptq(tensors: Tensors, bits: int) -> dict[str, torch.Tensor]:
-    """Repack a symmetric GPTQ layer without act order: words already run along K.
-
-    Args:
-        tensors: "qweight" int32 [K/(32/bits), N], "scales" [K/G, N]; not modified.
-    Returns:
-        "weight_packed" int32 [N, K/(32/bits)], "weight_scale" [N, K/G], "weight_shape" int64 [2].
-    """
-    words = tensors["qweight"]
-    return {
-        "weight_packed": words.t().contiguous(),
-        "weight_scale": tensors["scales"].t().contiguous(),
-        "weight_shape": torch.tensor([words.shape[1], words.shape[0] * 32 // bits]),
-    }
-
-
-def repack_awq(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Repack an AWQ layer: words along N, interleaved, become words along K.
-
-    Args:
-        tensors: "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N]; not
-            modified.
-    Returns:
-        "weight_packed" int32 [N, K/8], "weight_scale" [N, K/G], "weight_shape" int64 [2],
-        "weight_zero_point" int32 [N/8, K/G], packed along N.
-    """
-    codes, zeros = unpack_awq(tensors["qweight"]), unpack_awq(tensors["qzeros"])
-    return {
-        "weight_packed": pack(codes, bits=4),
-        "weight_scale": tensors["scales"].t().contiguous(),
-        "weight_shape": torch.tensor(codes.shape),
-        "weight_zero_point": pack(zeros.t(), bits=4).t().contiguous(),
-    }

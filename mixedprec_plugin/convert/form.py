@@ -12,11 +12,10 @@ from mixedprec_plugin import __version__
 from mixedprec_plugin.checkpoint.converted import LAYERS_KEY, PRESET_KEY, QUANT_METHOD, fold_layers
 from mixedprec_plugin.convert.provenance import PROVENANCE_NAME
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.methods import awq, gptq
-from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.auto import is_auto
+from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.conversion import is_auto
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-from mixedprec_plugin.preset.model import Scheme
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -45,8 +44,16 @@ class MixedForm:
     name = "mixedprec"
 
     def problems(self, plan: Plan) -> list[Problem]:
-        """None: what can be served can be written."""
-        return []
+        """Rules whose patterns read the environment: config.json would hold the values."""
+        preset = plan.preset
+        rules = [*preset.rules, *(preset.draft.rules if preset.draft else ())]
+        what = "reads an environment variable, whose value config.json would hold"
+        remedy = "write the pattern out, or set it with --mixedprec-set"
+        return [
+            Problem(str(rule.location), f"{', '.join(rule.shown)} {what}", remedy, "environment")
+            for rule in rules
+            if rule.shown != rule.patterns
+        ]
 
     def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
         """The layer's own."""
@@ -60,7 +67,7 @@ class MixedForm:
         """The preset, and how each quantized layer is stored."""
         stored: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
         for layer in plan.layers:
-            if layer.scheme is not None and layer.scheme.method != "bf16":
+            if not layer.is_unquantized:
                 config = _config_of(layer, plan)
                 stored.setdefault(repr(config), (config, []))[1].append(layer.name)
         return {
@@ -77,19 +84,11 @@ class MixedForm:
 def _config_of(layer: PlannedLayer, plan: Plan) -> Mapping[str, Any]:
     """What a checkpoint that is wholly stored as a layer is says: under `auto`, its source's."""
     assert layer.scheme is not None
-    if is_auto(layer):
+    if is_auto(layer.rule):
         said = plan.sources[layer.source].quantization_config_of(layer.name)
         if said:
             return said
-    return stored_config(layer.scheme)
-
-
-def stored_config(scheme: Scheme) -> dict[str, Any]:
-    """What a checkpoint that is wholly stored in a scheme says in its `quantization_config`."""
-    known = {"awq": awq.quantization_config, "gptq": gptq.quantization_config}
-    if scheme.method in known:
-        return known[scheme.method](scheme.arguments)
-    return {"quant_method": scheme.method, **scheme.arguments}
+    return METHODS[layer.scheme.method].declare(layer.scheme.arguments)
 
 
 def without_sources(resolved: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin import __version__
-from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.headers import CHANGED, StoredTensor
+from mixedprec_plugin.checkpoint.hub import fetch_if_missing
 from mixedprec_plugin.convert.parts import Part
+from mixedprec_plugin.errors import CheckpointError, Problem
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
 # raised whenever the same inputs would give other files
@@ -25,21 +28,31 @@ def input_facts(plan: Plan, form: str, parts: Sequence[Part]) -> dict[str, str]:
         what it is, in words -> digest; two conversions are the same if all are.
     """
     paths = sorted({tensor.path for layer in plan.layers for tensor in _read(layer)})
-    stats = [path.stat() for path in paths]
-    files = [
-        [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-        for path, stat in zip(paths, stats, strict=True)
-    ]
     return {
         "the release": f"{__version__} layout {LAYOUT_VERSION}",
         "the format": form,
         "the dtype": plan.target.dtype,
         "the preset": _digest(plan.preset.resolved),
         "config.json": _digest(_configs(plan)),
-        "the sources' files": _digest(files),
+        "the sources' files": _digest([_identity(path) for path in paths]),
         "the size of parts": _digest([[part.file, len(part.tensors)] for part in parts]),
         "the plan": _digest([part.header.decode("latin-1") for part in parts]),
     }
+
+
+def _identity(path: Path) -> list[object]:
+    """A source's file, downloaded if the cache has not got it.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
+    fetch_if_missing(path)
+    try:
+        stat = path.stat()
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise CheckpointError(Problem(str(path), what, CHANGED, "file")) from error
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 def _configs(plan: Plan) -> list[object]:

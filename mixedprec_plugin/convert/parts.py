@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS
 from mixedprec_plugin.errors import Problem, UsageError
-from mixedprec_plugin.methods.spec import TensorSpec
+from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.conversion import spec_bytes
 from mixedprec_plugin.plan.model import PlannedLayer
 
 DEFAULT_PART_SIZE = "5GB"
@@ -155,8 +155,3 @@ def _header(tensors: Mapping[str, PlacedTensor]) -> bytes:
 def tensor_name(layer: str, suffix: str) -> str:
     """Name of a layer's tensor; the layer without a name is the model itself."""
     return f"{layer}.{suffix}" if layer else suffix
-
-
-def spec_bytes(spec: TensorSpec) -> int:
-    """Bytes of a tensor."""
-    return math.prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8

@@ -36,10 +36,18 @@ def sources_provenance(plan: Plan) -> dict[str, Any]:
     """Say which checkpoints the layers are from: name -> path and revision."""
     used = {layer.source for layer in plan.layers}
     return {
-        name: {"path": str(source.path.resolve()), "revision": _revision(plan, name)}
-        for name, source in plan.sources.items()
+        name: {"path": _path(plan, name), "revision": _revision(plan, name)}
+        for name in plan.sources
         if name in used
     }
+
+
+def _path(plan: Plan, name: str) -> str:
+    """The folder; where the preset takes it from the environment, as written there."""
+    reference = plan.preset.sources.get(name)
+    if reference and reference.shown_path != reference.path:
+        return reference.shown_path
+    return str(plan.sources[name].path.resolve())
 
 
 def _revision(plan: Plan, name: str) -> str | None:
@@ -48,4 +56,4 @@ def _revision(plan: Plan, name: str) -> str | None:
     if folder.parent.name == "snapshots":
         return folder.name
     reference = plan.preset.sources.get(name)
-    return reference.revision if reference else None
+    return reference.shown_revision if reference else None

@@ -1,4 +1,9 @@
-"""One safetensors file, written layer by layer."""
+"""One safetensors file, written layer by layer.
+
+The library's serializer wants all tensors of a file in memory at once. A part of 5 GB is written
+with one layer there, so its bytes go to where the header, which is planned, says that they lie; in
+the end the library reads the header.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.compose.stream import compose_layer
 from mixedprec_plugin.convert.form import Form
-from mixedprec_plugin.convert.parts import Part, PlacedTensor, tensor_name
+from mixedprec_plugin.convert.parts import Part, tensor_name
 from mixedprec_plugin.convert.provenance import layer_provenance
 from mixedprec_plugin.plan.model import Plan
 
@@ -67,39 +72,26 @@ def write_part(
         CheckpointError, ShapeError: a source is damaged.
     """
     provenance = []
-    descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
-    try:
-        _write(descriptor, part.header, 0)
+    with path.open("wb") as file:
+        file.write(part.header)
         for layer in part.layers:
             tensors = form.tensors(layer, compose_layer(layer, plan.target, reader))
             for suffix, tensor in tensors.items():
-                place = part.tensors[tensor_name(layer.name, suffix)]
-                _write_tensor(descriptor, tensor, place, len(part.header))
+                place, data = part.tensors[tensor_name(layer.name, suffix)], _view(tensor)
+                assert data.nbytes == place.num_bytes, (place, tensor.dtype, tensor.shape)
+                file.seek(len(part.header) + place.start)
+                file.write(data)
                 progress(place.num_bytes)
             provenance.append(layer_provenance(layer, plan, reader.take_digests()))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        file.flush()
+        os.fsync(file.fileno())
+    read_header(path)
     return provenance
-
-
-def _write_tensor(
-    descriptor: int, tensor: torch.Tensor, place: PlacedTensor, data_start: int
-) -> None:
-    data = _view(tensor)
-    assert data.nbytes == place.num_bytes, (place, tensor.dtype, tensor.shape)
-    _write(descriptor, data, data_start + place.start)
 
 
 def _view(tensor: torch.Tensor) -> memoryview:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     return memoryview(cast("Buffer", flat.numpy()))
-
-
-def _write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view, done = memoryview(data), 0
-    while done < view.nbytes:
-        done += os.pwrite(descriptor, view[done:], offset + done)
 
 
 def file_digest(path: Path) -> str:

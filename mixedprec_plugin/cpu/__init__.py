@@ -1,25 +1,17 @@
-"""Runs SGLang and every method on a plain CPU.
+"""SGLang on a plain CPU: the platform, and the arithmetic that its methods share.
+
+What is one method's own is in `methods/<name>/sglang.py`.
 
 activate.py        whether the platform is wanted, the entry point of `sglang.srt.platforms`
 platform.py        the platform: torch kernels, no Triton, defaults for the server
 affinity.py        cores of the machine -> ranks
-configs.py         SGLang's quantization configs with CPU methods
-fp8_linear.py, int8_linear.py, awq_linear.py, gptq_linear.py
-                   the linear methods: SGLang's weights and loaders, arithmetic of our own
-block_linear.py, packed_linear.py
-                   what two of them share
-fp8_experts.py, int8_experts.py, awq_experts.py, gptq_experts.py, unquantized_experts.py
-                   the same for the experts of a layer
-experts.py         the loop over experts: routing, activation, sum
-expert_checks.py   what the loop does not run
-block_experts.py   experts with a scale a block
-packed_experts.py  experts of few bits
-rows.py            tokens flattened, bias added
+hooks.py           what SGLang's models call that a plain CPU has not
+config.py          a config of SGLang's that hands out methods of our own
+linear.py          linear layers that quantize activations, the sum over ranks
+experts.py         the loop over experts: routing, activation, sum, and what it does not run
+packed_layers.py   layers and experts of few bits, which can be loaded again
 activation.py      quantization of activations
-e4m3.py            FP8 codes -> float16
-precision.py       exact float32 matmuls on bfloat16 units
-block_matmul.py    codes x codes with a scale a block
-channel_matmul.py  codes x codes with a scale a token and a channel
-weight_only.py     packed weights -> weights of the activation's dtype
-int4.py, int8.py   weight-only weights in the layouts of torch's kernels
+scaled_matmul.py   codes x codes, with a scale a block, or a token and a channel
+packed.py          weights of few bits in the layouts of torch's kernels
+heap.py            freed memory back to the system
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,11 @@ from sglang.srt.layers.moe.token_dispatcher.standard import (
     StandardCombineInput,
     StandardDispatchOutput,
 )
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from torch.nn.functional import gelu, silu
+
+from mixedprec_plugin.cpu.scaled_matmul import block_matmul, channel_matmul
+from mixedprec_plugin.errors import MethodError, Problem, ShapeError
 
 Rows = slice | torch.Tensor
 
@@ -52,17 +56,58 @@ class Product(Protocol):
 Prepare = Callable[[torch.Tensor], Product]
 
 
+class LoopedExperts(FusedMoEMethodBase):
+    """Makes a method of SGLang's for experts one that runs in the loop below.
+
+    Attributes:
+        preset_name: the method's name in presets, for messages.
+    """
+
+    preset_name = ""
+
+    def create_weights(self, layer: FusedMoE, *args: Any, **kwargs: Any) -> None:
+        """Create SGLang's parameters.
+
+        Raises:
+            MethodError, ShapeError: what the CPU platform does not run.
+        """
+        check_experts(layer, self.preset_name, ACTIVATIONS, "block size", self.block_size() or ())
+        super().create_weights(layer, *args, **kwargs)
+
+    def create_moe_runner(self, layer: FusedMoE, moe_runner_config: MoeRunnerConfig) -> None:
+        """Keep the config: the loop needs no runner."""
+        self.moe_runner_config = moe_runner_config
+
+    def process_weights_after_loading(self, layer: FusedMoE) -> None:
+        """Leave the parameters as they were loaded, so that they can be loaded again."""
+
+    def apply(
+        self, layer: FusedMoE, dispatch_output: StandardDispatchOutput
+    ) -> StandardCombineInput:
+        """Run the experts, [T, H] -> [T, H]."""
+        gate_up, down = self.prepare(layer)
+        return run_layer(layer, dispatch_output, self.moe_runner_config, gate_up, down)
+
+    def block_size(self) -> tuple[int, int] | None:
+        """The block, (BN, BK), that shares a scale; None without blocks."""
+        return None
+
+    def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
+        """Activations -> their products with gate and up weights, and with down weights."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """Which slot goes to which expert.
 
     Attributes:
         order: slots (token * top_k + choice) that an expert serves, sorted by expert, int64 [S].
-        spans: (expert, its part of order), for every expert that has one.
+        spans: (expert, its part of order, its slots), for every expert that has one.
     """
 
     order: torch.Tensor
-    spans: tuple[tuple[int, slice], ...]
+    spans: tuple[tuple[int, slice, torch.Tensor], ...]
 
     @classmethod
     def of(cls, topk_ids: torch.Tensor) -> Routing:
@@ -75,7 +120,7 @@ class Routing:
         spans, start = [], 0
         for expert in counts.nonzero().flatten().tolist():
             end = start + int(counts[expert])
-            spans.append((expert, slice(start, end)))
+            spans.append((expert, slice(start, end), order[start:end]))
             start = end
         return cls(order, tuple(spans))
 
@@ -135,11 +180,11 @@ def _run(
     hidden = x.new_empty(routing.order.numel(), layer.intermediate_size_per_partition)
     activation = ACTIVATIONS[config.activation]
     first = prepare[0](x)
-    for expert, span, slots in _runs(routing):
+    for expert, span, slots in routing.spans:
         pairs = first(expert, slots // top_k, None if early is None else early[slots])
         hidden[span] = _activate(pairs, activation)
     second = prepare[1](hidden)
-    for expert, span, slots in _runs(routing):
+    for expert, span, slots in routing.spans:
         out[slots] = second(expert, span, None if late is None else late[slots])
 
 
@@ -150,9 +195,64 @@ def weigh(product: torch.Tensor, router_weights: torch.Tensor | None, dtype: Any
     return product.to(dtype)
 
 
-def _runs(routing: Routing) -> Iterator[tuple[int, slice, torch.Tensor]]:
-    for expert, span in routing.spans:
-        yield expert, span, routing.order[span]
+def prepare_blocks(
+    layer: FusedMoE,
+    quantize: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+    block_size: tuple[int, int],
+) -> tuple[Prepare, Prepare]:
+    """Prepare activations for block-quantized experts, gate and up and then down.
+
+    Args:
+        layer: holds `w13_weight`, `w2_weight` [E, N, K] and a `..._scale_inv` [E, N/BN, K/BK] each.
+        quantize: ([R, K], group size) -> codes [R, K], scales [R, K/G].
+        block_size: (BN, BK).
+    """
+
+    def prepare(weights: torch.Tensor, grids: torch.Tensor, x: torch.Tensor) -> Product:
+        codes, scales = quantize(x, block_size[1])
+
+        def multiply(expert: int, rows: Rows) -> torch.Tensor:
+            weight, grid = weights[expert], grids[expert]
+            return block_matmul(codes[rows], scales[rows], weight, grid, block_size, torch.float32)
+
+        return weighed(multiply, x.dtype)
+
+    return (
+        functools.partial(prepare, layer.w13_weight.data, layer.w13_weight_scale_inv.data),
+        functools.partial(prepare, layer.w2_weight.data, layer.w2_weight_scale_inv.data),
+    )
+
+
+def prepare_channels(
+    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    weights: torch.Tensor,
+    channel_scales: torch.Tensor,
+    x: torch.Tensor,
+) -> Product:
+    """Prepare activations for experts in FP8 with a scale a channel.
+
+    Args:
+        quantize: [R, K] -> codes [R, K], scales [R, 1].
+        weights: float8_e4m3fn [E, N, K].
+        channel_scales: float32 [E, N, 1].
+        x: [R, K].
+    """
+    codes, scales = quantize(x)
+
+    def multiply(expert: int, rows: Rows) -> torch.Tensor:
+        weight, channels = weights[expert], channel_scales[expert]
+        return channel_matmul(codes[rows], scales[rows], weight, channels, torch.float32)
+
+    return weighed(multiply, x.dtype)
+
+
+def weighed(multiply: Callable[[int, Rows], torch.Tensor], dtype: torch.dtype) -> Product:
+    """Make (expert, rows) -> float32 [t, N] a product of activations in a dtype, see `weigh`."""
+
+    def run(expert: int, rows: Rows, router_weights: torch.Tensor | None) -> torch.Tensor:
+        return weigh(multiply(expert, rows), router_weights, dtype)
+
+    return run
 
 
 def _router_weights(
@@ -173,3 +273,64 @@ def _activate(
     """[t, 2 I] -> [t, I]: in float32, rounded once (silu_and_mul of kernels/jit)."""
     gate, up = pairs.float().chunk(2, dim=1)
     return (activation(gate) * up).to(pairs.dtype)
+
+
+def check_experts(
+    layer: FusedMoE,
+    method: str,
+    activations: Collection[str],
+    unit_name: str,
+    units: Collection[int],
+) -> None:
+    """Refuse experts that the loop would compute otherwise than CUDA does.
+
+    Args:
+        layer: the experts, their runner config set.
+        method: name of the method, for the messages.
+        activations: those that the method's kernels run on CUDA.
+        unit_name: what a unit is called.
+        units: elements that share a scale; each must divide the hidden and the intermediate size.
+    Raises:
+        MethodError: with everything that is not run.
+        ShapeError: with every size that is no multiple.
+    """
+    config = layer.moe_runner_config
+    unsupported = {
+        f"the activation {config.activation!r} (expected {', '.join(activations)})": (
+            config.activation not in activations
+        ),
+        "experts without a gate": not config.is_gated,
+        "biases": layer.with_bias,
+        "a clamped or scaled gate": any(
+            value is not None
+            for value in (config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit)
+        ),
+        "shared experts fused into the routed ones": layer.num_fused_shared_experts > 0,
+    }
+    found = [name for name, present in unsupported.items() if present]
+    if found:
+        raise MethodError(
+            Problem(
+                where=layer.layer_name,
+                what=f"the CPU platform does not run experts in {method} with {', '.join(found)}",
+                remedy="leave these experts as they are stored, or run on a GPU",
+                rule="experts-form",
+            )
+        )
+    sizes = {
+        "hidden size": layer.hidden_size,
+        "intermediate size a rank": layer.intermediate_size_per_partition,
+    }
+    problems = [
+        Problem(
+            where=layer.layer_name,
+            what=f"{name} {size} in {method} (expected a multiple of {unit}, the {unit_name})",
+            remedy=f"give the experts a smaller {unit_name} or another method, or fewer ranks",
+            rule="experts-shape",
+        )
+        for unit in dict.fromkeys(units)
+        for name, size in sizes.items()
+        if unit <= 0 or size % unit
+    ]
+    if problems:
+        raise ShapeError(problems)

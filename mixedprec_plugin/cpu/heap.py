@@ -1,10 +1,12 @@
-"""Giving memory back while a model loads: glibc keeps what repacking frees, fragmented."""
+"""The memory of tensors, and giving it back: glibc keeps what repacking frees, fragmented."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import torch
 
 # malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -27,6 +29,12 @@ def returning_memory() -> Iterator[None]:
         libc.mallopt(_M_MMAP_THRESHOLD, _SERVING_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * _SERVING_BYTES)
         trim_heap()
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' memory, each piece once: tied weights share theirs."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def trim_heap() -> None:

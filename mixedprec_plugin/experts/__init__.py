@@ -6,21 +6,20 @@ method     the method of a layer of experts: SGLang's own, or a composite
 composite  the composite method: a child layer for each group, ids remapped, outputs summed
 loading    tensors of single experts -> the parameters that hold them
 parts      whether a tensor is as large as what it fills, where no statement of ours says so
-repairs    SGLang's config of a method, cured: gptq, awq, and for both marlin_scales
 
 What a caller gives, in `get_quant_method(layer, prefix)` for a `FusedMoE` layer:
 
     groups = [
-        ExpertGroup(ids=(0, 1, 5), config=build_config("fp8", arguments, device), label="fp8"),
-        ExpertGroup(ids=(2, 3, 4), config=None, label="bf16"),
+        ExpertGroup((0, 1, 5), name, label, build_config(name, arguments, device)),
+        ExpertGroup((2, 3, 4), unquantized, label),
     ]
     return experts_method(layer, prefix, groups)
 
 - One group for each scheme; its ids are the checkpoint's, and all groups together hold each of
   `range(layer.num_experts)` once. `config` is what `methods.construct.build_config` returns, None
   for unquantized experts.
-- One group gives SGLang's own method untouched (None for unquantized, as SGLang expects); only
-  the parameters of GPTQ experts are repaired, see `gptq`. Several give a `CompositeMoEMethod`.
+- One group gives SGLang's own method (None for unquantized, as SGLang expects), of a config that is
+  repaired where its method knows a cure. Several give a `CompositeMoEMethod`.
 - Gate, up and down projection of an expert share one scheme: SGLang's classes hold no two. Each
   `FusedMoE` has one quantization method; `TritonMoeQuantInfo` (moe_runner/triton.py:52) has one set
   of flags and one block shape, which `_fused_moe_kernel_sequence` (moe_runner/triton_utils/

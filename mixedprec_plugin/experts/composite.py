@@ -15,33 +15,17 @@ from sglang.srt.layers.moe.token_dispatcher.standard import (
 )
 from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
-from sglang.srt.layers.quantization.awq.awq import AWQMoEMethod
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
-from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8MoEMethod
-from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
-from sglang.srt.layers.quantization.gptq.gptq import GPTQMarlinMoEMethod
-from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
-from sglang.srt.layers.quantization.w8a8_fp8 import W8A8FP8MoEMethod
 from sglang.srt.platforms import current_platform
 
-from mixedprec_plugin.cpu import unquantized_experts
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.groups import ExpertGroup, check_groups, routing_table
 from mixedprec_plugin.experts.launch import backend_fault
 from mixedprec_plugin.experts.loading import GROUPS, OWNERS, add_routers
-from mixedprec_plugin.experts.repairs import repaired
+from mixedprec_plugin.methods.construct import offered
 
-# methods that can return every choice's output; on CUDA in these of SGLang's runners
-_UNSUMMED_METHODS = (
-    UnquantizedFusedMoEMethod,
-    Fp8MoEMethod,
-    W8A8FP8MoEMethod,
-    BlockInt8MoEMethod,
-    AWQMoEMethod,
-    GPTQMarlinMoEMethod,
-    MoeWNA16Method,
-)
+# SGLang's runners on CUDA that can return every choice's output
 _UNSUMMED_BACKENDS = ("triton", "marlin")
 _TABLE = "expert_table"
 
@@ -166,7 +150,7 @@ def _build_child(
     config = layer.moe_runner_config
     own_method = None
     if group.config is None and current_platform.device_type == "cpu":
-        own_method = unquantized_experts.UnquantizedFusedMoEMethod()
+        own_method = offered(group.method, "CPU_EXPERTS")()
     child = FusedMoE(
         num_experts=len(group.ids),
         hidden_size=layer.hidden_size,
@@ -174,7 +158,7 @@ def _build_child(
         layer_id=layer.layer_id,
         top_k=layer.top_k,
         params_dtype=params_dtype,
-        quant_config=repaired(group.config),
+        quant_config=group.config,
         prefix=f"{layer.layer_name}.{GROUPS}.{index}",
         activation=config.activation,
         apply_router_weight_on_input=config.apply_router_weight_on_input,
@@ -198,19 +182,19 @@ def _build_child(
         ids = ", ".join(map(str, group.ids))
         what = f"SGLang would leave experts {ids} unquantized, not in {group.label}"
         raise LoadError(Problem(layer.layer_name, what, rule="left-unquantized"))
-    if _can_leave_unsummed(child):
+    if _can_leave_unsummed(child, group.method):
         child.moe_runner_config.no_combine = True
         child.moe_runner_config.no_combine_keep_router_weight = True
     return child
 
 
-def _can_leave_unsummed(child: FusedMoE) -> bool:
+def _can_leave_unsummed(child: FusedMoE, method: str) -> bool:
     """Whether a child can return the weighted output of every choice."""
     fields = {field.name for field in dataclasses.fields(MoeRunnerConfig)}
     # SGLang 0.5.21 has it not
     if "no_combine_keep_router_weight" not in fields:
         return False
-    if not isinstance(child.quant_method, _UNSUMMED_METHODS):
+    if not isinstance(child.quant_method, offered(method, "UNSUMMED_EXPERTS", ())):
         return False
     if child.runner_backend is None:
         return bool(current_platform.device_type == "cpu")
@@ -219,7 +203,7 @@ def _can_leave_unsummed(child: FusedMoE) -> bool:
 
 def _check_layer(layer: FusedMoE, groups: Sequence[ExpertGroup]) -> None:
     """Refuse uses of a layer that only its own parameters, or one method, could serve."""
-    methods = {"bf16" if group.config is None else group.config.get_name() for group in groups}
+    methods = {group.method for group in groups}
     backend = backend_fault(get_moe_runner_backend().value, methods)
     dispatcher = get_moe_a2a_backend().value
     faults = (

@@ -18,13 +18,15 @@ class ExpertGroup:
 
     Attributes:
         ids: the experts, as the checkpoint and the router count them.
-        config: SGLang's quantization config of the scheme; None for unquantized experts.
+        method: canonical name of the scheme's method.
         label: the scheme's name, for messages.
+        config: SGLang's quantization config of the scheme; None for unquantized experts.
     """
 
     ids: tuple[int, ...]
+    method: str
+    label: str
     config: QuantizationConfig | None = None
-    label: str = "bf16"
 
 
 def check_groups(where: str, groups: Sequence[ExpertGroup], num_experts: int) -> None:

@@ -5,28 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-# methods whose experts SGLang runs in Marlin's kernels, and only when it may choose them itself
-# (gptq_kernels.py, awq_moe.py: `assert get_moe_runner_backend().is_auto()`)
-MARLIN_METHODS = frozenset({"awq", "gptq"})
-# methods whose experts run in SGLang's Triton kernels
-TRITON_METHODS = frozenset({"bf16", "fp8", "fp8_channel", "blockwise_int8"})
-
-# explicit backends that a method's experts really run in; SGLang's classes pass others over
-# without a word (`create_moe_runner` in quantization/{unquant,fp8,blockwise_int8}.py)
-BACKENDS = {
-    "bf16": frozenset(
-        {"triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
-        | {"flashinfer_cutlass", "deep_gemm"}
-    ),
-    "fp8": frozenset(
-        {"triton", "deep_gemm", "cutlass", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
-    ),
-    "fp8_channel": frozenset({"triton"}),
-    "blockwise_int8": frozenset({"triton"}),
-    **dict.fromkeys(MARLIN_METHODS, frozenset[str]()),
-    # SGLang's class chooses by what is stored
-    "auto": frozenset(),
-}
+from mixedprec_plugin.methods.registry import METHODS
 
 # field of ServerArgs, the values that go, what it is and why it does not go, what to do
 Option = tuple[str, tuple[Any, ...], str, str]
@@ -77,6 +56,10 @@ _ALIKE_EXPERTS: tuple[Option, ...] = (
     ),
 )
 
+_LORA = (
+    "LoRA replaces the layers of experts by its own",
+    "start without adapters, or give all experts of a layer one scheme",
+)
 # where the experts of one layer are in several schemes
 _OPTIONS: tuple[Option, ...] = (
     (
@@ -104,18 +87,8 @@ _OPTIONS: tuple[Option, ...] = (
         "expert placement belongs to expert parallelism",
         "start without it",
     ),
-    (
-        "enable_lora",
-        (None, False),
-        "LoRA replaces the layers of experts by its own",
-        "start without adapters, or give all experts of a layer one scheme",
-    ),
-    (
-        "lora_paths",
-        (None, [], {}),
-        "LoRA replaces the layers of experts by its own",
-        "start without adapters, or give all experts of a layer one scheme",
-    ),
+    ("enable_lora", (None, False), *_LORA),
+    ("lora_paths", (None, [], {}), *_LORA),
 )
 
 
@@ -153,10 +126,10 @@ def why_not_experts(
     if not are_alike:
         found += _not_allowed(server_args, _ALIKE_EXPERTS)
     backend = _backend(server_args)
-    without = sorted(m for m in methods if backend not in BACKENDS.get(m, (backend,)))
+    without = sorted(m for m in methods if backend not in METHODS[m].moe_backends)
     if backend == "auto" or not without:
         return found
-    taken = sorted(frozenset.intersection(*(BACKENDS[m] for m in without)))
+    taken = sorted(frozenset.intersection(*(METHODS[m].moe_backends for m in without)))
     text = (
         f"--moe-runner-backend {backend!r}: SGLang does not run experts in {' and '.join(without)} "
         f"in it (expected {' or '.join(map(repr, ['auto', *taken]))})"
@@ -171,7 +144,7 @@ def backend_fault(backend: str, methods: Collection[str] = ()) -> str:
         backend: value of `--moe-runner-backend`.
         methods: canonical names of the methods of the layer's experts.
     """
-    is_triton = bool(methods) and TRITON_METHODS.issuperset(methods)
+    is_triton = bool(methods) and all(METHODS[m].moe_kernels == "triton" for m in methods)
     allowed = ("auto", "triton") if is_triton else ("auto",)
     if backend in allowed:
         return ""

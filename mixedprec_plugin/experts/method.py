@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -11,7 +12,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.composite import CompositeMoEMethod
 from mixedprec_plugin.experts.groups import ExpertGroup, check_groups
-from mixedprec_plugin.experts.repairs import repaired
+from mixedprec_plugin.methods.construct import repaired
 
 
 def experts_method(
@@ -24,15 +25,17 @@ def experts_method(
         prefix: its name.
         groups: one for each scheme; together they hold every expert once.
     Returns:
-        for one group what its config gives, None where it is unquantized; for several a composite.
+        for one group what its config gives, repaired where its method knows a cure, None where it
+        is unquantized; for several a composite.
     Raises:
         LoadError: the groups do not hold every expert once, or SGLang would leave a quantized
             group unquantized.
     """
     check_groups(prefix, groups, layer.num_experts)
+    groups = [dataclasses.replace(g, config=repaired(g.config, [g.method])) for g in groups]
     if len(groups) > 1:
         return CompositeMoEMethod(groups)
-    config = repaired(groups[0].config)
+    config = groups[0].config
     if config is None:
         return None
     method: FusedMoEMethodBase | None = config.get_quant_method(layer, prefix)

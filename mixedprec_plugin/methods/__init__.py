@@ -1,9 +1,14 @@
-"""The quantization methods: what each is called, stores, needs and is run by.
+"""The quantization methods, one folder each.
 
-spec.py        what the package knows of a method
-registry.py    the table of methods, and binding a name and arguments to it
-construct.py   a method's arguments -> SGLang's config object (imports sglang when used)
-bf16.py, fp8.py, fp8_channel.py, blockwise_int8.py, awq.py, gptq.py, auto.py    one method each
-partitions.py, blocks.py, marlin.py, remedies.py       the shape rules that they share
-cards.py       GPUs by name, and what of the methods each cannot run
+<name>/        a method: its facts in `__init__`, which need no torch; the arithmetic of storing it
+               in `codec`; what SGLang needs of it in `sglang`
+foreign/       formats that are only read, of the same shape
+interface      what a method is
+registry       the table of methods, and the binding of a name and arguments to one of them
+stored         how one layer is stored, and what config.json says of it
+recognition    a layer's tensors and config.json -> how it is stored, by asking every format
+remedies       why a layer is not served, and what was tried instead
+construct      a method's arguments -> SGLang's config object (imports sglang when used)
+shapes, integers, scaled    the rules and layouts that several methods share
+cards          GPUs by name
 """

@@ -1,7 +1,4 @@
-"""GPUs by name, and what of the methods each of them cannot run.
-
-Line numbers are SGLang 0.5.23's, below sglang/srt.
-"""
+"""GPUs by name. Line numbers are SGLang 0.5.23's, below sglang/srt."""
 
 from __future__ import annotations
 
@@ -12,16 +9,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mixedprec_plugin.errors import Problem, UsageError
-from mixedprec_plugin.methods.marlin import fp8_marlin_faults
-from mixedprec_plugin.methods.partitions import split_faults
-from mixedprec_plugin.methods.registry import METHODS
-from mixedprec_plugin.methods.spec import Arguments, LayerShape
 
 # model_runner_components/load_model_utils.py:91
 LEAST_CAPABILITY = 75
 _BF16_CAPABILITY = 80
-# e4m3 arithmetic; below it `can_auto_enable_marlin_fp8` (fp8_utils.py:2794) is true from 80 on
-_FP8_CAPABILITY = 89
 
 # name -> compute capability, and memory in GB; of several sizes the usual one first. Source:
 # NVIDIA, "CUDA GPU Compute Capability", and the products' data sheets.
@@ -82,14 +73,6 @@ _DECORATION = re.compile(
     r"|max-q|pcie|sxm\d?|hbm\d?e?|gpu|dgx|spark)\b"
 )
 _SIZE = re.compile(r"\b(\d+) ?gi?b\b")
-# what serves instead of a method, the nearest in size first
-_INSTEAD: Mapping[str, tuple[str, ...]] = {
-    "fp8": ("blockwise_int8", "gptq", "awq"),
-    "fp8_channel": ("fp8", "blockwise_int8", "gptq", "awq"),
-    "blockwise_int8": ("fp8", "gptq", "awq"),
-    "gptq": ("awq", "fp8"),
-    "awq": ("gptq", "blockwise_int8", "fp8"),
-}
 _NUMBER = re.compile(r"(?:sm_?(\d+)(\d)a?|(\d+)\.(\d))")
 
 
@@ -163,91 +146,6 @@ def served_dtype(dtype: str, capability: int) -> str:
         (model_executor/model_runner_components/load_model_utils.py:80).
     """
     return "F16" if capability < _BF16_CAPABILITY else dtype
-
-
-def why_not_on_card(
-    method: str,
-    arguments: Arguments,
-    shape: LayerShape,
-    capability: int,
-) -> tuple[tuple[str, str], ...]:
-    """Return what keeps a GPU from running a layer, beside what `check_shape` refuses on every GPU.
-
-    Args:
-        method: canonical name of a method.
-        arguments: all its arguments, as `registry.bind` returns them.
-        shape: a linear layer's or an expert's; its dtype is what the model runs in, see
-            `served_dtype`.
-        capability: compute capability, major * 10 + minor.
-    Returns:
-        (text, remedy) for each reason; empty if the GPU runs it.
-    """
-    texts = _texts(method, arguments, shape, capability)
-    if not texts:
-        return ()
-    remedy = _remedy(method, arguments, shape, capability)
-    return tuple((text, remedy) for text in texts)
-
-
-def _texts(method: str, arguments: Arguments, shape: LayerShape, capability: int) -> list[str]:
-    spec = METHODS[method]
-    if not spec.config_classes or split_faults(shape):
-        return []
-    if capability < spec.min_capability:
-        return [
-            f"{method} does not run on this GPU, whose compute capability is "
-            f"{version(capability)} (expected {version(spec.min_capability)} or more)"
-        ]
-    if method == "awq" and capability < spec.fallback_below:
-        return _plain_awq(arguments, shape, capability)
-    if method == "fp8" and capability < _FP8_CAPABILITY:
-        return _fp8_without_units(shape, capability)
-    return []
-
-
-def _plain_awq(arguments: Arguments, shape: LayerShape, capability: int) -> list[str]:
-    """AWQ without Marlin (marlin_utils.py:83): `AWQConfig`, by methods/construct.py."""
-    marlin = (
-        "runs in Marlin kernels, and the GPU's compute capability is "
-        f"{version(capability)} (expected 8.0 or more)"
-    )
-    found = []
-    if shape.is_expert:
-        # awq/awq.py:139 has no method for FusedMoE, and leaves its experts unquantized
-        found.append(f"awq for experts {marlin}")
-    if shape.dtype != "F16":
-        # awq/awq.py:105
-        found.append("awq does not run in bfloat16 on this GPU (expected float16)")
-    if arguments["group_size"] == -1:
-        # awq/schemes/awq_linear.py:69 divides by the group size
-        found.append(f"awq with group_size -1 {marlin}")
-    return found
-
-
-def _fp8_without_units(shape: LayerShape, capability: int) -> list[str]:
-    if shape.is_expert:
-        # fp8.py:2221: Marlin only where --moe-runner-backend asks for it
-        return [
-            "fp8 for experts runs in a Triton kernel with FP8 arithmetic, and the GPU's compute "
-            f"capability is {version(capability)} (expected 8.9 or more)"
-        ]
-    return fp8_marlin_faults(shape)
-
-
-def _remedy(method: str, arguments: Arguments, shape: LayerShape, capability: int) -> str:
-    """What the GPU does run: tried, not guessed; the nearest in size first."""
-
-    def runs(name: str, settings: Arguments, tried: LayerShape) -> bool:
-        return not METHODS[name].check_shape(settings, tried, "cuda") and not _texts(
-            name, settings, tried, capability
-        )
-
-    if runs(method, arguments, dataclasses.replace(shape, dtype="F16")):
-        return "start with --dtype float16"
-    if "group_size" in arguments and runs(method, {**arguments, "group_size": 128}, shape):
-        return "use group_size: 128"
-    ways = [name for name in _INSTEAD.get(method, ()) if runs(name, METHODS[name].defaults, shape)]
-    return f"use method: {' or '.join((*ways, 'unquantized'))}"
 
 
 def version(capability: int) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.lazy import load_object
+from mixedprec_plugin.methods.interface import Arguments, Method
 from mixedprec_plugin.methods.registry import METHODS
-from mixedprec_plugin.methods.spec import Arguments, MethodSpec
 
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -35,7 +36,7 @@ def build_config(
     spec = METHODS[method]
     key = config_key(spec, platform, cuda_capability() if capability is None else capability)
     config_class = load_class(spec, key)
-    keywords = spec.build(arguments, key)
+    keywords = spec.config_arguments(arguments, key)
     check_signature(config_class, keywords, method)
     try:
         config: QuantizationConfig = config_class(**keywords)
@@ -45,7 +46,7 @@ def build_config(
     return config
 
 
-def config_key(spec: MethodSpec, platform: str, capability: int | None) -> str:
+def config_key(spec: Method, platform: str, capability: int | None) -> str:
     """Return the key of `config_classes` for a platform: old GPUs may have a class of their own.
 
     Args:
@@ -75,7 +76,7 @@ def cuda_capability() -> int | None:
     return major * 10 + minor
 
 
-def load_class(spec: MethodSpec, key: str) -> type[QuantizationConfig]:
+def load_class(spec: Method, key: str) -> type[QuantizationConfig]:
     """Import the config class of a method.
 
     Raises:
@@ -85,15 +86,38 @@ def load_class(spec: MethodSpec, key: str) -> type[QuantizationConfig]:
     try:
         config_class: type[QuantizationConfig] = load_object(lazy)
     except ImportError as error:
-        raise MethodError(
-            Problem(
-                spec.name,
-                f"{lazy} cannot be imported with SGLang {sglang_version()}: {error}",
-                "install a release that mixedprec-plugin supports",
-                rule="no-config-class",
-            )
-        ) from error
+        raise MethodError(_not_imported(spec, lazy, error)) from error
     return config_class
+
+
+def repaired(config: QuantizationConfig, methods: Iterable[str]) -> QuantizationConfig:
+    """The config whose experts compute rightly, where one of some methods knows a cure."""
+    for method in methods:
+        cure = offered(method, "repaired")
+        config = config if cure is None else cure(config)
+    return config
+
+
+def offered(method: str, name: str, default: Any = None) -> Any:
+    """What a method offers SGLang under one of the names that `Method.sglang` lists.
+
+    Raises:
+        MethodError: its module cannot be imported with the installed SGLang.
+    """
+    spec = METHODS[method]
+    if not spec.sglang:
+        return default
+    try:
+        module = importlib.import_module(spec.sglang)
+    except ImportError as error:
+        raise MethodError(_not_imported(spec, spec.sglang, error)) from error
+    return getattr(module, name, default)
+
+
+def _not_imported(spec: Method, lazy: str, error: ImportError) -> Problem:
+    what = f"{lazy} cannot be imported with SGLang {sglang_version()}: {error}"
+    remedy = "install a release that mixedprec-plugin supports"
+    return Problem(spec.name, what, remedy, rule="no-config-class")
 
 
 def check_signature(config_class: type, keywords: Mapping[str, Any], method: str = "") -> None:

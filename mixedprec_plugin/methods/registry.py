@@ -9,25 +9,22 @@ from typing import Any
 
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.methods import auto, awq, bf16, blockwise_int8, fp8, fp8_channel, gptq
-from mixedprec_plugin.methods.spec import MethodSpec
+from mixedprec_plugin.methods.interface import Method
 from mixedprec_plugin.names import nearest
 
 ENTRY_POINT_GROUP = "mixedprec.methods"
 
-_BUILT_IN = MappingProxyType(
+BUILT_IN = MappingProxyType(
     {
-        "bf16": bf16.SPEC,
-        "fp8": fp8.SPEC,
-        "fp8_channel": fp8_channel.SPEC,
-        "blockwise_int8": blockwise_int8.SPEC,
-        "awq": awq.SPEC,
-        "gptq": gptq.SPEC,
-        "auto": auto.SPEC,
+        module.METHOD.name: module.METHOD
+        for module in (bf16, fp8, fp8_channel, blockwise_int8, awq, gptq, auto)
     }
 )
+# the two that other packages need to tell from the rest
+UNQUANTIZED, AUTO = bf16.METHOD.name, auto.METHOD.name
 
 
-class MethodTable(Mapping[str, MethodSpec]):
+class MethodTable(Mapping[str, Method]):
     """Canonical name -> method; other packages' methods are read at the first look.
 
     Args:
@@ -37,18 +34,18 @@ class MethodTable(Mapping[str, MethodSpec]):
         MethodError: on every look, while a package's entry point fails or clashes.
     """
 
-    def __init__(self, built_in: Mapping[str, MethodSpec]) -> None:
+    def __init__(self, built_in: Mapping[str, Method]) -> None:
         self._built_in = built_in
-        self._complete: Mapping[str, MethodSpec] | None = None
+        self._complete: Mapping[str, Method] | None = None
 
     @property
-    def _methods(self) -> Mapping[str, MethodSpec]:
+    def _methods(self) -> Mapping[str, Method]:
         if self._complete is None:
             points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
             self._complete = MappingProxyType(add_entry_points(self._built_in, points))
         return self._complete
 
-    def __getitem__(self, name: str) -> MethodSpec:
+    def __getitem__(self, name: str) -> Method:
         return self._methods[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -58,20 +55,20 @@ class MethodTable(Mapping[str, MethodSpec]):
         return len(self._methods)
 
 
-METHODS: Mapping[str, MethodSpec] = MethodTable(_BUILT_IN)
+METHODS: Mapping[str, Method] = MethodTable(BUILT_IN)
 
 
 def add_entry_points(
-    methods: Mapping[str, MethodSpec], points: Iterable[importlib.metadata.EntryPoint]
-) -> dict[str, MethodSpec]:
+    methods: Mapping[str, Method], points: Iterable[importlib.metadata.EntryPoint]
+) -> dict[str, Method]:
     """Return `methods` with those that other packages offer.
 
     Args:
         methods: canonical name -> method; not modified.
-        points: entry points whose objects are `MethodSpec`s and whose names are the specs' names.
+        points: entry points whose objects are `Method`s and whose names are the methods'.
 
     Raises:
-        MethodError: an entry point cannot be loaded, is no `MethodSpec`, or has a name that is
+        MethodError: an entry point cannot be loaded, is no `Method`, or has a name that is
             taken; all of them are named.
     """
     complete = dict(methods)
@@ -92,36 +89,32 @@ def add_entry_points(
     return complete
 
 
-def _load(point: importlib.metadata.EntryPoint) -> tuple[MethodSpec | None, str]:
+def _load(point: importlib.metadata.EntryPoint) -> tuple[Method | None, str]:
     """The spec behind an entry point, or why there is none."""
     try:
         loaded = point.load()
     # Importing foreign code may raise anything, and whatever it is becomes the error.
     except Exception as error:  # noqa: BLE001
         return None, f"cannot be loaded: {type(error).__name__}: {error}"
-    if not isinstance(loaded, MethodSpec):
-        return None, f"is a {type(loaded).__name__} (expected a mixedprec_plugin MethodSpec)"
+    if not isinstance(loaded, Method):
+        return None, f"is a {type(loaded).__name__} (expected a mixedprec_plugin Method)"
     return loaded, ""
 
 
-def _clash(spec: MethodSpec, point_name: str, methods: Mapping[str, MethodSpec]) -> str:
+def _clash(spec: Method, point_name: str, methods: Mapping[str, Method]) -> str:
     """Why a foreign spec cannot join the table; empty if it can."""
     if spec.name != point_name:
         return f"names its method {spec.name!r} (expected {point_name!r}, as the entry point)"
-    taken = {name: other.name for other in methods.values() for name in _names(other)}
-    for name in _names(spec):
+    taken = {name: other.name for other in methods.values() for name in other.names}
+    for name in spec.names:
         if name in taken:
             return f"the name {name!r} is taken by the method {taken[name]}"
     return ""
 
 
-def _names(spec: MethodSpec) -> tuple[str, ...]:
-    return (spec.name, *spec.aliases)
-
-
 def method_names() -> tuple[str, ...]:
     """Return every name that a preset may use for a method, canonical names and aliases."""
-    return tuple(name for spec in METHODS.values() for name in _names(spec))
+    return tuple(name for spec in METHODS.values() for name in spec.names)
 
 
 def bind(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -138,7 +131,7 @@ def bind(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         MethodError: an unknown name, an unknown argument, an argument that contradicts the alias or
             another argument.
     """
-    spec = next((spec for spec in METHODS.values() if name in _names(spec)), None)
+    spec = next((spec for spec in METHODS.values() if name in spec.names), None)
     if spec is None:
         raise MethodError(_unknown_name(name))
     given = {key: _plain(value) for key, value in arguments.items()}
@@ -157,7 +150,7 @@ def bind(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if problems:
         raise MethodError(problems)
     bound = {key: _plain(value) for key, value in {**spec.defaults, **implied, **given}.items()}
-    if conflict := spec.argument_conflict(bound):
+    if conflict := spec.conflict(bound):
         raise MethodError(Problem(name, conflict, rule="argument-conflict"))
     return spec.name, bound
 
@@ -175,7 +168,7 @@ def _unknown_name(name: str) -> Problem:
     return Problem("", what, remedy, rule="unknown-method")
 
 
-def _unknown_argument(name: str, key: str, spec: MethodSpec) -> Problem:
+def _unknown_argument(name: str, key: str, spec: Method) -> Problem:
     near = nearest(key, spec.defaults)
     remedy = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     what = f"unknown argument {key!r} (expected {', '.join(spec.defaults)})"

@@ -1,108 +1,117 @@
-"""What would serve a layer that a method refuses: tried, not guessed."""
+"""Why a layer is not served, each reason with a remedy that was tried, not guessed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from mixedprec_plugin.methods.partitions import split_faults
-from mixedprec_plugin.methods.spec import Arguments, LayerShape
+from mixedprec_plugin.methods.cards import version
+from mixedprec_plugin.methods.interface import Arguments, Fault, LayerShape, Method, Target
+from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.methods.shapes import split_faults
 
-_GROUPS = tuple({"group_size": size} for size in (128, 64, 32, -1))
-_GROUPS_OF_8_BITS = tuple({"bits": 8, **group} for group in _GROUPS)
-
-# What to try for a refused method, the nearest in size and quality first. Arguments that are not
-# named are the reader's own for the same method, and the defaults for another one.
-_TRIES: Mapping[str, tuple[tuple[str, tuple[dict[str, Any], ...]], ...]] = {
-    "awq": (("awq", _GROUPS), ("gptq", _GROUPS), ("fp8", ({},))),
-    "gptq": (("gptq", _GROUPS), ("awq", _GROUPS), ("fp8", ({},))),
-    "fp8": (("fp8", ({"weight_block_size": None},)), ("gptq", _GROUPS_OF_8_BITS)),
-    "fp8_channel": (("gptq", _GROUPS_OF_8_BITS),),
-    "blockwise_int8": (
-        ("blockwise_int8", ({"weight_block_size": [64, 64]},)),
-        ("fp8", ({},)),
-        ("gptq", _GROUPS_OF_8_BITS),
-    ),
-}
+_UNQUANTIZED = "unquantized"
 
 
-def pair(
-    method: str, arguments: Arguments, shape: LayerShape, device: str, texts: list[str]
-) -> list[tuple[str, str]]:
-    """Return each text with a remedy that works for the layer.
+def find_faults(
+    method: str, arguments: Arguments, shape: LayerShape, target: Target
+) -> list[Fault]:
+    """Return everything that keeps a layer from being served in a method, with remedies.
 
     Args:
-        method: canonical name of the method that refuses.
-        arguments: its bound arguments.
-        shape: the layer.
-        device: `cuda` or `cpu`.
-        texts: why it refuses.
+        method: canonical name.
+        arguments: all its arguments, as `registry.bind` returns them.
+        shape: a linear layer's or an expert's.
+        target: what is planned for.
     """
-    if not texts:
-        return []
-    remedy = _suggest(method, arguments, shape, device)
-    return [(text, remedy) for text in dict.fromkeys(texts)]
-
-
-def _suggest(method: str, arguments: Arguments, shape: LayerShape, device: str) -> str:
-    if split_faults(shape):
-        return "use a tensor-parallel size that divides it"
-    ways = []
-    for name, settings in _TRIES[method]:
-        base = arguments if name == method else _specs()[name].defaults
-        works = [s for s in settings if not _faults(name, {**base, **s}, shape, device)]
-        if works:
-            ways.append(_write(name, method, works[0]))
-        if works and name != method:
-            break
-    fewer = [
-        size
-        for size in range(shape.tp_size - 1, 0, -1)
-        if shape.tp_size % size == 0
-        and not _faults(method, arguments, _with_ranks(shape, size), device)
+    spec = METHODS[method]
+    return [
+        fault
+        if fault.remedy
+        else fault._replace(remedy=_remedy(fault, spec, arguments, shape, target))
+        for fault in dict.fromkeys(_faults(spec, arguments, shape, target))
     ]
-    if fewer:
-        ways.append(f"serve with --tp {fewer[0]}")
-    return ", or ".join(ways) or "use method: unquantized"
 
 
-def _write(name: str, method: str, settings: Mapping[str, Any]) -> str:
-    """A try as the reader would type it; defaults of another method are left out."""
-    if name == method == "fp8":
-        return "use method: fp8_tensor"
-    defaults = _specs()[name].defaults
+def _faults(spec: Method, arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
+    """A method's own faults, and the one that every method has where the GPU is too old."""
+    if split := split_faults(shape):
+        remedy = "use a tensor-parallel size that divides it"
+        return [Fault("shape", text, remedy) for text in split]
+    found = spec.faults(arguments, shape, target)
+    gpu = target.gpu
+    if gpu is None or not spec.config_classes or gpu.capability >= spec.min_capability:
+        return found
+    text = (
+        f"{spec.name} does not run on this GPU, whose compute capability is "
+        f"{version(gpu.capability)} (expected {version(spec.min_capability)} or more)"
+    )
+    return [*(fault for fault in found if fault.rule == "shape"), Fault("gpu", text)]
+
+
+def _runs(spec: Method, arguments: Arguments, shape: LayerShape, target: Target) -> bool:
+    return not _faults(spec, arguments, shape, target)
+
+
+def _remedy(
+    fault: Fault, spec: Method, arguments: Arguments, shape: LayerShape, target: Target
+) -> str:
+    if fault.rule == "gpu":
+        return _other_for_gpu(spec, arguments, shape, target)
+    ways = list(_alternatives(spec, arguments, shape, target))
+    ways += _fewer_ranks(spec, arguments, shape, target)
+    return ", or ".join(ways) or f"use method: {_UNQUANTIZED}"
+
+
+def _other_for_gpu(spec: Method, arguments: Arguments, shape: LayerShape, target: Target) -> str:
+    """What the GPU does run."""
+    if _runs(spec, arguments, dataclasses.replace(shape, dtype="F16"), target):
+        return "start with --dtype float16"
+    if "group_size" in arguments and _runs(spec, {**arguments, "group_size": 128}, shape, target):
+        return "use group_size: 128"
+    others = [METHODS[name] for name, _ in spec.alternatives if name != spec.name]
+    names = [other.name for other in others if _runs(other, other.defaults, shape, target)]
+    return f"use method: {' or '.join((*names, _UNQUANTIZED))}"
+
+
+def _alternatives(
+    spec: Method, arguments: Arguments, shape: LayerShape, target: Target
+) -> Iterator[str]:
+    """Yield what the layer runs in instead, up to the first method that is another one."""
+    for name, settings in spec.alternatives:
+        other = METHODS[name]
+        base = arguments if other is spec else other.defaults
+        works = [s for s in settings if _runs(other, {**base, **s}, shape, target)]
+        if works:
+            yield _written(other, works[0], is_own=other is spec)
+        if works and other is not spec:
+            return
+
+
+def _written(other: Method, settings: Arguments, *, is_own: bool) -> str:
+    """Settings as the reader would type them; defaults of another method are left out."""
+    if is_own:
+        for alias, implied in other.aliases.items():
+            if implied == settings:
+                return f"use method: {alias}"
+    defaults = other.defaults
     typed = ", ".join(
         f"{key}: {'null' if value is None else value}"
         for key, value in settings.items()
-        if name == method or defaults[key] != value
+        if is_own or defaults[key] != value
     )
-    if name == method:
+    if is_own:
         return f"use {typed}"
-    return f"use method: {name} with {typed}" if typed else f"use method: {name}"
+    return f"use method: {other.name} with {typed}" if typed else f"use method: {other.name}"
 
 
-def _with_ranks(shape: LayerShape, tp_size: int) -> LayerShape:
-    """The same layer on fewer ranks; key and value shards are repeated on no more than before."""
-    ranks = tuple(min(count, tp_size) for count in shape.shard_ranks)
-    return dataclasses.replace(shape, tp_size=tp_size, shard_ranks=ranks)
-
-
-def _specs() -> Mapping[str, Any]:
-    from mixedprec_plugin.methods import awq, blockwise_int8, fp8, fp8_channel, gptq
-
-    modules = (awq, blockwise_int8, fp8, fp8_channel, gptq)
-    return {module.SPEC.name: module.SPEC for module in modules}
-
-
-def _faults(method: str, arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
-    from mixedprec_plugin.methods import awq, blockwise_int8, fp8, fp8_channel, gptq
-
-    find = {
-        "awq": awq.faults,
-        "gptq": gptq.faults,
-        "fp8": fp8.faults,
-        "fp8_channel": fp8_channel.faults,
-        "blockwise_int8": blockwise_int8.faults,
-    }[method]
-    return find(arguments, shape, device)
+def _fewer_ranks(
+    spec: Method, arguments: Arguments, shape: LayerShape, target: Target
+) -> list[str]:
+    for size in range(shape.tp_size - 1, 0, -1):
+        # key and value shards are repeated on no more ranks than before
+        ranks = tuple(min(count, size) for count in shape.shard_ranks)
+        fewer = dataclasses.replace(shape, tp_size=size, shard_ranks=ranks)
+        if shape.tp_size % size == 0 and _runs(spec, arguments, fewer, target):
+            return [f"serve with --tp {size}"]
+    return []

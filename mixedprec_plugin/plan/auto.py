@@ -15,15 +15,18 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from mixedprec_plugin.checkpoint.formats import StoredFormat
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.names import ExpertShard, last_component
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.plan.architecture import ExpertShard, last_component
+from mixedprec_plugin.methods.interface import Device, Fault, LayerShape, Target
+from mixedprec_plugin.methods.recognition import faults_as_stored
+from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
+from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.methods.stored import StoredFormat
+from mixedprec_plugin.plan.conversion import is_auto
 from mixedprec_plugin.plan.folding import fold_names
-from mixedprec_plugin.plan.model import Device, PlannedLayer
+from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.preset.model import Rule, Scheme
-
-AUTO = "auto"
 
 
 def auto_scheme(scheme: Scheme, stored: StoredFormat, device: Device) -> Scheme:
@@ -33,36 +36,26 @@ def auto_scheme(scheme: Scheme, stored: StoredFormat, device: Device) -> Scheme:
         for CUDA, method `auto` with the source and the stored format as its arguments, so that
         layers of different ones are different schemes; otherwise one of our methods.
     """
-    if stored.method == "bf16":
-        bound = registry.bind("unquantized", {})
+    if stored.is_float:
+        bound = registry.bind(UNQUANTIZED, {"dtype": None})
     elif device == "cuda":
         bound = (AUTO, {"source": scheme.source, "stored": described(stored)})
     elif stored.method:
         bound = registry.bind(stored.method, _arguments(stored))
     else:
-        bound = registry.bind("unquantized", {})
+        bound = registry.bind(UNQUANTIZED, {"dtype": None})
     return dataclasses.replace(scheme, method=bound[0], arguments=bound[1])
 
 
 def described(stored: StoredFormat) -> str:
     """The format in words, the same for an expert's layers of one group and of several."""
-    if _is_one_group(stored):
+    if stored.is_one_group:
         return stored.description.replace("group -1", f"group {stored.K}")
     return stored.description
 
 
 def _arguments(stored: StoredFormat) -> Mapping[str, Any]:
-    return {**stored.arguments, **({"group_size": stored.K} if _is_one_group(stored) else {})}
-
-
-def _is_one_group(stored: StoredFormat) -> bool:
-    """Whether the one group is of the size that config.json names; tensors alone say all of K."""
-    return stored.facts.get("group_size") == -1 and stored.said.get("group_size") == stored.K
-
-
-def is_auto(layer: PlannedLayer) -> bool:
-    """Whether the preset says `auto` of a layer, whatever it runs in."""
-    return layer.rule is not None and layer.rule.scheme.method == AUTO
+    return {**stored.arguments, **({"group_size": stored.K} if stored.is_one_group else {})}
 
 
 def find_mixed_modules(
@@ -123,7 +116,7 @@ def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
             modules.setdefault(layer.module, []).append(layer)
     found: dict[str, list[str]] = {}
     for module, experts in modules.items():
-        if any(is_auto(layer) and _is_quantized(layer) for layer in experts):
+        if any(is_auto(layer.rule) and _is_quantized(layer) for layer in experts):
             forms: dict[tuple[str, str], set[int]] = {}
             for layer in experts:
                 assert isinstance(layer.shard, ExpertShard)
@@ -143,12 +136,12 @@ def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
 
 
 def _is_quantized(layer: PlannedLayer) -> bool:
-    return layer.stored is not None and layer.stored.method != "bf16"
+    return layer.stored is not None and not layer.stored.is_float
 
 
 def _form(layer: PlannedLayer) -> tuple[str, str]:
     """What experts of a layer need to agree in: the tensors', and what is said of activations."""
-    if not is_auto(layer) or layer.stored is None:
+    if not is_auto(layer.rule) or layer.stored is None:
         return f"method {layer.method}", ""
     inputs = layer.stored.said.get("inputs")
     said = ", ".join(f"{key} {value}" for key, value in sorted(inputs.items())) if inputs else ""
@@ -166,22 +159,18 @@ def _told(forms: Mapping[tuple[str, str], Collection[int]]) -> str:
     return ", ".join(parts)
 
 
-def judged_as(layer: PlannedLayer) -> tuple[str, Mapping[str, Any]]:
-    """Return the method and arguments by whose rules a layer's shape and GPU are checked.
+def faults_of(layer: PlannedLayer, shape: LayerShape, target: Target) -> list[Fault]:
+    """Return what keeps a layer from being served as planned, with remedies.
 
-    Of experts under `auto` those that they are stored in: SGLang's classes ask neither in all
-    cases. AWQ's does, and has another kernel for what Marlin does not take (awq.py:383).
+    SGLang's classes ask neither shape nor GPU of experts under `auto` in all cases, so they are
+    held against the format that they are stored in.
     """
     scheme, stored = layer.scheme, layer.stored
     assert scheme is not None
     assert stored is not None
-    if scheme.method != AUTO or layer.kind != "expert" or stored.family == "awq":
-        return scheme.method, scheme.arguments
-    if stored.method:
-        return registry.bind(stored.method, _arguments(stored))
-    if stored.family == "fp8":
-        return registry.bind("fp8", {})
-    return scheme.method, scheme.arguments
+    if scheme.method == AUTO and layer.kind == "expert":
+        return faults_as_stored(stored, shape, target)
+    return find_faults(scheme.method, scheme.arguments, shape, target)
 
 
 def _held(
@@ -193,22 +182,9 @@ def _held(
     return f"{described(format_) if format_ else 'nothing'} of {source!r}"
 
 
-def find_auto_faults(layer: PlannedLayer, device: Device) -> list[tuple[str, str, str]]:
-    """Return (rule, text, remedy) for what keeps a layer under `auto` from being served."""
-    if not is_auto(layer) or layer.stored is None or layer.stored.method == "bf16":
-        return []
-    if device == "cuda" and layer.stored.disagreements:
-        text = f"{layer.stored.disagreements[0]}, which method: auto would go by"
-        return [("auto-config", text, "correct config.json, or name the layer's method")]
-    if device == "cpu" and not layer.stored.is_readable:
-        text = f"is stored as {layer.stored.description}, which the CPU platform does not read"
-        return [("stored-format", text, "name another method or source for it to try the rest")]
-    return []
-
-
 def find_auto_notes(layer: PlannedLayer) -> list[tuple[str, str]]:
     """Return (text, remedy) for what the CPU platform does otherwise than CUDA."""
-    if not is_auto(layer) or layer.action != "dequantize" or layer.stored is None:
+    if not is_auto(layer.rule) or layer.action != "dequantize" or layer.stored is None:
         return []
     inputs = layer.stored.said.get("inputs")
     text = (

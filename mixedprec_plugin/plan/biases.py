@@ -15,9 +15,10 @@ from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.methods.spec import TensorSpec
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.stored import TensorSpec
 from mixedprec_plugin.plan.folding import fold_names
-from mixedprec_plugin.plan.model import PlannedLayer, Target
+from mixedprec_plugin.plan.model import PlannedLayer
 
 _BIAS = "bias"
 

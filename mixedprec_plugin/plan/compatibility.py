@@ -17,27 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from mixedprec_plugin.checkpoint.formats import FormatCache
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Array, Values, are_equal
 from mixedprec_plugin.errors import Problem, Severity
+from mixedprec_plugin.families.config import architecture, sizes
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.plan.wiring import norm_offset
 from mixedprec_plugin.preset.model import Preset
 
-# compared where both config.json have them
-_SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "rope_theta", "rms_norm_eps",
-    "layer_norm_eps", "tie_word_embeddings", "hidden_act", "attention_bias", "num_experts",
-    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "n_shared_experts",
-    "moe_intermediate_size", "shared_expert_intermediate_size", "first_k_dense_replace",
-    "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-    "linear_value_head_dim",
-)  # fmt: skip
 # tools pad the vocabulary to multiples of up to 512 rows
 _PADDING = 512
 _NUM_ROWS = 16
@@ -83,33 +73,18 @@ def check_sources(
     return problems
 
 
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's keys, wherever they stand; rope_theta by its old name."""
-    text = config.get("text_config")
-    merged = {**config, **text} if isinstance(text, Mapping) else dict(config)
-    rope = merged.get("rope_parameters")
-    if isinstance(rope, Mapping) and "rope_theta" in rope:
-        merged.setdefault("rope_theta", rope["rope_theta"])
-    heads, hidden = merged.get("num_attention_heads"), merged.get("hidden_size")
-    if heads and hidden and not merged.get("head_dim"):
-        merged["head_dim"] = hidden // heads
-    if heads and merged.get("num_key_value_heads") is None:
-        merged["num_key_value_heads"] = heads
-    return merged
-
-
 def _config_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Say where two config.json differ; what only one of them tells is no difference."""
     found = []
-    architectures = [(config.get("architectures") or [""])[0] for config in (theirs, ours)]
-    if all(architectures) and architectures[0] != architectures[1]:
-        found.append(f"its architecture is {architectures[0]} (expected {architectures[1]})")
-    flat_theirs, flat_ours = _text_config(theirs), _text_config(ours)
-    for key in _SIZES:
-        got, expected = flat_theirs.get(key), flat_ours.get(key)
-        if got is None or expected is None or _is_same(key, got, expected):
-            continue
-        found.append(f"{key} is {got} (expected {expected})")
-    return found
+    got, expected = architecture(theirs), architecture(ours)
+    if got and expected and got != expected:
+        found.append(f"its architecture is {got} (expected {expected})")
+    own = sizes(ours)
+    return found + [
+        f"{key} is {size} (expected {own[key]})"
+        for key, size in sizes(theirs).items()
+        if key in own and not _is_same(key, size, own[key])
+    ]
 
 
 def _is_same(key: str, got: Any, expected: Any) -> bool:
@@ -183,7 +158,7 @@ def _norm_differences(
 ) -> list[str]:
     """Norms that are no positive multiple, feature by feature: scales that tools fold are."""
     names = []
-    offset = norm_offset(model.config)
+    offset = family_of(model.config).norm_offset
     if offset is None:
         return []
     for layer in layers:

@@ -1,33 +1,303 @@
-"""How a layer's stored form and its scheme relate."""
+"""From a layer's stored form and its scheme to what is served: decided here, once.
+
+    as stored    the tensors are what the scheme runs
+    cast         floats of another dtype
+    quantize     floats, rounded to the scheme's codes
+    dequantize   codes, to be served unquantized
+    repack       codes of another format that holds the same numbers; nothing is lost
+    requantize   codes of another format, dequantized and rounded a second time
+    impossible   none of these, for reasons that come with remedies
+
+Decided from headers and config.json. What only the values tell (zero points that are all the middle
+of the range, a g_idx that is in order) is checked when they are read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
-from mixedprec_plugin.checkpoint.formats import StoredFormat
-from mixedprec_plugin.preset.model import Scheme
+from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
+from mixedprec_plugin.methods.cards import served_dtype
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
+from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, TensorSpec
+from mixedprec_plugin.preset.model import Rule, Scheme
+
+Action = Literal[
+    "as stored", "cast", "quantize", "dequantize", "repack", "requantize", "impossible"
+]
+Tensors = Mapping[str, StoredTensor]
+
+_FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+# SGLang keeps some routers in float32 (models/glm4_moe.py:391, models/deepseek_v2.py:520), and a
+# draft model is loaded from what is stored
+_UNCAST = frozenset({"router", "draft"})
+_ROUTER_BIAS = "e_score_correction_bias"
 
 
-def is_stored_as(stored: StoredFormat, scheme: Scheme) -> bool:
-    """Whether a layer's tensors are what its scheme runs, so that they are taken as they are."""
-    return stored.method == scheme.method and not different_arguments(stored, scheme)
+class Reason(NamedTuple):
+    """Why a layer cannot become what is asked, and what to do."""
+
+    rule: str
+    text: str
+    remedy: str
 
 
-def different_arguments(stored: StoredFormat, scheme: Scheme) -> Mapping[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What layers that are alike become.
+
+    Attributes:
+        action: how stored tensors become served ones.
+        outputs: parameter suffix -> what is served.
+        reasons: why it is impossible; empty if it is not.
+    """
+
+    action: Action
+    outputs: Mapping[str, TensorSpec]
+    bytes_before: int
+    bytes_after: int
+    reasons: tuple[Reason, ...] = ()
+
+
+class Conversions:
+    """What each layer becomes; layers that are alike share it."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._known: dict[object, Conversion] = {}
+
+    def of(
+        self,
+        scheme: Scheme | None,
+        rule: Rule | None,
+        stored: StoredFormat | None,
+        tensors: Tensors,
+        kind: Kind,
+    ) -> Conversion:
+        """What a layer becomes.
+
+        Args:
+            scheme: what it runs as; None for what is never quantized.
+            rule: the rule that decides; None where none matches.
+            stored: the format of its weight in its source.
+            tensors: suffix -> tensor of the layer, in its source.
+        """
+        # layers share a format only where their tensors have the same dtypes and shapes
+        alike: object = id(stored)
+        if stored is None:
+            alike = tuple([(suffix, t.dtype, t.shape) for suffix, t in tensors.items()])
+        key = (id(scheme), alike, kind, rule is None, rule is not None and is_auto(rule))
+        if key not in self._known:
+            self._known[key] = _decide(scheme, rule, stored, tensors, kind, self._target)
+        return self._known[key]
+
+
+def is_auto(rule: Rule | None) -> bool:
+    """Whether a rule says `auto` of a layer, whatever it runs in."""
+    return rule is not None and rule.scheme.method == AUTO
+
+
+def _decide(
+    scheme: Scheme | None,
+    rule: Rule | None,
+    stored: StoredFormat | None,
+    tensors: Tensors,
+    kind: Kind,
+    target: Target,
+) -> Conversion:
+    action: Action = "as stored"
+    reasons: tuple[Reason, ...] = ()
+    if stored is not None and kind != "draft":
+        if scheme is not None:
+            action = action_of(scheme, stored, tensors, target.dtype)
+        reasons = tuple(_reasons(action, scheme, rule, stored, tensors, kind, target))
+    outputs = _outputs(action, scheme, stored, tensors, kind, target.dtype)
+    if not reasons and action == "as stored" and scheme is not None and stored is not None:
+        reasons = tuple(_misfits(scheme, stored, tensors, outputs))
+    return Conversion(
+        "impossible" if reasons else action,
+        MappingProxyType(outputs),
+        sum(tensor.num_bytes for tensor in tensors.values()),
+        sum(map(spec_bytes, outputs.values())) if kind != "draft" else 0,
+        reasons,
+    )
+
+
+def action_of(scheme: Scheme, stored: StoredFormat, tensors: Tensors, dtype: str) -> Action:
+    """Tell how a layer becomes what its scheme runs.
+
+    Args:
+        tensors: parameter suffix -> stored tensor.
+        dtype: what the model runs in, as a safetensors name.
+    """
+    if scheme.method == UNQUANTIZED:
+        if not stored.is_float:
+            return "dequantize"
+        return "as stored" if stored.arguments["dtype"] == FLOAT_DTYPES.get(dtype) else "cast"
+    if scheme.method == AUTO:
+        return "as stored"
+    if stored.is_float:
+        return "quantize"
+    if stored.method == scheme.method and not _different_arguments(stored, scheme):
+        return "as stored"
+    if _why_not_repack(scheme, stored, tensors) == "":
+        return "repack"
+    return "requantize" if scheme.requantize and stored.is_readable else "impossible"
+
+
+def _why_not_repack(scheme: Scheme, stored: StoredFormat, tensors: Tensors) -> str | None:
+    method = METHODS[scheme.method]
+    return method.why_not_repack(stored, scheme.arguments, tensors, scheme.requantize)
+
+
+def _different_arguments(stored: StoredFormat, scheme: Scheme) -> Mapping[str, Any]:
     """Arguments on which a layer of the right method is stored otherwise -> how it is stored."""
-    different = {
+    asked = METHODS[scheme.method].complete(scheme.arguments, stored)
+    return {
         key: value
         for key, value in stored.arguments.items()
-        if scheme.arguments.get(key) is not None
-        and _plain(key, scheme.arguments[key], stored.K) != _plain(key, value, stored.K)
+        if _plain(key, asked.get(key), stored.K) != _plain(key, value, stored.K)
     }
-    if stored.method == "fp8" and scheme.arguments["weight_block_size"] is None:
-        block = stored.arguments.get("weight_block_size")
-        different |= {"weight_block_size": block} if block else {}
-    return different
 
 
 def _plain(key: str, value: Any, K: int) -> Any:
     """One spelling of a value: a group of all of K is K."""
     return K if key == "group_size" and value == -1 else value
+
+
+def _reasons(
+    action: Action,
+    scheme: Scheme | None,
+    rule: Rule | None,
+    stored: StoredFormat,
+    tensors: Tensors,
+    kind: Kind,
+    target: Target,
+) -> Iterator[Reason]:
+    described = f"is stored as {stored.description}"
+    if scheme is None:
+        if not stored.is_float:
+            text = f"{described}: {NEVER_QUANTIZED[kind]}"
+            yield Reason("stored-format", text, "take a checkpoint that does not quantize it")
+        return
+    if is_auto(rule) and not stored.is_float:
+        if target.device == "cuda" and stored.disagreements:
+            text = f"{stored.disagreements[0]}, which method: auto would go by"
+            yield Reason("auto-config", text, "correct config.json, or name the layer's method")
+        elif target.device == "cpu" and not stored.is_readable:
+            remedy = "name another method or source for it to try the rest"
+            text = f"{described}, which the CPU platform does not read"
+            yield Reason("stored-format", text, remedy)
+        return
+    served = FLOAT_DTYPES[target.dtype]
+    wanted = scheme.arguments.get("dtype")
+    if scheme.method == UNQUANTIZED and wanted not in (None, served):
+        gpu = target.gpu
+        has_it = gpu is None or wanted == "float16" or served_dtype("BF16", gpu.capability) != "F16"
+        remedy = f"start with --dtype {wanted}, or " if has_it else ""
+        text = f"the model runs in {served}, not in {scheme.label}"
+        yield Reason("dtype", text, f"{remedy}write method: unquantized")
+    elif not stored.is_readable:
+        text = f"{described}, which this release does not read"
+        yield Reason("stored-format", text, "take a checkpoint in another format")
+    elif not stored.method and (action == "impossible" or rule is None):
+        reason = _why_not_repack(scheme, stored, tensors)
+        text = f"{described}, which no method serves as it is{f': {reason}' if reason else ''}"
+        remedy = (
+            "match it with method: auto to serve it as it is, method: bf16 to dequantize it, or "
+            "write requantize: true"
+        )
+        yield Reason("stored-format", text, remedy)
+    elif action == "impossible":
+        yield _mismatch(scheme, stored, tensors, described)
+    elif action in ("quantize", "requantize"):
+        yield from _why_not_quantize(scheme)
+
+
+def _why_not_quantize(scheme: Scheme) -> Iterator[Reason]:
+    spec = METHODS[scheme.method]
+    if not spec.codec:
+        text = f"{scheme.method} cannot quantize at load"
+        yield Reason("conversion", text, "use another method")
+    elif reason := spec.why_not_quantize(scheme.arguments):
+        text = f"cannot be quantized at load: {reason}"
+        yield Reason("conversion", text, "change that argument")
+
+
+def _mismatch(scheme: Scheme, stored: StoredFormat, tensors: Tensors, described: str) -> Reason:
+    if stored.method != scheme.method:
+        reason = _why_not_repack(scheme, stored, tensors)
+        text = f"{described}, not as {scheme.label} asks ({scheme.method})"
+        remedy = (
+            f"write method: {stored.method}, bf16 to dequantize it, or requantize: true to have it "
+            f"in {scheme.label} with a second rounding"
+        )
+        return Reason("stored-format", f"{text}: {reason}" if reason else text, remedy)
+    different = _different_arguments(stored, scheme)
+    asked = ", ".join(f"{key}: {scheme.arguments[key]}" for key in different)
+    remedy = "write " + ", ".join(f"{key}: {value}" for key, value in different.items())
+    return Reason("stored-format", f"{described}, not with {asked}", remedy)
+
+
+def _outputs(
+    action: Action,
+    scheme: Scheme | None,
+    stored: StoredFormat | None,
+    tensors: Tensors,
+    kind: Kind,
+    dtype: str,
+) -> dict[str, TensorSpec]:
+    """What the layer is served as: the method's tensors, then those beside the matrix (biases)."""
+    outputs: dict[str, TensorSpec] = {}
+    replaced: frozenset[str] = frozenset()
+    if scheme is not None and stored is not None:
+        if stored.N:
+            outputs |= METHODS[scheme.method].stored(scheme.arguments, stored.N, stored.K, dtype)
+        if action != "as stored":
+            replaced = stored.suffixes
+        elif scheme.method == AUTO:
+            own = {s: t for s, t in tensors.items() if s in stored.suffixes}
+            outputs |= {s: TensorSpec(t.dtype, t.shape) for s, t in own.items()}
+            outputs |= stored.filled
+    for suffix, tensor in tensors.items():
+        if suffix not in replaced and suffix not in outputs:
+            is_cast = tensor.dtype in _FLOATS and kind not in _UNCAST and suffix != _ROUTER_BIAS
+            outputs[suffix] = TensorSpec(dtype if is_cast else tensor.dtype, tensor.shape)
+    return outputs
+
+
+def _misfits(
+    scheme: Scheme, stored: StoredFormat, tensors: Tensors, outputs: Mapping[str, TensorSpec]
+) -> Iterator[Reason]:
+    """Hold a layer that is taken as stored against what its method stores."""
+    if scheme.method == UNQUANTIZED:
+        return
+    for suffix, expected in outputs.items():
+        tensor = tensors.get(suffix)
+        if tensor is None and suffix in stored.filled:
+            continue
+        if tensor is None:
+            text = f"lacks {suffix}, which {scheme.method} needs"
+            yield Reason("stored-tensor", text, "the checkpoint is incomplete")
+            continue
+        shapes = {expected.shape} | ({(), (1,)} if expected.shape in ((), (1,)) else set())
+        fits_dtype = tensor.dtype == expected.dtype or (
+            {tensor.dtype, expected.dtype} <= FLOAT_DTYPES.keys()
+        )
+        if tensor.shape not in shapes or not fits_dtype:
+            text = (
+                f"{suffix} is stored as {tensor.dtype} {list(tensor.shape)} "
+                f"(expected {expected.dtype} {list(expected.shape)})"
+            )
+            yield Reason("stored-tensor", text, "the checkpoint is damaged")
+
+
+def spec_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor."""
+    return math.prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8

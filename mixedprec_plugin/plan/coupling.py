@@ -24,11 +24,12 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Array, Values, are_equal
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, last_component
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.families.wiring import Unit, coupled_units
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.model import PlannedLayer, Rescale
-from mixedprec_plugin.plan.wiring import Unit, coupled_units, norm_offset
 
 _CHANGEABLE = frozenset({"cast", "quantize", "dequantize", "requantize"})
 # what is compared beside a norm: routers' biases, short convolutions; not stacked experts
@@ -60,9 +61,10 @@ class Coupling:
         trusted: bool = False,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
-        self.units = coupled_units(layers, tied, sources["model"].config)
+        kinds = {layer.name: layer.kind for layer in layers}
+        self.units = coupled_units(kinds, tied, sources["model"].config)
         self._sources = sources
-        self._offset = norm_offset(sources["model"].config)
+        self._offset = family_of(sources["model"].config).norm_offset
         self._values = values
         self._dtype = dtype
         self._explicit = _named_alone(layers, matches)
@@ -142,7 +144,7 @@ class Coupling:
         """Whether the columns of a layer can be multiplied on the way."""
         if layer.name in unit.fixed or layer.kind == "embedding" or layer.stored is None:
             return False
-        is_plain = layer.action == "as stored" and layer.stored.method == "bf16"
+        is_plain = layer.action == "as stored" and layer.stored.is_float
         return layer.stored.is_readable and (is_plain or layer.action in _CHANGEABLE)
 
     def _choose(

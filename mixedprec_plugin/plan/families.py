@@ -1,95 +1,257 @@
-"""What SGLang's class of one architecture cannot run, whatever its layers run in."""
+"""A plan held against its model's family: what SGLang's class of it cannot load or run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.config import Config, architecture, sizes
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import version
-from mixedprec_plugin.plan.folding import fold_names
-from mixedprec_plugin.plan.model import PlannedLayer, Target
+from mixedprec_plugin.methods.interface import Device, Target
+from mixedprec_plugin.methods.registry import AUTO, METHODS
+from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.folding import fold_names, natural_key
+from mixedprec_plugin.plan.model import PlannedLayer
 
 # SGLang's own kernel for tokens that are routed by groups of experts (environ.py:1485)
 _TRITON_ROUTING = "SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK"
+_KINDS = {
+    "BF16": "floats", "F16": "floats", "F32": "floats", "F8_E4M3": "FP8", "F8_E5M2": "FP8",
+    "I8": "INT8",
+}  # fmt: skip
+_NOT_ABSORBED = {
+    "INT8": "SGLang looks for its block size in the config of a whole model",
+    "GPTQ": "SGLang takes its packed weights for AWQ's",
+    "AWQ": "SGLang imports sglang.kernel_api_logging for it, which it does not have since 0.5.20",
+}
 
 
 def why_not_family(
-    config: Mapping[str, Any], target: Target, layers: Sequence[PlannedLayer] = ()
+    config: Config, target: Target, layers: Sequence[PlannedLayer] = ()
 ) -> list[Problem]:
-    """List what keeps SGLang from running the model of a config.json at all.
-
-    Source: models/olmoe.py:155, 191: OLMoE's norms of q and k are as wide as the hidden state, and
-    are applied to a rank's part of the heads.
-    """
-    architecture = (config.get("architectures") or [""])[0]
-    problems = _routing_problems(architecture, config, target)
-    if architecture == "Glm4MoeForCausalLM":
-        return problems + _glm4_problems(layers)
-    if architecture != "OlmoeForCausalLM":
-        return problems
-    if target.tp_size > 1:
-        text = (
-            f"SGLang's {architecture} normalizes the heads of q and k together, and does not on "
-            f"{target.tp_size} tensor-parallel ranks"
-        )
-        remedy = "serve it on one, or on more with --dp"
-        problems.append(Problem(architecture, text, remedy, "family"))
+    """List what keeps SGLang from loading or running the model of a config.json at all."""
+    name, family = architecture(config), family_of(config)
+    found = [*_routing_problems(config, target)]
+    for end, reader in family.dtype_readers.items():
+        unread = [x for x in layers if x.module.endswith(end) and not _is_readable(x)]
+        for where in fold_names(layer.name for layer in unread):
+            kind = _storage(unread[0].outputs)
+            text = f"SGLang's {reader} looks at the dtype of their weight, and {kind} has none"
+            found.append((where, text, _instead_of_packed()))
     num_heads = config.get("num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads") or num_heads
-    if num_heads != num_kv_heads:
+    if family.has_joint_head_norms and target.tp_size > 1:
+        text = (
+            f"SGLang's {name} normalizes the heads of q and k together, and does not on "
+            f"{target.tp_size} tensor-parallel ranks"
+        )
+        found.append((name, text, "serve it on one, or on more with --dp"))
+    if family.has_joint_head_norms and num_heads != num_kv_heads:
         text = (
             f"it has {num_kv_heads} key-value heads, and SGLang's class a norm of k for "
             f"{num_heads} (num_key_value_heads in config.json)"
         )
-        problems.append(Problem(architecture, text, "SGLang cannot serve it", "family"))
-    return problems
+        found.append((name, text, "SGLang cannot serve it"))
+    for pattern, remedy in family.not_loaded.items():
+        if names := [layer.name for layer in layers if re.match(pattern, layer.name)]:
+            text = f"SGLang's {name} does not load tensors that are called so"
+            found.append((", ".join(fold_names(names)[:3]), text, f"{remedy} in the checkpoint"))
+    return [Problem(*problem, "family") for problem in found]
 
 
-def _routing_problems(
-    architecture: str, config: Mapping[str, Any], target: Target
-) -> list[Problem]:
+def _routing_problems(config: Config, target: Target) -> Iterator[tuple[str, str, str]]:
     """DeepSeek-V3's routing, for which SGLang takes FlashInfer's kernel and does not ask the GPU.
+
+    Without groups it takes another: a token would need to go to one expert.
 
     Source: `biased_grouped_topk_gpu` (layers/moe/topk.py:2021) of SGLang 0.5.23;
     FlashInfer's fused_moe/fused_routing_dsv3.py:66.
     """
-    gpu = target.gpu
-    if gpu is None or gpu.capability >= 89 or not _is_routed_by_flashinfer(architecture, config):
-        return []
-    text = (
-        "SGLang routes its tokens with a kernel of FlashInfer's that GPUs of compute capability "
-        f"{version(gpu.capability)} do not have (expected 8.9 or more)"
-    )
-    if os.environ.get(_TRITON_ROUTING, "").lower() in ("1", "true", "t", "yes", "y", "on"):
-        return []
-    remedy = f"set {_TRITON_ROUTING}=1 in the environment of the server"
-    return [Problem(architecture, text, remedy, "family")]
-
-
-def _is_routed_by_flashinfer(architecture: str, config: Mapping[str, Any]) -> bool:
-    """Whether the conditions hold under which SGLang takes FlashInfer's kernel.
-
-    Without groups they do not: a token would need to go to one expert.
-    """
     num_experts, top_k = config.get("n_routed_experts") or 0, config.get("num_experts_per_tok") or 0
     groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
-    is_biased = config.get("topk_method") == "noaux_tc" or architecture == "Glm4MoeForCausalLM"
-    if not is_biased or groups < 2 or not num_experts or not config.get("norm_topk_prob", True):
-        return False
+    is_biased = config.get("topk_method") == "noaux_tc" or family_of(config).has_biased_router
     in_group = num_experts // groups
-    fits = in_group <= 32 and in_group * chosen <= 128
-    return fits and not num_experts & (num_experts - 1) and top_k <= min(8, chosen * groups)
+    is_flashinfers = (
+        is_biased and groups > 1 and num_experts and config.get("norm_topk_prob", True)
+        and in_group <= 32 and in_group * chosen <= 128 and not num_experts & (num_experts - 1)
+        and top_k <= min(8, chosen * groups)
+    )  # fmt: skip
+    is_off = os.environ.get(_TRITON_ROUTING, "").lower() in ("1", "true", "t", "yes", "y", "on")
+    if target.gpu is None or target.gpu.capability >= 89 or is_off or not is_flashinfers:
+        return
+    text = (
+        "SGLang routes its tokens with a kernel of FlashInfer's that GPUs of compute capability "
+        f"{version(target.gpu.capability)} do not have (expected 8.9 or more)"
+    )
+    yield architecture(config), text, f"set {_TRITON_ROUTING}=1 in the environment of the server"
 
 
-def _glm4_problems(layers: Sequence[PlannedLayer]) -> list[Problem]:
-    """GPTQ on shared experts, whose weight's dtype the model asks for (glm4_moe.py:503)."""
-    names = [
-        layer.name
+def mla_faults(
+    layer: PlannedLayer, shards: Sequence[PlannedLayer], device: Device, config: Config
+) -> Iterator[tuple[str, str]]:
+    """Yield (text, remedy) for what keeps a projection of latent attention from its scheme.
+
+    Source: SGLang's models/deepseek_common/deepseek_weight_loader.py. `kv_b_proj` is absorbed into
+    the attention after loading: `post_load_weights` (:586) takes any `qweight` for AWQ's (:625),
+    finds the block size of INT8 in the config of the whole model (:728), and multiplies FP8 by CUDA
+    kernels. AWQ's kernel is wrapped by a module that is gone since SGLang 0.5.20 (utils.py:104,
+    `sglang.kernel_api_logging`), so that AWQ fails as well. `q_a_proj` and `kv_a_proj_with_mqa`
+    become one replicated layer with one input.
+
+    Args:
+        shards: all layers of the module that runs it.
+    """
+    scheme, family, kind = layer.scheme, family_of(config), _storage(layer.outputs)
+    if scheme is None or kind == "floats":
+        return
+    if last_component(layer.name) == family.absorbed and (reason := _not_absorbed(layer, device)):
+        can = _methods("floats", *(("FP8", "FP8 tensor") if device == "cuda" else ()))
+        named = " or ".join(filter(None, (", ".join(can[:-1]), can[-1])))
+        remedy = f"give {family.absorbed} the method {named}"
+        yield f"{family.absorbed} cannot be absorbed in {scheme.label}: {reason}", remedy
+    if last_component(layer.module) != family.latent_inputs or scheme.method == AUTO:
+        return
+    both = " and ".join(family.fused_modules[family.latent_inputs])
+    if kind == "FP8 tensor":
+        text = (
+            f"{both} are one layer in SGLang, and {scheme.label} has one scale for each of them "
+            "(expected one scale a layer)"
+        )
+        yield text, f"use method: {' or '.join(_methods('FP8'))}"
+    if not _is_readable(layer):
+        text = (
+            f"{both} cannot run in {scheme.label}: SGLang looks at the dtype of their weight, and "
+            f"{kind} has none (models/deepseek_v2.py, is_packed_weight)"
+        )
+        yield text, _instead_of_packed()
+    if scheme.arguments.get("desc_act") and len(shards) > 1:
+        text = f"{both} are one layer in SGLang, and each has an act order of its own"
+        yield text, f"take a source without act order, or write method: {_methods('floats')[0]}"
+
+
+def _not_absorbed(layer: PlannedLayer, device: Device) -> str:
+    """Why latent attention cannot absorb a quantized layer; empty if it can."""
+    kind = _storage(layer.outputs)
+    if kind.startswith("FP8"):
+        return "the CPU platform absorbs it unquantized only" if device == "cpu" else ""
+    if kind in _NOT_ABSORBED and layer.method != AUTO:
+        return _NOT_ABSORBED[kind]
+    named = layer.stored.description if layer.stored and layer.method == AUTO else ""
+    return f"SGLang absorbs floats and FP8, and it is {named or ' and '.join(layer.outputs)}"
+
+
+def _storage(tensors: Mapping[str, TensorSpec]) -> str:
+    """What SGLang's models tell apart of a weight: dtype, one scale a layer, how it is packed."""
+    if "weight" not in tensors:
+        packing = "GPTQ" if "g_idx" in tensors else "AWQ"
+        return packing if "qweight" in tensors else "its packing"
+    kind = _KINDS.get(tensors["weight"].dtype, tensors["weight"].dtype)
+    has_one_scale = "weight_scale" in tensors and not tensors["weight_scale"].shape
+    return "FP8 tensor" if kind == "FP8" and has_one_scale else kind
+
+
+def _is_readable(layer: PlannedLayer) -> bool:
+    """Whether SGLang's models may look at the dtype of its weight; they know AWQ's to have none."""
+    is_known = "weight" in layer.outputs or _storage(layer.outputs) == "AWQ"
+    return is_known or layer.scheme is None or layer.method == AUTO
+
+
+def _instead_of_packed() -> str:
+    return f"use method: {_methods('FP8')[0]} or {_methods('AWQ')[0]}"
+
+
+def _methods(*kinds: str) -> list[str]:
+    """Names of the methods that store a weight so, as `_storage` tells it; the first of each."""
+    found: dict[str, str] = {}
+    for method, spec in METHODS.items():
+        for name, implied in {method: {}, **spec.aliases}.items():
+            tensors = spec.stored({**spec.defaults, **implied}, 4096, 4096, "BF16")
+            if _storage(tensors) in kinds:
+                found.setdefault(method, name)
+    return list(found.values())
+
+
+def shared_experts_line(config: Config, layers: Iterable[PlannedLayer]) -> str:
+    """Say so where SGLang would run shared experts as one more routed one if there were no preset.
+
+    With a preset they are layers of their own on every GPU, and follow their own rules. The same
+    weights are read and multiplied; a layer launches three kernels more (two products, an
+    activation), on a second stream beside the routed experts (models/deepseek_v2.py:867).
+    """
+    if config.get("n_shared_experts") != 1 or not family_of(config).fuses_shared_experts(config):
+        return ""
+    names = {
+        layer.module
         for layer in layers
-        if layer.method == "gptq" and layer.module.endswith(".shared_experts.gate_up_proj")
+        if ".mlp.shared_experts." in layer.name and layer.kind != "draft"
+    }
+    if not names:
+        return ""
+    where = ", ".join(fold_names(sorted(names, key=natural_key)))
+    return f"{where}: not fused into the routed experts, they follow their own rules"
+
+
+def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[Problem]:
+    """Hold stored shapes against config.json, for families whose shapes it spells out."""
+    family, said = family_of(source.config), sizes(source.config)
+    if family.shapes:
+        heads = ("num_attention_heads", "num_key_value_heads")
+        said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
+    found: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for layer in layers:
+        last, weight, stored = last_component(layer.name), layer.inputs.get("weight"), layer.stored
+        got = weight.shape if weight is not None else None
+        if layer.kind not in NEVER_QUANTIZED:
+            got = (stored.N, stored.K) if stored is not None and stored.method else None
+        if got is not None and last in family.shapes:
+            want = tuple([int(said[key]) for key in family.shapes[last]])
+            if got != want:
+                found.setdefault((last, got, want), []).append(layer.name)
+    return [
+        Problem(
+            ", ".join(fold_names(names)),
+            f"its weight is {list(got)} (expected {list(want)} by config.json)",
+            "config.json and weights are of different models, or a file is damaged",
+            "config-shape",
+        )
+        for (_, got, want), names in found.items()
     ]
-    text = "SGLang's GLM-4-MoE looks at the dtype of their weight, and GPTQ has none"
-    remedy = "use method: fp8_block or awq"
-    return [Problem(folded, text, remedy, "family") for folded in fold_names(names)]
+
+
+def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int], ...]:
+    """Return (shard id, output features) of a layer that is stored fused, as Phi-3's are.
+
+    SGLang splits them by its own sizes when it loads them (`_load_fused_module_from_checkpoint`,
+    layers/linear.py:897, 1197), so that shape rules hold for each shard.
+    """
+    if layer.kind != "linear" or layer.shard is not None or layer.stored is None:
+        return ()
+    last, N = last_component(layer.name), layer.stored.N
+    if last == "gate_up_proj":
+        return (("gate", N // 2), ("up", N // 2))
+    if last == "qkv":  # of vision towers, whose heads are all alike
+        return tuple((shard, N // 3) for shard in "qkv")
+    if last != "qkv_proj":
+        return ()
+    said = sizes(config)
+    num_heads, head = said.get("num_attention_heads", 0), said.get("head_dim", 0)
+    kv = said.get("num_key_value_heads", num_heads) * head
+    return (("q", num_heads * head), ("k", kv), ("v", kv))
+
+
+def why_not_stored_fused(layer: PlannedLayer, config: Config) -> str:
+    """Return why a layer that is stored fused cannot be split; empty if it can, or is not."""
+    shards = stored_shards(layer, config)
+    expected = sum(size for _, size in shards)
+    if not shards or layer.stored is None or expected == layer.stored.N:
+        return ""
+    parts = " + ".join(str(size) for _, size in shards)
+    return (
+        f"is stored fused with {layer.stored.N} rows (expected {parts} = {expected} for "
+        f"{', '.join(name for name, _ in shards)} by config.json)"
+    )

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mixedprec_plugin.checkpoint.config import text_config
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.plan.architecture import parallel_kind
-from mixedprec_plugin.plan.model import PlannedLayer, Target
+from mixedprec_plugin.families.config import text_config
+from mixedprec_plugin.families.names import parallel_kind
+from mixedprec_plugin.families.record import Family
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import PlannedLayer
 
 _SPLIT_KINDS = ("linear", "expert", "embedding", "lm_head")
 
@@ -23,16 +26,17 @@ def rank_bytes(layers: Iterable[PlannedLayer], tp_size: int, config: Mapping[str
     Args:
         config: the model's config.json.
     """
+    family = family_of(config)
     num_heads = int(text_config(config).get("num_key_value_heads") or tp_size)
     return sum(
-        -(-layer.bytes_after // _num_parts(layer, tp_size, num_heads))
+        -(-layer.bytes_after // _num_parts(layer, tp_size, num_heads, family))
         for layer in layers
         if layer.kind != "draft"
     )
 
 
-def _num_parts(layer: PlannedLayer, tp_size: int, num_heads: int) -> int:
-    is_whole = layer.kind == "linear" and parallel_kind(layer.name) == "replicated"
+def _num_parts(layer: PlannedLayer, tp_size: int, num_heads: int, family: Family) -> int:
+    is_whole = layer.kind == "linear" and parallel_kind(layer.name, family) == "replicated"
     if layer.kind not in _SPLIT_KINDS or is_whole:
         return 1
     return min(tp_size, num_heads) if layer.shard in ("k", "v") else tp_size

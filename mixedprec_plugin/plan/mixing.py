@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mixedprec_plugin.checkpoint.formats import FormatCache
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.plan.biases import settle_biases
 from mixedprec_plugin.plan.compatibility import check_sources
 from mixedprec_plugin.plan.coupling import Coupling
 from mixedprec_plugin.plan.matching import Matches
-from mixedprec_plugin.plan.model import PlannedLayer, Target
+from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.plan.pairs import Pairs
-from mixedprec_plugin.plan.wiring import norm_offset
 from mixedprec_plugin.preset.model import Preset
 
 
@@ -55,7 +56,7 @@ def settle_sources(
     coupling = Coupling(settled, sources, matches, tied, values, target.dtype, trusted=trusted)
     problems += coupling.settle()
     norms = {name: unit.norm for unit in coupling.units for name in unit.consumers}
-    offset = norm_offset(sources["model"].config) or 0.0
+    offset = family_of(sources["model"].config).norm_offset or 0.0
     pairs = Pairs(coupling.layers, sources, norms, offset, values, formats, trusted=trusted)
     problems += pairs.check()
     return list(coupling.layers.values()), problems

@@ -6,36 +6,16 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
 
-from mixedprec_plugin.checkpoint.formats import StoredFormat
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import PlanError, Problem
-from mixedprec_plugin.methods.cards import Gpu
-from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.architecture import ExpertShard, Kind, Shard, shard_order
+from mixedprec_plugin.families.names import ExpertShard, Kind, Shard, shard_order
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.registry import UNQUANTIZED
+from mixedprec_plugin.methods.stored import StoredFormat, TensorSpec
+from mixedprec_plugin.plan.conversion import Action, Reason
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
-
-Action = Literal["as stored", "cast", "quantize", "dequantize", "repack", "requantize"]
-Device = Literal["cuda", "cpu"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What the plan is made for.
-
-    Attributes:
-        device: `cuda`, or `cpu` for the CPU platform.
-        tp_size: number of tensor-parallel ranks.
-        dtype: dtype that the model runs in, as a safetensors name.
-        gpu: the GPU of each rank; None where it is not known, or there is none.
-    """
-
-    device: Device = "cuda"
-    tp_size: int = 1
-    dtype: str = "BF16"
-    gpu: Gpu | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +55,7 @@ class PlannedLayer:
         outputs: parameter suffix -> what is served.
         rescale: how its columns change before it is quantized; None where they do not.
         note: what else the plan decided of it, such as `without its zero bias`; mostly empty.
+        reasons: why the action is impossible; else empty.
     """
 
     name: str
@@ -92,6 +73,7 @@ class PlannedLayer:
     bytes_after: int
     rescale: Rescale | None = None
     note: str = ""
+    reasons: tuple[Reason, ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -101,7 +83,12 @@ class PlannedLayer:
     @property
     def method(self) -> str:
         """Canonical key of the method that the layer runs in."""
-        return self.scheme.method if self.scheme else "bf16"
+        return self.scheme.method if self.scheme else UNQUANTIZED
+
+    @property
+    def is_unquantized(self) -> bool:
+        """Whether it runs in floats."""
+        return self.method == UNQUANTIZED
 
     @property
     def bits_per_weight(self) -> float:

@@ -24,28 +24,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mixedprec_plugin.checkpoint.formats import FormatCache, StoredFormat
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.errors import Problem, ShapeError
-from mixedprec_plugin.lazy import load_object
-from mixedprec_plugin.plan.architecture import last_component
+from mixedprec_plugin.families.names import last_component
+from mixedprec_plugin.families.wiring import producers
+from mixedprec_plugin.methods.recognition import FormatCache
+from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.plan.wiring import producers
 
 if TYPE_CHECKING:
     import torch
 
 # columns that are compared where reading fewer is cheaper: noise of c is about e / sqrt(columns)
 _NUM_COLUMNS = 512
-# the formats that store K first, so that leading columns are leading rows of the file
-_K_FIRST = frozenset({"awq", "gptq"})
 _LEAST = 0.01
 
 
@@ -111,7 +109,7 @@ class Pairs:
             CheckpointError: a layer cannot be read.
         """
         errors: dict[tuple[str, str], list[str]] = {}
-        for producer, consumer in producers(self._layers):
+        for producer, consumer in producers(self._layers, self._sources["model"].config):
             made, reads = self._layers[producer].source, self._layers[consumer].source
             if made == reads or self._sources[made].path == self._sources[reads].path:
                 continue
@@ -223,26 +221,27 @@ def row_scales(first: torch.Tensor, second: torch.Tensor) -> RowScales:
 def _dequantize(source: Source, name: str, stored: StoredFormat) -> torch.Tensor:
     """Read a layer's weight, float32 [N, K]; only leading columns where that is cheaper."""
     from mixedprec_plugin.checkpoint.reader import Reader
+    from mixedprec_plugin.quantize.codec import load_codec
 
-    tensors, arguments = source.layers[name], stored.dequantizer_arguments
-    if stored.family in _K_FIRST:
-        tensors = _leading_columns(tensors, stored, arguments)
+    tensors = source.layers[name]
+    # these store K first, so that leading columns are leading rows of the file
+    if "qweight" in stored.suffixes:
+        tensors = _leading_columns(tensors, stored)
     with Reader() as reader:
         read = {suffix: reader.read(tensors[suffix]) for suffix in tensors if suffix != "bias"}
-    if not stored.dequantizer:
+    if not stored.codec:
         return read["weight"][:, :_NUM_COLUMNS].float()
     try:
-        weight: torch.Tensor = load_object(stored.dequantizer)(read, arguments)
+        return load_codec(stored.codec).read(read, stored.how).dequantize()
     except ShapeError as error:
         raise ShapeError(Problem(name, str(error))) from error
-    return weight
 
 
 def _leading_columns(
-    tensors: Mapping[str, StoredTensor], stored: StoredFormat, arguments: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor], stored: StoredFormat
 ) -> Mapping[str, StoredTensor]:
     """The tensors of the first input features, whole groups; all where order is by activation."""
-    group_size, K = int(arguments["group_size"]), stored.K
+    group_size, K = int(stored.how["group_size"]), stored.K
     num_columns = -(-_NUM_COLUMNS // group_size) * group_size if group_size > 0 else K
     if num_columns >= K or not _is_in_order(tensors.get("g_idx"), group_size):
         return tensors
@@ -250,6 +249,7 @@ def _leading_columns(
         suffix: tensor._replace(
             shape=(rows := tensor.shape[0] * num_columns // K, *tensor.shape[1:]),
             num_bytes=tensor.num_bytes // tensor.shape[0] * rows,
+            part_of=tensor,
         )
         for suffix, tensor in tensors.items()
         if suffix in stored.suffixes

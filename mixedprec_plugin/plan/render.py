@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.plan.architecture import ExpertShard
+from mixedprec_plugin.families.names import ExpertShard, sglang_name
+from mixedprec_plugin.families.record import Family
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.plan.families import shared_experts_line
 from mixedprec_plugin.plan.folding import fold_names, fold_numbers
 from mixedprec_plugin.plan.memory import memory_line
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-from mixedprec_plugin.plan.sglang_names import sglang_name
-from mixedprec_plugin.plan.shared_experts import shared_experts_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +63,11 @@ def group_modules(plan: Plan) -> list[Group]:
         key = (folded, label, _sources(layers), identity, _actions(layers), _stored(layers), shape)
         buckets.setdefault(key, {})[module] = layers
     groups = []
-    architecture = _architecture(plan)
+    family = family_of(plan.source.config)
     for (_, label, source, _, action, stored, _), modules in buckets.items():
         layers = tuple(layer for group in modules.values() for layer in group)
         name = ", ".join(fold_names(modules))
-        other = ", ".join(fold_names(sglang_name(module, architecture) for module in modules))
+        other = ", ".join(fold_names(sglang_name(module, family) for module in modules))
         groups.append(
             Group(
                 name=name,
@@ -83,10 +84,6 @@ def group_modules(plan: Plan) -> list[Group]:
             )
         )
     return groups
-
-
-def _architecture(plan: Plan) -> str:
-    return str((plan.source.config.get("architectures") or [""])[0])
 
 
 def _units(plan: Plan) -> Iterator[tuple[str, tuple[PlannedLayer, ...]]]:
@@ -138,9 +135,9 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     Returns:
         "layers": one entry a layer of the checkpoint, "totals", "problems".
     """
-    architecture = _architecture(plan)
+    family = family_of(plan.source.config)
     return {
-        "layers": [_layer_as_dict(layer, architecture) for layer in plan.layers],
+        "layers": [_layer_as_dict(layer, family) for layer in plan.layers],
         "tied": dict(plan.tied),
         "target": dataclasses.asdict(plan.target),
         "totals": totals(plan),
@@ -148,11 +145,11 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _layer_as_dict(layer: PlannedLayer, architecture: str) -> dict[str, Any]:
+def _layer_as_dict(layer: PlannedLayer, family: Family) -> dict[str, Any]:
     return {
         "name": layer.name,
         "module": layer.module,
-        "sglang_module": sglang_name(layer.module, architecture),
+        "sglang_module": sglang_name(layer.module, family),
         "kind": layer.kind,
         "scheme": layer.scheme.label if layer.scheme else None,
         "method": layer.method,

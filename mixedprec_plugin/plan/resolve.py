@@ -6,32 +6,34 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from mixedprec_plugin.checkpoint.formats import FormatCache, StoredFormat
-from mixedprec_plugin.checkpoint.garbage import uncollected
+from mixedprec_plugin.checkpoint.garbage import gc_paused
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.names import nearest, without_numbers
-from mixedprec_plugin.plan import checks
-from mixedprec_plugin.plan.architecture import (
+from mixedprec_plugin.families.names import (
     NEVER_QUANTIZED,
     Kind,
     Shard,
+    draft_layers,
     fused_module,
     layer_kind,
     scheme_unit,
     shard_order,
 )
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.recognition import FormatCache
+from mixedprec_plugin.methods.stored import StoredFormat
+from mixedprec_plugin.names import nearest, without_numbers
+from mixedprec_plugin.plan import checks
 from mixedprec_plugin.plan.auto import find_mixed_experts, find_mixed_modules
-from mixedprec_plugin.plan.config_shapes import check_config_shapes
-from mixedprec_plugin.plan.draft import NOTE, draft_layers
-from mixedprec_plugin.plan.expert_ids import check_expert_ids
+from mixedprec_plugin.plan.conversion import Conversion, Conversions
+from mixedprec_plugin.plan.families import check_config_shapes
 from mixedprec_plugin.plan.folding import fold_names, natural_key
-from mixedprec_plugin.plan.fusion import settle_fused_modules
+from mixedprec_plugin.plan.fusion import check_expert_ids, settle_fused_modules
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.mixing import settle_sources
-from mixedprec_plugin.plan.model import Plan, PlannedLayer, Target
-from mixedprec_plugin.plan.outcomes import Outcome, Outcomes
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.schemes import SchemeChooser
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
@@ -48,7 +50,7 @@ class _Taken:
     stored: StoredFormat | None
 
 
-@uncollected()
+@gc_paused()
 def resolve_plan(
     preset: Preset,
     model: Source,
@@ -76,7 +78,8 @@ def resolve_plan(
     taken, problems = _take(names, rules, kinds, sources, formats)
     asking = SchemeChooser(target)
     asked = {name: asking.of(rules.get(name), taken[name].stored, kinds[name]) for name in names}
-    fused = {name: fused_module(name, model.layers.keys()) for name in names}
+    family = family_of(model.config)
+    fused = {name: fused_module(name, model.layers.keys(), family) for name in names}
     units: dict[str, list[str]] = {}
     for name, (module, shard) in sorted(fused.items(), key=lambda item: shard_order(item[1][1])):
         units.setdefault(scheme_unit(module, shard), []).append(name)
@@ -87,7 +90,7 @@ def resolve_plan(
     problems += mixtures + conflicts
     problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
-    outcomes = Outcomes(target)
+    conversions = Conversions(target)
     planned = [
         _planned_layer(
             name,
@@ -96,7 +99,9 @@ def resolve_plan(
             schemes[name],
             rules.get(name),
             taken[name],
-            outcomes.of(schemes[name], taken[name].stored, taken[name].tensors, kinds[name]),
+            conversions.of(
+                schemes[name], rules.get(name), taken[name].stored, taken[name].tensors, kinds[name]
+            ),
         )
         for name in names
     ]
@@ -118,6 +123,7 @@ def resolve_plan(
 
 
 def _kinds(model: Source, names: Sequence[str], formats: FormatCache) -> dict[str, Kind]:
+    family = family_of(model.config)
     known: dict[object, Kind] = {}
     kinds: dict[str, Kind] = {}
     for name in names:
@@ -125,9 +131,9 @@ def _kinds(model: Source, names: Sequence[str], formats: FormatCache) -> dict[st
         # names that share a format differ in numbers only
         key = without_numbers(name) if stored is None else id(stored)
         if key not in known:
-            known[key] = layer_kind(name, stored is not None)
+            known[key] = layer_kind(name, stored is not None, family)
         kinds[name] = known[key]
-    return kinds | dict.fromkeys(draft_layers(model.config, names), "draft")
+    return kinds | dict.fromkeys(draft_layers(model.config, names, family), "draft")
 
 
 def _take(
@@ -184,7 +190,7 @@ def _planned_layer(
     scheme: Scheme | None,
     rule: Rule | None,
     taken: _Taken,
-    outcome: Outcome,
+    conversion: Conversion,
 ) -> PlannedLayer:
     return PlannedLayer(
         name=name,
@@ -195,10 +201,11 @@ def _planned_layer(
         rule=rule,
         source=taken.source.name,
         stored=taken.stored,
-        action=outcome.action,
+        action=conversion.action,
         inputs=taken.tensors,
-        outputs=outcome.outputs,
-        bytes_before=outcome.bytes_before,
-        bytes_after=outcome.bytes_after,
-        note=NOTE if kind == "draft" else "",
+        outputs=conversion.outputs,
+        bytes_before=conversion.bytes_before,
+        bytes_after=conversion.bytes_after,
+        note="left to a draft model" if kind == "draft" else "",
+        reasons=conversion.reasons,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from mixedprec_plugin.checkpoint.formats import StoredFormat
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.plan.architecture import NEVER_QUANTIZED, Kind
-from mixedprec_plugin.plan.auto import AUTO, auto_scheme
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
+from mixedprec_plugin.methods.stored import StoredFormat
+from mixedprec_plugin.plan.auto import auto_scheme
 from mixedprec_plugin.preset.model import Rule, Scheme
 
 
@@ -38,19 +39,14 @@ class SchemeChooser:
             return _as_stored(stored)
         if rule.scheme.method == AUTO:
             return auto_scheme(rule.scheme, stored, self._target.device)
-        return _completed(rule, stored)
+        scheme = rule.scheme
+        arguments = METHODS[scheme.method].complete(scheme.arguments, stored)
+        if arguments == scheme.arguments:
+            return scheme
+        return dataclasses.replace(scheme, arguments=arguments)
 
 
 def _as_stored(stored: StoredFormat) -> Scheme:
-    if stored.method in ("", "bf16"):
-        return Scheme("as stored", *registry.bind("unquantized", {}))
+    if stored.is_float or not stored.method:
+        return Scheme("as stored", *registry.bind(UNQUANTIZED, {"dtype": None}))
     return Scheme("as stored", *registry.bind(stored.method, stored.arguments))
-
-
-def _completed(rule: Rule, stored: StoredFormat) -> Scheme:
-    """Act order that the preset leaves open is as the source stores it, and none if we quantize."""
-    scheme = rule.scheme
-    if scheme.arguments.get("desc_act", True) is not None:
-        return scheme
-    desc_act = scheme.method == stored.family and bool(stored.said.get("desc_act"))
-    return dataclasses.replace(scheme, arguments={**scheme.arguments, "desc_act": desc_act})

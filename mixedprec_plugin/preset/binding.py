@@ -7,30 +7,31 @@ from typing import Any
 
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.methods.registry import bind
-from mixedprec_plugin.names import PatternError, compile_pattern, nearest
-from mixedprec_plugin.preset.findings import Findings
+from mixedprec_plugin.names import PatternError, compile_pattern
+from mixedprec_plugin.preset.document import Document, Path, at
 from mixedprec_plugin.preset.model import Rule, Scheme, SourceReference
 from mixedprec_plugin.preset.schema import SCHEME_KEYS
-from mixedprec_plugin.preset.tree import Node, Path
 
 MODEL = "model"
 
 _RULE_KEYS = ("match", "optional", *SCHEME_KEYS)
+_NUM_SHOWN = 20
 
 
 class Binder:
-    """Binds one preset; what does not fit goes to the findings.
+    """Binds one preset, and reports what does not fit.
 
     Args:
         data: the merged preset, resolved. Where the schema found problems, it may hold anything;
             such parts are passed over.
-        tree: the same before it was resolved, for the locations.
+        shown: the same as messages may show it.
+        document: the same before it was resolved, for the places.
     """
 
-    def __init__(self, data: Mapping[str, Any], tree: Node, findings: Findings) -> None:
+    def __init__(self, data: Mapping[str, Any], shown: Any, document: Document) -> None:
         self.data = data
-        self.tree = tree
-        self.findings = findings
+        self.shown = shown
+        self.document = document
         self.used: set[str] = set()
         self.sources = self._sources()
         self.schemes = self._schemes()
@@ -41,10 +42,12 @@ class Binder:
         sources = {}
         for name, entry in self._mapping("sources").items():
             path: Path = ("sources", name)
-            if self._is_sound(path) and isinstance(entry, dict):
-                location = self.tree.locate(path)
-                revision = entry.get("revision")
-                sources[name] = SourceReference(name, entry["path"], revision, location)
+            if isinstance(entry, dict) and self.document.is_sound(path):
+                place, shown = self.document.locate(path), at(self.shown, path)
+                sources[name] = SourceReference(
+                    name, entry["path"], entry.get("revision"), place,
+                    shown["path"], shown.get("revision"),
+                )  # fmt: skip
         return sources
 
     def _schemes(self) -> dict[str, Scheme | None]:
@@ -52,40 +55,40 @@ class Binder:
         schemes: dict[str, Scheme | None] = {}
         for name, entry in self._mapping("schemes").items():
             path: Path = ("schemes", name)
-            is_sound = self._is_sound(path) and isinstance(entry, dict)
+            is_sound = isinstance(entry, dict) and self.document.is_sound(path)
             schemes[name] = self._scheme(name, entry, path, SCHEME_KEYS) if is_sound else None
         return schemes
 
     def _rules(self, place: Path) -> tuple[Rule, ...]:
         rules = []
-        entries: Any = self.data
-        for key in place:
-            entries = entries.get(key) if isinstance(entries, Mapping) else None
+        entries = at(self.data, place)
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
             path: Path = (*place, index)
             if not isinstance(entry, dict):
                 continue
-            patterns = self._patterns(entry.get("match"), path)
-            if not self._is_sound(path):
+            patterns = self._patterns(entry, path)
+            if not self.document.is_sound(path):
                 self._check_scheme_name(entry, path)
-                continue
-            scheme = self._rule_scheme(entry, path)
-            if scheme is not None:
+            elif scheme := self._rule_scheme(entry, path):
                 optional = entry.get("optional", False)
-                rules.append(Rule(index, patterns, scheme, optional, self.tree.locate(path)))
+                shown = _listed(at(self.shown, (*path, "match")))
+                where = self.document.locate(path)
+                rules.append(Rule(index, patterns, scheme, optional, where, shown))
         return tuple(rules)
 
-    def _patterns(self, match: Any, path: Path) -> tuple[str, ...]:
-        patterns = match if isinstance(match, list) else [match]
-        for index, pattern in enumerate(patterns):
+    def _patterns(self, entry: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+        match = entry.get("match")
+        for index, pattern in enumerate(_listed(match)):
             place = (*path, "match", index) if isinstance(match, list) else (*path, "match")
-            if not isinstance(pattern, str) or not pattern or not self._is_sound(place):
+            if not isinstance(pattern, str) or not pattern or not self.document.is_sound(place):
                 continue
             try:
                 compile_pattern(pattern)
             except PatternError as error:
-                self.findings.add(self.tree.locate(place), str(error), rule="pattern")
-        return tuple(patterns)
+                shown = at(self.shown, place)
+                what = str(error) if shown == pattern else f"{shown!r} stands for no pattern"
+                self.document.report(place, what, rule="pattern")
+        return _listed(match)
 
     def _rule_scheme(self, entry: Mapping[str, Any], path: Path) -> Scheme | None:
         if "scheme" in entry:
@@ -94,11 +97,11 @@ class Binder:
 
     def _check_scheme_name(self, entry: Mapping[str, Any], path: Path) -> Scheme | None:
         name = entry.get("scheme")
-        if not isinstance(name, str) or not self._is_sound((*path, "scheme")):
+        if not isinstance(name, str) or not self.document.is_sound((*path, "scheme")):
             return None
         self.used.add(name)
         if name not in self.schemes:
-            self._unknown((*path, "scheme"), "scheme", name, list(self.schemes))
+            self._unknown((*path, "scheme"), "scheme", list(self.schemes))
             return None
         return self.schemes[name]
 
@@ -106,10 +109,9 @@ class Binder:
         self, label: str, entry: Mapping[str, Any], path: Path, own_keys: tuple[str, ...]
     ) -> Scheme | None:
         source = entry.get("source", MODEL)
-        is_known = source == MODEL or source in self._mapping("sources")
-        if not is_known:
-            names = [MODEL, *(name for name in self._mapping("sources") if name != MODEL)]
-            self._unknown((*path, "source"), "source", source, names)
+        names = list(dict.fromkeys([MODEL, *self._mapping("sources")]))
+        if source not in names:
+            self._unknown((*path, "source"), "source", names)
         given = {key: _whole(value) for key, value in entry.items() if key not in own_keys}
         try:
             method, arguments = bind(entry["method"], given)
@@ -118,32 +120,33 @@ class Binder:
                 self._refused(problem, given, path)
             return None
         requantize = entry.get("requantize", False)
-        return Scheme(label, method, arguments, source, requantize) if is_known else None
+        return Scheme(label, method, arguments, source, requantize) if source in names else None
 
     def _refused(self, problem: Problem, given: Mapping[str, Any], path: Path) -> None:
         """Pass on what the registry says, at the argument that it speaks of."""
         argument, _, rest = problem.what.partition(": ")
         if argument in given:
-            place, what = (*path, argument), rest
+            self.document.report((*path, argument), rest, problem.remedy, problem.rule)
         else:
-            place, what = path, problem.what
-        self.findings.add(self.tree.locate(place), what, problem.remedy, problem.rule)
+            self.document.report(path, problem.what, problem.remedy, problem.rule)
 
-    def _unknown(self, path: Path, kind: str, name: str, names: list[str]) -> None:
-        near = nearest(name, names)
-        remedy = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-        expected = f"expected {', '.join(names)}" if names else f"the preset has no '{kind}s'"
+    def _unknown(self, path: Path, kind: str, names: list[str]) -> None:
+        name = at(self.shown, path)
+        more = f", … {len(names)} in all" if len(names) > _NUM_SHOWN else ""
+        expected = f"expected {', '.join(names[:_NUM_SHOWN])}{more}"
+        expected = expected if names else f"the preset has no '{kind}s'"
         what = f"unknown {kind} {name!r} ({expected})"
-        self.findings.add(self.tree.locate(path), what, remedy, f"unknown-{kind}")
+        remedy = self.document.findings.suggest(name, names)
+        self.document.report(path, what, remedy, f"unknown-{kind}")
 
     def _mapping(self, key: str) -> Mapping[str, Any]:
         value = self.data.get(key)
         return value if isinstance(value, dict) else {}
 
-    def _is_sound(self, path: Path) -> bool:
-        """Whether nothing at or below `path` was found wrong."""
-        places = [self.tree.locate(path), *self.tree.locations(path)]
-        return not any(self.findings.touches(place) for place in places)
+
+def _listed(match: Any) -> tuple[Any, ...]:
+    """The patterns of a rule, which names one or a list of them."""
+    return tuple(match) if isinstance(match, list) else (match,)
 
 
 def _whole(value: Any) -> Any:

@@ -1,233 +1,339 @@
-"""Interpolations: `${schemes.attention}` and `${oc.env:NAME}`, and nothing else.
+"""Interpolations, `${schemes.attention}` and `${oc.env:NAME}`, and lists in patterns.
 
-OmegaConf parses and resolves them. Before it does, every reference is followed here: only then are
-a resolver that may do anything, an endless circle, or text that doubles itself thirty times out of
-the question, and only so does every mistake get its line.
+OmegaConf resolves them, one text after another, each after those that it refers to: a circle, or
+text that doubles itself thirty times, is found before it is followed. It is given these two forms
+alone, as it would run any resolver that some package has registered, and recurses as deeply as a
+text nests.
+
+Within a pattern a list stands for the alternatives of a glob, `${lists.hot}` for `{3,17,42}`:
+
+    lists:
+      hot: [3, 17, "40..47"]
+    rules:
+      - {match: "*.mlp.experts.${lists.hot}.*", scheme: fine}
+
+A list that stands alone, `match: ${lists.hot}`, stays a list: that of the rule's patterns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
-from typing import Any, NoReturn
+import re
+from typing import Any, NoReturn, TypeGuard
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from mixedprec_plugin.names import nearest
-from mixedprec_plugin.preset.findings import Findings
-from mixedprec_plugin.preset.references import (
-    Environment,
-    Expression,
-    ExpressionError,
-    Reference,
-    parse_expression,
-)
-from mixedprec_plugin.preset.tree import Key, Node, Path
+from mixedprec_plugin.preset.document import Document, Path, RefusedError, Scalar, at, rewrite
 
+MAX_LENGTH = 10_000
 MAX_SIZE = 1 << 21
 MAX_CHAIN = 32
-MAX_OPEN = 3 * MAX_CHAIN
+
+# what a reference counts for, however short its value
+_REFERENCE_SIZE = 64
+_REMEDY = "write ${schemes.NAME} or ${oc.env:NAME}; for a plain '${' write '\\${'"
+_SYNTAX = "interpolation-syntax"
+
+_UNESCAPED = r"(?<!\\)((?:\\\\)*)"
+_INNER = re.compile(r"\$\{[^${}]*\}")
+# backslashes that stand for half of them, an interpolation, what is in it
+_EXPRESSION = re.compile(rf"{_UNESCAPED}(\$\{{((?:[^${{}}]|{_INNER.pattern})*)\}})")
+_KEY = r"[A-Za-z0-9_-]+"
+_REFERENCE = re.compile(rf" *(\.*)((?:{_KEY}|\[{_KEY}\])(?:\.{_KEY}|\[{_KEY}\])*) *")
+_DEFAULT = r"""[^\s,'"()\[\]\0][^,'"()\[\]\0]*|'[^'\0]*'|"[^"\0]*"|\0"""
+_VARIABLE = re.compile(rf""" *(["']?)([A-Za-z_][A-Za-z0-9_.-]*)\1 *(?:,( *(?:{_DEFAULT}) *))?""")
+# a key that no preset has: what stands there is put in place of lists within text
+_WRITTEN_LISTS = "lists-within-text"
+_MISSING = "missing-key"
+_RANGE = re.compile(r"-?\d+\.\.-?\d+(\.\.-?\d+)?")
 
 
-def resolve(root: Node, findings: Findings) -> Any:
-    """Resolve every interpolation of a merged preset.
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """`${schemes.attention}`; `dots` counts the dots of a relative one, `${.bits}`."""
+
+    text: str
+    keys: tuple[str, ...]
+    dots: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Variable:
+    """`${oc.env:NAME}` or `${oc.env:NAME,DEFAULT}`; `nested` is an interpolation as default."""
+
+    text: str
+    name: str
+    has_default: bool
+    nested: _Reference | _Variable | None
+
+
+def is_interpolated(value: Any) -> TypeGuard[str]:
+    """Whether a value holds an interpolation, or one that is escaped."""
+    return isinstance(value, str) and "${" in value
+
+
+@functools.lru_cache(maxsize=4096)
+def check_text(text: str) -> tuple[tuple[_Reference | _Variable, ...], bool]:
+    """Find the interpolations of a text.
 
     Returns:
-        Plain data; null stands for every value that could not be resolved, and its location is
-        muted.
+        all of them, and whether the text is one interpolation and nothing else.
+    Raises:
+        RefusedError: there is something else, such as a resolver other than `oc.env`.
     """
-    if not any(_is_interpolated(node) for _, node in root.scalars()):
-        return root.plain()
-    checker = _Checker(root, findings)
-    checker.check()
-    data = root.plain()
-    for path in checker.broken:
-        findings.mute(root.locate(path))
-        _assign(data, path, None)
+    shown = repr(text if len(text) < 100 else f"{text[:99]}…")
+    if len(text) > MAX_LENGTH:
+        what = f"{shown} has an interpolation and {len(text)} characters"
+        raise RefusedError(f"{what} (expected {MAX_LENGTH} at most)", "write less", _SYNTAX)
+    if re.search(_UNESCAPED + r"\$\{", _EXPRESSION.sub("_", text)):
+        expected = "'${' and '}' in pairs, at most one pair within another"
+        raise RefusedError(
+            f"{shown} is not an interpolation (expected {expected})", _REMEDY, _SYNTAX
+        )
+    parts = tuple(_part(match[2], match[3]) for match in _EXPRESSION.finditer(text))
     try:
-        return OmegaConf.to_container(OmegaConf.create(data), resolve=True)
-    except OmegaConfBaseException as error:
-        findings.add(root.location, f"cannot be resolved: {error}", rule="interpolation")
-        return data
+        OmegaConf.create([text])
+    except GrammarParseError as error:
+        reason = str(error).splitlines()[0]
+        what = f"{shown} is not an interpolation: {reason}"
+        raise RefusedError(what, _REMEDY, _SYNTAX) from error
+    whole = _EXPRESSION.fullmatch(text)
+    return parts, whole is not None and not whole[1]
+
+
+def _part(text: str, body: str) -> _Reference | _Variable:
+    nested = [_part(inner, inner[2:-1]) for inner in _INNER.findall(body)]
+    flat = _INNER.sub("\0", body)
+    name, colon, arguments = flat.partition(":")
+    if colon and name.strip() != "oc.env":
+        what = f"the resolver {body.partition(':')[0]!r} in {text} is not allowed in presets"
+        remedy = "only ${oc.env:NAME} and references such as ${schemes.NAME} are"
+        raise RefusedError(what, remedy, "resolver")
+    if colon:
+        variable = _VARIABLE.fullmatch(arguments)
+        if variable is None:
+            what = f"{text} does not name one environment variable"
+            raise RefusedError(what, "write ${oc.env:NAME} or ${oc.env:NAME,DEFAULT}", _SYNTAX)
+        default = nested[0] if nested else None
+        return _Variable(text, variable[2], variable[3] is not None, default)
+    if nested:
+        what = f"{text} has an interpolation within its key"
+        remedy = "write the key out; a rule's 'scheme' may be an interpolation itself"
+        raise RefusedError(what, remedy, "nested-interpolation")
+    reference = _REFERENCE.fullmatch(flat)
+    if reference is None:
+        raise RefusedError(
+            f"{text} is not an interpolation (expected keys and dots)", _REMEDY, _SYNTAX
+        )
+    return _Reference(text, tuple(re.findall(_KEY, reference[2])), len(reference[1]))
 
 
 def escape(data: Any) -> Any:
     """Write text so that resolving it gives it back: `${` in it is no interpolation."""
-    if isinstance(data, dict):
-        return {key: escape(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [escape(value) for value in data]
-    if not isinstance(data, str) or "${" not in data:
-        return data
-    head, *parts = data.split("${")
-    text = head
-    for part in parts:
-        stem = text.rstrip("\\")
-        text = stem + "\\" * (2 * (len(text) - len(stem)) + 1) + "${" + part
-    return text
+
+    def change(_: Path, value: Scalar) -> Scalar:
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    return rewrite(data, change)
+
+
+def resolve(document: Document, untrusted: str = "") -> tuple[Any, Any]:
+    """Resolve every interpolation of a merged preset.
+
+    Args:
+        untrusted: the file whose texts may not read environment variables.
+    Returns:
+        Plain data, in which null stands for every value that could not be resolved; and the same
+        for messages and files, with `${oc.env:NAME}` in place of that variable's value. Both are
+        None where it would be too long.
+    """
+    if not any(is_interpolated(value) for _, value in document.parts()):
+        return document.data, document.data
+    try:
+        return _Resolver(document, untrusted).resolve()
+    except _TooLongError:
+        what = f"interpolations make the preset longer than {MAX_SIZE} characters"
+        document.report((), what, "refer to less", "interpolation-bomb")
+        return None, None
 
 
 class _BrokenError(Exception):
     """A value depends on one that has a problem."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Extent:
-    """How long a value is when it is resolved, and how many references lie one behind another."""
-
-    size: int
-    depth: int
-
-    def __add__(self, other: _Extent) -> _Extent:
-        return _Extent(self.size + other.size, max(self.depth, other.depth))
+class _TooLongError(Exception):
+    pass
 
 
-_NODE = _Extent(16, 0)
-
-
-class _Checker:
+class _Resolver:
     """Depth-first search over what refers to what.
 
     Attributes:
-        broken: the scalars that cannot be resolved.
+        pending: the paths of all texts with interpolations.
+        lists: name -> what is written for a list within text.
+        configs: the preset with the values of environment variables, and with their names.
+        depths: path of what is resolved -> how many references lie one behind another in it.
     """
 
-    def __init__(self, root: Node, findings: Findings) -> None:
-        self.root = root
-        self.findings = findings
-        self.broken: set[Path] = set()
-        self.extents: dict[Path, _Extent] = {}
+    def __init__(self, document: Document, untrusted: str) -> None:
+        self.document = document
+        self.untrusted = untrusted
+        self.pending = {path: 0 for path, value in document.parts() if is_interpolated(value)}
+        lists = at(document.data, ("lists",))
+        entries = lists.items() if isinstance(lists, dict) else ()
+        self.lists = {name: _alternatives(items) for name, items in entries}
+        data = rewrite(document.data, self._point) | {_WRITTEN_LISTS: self.lists}
+        masked = rewrite(data, _mask)
+        variants = [data] if masked == data else [data, masked]
+        self.configs: list[Any] = [OmegaConf.create(variant) for variant in variants]
+        self.size = 0
+        self.depths: dict[Path, int] = {}
         self.open: list[Path] = []
 
-    def check(self) -> None:
-        total = 0
-        for path, _ in self.root.scalars():
-            try:
-                total += self._extent(path).size
-            except _BrokenError:
-                self.broken.add(path)
-        if total > MAX_SIZE:
-            what = f"interpolations make the preset longer than {MAX_SIZE} characters"
-            self.findings.add(self.root.location, what, "refer to less", "interpolation-bomb")
-            self.broken.update(path for path, _ in self.root.scalars())
+    def resolve(self) -> tuple[Any, Any]:
+        for path in self.pending:
+            with contextlib.suppress(_BrokenError):
+                self._resolve(path)
+        for config in self.configs:
+            del config[_WRITTEN_LISTS]
+        data = [OmegaConf.to_container(config, resolve=True) for config in self.configs]
+        return data[0], data[-1]
 
-    def _extent(self, path: Path) -> _Extent:
-        if path in self.broken:
-            raise _BrokenError
-        if path not in self.extents:
-            if path in self.open:
-                self._circle(path)
-            self.open.append(path)
-            try:
-                self.extents[path] = self._measure(path)
-            finally:
-                self.open.pop()
-        return self.extents[path]
-
-    def _measure(self, path: Path) -> _Extent:
-        node = _at(self.root, path)
-        if isinstance(node.value, dict):
-            return sum((self._extent((*path, key)) for key in node.value), _NODE)
-        if isinstance(node.value, list):
-            return sum((self._extent((*path, i)) for i in range(len(node.value))), _NODE)
-        own = _NODE + _Extent(len(str(node.value)), 0)
-        if not isinstance(node.value, str) or "${" not in node.value:
-            return own
-        expression = self._parse(path, node.value)
-        return sum((self._part(path, part, expression) for part in expression.parts), own)
-
-    def _part(self, path: Path, part: Reference | Environment, whole: Expression) -> _Extent:
-        if isinstance(part, Environment):
-            value = os.environ.get(part.name)
-            if value is None and not part.has_default:
-                what = f"the environment variable {part.name} is not set"
-                remedy = f"set it, or give a default: ${{oc.env:{part.name},DEFAULT}}"
-                self._fail(path, what, remedy, "missing-variable")
-            return _Extent(len(value or ""), 0)
-        target = self._target(path, part)
-        if len(self.open) > MAX_OPEN:
-            self._too_long(path)
-        extent = self._extent(target)
-        if extent.depth >= MAX_CHAIN:
-            self._too_long(path)
-        if not whole.is_whole and isinstance(self._behind(target).value, (dict, list)):
-            what = f"{part.text} is not text and stands within text"
-            self._fail(path, what, "let it stand alone", "interpolation-type")
-        return _Extent(extent.size, extent.depth + 1)
-
-    def _too_long(self, path: Path) -> NoReturn:
-        what = f"more than {MAX_CHAIN} interpolations lie one behind another"
-        self._fail(path, what, "refer to the value itself", "interpolation-chain")
-
-    def _parse(self, path: Path, text: str) -> Expression:
+    def _resolve(self, path: Path) -> int:
+        """Put its value in the place of one text, and return the depth."""
+        if path in self.depths:
+            return self.depths[path]
+        if path in self.open:
+            links = [*self.open[self.open.index(path) :], path]
+            chain = " -> ".join(self.document.locate(link).key for link in links)
+            what = f"interpolations go in a circle: {chain}"
+            self._fail(path, what, "write one of them out", "interpolation-cycle")
+        self.open.append(path)
         try:
-            return parse_expression(text)
-        except ExpressionError as error:
-            self._fail(path, str(error), error.remedy, error.rule)
+            if path in self.document.broken:
+                raise _BrokenError
+            parts, is_whole = check_text(at(self.document.data, path))
+            depth = len(self.open) - 1
+            if depth <= MAX_CHAIN:
+                depth = max((self._follow(path, part, is_whole) for part in parts), default=0)
+            if depth > MAX_CHAIN:
+                what = f"more than {MAX_CHAIN} interpolations lie one behind another"
+                self._fail(path, what, "refer to the value itself", "interpolation-chain")
+            self._assign(path)
+        except _BrokenError:
+            self.document.mark(path)
+            self._assign(path, is_broken=True)
+            raise
+        finally:
+            self.open.pop()
+        self.depths[path] = depth
+        return depth
 
-    def _target(self, path: Path, reference: Reference) -> Path:
-        """Where a reference points, through other references on its way."""
+    def _assign(self, path: Path, is_broken: bool = False) -> None:
+        try:
+            for config in self.configs:
+                parent = _walk(config, path[:-1])
+                parent[path[-1]] = None if is_broken else escape(parent[path[-1]])
+        except OmegaConfBaseException as error:
+            self._fail(path, f"cannot be resolved: {str(error).splitlines()[0]}")
+
+    def _follow(self, path: Path, part: _Reference | _Variable, is_whole: bool) -> int:
+        """Check what one interpolation refers to, and resolve that."""
+        if isinstance(part, _Reference):
+            written = "" if is_whole else self._list(part)
+            self._count(len(written))
+            return 1 if written else self._refer(path, part, is_whole) + 1
+        if self.document.locate(path).file == self.untrusted:
+            what = f"{part.text} reads the environment, which a checkpoint's own preset may not"
+            self._fail(path, what, "name a preset of your own", "environment")
+        value = os.environ.get(part.name)
+        if value is None and not part.has_default:
+            what = f"the environment variable {part.name} is not set"
+            remedy = f"set it, or give a default: ${{oc.env:{part.name},DEFAULT}}"
+            self._fail(path, what, remedy, "missing-variable")
+        self._count(len(value or ""))
+        return self._follow(path, part.nested, is_whole=False) if part.nested else 0
+
+    def _refer(self, path: Path, reference: _Reference, is_whole: bool) -> int:
         if reference.dots > len(path):
-            self._missing(path, reference, 0, [])
-        base: Path = path[: len(path) - reference.dots] if reference.dots else ()
-        for number, text in enumerate(reference.keys):
-            if _is_interpolated(_at(self.root, base)):
-                self._extent(base)
-                base = self._path_behind(base)
-            node = _at(self.root, base)
-            key: Key = int(text) if isinstance(node.value, list) and text.isdecimal() else text
-            if node.child(key) is None:
-                near = list(node.value) if isinstance(node.value, dict) else []
-                self._missing(path, reference, number + 1, near)
-            base = (*base, key)
-        return base
+            self._fail(path, f"{reference.text} points at nothing (no such level)", "", _MISSING)
+        target = path[: len(path) - reference.dots] if reference.dots else ()
+        node = _walk(self.configs[0], target)
+        depth = 0
+        for number, key in enumerate(reference.keys, start=1):
+            names = list(node) if isinstance(node, DictConfig) else []
+            is_index = isinstance(node, ListConfig) and key.isdecimal()
+            if not (int(key[:9]) < len(node) if is_index else key in names):
+                missing = f"there is no {'.'.join(reference.keys[:number])!r}"
+                what = f"{reference.text} points at nothing ({missing})"
+                self._fail(path, what, self.document.findings.suggest(key, names), _MISSING)
+            target = (*target, int(key) if is_index else key)
+            depth = max(depth, self._resolve(target) if target in self.pending else 0)
+            node = node[target[-1]]
+        if isinstance(node, Container):
+            below = [link for link in self.pending if link[: len(target)] == target != link]
+            depth = max([depth, *map(self._resolve, below)])
+            if not is_whole:
+                what = f"{reference.text} is not text and stands within text"
+                self._fail(path, what, "let it stand alone", "interpolation-type")
+        self._count(_REFERENCE_SIZE + len(str(node)))
+        return depth
 
-    def _behind(self, path: Path) -> Node:
-        return _at(self.root, self._path_behind(path))
+    def _count(self, size: int) -> None:
+        self.size += size
+        if self.size > MAX_SIZE:
+            raise _TooLongError
 
-    def _path_behind(self, path: Path) -> Path:
-        """Follow a value that is one reference and nothing else to what it stands for."""
-        while _is_interpolated(node := _at(self.root, path)):
-            expression = self._parse(path, str(node.value))
-            if not expression.is_whole or not isinstance(expression.parts[0], Reference):
-                break
-            path = self._target(path, expression.parts[0])
-        return path
-
-    def _missing(self, path: Path, reference: Reference, depth: int, keys: list[str]) -> NoReturn:
-        near = nearest(reference.keys[depth - 1], keys) if depth else []
-        remedy = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-        what = f"there is no {'.'.join(reference.keys[:depth])!r}" if depth else "no such level"
-        self._fail(path, f"{reference.text} points at nothing ({what})", remedy, "missing-key")
-
-    def _circle(self, path: Path) -> NoReturn:
-        circle = self.open[self.open.index(path) :]
-        links = [link for link in circle if _is_interpolated(_at(self.root, link))]
-        chain = " -> ".join(self.root.locate(link).key for link in [*links, links[0]])
-        what = f"interpolations go in a circle: {chain}"
-        self._fail(links[0], what, "write one of them out", "interpolation-cycle")
-
-    def _fail(self, path: Path, what: str, remedy: str, rule: str) -> NoReturn:
-        self.findings.add(self.root.locate(path), what, remedy, rule)
-        self.broken.add(path)
+    def _fail(
+        self, path: Path, what: str, remedy: str = "", rule: str = "interpolation"
+    ) -> NoReturn:
+        self.document.report(path, what, remedy, rule)
         raise _BrokenError
 
+    def _point(self, path: Path, value: Scalar) -> Scalar:
+        """Let the lists within one text point at what is written for them."""
+        if not is_interpolated(value) or path in self.document.broken or check_text(value)[1]:
+            return value
 
-def _at(root: Node, path: Path) -> Node:
-    node = root
-    for key in path:
-        below = node.child(key)
-        assert below is not None
-        node = below
-    return node
+        def write(match: re.Match[str]) -> str:
+            part = _part(match[2], match[3])
+            if isinstance(part, _Variable) or not self._list(part):
+                return match[0]
+            return f"{match[1]}${{{_WRITTEN_LISTS}.{part.keys[1]}}}"
+
+        return _EXPRESSION.sub(write, value)
+
+    def _list(self, reference: _Reference) -> str:
+        """What is written for a list within text; empty where nothing is."""
+        is_list = len(reference.keys) == 2 and reference.keys[0] == "lists" and not reference.dots
+        return self.lists.get(reference.keys[1], "") if is_list else ""
 
 
-def _is_interpolated(node: Node) -> bool:
-    return isinstance(node.value, str) and "${" in node.value
+def _walk(config: Any, path: Path) -> Any:
+    return functools.reduce(lambda node, key: node[key], path, config)
 
 
-def _assign(data: Any, path: Path, value: Any) -> None:
-    for key in path[:-1]:
-        data = data[key]
-    data[path[-1]] = value
+def _alternatives(items: Any) -> str:
+    """`[3, 17, "40..47"]` -> `{3,17,{40..47}}`; empty where that is no list to be written."""
+    words = []
+    for item in items if isinstance(items, list) else []:
+        if isinstance(item, bool) or not isinstance(item, int | str) or is_interpolated(item):
+            return ""
+        words.append(f"{{{item}}}" if _RANGE.fullmatch(str(item)) else str(item))
+    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}" if words else ""
+
+
+def _mask(_path: Path, value: Scalar) -> Scalar:
+    """Write the names of environment variables in place of their values."""
+
+    def name(match: re.Match[str]) -> str:
+        part: _Reference | _Variable | None = _part(match[2], match[3])
+        while isinstance(part, _Variable) and part.name not in os.environ:
+            part = part.nested
+        return f"{match[1]}\\{part.text}" if isinstance(part, _Variable) else match[0]
+
+    return _EXPRESSION.sub(name, value) if is_interpolated(value) else value

@@ -1,21 +1,37 @@
-"""Reads a preset: `load_preset`."""
+"""Reads a preset: files, parents and overrides -> `Preset`."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.preset.binding import Binder
-from mixedprec_plugin.preset.family import find_preset, merge, read_family
-from mixedprec_plugin.preset.findings import Findings
-from mixedprec_plugin.preset.interpolation import escape, resolve
-from mixedprec_plugin.preset.lists import expand_lists
+from mixedprec_plugin.preset.document import (
+    Document,
+    Findings,
+    Path,
+    RefusedError,
+    Scalar,
+    join_path,
+    rewrite,
+)
+from mixedprec_plugin.preset.interpolation import escape, is_interpolated, resolve
 from mixedprec_plugin.preset.model import Location, Preset
-from mixedprec_plugin.preset.overrides import FLAG, apply_overrides
+from mixedprec_plugin.preset.parents import find_preset, merge, read_with_parents
+from mixedprec_plugin.preset.reader import MAX_DEPTH, read_data, read_value
 from mixedprec_plugin.preset.schema import check_file, check_preset
-from mixedprec_plugin.preset.tree import Node, node_from_plain
+
+FLAG = "--mixedprec-set"
+
+_PART = r"[A-Za-z0-9_-]+"
+_KEY = re.compile(rf"{_PART}(\.{_PART}|\[{_PART}\]){{0,{MAX_DEPTH - 1}}}")
 
 
 def load_preset(path: str | FilePath, overrides: Sequence[str] = ()) -> Preset:
@@ -30,64 +46,63 @@ def load_preset(path: str | FilePath, overrides: Sequence[str] = ()) -> Preset:
         PresetError: with every problem of all files, by file and line.
     """
     findings = Findings()
-    files: list[str] = []
     file = find_preset(str(path), findings)
-    preset = _load(file, overrides, files, findings) if file is not None else None
-    if preset is None or findings.has_errors():
-        raise PresetError(findings.sorted(files, "error"))
-    return preset
+    documents = read_with_parents(file, findings) if file is not None else []
+    return _load(documents, overrides, findings)
 
 
 def load_resolved(resolved: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Preset:
-    """Read a preset from plain data, such as `Preset.resolved`.
+    """Read a preset from plain data, such as a converted checkpoint carries.
 
     Args:
-        resolved: the whole preset, parents merged in; not modified.
+        resolved: the whole preset, parents merged in, as `Preset.resolved`; not modified. It may
+            not read environment variables: it may be anybody's.
         where: what errors call it.
         overrides: as for `load_preset`.
     Raises:
         PresetError: with every problem.
     """
     findings = Findings()
-    tree = node_from_plain(dict(resolved), Location(where, 0))
-    check_file(tree, findings)
-    findings.mute_found()
-    preset = _bind(tree, overrides, [where], findings)
-    if preset is None or findings.has_errors():
-        raise PresetError(findings.sorted([where], "error"))
-    return preset
+    document = read_data(dict(resolved), where, findings)
+    return _load([document], overrides, findings, untrusted=where)
 
 
 def _load(
-    file: FilePath, overrides: Sequence[str], files: list[str], findings: Findings
-) -> Preset | None:
-    members = read_family(file, findings)
-    files.extend(member.file for member in members)
-    for member in members:
-        if member.tree is not None:
-            check_file(member.tree, findings)
-    if any(member.tree is None for member in members):
-        return None
-    findings.mute_found()
-    return _bind(merge(members), overrides, files, findings)
+    documents: Sequence[Document],
+    overrides: Sequence[str],
+    findings: Findings,
+    untrusted: str = "",
+) -> Preset:
+    files = [document.file for document in documents]
+    for document in documents:
+        if document.data is not None:
+            check_file(document)
+    preset = None
+    if documents and all(document.data is not None for document in documents):
+        preset = _bind(merge(documents), overrides, files, untrusted)
+    if preset is None or findings.has_errors():
+        raise PresetError(findings.sorted(files, "error"))
+    return preset
 
 
 def _bind(
-    merged: Node, overrides: Sequence[str], files: list[str], findings: Findings
+    document: Document, overrides: Sequence[str], files: Sequence[str], untrusted: str
 ) -> Preset | None:
-    tree = expand_lists(apply_overrides(merged, overrides, findings))
-    _check_set(tree, findings)
-    data = resolve(tree, findings)
-    findings.mute_found()
-    check_preset(data, tree, findings)
-    bound = Binder(data, tree, findings)
-    if findings.has_errors():
+    _override_all(document, overrides)
+    _check_given(document)
+    data, shown = resolve(document, untrusted)
+    if data is None:
+        return None
+    check_preset(data, shown, document)
+    bound = Binder(data, shown, document)
+    if document.findings.has_errors():
         return None
     if not bound.rules:
-        findings.add(tree.location, "has no rules (expected at least one)", rule="no-rules")
-    _warn_unused(bound, tree, files[-1], findings)
-    draft = _draft(bound, data, files) if bound.draft_rules else None
-    return Preset(
+        document.report((), "has no rules (expected at least one)", rule="no-rules")
+    _warn_unused(bound, document)
+    # the values of environment variables are written nowhere
+    written = data | {key: shown[key] for key in ("description", "sources", "lists") if key in data}
+    preset = Preset(
         path=files[-1],
         files=tuple(files),
         description=data.get("description", ""),
@@ -95,50 +110,116 @@ def _bind(
         rules=bound.rules,
         on_fused_conflict=data.get("on_fused_conflict", "error"),
         trust_sources=data.get("trust_sources", False),
-        resolved=escape(data),
-        warnings=findings.sorted(files, "warning"),
-        draft=draft,
+        resolved=escape(written),
+        warnings=document.findings.sorted(files, "warning"),
     )
-
-
-def _draft(bound: Binder, data: Mapping[str, Any], files: Sequence[str]) -> Preset:
-    """The section `draft` as a preset of its own."""
-    section = data["draft"]
-    own = {key: value for key, value in data.items() if key not in ("draft", "on_fused_conflict")}
-    return Preset(
-        path=files[-1],
-        files=tuple(files),
+    section = data.get("draft")
+    if section is None:
+        return preset
+    shared = {key: value for key, value in written.items() if key != "on_fused_conflict"}
+    draft = dataclasses.replace(
+        preset,
         description="",
-        sources=bound.sources,
         rules=bound.draft_rules,
         on_fused_conflict=section.get("on_fused_conflict", "error"),
-        trust_sources=data.get("trust_sources", False),
-        resolved=escape({**own, **section}),
+        resolved=escape({key: shared[key] for key in shared if key != "draft"} | section),
         warnings=(),
     )
+    return dataclasses.replace(preset, draft=draft)
 
 
-def _check_set(tree: Node, findings: Findings) -> None:
+def _override_all(document: Document, overrides: Sequence[str]) -> None:
+    """Set every `KEY=VALUE` in a document, in order.
+
+    A mapping is merged into the mapping that is there, a list replaces the list, an item of a list
+    is reached by its number (`rules.0.method`, `rules[0].method`) and must exist.
+    """
+    for override in overrides:
+        place = Location(f"{FLAG} {override}", 0)
+        try:
+            _apply(document, override, place)
+        except RefusedError as error:
+            what, remedy, _ = error.args
+            document.findings.add(place, what, remedy, "override")
+
+
+def _apply(document: Document, override: str, place: Location) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        what = "is not an override (expected KEY=VALUE, such as schemes.experts.group_size=64)"
+        raise RefusedError(what)
+    keys = re.findall(_PART, key)
+    if keys[0] == "extends":
+        what = "the key 'extends' cannot be overridden"
+        raise RefusedError(what, "parents are read first; change the file")
+    if text.startswith("*"):  # a pattern, for YAML an alias
+        text = json.dumps(text, ensure_ascii=False)
+    value = read_value(text, place.file, document.findings)
+    if value is None:
+        return
+    path = _locate(document.data, keys)
+    config = OmegaConf.create(document.data)
+    OmegaConf.update(config, join_path(path), value.data)
+    document.data = OmegaConf.to_container(config)
+    for length in range(1, len(path)):
+        document.places.setdefault(path[:length], place)
+    for below, written in value.places.items():
+        document.places[path + below] = written
+    for below in value.broken:
+        document.mark(path + below)
+
+
+def _locate(data: Any, keys: Sequence[str]) -> Path:
+    """The path that a key of an override means; parts of it that are not there are mappings."""
+    path: Path = ()
+    for key in keys:
+        where = join_path(path)
+        if isinstance(data, list):
+            if not (key.isdecimal() and len(key) < 10 and int(key) < len(data)):
+                what = f"{where} has no item {key!r} (expected a number below {len(data)})"
+                raise RefusedError(what)
+            path, data = (*path, int(key)), data[int(key)]
+        elif isinstance(data, dict):
+            path, data = (*path, key), data.get(key, {})
+        elif is_interpolated(data):
+            what = f"{where} is the interpolation {data!r} and has no {key!r} of its own"
+            raise RefusedError(what, "override what it points at, or set it as a whole")
+        else:
+            raise RefusedError(f"{where} is {data!r} and has no {key!r}")
+    return path
+
+
+def _check_given(document: Document) -> None:
     """Refuse `???`, which stands in OmegaConf for a value that is still to be given."""
-    for path, node in tree.scalars():
-        if node.value == "???":
-            location = tree.locate(path)
-            key = ".".join(str(part) for part in path)
-            what = "has no value yet ('???')"
-            findings.add(location, what, f"give it with {FLAG} {key}=VALUE", "missing-value")
+
+    def check(path: Path, value: Scalar) -> Scalar:
+        if value != "???":
+            return value
+        key = ".".join(str(part) for part in path)
+        remedy = f"give it with {FLAG} {key}=VALUE"
+        document.report(path, "has no value yet ('???')", remedy, "missing-value")
+        return None
+
+    document.data = rewrite(document.data, check)
 
 
-def _warn_unused(bound: Binder, tree: Node, file: str, findings: Findings) -> None:
+def _warn_unused(bound: Binder, document: Document) -> None:
     """Warn of schemes and sources that the asked-for file itself defines and nothing uses."""
-    texts = [str(node.value) for _, node in tree.scalars() if "${" in str(node.value)]
-    for name in bound.schemes:
-        location = tree.locate(("schemes", name))
-        is_used = name in bound.used or any(f"schemes.{name}" in text for text in texts)
-        if not is_used and location.file == file:
-            what, remedy = "no rule uses this scheme", "give it a rule, or take it away"
-            findings.add(location, what, remedy, "unused-scheme", "warning")
+    texts = " ".join(value for _, value in document.parts() if is_interpolated(value))
     used = {rule.scheme.source for rule in (*bound.rules, *bound.draft_rules)}
-    for name, source in bound.sources.items():
-        if name not in used and source.location.file == file:
-            what, remedy = "no rule takes layers from this source", "give it a rule"
-            findings.add(source.location, what, remedy, "unused-source", "warning")
+    unused = [
+        *(
+            (("schemes", name), "no rule uses this scheme", "give it a rule, or take it away")
+            for name in bound.schemes
+            if name not in bound.used and f"schemes.{name}" not in texts
+        ),
+        *(
+            (("sources", name), "no rule takes layers from this source", "give it a rule")
+            for name in bound.sources
+            if name not in used
+        ),
+    ]
+    for path, what, remedy in unused:
+        place = document.locate(path)
+        if place.file == document.file:
+            document.findings.add(place, what, remedy, f"unused-{path[0][:-1]}", "warning")

@@ -30,12 +30,21 @@ class SourceReference:
     Attributes:
         path: a folder, absolute or relative to the working directory, or a Hugging Face id.
         revision: branch, tag or commit of a Hugging Face id.
+        shown_path, shown_revision: the same with the names of environment variables in place of
+            their values, which neither messages nor files may hold.
     """
 
     name: str
     path: str
     revision: str | None
     location: Location
+    shown_path: str
+    shown_revision: str | None
+
+    def conceal(self, text: str) -> str:
+        """Write the names of environment variables in place of their values."""
+        text = text.replace(self.path, self.shown_path)
+        return text.replace(self.revision, self.shown_revision or "") if self.revision else text
 
 
 # arguments that say how we read and quantize, and that no SGLang config knows
@@ -97,6 +106,7 @@ class Rule:
         index: position in the merged list of rules, from 0.
         patterns: globs over layer names; the rule matches where any does.
         location: the rule's own line, in the file that it was written in.
+        shown: the patterns with the names of environment variables in place of their values.
     """
 
     index: int
@@ -104,9 +114,10 @@ class Rule:
     scheme: Scheme
     optional: bool
     location: Location
+    shown: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"rule {self.index}, {', '.join(repr(p) for p in self.patterns)}"
+        return f"rule {self.index}, {', '.join(repr(p) for p in self.shown)}"
 
 
 @dataclasses.dataclass(frozen=True)

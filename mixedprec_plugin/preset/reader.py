@@ -1,271 +1,294 @@
-"""Reads one YAML file into a tree of located nodes, and says everything that is wrong with it.
+"""Reads one YAML file into plain data with the place of each part, and says all that is wrong.
 
 Stricter than YAML: one document, one mapping, text keys without duplicates, no anchors, aliases,
-merge keys or tags, and no scalar that YAML 1.1 and YAML 1.2 read differently.
+merge keys or tags, no scalar that YAML 1.1 and YAML 1.2 read differently, and interpolations of
+two forms alone.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
 
-from mixedprec_plugin.preset.findings import Findings
+from mixedprec_plugin.preset.document import (
+    Document,
+    Findings,
+    Path,
+    RefusedError,
+    Scalar,
+    join_path,
+    rewrite,
+)
+from mixedprec_plugin.preset.interpolation import check_text, is_interpolated
 from mixedprec_plugin.preset.model import Location
-from mixedprec_plugin.preset.scalars import SurprisingScalarError, read_scalar
-from mixedprec_plugin.preset.tree import Node, Path, join_path
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_DIGITS = 18
 
+_TOO_DEEP = (f"nested more than {MAX_DEPTH} deep", "a preset needs four levels", "depth")
+_POINT = "point at the value with an interpolation such as ${schemes.NAME}"
+_TAG = "tag:yaml.org,2002:"
 _UNQUOTED_GLOB = re.compile(r"""match\s*:\s*(\[\s*)?[*&!%@{?]|^\s*-\s*[*&!%@{?]|[\[,]\s*\*""")
+# the core schema of YAML 1.2; what fits nothing is text
+_CORE: tuple[tuple[str, Callable[[str], Scalar]], ...] = (
+    (r"~|null|Null|NULL|", lambda _: None),
+    (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    (r"[-+]?[0-9]+", int),
+    (r"0o[0-7]+", lambda text: int(text[2:], 8)),
+    (r"0x[0-9a-fA-F]+", lambda text: int(text, 16)),
+    (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    (r"[-+]?\.(inf|Inf|INF)", lambda text: float(text.replace(".", ""))),
+)
 
 
-def read_file(path: FilePath, findings: Findings) -> Node | None:
+def read_file(path: FilePath, findings: Findings) -> Document:
     """Read a preset file.
 
     Returns:
-        The tree, or None where the file cannot be read as YAML at all. After problems the tree is
-        there to look for more of them, not to be used.
+        Its data and places; data is None where the file cannot be read as YAML at all. After
+        problems the data is there to look for more of them, not to be used.
     """
-    file = Location(str(path), 0)
+    document = Document(str(path), findings)
+    what, remedy = "", ""
     try:
         if path.is_dir():
-            findings.add(file, "is a folder (expected a YAML file)", rule="file")
-            return None
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            what = "is a folder (expected a YAML file)"
+        elif (size := path.stat().st_size) > MAX_FILE_BYTES:
             what = f"has {size} bytes (expected {MAX_FILE_BYTES} at most)"
-            findings.add(file, what, "a preset is a few kilobytes of rules", "file")
-            return None
-        content = path.read_bytes()
+            remedy = "a preset is a few kilobytes of rules"
+        else:
+            return read_text(path.read_bytes().decode("utf-8-sig"), str(path), findings)
     except FileNotFoundError:
-        findings.add(file, "no such file (expected a preset)", rule="file")
-        return None
+        what = "no such file (expected a preset)"
     except OSError as error:
         what = f"cannot be read: {error.strerror or error}"
-        findings.add(file, what, "check the path and its permissions", "file")
-        return None
-    try:
-        text = content.decode("utf-8-sig")
+        remedy = "check the path and its permissions"
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        what = f"byte {content[error.start]:#04x} is not UTF-8"
+        line = _line_of(error.object[: error.start].decode())
+        what = f"byte {error.object[error.start]:#04x} is not UTF-8"
         findings.add(Location(str(path), line), what, "save the file as UTF-8", "encoding")
-        return None
-    return read_text(text, str(path), findings)
+        return document
+    document.report((), what, remedy, "file")
+    return document
 
 
-def read_text(text: str, name: str, findings: Findings) -> Node | None:
+def read_text(text: str, name: str, findings: Findings) -> Document:
     """Read YAML text as `read_file` does; `name` stands for the file in messages."""
-    node = _Reader(text, name, findings).document()
-    if node is not None and not isinstance(node.value, dict):
-        what = f"{_kind(node)} is not a preset (expected a mapping with 'version' and 'rules')"
-        findings.add(node.location, what, rule="not-a-mapping")
-        return None
-    return node
+    document = Document(name, findings)
+    reader = _Reader(text, document, is_file=True)
+    if reader.read() and not isinstance(document.data, dict):
+        is_empty = not document.places[()].line
+        what = "the file is empty" if is_empty else f"{_kind(document.data)} is not a preset"
+        what = f"{what} (expected a mapping with 'version' and 'rules')"
+        document.report((), what, rule="not-a-mapping")
+        document.data = None
+    return document
 
 
-def read_value(text: str, name: str, findings: Findings) -> Node | None:
+def read_value(text: str, name: str, findings: Findings) -> Document | None:
     """Read a single YAML value, such as that of an override; an empty text is null."""
-    return _Reader(text, name, findings, is_file=False).document()
+    document = Document(name, findings)
+    return document if _Reader(text, document, is_file=False).read() else None
 
 
-class _TooDeepError(Exception):
-    pass
+def read_data(data: Any, name: str, findings: Findings) -> Document:
+    """Check plain data as `read_text` does text."""
+    document = Document(name, findings, data)
+    if any(len(path) > MAX_DEPTH for path, _ in document.parts()):
+        document.report((), *_TOO_DEEP)
+        document.data = None
+    else:
+        document.data = rewrite(data, lambda path, value: _checked(document, path, value))
+    return document
+
+
+def _checked(document: Document, path: Path, value: Scalar) -> Scalar:
+    """The value of a scalar; None where it is text with an interpolation that presets lack."""
+    try:
+        if is_interpolated(value):
+            check_text(value)
+    except RefusedError as error:
+        document.report(path, *error.args)
+        return None
+    return value
+
+
+class _StoppedError(Exception):
+    """What follows cannot be read."""
 
 
 class _Reader:
-    """Builds nodes from parser events; the parser itself constructs nothing."""
+    """Builds plain data from parser events; the parser itself constructs nothing."""
 
-    def __init__(self, text: str, name: str, findings: Findings, is_file: bool = True) -> None:
+    def __init__(self, text: str, document: Document, is_file: bool) -> None:
         self.text = text
-        self.name = name
-        self.findings = findings
+        self.document = document
         self.is_file = is_file
         self.loader: Any = None
 
-    def document(self) -> Node | None:
+    def read(self) -> bool:
+        """Read the document; return whether that was possible."""
         try:
             self.loader = yaml.SafeLoader(self.text)
-            try:
-                return self._document()
-            finally:
-                self.loader.dispose()
+            self.document.data = self._document()
         except yaml.reader.ReaderError as error:
-            self._unprintable(error)
+            code = error.character if isinstance(error.character, int) else ord(error.character)
+            what = f"the character U+{code:04X} is not allowed in YAML"
+            line = _line_of(self.text[: error.position])
+            self._problem((), line, what, "remove it", "syntax")
+            return False
         except yaml.MarkedYAMLError as error:
-            self._syntax(error)
-        except _TooDeepError:
-            pass
-        return None
+            self._report_syntax(error)
+            return False
+        except _StoppedError:
+            return False
+        return True
 
-    def _document(self) -> Node | None:
+    def _document(self) -> Any:
         self.loader.get_event()
         if self.loader.check_event(yaml.StreamEndEvent):
-            if not self.is_file:
-                return Node(None, Location(self.name, 0))
-            what = "the file is empty (expected a mapping with 'version' and 'rules')"
-            self.findings.add(Location(self.name, 0), what, rule="not-a-mapping")
             return None
         self.loader.get_event()
-        node = self._node(())
+        data = self._value((), self._line())
         self.loader.get_event()
         if not self.loader.check_event(yaml.StreamEndEvent):
-            line = self.loader.peek_event().start_mark.line + 1
-            self._problem(
-                (),
-                line,
-                "a second document starts (expected one)",
-                "keep one preset in a file",
-                "documents",
-            )
-        return node
+            what = "a second document starts (expected one)"
+            self._problem((), self._line(), what, "keep one preset in a file", "documents")
+        return data
 
-    def _node(self, path: Path) -> Node:
+    def _value(self, path: Path, key_line: int) -> Any:
+        """Read what stands at a path; a mapping or a list has the line of its key."""
+        line = self._line()
         event = self.loader.get_event()
-        line: int = event.start_mark.line + 1
+        is_container = isinstance(event, yaml.CollectionStartEvent)
+        self.document.places[path] = self._place(path, key_line if is_container else line)
         if isinstance(event, yaml.AliasEvent):
-            self._problem(
-                path,
-                line,
-                f"the alias *{event.anchor} is not read in presets",
-                f"quote it if it is a pattern ('\"*{event.anchor}\"'), else point at the "
-                "value with an interpolation such as ${schemes.NAME}",
-                "alias",
-            )
-            return Node(None, self._location(path, line))
+            what = f"the alias *{event.anchor} is not read in presets"
+            remedy = f"quote it if it is a pattern ('\"*{event.anchor}\"'), else {_POINT}"
+            self._problem(path, line, what, remedy, "alias")
+            return None
         if event.anchor is not None:
-            self._problem(
-                path,
-                line,
-                f"the anchor &{event.anchor} is not read in presets",
-                "point at the value with an interpolation such as ${schemes.NAME}",
-                "alias",
-            )
+            what = f"the anchor &{event.anchor} is not read in presets"
+            self._problem(path, line, what, _POINT, "alias")
         if event.tag is not None and event.tag != "!":
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self._problem(
-                path,
-                line,
-                f"the tag {tag} is not read in presets",
-                "leave it out; put quotes around text",
-                "tag",
-            )
+            what = f"the tag {event.tag.replace(_TAG, '!!')} is not read in presets"
+            self._problem(path, line, what, "leave it out; put quotes around text", "tag")
         if isinstance(event, yaml.ScalarEvent):
-            return Node(self._scalar(event, path, line), self._location(path, line))
+            return self._scalar(event, path, line)
         if len(path) >= MAX_DEPTH:
-            self._problem(
-                (),
-                line,
-                f"nested more than {MAX_DEPTH} deep",
-                "a preset needs four levels",
-                "depth",
-            )
-            raise _TooDeepError
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self._sequence(path, line)
-        return self._mapping(path, line)
+            self._problem((), line, *_TOO_DEEP)
+            raise _StoppedError
+        return self._list(path) if isinstance(event, yaml.SequenceStartEvent) else self._map(path)
 
-    def _scalar(
-        self, event: yaml.ScalarEvent, path: Path, line: int
-    ) -> str | int | float | bool | None:
-        text: str = event.value
-        if event.tag is not None or not event.implicit[0]:
-            return text
-        try:
-            return read_scalar(text, self.loader.resolve(yaml.ScalarNode, text, (True, False)))
-        except SurprisingScalarError as error:
-            self._problem(path, line, str(error), error.remedy, "yaml-1.1")
-            return text
-
-    def _sequence(self, path: Path, line: int) -> Node:
-        items: list[Node] = []
+    def _list(self, path: Path) -> list[Any]:
+        items: list[Any] = []
         while not self.loader.check_event(yaml.SequenceEndEvent):
-            items.append(self._node((*path, len(items))))
+            items.append(self._value((*path, len(items)), self._line()))
         self.loader.get_event()
-        return Node(items, self._location(path, line))
+        return items
 
-    def _mapping(self, path: Path, line: int) -> Node:
-        entries: dict[str, Node] = {}
-        lines: dict[str, int] = {}
+    def _map(self, path: Path) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
         while not self.loader.check_event(yaml.MappingEndEvent):
-            key, key_line = self._key(path)
-            node = self._node((*path, key))
-            if not isinstance(node.value, (dict, list)):
-                key_line = max(key_line, node.location.line)
-            if key in entries:
-                self._problem(
-                    (*path, key),
-                    key_line,
-                    f"{key!r} stands here a second time (first on line {lines[key]})",
-                    "keep one of them",
-                    "duplicate-key",
-                )
+            line = self._line()
+            key = self._key(path, line)
+            below = (*path, key)
+            if key not in entries:
+                entries[key] = self._value(below, line)
                 continue
-            entries[key] = Node(node.value, self._location((*path, key), key_line))
-            lines[key] = key_line
+            places, self.document.places = self.document.places, {}
+            self._value(below, line)
+            line, self.document.places = self.document.places[below].line, places
+            first = f" (first on line {places[below].line})" if self.is_file else ""
+            what = f"{key!r} stands here a second time{first}"
+            self._problem(below, line, what, "keep one of them", "duplicate-key")
         self.loader.get_event()
-        return Node(entries, self._location(path, line))
+        return entries
 
-    def _key(self, path: Path) -> tuple[str, int]:
-        event = self.loader.peek_event()
-        line: int = event.start_mark.line + 1
-        if not isinstance(event, yaml.ScalarEvent):
-            node = self._node(path)
-            self._problem(
-                path,
-                line,
-                f"{_kind(node)} is used as a key (expected text)",
-                "put quotes around a value that starts with '{' or '['",
-                "key",
-            )
-            return f"<line {line}>", line
-        self.loader.get_event()
-        text: str = event.value
-        if event.tag is not None or not event.implicit[0]:
-            if event.tag is not None:
-                self._problem(path, line, f"the key {text!r} has a tag", "leave it out", "tag")
-            return text, line
-        tag = self.loader.resolve(yaml.ScalarNode, text, (True, False))
-        if tag == "tag:yaml.org,2002:merge":
-            self._problem(
-                path,
-                line,
-                "the merge key << is not read in presets",
-                "use 'extends', or an interpolation such as ${schemes.NAME}",
-                "merge-key",
-            )
-        elif tag != "tag:yaml.org,2002:str":
-            kind = tag.removeprefix("tag:yaml.org,2002:")
-            self._problem(
-                path,
-                line,
-                f"the key {text or 'null'} is a YAML {kind} (expected text)",
-                f"write '\"{text}\"'",
-                "key",
-            )
-        return text, line
+    def _key(self, path: Path, line: int) -> str:
+        if not self.loader.check_event(yaml.ScalarEvent):
+            text = f"<line {line}>"
+            what = f"{_kind(self._value((*path, text), line))} is used as a key (expected text)"
+            remedy = "put quotes around a value that starts with '{' or '['"
+            self._problem(path, line, what, remedy, "key")
+            return text
+        event = self.loader.get_event()
+        text = str(event.value)
+        kind = self._kind(text) if event.implicit[0] else "str"
+        if event.tag is not None:
+            self._problem(path, line, f"the key {text!r} has a tag", "leave it out", "tag")
+        elif kind == "merge":
+            what = "the merge key << is not read in presets"
+            remedy = "use 'extends', or an interpolation such as ${schemes.NAME}"
+            self._problem(path, line, what, remedy, "merge-key")
+        elif kind != "str":
+            what = f"the key {text or 'null'} is a YAML {kind} (expected text)"
+            self._problem(path, line, what, f"write '\"{text}\"'", "key")
+        return text
 
-    def _location(self, path: Path, line: int) -> Location:
-        return Location(self.name, line if self.is_file else 0, join_path(path))
+    def _scalar(self, event: yaml.ScalarEvent, path: Path, line: int) -> Scalar:
+        value: Scalar = event.value
+        try:
+            if event.tag is None and event.implicit[0]:
+                value = self._plain(event.value)
+        except RefusedError as error:
+            self._problem(path, line, *error.args)
+        return _checked(self.document, path, value)
+
+    def _kind(self, text: str) -> str:
+        """What YAML 1.1 takes an unquoted scalar for: `str`, `bool`, `int`, …"""
+        tag: str = self.loader.resolve(yaml.ScalarNode, text, (True, False))
+        return tag.removeprefix(_TAG)
+
+    def _plain(self, text: str) -> Scalar:
+        """The value of an unquoted scalar.
+
+        Raises:
+            RefusedError: YAML 1.1 and YAML 1.2 disagree about it, or no preset needs it.
+        """
+        kind = self._kind(text)
+        if len(text) > MAX_DIGITS and (kind == "int" or re.fullmatch("0o[0-7]+", text)):
+            what = f"{text[:20]}… has more than {MAX_DIGITS} digits"
+            raise RefusedError(what, "write a smaller number", "yaml-1.1")
+        new = _in_yaml_1_2(text)
+        try:
+            old = self.loader.construct_object(yaml.ScalarNode(f"{_TAG}{kind}", text))
+        except (ValueError, yaml.YAMLError):  # such as 0x_, or 2024-13-01
+            old = None if new is not None else text
+        shown = text if len(text) < 40 else f"{text[:20]}…"
+        quoted = f"'\"{shown}\"'"
+        if isinstance(old, float) and not math.isfinite(old):
+            what = f"{shown} is not a plain decimal number"
+            raise RefusedError(what, f"write it as in 0.5, or {quoted}", "yaml-1.1")
+        if type(old) is type(new) and old == new:
+            return new
+        what = f"{shown} is {_name(old)} in YAML 1.1 and {_name(new)} in YAML 1.2"
+        plain = [_name(value) for value in (old, new) if isinstance(value, bool | int | float)]
+        raise RefusedError(what, f"write {' or '.join([*plain[:1], quoted])}", "yaml-1.1")
+
+    def _line(self) -> int:
+        line: int = self.loader.peek_event().start_mark.line
+        return line + 1
+
+    def _place(self, path: Path, line: int) -> Location:
+        return Location(self.document.file, line if self.is_file else 0, join_path(path))
 
     def _problem(self, path: Path, line: int, what: str, remedy: str, rule: str) -> None:
-        self.findings.add(self._location(path, line), what, remedy, rule)
+        self.document.findings.add(self._place(path, line), what, remedy, rule)
+        self.document.mark(path)
 
-    def _unprintable(self, error: yaml.reader.ReaderError) -> None:
-        line = self.text.count("\n", 0, error.position) + 1
-        code = error.character if isinstance(error.character, int) else ord(error.character)
-        self._problem(
-            (), line, f"the character U+{code:04X} is not allowed in YAML", "remove it", "syntax"
-        )
-
-    def _syntax(self, error: yaml.MarkedYAMLError) -> None:
+    def _report_syntax(self, error: yaml.MarkedYAMLError) -> None:
         mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark is not None else 0
-        what = f"is not YAML: {error.problem or error.context}"
-        source = self.text.split("\n")[line - 1] if line else ""
+        assert mark is not None
+        source = (mark.get_snippet(0, MAX_FILE_BYTES) or "").partition("\n")[0]
         remedy = ""
         if "\t" in source[: len(source) - len(source.lstrip())]:
             remedy = "indent with spaces, not tabs"
@@ -273,12 +296,26 @@ class _Reader:
             remedy = 'within { } or [ ] put interpolations in quotes: "${schemes.NAME}"'
         elif _UNQUOTED_GLOB.search(source):
             remedy = 'put patterns in quotes: match: "*.q_proj"'
-        self._problem((), line, what, remedy, "syntax")
+        what = f"is not YAML: {error.problem or error.context}"
+        self._problem((), mark.line + 1, what, remedy, "syntax")
 
 
-def _kind(node: Node) -> str:
-    if isinstance(node.value, dict):
-        return "a mapping"
-    if isinstance(node.value, list):
-        return "a list"
-    return repr(node.value)
+def _in_yaml_1_2(text: str) -> Scalar:
+    return next((make(text) for known, make in _CORE if re.fullmatch(known, text)), text)
+
+
+def _name(value: object) -> str:
+    """What a scalar is called in messages."""
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return {str: "text", datetime.date: "a date"}.get(type(value), "special")
+
+
+def _line_of(before: str) -> int:
+    """The line of what stands behind some text."""
+    return len(f"{before}x".splitlines())
+
+
+def _kind(data: Any) -> str:
+    kinds: dict[type, str] = {dict: "a mapping", list: "a list"}
+    return kinds.get(type(data)) or repr(data)

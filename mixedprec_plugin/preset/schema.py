@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import math
@@ -12,13 +11,11 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from jsonschema.protocols import Validator
-from referencing import Registry, Resource
 
-from mixedprec_plugin.methods.registry import METHODS, method_names
-from mixedprec_plugin.methods.spec import MethodSpec
-from mixedprec_plugin.names import nearest
-from mixedprec_plugin.preset.findings import Findings
-from mixedprec_plugin.preset.tree import Node, Path
+from mixedprec_plugin.methods.interface import Method
+from mixedprec_plugin.methods.registry import AUTO, METHODS, method_names
+from mixedprec_plugin.preset.document import Document, Findings, Path, at, is_within
+from mixedprec_plugin.preset.interpolation import is_interpolated
 from mixedprec_plugin.resources import schema_path
 
 PRESET_SCHEMA = "preset.schema.json"
@@ -32,169 +29,151 @@ _TYPES = {
     "number": "a number",
     "null": "null",
 }
-_EXAMPLES = {
-    "match": 'match: "*.q_proj"',
-    "path": "path: FOLDER",
-    "version": "version: 1",
-}
+_EXAMPLES = {"match": 'match: "*.q_proj"', "path": "path: FOLDER", "version": "version: 1"}
 # keys of a scheme that are no argument of its method
 SCHEME_KEYS = ("method", "source", "requantize")
 _UNQUOTE = "leave the quotes out"
-_PARTS = ("version", "extends", "sources", "schemes", "lists", "rules")
+_FIXED: Mapping[str, Any] = {AUTO: {"requantize": {"const": False}}}
 
 
-def check_file(tree: Node, findings: Findings) -> None:
+def check_file(document: Document) -> None:
     """Check what merging relies on in one file: its version, and the types of its parts."""
-    _report(_file_validator(), tree.plain(), tree, findings)
+    _report(_file_validator(), document.data, document.data, document)
 
 
-def check_preset(data: Any, tree: Node, findings: Findings) -> None:
+def check_preset(data: Any, shown: Any, document: Document) -> None:
     """Check a merged preset.
 
     Args:
         data: the preset with its interpolations resolved.
-        tree: the same before that, for the locations.
+        shown: the same as messages may show it.
+        document: the same before that, for the places.
     """
-    _report(_preset_validator(), data, tree, findings)
+    _report(_preset_validator(), data, shown, document)
 
 
-def preset_schema(methods: Iterable[MethodSpec]) -> dict[str, Any]:
-    """The preset's schema, with branches for the methods that other packages add."""
+def preset_schema(methods: Iterable[Method]) -> dict[str, Any]:
+    """The preset's schema, with the names and arguments of these methods."""
     schema: dict[str, Any] = json.loads(schema_path(PRESET_SCHEMA).read_text(encoding="utf-8"))
-    names: list[str] = schema["$defs"]["method"]["enum"]
-    for spec in methods:
-        added = [name for name in (spec.name, *spec.aliases) if name not in names]
-        if added:
-            names.extend(added)
-            schema["$defs"]["method_arguments"]["allOf"].append(_branch(spec, added))
+    methods = tuple(methods)
+    schema["$defs"]["method"]["enum"] = [name for method in methods for name in method.names]
+    schema["$defs"]["method_arguments"]["allOf"] = [
+        {
+            "if": {"properties": {"method": {"enum": list(method.names)}}, "required": ["method"]},
+            # a layer that runs as it is stored is never rounded again
+            "then": {"properties": {**_FIXED.get(method.name, {}), **method.schema}},
+        }
+        for method in methods
+    ]
     return schema
-
-
-def _branch(spec: MethodSpec, names: list[str]) -> dict[str, Any]:
-    file = f"methods/{spec.argument_schema}"
-    return {
-        "if": {"properties": {"method": {"enum": names}}, "required": ["method"]},
-        "then": {
-            "properties": {key: {"$ref": f"{file}#/properties/{key}"} for key in spec.defaults}
-        },
-    }
 
 
 @functools.cache
 def _preset_validator() -> Validator:
-    specs = list(METHODS.values())
-    root = schema_path(PRESET_SCHEMA).as_uri()
-    contents = {root: preset_schema(specs)}
-    for spec in specs:
-        path = schema_path("methods") / spec.argument_schema
-        contents[path.as_uri()] = json.loads(path.read_text(encoding="utf-8"))
-    resources = [(uri, Resource.from_contents(schema)) for uri, schema in contents.items()]
-    registry: Registry[Any] = Registry().with_resources(resources)
-    return Draft202012Validator({"$ref": root}, registry=registry)
+    return Draft202012Validator(preset_schema(METHODS.values()))
 
 
 @functools.cache
 def _file_validator() -> Validator:
-    schema = preset_schema(())
-    parts = copy.deepcopy({key: schema["properties"][key] for key in _PARTS})
-    for key in ("sources", "schemes", "lists", "rules"):
-        parts[key] = {"type": parts[key]["type"]}
+    whole = preset_schema(())["properties"]
+    parts = {key: {"type": whole[key]["type"]} for key in ("sources", "schemes", "lists", "rules")}
+    parts |= {key: whole[key] for key in ("version", "extends")}
     return Draft202012Validator({"required": ["version"], "properties": parts})
 
 
-def _report(validator: Validator, data: Any, tree: Node, findings: Findings) -> None:
+def _report(validator: Validator, data: Any, shown: Any, document: Document) -> None:
+    muted = set(document.broken)
     errors = list(validator.iter_errors(data))
     mistyped = {tuple(error.absolute_path) for error in errors if error.validator == "type"}
     for error in errors:
         path: Path = tuple(error.absolute_path)
         if path in mistyped and error.validator in ("enum", "const"):
             continue
-        for key, what, remedy, rule in _describe(error, path):
-            location = tree.locate((*path, *key))
-            if findings.is_muted(location):
+        real = at(data, path)
+        value = at(shown, path) if error.instance == real else error.instance
+        for key, what, remedy, rule in _describe(error, value, path, document.findings):
+            if is_within((*path, *key), muted):
                 continue
-            if remedy == _UNQUOTE and _is_from_environment(tree, path):
+            if remedy == _UNQUOTE and is_interpolated(at(document.data, path)):
                 remedy = "environment variables are text; override the key on the command line"
-            findings.add(location, what, remedy, f"schema-{rule}")
-
-
-def _is_from_environment(tree: Node, path: Path) -> bool:
-    node = tree.at(path)
-    return node is None or "${" in str(node.value)
+            document.report((*path, *key), what, remedy, f"schema-{rule}")
 
 
 _Finding = tuple[tuple[str, ...], str, str, str]
 
 
-def _describe(error: ValidationError, path: Path) -> list[_Finding]:
-    """What an error of the validator means: (key below its path, what, remedy, rule)."""
-    value: Any = error.instance
+def _describe(error: ValidationError, value: Any, path: Path, findings: Findings) -> list[_Finding]:
+    """What an error of the validator means: (key below its path, what, remedy, rule).
+
+    Args:
+        value: what is wrong, as messages may show it.
+    """
     expected: Any = error.validator_value
     rule = str(error.validator)
     if rule in ("unevaluatedProperties", "additionalProperties"):
-        return _unknown_keys(value, error.schema, path)
+        return _unknown_keys(error, path, findings)
     if rule == "required":
-        missing = [key for key in expected if key not in value and f"'{key}'" in error.message]
-        return [((), *_missing_key(key, path), rule) for key in missing]
-    if rule == "type":
-        kinds = [expected] if isinstance(expected, str) else expected
-        wanted = " or ".join(_TYPES[kind] for kind in kinds)
-        return [((), f"{show(value)} is {_kind(value)} (expected {wanted})", "", rule)]
+        (key,) = (key for key in expected if f"'{key}'" in error.message)
+        if key == "method" and _is_rule(path):
+            remedy = "add 'method:' with its arguments, or 'scheme:'"
+            return [((), "no method is named", remedy, rule)]
+        example = _EXAMPLES.get(key, f"{key}: …")
+        return [((), f"{key!r} is missing", f"add '{example}'", rule)]
     if rule == "enum":
-        return [((), *_not_one_of(value, expected, path), rule)]
-    if rule == "const" and path == ("version",):
-        what = f"{show(value)} is not a version of the preset language (expected {expected})"
-        return [((), what, "", rule)]
-    if rule == "const":
-        return [((), f"{show(value)} is not {show(expected)}", "", rule)]
-    if rule in ("minItems", "minLength"):
-        return [((), f"{show(value)} is empty (expected at least one)", "", rule)]
-    if rule == "pattern" and "${" in str(expected).replace("\\", ""):
-        return [((), f"{show(value)} is text (expected a mapping)", "", "type")]
-    if rule == "pattern":
+        return [((), *_not_one_of(error, value, path, findings), rule)]
+    if rule == "pattern" and "${" not in str(expected).replace("\\", ""):
         what = f"{show(value)} is not a name (expected letters, digits, '_' and '-')"
         return [((str(value),), what, "", rule)]
     if rule == "not":
         what = "the name 'model' is taken: it is the server's --model-path"
         return [((str(value),), what, "choose another", rule)]
-    return [((), error.message, "", rule)]
+    if rule == "type":
+        kinds = [expected] if isinstance(expected, str) else expected
+        wanted = " or ".join(_TYPES[kind] for kind in kinds)
+        what = f"is {_kind(value)} (expected {wanted})"
+    elif rule == "pattern":
+        what, rule = "is text (expected a mapping)", "type"
+    elif rule == "const" and path == ("version",):
+        what = f"is not a version of the preset language (expected {expected})"
+    elif rule == "const":
+        what = f"is not {show(expected)}"
+    elif rule in ("minItems", "minLength"):
+        what = "is empty (expected at least one)"
+    else:
+        what = f"does not fit (expected {rule} {show(expected)})"
+    return [((), f"{show(value)} {what}", "", rule)]
 
 
-def _missing_key(key: str, path: Path) -> tuple[str, str]:
-    if key == "method" and _is_rule(path):
-        return "no method is named", "add 'method:' with its arguments, or 'scheme:'"
-    example = _EXAMPLES.get(key, f"{key}: …")
-    return f"{key!r} is missing", f"add '{example}'"
-
-
-def _not_one_of(value: Any, expected: list[Any], path: Path) -> tuple[str, str]:
+def _not_one_of(
+    error: ValidationError, value: Any, path: Path, findings: Findings
+) -> tuple[str, str]:
+    expected: Any = error.validator_value
     if path and path[-1] == "method" and isinstance(value, str):
-        near = nearest(value, method_names())
         what = f"unknown method {value!r} (expected {', '.join(METHODS)})"
-        return what, f"did you mean {_either(near)}?" if near else ""
+        return what, findings.suggest(value, method_names())
     choices = ", ".join(show(choice) for choice in expected)
     if len(expected) == 1:
         return f"{show(value)} is not {choices}", ""
-    near = (
-        nearest(value, [c for c in expected if isinstance(c, str)])
-        if isinstance(value, str)
-        else []
-    )
-    if isinstance(value, str) and value in {show(choice) for choice in expected}:
+    if not isinstance(value, str):
+        return f"{show(value)} is not one of {choices}", ""
+    if error.instance in {show(choice) for choice in expected}:
         return f"{show(value)} is text and not one of {choices}", _UNQUOTE
-    return f"{show(value)} is not one of {choices}", f"did you mean {_either(near)}?" * bool(near)
+    remedy = findings.suggest(value, [choice for choice in expected if isinstance(choice, str)])
+    return f"{show(value)} is not one of {choices}", remedy
 
 
-def _unknown_keys(value: Mapping[str, Any], schema: Any, path: Path) -> list[_Finding]:
+def _unknown_keys(error: ValidationError, path: Path, findings: Findings) -> list[_Finding]:
     """One problem for each key that the schema knows nothing of.
 
     The validator also counts keys whose own value is wrong; those have their problem already.
     """
+    value: Any = error.instance
+    schema: Any = error.schema
     known = list(schema.get("properties", {}))
-    is_rule, is_scheme = _is_rule(path), path[:1] == ("schemes",)
-    if is_rule and "scheme" in value:
+    has_scheme = _is_rule(path) and "scheme" in value
+    if has_scheme:
         known.append("scheme")
-    elif is_rule or is_scheme:
+    elif _is_rule(path) or path[:1] == ("schemes",):
         known += [key for key in SCHEME_KEYS if key not in known]
         spec = _method(value.get("method"))
         if spec is None:
@@ -204,10 +183,9 @@ def _unknown_keys(value: Mapping[str, Any], schema: Any, path: Path) -> list[_Fi
     for key in value:
         if key in known:
             continue
-        near = nearest(key, known)
-        remedy = f"did you mean {_either(near)}?" if near else ""
         what = f"unknown key {key!r} (expected {', '.join(known)})"
-        if is_rule and "scheme" in value and _belongs_to_a_method(key):
+        remedy = findings.suggest(key, known)
+        if has_scheme and _belongs_to_a_method(key):
             what = f"{key!r} does not go with 'scheme'"
             remedy = "name a scheme, or a method with its arguments, not both"
         found.append(((key,), what, remedy, "unknown-key"))
@@ -222,7 +200,7 @@ def _belongs_to_a_method(key: str) -> bool:
     return key in SCHEME_KEYS or any(key in spec.defaults for spec in METHODS.values())
 
 
-def _method(name: Any) -> MethodSpec | None:
+def _method(name: Any) -> Method | None:
     for spec in METHODS.values():
         if name == spec.name or (isinstance(name, str) and name in spec.aliases):
             return spec
@@ -247,7 +225,3 @@ def _kind(value: Any) -> str:
         return "nothing"
     kinds: dict[type, str] = {dict: "a mapping", list: "a list", str: "text"}
     return kinds.get(type(value), "a number")
-
-
-def _either(names: list[str]) -> str:
-    return " or ".join(repr(name) for name in names)

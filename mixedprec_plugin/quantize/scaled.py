@@ -1,25 +1,72 @@
-"""Dequantize 8-bit codes beside a scale, whoever wrote them: W = (q - zero) * scale.
+"""8-bit codes beside a scale for each [block_n, block_k] tile: W = (q - zero) * scale.
 
-Reads what compressed-tensors (int-, float- and naive-quantized), gptqmodel (whose scales are
-reciprocals: W = q / scale) and torchao (plain codes) store.
-Source: compressed-tensors `dequantize`, gptqmodel's `weight_scale_semantics`, torchao
-`Float8Tensor.dequantize` and `IntxUnpackedToInt8Tensor.dequantize`.
+The grid of scales is ceil(N / block_n) x ceil(K / block_k); tiles at the lower and right edges may
+be ragged. Reads what compressed-tensors (int-, float- and naive-quantized), gptqmodel (whose scales
+are reciprocals: W = q / scale) and torchao (plain codes) store, and our own methods.
+Source: DeepSeek-V3's blocks, compressed-tensors `dequantize`, gptqmodel's `weight_scale_semantics`,
+torchao `Float8Tensor.dequantize` and `IntxUnpackedToInt8Tensor.dequantize`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from mixedprec_plugin.methods.fp8.codec import E4M3, decode
-from mixedprec_plugin.quantize.checks import refuse, take
-from mixedprec_plugin.quantize.chunks import row_chunks
+from mixedprec_plugin.quantize.checks import refuse, require_finite, take, weight_shape
+from mixedprec_plugin.quantize.chunks import float_block_chunks, row_chunks
+from mixedprec_plugin.quantize.codec import Tensors
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max
+# Below the smallest normal number a quotient would lose the half-a-step bound, or divide by zero.
+SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
 
 
-def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Dequantize codes with a scale for each [block_n, block_k] tile.
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """The numbers of a weight.
+
+    Attributes:
+        codes: [N, K], one byte each.
+        scales: float32 [ceil(N/bn), ceil(K/bk)].
+        block: (bn, bk); (1, K) for channels and (N, K) for the whole tensor.
+        zeros: float32, as `scales`; None where codes are symmetric.
+        reciprocal: whether scales divide.
+        input_scale: of activations with a static scale, one element.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    block: tuple[int, int]
+    zeros: torch.Tensor | None = None
+    reciprocal: bool = False
+    input_scale: torch.Tensor | None = None
+
+    def dequantize(self) -> torch.Tensor:
+        """Return float32 [N, K], rounded once."""
+        N, K = self.codes.shape
+        weight = torch.empty((N, K), device=self.codes.device)
+        for rows in row_chunks(N, K):
+            chunk = weight[rows]
+            if self.codes.dtype == E4M3:
+                decode_e4m3(self.codes[rows], chunk)
+            else:
+                chunk.copy_(self.codes[rows])
+            if self.zeros is not None:
+                chunk.sub_(_spread(self.zeros, rows, self.block, K))
+            spread = _spread(self.scales, rows, self.block, K)
+            if self.reciprocal:
+                chunk.div_(spread)
+            else:
+                chunk.mul_(spread)
+        return weight
+
+
+def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Scaled:
+    """Tell the codes and scales of a layer.
 
     Args:
         tensors: parameter suffix -> tensor; not modified.
@@ -27,8 +74,6 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
             of the scales (ceil(N/bn) x ceil(K/bk) of them in any shape, any floating dtype) and of
             the zero points (as many integers; may be missing); "block", [bn, bk], [1, K] for
             channels and [N, K] for the whole tensor; "reciprocal", whether scales divide.
-    Returns:
-        float32 [N, K], rounded once.
     Raises:
         ShapeError: the codes are no matrix of bytes, or the scales or zeros are missing or another
             number of them.
@@ -43,30 +88,33 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
         )
     N, K = codes.shape
     block_n, block_k = arguments["block"]
-    grid = (-(-N // block_n), -(-K // block_k))
-    scales = _grid(tensors, arguments["scale"], grid)
-    zeros = None
-    if arguments["zero_point"] in tensors:
-        zeros = _grid(tensors, arguments["zero_point"], grid)
-    weight = torch.empty((N, K), device=codes.device)
-    for rows in row_chunks(N, K):
-        chunk = weight[rows]
-        if codes.dtype == E4M3:
-            decode(codes[rows], chunk)
-        else:
-            chunk.copy_(codes[rows])
-        if zeros is not None:
-            chunk.sub_(_spread(zeros, rows, (block_n, block_k), K))
-        spread = _spread(scales, rows, (block_n, block_k), K)
-        if arguments["reciprocal"]:
-            chunk.div_(spread)
-        else:
-            chunk.mul_(spread)
-    return weight
+    grid = grid_shape(N, K, (block_n, block_k))
+    has_zeros = arguments["zero_point"] in tensors
+    return Scaled(
+        codes,
+        _grid(tensors, arguments["scale"], grid),
+        (block_n, block_k),
+        _grid(tensors, arguments["zero_point"], grid) if has_zeros else None,
+        arguments["reciprocal"],
+        tensors.get("input_scale"),
+    )
 
 
-def _grid(tensors: Mapping[str, torch.Tensor], suffix: str, grid: tuple[int, int]) -> torch.Tensor:
-    """Return one float32 a tile, [ceil(N/bn), ceil(K/bk)]."""
+def read_codes(tensors: Tensors, scale: str, block: tuple[int, ...]) -> Scaled:
+    """Tell the numbers of symmetric codes "weight", multiplied by scales of that suffix."""
+    how = {
+        "codes": "weight", "scale": scale, "zero_point": "", "block": block, "reciprocal": False
+    }  # fmt: skip
+    return read(tensors, how)
+
+
+def grid_shape(N: int, K: int, block: tuple[int, int]) -> tuple[int, int]:
+    """Return the shape of the grid of scales for an [N, K] weight."""
+    return -(-N // block[0]), -(-K // block[1])
+
+
+def _grid(tensors: Tensors, suffix: str, grid: tuple[int, int]) -> torch.Tensor:
+    """One float32 a tile, [ceil(N/bn), ceil(K/bk)]."""
     tensor = tensors.get(suffix)
     if tensor is not None and tensor.numel() == grid[0] * grid[1] and 1 in grid:
         return tensor.float().reshape(grid)
@@ -80,3 +128,56 @@ def _spread(grid: torch.Tensor, rows: slice, block: tuple[int, int], K: int) -> 
     if grid.shape[1] == 1:
         return chosen
     return chosen.repeat_interleave(block[1], dim=1)[:, :K]
+
+
+def quantize_blocks(
+    weight: torch.Tensor,
+    block: tuple[int, int],
+    largest: float,
+    encode: Callable[[torch.Tensor, torch.Tensor], object],
+    code_dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Scale every tile of a weight so that its largest magnitude becomes `largest`, and encode it.
+
+    Args:
+        weight: [N, K], floating point; not modified.
+        block: (block_n, block_k).
+        largest: the largest magnitude that a code can stand for.
+        encode: writes a scaled float32 chunk, which it may overwrite, to a chunk of codes.
+        code_dtype: dtype of the codes.
+    Returns:
+        "weight" [N, K] of `code_dtype`, "weight_scale_inv" float32 [ceil(N/bn), ceil(K/bk)],
+        weight ~= q * scale_inv. No clamping is needed: scale_inv is the tile's largest magnitude
+        over `largest` to half a unit in the last place, so that no quotient rounds past `largest`.
+    Raises:
+        ShapeError: not a matrix of floats, or not finite.
+    """
+    N, K = weight_shape(weight)
+    block_n, block_k = block
+    codes = torch.empty((N, K), dtype=code_dtype, device=weight.device)
+    scales = torch.empty(grid_shape(N, K, block), device=weight.device)
+    for rows, columns, values in float_block_chunks(weight, block_n, block_k):
+        tops = torch.maximum(values.amax(0), -values.amin(0))
+        ragged = -len(tops) % block_k
+        tops = torch.nn.functional.pad(tops, (0, ragged)).view(-1, block_k).amax(1)
+        scale = (tops / largest).clamp_(min=SMALLEST_SCALE)
+        first = columns.start // block_k
+        scales[rows.start // block_n, first : first + len(scale)] = scale
+        spread = scale.repeat_interleave(block_k)[: values.shape[1]]
+        encode(values.div_(spread), codes[rows, columns])
+    require_finite(scales, weight)
+    return {"weight": codes, "weight_scale_inv": scales}
+
+
+def decode_e4m3(codes: torch.Tensor, values: torch.Tensor) -> None:
+    """Write e4m3 codes as floats, four times as fast as torch's own cast on a CPU.
+
+    The seven bits below the sign, moved up by seven, are a float16 of 1/256 the value: e4m3's
+    exponent is biased by 7, float16's by 15. Only e4m3's NaN would read as a number.
+    """
+    octets = codes.view(torch.int8)
+    if bool(octets.bitwise_and(0x7F).amax() == 0x7F):
+        values.copy_(codes)
+        return
+    halves = octets.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    values.copy_(halves.view(torch.float16)).mul_(256)

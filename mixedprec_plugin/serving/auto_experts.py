@@ -17,7 +17,8 @@ from sglang.srt.layers.quantization.marlin_utils import check_moe_marlin_support
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.experts.repairs import repaired
+from mixedprec_plugin.methods.construct import repaired
+from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
 
 _REMEDY = "name a method for the experts, or take them from another source"
@@ -63,9 +64,8 @@ def _method_of(config: QuantizationConfig, layer: FusedMoE, prefix: str) -> Any:
     method = config.get_quant_method(layer, prefix)
     if not isinstance(method, GPTQMarlinMoEMethod | AWQMoEMethod):
         return method
-    own = method.quant_config
-    cured = repaired(own)
-    if cured is not None and cured is not own:
+    cured = repaired(method.quant_config, METHODS)
+    if cured is not method.quant_config:
         layer.scheme = None
         method = cured.get_quant_method(layer, prefix)
     return method
@@ -109,7 +109,7 @@ def _integer_faults(layer: FusedMoE, scheme: CompressedTensorsWNA16MoE) -> list[
         group_size = -1 if scheme.strategy == "channel" else scheme.group_size
         faults += _marlin_faults(layer, group_size)
         if group_size == layer.hidden_size:
-            # it takes the repacked gate and up codes' width for K (:370), see `marlin_scales`
+            # it takes the repacked gate and up codes' width for K (:370), see `ScalesInOrder`
             faults.append(f"SGLang turns the scales of one group of {group_size} inputs")
     return faults
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.quantization.awq import AWQMarlinConfig
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.groups import ExpertGroup
 from mixedprec_plugin.experts.method import experts_method
-from mixedprec_plugin.methods.cards import version
-from mixedprec_plugin.methods.construct import build_config, cuda_capability
-from mixedprec_plugin.plan.architecture import FUSED_MODULES
-from mixedprec_plugin.plan.auto import AUTO
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.methods.construct import build_config, offered
+from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.serving.auto_experts import experts_method_under_auto
+from mixedprec_plugin.serving.late import check_config
 from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
 from mixedprec_plugin.serving.source_configs import config_of_source, guard, refusals
 
@@ -40,19 +38,19 @@ class MixedPrecisionConfig(QuantizationConfig):
         plan: what every layer runs as.
         built: module name, as the plan spells it -> the module that the model built for it; filled
             while it is built.
-        quant_type: the integers of AWQ's layers, which ask the model's config for them in prefill
-            graphs (layers/quantization/marlin_utils.py:634); None without such layers.
+
+    It also has the attributes that methods' kernels ask of it, see `asked_of_model` in
+    `Method.sglang`.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
         self.built: dict[str, torch.nn.Module] = {}
-        self.quant_type: Any = None
-        architectures = plan.source.config.get("architectures") or [""]
-        self._names = ModuleNames(plan.modules, architectures[0])
+        family = family_of(plan.source.config)
+        self._names = ModuleNames(plan.modules, family)
         self.packed_modules_mapping = {
-            module: list(shards) for module, shards in FUSED_MODULES.items()
+            module: list(shards) for module, shards in family.fused_modules.items()
         }
         self._children: dict[Any, QuantizationConfig] = {}
 
@@ -116,7 +114,7 @@ class MixedPrecisionConfig(QuantizationConfig):
         if isinstance(layer, FusedMoE):
             return self._experts_method(layer, module, prefix)
         planned = self.plan.modules[module][0]
-        if planned.scheme is None or planned.scheme.method == "bf16":
+        if planned.is_unquantized:
             return UnquantizedLinearMethod()
         return self._method_of(planned, layer, prefix)
 
@@ -132,8 +130,9 @@ class MixedPrecisionConfig(QuantizationConfig):
         groups = [
             ExpertGroup(
                 group.experts,
-                None if group.scheme.method == "bf16" else self._child(group.scheme),
+                group.scheme.method,
                 group.scheme.label,
+                None if group.scheme.method == UNQUANTIZED else self._child(group.scheme),
             )
             for group in self.plan.expert_groups[module]
         ]
@@ -178,56 +177,31 @@ class MixedPrecisionConfig(QuantizationConfig):
     ) -> QuantizationConfig:
         if key not in self._children:
             child = build()
-            self._check_runs_here(scheme, child)
+            check_config(self.plan, scheme, child)
             child.update_packed_modules_mapping(self.packed_modules_mapping)
             self._children[key] = child
-            if isinstance(child, AWQMarlinConfig):
-                self._answer_for_awq(child)
+            self._answer_for(child, METHODS if scheme.method == AUTO else (scheme.method,))
         return self._children[key]
 
-    def _answer_for_awq(self, child: AWQMarlinConfig) -> None:
-        if self.quant_type not in (None, child.quant_type):
-            text = (
-                f"has AWQ layers of {self.quant_type} and of {child.quant_type}, and in prefill "
-                "graphs SGLang asks the whole model for one type"
-            )
-            raise LoadError(Problem("the plan", text, "take them from one source", "awq-types"))
-        self.quant_type = child.quant_type
+    def _answer_for(self, child: QuantizationConfig, methods: Iterable[str] = METHODS) -> None:
+        """Take over what a method's kernels ask of the whole model's config, in prefill graphs."""
+        for method in methods:
+            asked = offered(method, "asked_of_model")
+            for name, value in asked(child).items() if asked else ():
+                own = getattr(self, name, value)
+                if own != value:
+                    text = (
+                        f"has {method} layers whose {name} is {own} and others where it is "
+                        f"{value}, and in prefill graphs SGLang asks the whole model for one"
+                    )
+                    remedy = "take them from one source"
+                    raise LoadError(Problem("the plan", text, remedy, "model-attribute"))
+                setattr(self, name, value)
 
     def _under_auto(self, source: Source, said: Mapping[str, Any]) -> str:
         """The layers that run as a source stores them by what it says, for messages."""
         layers = (x.name for x in self.plan.layers if x.method == AUTO and x.source == source.name)
         return ", ".join(fold_names(x for x in layers if source.quantization_config_of(x) == said))
-
-    def _check_runs_here(self, scheme: Scheme, child: QuantizationConfig) -> None:
-        """Ask a child what SGLang asks the config of a whole model (model_loader/loader.py:252)."""
-        target = self.plan.target
-        found: list[tuple[str, str, str]] = []
-        capability = cuda_capability() if target.device == "cuda" else None
-        least = child.get_min_capability() if capability is not None else 0
-        if capability is not None and capability < least:
-            what = (
-                f"{scheme.label} does not run on this GPU, whose compute capability is "
-                f"{version(capability)} (expected {version(least)} or more)"
-            )
-            found.append(("min-capability", what, "give the layers another method"))
-        dtypes = child.get_supported_act_dtypes()
-        if TORCH_DTYPES[target.dtype] not in dtypes:
-            names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-            running = str(TORCH_DTYPES[target.dtype]).removeprefix("torch.")
-            what = (
-                f"{scheme.label} does not run in {running} with {type(child).__name__} "
-                f"(expected {', '.join(names)})"
-            )
-            found.append(("act-dtype", what, f"start with --dtype {names[0]}"))
-        if found:
-            layers = [
-                layer.name
-                for layer in self.plan.layers
-                if layer.scheme is not None and layer.scheme.identity == scheme.identity
-            ]
-            where = ", ".join(fold_names(layers))
-            raise LoadError(Problem(where, what, remedy, rule) for rule, what, remedy in found)
 
 
 def _unknown_module(layer: torch.nn.Module, prefix: str) -> Problem:

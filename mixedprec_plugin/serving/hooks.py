@@ -1,7 +1,8 @@
 """Every place in SGLang that the plugin stands on, and the check that it stands there.
 
 Line numbers are SGLang 0.5.23's, below sglang/srt. SGLang logs a plugin's exception and goes on,
-and a hook that it cannot apply likewise; so the loader calls `check_registration` first.
+and a hook that it cannot apply likewise; so `check_registration` comes before the load format gets
+its loader.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Hook:
 
     target: str
     function: Callable[..., Any]
-    kind: HookType
     stands_on: str
+    kind: HookType = HookType.AROUND
 
 
 def _add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
@@ -45,26 +46,31 @@ def _add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     from mixedprec_plugin.serving.early import check_early
+    from mixedprec_plugin.serving.planner import hand_over
 
     try:
         args = fold_flags(args)
         check_early(args)
     except MixedPrecisionError as error:
         exit_with(error)
-    return original(cls, args)
+    server_args = original(cls, args)
+    if server_args.load_format == LOAD_FORMAT:
+        hand_over(args, server_args)
+    return server_args
 
 
 def _resolve_once(original: Callable[[Any], None], server_args: Any) -> None:
     was_resolved = getattr(server_args, "_resolution_finished", False)
     original(server_args)
     if server_args.load_format == LOAD_FORMAT and not was_resolved:
-        from mixedprec_plugin.serving.backends import keep_auto
+        from mixedprec_plugin.serving.late import keep_auto
 
         keep_auto(server_args)
 
 
 def _verify_load_format(original: Callable[[Any], None], load_config: Any) -> None:
     if isinstance(load_config.load_format, str) and load_config.load_format.lower() == LOAD_FORMAT:
+        require_registration()
         from mixedprec_plugin.serving.loader import MixedPrecisionLoader
 
         load_config.load_format = MixedPrecisionLoader
@@ -101,10 +107,12 @@ def _model_config_from_server_args(
     if server_args.load_format != LOAD_FORMAT:
         return original(server_args, *args, **kwargs)
     from mixedprec_plugin.serving.early import check_early
+    from mixedprec_plugin.serving.planner import hand_over
 
     check_early(server_args)
     with _asked_for():
         model_config = original(server_args, *args, **kwargs)
+    hand_over(server_args, model_config)
     if not model_config.is_draft_model:
         model_config.quantization = None
     return model_config
@@ -148,39 +156,34 @@ HOOKS = (
     Hook(
         "sglang.srt.server_args.ServerArgs.add_cli_args",
         _add_cli_args,
-        HookType.AFTER,
         "server_args.py:351: the flags",
+        HookType.AFTER,
     ),
     Hook(
         "sglang.srt.server_args.ServerArgs.from_cli_args",
         _from_cli_args,
-        HookType.AROUND,
         "server_args.py:446: ServerArgs is sealed and knows only its own fields",
     ),
     Hook(
         "sglang.srt.server_args.ServerArgs.resolve_once",
         _resolve_once,
-        HookType.AROUND,
         "server_args.py:244, arg_groups/overrides.py:771: on Blackwell experts get a backend by "
         "the quantization of a whole model",
     ),
     Hook(
         "sglang.srt.configs.load_config.LoadConfig._verify_load_format",
         _verify_load_format,
-        HookType.AROUND,
         "configs/load_config.py:156, model_loader/loader.py:4170: a class may stand for a format",
     ),
     Hook(
         "sglang.srt.configs.model_config.ModelConfig.from_server_args",
         _model_config_from_server_args,
-        HookType.AROUND,
         "configs/model_config.py:2000: the base checkpoint's own quantization must not be taken "
         "for the whole model's",
     ),
     Hook(
         "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
         _verify_quantization,
-        HookType.AROUND,
         "configs/model_config.py:2000: what the checkpoint says of the whole model need be no "
         "method that SGLang runs: mixedprec, as those say that we converted, or gptq",
     ),
@@ -188,13 +191,11 @@ HOOKS = (
         "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
         ".update_weights_from_disk",
         _update_weights_from_disk,
-        HookType.AROUND,
         "weight_updater.py:195: a load format of the request's own would lose the preset",
     ),
     Hook(
         "sglang.srt.model_loader.utils.should_async_load",
         _should_async_load,
-        HookType.AROUND,
         "model_loader/utils.py:295: what other threads write (DeepSeek's loader has them) is not "
         "seen by the proof that every parameter was filled",
     ),
@@ -202,14 +203,12 @@ HOOKS = (
         "sglang.srt.model_executor.model_runner_components.weight_updater"
         "._model_load_weights_direct",
         _load_weights_direct,
-        HookType.AROUND,
         "weight_updater.py:438: the load format direct of update_weights_from_tensor passes by "
         "the model's load_weights",
     ),
     Hook(
         "sglang.srt.lora.lora.LoRAAdapter.initialize_weights",
         _read_adapter,
-        HookType.AROUND,
         "lora/lora.py:145: an adapter is read by the default loader with the model's load config, "
         "whose format and settings that loader refuses",
     ),
@@ -221,21 +220,18 @@ CPU_HOOKS = (
     Hook(
         "sglang.srt.layers.rotary_embedding.factory.get_rope_wrapper",
         get_rope_wrapper,
-        HookType.AROUND,
         "layers/rotary_embedding/factory.py:478: without YaRN there is no rotary embedding of "
         "DeepSeek's on a CPU",
     ),
     Hook(
         "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul",
         launch_fused_gate_sigmoid_mul,
-        HookType.AROUND,
         "models/qwen2_moe.py:877: the gate of a shared expert is a Triton kernel",
     ),
     Hook(
         "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry"
         ".get_handler",
         get_attention_handler,
-        HookType.AROUND,
         "models/deepseek_common/attention_backend_handler.py:55: torch_native is taken for triton",
     ),
 )

@@ -18,25 +18,22 @@ from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
+from sglang.srt.model_loader.weight_utils import _prefetch_all_checkpoints
 from sglang.srt.runtime_context import get_exec, get_model, get_parallel
 
-from mixedprec_plugin.checkpoint.direct import DirectReads
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.cpu.heap import returning_memory
+from mixedprec_plugin.cpu.heap import returning_memory, storage_bytes
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes, plan_as_dict, summary_lines
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
-from mixedprec_plugin.serving.early import make_draft_plan, make_plan, serving_device
-from mixedprec_plugin.serving.hooks import require_registration
+from mixedprec_plugin.serving.late import check_built, check_reloadable
 from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
-from mixedprec_plugin.serving.reloading import check_reloadable
+from mixedprec_plugin.serving.planner import make_draft_plan, planner_of, serving_device
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
-from mixedprec_plugin.serving.shapes import check_built
-from mixedprec_plugin.serving.sizes import storage_bytes
 from mixedprec_plugin.serving.stages import Stage
 from mixedprec_plugin.verify.reference import reference_of
 from mixedprec_plugin.verify.stream import verified
@@ -87,7 +84,6 @@ class MixedPrecisionLoader(DefaultModelLoader):
             settings = _loaded.settings
         self.settings = settings or Settings()
         self._has_opened_new_path = False
-        self._direct: DirectReads | None = None
 
     def load_model(
         self, *, model_config: ModelConfig, device_config: DeviceConfig
@@ -95,11 +91,9 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """Load a model as its plan says.
 
         Raises:
-            RegistrationError: the plugin is not whole in this process.
             PresetError, CheckpointError, PlanError: before a weight is read.
             LoadError: the model and the plan do not fit each other, or a parameter stayed empty.
         """
-        require_registration()
         if model_config.is_draft_model and self._draft_preset() is None:
             # not super(): what it calls is ours
             draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
@@ -123,7 +117,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             stage = Stage(
                 model, plan.tied, num_stages=stages.world_size, is_last=stages.is_last_rank
             )
-            check_built(config, stage)
+            check_built(plan, config.built, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
             weights = self._open(plan, stage)
             if not model_config.is_draft_model:
@@ -157,12 +151,14 @@ class MixedPrecisionLoader(DefaultModelLoader):
         return self._open(plan, loaded.stage)
 
     def _open(self, plan: Plan, stage: Stage) -> Weights:
-        """The virtual checkpoint, of which one stream is read at a time."""
-        # on a CPU nothing need lie between a file and a parameter; what is verified is read before
-        is_direct = serving_device() == "cpu" and not self.settings.verify
-        # its own for each stream: SGLang rolls a failed update back beside what is left of it
-        self._direct = DirectReads(plan.bytes_after) if is_direct else None
-        return iter(VirtualCheckpoint(plan, stage.runs, _how_to_read(), self._direct))
+        stream = VirtualCheckpoint(plan, stage.runs, _how_to_read())
+        said = get_model()
+        if said.weight_loader_prefetch_checkpoints and not said.weight_loader_disable_mmap:
+            inputs = (tensor for layer in stream.layers for tensor in layer.inputs.values())
+            paths = sorted({str(tensor.path) for tensor in inputs})
+            # a thread of SGLang's, which ends by itself
+            _prefetch_all_checkpoints(paths, said.weight_loader_prefetch_num_threads)
+        return iter(stream)
 
     def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
@@ -170,7 +166,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         """Place every tensor, prove that every parameter was filled, and let methods repack."""
         if self._has_opened_new_path:
             _restore(model)
-        load_weights(model, served_config(model), weights, direct=self._direct)
+        load_weights(model, served_config(model), weights)
         self.postprocess_weights(model, target_device)
 
     def _verified(self, plan: Plan, weights: Weights) -> Weights:
@@ -191,7 +187,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
             preset = served or self._draft_preset()
             assert preset is not None
             return make_draft_plan(folder, preset, dtype, tp_size, device)
-        return make_plan(folder, self.settings, dtype, tp_size, device, served)
+        planner = planner_of(model_config)
+        return planner.plan(folder, self.settings, dtype, tp_size, device, served)
 
     def _draft_preset(self) -> Preset | None:
         """The section `draft` of the preset that the model itself is served with."""
@@ -241,7 +238,7 @@ def without_settings(load_config: LoadConfig) -> LoadConfig:
 
 
 def _how_to_read() -> Reading:
-    """What the options --weight-loader-* say; reading ahead is our own, with or without one."""
+    """What the options --weight-loader-* say."""
     said = get_model()
     return Reading(
         may_map=not said.weight_loader_disable_mmap,

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from typing import Protocol
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.plan.sglang_names import sglang_name
+from mixedprec_plugin.families.names import sglang_name
+from mixedprec_plugin.families.record import Family
 
 
 class NameMapper(Protocol):
@@ -20,25 +21,23 @@ class NameMapper(Protocol):
 class ModuleNames:
     """Finds the planned module that a module of SGLang's is.
 
-    Models name their modules as the checkpoint does, as `sglang_name` says of an architecture, by a
-    mapper of their own, or without the checkpoint's outermost components (Mixtral says `layers.0`,
-    its checkpoints `model.layers.0`).
+    Models name their modules as the checkpoint does, as their family's record says, by a mapper of
+    their own, or without the checkpoint's outermost components.
 
     Args:
         modules: module names of the plan, as the checkpoint spells them.
-        architecture: the first of config.json's `architectures`.
+        family: the model's.
     """
 
-    def __init__(self, modules: Collection[str], architecture: str = "") -> None:
-        self._modules = {sglang_name(module, architecture): module for module in modules}
+    def __init__(self, modules: Collection[str], family: Family) -> None:
+        self._modules = {sglang_name(module, family): module for module in modules}
         self._modules |= dict(zip(modules, modules, strict=True))
-        self._by_tail: dict[str, list[str]] = {}
+        self._by_tail: dict[str, set[str]] = {}
 
     def apply(self, mapper: NameMapper) -> None:
         """Take a model's own mapper of names into account."""
         for module in list(self._modules.values()):
-            for mapped in mapper.apply_list([module]):
-                self._modules[mapped] = module
+            self._modules |= dict.fromkeys(mapper.apply_list([module]), module)
         self._by_tail.clear()
 
     def find(self, prefix: str) -> str | None:
@@ -51,22 +50,18 @@ class ModuleNames:
             return self._modules[prefix]
         if not self._by_tail:
             self._index_tails()
-        candidates = sorted(set(self._by_tail.get(prefix, ())))
+        candidates = sorted(self._by_tail.get(prefix, ()))
         if len(candidates) > 1:
-            raise LoadError(
-                Problem(
-                    prefix,
-                    f"the model builds it, and it could be {' or '.join(candidates)} of the "
-                    "checkpoint",
-                    "please report it with the model's config.json",
-                    "ambiguous-module",
-                )
+            what = (
+                f"the model builds it, and it could be {' or '.join(candidates)} of the checkpoint"
             )
+            remedy = "please report it with the model's config.json"
+            raise LoadError(Problem(prefix, what, remedy, "ambiguous-module"))
         return candidates[0] if candidates else None
 
     def _index_tails(self) -> None:
         for spelled, module in self._modules.items():
             _, dot, tail = spelled.partition(".")
             while dot:
-                self._by_tail.setdefault(tail, []).append(module)
+                self._by_tail.setdefault(tail, set()).add(module)
                 _, dot, tail = tail.partition(".")

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixedprec_plugin.errors import Problem, UsageError
-from mixedprec_plugin.plan.model import Device
+from mixedprec_plugin.methods.interface import Device
 from mixedprec_plugin.serving.settings import parse_extra_config, split_extra_config
 
 _OTHER_LOADER = "it belongs to another load format, which this one would not ask"
 _MODELOPT = "ModelOpt quantizes a whole model in its own loader"
 _PAST_THE_PLAN = "tensors that come past the plan are not quantized by the preset"
-_OWN_READING = "the load format reads ahead by itself, and not through SGLang's readers"
+_OWN_READING = "the load format reads files by itself, and not through SGLang's readers"
 
 _SHARED = "a preset gives shared experts methods of their own, and they are not fused"
 

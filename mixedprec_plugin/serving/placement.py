@@ -13,16 +13,15 @@ from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mixedprec_plugin.checkpoint.direct import DirectReads, storage_id
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.loading import load_expert_tensor
 from mixedprec_plugin.experts.parts import check_expert_part
-from mixedprec_plugin.plan.architecture import ExpertShard, scheme_unit
-from mixedprec_plugin.plan.auto import AUTO
+from mixedprec_plugin.families.names import ExpertShard, scheme_unit
+from mixedprec_plugin.methods.registry import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
-from mixedprec_plugin.serving.recorder import WriteRecorder
+from mixedprec_plugin.serving.recorder import WriteRecorder, storage_id
 from mixedprec_plugin.serving.source_configs import refusals
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -38,7 +37,6 @@ def load_weights(
     weights: Weights,
     *,
     partial: bool = False,
-    direct: DirectReads | None = None,
 ) -> None:
     """Fill a model with the tensors of its plan.
 
@@ -50,15 +48,14 @@ def load_weights(
         model: built with `config`.
         weights: (tensor name, tensor) of the virtual checkpoint.
         partial: only a part of the tensors comes; what is not touched stays as it is.
-        direct: reads what it handed out to `weights`.
     Raises:
         LoadError: a tensor found no parameter, or a parameter was not filled; all are named.
     """
-    recorder = WriteRecorder(direct)
+    recorder = WriteRecorder()
     # the class's own: the model's is closed to others, see `close_to_unquantized`
     load = functools.partial(type(model).load_weights, model)  # type: ignore[attr-defined]
     rest: list[str] = []
-    with direct or contextlib.nullcontext(), recorder:
+    with recorder:
         load(_place(model, config, weights, recorder, rest))
         _absorb(model, config)
     problems = _dropped(model, config, rest, recorder)

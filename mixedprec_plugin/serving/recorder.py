@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_leaves
-
-from mixedprec_plugin.checkpoint.direct import DirectReads, storage_id
-
-# to copy less takes one thread no time
-_SMALL_BYTES = 1 << 20
 
 
 class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -22,14 +14,10 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     SGLang's weight loaders accept tensors that are too short or too long without a word, and its
     models drop tensors that they do not know; only what was really written tells.
-
-    Args:
-        direct: takes over the copies that it can.
     """
 
-    def __init__(self, direct: DirectReads | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._direct = direct
         self.written: dict[int, int] = {}
         self.arrived: set[str] = set()
         self._names: dict[int, str] = {}
@@ -50,7 +38,7 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = self._run(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
         if _is_mutable(func):
             if args and isinstance(args[0], torch.Tensor):
                 self._count(args)
@@ -63,22 +51,6 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.follow(name, result)
         return result
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        direct = self._direct
-        if direct is None or func.is_view:
-            return func(*args, **kwargs)
-        is_copy = func is torch.ops.aten.copy_.default
-        if is_copy and direct.copy(args[0], args[1]):
-            return args[0]
-        if direct.is_writing:
-            direct.wait_for(args if is_copy else tree_leaves((args, kwargs)))
-        if _is_mutable(func) and args and isinstance(args[0], torch.Tensor):
-            direct.withdraw(args[0])
-        if is_copy and args[0].nbytes < _SMALL_BYTES:
-            with _one_thread():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
-
     def _count(self, args: tuple[Any, ...]) -> None:
         target = storage_id(args[0])
         self.written[target] = self.written.get(target, 0) + args[0].numel()
@@ -87,15 +59,9 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.arrived.add(self._names[storage_id(source)])
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """OpenMP's other threads would spin afterwards, in wait for more, where files are read."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
+def storage_id(tensor: torch.Tensor) -> int:
+    """Tell tensors apart that are not views of each other, while they live."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 @functools.cache

@@ -9,11 +9,13 @@ from typing import Any
 
 from mixedprec_plugin.errors import Problem, UsageError
 
-CONFIG_KEY = "mixedprec_config"
-SET_KEY = "mixedprec_set"
-PLAN_KEY = "mixedprec_plan"
-VERIFY_KEY = "mixedprec_verify"
-_KEYS = (CONFIG_KEY, SET_KEY, PLAN_KEY, VERIFY_KEY)
+# field of `Settings` -> key of SGLang's `model_loader_extra_config`
+KEYS: Mapping[str, str] = {
+    "config": "mixedprec_config",
+    "overrides": "mixedprec_set",
+    "plan_path": "mixedprec_plan",
+    "verify": "mixedprec_verify",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +37,10 @@ class Settings:
 
     def to_extra_config(self) -> dict[str, Any]:
         """The settings as entries of SGLang's `model_loader_extra_config`."""
-        extra: dict[str, Any] = {CONFIG_KEY: self.config}
-        if self.overrides:
-            extra[SET_KEY] = list(self.overrides)
-        if self.plan_path:
-            extra[PLAN_KEY] = self.plan_path
-        if self.verify:
-            extra[VERIFY_KEY] = self.verify
+        extra: dict[str, Any] = {KEYS["config"]: self.config}
+        for field in ("overrides", "plan_path", "verify"):
+            if value := getattr(self, field):
+                extra[KEYS[field]] = list(value) if field == "overrides" else value
         return extra
 
 
@@ -74,29 +73,24 @@ def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[
     Raises:
         UsageError: one of our keys has a value of the wrong type.
     """
-    rest = {key: value for key, value in extra.items() if key not in _KEYS}
+    rest = {key: value for key, value in extra.items() if key not in KEYS.values()}
     if len(rest) == len(extra):
         return None, rest
-    texts = {key: extra.get(key) for key in (CONFIG_KEY, PLAN_KEY, VERIFY_KEY)}
+    given = {field: extra[key] for field, key in KEYS.items() if extra.get(key) is not None}
+    overrides = given.pop("overrides", ())
     wrong = [
-        Problem(key, f"{value!r} is not a path")
-        for key, value in texts.items()
-        if value is not None and not isinstance(value, str)
+        Problem(KEYS[field], f"{value!r} is not a path")
+        for field, value in given.items()
+        if not isinstance(value, str)
     ]
-    overrides = extra.get(SET_KEY)
-    if overrides is not None and not _is_strings(overrides):
-        wrong.append(Problem(SET_KEY, f"{overrides!r} is not a list of KEY=VALUE"))
+    if not isinstance(overrides, list | tuple) or not all(isinstance(x, str) for x in overrides):
+        wrong.append(Problem(KEYS["overrides"], f"{overrides!r} is not a list of KEY=VALUE"))
     if wrong:
         raise UsageError(wrong)
-    config, plan_path, verify = (str(value or "") for value in texts.values())
-    return Settings(config, tuple(overrides or ()), plan_path, verify), rest
+    return Settings(overrides=tuple(overrides), **given), rest
 
 
 def read_settings(server_args: Any) -> Settings:
     """The settings that the command line or a caller of `sgl.Engine` left in ServerArgs."""
     settings, _ = split_extra_config(parse_extra_config(server_args.model_loader_extra_config))
     return settings or Settings()
-
-
-def _is_strings(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)

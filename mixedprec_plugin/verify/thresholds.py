@@ -20,18 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from mixedprec_plugin.checkpoint.formats import StoredFormat
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.names import nearest
 from mixedprec_plugin.plan.model import PlannedLayer
-
-_FLOAT = 0.01
-_FP8 = 0.0625
-_INT8 = 0.05
-_INT4 = 0.33
-_INT4_AWQ = 0.25
-_INT4_COLUMNS = 0.45
 
 
 def parse_thresholds(texts: Iterable[str]) -> dict[str, float]:
@@ -67,39 +59,10 @@ def threshold_of(layer: PlannedLayer, chosen: Mapping[str, float]) -> float:
     Args:
         chosen: method -> limit that the user chose.
     """
-    limits = [chosen.get(layer.method, _served(layer))]
-    if layer.stored is not None and layer.stored.family not in ("", "float"):
-        family = _METHODS_OF_FAMILIES.get(layer.stored.family, "")
-        limits.append(chosen.get(family, _stored(layer.stored)))
+    arguments = layer.scheme.arguments if layer.scheme else {}
+    served = registry.METHODS[layer.method].rounding(arguments).limit
+    limits = [chosen.get(layer.method, served)]
+    stored = layer.stored
+    if stored is not None and stored.encoding and not stored.is_float:
+        limits.append(chosen.get(stored.like, stored.limit))
     return max(limits)
-
-
-_METHODS_OF_FAMILIES = {
-    "awq": "awq", "gptq": "gptq", "fp8": "fp8", "int8": "blockwise_int8", "pack-quantized": "gptq",
-}  # fmt: skip
-
-
-def _served(layer: PlannedLayer) -> float:
-    if layer.scheme is None or layer.scheme.method == "bf16":
-        return _FLOAT
-    if layer.scheme.method in ("fp8", "fp8_channel"):
-        return _FP8
-    arguments = layer.scheme.arguments
-    bits, group_size = int(arguments.get("bits", 8)), arguments.get("group_size")
-    return _integers(bits, group_size, is_awq=layer.scheme.method == "awq")
-
-
-def _stored(stored: StoredFormat) -> float:
-    if stored.family == "fp8":
-        return _FP8
-    how = {**stored.dequantizer_arguments, **stored.facts}
-    bits = how.get("bits", 4 if stored.family == "awq" else 8)
-    return _integers(int(bits), how.get("group_size"), is_awq=stored.family == "awq")
-
-
-def _integers(bits: int, group_size: object, *, is_awq: bool) -> float:
-    if bits == 8:
-        return _INT8
-    if group_size == -1:
-        return _INT4_COLUMNS
-    return _INT4_AWQ if is_awq else _INT4

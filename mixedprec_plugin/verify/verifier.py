@@ -12,19 +12,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 
-from mixedprec_plugin.checkpoint.formats import FormatCache
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.compose.order import in_file_order
 from mixedprec_plugin.compose.stream import Tensors, compose_layer, plain_defaults
-from mixedprec_plugin.lazy import load_object
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.families.wiring import coupled_units, producers
 from mixedprec_plugin.methods import registry
+from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-from mixedprec_plugin.plan.wiring import coupled_units, norm_offset, producers
+from mixedprec_plugin.quantize.codec import load_codec
 from mixedprec_plugin.verify.distance import Distance, distance, row_factors
 from mixedprec_plugin.verify.thresholds import threshold_of
 
@@ -69,10 +69,11 @@ class Verifier:
     def __init__(self, plan: Plan, reference: Source, limits: Mapping[str, float]) -> None:
         self.plan, self.reference, self.limits = plan, reference, limits
         self._formats = FormatCache()
-        units = coupled_units(plan.layers, plan.tied, plan.source.config)
+        kinds = {layer.name: layer.kind for layer in plan.layers}
+        units = coupled_units(kinds, plan.tied, plan.source.config)
         self._norms = {name: unit.norm for unit in units for name in unit.consumers}
         self._with_consumers = {unit.norm for unit in units if unit.consumers}
-        pairs = producers(plan.by_name)
+        pairs = producers(plan.by_name, plan.source.config)
         self._producers = {consumer: producer for producer, consumer in pairs}
         self._consumers = dict(pairs)
         self._norm_columns = functools.lru_cache(maxsize=64)(self._read_norm_columns)
@@ -204,7 +205,7 @@ class Verifier:
     def _read_norm_columns(self, norm: str) -> Columns | None:
         """A norm as it is served and as the reference has it; None where they are one."""
         layer, stored = self.plan.by_name[norm], self.reference.layers.get(norm, {})
-        offset = norm_offset(self.plan.source.config)
+        offset = family_of(self.plan.source.config).norm_offset
         if offset is None or "weight" not in stored:
             return None
         served, own = self._compose(layer).get("weight"), self.reader.read(stored["weight"])
@@ -219,13 +220,13 @@ class Verifier:
 
     def _served(self, layer: PlannedLayer, outputs: Tensors) -> torch.Tensor | None:
         """What a layer is served as, as floats [N, K]."""
-        if layer.scheme is None or layer.scheme.method == "bf16":
+        if layer.scheme is None or layer.is_unquantized:
             weight = outputs.get("weight")
             return weight if weight is not None and weight.dtype.itemsize > 1 else None
-        lazy, arguments = registry.METHODS[layer.scheme.method].dequantizer, layer.scheme.arguments
+        lazy, arguments = registry.METHODS[layer.method].codec, layer.scheme.arguments
         if not lazy and layer.stored is not None:
-            lazy, arguments = layer.stored.dequantizer, layer.stored.dequantizer_arguments
-        return _dequantize(lazy, outputs, arguments)
+            lazy, arguments = layer.stored.codec, layer.stored.how
+        return load_codec(lazy).read(outputs, arguments).dequantize() if lazy else None
 
     def _reference(self, name: str) -> torch.Tensor | None:
         """The reference's weight as floats [N, K]."""
@@ -233,17 +234,12 @@ class Verifier:
         if stored is None:
             return None
         tensors = self.reference.layers[name]
-        if stored.method == "bf16":
+        if stored.is_float:
             return self.reader.read(tensors["weight"])
         read = {s: self.reader.read(t) for s, t in tensors.items() if s in stored.suffixes}
-        return _dequantize(stored.dequantizer, read, stored.dequantizer_arguments)
-
-
-def _dequantize(lazy: str, tensors: Tensors, arguments: Mapping[str, Any]) -> torch.Tensor | None:
-    if not lazy:
-        return None
-    weight: torch.Tensor = load_object(lazy)(tensors, arguments)
-    return weight
+        if not stored.codec:
+            return None
+        return load_codec(stored.codec).read(read, stored.how).dequantize()
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:

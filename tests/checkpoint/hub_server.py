@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import socket
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         downloads: (file, bytes sent) of every answer that carried a file's content.
+        loses: hang up on requests whose path ends so; None where all are answered.
     """
 
     daemon_threads = True
@@ -29,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.repo_id = repo_id
         self.folder = folder
         self.downloads: list[tuple[str, int]] = []
+        self.loses: str | None = None
 
     @property
     def url(self) -> str:
@@ -84,6 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        if self.server.loses is not None and path.endswith(self.server.loses):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         repo = self.server.repo_id
         if path.startswith(f"/api/models/{repo}/tree/"):
             self._send_json([self._entry(p.name) for p in self.server.folder.iterdir()])

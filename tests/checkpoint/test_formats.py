@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mixedprec_plugin.checkpoint.formats import StoredFormat, detect_format
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.errors import CheckpointError
+from mixedprec_plugin.methods.recognition import recognize
+from mixedprec_plugin.methods.stored import StoredFormat
 from tests.checkpoint.peers import FOLDERS, quantization_config
 from tests.quantize.peers import FILE, LAYERS, PEERS
 
@@ -60,7 +61,7 @@ def tensors(**specs: tuple[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
 def detect(
     layer: dict[str, StoredTensor], config: dict[str, Any], name: str = NAME
 ) -> StoredFormat:
-    found = detect_format(layer, config, name)
+    found = recognize(layer, config, name)
     assert found is not None
     return found
 
@@ -75,7 +76,7 @@ def test_peer_is_detected_and_agrees_with_its_config(folder: str, layer: str) ->
     found = detect(stored_layer(folder, layer), quantization_config(folder), layer)
     method, arguments, family, description = DETECTED[folder]
     assert (found.method, dict(found.arguments)) == (method, arguments)
-    assert (found.family, found.description, found.N, found.K) == (family, description, N, K)
+    assert (found.encoding, found.description, found.N, found.K) == (family, description, N, K)
     assert found.disagreements == ()
     assert found.is_readable
     assert found.suffixes == set(stored_layer(folder, layer))
@@ -83,12 +84,12 @@ def test_peer_is_detected_and_agrees_with_its_config(folder: str, layer: str) ->
 
 @pytest.mark.parametrize("folder", ["autoround-native-g64"])
 def test_missing_g_idx_is_filled(folder: str) -> None:
-    assert detect(stored_layer(folder), quantization_config(folder)).filled == {"g_idx"}
+    assert detect(stored_layer(folder), quantization_config(folder)).filled.keys() == {"g_idx"}
 
 
 def test_norm_has_no_format() -> None:
     layer = stored_layer("autoawq-g64", "model.layers.0.input_layernorm")
-    assert detect_format(layer, quantization_config("autoawq-g64"), "x.input_layernorm") is None
+    assert recognize(layer, quantization_config("autoawq-g64"), "x.input_layernorm") is None
 
 
 class TestAgainstTheConfig:
@@ -173,7 +174,7 @@ class TestConventions:
         config = {**quantization_config(folder), "checkpoint_format": "gptq_v2"}
         found = detect(stored_layer(folder), config)
         assert (found.method, found.description) == ("", "gptq 4-bit group 64 v2")
-        assert found.dequantizer_arguments["checkpoint_format"] == "gptq_v2"
+        assert found.how["checkpoint_format"] == "gptq_v2"
 
     def test_act_order_needs_its_g_idx(self) -> None:
         config = {**quantization_config("gptqmodel-gptq-g64"), "desc_act": True}
@@ -191,9 +192,9 @@ class TestConventions:
         found = detect(layer, config)
         assert found.method == "fp8"
         assert found.arguments["weight_block_size"] == [128, 128]
-        assert found.dequantizer_arguments["reciprocal"] is False
+        assert found.how["reciprocal"] is False
         inverse = detect(layer, {**config, "weight_scale_semantics": "inverse"})
-        assert (inverse.method, inverse.dequantizer_arguments["reciprocal"]) == ("", True)
+        assert (inverse.method, inverse.how["reciprocal"]) == ("", True)
 
     def test_scale_inv_of_unknown_direction_is_not_guessed(self) -> None:
         layer = stored_layer("gptqmodel-fp8-row")
@@ -206,7 +207,7 @@ class TestConventions:
         assert not detect(layer, {}).is_readable
         found = detect(layer, {"quant_method": "fp8"})
         assert (found.method, found.description) == ("", "fp8 per tensor")
-        assert found.dequantizer_arguments["reciprocal"] is False
+        assert found.how["reciprocal"] is False
         config = {"quant_method": "fp8", "weight_scale_method": "tensor"}
         assert not detect(layer, config).is_readable
 
@@ -250,13 +251,13 @@ class TestConventions:
         )
         found = detect(layer, {})
         assert (found.method, found.description) == ("", "int8 group 64 (asymmetric)")
-        assert found.dequantizer_arguments["block"] == [1, 64]
+        assert found.how["block"] == [1, 64]
 
     def test_torchao_codes_with_row_scales_are_dequantized(self) -> None:
         layer = tensors(_weight_qdata=("F8_E4M3", (N, K)), _weight_scale=("F32", (N, 1)))
         found = detect(layer, {"quant_method": "torchao"})
-        assert (found.description, found.family) == ("torchao fp8 per channel", "torchao")
-        assert found.dequantizer
+        assert (found.description, found.encoding) == ("torchao fp8 per channel", "torchao")
+        assert found.codec
         assert (found.N, found.K) == (N, K)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source, open_source
-from mixedprec_plugin.plan.architecture import ExpertShard
+from mixedprec_plugin.families.names import ExpertShard
 from tests.presets import plan, problem_texts
 
 EXPERTS = "model.layers.0.mlp.experts"

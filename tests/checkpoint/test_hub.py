@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +142,59 @@ def test_what_cannot_be_had_is_an_error_at_its_line(
     assert done.returncode == 1
     assert f"{preset}:3: sources.other" in done.stderr
     assert message in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("loses", "what"), [("", REPO), (".safetensors", f"{REPO}/model-0.safe")])
+def test_connection_that_is_lost_is_an_error_at_its_line(
+    hub: Hub, model: Path, preset: Path, tmp_path: Path, loses: str, what: str
+) -> None:
+    hub.loses = loses
+    done = run(PLAN, tmp_path, hub, "plan", "--model", str(model), "--preset", str(preset))
+    assert done.returncode == 1
+    assert f"{preset}:3: sources.other: {what}" in done.stderr
+    assert "cannot be had from the Hugging Face Hub at revision" in done.stderr
+    assert "(RemoteProtocolError: Server disconnected" in done.stderr.replace("\n", " ")
+
+
+def _with_header(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        text = json.dumps(change(json.loads(data[8:end]))).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    return damage
+
+
+def _changed(**entry: Any) -> Callable[[Path], None]:
+    return _with_header(lambda header: header | {NORM: header[NORM] | entry})
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"short"), "its header is malformed (Failed to parse"),
+        (_with_header(lambda _: [1]), "its header is malformed"),
+        (_changed(dtype="F99"), "'model.norm.weight' is 'F99' [256]"),
+        (_changed(dtype="F4", shape=[3]), "'model.norm.weight' is 'F4' [3] (expected whole bytes"),
+        (_changed(dtype=["BF16"]), "its header is malformed"),
+        (_changed(shape="ab"), "its header is malformed"),
+        (_changed(shape=[255]), "does not span the bytes of its dtype and shape"),
+        (_changed(shape=[-16, -16]), "does not span the bytes of its dtype and shape"),
+        (_changed(shape=[256.0]), "does not span the bytes of its dtype and shape"),
+    ],
+)
+def test_damaged_header_of_a_file_on_the_hub_is_an_error(
+    hub: Hub, model: Path, preset: Path, tmp_path: Path, damage: Any, message: str
+) -> None:
+    damage(hub.folder / "model-rest.safetensors")
+    done = run(PLAN, tmp_path, hub, "plan", "--model", str(model), "--preset", str(preset))
+    assert done.returncode == 1
+    text = " ".join(done.stderr.split())
+    assert "sources.other: " in text
+    assert "/model-rest.safetensors: " in text
+    assert message in text
+    assert "download the file again" in text

@@ -134,7 +134,7 @@ def with_method(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 
 
 def test_argument_that_sglang_does_not_take_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_method(monkeypatch, build=lambda _arguments, _platform: {"weight_bits": 8})
+    with_method(monkeypatch, config_arguments=lambda _arguments, _platform: {"weight_bits": 8})
     code, text = run()
     assert code == 1
     assert "failed  fp8 (cuda)" in text
@@ -143,10 +143,13 @@ def test_argument_that_sglang_does_not_take_fails(monkeypatch: pytest.MonkeyPatc
 
 @no_gpu
 def test_class_of_the_active_platform_must_construct(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = METHODS["fp8"].build
+    build = METHODS["fp8"].config_arguments
     with_method(
         monkeypatch,
-        build=lambda arguments, platform: {**build(arguments, platform), "activation_scheme": "no"},
+        config_arguments=lambda arguments, platform: {
+            **build(arguments, platform),
+            "activation_scheme": "no",
+        },
     )
     code, text = run("--json")
     status = {line["name"]: line["status"] for line in json.loads(text)["configs"]}

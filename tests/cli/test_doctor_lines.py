@@ -45,6 +45,8 @@ import sglang.srt.plugins.hook_registry as registry
 pytestmark = pytest.mark.sglang
 registry.HookKind = registry.HookType
 del registry.HookType
+from sglang.srt.layers.quantization import moe_wna16
+del moe_wna16.MoeWNA16Method
 """
 
 
@@ -112,7 +114,7 @@ def test_renamed_argument_is_sent_to_the_builder(changed: dict[str, Any]) -> Non
     assert "does not take the argument 'weight_block_size'" in text
     assert "look at mixedprec_plugin/methods/fp8/__init__.py:" in text
     (line,) = lines_named(text)
-    assert line.startswith("def build(")
+    assert line.startswith("def config_arguments(")
 
 
 def test_name_that_is_gone_is_sent_to_the_import() -> None:
@@ -122,3 +124,6 @@ def test_name_that_is_gone_is_sent_to_the_import() -> None:
     assert text.startswith("cannot be imported: ")
     (line,) = lines_named(text)
     assert line == "from sglang.srt.plugins.hook_registry import HookRegistry, HookType"
+    (text,) = failures(report, "configs")["awq (cpu)"]
+    (line,) = lines_named(text)
+    assert line == "from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method"

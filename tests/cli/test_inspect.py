@@ -10,7 +10,7 @@ import torch
 
 from mixedprec_plugin.methods.awq import codec as awq
 from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoint.test_formats import DETECTED
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
@@ -90,7 +90,7 @@ def test_every_peer_is_shown_as_json(tmp_path: Path, folder: str) -> None:
     layer = next(x for x in made["layers"] if x["name"].endswith("k_proj"))
     method, arguments, family, description = DETECTED[folder]
     assert (layer["method"], layer["arguments"]) == (method or None, arguments)
-    assert (layer["family"], layer["stored"]) == (family, description)
+    assert (layer["encoding"], layer["stored"]) == (family, description)
     assert layer["shape"] == [192, 576]
     assert layer["bits_per_weight"] == round(8 * layer["bytes"] / (192 * 576), 4)
     assert layer["dequantize"] is (folder != "bf16")
@@ -102,7 +102,7 @@ def test_every_peer_is_shown_as_json(tmp_path: Path, folder: str) -> None:
     [
         ("autoawq-g64", "serve as awq, dequantize"),
         ("gptqmodel-asym-g64", "repack as awq, dequantize"),
-        ("llmcompressor-w4a16-g64", "repack as gptq, repack as awq, dequantize"),
+        ("llmcompressor-w4a16-g64", "repack as awq, repack as gptq, dequantize"),
         ("llmcompressor-fp8-block", "repack as fp8, dequantize"),
         ("llmcompressor-w8a8-int8", "dequantize"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from tests.presets import plan
 
 LAYER = "model.layers.0.mlp.down_proj"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.errors import CheckpointError
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoint.test_formats import DETECTED
 from tests.presets import plan, problem_texts

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from mixedprec_plugin.checkpoint.headers import read_bytes
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import peer_checkpoint
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
@@ -89,7 +91,7 @@ def test_one_scale_is_repeated_over_the_rows(
     repacked, stored = stream(made, LAYER), open_source(model).layers[LAYER]
     assert set(repacked) == {"weight", "weight_scale"}
     assert torch.equal(repacked["weight_scale"], scale.float().reshape(1, 1).expand(N, 1))
-    codes = np.fromfile(stored["weight"].path, np.uint8, N * K, offset=stored["weight"].start)
+    codes = read_bytes(stored["weight"], 0, N * K)
     assert (repacked["weight"].view(torch.uint8).numpy().ravel() == codes).all()
 
 

@@ -21,22 +21,11 @@ def _places(layers: list[PlannedLayer]) -> list[tuple[str, int]]:
     return [(str(tensor.path), tensor.start) for tensor in tensors]
 
 
-def test_several_files_are_read_at_once_each_of_them_forward() -> None:
+def test_files_are_read_one_after_another_each_of_them_forward() -> None:
     layers = [_layer(file, i * MIB, MIB) for file in "ba" for i in (2, 0, 1)]
     assert _places(in_reading_order(layers)) == [
-        ("a", 0), ("b", 0), ("a", MIB), ("b", MIB), ("a", 2 * MIB), ("b", 2 * MIB),
+        ("a", 0), ("a", MIB), ("a", 2 * MIB), ("b", 0), ("b", MIB), ("b", 2 * MIB),
     ]  # fmt: skip
-
-
-def test_no_more_than_four_files_are_open_to_be_read() -> None:
-    layers = [_layer(file, i * MIB, MIB) for file in "abcde" for i in (0, 1)]
-    files = [file for file, _ in _places(in_reading_order(layers))]
-    assert files == [*"abcdabcd", *"ee"]
-
-
-def test_small_layers_of_a_file_are_read_together() -> None:
-    layers = [_layer(file, i, MIB // 4) for file in "ba" for i in range(8)]
-    assert [file for file, _ in _places(in_reading_order(layers))] == [*"aaaabbbbaaaabbbb"]
 
 
 def test_what_is_large_comes_first_while_the_model_is_empty() -> None:

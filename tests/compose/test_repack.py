@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mixedprec_plugin.errors import CheckpointError
 from mixedprec_plugin.methods.awq import codec as awq
 from mixedprec_plugin.methods.gptq import codec as gptq
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import peer_checkpoint
 from tests.checkpoints import write_checkpoint
 from tests.compose.repacking import LAYER, compressed, layer_of, stream
@@ -201,7 +201,7 @@ def test_eight_bits_of_pack_quantized_are_gptq_of_eight_bits(tmp_path: Path) -> 
     for group in (-1, 128):
         made = layer_of(stream(model, f"method: gptq_int8, group_size: {group}"), LAYER)
         assert set(made) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
-        read = gptq.dequantize(made, {"bits": 8, "group_size": 128})
+        read = gptq.read(made, {"bits": 8, "group_size": 128}).dequantize()
         assert torch.equal(read, (codes.float() - 128) * scales.float())
 
 
@@ -210,5 +210,5 @@ def test_awq_dequantizes_what_gptq_did_not_round_again(tmp_path: Path) -> None:
     model = peer_checkpoint(tmp_path / "model", "gptqmodel-asym-g64")
     made = layer_of(stream(model, "method: awq, group_size: 64", "F16"), LAYERS[1])
     arguments = {"bits": 4, "group_size": 64, "checkpoint_format": "gptq"}
-    expected = gptq.dequantize(torch_layer("gptqmodel-asym-g64", LAYERS[1]), arguments)
-    assert torch.equal(awq.dequantize(made, {"group_size": 64}), expected)
+    expected = gptq.read(torch_layer("gptqmodel-asym-g64", LAYERS[1]), arguments).dequantize()
+    assert torch.equal(awq.read(made, {"group_size": 64}).dequantize(), expected)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mixedprec_plugin.methods.fp8 import codec as fp8
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.quantize.codec import load_codec
 from tests.checkpoint.peers import peer_checkpoint
 from tests.checkpoints import write_checkpoint
 from tests.compose.repacking import LAYER, compressed, layer_of, stream
@@ -72,14 +73,13 @@ def test_llm_compressors_own_block_file_keeps_codes_and_scales(tmp_path: Path) -
     assert layer.action == "repack"
     assert layer.stored is not None
     assert layer.scheme is not None
-    from mixedprec_plugin.compose.repack import repack
-
     stored = torch_layer("llmcompressor-fp8-block", LAYERS[0])
-    repacked = repack(layer.name, layer.stored, layer.scheme, stored, torch.bfloat16)
+    numbers = load_codec(layer.stored.codec).read(stored, layer.stored.how)
+    repacked = fp8.write(numbers, layer.scheme.arguments, torch.bfloat16)
     expected = dequantize_checkpoint(
         numpy_layer("llmcompressor-fp8-block", LAYERS[0]), config("llmcompressor-fp8-block")
     )
-    read = fp8.dequantize(repacked, {"weight_block_size": [128, 128]})
+    read = fp8.read(repacked, {"weight_block_size": [128, 128]}).dequantize()
     assert torch.equal(read, torch.from_numpy(expected.copy()))
 
 

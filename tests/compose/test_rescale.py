@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.plan.model import Plan, PlannedLayer, Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.quantize.codec import load_codec
 from tests.plan.mixtures import ATTENTION, INPUT_NORM, mixed_plan, slice_checkpoint, slice_tensors
 from tests.quantize.peers import config, numpy_layer
 from tests.reference.dequantize import dequantize_checkpoint
@@ -39,9 +40,8 @@ def weight_of(layer: PlannedLayer, tensors: dict[str, torch.Tensor]) -> torch.Te
     assert layer.scheme is not None
     if layer.method == "bf16":
         return own["weight"].double()
-    dequantize = load_object(registry.METHODS[layer.method].dequantizer)
-    weight: torch.Tensor = dequantize(own, layer.scheme.arguments)
-    return weight.double()
+    codec = load_codec(registry.METHODS[layer.method].codec)
+    return codec.read(own, layer.scheme.arguments).dequantize().double()
 
 
 def error(plan: Plan, name: str) -> float:

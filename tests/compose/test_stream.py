@@ -12,8 +12,8 @@ from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_chec
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.methods.awq import codec as awq
 from mixedprec_plugin.methods.gptq import codec as gptq
-from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.stored import TensorSpec
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.presets import plan, write_preset
 from tests.reference import dequantize as independent

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixedprec_plugin.compose.stream import open_virtual_checkpoint
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import peer_checkpoint, quantization_config
 from tests.checkpoints import write_llama
 from tests.commands import convert, converted

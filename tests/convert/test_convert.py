@@ -14,8 +14,8 @@ from safetensors import safe_open
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.methods.gptq import codec as gptq
-from mixedprec_plugin.plan.carried import preset_for
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.commands import convert, run
@@ -56,7 +56,9 @@ def test_every_tensor_is_aligned_to_its_elements(model: Path, preset: Path, tmp_
     sizes = {"F32": 4, "I32": 4, "BF16": 2, "I8": 1, "F8_E4M3": 1}
     for tensor in open_source(tmp_path / "out").tensors.values():
         assert tensor.start % sizes[tensor.dtype] == 0, tensor
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+    path = tmp_path / "out" / "model.safetensors"
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 

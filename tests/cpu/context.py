@@ -12,9 +12,8 @@ def publish() -> None:
     with warnings.catch_warnings():
         # SGLang warns at import that AWQ and GGUF need a GPU.
         warnings.simplefilter("ignore")
+        import sglang.srt.layers.quantization  # noqa: F401
         from sglang.srt.runtime_context import get_context, get_parallel
-
-        import mixedprec_plugin.cpu.configs  # noqa: F401
     get_context().override_server_args(tp_size=1).install()
     group = SimpleNamespace(rank_in_group=0, world_size=1, cpu_group=None, device_group=None)
     get_parallel().override_permanently(

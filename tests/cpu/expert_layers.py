@@ -64,7 +64,7 @@ def make_case(layer_class: type, case: Case | None, **options: Any) -> Any:
     """A layer of experts in one method; unquantized ones with the loop of our own."""
     if case is not None:
         return make_experts(layer_class, make_config(case), **options)
-    from mixedprec_plugin.cpu.unquantized_experts import UnquantizedFusedMoEMethod
+    from mixedprec_plugin.methods.bf16.sglang import UnquantizedFusedMoEMethod
 
     return make_experts(layer_class, quant_method=UnquantizedFusedMoEMethod(), **options)
 

@@ -42,25 +42,10 @@ class Case:
 
 def make_config(case: Case) -> Any:
     """The CPU config of a method, constructed as the installed SGLang takes it."""
-    from mixedprec_plugin.cpu import configs
+    from mixedprec_plugin.methods.construct import build_config
+    from mixedprec_plugin.methods.registry import bind
 
-    arguments = case.arguments
-    if case.method == "fp8":
-        return configs.CpuFp8Config(
-            is_checkpoint_fp8_serialized=True,
-            activation_scheme=arguments.get("activation_scheme", "dynamic"),
-            weight_block_size=arguments["weight_block_size"],
-        )
-    if case.method == "fp8_channel":
-        return configs.CpuChannelFp8Config(is_checkpoint_fp8_serialized=True)
-    if case.method == "blockwise_int8":
-        return configs.CpuBlockInt8Config(True, "dynamic", None, arguments["weight_block_size"])
-    if case.method == "awq":
-        return configs.CpuAWQConfig(4, arguments["group_size"], True)
-    desc_act = bool(arguments.get("desc_act"))
-    return configs.CpuGPTQConfig(
-        arguments["bits"], arguments["group_size"], desc_act, True, False, {}, {}
-    )
+    return build_config(*bind(case.method, case.arguments), "cpu")
 
 
 def make_layer(linear: ModuleType, kind: str, config: Any, sizes: tuple[int, ...], K: int) -> Any:

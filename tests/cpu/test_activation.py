@@ -13,7 +13,7 @@ from mixedprec_plugin.cpu.activation import (
     quantize_fp8_tokens,
     quantize_int8_groups,
 )
-from mixedprec_plugin.cpu.e4m3 import E4M3_UNIT, decode_e4m3
+from mixedprec_plugin.cpu.scaled_matmul import E4M3_UNIT, decode_e4m3
 
 SEEDS = st.integers(0, 2**31)
 

@@ -112,8 +112,8 @@ def test_class_names_are_sglangs_own(linear_module, case):
 
 def _kept_bytes(layer: Any) -> int:
     """Bytes of all tensors of a layer, of its scheme and of the scheme's packed weight."""
-    owners = [layer, layer.scheme, getattr(layer.scheme, "_weight", None)]
-    members = [member for owner in owners if owner is not None for member in vars(owner).values()]
+    weights = layer.scheme._packed[""] if layer.scheme is not None else []
+    members = [member for owner in (layer, *weights) for member in vars(owner).values()]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in [*members, *layer.parameters()]
@@ -229,9 +229,9 @@ def test_ragged_k_is_refused(linear_module):
 def test_an_unknown_int4_layout_leaves_the_checkpoints_and_the_product(
     linear_module, case, monkeypatch
 ):
-    from mixedprec_plugin.cpu import int4
+    from mixedprec_plugin.cpu import packed
 
-    monkeypatch.setattr(int4, "block_rows", lambda: None)
+    monkeypatch.setattr(packed, "block_rows", lambda: None)
     stored = _stored(case, SIZES["column"])
     layer = make_layer(linear_module, "column", make_config(case), SIZES["column"], K)
     fill(layer, "column", stored)

@@ -7,12 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixedprec_plugin.cpu import block_matmul as blocks
-from mixedprec_plugin.cpu import int4, int8
-from mixedprec_plugin.cpu.block_matmul import block_matmul
-from mixedprec_plugin.cpu.channel_matmul import channel_matmul
-from mixedprec_plugin.cpu.precision import exact_in_bfloat16
-from mixedprec_plugin.cpu.weight_only import dequantize, multiply
+from mixedprec_plugin.cpu import packed, scaled_matmul
+from mixedprec_plugin.cpu.packed import Int4Weight, Int8Weight, dequantize, multiply
+from mixedprec_plugin.cpu.scaled_matmul import block_matmul, channel_matmul, exact_in_bfloat16
 
 SIZES = st.sampled_from([1, 2, 63, 64, 65, 128, 192, 257, 300, 576])
 TOKENS = st.sampled_from([1, 3, 16, 17, 64, 65, 257])
@@ -85,7 +82,7 @@ def test_batched_and_looped_fp8_sums_agree(monkeypatch):
     scales, grid = _positive((33, 6), 2), _positive((3, 6), 3)
     results = []
     for limit in (64, 0):
-        monkeypatch.setattr(blocks, "_FEW_TOKENS", limit)
+        monkeypatch.setattr(scaled_matmul, "_FEW_TOKENS_OF_BLOCKS", limit)
         results.append(block_matmul(left, scales, right, grid, (128, 128), torch.float32))
     assert torch.allclose(*results, rtol=1e-4, atol=1e-2)
 
@@ -129,8 +126,8 @@ def test_packed_int4_is_the_plain_product_within_its_roundings(T, N, group_size,
     K = 768
     codes, zeros, scales = _int4(N, K, group_size, seed)
     points = zeros if has_zeros else 8
-    weight = int4.Int4Weight.pack(codes, scales, points)
-    if int4.block_rows() is None:  # then layers keep the checkpoint's layout, see below
+    weight = Int4Weight.pack(codes.__getitem__, N, K, scales, points)
+    if packed.block_rows() is None:  # then layers keep the checkpoint's layout, see below
         assert weight is None
         return
     assert weight is not None
@@ -159,13 +156,13 @@ def _pack_by_definition(codes: torch.Tensor, rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [32, 64])
 def test_both_int4_layouts_can_be_undone(rows):
     codes = _int4(128, 96, 32, 0)[0]
-    assert torch.equal(int4._unpack_blocks(_pack_by_definition(codes, rows), rows), codes)
+    assert torch.equal(packed._unpack_blocks(_pack_by_definition(codes, rows), rows), codes)
 
 
 def test_packing_some_rows_at_a_time_gives_the_layout_of_the_whole():
     codes = _int4(1536, 768, 128, 0)[0]
     whole = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    assert torch.equal(int4.pack_int4(codes), whole)
+    assert torch.equal(packed.pack_int4(codes), whole)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +171,7 @@ def test_packing_some_rows_at_a_time_gives_the_layout_of_the_whole():
 )
 def test_int4_refuses_what_the_kernel_does_not_take(N, group_size, dtype):
     codes, zeros, scales = _int4(N, 768, group_size, 0)
-    assert int4.Int4Weight.pack(codes, scales.to(dtype), zeros) is None
+    assert Int4Weight.pack(codes.__getitem__, N, 768, scales.to(dtype), zeros) is None
 
 
 @pytest.mark.parametrize("num_groups", [1, 12])
@@ -182,7 +179,7 @@ def test_int4_refuses_what_the_kernel_does_not_take(N, group_size, dtype):
 def test_packed_int8_is_the_plain_product_within_its_roundings(num_tokens, num_groups):
     codes = torch.randint(0, 256, (300, 768), dtype=torch.uint8)
     scales = _positive((num_groups, 300), 0).bfloat16()
-    weight = int8.Int8Weight.pack(codes, scales)
+    weight = Int8Weight.pack(codes, scales)
     assert torch.equal(weight.unpack(), codes)
     x = torch.randn(num_tokens, 768).bfloat16()
     plain = multiply(x, dequantize(codes, 128, scales)).double()

@@ -97,7 +97,7 @@ def run(case: Case | None, x: torch.Tensor, topk: Any, on_input: bool) -> torch.
     load_experts(layer, stored_experts(case))
     process(layer)
     # SGLang's own method says what its kernels are given
-    info = type(layer.quant_method).__mro__[1].get_triton_quant_info(layer.quant_method, layer)
+    info = layer.quant_method.get_triton_quant_info(layer)
     w13_scale = info.w13_scale
     if w13_scale is not None and w13_scale.dim() == 2:
         # SGLang replaces the two equal scales of gate and up by one

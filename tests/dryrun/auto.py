@@ -84,7 +84,7 @@ def _run(
     import torch
 
     from mixedprec_plugin.compose.stream import VirtualCheckpoint
-    from mixedprec_plugin.plan.model import Target
+    from mixedprec_plugin.methods.interface import Target
     from mixedprec_plugin.serving.config import MixedPrecisionConfig
     from mixedprec_plugin.serving.placement import load_weights
     from tests.dryrun import cells

@@ -60,7 +60,7 @@ def run(
         "foretold" by the plan where it knows the card; or it is "broken".
     """
     from mixedprec_plugin.methods.cards import find_gpu
-    from mixedprec_plugin.plan.model import Target
+    from mixedprec_plugin.methods.interface import Target
     from tests.presets import plan
 
     write(folder, peer, inner, changes)
@@ -78,8 +78,8 @@ def _run(card: Card, made: Any, inner: int) -> dict[str, Any]:
 
     from mixedprec_plugin.compose.stream import VirtualCheckpoint
     from mixedprec_plugin.serving.config import MixedPrecisionConfig
+    from mixedprec_plugin.serving.late import check_built
     from mixedprec_plugin.serving.placement import load_weights
-    from mixedprec_plugin.serving.shapes import check_built
     from tests.dryrun import experts
     from tests.dryrun.again import load_again
     from tests.dryrun.cells import check_filled, describe_parameters
@@ -91,7 +91,7 @@ def _run(card: Card, made: Any, inner: int) -> dict[str, Any]:
     torch.set_default_dtype(dtype)
     with rank(made.target.tp_size), fake_card():
         model = experts.build(config, inner)
-        check_built(config, OneStage())
+        check_built(config.plan, config.built, OneStage())
         load_weights(model, config, VirtualCheckpoint(made))
         parameters = describe_parameters(model)
         # scales are kept in the dtype that the model runs in

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.late import check_built
 from mixedprec_plugin.serving.placement import load_weights
-from mixedprec_plugin.serving.shapes import check_built
 from tests.dryrun.cards import Card
 from tests.dryrun.fake_device import fake_card
 from tests.dryrun.foretold import foretell
@@ -98,7 +98,7 @@ def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
     torch.set_default_dtype(torch_dtype)
     with rank(cell.tp_size), fake_card():
         model = OneLayer(kind, config)
-        check_built(config, OneStage())
+        check_built(config.plan, config.built, OneStage())
         amounts: dict[str, int] = {}
         load_weights(model, config, _count(VirtualCheckpoint(made), amounts))
         if cell.tp_size == 1:

@@ -101,7 +101,7 @@ def write(folder: Path, inner: int) -> Path:
 def run(card: Card, method: str, kind: str, tp_size: int, checkpoint: Path) -> ExpertsCell:
     """Take a cell as far as it goes."""
     from mixedprec_plugin.methods.cards import find_gpu
-    from mixedprec_plugin.plan.model import Target
+    from mixedprec_plugin.methods.interface import Target
     from tests.presets import plan
 
     cell = ExpertsCell(method, kind, tp_size, card.dtype)
@@ -120,8 +120,8 @@ def _run(cell: ExpertsCell, made: Any) -> None:
 
     from mixedprec_plugin.compose.stream import VirtualCheckpoint
     from mixedprec_plugin.serving.config import MixedPrecisionConfig
+    from mixedprec_plugin.serving.late import check_built
     from mixedprec_plugin.serving.placement import load_weights
-    from mixedprec_plugin.serving.shapes import check_built
     from tests.dryrun.again import load_again
     from tests.dryrun.cells import check_filled, describe_parameters
     from tests.dryrun.fake_device import fake_card
@@ -132,7 +132,7 @@ def _run(cell: ExpertsCell, made: Any) -> None:
     torch.set_default_dtype(dtype)
     with rank(cell.tp_size), fake_card():
         model = build(config, KINDS[cell.kind])
-        check_built(config, OneStage())
+        check_built(config.plan, config.built, OneStage())
         load_weights(model, config, VirtualCheckpoint(made))
         cell.parameters = describe_parameters(model)
         # GPTQ's are of the model's dtype, and no kernel is given them: gptq_kernels.py, gptq_moe.py

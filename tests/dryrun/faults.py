@@ -76,8 +76,9 @@ def run_all(card: Card, shared: Path) -> dict[str, Any]:
         ),
         "constructor argument renamed": spec(
             "gptq_int4",
-            build=lambda a, p: {
-                "num_bits" if k == "weight_bits" else k: v for k, v in gptq.build(a, p).items()
+            config_arguments=lambda a, p: {
+                "num_bits" if k == "weight_bits" else k: v
+                for k, v in gptq.config_arguments(a, p).items()
             },
         ),
         "Triton kernel without instructions on the card": {"broken": _compile_fp8_matmul()},

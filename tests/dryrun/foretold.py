@@ -6,9 +6,10 @@ from typing import Literal
 
 import yaml
 
-from mixedprec_plugin.methods.cards import why_not_on_card
-from mixedprec_plugin.methods.registry import METHODS, bind
-from mixedprec_plugin.methods.spec import LayerShape
+from mixedprec_plugin.methods.cards import Gpu
+from mixedprec_plugin.methods.interface import LayerShape, Target
+from mixedprec_plugin.methods.registry import UNQUANTIZED, bind
+from mixedprec_plugin.methods.remedies import find_faults
 from tests.dryrun.cards import Card
 from tests.dryrun.layers import Kind
 from tests.dryrun.methods import Method
@@ -26,12 +27,11 @@ def foretell(card: Card, method: Method, kind: Kind, tp_size: int, dtype: str) -
     name, bound = bind(arguments.pop("method"), arguments)
     reasons = []
     for layer, shape in _shapes(kind, tp_size, _STORED_DTYPES[dtype]).items():
-        if layer == "lm_head" and "lm_head" not in METHODS[name].layer_kinds:
+        if layer == "lm_head" and name != UNQUANTIZED:
             reasons.append("lm_head is never quantized")
             continue
-        found = METHODS[name].check_shape(bound, shape, "cuda")
-        found += why_not_on_card(name, bound, shape, card.architecture)
-        reasons += [text for text, _ in found]
+        target = Target(gpu=Gpu(card.name, card.architecture))
+        reasons += [fault.text for fault in find_faults(name, bound, shape, target)]
     return list(dict.fromkeys(reasons))
 
 

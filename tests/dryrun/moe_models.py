@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mixedprec_plugin.serving import early
 from tests.dryrun import families, whole
 from tests.dryrun.cards import Card
 from tests.dryrun.cells import class_name
@@ -26,9 +25,7 @@ def run_family(card: Card, name: str, tp_size: int, folder: Path) -> list[WholeM
     tried = mixes[: mixes.index(hardest) + 1]
     found = [run_model(card, name, mix, tp_size, folder) for mix in tried]
     if name == "DeepSeek-V3" and card.architecture < 89:
-        # the plan of this process is kept, and does not expect the environment to change
-        is_set = mock.patch.dict(os.environ, {families.TRITON_ROUTING: "1"})
-        with is_set, mock.patch.object(early, "_last", None):
+        with mock.patch.dict(os.environ, {families.TRITON_ROUTING: "1"}):
             again = run_model(card, name, hardest, tp_size, folder)
         again.setting = families.TRITON_ROUTING
         found.append(again)

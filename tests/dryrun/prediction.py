@@ -29,8 +29,8 @@ def run_all(card: Card, shared: Path) -> dict[str, Any]:
 
 def measure(card: Card, model: Path, preset: Path) -> dict[str, Any]:
     """Return "planned" and "held" bytes."""
+    from mixedprec_plugin.cpu.heap import storage_bytes
     from mixedprec_plugin.serving.loader import served_config
-    from mixedprec_plugin.serving.sizes import storage_bytes
     from tests.dryrun import whole
     from tests.dryrun.fake_device import fake_card
     from tests.dryrun.journal import JOURNAL

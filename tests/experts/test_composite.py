@@ -42,14 +42,20 @@ WEIGHT_ONLY: list[Case | None] = [GPTQ, AWQ, None, GPTQ, None, AWQ, GPTQ8, None]
 
 def make_groups(cases: list[Case | None]) -> list[Any]:
     """One group for each method, in the order in which they first come."""
-    from mixedprec_plugin.experts.groups import ExpertGroup
-
     groups = []
     for case in dict.fromkeys(map(str, cases)):
         ids = tuple(expert for expert, own in enumerate(cases) if str(own) == case)
         own = cases[ids[0]]
-        groups.append(ExpertGroup(ids, None if own is None else make_config(own), case))
+        groups.append(make_group(ids, own, None if own is None else make_config(own)))
     return groups
+
+
+def make_group(ids: tuple[int, ...], case: Case | None = None, config: Any = None) -> Any:
+    """Some experts in one method."""
+    from mixedprec_plugin.experts.groups import ExpertGroup
+
+    name = "bf16" if case is None else case.method
+    return ExpertGroup(ids, name, name, config)
 
 
 class MixedConfig:
@@ -107,10 +113,8 @@ def test_output_is_near_the_dense_evaluation(expert_layer, cases, limit, num_tok
 
 @pytest.mark.parametrize("case", [None, FP8, FP8_CHANNEL, INT8, AWQ, GPTQ, GPTQ8], ids=str)
 def test_groups_of_one_method_give_what_one_layer_gives(expert_layer, case):
-    from mixedprec_plugin.experts.groups import ExpertGroup
-
     config = None if case is None else make_config(case)
-    groups = [ExpertGroup(ids, config) for ids in ((0, 3, 6), (1, 7), (2, 4, 5))]
+    groups = [make_group(ids, case, config) for ids in ((0, 3, 6), (1, 7), (2, 4, 5))]
     split = make_experts(expert_layer, MixedConfig(groups), num_experts=NUM_EXPERTS)
     whole = make_case(expert_layer, case, num_experts=NUM_EXPERTS)
     for layer in (split, whole):
@@ -207,9 +211,7 @@ def test_experts_of_a_plain_layer_are_placed_in_itself(expert_layer):
 
 
 def test_fused_tensors_are_split_by_group(expert_layer):
-    from mixedprec_plugin.experts.groups import ExpertGroup
-
-    groups = [ExpertGroup((0, 2)), ExpertGroup((3, 1))]
+    groups = [make_group((0, 2)), make_group((3, 1))]
     layer = make_experts(
         expert_layer, MixedConfig(groups), num_experts=4, use_weight_loader_fused=True
     )
@@ -266,9 +268,7 @@ def test_ranks_add_up_to_the_whole(expert_layer):
     ],
 )
 def test_groups_that_are_no_partition_are_refused(expert_layer, ids, text):
-    from mixedprec_plugin.experts.groups import ExpertGroup
-
-    config = MixedConfig([ExpertGroup(own) for own in ids])
+    config = MixedConfig([make_group(own) for own in ids])
     with pytest.raises(LoadError, match=re.escape(f"experts: {text}")):
         make_experts(expert_layer, config, num_experts=4)
 
@@ -286,16 +286,14 @@ def test_layers_that_need_one_method_are_refused(expert_layer, options, text):
 
 
 def test_group_that_sglang_would_leave_unquantized_is_refused(expert_layer):
-    from mixedprec_plugin.experts.groups import ExpertGroup
-
     class Skipping(type(make_config(AWQ))):
         def get_quant_method(self, layer: Any, prefix: str) -> None:
             return None
 
     config = Skipping(4, 64, True)
-    for others in ((), (ExpertGroup((1, 2, 3)),)):
+    for others in ((), (make_group((1, 2, 3)),)):
         ids = (0,) if others else (0, 1, 2, 3)
-        groups = [ExpertGroup(ids, config, "awq"), *others]
+        groups = [make_group(ids, AWQ, config), *others]
         with pytest.raises(LoadError, match=r"would leave .*experts.* unquantized, not in awq"):
             make_experts(expert_layer, MixedConfig(groups), num_experts=4)
 
@@ -306,16 +304,3 @@ def test_one_group_gets_the_method_of_its_config(expert_layer, case):
     assert not hasattr(layer, "expert_groups")
     expected = make_experts(expert_layer) if case is None else make_case(expert_layer, case)
     assert type(layer.quant_method) is type(expected.quant_method)
-
-
-def test_gptq_config_of_cuda_is_repaired(expert_layer):
-    from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
-
-    from mixedprec_plugin.experts.gptq import GPTQExpertsConfig
-    from mixedprec_plugin.experts.repairs import repaired
-
-    config = repaired(GPTQMarlinConfig(4, 64, False, True, False, {}, {"bits": 4}))
-    assert type(config) is GPTQExpertsConfig
-    assert vars(config) == vars(GPTQMarlinConfig(4, 64, False, True, False, {}, {"bits": 4}))
-    own = make_config(GPTQ)
-    assert repaired(own) is own

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.methods.cards import served_dtype, version, why_not_on_card
-from mixedprec_plugin.methods.spec import LayerShape
-from mixedprec_plugin.plan.architecture import parallel_kind
-from mixedprec_plugin.plan.dtype import model_dtype
-from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.families.config import model_dtype
+from mixedprec_plugin.families.names import parallel_kind
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
+from mixedprec_plugin.methods.interface import LayerShape, Target
+from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 
@@ -63,10 +65,11 @@ def why_not(plan: Plan, found: int) -> list[str]:
                 N=layer.stored.N,
                 K=layer.stored.K,
                 shard_sizes=tuple(x.stored.N for x in layers if x.stored is not None),
-                parallel=parallel_kind(layer.name),
+                parallel=parallel_kind(layer.name, family_of(plan.source.config)),
                 dtype=plan.target.dtype,
             )
             scheme = layer.scheme
-            found_here = why_not_on_card(scheme.method, scheme.arguments, shape, found)
-            reasons += [text for text, _ in found_here]
+            target = Target(dtype=plan.target.dtype, gpu=Gpu("this GPU", found))
+            faults = find_faults(scheme.method, scheme.arguments, shape, target)
+            reasons += [fault.text for fault in faults if fault.rule == "gpu"]
     return list(dict.fromkeys(reasons))

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.late import check_built
 from mixedprec_plugin.serving.placement import load_weights
-from mixedprec_plugin.serving.shapes import check_built
 from tests.dryrun import experts
 from tests.dryrun.cells import OneLayer
 from tests.dryrun.layers import KINDS
@@ -149,7 +150,7 @@ def expert_layer(made: Plan, kind: str, tp_size: int, device: str = "cuda") -> I
 
 
 def _fill(model: Any, config: MixedPrecisionConfig, made: Plan) -> dict[str, Stored]:
-    check_built(config, OneStage())  # type: ignore[arg-type]
+    check_built(config.plan, config.built, OneStage())  # type: ignore[arg-type]
     stored = read_stored(made)
     flat = (
         (f"{name}.{suffix}", tensor)

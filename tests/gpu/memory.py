@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mixedprec_plugin.serving.sizes import storage_bytes
+from mixedprec_plugin.cpu.heap import storage_bytes
 
 _MARK = "MEMORY "
 _ROOT = Path(__file__).resolve().parents[2]

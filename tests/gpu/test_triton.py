@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from mixedprec_plugin.cpu import activation
-from mixedprec_plugin.cpu.block_matmul import block_matmul
-from mixedprec_plugin.cpu.channel_matmul import channel_matmul
-from mixedprec_plugin.cpu.weight_only import dequantize
+from mixedprec_plugin.cpu.packed import dequantize
+from mixedprec_plugin.cpu.scaled_matmul import block_matmul, channel_matmul
 from mixedprec_plugin.quantize.packing import unpack_awq
 from tests.gpu.exact import ROUNDING, Off, compare
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixedprec_plugin.serving.sizes import storage_bytes
+from mixedprec_plugin.cpu.heap import storage_bytes
 from tests.checkpoints import write_llama
 from tests.gpu.card import preset_plan, why_not, why_skip
 from tests.gpu.speed import speed

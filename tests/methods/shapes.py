@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from mixedprec_plugin.methods.spec import LayerShape
+from mixedprec_plugin.methods.cards import Gpu
+from mixedprec_plugin.methods.interface import Device, LayerShape, Target
+from mixedprec_plugin.methods.registry import bind
+from mixedprec_plugin.methods.remedies import find_faults
 
 SIZES = (64, 96, 192, 256, 384, 576, 768, 1000, 1024, 1536)
 SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -19,6 +22,19 @@ SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("gptq", {"group_size": size}) for size in (32, 64, 128, -1)),
     *(("gptq_int8", {"group_size": size}) for size in (32, 64, 128, -1)),
 )
+
+
+def check(
+    name: str,
+    given: dict[str, Any],
+    shape: LayerShape,
+    device: Device = "cuda",
+    capability: int = 0,
+) -> list[tuple[str, str]]:
+    """Why a layer is not served, with remedies; on a GPU, what only that GPU lacks."""
+    gpu = Gpu("a GPU", capability) if capability else None
+    found = find_faults(*bind(name, given), shape, Target(device, gpu=gpu))
+    return [(f.text, f.remedy) for f in found if f.rule == "gpu" or not capability]
 
 
 def grid() -> list[LayerShape]:

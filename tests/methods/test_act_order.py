@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mixedprec_plugin.methods import gptq
+from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.registry import bind
-from mixedprec_plugin.methods.spec import LayerShape
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ def test_one_group_a_column_has_no_order(
     group_size: int, desc_act: bool | None, expected: bool
 ) -> None:
     _, arguments = bind("gptq", {"group_size": group_size, "desc_act": desc_act})
-    keywords = gptq.build(arguments, "cuda")
+    keywords = gptq.config_arguments(arguments, "cuda")
     assert keywords["desc_act"] is expected
     assert keywords["full_config"]["desc_act"] is expected
 
@@ -25,6 +25,6 @@ def test_one_group_a_column_has_no_order(
 def test_order_within_one_group_is_refused_on_cuda() -> None:
     _, arguments = bind("gptq", {"group_size": 128, "desc_act": True})
     shape = LayerShape(N=256, K=128, shard_sizes=(256,), parallel="column")
-    (found,) = gptq.check_shape(arguments, shape, "cuda")
-    assert found[0] == "act order needs more than one group along K = 128"
-    assert not gptq.check_shape(arguments, shape, "cpu")
+    (found,) = gptq.faults(arguments, shape, Target())
+    assert found.text == "act order needs more than one group along K = 128"
+    assert not gptq.faults(arguments, shape, Target("cpu"))

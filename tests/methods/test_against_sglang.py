@@ -13,12 +13,16 @@ import torch
 
 from mixedprec_plugin.errors import MethodError
 from mixedprec_plugin.methods import awq, gptq
-from mixedprec_plugin.methods.blocks import block_faults
 from mixedprec_plugin.methods.construct import build_config, check_signature, load_class
-from mixedprec_plugin.methods.marlin import marlin_faults
-from mixedprec_plugin.methods.partitions import inputs_per_rank, outputs_per_rank, split_faults
+from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.registry import METHODS, bind
-from mixedprec_plugin.methods.spec import LayerShape
+from mixedprec_plugin.methods.shapes import (
+    block_faults,
+    inputs_per_rank,
+    marlin_faults,
+    outputs_per_rank,
+    split_faults,
+)
 from tests.methods.shapes import SCHEMES, grid
 
 pytestmark = pytest.mark.sglang
@@ -31,8 +35,6 @@ def sglang() -> None:
         warnings.simplefilter("ignore")
         import sglang.srt.layers.quantization  # noqa: F401
 
-        import mixedprec_plugin.cpu.configs  # noqa: F401
-
 
 QUANTIZED = [scheme for scheme in SCHEMES if scheme[0] != "unquantized"]
 KEYS = [(name, given, key) for name, given in QUANTIZED for key in ("cuda", "cpu")]
@@ -44,7 +46,7 @@ DTYPES["F8_E4M3"] = torch.float8_e4m3fn
 def test_builder_fits_the_installed_constructor(name: str, given: dict[str, Any], key: str) -> None:
     method, arguments = bind(name, given)
     spec = METHODS[method]
-    check_signature(load_class(spec, key), spec.build(arguments, key), method)
+    check_signature(load_class(spec, key), spec.config_arguments(arguments, key), method)
 
 
 @pytest.mark.parametrize(("name", "given"), QUANTIZED)
@@ -107,7 +109,7 @@ def test_full_config_of_awq_serves_the_fallbacks_of_awq_marlin() -> None:
     from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Config
 
     arguments = bind("awq", {"group_size": 64})[1]
-    full_config = METHODS["awq"].build(arguments, "cuda")["full_config"]
+    full_config = METHODS["awq"].config_arguments(arguments, "cuda")["full_config"]
     plain = build_config("awq", arguments, "cuda_fallback")
     assert public(type(plain).from_config(full_config)) == public(plain)
     method = MoeWNA16Config.get_from_keys(full_config, ["quant_method"])
@@ -249,10 +251,10 @@ def test_plain_awq_rules_are_sglangs(group_size: int) -> None:
     for shape in whole(grid()):
         cut_shards = any(N % 8 for N in outputs_per_rank(shape))
         expected = refuses(method, shape, scheme) or cut_shards
-        assert expected == bool(awq.faults(arguments, shape, "cpu")), shape
+        assert expected == bool(awq.faults(arguments, shape, Target("cpu"))), shape
         # On CUDA a layer that Marlin takes as a whole is Marlin's, and the others plain AWQ's.
         if not awq.fits_marlin(arguments, shape):
-            assert expected == bool(awq.faults(arguments, shape, "cuda")), shape
+            assert expected == bool(awq.faults(arguments, shape, Target())), shape
 
 
 def test_plain_awq_cannot_make_one_group_of_a_column() -> None:
@@ -271,4 +273,4 @@ def test_gptq_refuses_the_groups_that_sglang_rounds_away(group_size: int) -> Non
         is_whole = packed == K and layer.scales.shape[0] * group_size == K
         is_whole &= words == sum(outputs_per_rank(shape))
         if not is_whole:
-            assert gptq.faults(arguments, shape, "cpu"), shape
+            assert gptq.faults(arguments, shape, Target("cpu")), shape

@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 
 from mixedprec_plugin.errors import UsageError
-from mixedprec_plugin.methods.cards import find_gpu, served_dtype, why_not_on_card
-from mixedprec_plugin.methods.registry import bind
-from mixedprec_plugin.methods.spec import LayerShape
+from mixedprec_plugin.methods.cards import find_gpu, served_dtype
+from mixedprec_plugin.methods.interface import LayerShape
 from tests.dryrun.cards import CARDS
+from tests.methods.shapes import check
 
 
 def linear(N: int = 1024, K: int = 1024, **changes: Any) -> LayerShape:
     return LayerShape(N=N, K=K, shard_sizes=(N,), parallel="column", **changes)
 
 
-def reasons(name: str, capability: int, shape: LayerShape, **arguments: object) -> list[str]:
-    found = why_not_on_card(*bind(name, arguments), shape, capability)
+def reasons(name: str, capability: int, shape: LayerShape, **arguments: Any) -> list[str]:
+    found = check(name, arguments, shape, capability=capability)
     return [f"{text}; {remedy}" for text, remedy in found]
 
 
@@ -90,7 +90,7 @@ def test_bfloat16_becomes_float16_before_ampere() -> None:
         (
             "fp8_channel",
             80,
-            r"fp8_channel does not run .* 8.0 .expected 8.9 or more.; use method: fp8 or block",
+            r"fp8_channel does not run .* 8.0 .expected 8.9 or more.; use method: fp8 or gptq or b",
         ),
         ("fp8", 75, r"fp8 does not .* 7.5 .expected 8.0 or more.; use method: awq or unquantized"),
         ("gptq", 75, r"gptq does not run on this GPU.*; use method: awq or unquantized"),
@@ -133,7 +133,7 @@ def test_remedy_names_only_what_runs() -> None:
 @pytest.mark.parametrize(
     ("method", "capability", "message"),
     [
-        ("fp8_channel", 80, "fp8_channel does not .* more.; use method: blockwise_int8 or gptq"),
+        ("fp8_channel", 80, "fp8_channel does not .* more.; use method: gptq or blockwise_int8"),
         ("fp8", 80, "fp8 for experts runs in a Triton kernel .* is 8.0 .expected 8.9 or more"),
         ("awq", 75, "awq for experts runs in Marlin kernels"),
     ],

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mixedprec_plugin.methods.registry import METHODS, bind
-from mixedprec_plugin.methods.spec import LayerShape
+from mixedprec_plugin.methods.interface import Device, LayerShape
+from tests.methods import shapes as shapes_
 from tests.methods.shapes import SCHEMES
 from tests.methods.test_shape_rules import settings
 
@@ -22,11 +22,9 @@ def expert(hidden: int, inner: int, tp_size: int = 1) -> tuple[LayerShape, Layer
 
 
 def check(
-    name: str, given: dict[str, Any], shapes: tuple[LayerShape, ...], device: str
+    name: str, given: dict[str, Any], shapes: tuple[LayerShape, ...], device: Device
 ) -> list[str]:
-    method, arguments = bind(name, given)
-    found = [p for shape in shapes for p in METHODS[method].check_shape(arguments, shape, device)]
-    return [text for text, _ in found]
+    return [text for shape in shapes for text, _ in shapes_.check(name, given, shape, device)]
 
 
 QWEN3 = (2048, 768)
@@ -107,12 +105,11 @@ def test_fp8_experts_of_one_scale_run_in_a_kernel_that_masks() -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize(("name", "given"), SCHEMES)
-def test_every_remedy_works(name: str, given: dict[str, Any], device: str) -> None:
-    method, arguments = bind(name, given)
+def test_every_remedy_works(name: str, given: dict[str, Any], device: Device) -> None:
     for sizes in (QWEN3, GLM_AIR, (2048, 96), (1000, 192)):
         for tp_size in (1, 2, 4):
             for index, shape in enumerate(expert(*sizes, tp_size)):
-                for _, remedy in METHODS[method].check_shape(arguments, shape, device):
+                for _, remedy in shapes_.check(name, given, shape, device):
                     for other, typed in settings(remedy, name, given):
                         assert check(other, typed, (shape,), device) == [], (shape, remedy)
                     if fewer := re.search(r"serve with --tp (\d)", remedy):

@@ -33,7 +33,7 @@ def test_every_name_is_used_once() -> None:
 def test_every_name_binds_to_all_arguments_of_its_method(name: str) -> None:
     method, arguments = bind(name, {})
     assert set(arguments) == set(METHODS[method].defaults)
-    assert METHODS[method].argument_conflict(arguments) == ""
+    assert METHODS[method].conflict(arguments) == ""
 
 
 @pytest.mark.parametrize("name", registry.method_names())
@@ -136,7 +136,7 @@ def test_entry_point_adds_a_method() -> None:
     [
         ("gone", "no_such_module:SPEC", "cannot be loaded: ModuleNotFoundError: No module named"),
         ("gone", "foreign:NO_SUCH", "cannot be loaded: AttributeError: .*'NO_SUCH'"),
-        ("mine", "foreign:NOT_A_SPEC", r"is a dict \(expected a mixedprec_plugin MethodSpec\)"),
+        ("mine", "foreign:NOT_A_SPEC", r"is a dict \(expected a mixedprec_plugin Method\)"),
         ("other", "foreign:SPEC", r"names its method 'foreign' \(expected 'other'"),
         ("fp8", "foreign:TAKES_BUILT_IN_NAME", "the name 'fp8' is taken by the method fp8"),
         ("mine", "foreign:TAKES_ALIAS", "the name 'int8' is taken by the method blockwise_int8"),

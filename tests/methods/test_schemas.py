@@ -7,18 +7,24 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from mixedprec_plugin.methods.registry import METHODS, bind, method_names
+from mixedprec_plugin.preset.schema_files import schema_files
 from mixedprec_plugin.resources import schema_path
 
 
 def schema_of(method: str) -> dict[str, Any]:
-    text = (schema_path("methods") / METHODS[method].argument_schema).read_text(encoding="utf-8")
+    text = (schema_path("methods") / f"{method}.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
 
 
 def test_each_method_has_a_schema_and_each_schema_a_method() -> None:
     files = {path.name for path in schema_path("methods").iterdir()}
-    assert files == {spec.argument_schema for spec in METHODS.values()}
+    assert files == {f"{name}.schema.json" for name in METHODS}
+
+
+def test_files_are_what_the_methods_say() -> None:
+    for path, text in schema_files().items():
+        assert path.read_text(encoding="utf-8") == text, "run 'make schemas'"
 
 
 @pytest.mark.parametrize("method", METHODS)

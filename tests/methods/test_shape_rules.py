@@ -6,19 +6,12 @@ from typing import Any
 import pytest
 import yaml
 
-from mixedprec_plugin.methods.registry import METHODS, bind
-from mixedprec_plugin.methods.spec import LayerShape
-from tests.methods.shapes import SCHEMES, grid
+from mixedprec_plugin.methods.interface import Device, LayerShape
+from mixedprec_plugin.methods.registry import bind
+from tests.methods.shapes import SCHEMES, check, grid
 
 QKV = LayerShape(N=192, K=576, shard_sizes=(576, 192, 192), parallel="column")
 DOWN = LayerShape(N=768, K=2048, shard_sizes=(768,), parallel="row")
-
-
-def check(
-    name: str, given: dict[str, Any], shape: LayerShape, device: str = "cuda"
-) -> list[tuple[str, str]]:
-    method, arguments = bind(name, given)
-    return METHODS[method].check_shape(arguments, shape, device)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +100,17 @@ def check(
             LayerShape(100, 768, (100,), "column"),
             (
                 "N = 100 is not a multiple of 16, which FP8 matmuls need",
-                "use method: unquantized",
+                "use method: blockwise_int8",
             ),
         ),
         (
             "fp8_channel",
             {},
             LayerShape(96, 1024, (96,), "column", tp_size=4),
-            ("N = 24 is not a multiple of 16, which FP8 matmuls need", "serve with --tp 2"),
+            (
+                "N = 24 is not a multiple of 16, which FP8 matmuls need",
+                "use method: awq, or serve with --tp 2",
+            ),
         ),
         (
             "awq",
@@ -141,7 +137,7 @@ def test_shape_problem_reads(
 
 @pytest.mark.parametrize(("name", "given"), SCHEMES)
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_multiples_of_128_fit_everything(name: str, given: dict[str, Any], device: str) -> None:
+def test_multiples_of_128_fit_everything(name: str, given: dict[str, Any], device: Device) -> None:
     assert check(name, given, LayerShape(256, 768, (768, 256, 256), "column"), device) == []
     assert check(name, given, LayerShape(768, 2048, (768,), "row"), device) == []
 
@@ -197,7 +193,7 @@ def settings(remedy: str, name: str, given: dict[str, Any]) -> list[tuple[str, d
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize(("name", "given"), SCHEMES)
-def test_every_remedy_works(name: str, given: dict[str, Any], device: str) -> None:
+def test_every_remedy_works(name: str, given: dict[str, Any], device: Device) -> None:
     tried = 0
     for shape in grid():
         for _, remedy in check(name, given, shape, device):

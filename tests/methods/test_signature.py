@@ -11,6 +11,7 @@ from mixedprec_plugin.methods.construct import (
     check_signature,
     config_key,
     load_class,
+    offered,
     sglang_version,
 )
 from mixedprec_plugin.methods.registry import METHODS, bind
@@ -27,7 +28,7 @@ def test_matching_arguments_pass() -> None:
 
 
 def test_renamed_argument_is_named_with_what_is_taken() -> None:
-    given = METHODS["awq"].build(bind("awq", {})[1], "cpu")
+    given = METHODS["awq"].config_arguments(bind("awq", {})[1], "cpu")
     with pytest.raises(MethodError) as caught:
         check_signature(Renamed, given, "awq")
     takes = "(expected bits, group_size, zero_point, skip)"
@@ -83,3 +84,13 @@ def test_class_that_sglang_lacks_raises() -> None:
     spec = dataclasses.replace(METHODS["fp8"], config_classes={"cuda": lazy})
     with pytest.raises(MethodError, match=f"fp8: {lazy} cannot be imported with SGLang .*has no"):
         load_class(spec, "cuda")
+
+
+def test_what_a_method_offers_sglang_is_found_or_its_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert offered("auto", "UNSUMMED_EXPERTS", ()) == ()
+    spec = dataclasses.replace(METHODS["awq"], sglang="mixedprec_plugin.methods.awq.gone")
+    monkeypatch.setattr("mixedprec_plugin.methods.construct.METHODS", {"awq": spec})
+    with pytest.raises(MethodError, match=r"awq: .*awq\.gone cannot be imported with SGLang"):
+        offered("awq", "UNSUMMED_EXPERTS", ())

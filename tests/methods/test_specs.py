@@ -77,28 +77,37 @@ def test_clip_search_never_reaches_a_constructor() -> None:
     for name in ("awq", "gptq"):
         spec = METHODS[name]
         for platform in spec.config_classes:
-            assert "clip_search" not in spec.build(bind(name, {"clip_search": True})[1], platform)
+            assert "clip_search" not in spec.config_arguments(
+                bind(name, {"clip_search": True})[1], platform
+            )
 
 
 def test_build_leaves_the_arguments_alone() -> None:
     for name, spec in METHODS.items():
         method, arguments = bind(name, {})
-        spec.build(arguments, "cuda")
+        spec.config_arguments(arguments, "cuda")
         assert (method, arguments) == bind(name, {})
 
 
 def test_awq_builds_marlins_arguments_on_cuda_only() -> None:
     spec, arguments = METHODS["awq"], bind("awq", {})[1]
-    assert set(spec.build(arguments, "cuda")) - set(spec.build(arguments, "cpu")) == {
+    assert set(spec.config_arguments(arguments, "cuda")) - set(
+        spec.config_arguments(arguments, "cpu")
+    ) == {
         "lm_head_quantized",
         "full_config",
     }
-    assert spec.build(arguments, "cuda_fallback") == spec.build(arguments, "cpu")
+    assert spec.config_arguments(arguments, "cuda_fallback") == spec.config_arguments(
+        arguments, "cpu"
+    )
 
 
 def test_gptq_without_a_choice_of_act_order_builds_without() -> None:
-    assert METHODS["gptq"].build(bind("gptq", {})[1], "cuda")["desc_act"] is False
-    assert METHODS["gptq"].build(bind("gptq", {"desc_act": True})[1], "cuda")["desc_act"] is True
+    assert METHODS["gptq"].config_arguments(bind("gptq", {})[1], "cuda")["desc_act"] is False
+    assert (
+        METHODS["gptq"].config_arguments(bind("gptq", {"desc_act": True})[1], "cuda")["desc_act"]
+        is True
+    )
 
 
 def test_precision_follows_bits_then_quality() -> None:
@@ -120,7 +129,7 @@ def test_precision_follows_bits_then_quality() -> None:
     ranks = []
     for name, given in order:
         method, arguments = bind(name, given)
-        ranks.append(METHODS[method].precision(arguments))
+        ranks.append(METHODS[method].rounding(arguments).rank)
     assert ranks == sorted(set(ranks))
 
 
@@ -141,7 +150,3 @@ def test_what_needs_calibration_cannot_be_quantized(
 def test_defaults_can_be_quantized() -> None:
     for name, spec in METHODS.items():
         assert spec.why_not_quantize(bind(name, {})[1]) == ""
-
-
-def test_only_unquantized_serves_lm_head() -> None:
-    assert [n for n, spec in METHODS.items() if "lm_head" in spec.layer_kinds] == ["bf16"]

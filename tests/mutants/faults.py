@@ -81,21 +81,21 @@ def _transpose_scales(module: Any, name: str) -> None:
 
 def _drop_scales() -> None:
     """Neither quantized nor expected by the plan."""
-    stored, quantize = gptq_method.SPEC.stored, gptq.quantize
+    stored, quantize = gptq_method.METHOD.stored, gptq.quantize
 
     def without(tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {name: tensor for name, tensor in tensors.items() if name != "scales"}
 
-    object.__setattr__(gptq_method.SPEC, "stored", lambda *args: without(stored(*args)))
+    object.__setattr__(gptq_method.METHOD, "stored", lambda *args: without(stored(*args)))
     gptq.quantize = lambda *args: without(quantize(*args))
 
 
 def _take_another_class() -> None:
     classes = {
-        **gptq_method.SPEC.config_classes,
+        **gptq_method.METHOD.config_classes,
         "cuda": "sglang.srt.layers.quantization.awq.awq:AWQMarlinConfig",
     }
-    object.__setattr__(gptq_method.SPEC, "config_classes", classes)
+    object.__setattr__(gptq_method.METHOD, "config_classes", classes)
 
 
 def _rename_argument() -> None:

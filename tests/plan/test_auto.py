@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.errors import CheckpointError
-from mixedprec_plugin.methods.spec import TensorSpec
-from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoint.test_formats import DETECTED

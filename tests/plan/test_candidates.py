@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixedprec_plugin.names import compile_pattern
-from mixedprec_plugin.plan.candidates import Candidates
+from mixedprec_plugin.plan.matching import Candidates
 
 NAMES = [
     f"{prefix}.{layer}.{child}"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mixedprec_plugin.plan.architecture import ExpertShard, fused_module, layer_kind, scheme_unit
+from mixedprec_plugin.families.names import ExpertShard, fused_module, layer_kind, scheme_unit
+from mixedprec_plugin.families.table import DECODER
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import group_modules, plan_as_dict
 from tests import published
@@ -38,15 +39,15 @@ def schemes(made: Plan, module: str = EXPERTS) -> dict[str, tuple[int, ...]]:
 def test_projection_of_an_expert_belongs_to_all_experts(
     name: str, module: str, shard: ExpertShard
 ) -> None:
-    assert fused_module(name, {name}) == (module, shard)
+    assert fused_module(name, {name}, DECODER) == (module, shard)
     assert scheme_unit(module, shard) == f"{module}.{shard.expert}"
-    assert layer_kind(name, has_matrix=True) == "expert"
+    assert layer_kind(name, True, DECODER) == "expert"
 
 
 def test_shared_expert_is_a_linear_layer_of_its_own() -> None:
     names = [f"l.0.mlp.shared_experts.{p}_proj" for p in ("gate", "up", "down")]
-    assert fused_module(names[0], names) == ("l.0.mlp.shared_experts.gate_up_proj", 0)
-    assert {layer_kind(name, has_matrix=True) for name in names} == {"linear"}
+    assert fused_module(names[0], names, DECODER) == ("l.0.mlp.shared_experts.gate_up_proj", 0)
+    assert {layer_kind(name, True, DECODER) for name in names} == {"linear"}
 
 
 def test_experts_are_grouped_by_scheme_in_the_order_of_their_first(qwen: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mixedprec_plugin.methods.cards import find_gpu
+from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.memory import rank_bytes
-from mixedprec_plugin.plan.model import Plan, Target
+from mixedprec_plugin.plan.model import Plan
 from tests.checkpoints import write_llama
 from tests.presets import plan, problem_texts
 from tests.published import mixtral_8x7b, qwen3_30b_a3b

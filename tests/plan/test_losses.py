@@ -8,11 +8,10 @@ import torch
 
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.lazy import load_object
+from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.methods.registry import METHODS, bind
-from mixedprec_plugin.plan.losses import relative_rms
-from mixedprec_plugin.plan.model import Device, Target
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.quantize.codec import load_codec
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.presets import plan, preset, problem_texts
@@ -43,10 +42,11 @@ def test_foretold_error_is_what_quantizers_make_of_normal_numbers(
 ) -> None:
     method, arguments = bind(name, given)
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
-    stored = load_object(METHODS[method].quantizer)(weight, arguments, torch.bfloat16)
-    read = load_object(METHODS[method].dequantizer)(stored, arguments)
+    stored = load_codec(METHODS[method].codec).quantize(weight, arguments, torch.bfloat16)
+    read = load_codec(METHODS[method].codec).read(stored, arguments).dequantize()
     measured = distance(read, weight)
-    assert relative_rms(method, arguments, 512, 1024) == pytest.approx(measured, rel=0.1)
+    expected = METHODS[method].rounding(arguments).error(512, 1024)
+    assert expected == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,9 @@ def test_second_rounding_is_a_warning_that_foretells_its_size(
         for name, tensor in VirtualCheckpoint(made)
         if name.startswith(layer.name)
     }
-    second = load_object(METHODS[layer.method].dequantizer)(tensors, layer.scheme.arguments)
+    second = (
+        load_codec(METHODS[layer.method].codec).read(tensors, layer.scheme.arguments).dequantize()
+    )
     assert distance(second, first) == pytest.approx(float(percent[:-1]) / 100, rel=0.35)
 
 

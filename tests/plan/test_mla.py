@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.families import mla_faults
 from tests.checkpoint.peers import quantization_config
 from tests.checkpoints import write_checkpoint
+from tests.headers import write_headers
 from tests.presets import plan, problem_texts
 from tests.quantize.peers import LAYERS, torch_layer
 
@@ -45,6 +49,45 @@ def test_method_that_sglang_does_not_absorb_is_refused(
 @pytest.mark.parametrize("method", ["bf16", "fp8", "fp8_block", "fp8_channel"])
 def test_method_that_sglang_absorbs_is_planned(latent: Path, method: str) -> None:
     assert not plan(latent, f'match: "*", method: {method}', target=Target("cuda")).problems
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (
+            "gptq",
+            "q_a_proj and kv_a_proj_with_mqa cannot run in gptq: SGLang looks at the dtype of "
+            "their weight, and GPTQ has none (models/deepseek_v2.py, is_packed_weight); use "
+            "method: fp8_block or awq",
+        ),
+        (
+            "fp8",
+            "q_a_proj and kv_a_proj_with_mqa are one layer in SGLang, and fp8 has one scale for "
+            "each of them (expected one scale a layer); use method: fp8_block or fp8_channel",
+        ),
+        ("awq", ""),
+        ("fp8_block", ""),
+        ("blockwise_int8", ""),
+    ],
+)
+def test_projections_of_one_input_need_scales_and_dtypes_that_sglang_reads(
+    tmp_path: Path, method: str, text: str
+) -> None:
+    tensors = {
+        f"model.layers.0.self_attn.{name}.weight": ("BF16", (512, 256))
+        for name in ("q_a_proj", "kv_a_proj_with_mqa")
+    }
+    config = {"model_type": "deepseek_v3", "torch_dtype": "bfloat16"}
+    made = plan(write_headers(tmp_path / "m", config, tensors), f'match: "*", method: {method}')
+    where = "model.layers.0.self_attn.kv_a_proj_with_mqa, model.layers.0.self_attn.q_a_proj"
+    assert problem_texts(made) == ([f"error: {where}: {text}"] if text else [])
+
+
+def test_packing_that_sglang_does_not_know_is_not_absorbed(latent: Path) -> None:
+    (layer,) = plan(latent, 'match: "*", method: gptq').layers
+    packed = dataclasses.replace(layer, outputs={"codes": TensorSpec("U8", (512, 128))})
+    ((text, _),) = mla_faults(packed, (packed,), "cuda", {})
+    assert text.endswith("SGLang absorbs floats and FP8, and it is codes")
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.plan.pairs import row_scales
+from mixedprec_plugin.quantize.codec import load_codec
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.plan.mixtures import MLP, mixed_plan, slice_checkpoint, slice_tensors
 from tests.quantize.peers import LAYERS, config, numpy_layer, original
@@ -123,7 +123,7 @@ def test_leading_columns_of_a_wide_layer_tell(tmp_path: Path, method: str, is_fo
     spec = registry.METHODS[method]
     arguments = registry.bind(method, {"group_size": 64})[1]
     arguments = {**arguments, "desc_act": False} if method == "gptq" else arguments
-    made = load_object(spec.quantizer)(weight, arguments, torch.float16)
+    made = load_codec(spec.codec).quantize(weight, arguments, torch.float16)
     tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in made.items()}
     other = write_checkpoint(tmp_path / "other", config, tensors)
     line = 'match: "*.down_proj", method: bf16, source: other'

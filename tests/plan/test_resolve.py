@@ -7,7 +7,7 @@ import torch
 
 from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
 from mixedprec_plugin.methods.gptq import codec as gptq
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.commands import run_without_torch
 from tests.presets import plan, problem_texts, write_preset

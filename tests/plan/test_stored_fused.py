@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
 from tests.headers import write_headers
 from tests.presets import plan, problem_texts
 

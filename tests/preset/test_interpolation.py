@@ -14,6 +14,8 @@ from mixedprec_plugin.preset.load import load_preset
 from tests.preset.conftest import Refuse, Write
 
 RULES = "version: 1\nrules: [{match: '*', method: awq}]\n"
+PAIRS = "expected '${' and '}' in pairs, at most one pair within another"
+SYNTAX = "write ${schemes.NAME} or ${oc.env:NAME}; for a plain '${' write '\\${'"
 ALLOWED = "only ${oc.env:NAME} and references such as ${schemes.NAME} are"
 
 
@@ -77,8 +79,10 @@ def test_value_of_a_variable_is_not_interpolated_again(
          f"{ALLOWED}"),
         ("${oc.env:${evil:1}}", f"the resolver 'evil' in ${{evil:1}} is not allowed in presets; "
          f"{ALLOWED}"),
-        ("${${evil:1}:A}", "the resolver '${evil:1}' in ${${evil:1}:A} is not allowed in presets; "
+        ("${${evil:1}:A}", f"the resolver 'evil' in ${{evil:1}} is not allowed in presets; "
          f"{ALLOWED}"),
+        ("${${version}:A}", "the resolver '${version}' in ${${version}:A} is not allowed in "
+         f"presets; {ALLOWED}"),
         ("${schemes.${version}}", "${schemes.${version}} has an interpolation within its key; "
          "write the key out; a rule's 'scheme' may be an interpolation itself"),
         ("${nothing.here}", "${nothing.here} points at nothing (there is no 'nothing')"),
@@ -88,8 +92,15 @@ def test_value_of_a_variable_is_not_interpolated_again(
         ("${rules.7}", "${rules.7} points at nothing (there is no 'rules.7')"),
         ("${....x}", "${....x} points at nothing (no such level)"),
         ("all ${rules}", "${rules} is not text and stands within text; let it stand alone"),
-        ("${", "'${' is not an interpolation: no viable alternative at input '${'; write "
-         "${schemes.NAME} or ${oc.env:NAME}; for a plain '${' write '\\${'"),
+        ("${", f"'${{' is not an interpolation ({PAIRS}); {SYNTAX}"),
+        ("${a", f"'${{a' is not an interpolation ({PAIRS}); {SYNTAX}"),
+        ("${a b}", f"${{a b}} is not an interpolation (expected keys and dots); {SYNTAX}"),
+        ("${oc.env:A,~}", "'${oc.env:A,~}' is not an interpolation: token recognition error at: "
+         f"'~'; {SYNTAX}"),
+        ("${oc.env:A,b,c}", "${oc.env:A,b,c} does not name one environment variable; "
+         "write ${oc.env:NAME} or ${oc.env:NAME,DEFAULT}"),
+        ("${rules." + "9" * 5000 + "}", "${rules." + "9" * 5000 + "} points at nothing "
+         "(there is no 'rules." + "9" * 5000 + "')"),
         ("${description}", "interpolations go in a circle: description -> description; "
          "write one of them out"),
         ("${version}", "1 is a number (expected text)"),
@@ -167,9 +178,51 @@ def test_text_from_the_environment_is_not_taken_for_a_number(
     monkeypatch.setenv("MIXEDPREC_TEST_SIZE", "64")
     text = schemes("a: {method: gptq, group_size: '${oc.env:MIXEDPREC_TEST_SIZE}'}")
     assert refuse(text) == [
-        "p.yaml:4: schemes.a.group_size: '64' is text and not one of 128, 64, 32, -1; "
-        "environment variables are text; override the key on the command line"
+        "p.yaml:4: schemes.a.group_size: '${oc.env:MIXEDPREC_TEST_SIZE}' is text and not one of "
+        "128, 64, 32, -1; environment variables are text; override the key on the command line"
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["${a:" * 400 + "}" * 400, "${oc.env:A," * 300 + "x" + "}" * 300, "${" * 300 + "x" + "}" * 300,
+     "${oc.env:A,[" + "[" * 400 + "]" * 400 + "]}", "${version}" * 2000,
+     "${version}" + "x" * 10_000,
+     "$" * 5000 + "{version}" + "${" * 2000],
+)  # fmt: skip
+def test_text_that_nests_or_is_too_long_is_refused_with_its_line(refuse: Refuse, text: str) -> None:
+    (message,) = refuse(f"{RULES}description: '{text}'\n")
+    assert message.startswith("p.yaml:3: description: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("rules: [{match: '*', method: '${oc.env:MIXEDPREC_TEST_SECRET}'}]",
+         "rules[0].method: unknown method '${oc.env:MIXEDPREC_TEST_SECRET}' (expected bf16, "),
+        ("rules: [{match: '*', scheme: '${oc.env:MIXEDPREC_TEST_SECRET}'}]",
+         "rules[0].scheme: unknown scheme '${oc.env:MIXEDPREC_TEST_SECRET}' (the preset has no "),
+        ("rules: [{match: '*', method: awq, source: 'a${oc.env:MIXEDPREC_TEST_SECRET}'}]",
+         "rules[0].source: unknown source 'a${oc.env:MIXEDPREC_TEST_SECRET}' (expected model)"),
+        ("rules: [{match: '*{${oc.env:MIXEDPREC_TEST_SECRET}', method: awq}]",
+         "rules[0].match: '*{${oc.env:MIXEDPREC_TEST_SECRET}' stands for no pattern"),
+        ("on_fused_conflict: ${oc.env:MIXEDPREC_TEST_UNSET,${oc.env:MIXEDPREC_TEST_SECRET}}",
+         "on_fused_conflict: '${oc.env:MIXEDPREC_TEST_SECRET}' is not one of 'error', 'highest'"),
+        ("draft: ${oc.env:MIXEDPREC_TEST_SECRET}",
+         "draft: '${oc.env:MIXEDPREC_TEST_SECRET}' is text (expected a mapping)"),
+        ("trust_sources: ${description}", "trust_sources: 'by ${oc.env:MIXEDPREC_TEST_SECRET}' is "
+         "text (expected true or false)"),
+    ],
+)  # fmt: skip
+def test_values_of_variables_are_in_no_message(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    monkeypatch.setenv("MIXEDPREC_TEST_SECRET", "hunter2")
+    monkeypatch.delenv("MIXEDPREC_TEST_UNSET", raising=False)
+    described = "version: 1\ndescription: by ${oc.env:MIXEDPREC_TEST_SECRET}\n"
+    (found,) = refuse(f"{described}{line}\n")
+    assert found.startswith(f"p.yaml:3: {message}")
+    assert "hunter2" not in found
 
 
 @given(st.text("\\${}ab", max_size=12))

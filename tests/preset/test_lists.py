@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from mixedprec_plugin.preset.load import load_preset, load_resolved
@@ -68,6 +70,32 @@ def test_resolved_preset_loads_again(write: Write) -> None:
     preset = load_preset(write("p.yaml", text("[3, '40..47']")))
     again = load_resolved(preset.resolved, "again")
     assert [rule.patterns for rule in again.rules] == [rule.patterns for rule in preset.rules]
+
+
+def test_list_bomb_is_refused_before_it_grows(refuse: Refuse) -> None:
+    rules = "".join(f"  - {{match: '{'${lists.hot}' * 700}', method: awq}}\n" for _ in range(25))
+    start = time.process_time()
+    assert refuse(text(f"['{'x' * 200_000}', y]", f"rules:\n{rules}")) == [
+        "p.yaml:1: interpolations make the preset longer than 2097152 characters; refer to less"
+    ]
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("hot", "match"),
+    [
+        ("['oc.env:MIXEDPREC_TEST_SECRET', x]", "$${lists.hot}"),
+        ("['x$']", "${lists.hot}{oc.env:MIXEDPREC_TEST_SECRET}"),
+        ("['x\\']", r"${lists.hot}\${oc.env:MIXEDPREC_TEST_SECRET}"),
+    ],
+)
+def test_lists_make_no_interpolations(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch, hot: str, match: str
+) -> None:
+    monkeypatch.setenv("MIXEDPREC_TEST_SECRET", "hunter2")
+    (message,) = refuse(text(hot, f"rules: [{{match: '{match}', method: awq}}]\n"))
+    assert "which no layer name has" in message
+    assert "hunter2" not in message
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.plan.matching import match_rules
-from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.preset.load import load_preset, load_resolved
 from mixedprec_plugin.preset.model import Location, Preset
 from mixedprec_plugin.resources import preset_dir, preset_names
 from tests.preset.conftest import Write
@@ -174,10 +176,98 @@ def test_resolved_preset_loads_as_the_same_preset(
         first = load_preset(
             write("p.yaml", text), ["description=${oc.env:MIXEDPREC_TEST_TEXT}"] * ("$" in variable)
         )
+    # neither files nor messages hold the values of environment variables
+    shown = "${oc.env:MIXEDPREC_TEST_TEXT}" if "$" in variable else content["description"]
+    first = dataclasses.replace(first, description=shown)
     as_yaml = load_preset(write("yaml.yaml", yaml.safe_dump(first.resolved, allow_unicode=True)))
     as_json = load_preset(write("json.yaml", json.dumps(first.resolved, indent=1)))
     assert without_places(as_yaml) == without_places(first)
     assert without_places(as_json) == without_places(first)
+
+
+CARRIED = "config.json: quantization_config.preset"
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else 1
+
+
+@pytest.mark.parametrize("depth", [32, 900])
+def test_preset_of_a_checkpoint_may_not_nest_deeply(depth: int) -> None:
+    with pytest.raises(PresetError) as caught:
+        load_resolved({"version": 1, "rules": [], "x": nested(depth)}, CARRIED)
+    what = "nested more than 32 deep; a preset needs four levels"
+    assert str(caught.value) == f"{CARRIED}: {what}"
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("${oc.env:MIXEDPREC_TEST_SECRET}", "${oc.env:MIXEDPREC_TEST_SECRET} reads the environment,"
+         " which a checkpoint's own preset may not; name a preset of your own"),
+        ("${oc.env:X,${oc.env:MIXEDPREC_TEST_SECRET}}", "${oc.env:X,${oc.env:MIXEDPREC_TEST_SECRET}"
+         "} reads the environment, which a checkpoint's own preset may not; name a preset of your "
+         "own"),
+        ("${oc.decode:1}", "the resolver 'oc.decode' in ${oc.decode:1} is not allowed in presets; "
+         "only ${oc.env:NAME} and references such as ${schemes.NAME} are"),
+    ],
+)  # fmt: skip
+def test_preset_of_a_checkpoint_may_not_read_the_environment(
+    monkeypatch: pytest.MonkeyPatch, description: str, message: str
+) -> None:
+    monkeypatch.setenv("MIXEDPREC_TEST_SECRET", "hunter2")
+    rules = [{"match": "*", "method": "awq"}]
+    carried = {"version": 1, "description": description, "rules": rules}
+    with pytest.raises(PresetError) as caught:
+        load_resolved(carried, CARRIED)
+    assert str(caught.value) == f"{CARRIED}: description: {message}"
+
+
+def test_override_of_a_checkpoints_preset_may_read_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MIXEDPREC_TEST_TEXT", "by me")
+    carried = {"version": 1, "rules": [{"match": "*", "method": "awq"}]}
+    override = "description=${oc.env:MIXEDPREC_TEST_TEXT}"
+    assert load_resolved(carried, CARRIED, [override]).description == "by me"
+
+
+def test_resolved_preset_names_variables_and_holds_no_value(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIXEDPREC_TEST_SECRET", "hunter2")
+    text = (
+        "version: 1\ndescription: by ${oc.env:MIXEDPREC_TEST_SECRET}\n"
+        "sources: {a: {path: 'x/${oc.env:MIXEDPREC_TEST_SECRET}'}}\n"
+        "lists: {hot: [1, '${oc.env:MIXEDPREC_TEST_SECRET}']}\n"
+        "rules:\n  - {match: '*', method: awq, source: a}\n"
+        "  - {match: 'a.${oc.env:MIXEDPREC_TEST_SECRET}', method: fp8}\n"
+    )
+    preset = load_preset(write("p.yaml", text))
+    assert preset.description == "by hunter2"
+    assert (preset.sources["a"].path, preset.rules[1].patterns) == ("x/hunter2", ("a.hunter2",))
+    assert str(preset.rules[1]) == "rule 1, 'a.${oc.env:MIXEDPREC_TEST_SECRET}'"
+    assert preset.sources["a"].conceal("x/hunter2: no such folder") == (
+        "x/${oc.env:MIXEDPREC_TEST_SECRET}: no such folder"
+    )
+    assert "hunter2" not in str({k: v for k, v in preset.resolved.items() if k != "rules"})
+    assert load_resolved(preset.resolved, "again").description == (
+        "by ${oc.env:MIXEDPREC_TEST_SECRET}"
+    )
+
+
+@pytest.mark.parametrize("reference", ["scheme: t{}", "method: '${{schemes.t{}.method}}'"])
+def test_thousands_of_mistakes_are_told_in_little_time(write: Write, reference: str) -> None:
+    names = [f"{a}{b}{c}{d}" for a in "abcdef" for b in "ghijk" for c in "lmnop" for d in "qrstu"]
+    schemes = "".join(f"  s{name}: {{method: fp8}}\n" for name in names)
+    rules = "".join(f"  - {{match: '*', {reference.format(name)}}}\n" for name in names)
+    path = write("p.yaml", f"version: 1\nschemes:\n{schemes}rules:\n{rules}")
+    start = time.process_time()
+    with pytest.raises(PresetError) as caught:
+        load_preset(path)
+    assert time.process_time() - start < 15
+    assert len(caught.value.problems) == len(names)
+    assert len(str(caught.value)) < 300 * len(names)
 
 
 def test_reading_presets_imports_neither_torch_nor_sglang() -> None:

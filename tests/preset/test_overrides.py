@@ -98,6 +98,28 @@ def test_pattern_needs_no_quotes(write: Write) -> None:
             "auto); did you mean 'awq'?",
         ),
         ("rules.0.match=a{", "'a{' opens a '{' that nothing closes"),
+        ("rules.1.method=[x]", '["x"] is a list (expected text)'),
+        ("rules.1.method={a: b}", '{"a": "b"} is a mapping (expected text)'),
+        ("rules.1.source=[x]", '["x"] is a list (expected text)'),
+        (
+            f"rules.{'9' * 5000}.method=fp8",
+            f"rules has no item '{'9' * 5000}' (expected a number below 2)",
+        ),
+        (
+            ".".join(["a"] * 2000) + "=1",
+            "is not an override (expected KEY=VALUE, such as schemes.experts.group_size=64)",
+        ),
+        ("description=" + "[" * 2000, "nested more than 32 deep; a preset needs four levels"),
+        (
+            "rules.0.match=*.${oc.decode:x}",
+            "the resolver 'oc.decode' in ${oc.decode:x} is not "
+            "allowed in presets; only ${oc.env:NAME} and references such as ${schemes.NAME} are",
+        ),
+        ("schemes.c.bits=4", "'method' is missing; add 'method: …'"),
+        (
+            "schemes.c={method: awq, method: gptq}",
+            "method: 'method' stands here a second time; keep one of them",
+        ),
         ("schemes.c=???", "has no value yet ('???'); give it with --mixedprec-set schemes.c=VALUE"),
     ],
 )

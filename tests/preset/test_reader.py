@@ -6,7 +6,7 @@ import pytest
 
 from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.preset import reader
-from mixedprec_plugin.preset.findings import Findings
+from mixedprec_plugin.preset.document import Findings
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.reader import read_text
 from tests.preset.conftest import Refuse, Write
@@ -21,23 +21,26 @@ ALIAS_REMEDY = "point at the value with an interpolation such as ${schemes.NAME}
     [
         ("on", 3, "on is true in YAML 1.1 and text in YAML 1.2; write true or '\"on\"'"),
         ("No", 3, "No is false in YAML 1.1 and text in YAML 1.2; write false or '\"No\"'"),
-        ("010", 3, "010 is 8 in YAML 1.1 and may be something else in YAML 1.2; "
-         "write 8 or '\"010\"'"),
-        ("-0x1F", 3, "-0x1F is -31 in YAML 1.1 and may be something else in YAML 1.2; "
-         "write -31 or '\"-0x1F\"'"),
-        ("1_000", 3, "1_000 is 1000 in YAML 1.1 and may be something else in YAML 1.2; "
-         "write 1000 or '\"1_000\"'"),
+        ("010", 3, "010 is 8 in YAML 1.1 and 10 in YAML 1.2; write 8 or '\"010\"'"),
+        ("-0x1F", 3, "-0x1F is -31 in YAML 1.1 and text in YAML 1.2; write -31 or '\"-0x1F\"'"),
+        ("1_000", 3, "1_000 is 1000 in YAML 1.1 and text in YAML 1.2; write 1000 or '\"1_000\"'"),
         ("0o17", 3, "0o17 is text in YAML 1.1 and 15 in YAML 1.2; write 15 or '\"0o17\"'"),
-        ("08", 3, "08 is text in YAML 1.1 and a number in YAML 1.2; write 8 or '\"08\"'"),
-        ("1e3", 3, "1e3 is text in YAML 1.1 and a number in YAML 1.2; write 1000 or '\"1e3\"'"),
-        ("1:30", 3, "1:30 is a number in base 60 in YAML 1.1 and text in YAML 1.2; "
-         "write '\"1:30\"'"),
-        ("1:30.5", 3, "1:30.5 is a number in base 60 in YAML 1.1 and text in YAML 1.2; "
-         "write '\"1:30.5\"'"),
-        ("2024-01-31", 3, "2024-01-31 is a date in YAML; write '\"2024-01-31\"'"),
+        ("08", 3, "08 is text in YAML 1.1 and 8 in YAML 1.2; write 8 or '\"08\"'"),
+        ("1e3", 3, "1e3 is text in YAML 1.1 and 1000.0 in YAML 1.2; write 1000.0 or '\"1e3\"'"),
+        ("1:30", 3, "1:30 is 90 in YAML 1.1 and text in YAML 1.2; write 90 or '\"1:30\"'"),
+        ("1:30.5", 3, "1:30.5 is 90.5 in YAML 1.1 and text in YAML 1.2; "
+         "write 90.5 or '\"1:30.5\"'"),
+        ("2024-01-31", 3, "2024-01-31 is a date in YAML 1.1 and text in YAML 1.2; "
+         "write '\"2024-01-31\"'"),
+        ("2024-13-31", 3, "2024-13-31 is special in YAML 1.1 and text in YAML 1.2; "
+         "write '\"2024-13-31\"'"),
         (".inf", 3, ".inf is not a plain decimal number; write it as in 0.5, or '\".inf\"'"),
-        ("=", 3, "= means something in YAML; write '\"=\"'"),
-        ("9" * 30, 3, "99999999999999999999… has more than 18 digits; write a smaller number"),
+        ("=", 3, "= is special in YAML 1.1 and text in YAML 1.2; write '\"=\"'"),
+        ("0x_", 3, "0x_ is special in YAML 1.1 and text in YAML 1.2; write '\"0x_\"'"),
+        ("-0b_", 3, "-0b_ is special in YAML 1.1 and text in YAML 1.2; write '\"-0b_\"'"),
+        *((digits, 3, f"{digits[:20]}… has more than 18 digits; write a smaller number")
+          for digits in ("9" * 30, "1_" + "1" * 5000, "0x" + "f" * 5000, "0" + "7" * 6000,
+                         "0o" + "7" * 6000)),
         ("!!python/name:os.system x", 3, "the tag !!python/name:os.system is not read in presets; "
          "leave it out; put quotes around text"),
         ("!mine x", 3, "the tag !mine is not read in presets; leave it out; "
@@ -54,7 +57,7 @@ def test_surprising_scalar_is_refused_with_its_line(
 
 
 @pytest.mark.parametrize(
-    "text", ["true", "12", "-3", "0.5", "1.5e+3", "null", "~", "yes!", "v1", "''"]
+    "text", ["true", "12", "-3", "0.5", "1.5e+3", "null", "~", "yes!", "v1", "''", "0x1F", "'on'"]
 )
 def test_scalars_that_all_yaml_versions_agree_on_are_read(text: str) -> None:
     findings = Findings()
@@ -129,10 +132,23 @@ def test_keys_and_documents_are_checked(refuse: Refuse, text: str, message: str)
         ("a: b: c\n", "p.yaml:1: is not YAML: mapping values are not allowed here"),
         ("a: \x01\n", "p.yaml:1: the character U+0001 is not allowed in YAML; remove it"),
         ("[" * 5000, "p.yaml:1: nested more than 32 deep; a preset needs four levels"),
+        ("? " * 5000, "p.yaml:1: nested more than 32 deep; a preset needs four levels"),
+        (
+            "null\n",
+            "p.yaml:1: None is not a preset (expected a mapping with 'version' and 'rules')",
+        ),
     ],
 )
 def test_text_that_is_no_preset_is_refused(refuse: Refuse, text: str, message: str) -> None:
     assert refuse(text) == [message]
+
+
+@pytest.mark.parametrize("ends", ["\r", "\r\n", "\x85", "\u2028", "\u2029"])
+def test_line_of_a_syntax_error_is_found_with_any_line_ends(write: Write, ends: str) -> None:
+    path = write("p.yaml", "")
+    path.write_bytes(f"version: 1{ends}# a{ends}# b{ends}  rules: [{ends}".encode())
+    with pytest.raises(PresetError, match=r"^p.yaml:4: is not YAML: expected <block end>"):
+        load_preset(path)
 
 
 def test_billion_laughs_are_refused_at_once(refuse: Refuse) -> None:

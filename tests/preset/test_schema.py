@@ -311,8 +311,7 @@ def test_branches_are_the_methods_names_and_arguments() -> None:
         # a layer that runs as it is stored is never rounded again
         own = {"requantize": {"const": False}} if spec.name == "auto" else {}
         assert branch["then"]["properties"] == own | {
-            key: {"$ref": f"methods/{spec.argument_schema}#/properties/{key}"}
-            for key in spec.defaults
+            key: dict(argument) for key, argument in spec.schema.items()
         }
 
 

@@ -43,7 +43,7 @@ class Case:
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight again, float32."""
-        weight: torch.Tensor = self.module.dequantize(tensors, self.arguments)
+        weight: torch.Tensor = self.module.read(tensors, self.arguments).dequantize()
         return weight
 
     def __str__(self) -> str:

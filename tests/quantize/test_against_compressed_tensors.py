@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixedprec_plugin.quantize import pack_quantized, scaled
+from mixedprec_plugin.methods.foreign.compressed_tensors import codec as pack_quantized
+from mixedprec_plugin.quantize import scaled
 
 N, K = 72, 192
 
@@ -63,7 +64,7 @@ def test_pack_quantized_is_what_the_library_unpacks(
     )  # fmt: skip
     stored = quantized("pack-quantized", made)
     assert ("weight_zero_point" in stored) is not symmetric
-    ours = pack_quantized.dequantize(stored, {"bits": bits, "group_size": group_size})
+    ours = pack_quantized.read(stored, {"bits": bits, "group_size": group_size}).dequantize()
     assert torch.equal(ours, theirs("pack-quantized", stored, made))
     assert float(ours.abs().amax()) > 0.1
 
@@ -75,10 +76,10 @@ def test_pack_quantized_in_activation_order_is_what_the_library_unpacks() -> Non
     g_idx = (torch.arange(K, dtype=torch.int32) // 32)[shuffled]
     stored = quantized("pack-quantized", made, weight_g_idx=g_idx)
     arguments = {"bits": 4, "group_size": 32}
-    ours = pack_quantized.dequantize(stored, arguments)
+    ours = pack_quantized.read(stored, arguments).dequantize()
     assert torch.equal(ours, theirs("pack-quantized", stored, made))
     in_order = {k: v for k, v in stored.items() if k != "weight_g_idx"}
-    assert not torch.equal(ours, pack_quantized.dequantize(in_order, arguments))
+    assert not torch.equal(ours, pack_quantized.read(in_order, arguments).dequantize())
 
 
 @pytest.mark.parametrize(
@@ -89,13 +90,13 @@ def test_int_quantized_is_what_the_library_dequantizes(strategy: str, symmetric:
     made = scheme(num_bits=8, type="int", symmetric=symmetric, strategy=strategy,
                   group_size=group_size)  # fmt: skip
     stored = quantized("int-quantized", made)
-    ours = scaled.dequantize(
+    ours = scaled.read(
         stored,
         {
             "codes": "weight", "scale": "weight_scale", "zero_point": "weight_zero_point",
             "block": [1, group_size or K], "reciprocal": False,
         },
-    )  # fmt: skip
+    ).dequantize()  # fmt: skip
     assert torch.equal(ours, theirs("int-quantized", stored, made))
 
 
@@ -107,11 +108,11 @@ def test_older_unpacked_zero_points_read_as_packed_ones() -> None:
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     arguments = {"bits": 4, "group_size": 32}
-    codes = pack_quantized.dequantize(
+    codes = pack_quantized.read(
         {**stored, "weight_zero_point": torch.zeros_like(unpacked),
          "weight_scale": torch.ones(N, K // 32)}, arguments,
-    )  # fmt: skip
+    ).dequantize()  # fmt: skip
     spread = unpacked.float().repeat_interleave(32, dim=1)
-    ours = pack_quantized.dequantize({**stored, "weight_zero_point": unpacked}, arguments)
+    ours = pack_quantized.read({**stored, "weight_zero_point": unpacked}, arguments).dequantize()
     scales = stored["weight_scale"].repeat_interleave(32, dim=1)
     assert torch.equal(ours, (codes - spread) * scales)

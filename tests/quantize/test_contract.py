@@ -49,8 +49,7 @@ def test_stored_tensors_are_those_of_the_registry(method: Case, dtype: torch.dty
 
 def test_the_registry_names_these_functions() -> None:
     for name, module in MODULES.items():
-        assert METHODS[name].quantizer == f"{module.__name__}:quantize"
-        assert METHODS[name].dequantizer == f"{module.__name__}:dequantize"
+        assert METHODS[name].codec == module.__name__
 
 
 @methods

@@ -42,13 +42,17 @@ def assert_as_reference(weight: torch.Tensor, folder: str, layer: str) -> None:
 @layers
 @pytest.mark.parametrize("folder", AWQ)
 def test_awq_equals_the_reference(folder: str, layer: str) -> None:
-    assert_as_reference(awq.dequantize(torch_layer(folder, layer), config(folder)), folder, layer)
+    assert_as_reference(
+        awq.read(torch_layer(folder, layer), config(folder)).dequantize(), folder, layer
+    )
 
 
 @layers
 @pytest.mark.parametrize("folder", GPTQ)
 def test_gptq_equals_the_reference(folder: str, layer: str) -> None:
-    assert_as_reference(gptq.dequantize(torch_layer(folder, layer), config(folder)), folder, layer)
+    assert_as_reference(
+        gptq.read(torch_layer(folder, layer), config(folder)).dequantize(), folder, layer
+    )
 
 
 @layers
@@ -57,7 +61,9 @@ def test_fp8_block_with_ragged_edges_equals_the_reference(layer: str) -> None:
     tensors = torch_layer(folder, layer)
     ours = {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"]}
     assert ours["weight_scale_inv"].shape == (2, 5)
-    assert_as_reference(fp8.dequantize(ours, {"weight_block_size": [128, 128]}), folder, layer)
+    assert_as_reference(
+        fp8.read(ours, {"weight_block_size": [128, 128]}).dequantize(), folder, layer
+    )
 
 
 @layers
@@ -65,9 +71,7 @@ def test_fp8_by_channel_equals_the_reference(layer: str) -> None:
     folder = "llmcompressor-fp8-dynamic"
     tensors = torch_layer(folder, layer)
     assert tensors["weight_scale"].shape == (len(tensors["weight"]), 1)
-    weight = fp8.dequantize(tensors, {"weight_block_size": None})
-    assert_as_reference(weight, folder, layer)
-    assert_as_reference(fp8_channel.dequantize(tensors, {}), folder, layer)
+    assert_as_reference(fp8_channel.read(tensors, {}).dequantize(), folder, layer)
 
 
 @layers
@@ -75,7 +79,7 @@ def test_fp8_by_channel_equals_the_reference(layer: str) -> None:
 def test_int8_in_blocks_of_one_row_equals_the_reference(folder: str, layer: str) -> None:
     tensors = torch_layer(folder, layer)
     ours = {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"]}
-    weight = blockwise_int8.dequantize(ours, {"weight_block_size": [1, 576]})
+    weight = blockwise_int8.read(ours, {"weight_block_size": [1, 576]}).dequantize()
     assert_as_reference(weight, folder, layer)
 
 
@@ -90,8 +94,8 @@ def test_gptq_reads_groups_out_of_order(layer: str) -> None:
         "qweight": packing.pack(codes[:, order], 4).t().contiguous(),
         "g_idx": tensors["g_idx"][order],
     }
-    in_order = gptq.dequantize(tensors, arguments)
-    assert torch.equal(gptq.dequantize(shuffled, arguments), in_order[:, order])
+    in_order = gptq.read(tensors, arguments).dequantize()
+    assert torch.equal(gptq.read(shuffled, arguments).dequantize(), in_order[:, order])
 
 
 @layers
@@ -100,7 +104,7 @@ def test_gptq_v2_stores_the_zero_itself(layer: str) -> None:
     tensors, arguments = torch_layer(folder, layer), config(folder)
     assert int(packing.unpack(tensors["qzeros"], 4).max()) < 15, "adding one must not carry"
     v2 = {**tensors, "qzeros": tensors["qzeros"] + 0x11111111}
-    weight = gptq.dequantize(v2, {**arguments, "checkpoint_format": "gptq_v2"})
+    weight = gptq.read(v2, {**arguments, "checkpoint_format": "gptq_v2"}).dequantize()
     assert_as_reference(weight, folder, layer)
 
 
@@ -110,7 +114,7 @@ def test_gptq_v1_reads_a_stored_15_as_zero_16() -> None:
         "qzeros": torch.full((1, 1), -1, dtype=torch.int32),
         "scales": torch.ones(1, 8),
     }
-    weight = gptq.dequantize(tensors, {"bits": 4, "group_size": 32})
+    weight = gptq.read(tensors, {"bits": 4, "group_size": 32}).dequantize()
     assert torch.equal(weight, torch.full((8, 32), -16.0))
 
 
@@ -140,8 +144,8 @@ def one_nibble_changed(tensors: Tensors) -> Tensors:
 def test_a_mutated_checkpoint_is_noticed(folder: str, mutate: Callable[[Tensors], Tensors]) -> None:
     method = awq if folder in AWQ else gptq
     tensors = torch_layer(folder, LAYERS[0])
-    assert is_expected(method.dequantize(tensors, config(folder)).numpy(), folder, LAYERS[0])
-    mutated = method.dequantize(mutate(tensors), config(folder)).numpy()
+    assert is_expected(method.read(tensors, config(folder)).dequantize().numpy(), folder, LAYERS[0])
+    mutated = method.read(mutate(tensors), config(folder)).dequantize().numpy()
     assert not is_expected(mutated, folder, LAYERS[0])
 
 
@@ -150,13 +154,13 @@ def test_another_nibble_order_is_noticed(
     order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "AWQ_ORDER", order)
-    weight = awq.dequantize(torch_layer(AWQ[1], LAYERS[0]), config(AWQ[1]))
+    weight = awq.read(torch_layer(AWQ[1], LAYERS[0]), config(AWQ[1])).dequantize()
     assert not is_expected(weight.numpy(), AWQ[1], LAYERS[0])
 
 
 def test_reading_v1_zeros_as_v2_is_noticed() -> None:
     arguments = {**config(GPTQ[2]), "checkpoint_format": "gptq_v2"}
-    weight = gptq.dequantize(torch_layer(GPTQ[2], LAYERS[0]), arguments)
+    weight = gptq.read(torch_layer(GPTQ[2], LAYERS[0]), arguments).dequantize()
     assert not is_expected(weight.numpy(), GPTQ[2], LAYERS[0])
 
 
@@ -164,7 +168,7 @@ def test_transposed_block_scales_are_refused() -> None:
     tensors = torch_layer("llmcompressor-fp8-block", LAYERS[0])
     turned = {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"].t()}
     with pytest.raises(ShapeError, match=r"weight_scale_inv: shape \[5, 2\] \(expected \[2, 5\]\)"):
-        fp8.dequantize(turned, {"weight_block_size": [128, 128]})
+        fp8.read(turned, {"weight_block_size": [128, 128]}).dequantize()
 
 
 def test_transposed_square_block_scales_are_noticed() -> None:
@@ -178,5 +182,5 @@ def test_transposed_square_block_scales_are_noticed() -> None:
     rows = torch.arange(192)[:, None] // 128
     columns = torch.arange(576)[None, :] // 288
     by_hand = square["weight"].float() * square["weight_scale_inv"][rows, columns]
-    assert torch.equal(fp8.dequantize(square, arguments), by_hand)
-    assert not torch.equal(fp8.dequantize(turned, arguments), by_hand)
+    assert torch.equal(fp8.read(square, arguments).dequantize(), by_hand)
+    assert not torch.equal(fp8.read(turned, arguments).dequantize(), by_hand)

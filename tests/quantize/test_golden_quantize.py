@@ -121,7 +121,7 @@ def test_no_further_from_the_original_than_the_peer(
 ) -> None:
     weight = original(layer)
     tensors = module.quantize(weight, arguments, torch.bfloat16)
-    ours = relative_rms(module.dequantize(tensors, arguments), weight)
+    ours = relative_rms(module.read(tensors, arguments).dequantize(), weight)
     assert ours < EXPECTED[folder][f"{layer}.weight"]["relative_rms_to_bf16"] * 1.001
 
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.plan.carried import preset_for
-from mixedprec_plugin.plan.model import Target
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import quantization_config
 from tests.checkpoints import write_checkpoint

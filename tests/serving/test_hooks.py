@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,15 +25,23 @@ def test_hook_that_is_gone_fails_the_load(
     sglang_context: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
     from mixedprec_plugin.serving import hooks
 
-    original = LoadConfig._verify_load_format.__wrapped__
-    monkeypatch.setattr(LoadConfig, "_verify_load_format", original)
+    original = WeightUpdater.update_weights_from_disk.__wrapped__
+    monkeypatch.setattr(WeightUpdater, "update_weights_from_disk", original)
     hooks.require_registration.cache_clear()
-    with pytest.raises(RegistrationError, match=r"LoadConfig\._verify_load_format: is not hooked"):
-        hooks.require_registration()
+    text = r"WeightUpdater\.update_weights_from_disk: is not hooked"
+    with pytest.raises(RegistrationError, match=text):
+        LoadConfig(load_format="mixedprec")
     hooks.require_registration.cache_clear()
+    # without the hook that would have asked, SGLang does not know the format
+    monkeypatch.setattr(
+        LoadConfig, "_verify_load_format", LoadConfig._verify_load_format.__wrapped__
+    )
+    with pytest.raises(ValueError, match="mixedprec"):
+        LoadConfig(load_format="mixedprec")
 
 
 def test_every_hook_names_the_lines_it_stands_on(sglang_context: SimpleNamespace) -> None:
@@ -119,7 +128,7 @@ def test_engine_without_a_preset_says_how_to_name_one(
 class TestCompositeConfig:
     @pytest.fixture
     def config(self, sglang_context: SimpleNamespace, tmp_path: Path) -> object:
-        from mixedprec_plugin.plan.model import Target
+        from mixedprec_plugin.methods.interface import Target
         from mixedprec_plugin.serving.config import MixedPrecisionConfig
         from tests.presets import plan
 
@@ -171,20 +180,54 @@ class TestCompositeConfig:
         assert first.quant_method.quant_config is second.quant_method.quant_config
 
 
-def test_a_start_resolves_its_plan_once_and_again_after_a_file_changed(tmp_path: Path) -> None:
-    from mixedprec_plugin.serving.early import make_plan
-    from mixedprec_plugin.serving.settings import Settings
+class TestPlanner:
+    @pytest.fixture
+    def model(self, tmp_path: Path) -> Path:
+        return write_llama(tmp_path / "model")
 
-    model = write_llama(tmp_path / "model")
-    preset = tmp_path / "p.yaml"
-    preset.write_text("version: 1\nrules: [{match: '*_proj', method: bf16}]\n")
+    @pytest.fixture
+    def preset(self, tmp_path: Path) -> Path:
+        return write_preset(tmp_path, 'match: "*_proj", method: bf16')
 
-    def planned(dtype: str) -> object:
-        return make_plan(str(model), Settings(str(preset)), dtype, 1, "cpu")
+    def test_plan_is_made_again_where_something_changed(self, model: Path, preset: Path) -> None:
+        from mixedprec_plugin.serving.planner import Planner
+        from mixedprec_plugin.serving.settings import Settings
 
-    first = planned("auto")
-    assert planned("bfloat16") is first
-    assert planned("float16") is not first
-    again = planned("auto")
-    os.utime(model / "model.safetensors", ns=(1, 1))
-    assert planned("auto") is not again
+        planner = Planner()
+
+        def planned(dtype: str) -> object:
+            return planner.plan(str(model), Settings(str(preset)), dtype, 1, "cpu")
+
+        first = planned("auto")
+        assert planned("bfloat16") is first
+        assert planned("float16") is not first
+        again = planned("auto")
+        os.utime(model / "model.safetensors", ns=(1, 1))
+        assert planned("auto") is not again
+
+    def test_start_plans_once_a_process(
+        self, sglang_context: SimpleNamespace, model: Path, preset: Path
+    ) -> None:
+        from sglang.srt.configs.model_config import ModelConfig
+        from sglang.srt.server_args import ServerArgs
+
+        from mixedprec_plugin.serving.planner import Planner, planner_of
+
+        parser = argparse.ArgumentParser()
+        ServerArgs.add_cli_args(parser)
+        args = parser.parse_args(
+            ["--model-path", str(model), "--load-format", "mixedprec", "--mixedprec-config",
+             str(preset), "--dtype", "bfloat16"]
+        )  # fmt: skip
+        server_args = ServerArgs.from_cli_args(args)
+        planner = planner_of(args)
+        assert planner._last is not None
+        plan = planner._last[0]
+        # the loader asks the latter
+        for record in (server_args, ModelConfig.from_server_args(server_args)):
+            assert planner_of(record) is planner
+        assert planner._last[0] is plan
+        # a rank's process gets the record, and makes the plan by itself
+        travelled = planner_of(pickle.loads(pickle.dumps(server_args)))
+        assert isinstance(travelled, Planner)
+        assert travelled._last is None

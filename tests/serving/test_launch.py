@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +49,7 @@ def check(model: Path, rules: tuple[str, ...], *argv: str) -> list[str]:
 pytestmark = pytest.mark.usefixtures("sglang_context")
 
 OTHER_LOADER = "it belongs to another load format"
-OWN_READING = "the load format reads ahead by itself"
+OWN_READING = "the load format reads files by itself"
 PAST = "tensors that come past the plan are not quantized by the preset"
 
 
@@ -204,3 +206,20 @@ def test_options_of_reading_reach_the_reader(is_said: bool) -> None:
     }  # fmt: skip
     with get_model().override(**said):
         assert _how_to_read() == Reading(may_map=not is_said, drops_cache=is_said)
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_files_are_prefetched_by_sglang_if_that_is_asked_for(
+    load_model: Callable[..., Any],
+    llama: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    is_said: bool,
+) -> None:
+    from sglang.srt.runtime_context import get_model
+
+    caplog.set_level("DEBUG", "sglang.srt.model_loader.weight_utils")
+    preset = write_preset(tmp_path, *DENSE)
+    with get_model().override(weight_loader_prefetch_checkpoints=is_said):
+        load_model(llama, preset, mixedprec_plan=str(tmp_path / "plan.json"))
+    assert ("prefetching 1/1 checkpoint shards" in caplog.text) == is_said

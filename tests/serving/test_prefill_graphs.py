@@ -35,9 +35,10 @@ def test_awq_layers_of_two_types_are_refused(
     monkeypatch.setattr(awq, "verify_marlin_supported", lambda *_, **__: None)  # asks a GPU
     four, eight = (AWQMarlinConfig(bits, 128, True, False, None, {}) for bits in (4, 8))
     config = MixedPrecisionConfig(plan(write_llama(tmp_path), 'match: "*", method: auto'))
-    assert config.quant_type is None
-    config._answer_for_awq(four)
-    config._answer_for_awq(four)
+    assert not hasattr(config, "quant_type")
+    config._answer_for(four)
+    config._answer_for(four)
     assert config.quant_type == four.quant_type
-    with pytest.raises(LoadError, match=r"has AWQ layers of .*; take them from one source"):
-        config._answer_for_awq(eight)
+    text = r"has awq layers whose quant_type is .* and others .*; take them from one source"
+    with pytest.raises(LoadError, match=text):
+        config._answer_for(eight)

@@ -86,7 +86,7 @@ def test_fp8_shards_of_two_sources_keep_their_own_scales(
     # not requantized to the largest scale, which would cost k and v five of their bits
     assert torch.equal(qkv.weight.data.float(), torch.cat([c.float() for c in codes]))
     expected = torch.cat([
-        fp8.dequantize({"weight": code, suffix: scale}, arguments)
+        fp8.read({"weight": code, suffix: scale}, arguments).dequantize()
         for code, scale in zip(codes, scales, strict=True)
     ])  # fmt: skip
     assert torch.allclose(dequantized(qkv), expected, rtol=2**-7, atol=1e-6)
@@ -106,9 +106,9 @@ def test_shards_of_two_formats_are_one_module_once_they_are_repacked(
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     expected = torch.cat([
-        gptq.dequantize(of(gptq_tensors, "q"), GPTQ),
-        awq.dequantize(of(awq_tensors, "k"), AWQ),
-        awq.dequantize(of(awq_tensors, "v"), AWQ),
+        gptq.read(of(gptq_tensors, "q"), GPTQ).dequantize(),
+        awq.read(of(awq_tensors, "k"), AWQ).dequantize(),
+        awq.read(of(awq_tensors, "v"), AWQ).dequantize(),
     ])  # fmt: skip
     # AWQ multiplies in the model's dtype
     assert torch.allclose(dequantized(qkv), expected, rtol=2**-7, atol=1e-6)

@@ -7,40 +7,21 @@ layer becomes is in `plan.auto`.
 
 from __future__ import annotations
 
-from typing import Any
+from mixedprec_plugin.methods.interface import Method, Rounding
 
-from mixedprec_plugin.methods.spec import Arguments, LayerShape, MethodSpec, TensorSpec
-
-
-def build(_arguments: Arguments, _platform: str) -> dict[str, Any]:
-    """Return no arguments: SGLang's class reads the source's own `quantization_config`."""
-    return {}
-
-
-def stored(_arguments: Arguments, _N: int, _K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return nothing: the tensors are the source's."""
-    return {}
-
-
-def check_shape(_arguments: Arguments, _shape: LayerShape, _device: str) -> list[tuple[str, str]]:
-    """Return nothing: what SGLang's class refuses is found when it builds the layer."""
-    return []
-
-
-SPEC = MethodSpec(
+METHOD = Method(
     name="auto",
     title="as the source stores it, by SGLang's own class for its quantization_config",
+    description="The layer runs as its source stores it, by the source's own quantization_config; "
+    "the source decides everything, so there are no arguments.",
     aliases={},
-    defaults={},
-    argument_schema="auto.schema.json",
-    config_classes={},
-    build=build,
-    stored=stored,
-    quantizer="",
-    dequantizer="",
+    schema={},
+    stored=lambda _arguments, _N, _K, _dtype: {},
+    recognize=lambda _tensors, _said: None,
+    read_config={},
+    declare=lambda _arguments: {},
+    # SGLang's class says what it refuses when it builds the layer
+    faults=lambda _arguments, _shape, _target: [],
     # never compared: shards under `auto` are of one format, or an error
-    precision=lambda _arguments: 0.0,
-    layer_kinds=frozenset({"linear", "expert"}),
-    min_capability=0,
-    check_shape=check_shape,
+    rounding=lambda _arguments: Rounding(rank=0.0, limit=0.05),
 )

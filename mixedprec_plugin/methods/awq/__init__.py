@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.methods import remedies
-from mixedprec_plugin.methods.groups import group_faults, group_quality, num_groups
-from mixedprec_plugin.methods.marlin import marlin_faults
-from mixedprec_plugin.methods.partitions import outputs_per_rank, split_faults
-from mixedprec_plugin.methods.spec import Arguments, LayerShape, MethodSpec, TensorSpec
+from mixedprec_plugin.methods import integers
+from mixedprec_plugin.methods.cards import version
+from mixedprec_plugin.methods.interface import (
+    Alternative,
+    Arguments,
+    Fault,
+    LayerShape,
+    Method,
+    Rounding,
+    Target,
+)
+from mixedprec_plugin.methods.shapes import (
+    group_faults,
+    group_size_of,
+    marlin_faults,
+    num_groups,
+    outputs_per_rank,
+    shape_faults,
+)
+from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec, unusable
+
+NAME = "awq"
+CODEC = "mixedprec_plugin.methods.awq.codec"
+
+_BITS, _PACK_FACTOR = 4, 8
+# AWQ rounds to nearest, beside folded scales
+_LIMIT = 0.25
+_CONFIG = "sglang.srt.layers.quantization.awq.awq:AWQConfig"
+_MARLIN_CONFIG = "sglang.srt.layers.quantization.awq.awq:AWQMarlinConfig"
+_MARLIN_CAPABILITY = 80
 
 
-def build(arguments: Arguments, platform: str) -> dict[str, Any]:
+def config_arguments(arguments: Arguments, platform: str) -> dict[str, Any]:
     """Return the constructor arguments of `AWQMarlinConfig` (`cuda`) or `AWQConfig` (the others).
 
     `AWQMarlinConfig` makes an `AWQConfig` from `full_config` for a layer that Marlin does not fit
@@ -25,13 +51,13 @@ def build(arguments: Arguments, platform: str) -> dict[str, Any]:
     }
     if platform != "cuda":
         return flat
-    return {**flat, "lm_head_quantized": False, "full_config": quantization_config(arguments)}
+    return {**flat, "lm_head_quantized": False, "full_config": declare(arguments)}
 
 
-def quantization_config(arguments: Arguments) -> dict[str, Any]:
+def declare(arguments: Arguments) -> dict[str, Any]:
     """Return what config.json's `quantization_config` says of such a checkpoint."""
     return {
-        "quant_method": "awq",
+        "quant_method": NAME,
         "version": "gemm",
         "bits": arguments["bits"],
         "group_size": arguments["group_size"],
@@ -39,6 +65,14 @@ def quantization_config(arguments: Arguments) -> dict[str, Any]:
         "lm_head": False,
         "modules_to_not_convert": None,
     }
+
+
+def read_config(config: Mapping[str, Any], _name: str) -> Said:
+    """Read what config.json says of a layer."""
+    facts = integers.config_facts(config)
+    if "symmetric" not in facts and config.get("zero_point") is not None:
+        facts["symmetric"] = not config["zero_point"]
+    return Said(NAME, facts, ignores_within_names=True)
 
 
 def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:
@@ -49,13 +83,54 @@ def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, Tensor
 
     Source: `AWQLinearScheme.create_weights` (awq/schemes/awq_linear.py:54-89).
     """
-    packed = 32 // arguments["bits"]
-    groups = num_groups(K, arguments["group_size"])
+    groups, words = num_groups(K, arguments["group_size"]), N // _PACK_FACTOR
     return {
-        "qweight": TensorSpec("I32", (K, N // packed)),
-        "qzeros": TensorSpec("I32", (groups, N // packed)),
+        "qweight": TensorSpec("I32", (K, words)),
+        "qzeros": TensorSpec("I32", (groups, words)),
         "scales": TensorSpec(dtype, (groups, N)),
     }
+
+
+def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
+    """Take a `qweight` whose words run along N; the dtype of the scales says nothing."""
+    shapes = integers.packed_shapes(tensors)
+    if shapes is None:
+        return None
+    version_name = str(said.config.get("version") or "gemm").lower()
+    if said.encoding == NAME and version_name != "gemm":
+        return unusable(tensors, f"awq {version_name}", encoding=NAME)
+    (K, words), qzeros, (groups, N) = shapes
+    if words * _PACK_FACTOR != N or qzeros != (groups, words):
+        return None
+    group_size = group_size_of(K, groups)
+    if group_size is None:
+        text = integers.ragged("awq 4-bit", K, groups)
+        return unusable(tensors, text, N, K, encoding=NAME)
+    return StoredFormat(
+        NAME,
+        {"bits": _BITS, "group_size": group_size, "zero_point": True},
+        N,
+        K,
+        f"awq 4-bit group {group_size}",
+        encoding=NAME,
+        numbers="integers",
+        facts={"bits": _BITS, "group_size": group_size},
+        suffixes=frozenset({"qweight", "qzeros", "scales"}),
+        codec=CODEC,
+        how={"group_size": group_size},
+        like=NAME,
+        limit=integers.limit(_BITS, group_size, _LIMIT),
+    )
+
+
+def why_not_repack(
+    stored: StoredFormat, arguments: Arguments, _tensors: Tensors, _may_round: bool
+) -> str | None:
+    """Say why integers in groups cannot be those of AWQ, which have no order."""
+    reason = integers.why_not_integers(stored, arguments)
+    if reason == "" and stored.said.get("desc_act"):
+        return "its groups are in act order"
+    return reason
 
 
 def fits_marlin(arguments: Arguments, shape: LayerShape) -> bool:
@@ -72,7 +147,7 @@ def fits_marlin(arguments: Arguments, shape: LayerShape) -> bool:
     return not marlin_faults(arguments["group_size"], whole)
 
 
-def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
+def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
     """Return what SGLang's AWQ linear methods refuse of a layer.
 
     A layer that Marlin does not fit runs in the plain AWQ kernel, which dequantizes to fp16 or bf16
@@ -89,52 +164,99 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
     parameters are laid out otherwise; a column is never one group (awq/schemes/awq_moe.py:80).
     """
     group_size = arguments["group_size"]
-    found = split_faults(shape)
-    if found:
-        return found
-    found = group_faults(group_size, 32 // arguments["bits"], 1, shape)
-    if shape.is_expert:
-        if group_size == -1:
-            return [*found, "group_size -1 is not served for experts, SGLang divides by it"]
-        return found + (marlin_faults(group_size, shape) if device == "cuda" else [])
-    if group_size == -1 and shape.parallel == "row" and shape.tp_size > 1:
-        found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
-    if device == "cuda" and (group_size == -1 or fits_marlin(arguments, shape)):
-        found += marlin_faults(group_size, shape)
-    return found
+    found = group_faults(group_size, _PACK_FACTOR, 1, shape)
+    on_cuda = target.device == "cuda"
+    if shape.is_expert and group_size == -1:
+        found.append("group_size -1 is not served for experts, SGLang divides by it")
+    elif shape.is_expert:
+        found += marlin_faults(group_size, shape) if on_cuda else []
+    else:
+        if group_size == -1 and shape.parallel == "row" and shape.tp_size > 1:
+            found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
+        if on_cuda and (group_size == -1 or fits_marlin(arguments, shape)):
+            found += marlin_faults(group_size, shape)
+    return shape_faults(found) + _without_marlin(arguments, shape, target)
 
 
-def check_shape(arguments: Arguments, shape: LayerShape, device: str) -> list[tuple[str, str]]:
-    """Return (text, remedy) for everything that keeps the layer from being served in AWQ."""
-    return remedies.pair("awq", arguments, shape, device, faults(arguments, shape, device))
+def _without_marlin(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
+    """What plain AWQ, on GPUs without Marlin (marlin_utils.py:83), does not run."""
+    if target.gpu is None or target.gpu.capability >= _MARLIN_CAPABILITY:
+        return []
+    marlin = (
+        "runs in Marlin kernels, and the GPU's compute capability is "
+        f"{version(target.gpu.capability)} (expected 8.0 or more)"
+    )
+    found = {
+        # awq/awq.py:139 has no method for FusedMoE, and leaves its experts unquantized
+        f"awq for experts {marlin}": shape.is_expert,
+        # awq/awq.py:105
+        "awq does not run in bfloat16 on this GPU (expected float16)": shape.dtype != "F16",
+        # awq/schemes/awq_linear.py:69 divides by the group size
+        f"awq with group_size -1 {marlin}": arguments["group_size"] == -1,
+    }
+    return [Fault("gpu", text) for text, is_so in found.items() if is_so]
 
 
-_CONFIG = "sglang.srt.layers.quantization.awq.awq:AWQConfig"
-_MARLIN_CONFIG = "sglang.srt.layers.quantization.awq.awq:AWQMarlinConfig"
+def rounding(arguments: Arguments) -> Rounding:
+    """A step is the range of a group over 15."""
+    size = arguments["group_size"]
+    return Rounding(
+        rank=4.5 + integers.group_rank(size),
+        limit=integers.limit(_BITS, size, _LIMIT),
+        error=lambda _N, K: integers.asymmetric_error(_BITS, K if size == -1 else size),
+    )
 
-SPEC = MethodSpec(
-    name="awq",
+
+METHOD = Method(
+    name=NAME,
     title="4-bit integers with zero points in groups along K, AWQ layout",
+    description="4-bit integers with zero points in groups along K, in AWQ's layout. Weight-only: "
+    "activations stay in 16 bits.",
     aliases={
         "awq_int4": {"bits": 4},
         "awq_4bit": {"bits": 4},
         "int4_awq": {"bits": 4},
         "awq_marlin": {},
     },
-    defaults={"bits": 4, "group_size": 128, "zero_point": True, "clip_search": False},
-    argument_schema="awq.schema.json",
+    schema={
+        "bits": {
+            "description": "Bits a weight; SGLang serves AWQ in 4 only.",
+            "enum": [4],
+            "default": 4,
+        },
+        "group_size": integers.GROUP_SIZE_SCHEMA,
+        "zero_point": {
+            "description": "Each group has a zero point; SGLang's AWQ kernels always read one.",
+            "type": "boolean",
+            "enum": [True],
+            "default": True,
+        },
+        "clip_search": integers.CLIP_SEARCH_SCHEMA,
+    },
+    stored=stored,
+    recognize=recognize,
+    read_config={NAME: read_config},
+    declare=declare,
+    faults=faults,
+    rounding=rounding,
+    alternatives=(
+        Alternative(NAME, integers.GROUP_SIZES),
+        Alternative("gptq", integers.GROUP_SIZES),
+        Alternative("fp8"),
+        Alternative("blockwise_int8"),
+    ),
     config_classes={
         "cuda": _MARLIN_CONFIG,
         "cuda_fallback": _CONFIG,
-        "cpu": "mixedprec_plugin.cpu.configs:CpuAWQConfig",
+        "cpu": "mixedprec_plugin.methods.awq.sglang:CpuAWQConfig",
     },
-    build=build,
-    stored=stored,
-    quantizer="mixedprec_plugin.methods.awq.codec:quantize",
-    dequantizer="mixedprec_plugin.methods.awq.codec:dequantize",
-    precision=lambda arguments: 4.5 + group_quality(arguments["group_size"]),
-    layer_kinds=frozenset({"linear", "expert"}),
+    config_arguments=config_arguments,
+    codec=CODEC,
     min_capability=75,
-    check_shape=check_shape,
-    fallback_below=80,
+    fallback_below=_MARLIN_CAPABILITY,
+    why_not_repack=why_not_repack,
+    # SGLang's class asks, and has another kernel for what Marlin does not take (awq.py:383)
+    faults_as_stored=lambda _stored, _shape, _target: [],
+    sglang="mixedprec_plugin.methods.awq.sglang",
+    moe_kernels="marlin",
 )

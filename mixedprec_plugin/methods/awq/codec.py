@@ -22,6 +22,8 @@ from mixedprec_plugin.quantize.checks import (
     weight_shape,
 )
 from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
+from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, Numbers, Tensors
+from mixedprec_plugin.quantize.integers import Integers
 from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq
 from mixedprec_plugin.quantize.rounding import Grid, round_groups
 
@@ -63,23 +65,20 @@ def quantize(
     clip_search = bool(arguments.get("clip_search", False))
     for rows, values in float_chunks(weight, multiple=AWQ_PACK_FACTOR):
         codes, scale, zero = round_groups(values, group_size, grid, clip_search)
-        words = slice(rows.start // AWQ_PACK_FACTOR, rows.stop // AWQ_PACK_FACTOR)
-        qweight[:, words] = pack_awq(codes)
-        qzeros[:, words] = pack_awq(zero.to(torch.uint8))
+        qweight[:, _words(rows)] = pack_awq(codes)
+        qzeros[:, _words(rows)] = pack_awq(zero.to(torch.uint8))
         scales[:, rows] = scale.t()
     require_finite(scales, weight)
     return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
 
 
-def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Undo `quantize`.
+def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Integers:
+    """Tell the numbers of a layer.
 
     Args:
         tensors: "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N] of any
             floating dtype; not modified.
         arguments: "group_size".
-    Returns:
-        float32 [N, K], exactly (q - zero) * scale.
     Raises:
         ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
     """
@@ -87,12 +86,43 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     K, num_words = qweight.shape
     N = num_words * AWQ_PACK_FACTOR
     group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)
-    num_groups = K // group_size
-    scales = take(tensors, "scales", (num_groups, N)).t().float()
-    zeros = unpack_awq(take(tensors, "qzeros", (num_groups, num_words))).float()
-    weight = torch.empty((N, K), device=qweight.device)
-    for rows in row_chunks(N, K, multiple=AWQ_PACK_FACTOR):
-        words = slice(rows.start // AWQ_PACK_FACTOR, rows.stop // AWQ_PACK_FACTOR)
-        chunk = weight[rows].copy_(unpack_awq(qweight[:, words])).view(-1, num_groups, group_size)
-        chunk.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
-    return weight
+    scales = take(tensors, "scales", (K // group_size, N)).t()
+    zeros = unpack_awq(take(tensors, "qzeros", (K // group_size, num_words)))
+    return Integers(
+        N,
+        K,
+        group_size,
+        lambda rows: unpack_awq(qweight[:, _words(rows)]),
+        zeros.to(torch.int16),
+        scales,
+    )
+
+
+def write(
+    numbers: Numbers, _arguments: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Store integers in groups of any packing.
+
+    Returns:
+        as `quantize`.
+    Raises:
+        NotTheSameNumbersError: their groups are in act order, a zero point is no 4-bit number, or
+            `dtype` does not hold the scales.
+    """
+    assert isinstance(numbers, Integers)
+    scales = numbers.scales_in(dtype)
+    if numbers.order is not None:
+        raise NotTheSameNumbersError("its groups are in act order")
+    low, high = (int(value) for value in torch.aminmax(numbers.zeros))
+    if low < 0 or high > 15:
+        what = f"it has a zero point of {low if low < 0 else high} (expected 0..15)"
+        raise NotTheSameNumbersError(what)
+    qweight = torch.empty((numbers.K, numbers.N // AWQ_PACK_FACTOR), dtype=torch.int32)
+    for rows in row_chunks(numbers.N, numbers.K, multiple=AWQ_PACK_FACTOR):
+        qweight[:, _words(rows)] = pack_awq(numbers.codes(rows))
+    qzeros = pack_awq(numbers.zeros.to(torch.uint8)).contiguous()
+    return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+
+
+def _words(rows: slice) -> slice:
+    return slice(rows.start // AWQ_PACK_FACTOR, rows.stop // AWQ_PACK_FACTOR)

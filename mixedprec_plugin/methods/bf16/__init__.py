@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from mixedprec_plugin.methods.partitions import split_faults
-from mixedprec_plugin.methods.spec import Arguments, LayerShape, MethodSpec, TensorSpec
+from mixedprec_plugin.methods.interface import (
+    Arguments,
+    Fault,
+    LayerShape,
+    Method,
+    Rounding,
+    Target,
+)
+from mixedprec_plugin.methods.stored import (
+    FLOAT,
+    FLOAT_DTYPES,
+    Said,
+    StoredFormat,
+    Tensors,
+    TensorSpec,
+)
 
 _STORED_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
-
-
-def build(_arguments: Arguments, _platform: str) -> dict[str, Any]:
-    """Return no arguments: there is no config class, SGLang's unquantized methods serve it."""
-    return {}
+# 2**-9 for a weight at most, twice where it went through both float16 and bfloat16
+_LIMIT = 0.01
 
 
 def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:
@@ -20,39 +29,35 @@ def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, Tensor
     return {"weight": TensorSpec(_STORED_DTYPES.get(arguments["dtype"], dtype), (N, K))}
 
 
-def faults(arguments: Arguments, shape: LayerShape, _device: str) -> list[str]:
+def recognize(tensors: Tensors, _said: Said) -> StoredFormat | None:
+    """Take a [N, K] matrix of floats."""
+    weight = tensors.get("weight")
+    if weight is None or len(weight.shape) != 2 or weight.dtype not in FLOAT_DTYPES:
+        return None
+    dtype, suffixes = FLOAT_DTYPES[weight.dtype], frozenset({"weight"})
+    return StoredFormat(
+        METHOD.name, {"dtype": dtype}, *weight.shape, dtype, FLOAT, suffixes=suffixes, limit=_LIMIT
+    )
+
+
+def faults(arguments: Arguments, shape: LayerShape, _target: Target) -> list[Fault]:
     """Return what SGLang's unquantized linear layer refuses of a layer.
 
     Source: the layer's weight is created in the model's dtype, whatever the checkpoint holds
-    (`UnquantizedLinearMethod.create_weights`,
-    layers/quantization/unquant.py:560).
+    (`UnquantizedLinearMethod.create_weights`, layers/quantization/unquant.py:560).
     """
-    wanted = _STORED_DTYPES.get(arguments["dtype"], shape.dtype)
-    found = split_faults(shape)
-    if wanted != shape.dtype:
-        names = {stored: name for name, stored in _STORED_DTYPES.items()}
-        running = names.get(shape.dtype, shape.dtype)
-        found.append(f"dtype {arguments['dtype']} differs from the {running} the model runs in")
-    return found
-
-
-def check_shape(arguments: Arguments, shape: LayerShape, device: str) -> list[tuple[str, str]]:
-    """Return (text, remedy) for everything that keeps the layer from being served unquantized."""
     wanted = arguments["dtype"]
-    return [
-        (
-            text,
-            f"serve with --dtype {wanted}, or use method: unquantized"
-            if text.startswith("dtype")
-            else "use a tensor-parallel size that divides it",
-        )
-        for text in faults(arguments, shape, device)
-    ]
+    if _STORED_DTYPES.get(wanted, shape.dtype) == shape.dtype:
+        return []
+    running = FLOAT_DTYPES.get(shape.dtype, shape.dtype)
+    text = f"dtype {wanted} differs from the {running} the model runs in"
+    return [Fault("shape", text, f"serve with --dtype {wanted}, or use method: unquantized")]
 
 
-SPEC = MethodSpec(
+METHOD = Method(
     name="bf16",
     title="not quantized: 16-bit floating point",
+    description="Not quantized. SGLang runs the whole model in one 16-bit dtype.",
     aliases={
         "bfloat16": {"dtype": "bfloat16"},
         "fp16": {"dtype": "float16"},
@@ -60,15 +65,25 @@ SPEC = MethodSpec(
         "unquantized": {"dtype": None},
         "none": {"dtype": None},
     },
-    defaults={"dtype": "bfloat16"},
-    argument_schema="bf16.schema.json",
-    config_classes={},
-    build=build,
+    schema={
+        "dtype": {
+            "description": "Dtype of the weights; must be the one that the model runs in. null "
+            "stands for whatever that is. The method's names imply it: bf16 means bfloat16, fp16 "
+            "float16, unquantized null.",
+            "enum": ["bfloat16", "float16", None],
+            "default": "bfloat16",
+        }
+    },
     stored=stored,
-    quantizer="",
-    dequantizer="",
-    precision=lambda _arguments: 16.0,
-    layer_kinds=frozenset({"linear", "expert", "lm_head"}),
-    min_capability=75,
-    check_shape=check_shape,
+    recognize=recognize,
+    read_config={},
+    declare=lambda _arguments: {},
+    faults=faults,
+    rounding=lambda _arguments: Rounding(rank=16.0, limit=_LIMIT),
+    sglang="mixedprec_plugin.methods.bf16.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset(
+        {"triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
+        | {"flashinfer_cutlass", "deep_gemm"}
+    ),
 )

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.methods import remedies
-from mixedprec_plugin.methods.blocks import block_faults, grid
-from mixedprec_plugin.methods.partitions import split_faults
-from mixedprec_plugin.methods.spec import Arguments, LayerShape, MethodSpec, TensorSpec
+from mixedprec_plugin.methods import scaled
+from mixedprec_plugin.methods.integers import GROUP_SIZES, largest
+from mixedprec_plugin.methods.interface import (
+    Alternative,
+    Arguments,
+    Fault,
+    LayerShape,
+    Method,
+    Rounding,
+    Target,
+)
+from mixedprec_plugin.methods.shapes import block_faults, grid, shape_faults
+from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
+
+NAME = "blockwise_int8"
+CODES = "I8"
 
 _CLASS = "sglang.srt.layers.quantization.blockwise_int8:BlockInt8Config"
+# a step is 2 * top / 255, and top / RMS is 4 to 20 for a block of a real layer
+_LIMIT = 0.05
 
 
-def build(arguments: Arguments, _platform: str) -> dict[str, Any]:
+def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
     """Return the constructor arguments of `BlockInt8Config` for a serialized INT8 checkpoint."""
     return {
         "is_checkpoint_int8_serialized": True,
@@ -20,6 +37,11 @@ def build(arguments: Arguments, _platform: str) -> dict[str, Any]:
         "ignored_layers": None,
         "weight_block_size": arguments["weight_block_size"],
     }
+
+
+def read_config(config: Mapping[str, Any], _name: str) -> Said:
+    """Read what config.json says of a layer."""
+    return Said("int8", scaled.block_facts(config))
 
 
 def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
@@ -31,35 +53,83 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
     Source: `BlockInt8LinearMethod.create_weights` (layers/quantization/blockwise_int8.py:188-216).
     """
     return {
-        "weight": TensorSpec("I8", (N, K)),
+        "weight": TensorSpec(CODES, (N, K)),
         "weight_scale_inv": TensorSpec("F32", grid(N, K, arguments["weight_block_size"])),
     }
 
 
-def faults(arguments: Arguments, shape: LayerShape, _device: str) -> list[str]:
-    """Return what SGLang's block INT8 linear method refuses of a layer."""
-    return split_faults(shape) or block_faults(arguments["weight_block_size"], shape)
+def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
+    """Take int8 codes beside a `weight_scale_inv` a block."""
+    found = scaled.recognize_served(tensors, said, CODES, "weight_scale_inv")
+    if found is None or found.facts["strategy"] != "block":
+        return None
+    arguments = {"weight_block_size": found.facts["block"]}
+    return dataclasses.replace(found, method=NAME, arguments=arguments, like=NAME)
 
 
-def check_shape(arguments: Arguments, shape: LayerShape, device: str) -> list[tuple[str, str]]:
-    """Return (text, remedy) for everything that keeps the layer from being served in INT8."""
-    found = faults(arguments, shape, device)
-    return remedies.pair("blockwise_int8", arguments, shape, device, found)
+def why_not_repack(
+    stored: StoredFormat, arguments: Arguments, tensors: Tensors, _may_round: bool
+) -> str | None:
+    """Say whether the codes and scales are this method's under another tool's names."""
+    return scaled.why_not_scaled(stored, arguments, tensors, CODES)
 
 
-SPEC = MethodSpec(
-    name="blockwise_int8",
+def faults(arguments: Arguments, shape: LayerShape, _target: Target) -> list[Fault]:
+    """Return what SGLang's block INT8 methods refuse of a layer."""
+    return shape_faults(block_faults(arguments["weight_block_size"], shape))
+
+
+def rounding(arguments: Arguments) -> Rounding:
+    """A step is the largest magnitude of a block over 127."""
+    block_n, block_k = arguments["weight_block_size"]
+    return Rounding(
+        rank=8.2 if [block_n, block_k] == [128, 128] else 8.25,
+        limit=_LIMIT,
+        error=lambda N, K: largest(min(N, block_n) * min(K, block_k)) / 127 / math.sqrt(12),
+    )
+
+
+METHOD = Method(
+    name=NAME,
     title="8-bit integers, one scale a block",
+    description="8-bit integer weights with one scale a block, and activations quantized to INT8 "
+    "at run time, in groups as long as the block.",
     aliases={"int8": {}, "int8_block": {}, "int8_blockwise": {}, "block_int8": {}},
-    defaults={"weight_block_size": [128, 128], "activation_scheme": "dynamic"},
-    argument_schema="blockwise_int8.schema.json",
-    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.cpu.configs:CpuBlockInt8Config"},
-    build=build,
+    schema={
+        "weight_block_size": {
+            "description": "[N, K] tile of the weight that shares a scale. Smaller blocks fit more "
+            "shapes and are more precise.",
+            "enum": [[128, 128], [64, 64]],
+            "default": [128, 128],
+        },
+        "activation_scheme": {
+            "description": "dynamic: activation scales are computed as tokens come; SGLang has no "
+            "other.",
+            "enum": ["dynamic"],
+            "default": "dynamic",
+        },
+    },
     stored=stored,
-    quantizer="mixedprec_plugin.methods.blockwise_int8.codec:quantize",
-    dequantizer="mixedprec_plugin.methods.blockwise_int8.codec:dequantize",
-    precision=lambda arguments: 8.2 if arguments["weight_block_size"] == [128, 128] else 8.25,
-    layer_kinds=frozenset({"linear", "expert"}),
+    recognize=recognize,
+    read_config={NAME: read_config},
+    declare=lambda arguments: {"quant_method": NAME, **arguments},
+    faults=faults,
+    rounding=rounding,
+    alternatives=(
+        Alternative(NAME, ({"weight_block_size": [64, 64]},)),
+        Alternative("fp8"),
+        Alternative("gptq", tuple({"bits": 8, **size} for size in GROUP_SIZES)),
+        Alternative("awq"),
+    ),
+    config_classes={
+        "cuda": _CLASS,
+        "cpu": "mixedprec_plugin.methods.blockwise_int8.sglang:CpuBlockInt8Config",
+    },
+    config_arguments=config_arguments,
+    codec="mixedprec_plugin.methods.blockwise_int8.codec",
     min_capability=80,
-    check_shape=check_shape,
+    why_not_repack=why_not_repack,
+    sglang="mixedprec_plugin.methods.blockwise_int8.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset({"triton"}),
 )

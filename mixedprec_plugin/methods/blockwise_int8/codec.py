@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from mixedprec_plugin.quantize.blocks import dequantize_blocks, quantize_blocks
+from mixedprec_plugin.quantize.checks import take_matrix
+from mixedprec_plugin.quantize.codec import Numbers, Tensors
+from mixedprec_plugin.quantize.scaled import Scaled, quantize_blocks, read_codes
 
 INT8_MAX = 127.0
 
@@ -34,27 +36,25 @@ def quantize(
     return quantize_blocks(weight, (block_n, block_k), INT8_MAX, _encode, torch.int8)
 
 
-def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Undo `quantize`.
+def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Scaled:
+    """Tell the numbers of "weight" int8 [N, K] and "weight_scale_inv" [ceil(N/bn), ceil(K/bk)].
 
-    Args:
-        tensors: "weight" int8 [N, K], "weight_scale_inv" [ceil(N/bn), ceil(K/bk)] of any floating
-            dtype; not modified.
-        arguments: as for `quantize`.
-    Returns:
-        float32 [N, K], q * weight_scale_inv rounded once.
     Raises:
         ShapeError: a tensor is missing, or of another shape or dtype.
     """
     block_n, block_k = arguments["weight_block_size"]
-    return dequantize_blocks(tensors, (block_n, block_k), _decode, torch.int8)
+    take_matrix(tensors, "weight", torch.int8, "[N, K]")
+    return read_codes(tensors, "weight_scale_inv", (block_n, block_k))
+
+
+def write(
+    numbers: Numbers, _arguments: Mapping[str, Any], _dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Store codes and scales as they are, under SGLang's names, scales in float32."""
+    assert isinstance(numbers, Scaled)
+    return {"weight": numbers.codes, "weight_scale_inv": numbers.scales}
 
 
 def _encode(scaled: torch.Tensor, codes: torch.Tensor) -> None:
     """Round to the nearest integer."""
     codes.copy_(scaled.round_())
-
-
-def _decode(codes: torch.Tensor, values: torch.Tensor) -> None:
-    """Write whole numbers as floats."""
-    values.copy_(codes)

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.methods import remedies
-from mixedprec_plugin.methods.blocks import block_faults, grid
-from mixedprec_plugin.methods.partitions import inputs_per_rank, outputs_per_rank, split_faults
-from mixedprec_plugin.methods.spec import Arguments, LayerShape, MethodSpec, TensorSpec
+from mixedprec_plugin.methods import scaled
+from mixedprec_plugin.methods.cards import version
+from mixedprec_plugin.methods.integers import GROUP_SIZES
+from mixedprec_plugin.methods.interface import (
+    Alternative,
+    Arguments,
+    Fault,
+    LayerShape,
+    Method,
+    Rounding,
+    Target,
+)
+from mixedprec_plugin.methods.shapes import (
+    block_faults,
+    fp8_marlin_fault,
+    grid,
+    inputs_per_rank,
+    outputs_per_rank,
+    shape_faults,
+)
+from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
+
+NAME = "fp8"
+CODES = "F8_E4M3"
+# measured on half a million normal numbers; with three bits of mantissa it hardly depends on scales
+ERROR = 0.026
+# 2**-4 for a weight at most
+LIMIT = 0.0625
 
 _CLASS = "sglang.srt.layers.quantization.fp8:Fp8Config"
+_STRATEGIES = {"row": "channel", "tensor": "tensor", "block": "block"}
+# e4m3 arithmetic; below it `can_auto_enable_marlin_fp8` (fp8_utils.py:2794) is true from 80 on
+_FP8_CAPABILITY = 89
 
 
-def build(arguments: Arguments, _platform: str) -> dict[str, Any]:
+def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
     """Return the constructor arguments of `Fp8Config` for a serialized FP8 checkpoint.
 
     Only arguments that SGLang 0.5.11 to 0.5.23 take; the rest keep their defaults there.
@@ -23,6 +52,14 @@ def build(arguments: Arguments, _platform: str) -> dict[str, Any]:
         "ignored_layers": None,
         "weight_block_size": arguments["weight_block_size"],
     }
+
+
+def read_config(config: Mapping[str, Any], _name: str) -> Said:
+    """Read what config.json says of a layer."""
+    facts = scaled.block_facts(config)
+    if strategy := _STRATEGIES.get(str(config.get("weight_scale_method"))):
+        facts["strategy"] = strategy
+    return Said(NAME, facts)
 
 
 def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
@@ -39,7 +76,7 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
     Source: what `Fp8LinearMethod.create_fp8_weight_` registers for each shard
     (layers/quantization/fp8.py:658-714).
     """
-    tensors = {"weight": TensorSpec("F8_E4M3", (N, K))}
+    tensors = {"weight": TensorSpec(CODES, (N, K))}
     block_size = arguments["weight_block_size"]
     if block_size is None:
         tensors["weight_scale"] = TensorSpec("F32", ())
@@ -50,33 +87,74 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
     return tensors
 
 
-def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
-    """Return what SGLang's FP8 linear method refuses of a layer.
+def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
+    """Take e4m3 codes beside one `weight_scale`, or a `weight_scale_inv` a block."""
+    if found := scaled.recognize_served(tensors, said, CODES, "weight_scale_inv"):
+        if found.facts["strategy"] != "block":
+            return None
+        arguments = {"weight_block_size": found.facts["block"], "activation_scheme": "dynamic"}
+    elif found := scaled.recognize_served(tensors, said, CODES, "weight_scale"):
+        if tensors["weight_scale"].shape not in ((), (1,)):
+            return None
+        activations = "static" if "input_scale" in tensors else "dynamic"
+        arguments = {"weight_block_size": None, "activation_scheme": activations}
+    else:
+        return None
+    return dataclasses.replace(found, method=NAME, arguments=arguments, like=NAME)
 
-    Source, per tensor: `torch._scaled_mm` takes multiples of 16 only; it is what a GPU without
-    CUTLASS FP8 and an SM120 use (fp8_utils.py:2456, 2744, 2758). Others turn to a Triton kernel
-    that takes any shape (fp8_utils.py:2545, 2652), which a plan cannot count on. Experts always run
-    in such a kernel (kernels/ops/moe/fused_moe_triton_kernels.py:894).
+
+def why_not_repack(
+    stored: StoredFormat, arguments: Arguments, tensors: Tensors, _may_round: bool
+) -> str | None:
+    """Say whether the codes and scales are this method's under another tool's names."""
+    return scaled.why_not_scaled(stored, arguments, tensors, CODES)
+
+
+def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
+    """Return what SGLang's FP8 methods refuse of a layer."""
+    block_size = arguments["weight_block_size"]
+    if block_size is not None:
+        found = shape_faults(block_faults(block_size, shape))
+    else:
+        found = whole_scale_faults(shape, target)
+    return found + _faults_without_units(shape, target)
+
+
+def whole_scale_faults(shape: LayerShape, target: Target) -> list[Fault]:
+    """Return what `apply_fp8_linear` refuses of a layer that has no blocks.
+
+    Source: `torch._scaled_mm` takes multiples of 16 only; it is what a GPU without CUTLASS FP8 and
+    an SM120 use (fp8_utils.py:2456, 2744, 2758). Others turn to a Triton kernel that takes any
+    shape (fp8_utils.py:2545, 2652), which a plan cannot count on. Experts always run in such a
+    kernel (kernels/ops/moe/fused_moe_triton_kernels.py:894).
     """
-    found = split_faults(shape)
-    if found:
-        return found
-    if arguments["weight_block_size"] is not None:
-        return block_faults(arguments["weight_block_size"], shape)
-    if device == "cuda" and not shape.is_expert:
-        K, N = inputs_per_rank(shape), sum(outputs_per_rank(shape))
-        for name, size in (("K", K), ("N", N)):
-            if size % 16:
-                found.append(f"{name} = {size} is not a multiple of 16, which FP8 matmuls need")
-    return found
+    if target.device != "cuda" or shape.is_expert:
+        return []
+    sizes = {"K": inputs_per_rank(shape), "N": sum(outputs_per_rank(shape))}
+    return shape_faults(
+        f"{name} = {size} is not a multiple of 16, which FP8 matmuls need"
+        for name, size in sizes.items()
+        if size % 16
+    )
 
 
-def check_shape(arguments: Arguments, shape: LayerShape, device: str) -> list[tuple[str, str]]:
-    """Return (text, remedy) for everything that keeps the layer from being served in FP8."""
-    return remedies.pair("fp8", arguments, shape, device, faults(arguments, shape, device))
+def _faults_without_units(shape: LayerShape, target: Target) -> list[Fault]:
+    """What a GPU without FP8 arithmetic does not run."""
+    if target.gpu is None or target.gpu.capability >= _FP8_CAPABILITY:
+        return []
+    if shape.is_expert:
+        # fp8.py:2221: Marlin only where --moe-runner-backend asks for it
+        text = (
+            "fp8 for experts runs in a Triton kernel with FP8 arithmetic, and the GPU's compute "
+            f"capability is {version(target.gpu.capability)} (expected 8.9 or more)"
+        )
+    else:
+        # the shards of a fused module are one matrix
+        text = fp8_marlin_fault(sum(outputs_per_rank(shape)), inputs_per_rank(shape))
+    return [Fault("gpu", text)] if text else []
 
 
-def argument_conflict(arguments: Arguments) -> str:
+def conflict(arguments: Arguments) -> str:
     """Source: `Fp8Config.__init__` (layers/quantization/fp8.py:311)."""
     if arguments["weight_block_size"] is not None and arguments["activation_scheme"] != "dynamic":
         return (
@@ -93,9 +171,11 @@ def why_not_quantize(arguments: Arguments) -> str:
     return ""
 
 
-SPEC = MethodSpec(
-    name="fp8",
+METHOD = Method(
+    name=NAME,
     title="8-bit floating point (e4m3), one scale a tensor or a 128x128 block",
+    description="8-bit floating point (e4m3) weights, and activations quantized to FP8 at run "
+    "time.",
     aliases={
         "fp8_e4m3": {},
         "fp8_tensor": {"weight_block_size": None},
@@ -104,17 +184,48 @@ SPEC = MethodSpec(
         "fp8_blockwise": {"weight_block_size": [128, 128]},
         "block_fp8": {"weight_block_size": [128, 128]},
     },
-    defaults={"weight_block_size": None, "activation_scheme": "dynamic"},
-    argument_schema="fp8.schema.json",
-    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.cpu.configs:CpuFp8Config"},
-    build=build,
+    schema={
+        "weight_block_size": {
+            "description": "[N, K] tile of the weight that shares a scale, with activations "
+            "quantized in groups of 128; null: one scale for the whole weight, and one for each "
+            "token's activations.",
+            "enum": [None, [128, 128]],
+            "default": None,
+        },
+        "activation_scheme": {
+            "description": "dynamic: activation scales are computed as tokens come. static: one "
+            "scale a layer is taken from the source, which must hold input_scale; without blocks "
+            "only.",
+            "enum": ["dynamic", "static"],
+            "default": "dynamic",
+        },
+    },
     stored=stored,
-    quantizer="mixedprec_plugin.methods.fp8.codec:quantize",
-    dequantizer="mixedprec_plugin.methods.fp8.codec:dequantize",
-    precision=lambda arguments: 8.0 if arguments["weight_block_size"] is None else 8.1,
-    layer_kinds=frozenset({"linear", "expert"}),
+    recognize=recognize,
+    read_config={NAME: read_config},
+    declare=lambda arguments: {"quant_method": NAME, **arguments},
+    faults=faults,
+    rounding=lambda arguments: Rounding(
+        rank=8.0 if arguments["weight_block_size"] is None else 8.1,
+        limit=LIMIT,
+        error=lambda _N, _K: ERROR,
+    ),
+    alternatives=(
+        Alternative(NAME, ({"weight_block_size": None},)),
+        Alternative("gptq", tuple({"bits": 8, **size} for size in GROUP_SIZES)),
+        Alternative("blockwise_int8"),
+        Alternative("awq"),
+    ),
+    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.methods.fp8.sglang:CpuFp8Config"},
+    config_arguments=config_arguments,
+    codec="mixedprec_plugin.methods.fp8.codec",
     min_capability=80,
-    check_shape=check_shape,
-    argument_conflict=argument_conflict,
+    why_not_repack=why_not_repack,
+    conflict=conflict,
     why_not_quantize=why_not_quantize,
+    sglang="mixedprec_plugin.methods.fp8.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset(
+        {"triton", "deep_gemm", "cutlass", "flashinfer_trtllm", "flashinfer_trtllm_routed"}
+    ),
 )

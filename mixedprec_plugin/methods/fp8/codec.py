@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
-from mixedprec_plugin.quantize.blocks import (
+from mixedprec_plugin.quantize.checks import require_finite, take_matrix, weight_shape
+from mixedprec_plugin.quantize.chunks import float_chunks
+from mixedprec_plugin.quantize.codec import Numbers, Tensors
+from mixedprec_plugin.quantize.scaled import (
+    E4M3,
+    E4M3_MAX,
     SMALLEST_SCALE,
-    dequantize_blocks,
+    Scaled,
     quantize_blocks,
+    read_codes,
 )
-from mixedprec_plugin.quantize.checks import refuse, require_finite, take_matrix, weight_shape
-from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
-
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = torch.finfo(E4M3).max
 
 
 def quantize(
@@ -63,55 +64,36 @@ def quantize(
     return {"weight": codes, "weight_scale": scale}
 
 
-def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Undo `quantize`.
+def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Scaled:
+    """Tell the numbers of "weight" and "weight_scale", or "weight_scale_inv" in blocks.
 
     Args:
-        tensors: "weight" float8_e4m3fn [N, K], and "weight_scale_inv" [ceil(N/bn), ceil(K/bk)] in
-            blocks, else "weight_scale" of one element, or of N, [N] or [N, 1], for one scale a
-            channel; scales of any floating dtype; not modified.
         arguments: as for `quantize`.
-    Returns:
-        float32 [N, K], q * scale rounded once.
     Raises:
         ShapeError: a tensor is missing, or of another shape or dtype.
     """
-    block = arguments.get("weight_block_size")
-    if block is not None:
-        return dequantize_blocks(tensors, (block[0], block[1]), decode, E4M3)
     codes = take_matrix(tensors, "weight", E4M3, "[N, K]")
-    scale = tensors.get("weight_scale")
-    if scale is None or scale.numel() not in (1, codes.shape[0]):
-        found = "missing" if scale is None else f"shape {list(scale.shape)}"
-        refuse(
-            "weight_scale",
-            f"{found} (expected one element, or {codes.shape[0]}, one a channel)",
-            "check weight_block_size against the checkpoint",
-            "tensor-shape",
-        )
-    N, K = codes.shape
-    spread = scale.float().reshape(-1, 1).expand(N, 1)
-    weight = torch.empty((N, K), device=codes.device)
-    for rows in row_chunks(N, K):
-        decode(codes[rows], weight[rows])
-        weight[rows].mul_(spread[rows])
-    return weight
+    block = arguments.get("weight_block_size")
+    if block is None:
+        return read_codes(tensors, "weight_scale", tuple(codes.shape))
+    return read_codes(tensors, "weight_scale_inv", (block[0], block[1]))
+
+
+def write(
+    numbers: Numbers, arguments: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Store the codes as they are, and scales under SGLang's name, in float32, which holds all."""
+    assert isinstance(numbers, Scaled)
+    made = {"weight": numbers.codes}
+    if arguments["weight_block_size"] is None:
+        made["weight_scale"] = numbers.scales.view(())
+    else:
+        made["weight_scale_inv"] = numbers.scales
+    if numbers.input_scale is not None:
+        made["input_scale"] = numbers.input_scale.float().view(())
+    return made
 
 
 def _encode(scaled: torch.Tensor, codes: torch.Tensor) -> None:
     """Round to the nearest e4m3."""
     codes.copy_(scaled)
-
-
-def decode(codes: torch.Tensor, values: torch.Tensor) -> None:
-    """Write e4m3 codes as floats, four times as fast as torch's own cast on a CPU.
-
-    The seven bits below the sign, moved up by seven, are a float16 of 1/256 the value: e4m3's
-    exponent is biased by 7, float16's by 15. Only e4m3's NaN would read as a number.
-    """
-    octets = codes.view(torch.int8)
-    if bool(octets.bitwise_and(0x7F).amax() == 0x7F):
-        values.copy_(codes)
-        return
-    halves = octets.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    values.copy_(halves.view(torch.float16)).mul_(256)

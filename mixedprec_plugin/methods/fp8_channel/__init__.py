@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.methods import fp8, remedies
-from mixedprec_plugin.methods.spec import Arguments, LayerShape, MethodSpec, TensorSpec
+from mixedprec_plugin.methods import fp8, scaled
+from mixedprec_plugin.methods.integers import GROUP_SIZES
+from mixedprec_plugin.methods.interface import Alternative, Arguments, Method, Rounding
+from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
+
+NAME = "fp8_channel"
 
 
-def build(_arguments: Arguments, _platform: str) -> dict[str, Any]:
-    """Return the constructor arguments of `W8A8Fp8Config` for a serialized FP8 checkpoint."""
-    return {"is_checkpoint_fp8_serialized": True}
+def read_config(_config: Mapping[str, Any], _name: str) -> Said:
+    """Read what config.json says of a layer."""
+    inputs = {"dynamic": True, "group_size": None}
+    return Said(fp8.NAME, {"strategy": "channel", "inputs": inputs})
 
 
 def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
@@ -21,45 +28,69 @@ def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tens
 
     Source: `W8A8Fp8LinearMethod.create_weights` (layers/quantization/w8a8_fp8.py:147).
     """
-    return {"weight": TensorSpec("F8_E4M3", (N, K)), "weight_scale": TensorSpec("F32", (N, 1))}
+    return {"weight": TensorSpec(fp8.CODES, (N, K)), "weight_scale": TensorSpec("F32", (N, 1))}
 
 
-def faults(_arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
-    """Return what keeps SGLang's linear method from a layer: what keeps `fp8` without blocks.
+def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
+    """Take e4m3 codes beside a scale a row, where activations may have a scale a token.
 
-    Source: `W8A8Fp8LinearMethod.apply` calls the same `apply_fp8_linear` (fp8_utils.py:2501).
+    A layer whose activations are not quantized, or otherwise, is served so by `auto` alone.
     """
-    return fp8.faults({"weight_block_size": None}, shape, device)
+    found = scaled.recognize_served(tensors, said, fp8.CODES, "weight_scale")
+    if found is None or tensors["weight_scale"].shape != (found.N, 1):
+        return None
+    inputs = said.of(fp8.NAME).get("inputs", {})
+    is_unsaid = inputs == {} and "input_scale" not in tensors
+    if not is_unsaid and not (inputs and inputs["dynamic"] and not inputs["group_size"]):
+        return None
+    return dataclasses.replace(found, method=NAME, like=fp8.NAME)
 
 
-def check_shape(arguments: Arguments, shape: LayerShape, device: str) -> list[tuple[str, str]]:
-    """Return (text, remedy) for everything that keeps the layer from being served so."""
-    found = faults(arguments, shape, device)
-    return remedies.pair("fp8_channel", arguments, shape, device, found)
+def why_not_repack(
+    stored: StoredFormat, _arguments: Arguments, tensors: Tensors, _may_round: bool
+) -> str | None:
+    """Say whether the codes' scales can be a channel's: those of a whole tensor are all alike."""
+    if not scaled.has_same_codes(stored, tensors, fp8.CODES) or "input_scale" in tensors:
+        return None
+    return "" if stored.facts.get("strategy") in ("tensor", "channel") else None
 
 
-SPEC = MethodSpec(
-    name="fp8_channel",
+METHOD = Method(
+    name=NAME,
     title="8-bit floating point (e4m3), one scale an output channel",
+    description="8-bit floating point (e4m3) weights with a scale for each output channel, and "
+    "activations quantized to FP8 at run time with a scale for each token. There is nothing to "
+    "choose, so there are no arguments.",
     aliases={
         "fp8_per_channel": {},
         "fp8_channelwise": {},
         "fp8_dynamic": {},
         "w8a8_fp8": {},
     },
-    defaults={},
-    argument_schema="fp8_channel.schema.json",
-    config_classes={
-        "cuda": "mixedprec_plugin.serving.fp8_channel:ChannelFp8Config",
-        "cpu": "mixedprec_plugin.cpu.configs:CpuChannelFp8Config",
-    },
-    build=build,
+    schema={},
     stored=stored,
-    quantizer="mixedprec_plugin.methods.fp8_channel.codec:quantize",
-    dequantizer="mixedprec_plugin.methods.fp8_channel.codec:dequantize",
+    recognize=recognize,
+    read_config=dict.fromkeys((NAME, "w8a8_fp8"), read_config),
+    declare=lambda _arguments: {"quant_method": NAME},
+    # `W8A8Fp8LinearMethod.apply` calls the same `apply_fp8_linear` as `fp8` (fp8_utils.py:2501)
+    faults=lambda _arguments, shape, target: fp8.whole_scale_faults(shape, target),
     # between a scale a tensor and one a 128x128 block, whose activations have more scales, too
-    precision=lambda _arguments: 8.05,
-    layer_kinds=frozenset({"linear", "expert"}),
+    rounding=lambda _arguments: Rounding(8.05, fp8.LIMIT, lambda _N, _K: fp8.ERROR),
+    alternatives=(
+        Alternative(fp8.NAME),
+        Alternative("gptq", tuple({"bits": 8, **size} for size in GROUP_SIZES)),
+        Alternative("blockwise_int8"),
+        Alternative("awq"),
+    ),
+    config_classes={
+        "cuda": "mixedprec_plugin.methods.fp8_channel.sglang:ChannelFp8Config",
+        "cpu": "mixedprec_plugin.methods.fp8_channel.sglang:CpuChannelFp8Config",
+    },
+    config_arguments=lambda _arguments, _platform: {"is_checkpoint_fp8_serialized": True},
+    codec="mixedprec_plugin.methods.fp8_channel.codec",
     min_capability=89,
-    check_shape=check_shape,
+    why_not_repack=why_not_repack,
+    sglang="mixedprec_plugin.methods.fp8_channel.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset({"triton"}),
 )

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from mixedprec_plugin.methods.fp8.codec import E4M3, E4M3_MAX, decode
-from mixedprec_plugin.quantize.blocks import SMALLEST_SCALE
-from mixedprec_plugin.quantize.checks import require_finite, take, take_matrix, weight_shape
-from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
+from mixedprec_plugin.quantize.checks import require_finite, take_matrix, weight_shape
+from mixedprec_plugin.quantize.chunks import float_chunks
+from mixedprec_plugin.quantize.codec import Numbers, Tensors
+from mixedprec_plugin.quantize.scaled import E4M3, E4M3_MAX, SMALLEST_SCALE, Scaled, read_codes
 
 
 def quantize(
@@ -26,7 +26,7 @@ def quantize(
         weight: [N, K], floating point, any device; not modified.
     Returns:
         "weight" float8_e4m3fn [N, K], "weight_scale" float32 [N, 1], a row's largest magnitude /
-        448. No clamping is needed, see `blocks.quantize_blocks`.
+        448. No clamping is needed, see `scaled.quantize_blocks`.
     Raises:
         ShapeError: not a matrix of floats, or not finite.
     """
@@ -42,22 +42,20 @@ def quantize(
     return {"weight": codes, "weight_scale": scales}
 
 
-def dequantize(tensors: Mapping[str, torch.Tensor], _arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Undo `quantize`.
+def read(tensors: Tensors, _arguments: Mapping[str, Any]) -> Scaled:
+    """Tell the numbers of "weight" e4m3 [N, K] and "weight_scale" [N, 1].
 
-    Args:
-        tensors: "weight" float8_e4m3fn [N, K], "weight_scale" [N, 1] of any floating dtype; not
-            modified.
-    Returns:
-        float32 [N, K], q * scale rounded once.
     Raises:
         ShapeError: a tensor is missing, or of another shape or dtype.
     """
     codes = take_matrix(tensors, "weight", E4M3, "[N, K]")
-    N, K = codes.shape
-    scales = take(tensors, "weight_scale", (N, 1)).float()
-    weight = torch.empty((N, K), device=codes.device)
-    for rows in row_chunks(N, K):
-        decode(codes[rows], weight[rows])
-        weight[rows].mul_(scales[rows])
-    return weight
+    return read_codes(tensors, "weight_scale", (1, codes.shape[1]))
+
+
+def write(
+    numbers: Numbers, _arguments: Mapping[str, Any], _dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Store the codes as they are; one scale for all becomes every channel's."""
+    assert isinstance(numbers, Scaled)
+    scales = numbers.scales.expand(numbers.codes.shape[0], 1).contiguous()
+    return {"weight": numbers.codes, "weight_scale": scales}

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.methods import remedies
-from mixedprec_plugin.methods.groups import group_faults, group_quality, num_groups
-from mixedprec_plugin.methods.marlin import marlin_faults
-from mixedprec_plugin.methods.partitions import split_faults
-from mixedprec_plugin.methods.spec import Arguments, LayerShape, MethodSpec, TensorSpec
+from mixedprec_plugin.methods import integers
+from mixedprec_plugin.methods.interface import (
+    AS_STORED_REMEDY,
+    Alternative,
+    Arguments,
+    Fault,
+    LayerShape,
+    Method,
+    Rounding,
+    Target,
+)
+from mixedprec_plugin.methods.shapes import (
+    group_faults,
+    group_size_of,
+    marlin_faults,
+    num_groups,
+    shape_faults,
+)
+from mixedprec_plugin.methods.stored import (
+    FLOAT,
+    Said,
+    StoredFormat,
+    Tensors,
+    TensorSpec,
+    incomplete,
+    matches,
+    said_keys,
+    unusable,
+)
+
+NAME = "gptq"
+CODEC = "mixedprec_plugin.methods.gptq.codec"
+
+_V1_PACKINGS = frozenset({"", "gptq", "auto_round:auto_gptq"})
+_V2 = "gptq_v2"
+_BITS = (4, 8)
+# of what config.json says of a layer that `dynamic` overrides: what it says of the others
+_WHOLE = "without dynamic"
 
 
-def build(arguments: Arguments, _platform: str) -> dict[str, Any]:
+def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
     """Return the constructor arguments of `GPTQMarlinConfig`.
 
     `dynamic` stays empty: the plan decides layer by layer.
@@ -23,7 +58,7 @@ def build(arguments: Arguments, _platform: str) -> dict[str, Any]:
         "is_sym": arguments["sym"],
         "lm_head_quantized": False,
         "dynamic": {},
-        "full_config": quantization_config(arguments),
+        "full_config": declare(arguments),
     }
 
 
@@ -36,11 +71,11 @@ def has_order(arguments: Arguments) -> bool:
     return bool(arguments["desc_act"]) and arguments["group_size"] != -1
 
 
-def quantization_config(arguments: Arguments) -> dict[str, Any]:
+def declare(arguments: Arguments) -> dict[str, Any]:
     """Return what config.json's `quantization_config` says of such a checkpoint."""
     return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "quant_method": NAME,
+        "checkpoint_format": NAME,
         "bits": arguments["bits"],
         "group_size": arguments["group_size"],
         "desc_act": has_order(arguments),
@@ -48,6 +83,21 @@ def quantization_config(arguments: Arguments) -> dict[str, Any]:
         "lm_head": False,
         "dynamic": {},
     }
+
+
+def read_config(config: Mapping[str, Any], name: str) -> Said:
+    """Read what config.json says of a layer, gptqmodel's `dynamic` overrides applied."""
+    whole = facts = integers.config_facts(config) | said_keys(config, desc_act="desc_act")
+    dynamic = config.get("dynamic")
+    for pattern, override in dynamic.items() if isinstance(dynamic, Mapping) else ():
+        if matches(re.sub(r"^\+:|^-:", "", pattern), name):
+            if pattern.startswith("-:"):
+                return Said(FLOAT, facts)
+            if isinstance(override, Mapping):
+                own = integers.config_facts(override) | said_keys(override, desc_act="desc_act")
+                facts = {**whole, **own, _WHOLE: whole}
+            break
+    return Said(NAME, facts)
 
 
 def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:
@@ -68,7 +118,97 @@ def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, Tensor
     }
 
 
-def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
+def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
+    """Take a `qweight` whose words run along K.
+
+    Headers do not tell the zero convention (v1 stores zero - 1, v2 the zero), whether zeros are all
+    the middle of the range, and the order of groups.
+    """
+    shapes = integers.packed_shapes(tensors)
+    if shapes is None:
+        return None
+    (rows, columns), (zero_rows, words), (groups, N) = shapes
+    if columns != N or zero_rows != groups or not words:
+        return None
+    bits, rest = divmod(32 * words, N)
+    packing = str(said.config.get("checkpoint_format") or said.config.get("packing_format") or "")
+    K = rows * 32 // bits if bits else 0
+    label = f"gptq {bits}-bit"
+    group_size = group_size_of(K, groups)
+    g_idx = tensors.get("g_idx")
+    if rest or bits not in _BITS:
+        return unusable(tensors, label, N, K, encoding=NAME)
+    if packing not in {*_V1_PACKINGS, _V2}:
+        return unusable(tensors, f"{label} packed as {packing}", N, K, encoding=NAME)
+    if group_size is None:
+        text = integers.ragged(label, K, groups)
+        return unusable(tensors, text, N, K, encoding=NAME)
+    if g_idx is not None and g_idx.shape != (K,):
+        text = f"its g_idx is {list(g_idx.shape)} (expected {[K]})"
+        return unusable(tensors, label, N, K, encoding=NAME, disagreements=(text,))
+    if said.facts.get("desc_act") and g_idx is None:
+        return incomplete(tensors, f"{label} with act order", ["g_idx"], NAME)
+    return _readable(tensors, said, (N, K), bits, group_size, is_v2=packing == _V2)
+
+
+def _readable(
+    tensors: Tensors, said: Said, shape: tuple[int, int], bits: int, group_size: int, *, is_v2: bool
+) -> StoredFormat:
+    symmetric = bool(said.facts.get("symmetric", True))
+    desc_act = bool(said.facts.get("desc_act", False))
+    notes = {
+        "asymmetric": not symmetric,
+        "act order": desc_act,
+        "v2": is_v2,
+        "without g_idx": "g_idx" not in tensors,
+    }
+    is_served = symmetric and not is_v2
+    arguments = {"bits": bits, "group_size": group_size, "sym": True, "desc_act": desc_act}
+    described = [f"gptq {bits}-bit group {group_size}", *(n for n, is_so in notes.items() if is_so)]
+    return StoredFormat(
+        NAME if is_served else "",
+        arguments if is_served else {},
+        *shape,
+        " ".join(described),
+        encoding=NAME,
+        numbers="integers",
+        facts={"bits": bits, "group_size": group_size},
+        suffixes=frozenset({"qweight", "qzeros", "scales", "g_idx"}) & frozenset(tensors),
+        codec=CODEC,
+        how={"bits": bits, "group_size": group_size, "checkpoint_format": _V2 if is_v2 else NAME},
+        like=NAME,
+        limit=integers.limit(bits, group_size),
+        filled={} if "g_idx" in tensors else {"g_idx": TensorSpec("I32", (shape[1],))},
+    )
+
+
+def complete(arguments: Arguments, stored: StoredFormat) -> Arguments:
+    """Act order that the preset leaves open is as the source stores it, and none if we quantize."""
+    if arguments["desc_act"] is not None:
+        return arguments
+    return {**arguments, "desc_act": stored.encoding == NAME and bool(stored.said.get("desc_act"))}
+
+
+def why_not_repack(
+    stored: StoredFormat, arguments: Arguments, _tensors: Tensors, may_round: bool
+) -> str | None:
+    """Say why integers in groups cannot be those of GPTQ, which are served symmetric only."""
+    reason = integers.why_not_integers(stored, arguments)
+    if reason != "":
+        return reason
+    has_order = bool(stored.said.get("desc_act"))
+    if has_order and stored.encoding != NAME:
+        return "its groups are in act order"
+    if arguments["desc_act"] and not has_order:
+        return "its groups are in no act order"
+    symmetric = stored.facts.get("symmetric", stored.said.get("symmetric"))
+    if symmetric is None:
+        is_told = stored.encoding == NAME or not may_round
+        return "" if is_told else "nothing tells that it is symmetric"
+    return "" if symmetric else "it is asymmetric, and gptq is served symmetric only"
+
+
+def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
     """Return what SGLang's GPTQ Marlin linear method refuses of a layer.
 
     Marlin's limits are its own statement: `GPTQMarlinLinearKernel` asks for it and ignores the
@@ -76,29 +216,47 @@ def faults(arguments: Arguments, shape: LayerShape, device: str) -> list[str]:
     the first forward pass, or by luck not at all. Nobody asks for experts (gptq/gptq.py:447). With
     act order, a rank has the scales of its own columns and needs all (gptq_moe.py:198).
     """
-    found = split_faults(shape)
-    if found:
-        return found
     packed = 32 // arguments["bits"]
     found = group_faults(arguments["group_size"], packed, packed, shape)
     if arguments["desc_act"] and shape.is_expert and shape.tp_size > 1:
         found.append(f"act order of experts cannot be split over {shape.tp_size} ranks")
-    if device == "cuda":
+    if target.device == "cuda":
         found += marlin_faults(arguments["group_size"], shape)
         if has_order(arguments) and arguments["group_size"] == shape.K:
             found.append(f"act order needs more than one group along K = {shape.K}")
-    return found
+    return shape_faults(found)
 
 
-def check_shape(arguments: Arguments, shape: LayerShape, device: str) -> list[tuple[str, str]]:
-    """Return (text, remedy) for everything that keeps the layer from being served in GPTQ."""
-    return remedies.pair("gptq", arguments, shape, device, faults(arguments, shape, device))
+def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
+    """Return what SGLang does not ask for experts: their shape, and `dynamic` (gptq.py:447)."""
+    known = {**stored.facts, **stored.said}
+    arguments = {key: known.get(key, default) for key, default in METHOD.defaults.items()}
+    arguments["group_size"] = stored.K if stored.is_one_group else stored.facts["group_size"]
+    found = faults(arguments, shape, target)
+    whole = stored.said.get(_WHOLE, {})
+    # one group has no order
+    keys = (
+        ("bits", "group_size")
+        if whole.get("group_size") == -1
+        else ("bits", "group_size", "desc_act")
+    )
+    texts = [
+        f"config.json's dynamic says {key} {stored.said[key]} of its experts, and SGLang does not "
+        f"ask it for experts: it would run them with {key} {whole.get(key)}"
+        for key in keys
+        if whole and stored.said.get(key) != whole.get(key)
+    ]
+    return [fault._replace(remedy=AS_STORED_REMEDY) for fault in found + shape_faults(texts)]
 
 
-def precision(arguments: Arguments) -> float:
+def rounding(arguments: Arguments) -> Rounding:
     """Eight bits rank above block INT8: finer scales, and activations are not quantized."""
-    base = 8.3 if arguments["bits"] == 8 else 4.4
-    return base + group_quality(arguments["group_size"])
+    bits, size = arguments["bits"], arguments["group_size"]
+    return Rounding(
+        rank=(8.3 if bits == 8 else 4.4) + integers.group_rank(size),
+        limit=integers.limit(bits, size),
+        error=lambda _N, K: integers.symmetric_error(bits, K if size == -1 else size),
+    )
 
 
 def why_not_quantize(arguments: Arguments) -> str:
@@ -108,9 +266,11 @@ def why_not_quantize(arguments: Arguments) -> str:
     return ""
 
 
-SPEC = MethodSpec(
-    name="gptq",
+METHOD = Method(
+    name=NAME,
     title="symmetric 4- or 8-bit integers in groups along K, GPTQ layout",
+    description="Symmetric 4- or 8-bit integers in groups along K, in GPTQ's layout. Weight-only: "
+    "activations stay in 16 bits.",
     aliases={
         "gptq_int4": {"bits": 4},
         "gptq_4bit": {"bits": 4},
@@ -120,25 +280,47 @@ SPEC = MethodSpec(
         "int8_gptq": {"bits": 8},
         "gptq_marlin": {},
     },
-    defaults={
-        "bits": 4,
-        "group_size": 128,
-        "sym": True,
-        "desc_act": None,
-        "clip_search": False,
+    schema={
+        "bits": {"description": "Bits a weight.", "enum": [4, 8], "default": 4},
+        "group_size": integers.GROUP_SIZE_SCHEMA,
+        "sym": {
+            "description": "The zero point is the middle of the range; SGLang's GPTQ kernels take "
+            "no other.",
+            "type": "boolean",
+            "enum": [True],
+            "default": True,
+        },
+        "desc_act": {
+            "description": "Act order: columns were quantized in the order of their activations' "
+            "size. null: as the source stores it, and without where a layer is quantized at load. "
+            "true needs a source that has it.",
+            "enum": [None, False, True],
+            "default": None,
+        },
+        "clip_search": integers.CLIP_SEARCH_SCHEMA,
     },
-    argument_schema="gptq.schema.json",
+    stored=stored,
+    recognize=recognize,
+    read_config={NAME: read_config},
+    declare=declare,
+    faults=faults,
+    rounding=rounding,
+    alternatives=(
+        Alternative(NAME, integers.GROUP_SIZES),
+        Alternative("awq", integers.GROUP_SIZES),
+        Alternative("fp8"),
+    ),
     config_classes={
         "cuda": "sglang.srt.layers.quantization.gptq.gptq:GPTQMarlinConfig",
-        "cpu": "mixedprec_plugin.cpu.configs:CpuGPTQConfig",
+        "cpu": "mixedprec_plugin.methods.gptq.sglang:CpuGPTQConfig",
     },
-    build=build,
-    stored=stored,
-    quantizer="mixedprec_plugin.methods.gptq.codec:quantize",
-    dequantizer="mixedprec_plugin.methods.gptq.codec:dequantize",
-    precision=precision,
-    layer_kinds=frozenset({"linear", "expert"}),
+    config_arguments=config_arguments,
+    codec=CODEC,
     min_capability=80,
-    check_shape=check_shape,
+    why_not_repack=why_not_repack,
+    complete=complete,
+    faults_as_stored=faults_as_stored,
     why_not_quantize=why_not_quantize,
+    sglang="mixedprec_plugin.methods.gptq.sglang",
+    moe_kernels="marlin",
 )

@@ -15,7 +15,6 @@ import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.quantize.checks import (
-    refuse,
     require_finite,
     require_packable,
     resolve_group_size,
@@ -24,6 +23,8 @@ from mixedprec_plugin.quantize.checks import (
     weight_shape,
 )
 from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
+from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, Numbers, Tensors
+from mixedprec_plugin.quantize.integers import Integers, plain_order
 from mixedprec_plugin.quantize.packing import pack, unpack
 from mixedprec_plugin.quantize.rounding import Grid, round_groups
 
@@ -62,29 +63,24 @@ def quantize(
         qweight[:, rows] = pack(codes, bits).t()
         scales[:, rows] = scale.t()
     require_finite(scales, weight)
-    stored_zero = (1 << (bits - 1)) - 1
-    zeros = torch.full((num_groups, N), stored_zero, dtype=torch.uint8, device=weight.device)
     return {
         "qweight": qweight,
-        "qzeros": pack(zeros, bits),
+        "qzeros": _middle_zeros(scales.shape, bits, weight.device),
         "scales": scales,
-        "g_idx": _plain_order(K, group_size, weight.device),
+        "g_idx": plain_order(K, group_size, weight.device),
     }
 
 
-def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Dequantize any GPTQ layer: symmetric or not, v1 or v2, with or without activation order.
+def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Integers:
+    """Tell the numbers of any GPTQ layer: symmetric or not, v1 or v2, in any order of groups.
 
     Args:
         tensors: "qweight" int32 [K/(32/bits), N], "qzeros" int32 [K/G, N/(32/bits)], "scales"
             [K/G, N] of any floating dtype, and "g_idx" int32 [K], the group of every input feature,
             which may be missing where groups are in order; not modified.
         arguments: "bits", "group_size", and optionally "checkpoint_format" ("gptq" or "gptq_v2").
-    Returns:
-        float32 [N, K], exactly (q - zero) * scale.
     Raises:
-        ShapeError: a tensor is missing or of another shape, K no multiple of the group size, or
-            g_idx names a group that is not there.
+        ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
     """
     bits = int(arguments["bits"])
     pack_factor = 32 // bits
@@ -92,20 +88,108 @@ def dequantize(tensors: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]
     K, N = qweight.shape[0] * pack_factor, qweight.shape[1]
     group_size = resolve_group_size(K, arguments["group_size"], pack_factor)
     num_groups = K // group_size
-    scales = take(tensors, "scales", (num_groups, N)).t().float()
-    zeros = unpack(take(tensors, "qzeros", (num_groups, N // pack_factor)), bits).t().float()
-    if arguments.get("checkpoint_format") != "gptq_v2":
-        zeros = zeros + 1
-    order = _take_order(tensors, K, group_size, num_groups)
-    weight = torch.empty((N, K), device=qweight.device)
-    for rows in row_chunks(N, K):
-        chunk = weight[rows].copy_(unpack(qweight[:, rows].t(), bits))
-        if order is None:
-            grouped = chunk.view(-1, num_groups, group_size)
-            grouped.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
-        else:
-            chunk.sub_(zeros[rows][:, order]).mul_(scales[rows][:, order])
-    return weight
+    scales = take(tensors, "scales", (num_groups, N)).t()
+    zeros = unpack(take(tensors, "qzeros", (num_groups, N // pack_factor)), bits).t()
+    is_v1 = arguments.get("checkpoint_format") != "gptq_v2"
+    g_idx = take(tensors, "g_idx", (K,)) if "g_idx" in tensors else None
+    return Integers(
+        N,
+        K,
+        group_size,
+        lambda rows: unpack(qweight[:, rows].t(), bits),
+        zeros.to(torch.int16) + int(is_v1),
+        scales,
+        g_idx,
+        keeps_order=True,
+    )
+
+
+def write(
+    numbers: Numbers, arguments: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Store integers in groups of any packing.
+
+    Args:
+        arguments: "bits", "desc_act".
+    Returns:
+        as `quantize`.
+    Raises:
+        NotTheSameNumbersError: their groups are in an act order that was not asked for, a zero
+            point is not the middle of the range, or `dtype` does not hold the scales.
+    """
+    assert isinstance(numbers, Integers)
+    scales, bits = numbers.scales_in(dtype), int(arguments["bits"])
+    if not arguments["desc_act"] and numbers.order is not None:
+        remedy = "write desc_act: true" if numbers.keeps_order else ""
+        raise NotTheSameNumbersError("its groups are in act order", remedy)
+    middle = 1 << (bits - 1)
+    odd = int((numbers.zeros != middle).sum())
+    if odd:
+        what = (
+            f"{odd:,} of its {numbers.zeros.numel():,} zero points are not {middle}, and gptq is "
+            "served symmetric only"
+        )
+        raise NotTheSameNumbersError(what, can_round=True)
+    qweight = torch.empty((numbers.K * bits // 32, numbers.N), dtype=torch.int32)
+    for rows in row_chunks(numbers.N, numbers.K, multiple=8):
+        qweight[:, rows] = pack(numbers.codes(rows), bits).t()
+    g_idx = numbers.g_idx if arguments["desc_act"] else None
+    plain = plain_order(numbers.K, numbers.group_size)
+    return {
+        "qweight": qweight,
+        "qzeros": _middle_zeros(scales.shape, bits, scales.device),
+        "scales": scales,
+        "g_idx": plain if g_idx is None else g_idx.to(torch.int32),
+    }
+
+
+def take_stored(
+    tensors: Tensors, arguments: Mapping[str, Any], *, checks: bool
+) -> dict[str, torch.Tensor]:
+    """Return a stored layer's tensors with a "g_idx" int32 [K], the group of every input feature.
+
+    SGLang's kernels read no zero points (all are the middle of the range) and, without act order,
+    no g_idx (groups are in order): a layer that breaks either would load cleanly and emit garbage.
+
+    Args:
+        tensors, arguments: as for `read`, and "desc_act".
+        checks: whether these kernels run it.
+    Raises:
+        NotTheSameNumbersError: the layer breaks either.
+        ShapeError: the group size does not divide K.
+    """
+    bits = int(arguments["bits"])
+    K = tensors["qweight"].shape[0] * 32 // bits
+    plain = plain_order(K, resolve_group_size(K, arguments["group_size"], 32 // bits))
+    g_idx = tensors.get("g_idx", plain)
+    if checks and (reason := _why_not_plain(tensors, g_idx, plain, bits, arguments["desc_act"])):
+        raise NotTheSameNumbersError(reason)
+    return {**tensors, "g_idx": g_idx}
+
+
+def _why_not_plain(
+    tensors: Tensors, g_idx: torch.Tensor, plain: torch.Tensor, bits: int, desc_act: bool
+) -> str:
+    stored_zero = (1 << (bits - 1)) - 1
+    word = sum(stored_zero << shift for shift in range(0, 32, bits))
+    if bool((tensors["qzeros"] != word).any()):
+        return f"its zero points are not all {stored_zero + 1}, as a symmetric layer's are"
+    if not desc_act and not torch.equal(g_idx, plain):
+        return "its g_idx is not in order, which it is where desc_act is false"
+    least, most, num_groups = int(g_idx.min()), int(g_idx.max()), tensors["scales"].shape[0]
+    if desc_act and (least < 0 or most >= num_groups):
+        # kernels read the scales of whatever group they are told, behind the last one too
+        return (
+            f"its g_idx holds groups from {least} to {most} (expected 0 to {num_groups - 1}, as it "
+            f"has scales for {num_groups})"
+        )
+    return ""
+
+
+def _middle_zeros(shape: torch.Size, bits: int, device: torch.device) -> torch.Tensor:
+    """Packed zero points of a symmetric layer, int32 [K/G, N/(32/bits)], as v1 stores them."""
+    zero = (1 << (bits - 1)) - 1
+    return pack(torch.full(shape, zero, dtype=torch.uint8, device=device), bits)
 
 
 def _require_plain(arguments: Mapping[str, Any]) -> None:
@@ -122,28 +206,3 @@ def _require_plain(arguments: Mapping[str, Any]) -> None:
                     "gptq-plain",
                 )
             )
-
-
-def _plain_order(K: int, group_size: int, device: torch.device) -> torch.Tensor:
-    """Return the group of every input feature when groups are in order."""
-    return torch.arange(K, dtype=torch.int32, device=device) // group_size
-
-
-def _take_order(
-    tensors: Mapping[str, torch.Tensor], K: int, group_size: int, num_groups: int
-) -> torch.Tensor | None:
-    """Return g_idx as an index, or None where groups are in order."""
-    if "g_idx" not in tensors:
-        return None
-    g_idx = take(tensors, "g_idx", (K,))
-    if torch.equal(g_idx.int(), _plain_order(K, group_size, g_idx.device)):
-        return None
-    low, high = g_idx.min().item(), g_idx.max().item()
-    if low < 0 or high >= num_groups:
-        refuse(
-            "g_idx",
-            f"groups {low}..{high} (expected 0..{num_groups - 1})",
-            "check group_size against the checkpoint",
-            "g-idx",
-        )
-    return g_idx.long()

@@ -1,0 +1,76 @@
+"""What a config.json says of a model, wherever it says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixedprec_plugin.errors import Problem, UsageError
+
+Config = Mapping[str, Any]
+
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "rope_theta", "rms_norm_eps",
+    "layer_norm_eps", "tie_word_embeddings", "hidden_act", "attention_bias", "num_experts",
+    "num_local_experts", "n_routed_experts", "num_experts_per_tok", "n_shared_experts",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "first_k_dense_replace",
+    "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim",
+)  # fmt: skip
+_DTYPES = {"bfloat16": "BF16", "bf16": "BF16", "float16": "F16", "half": "F16", "fp16": "F16"}
+
+
+def architecture(config: Config) -> str:
+    """The name that SGLang picks its class by; empty where there is none."""
+    return str((config.get("architectures") or [""])[0])
+
+
+def text_config(config: Config) -> Config:
+    """What is said of the language model: its `text_config`, where it has one, goes first."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, Mapping) else config
+
+
+def model_type(config: Config) -> str:
+    """The `model_type` of the language model."""
+    return str(text_config(config).get("model_type") or config.get("model_type") or "")
+
+
+def sizes(config: Config) -> dict[str, Any]:
+    """What two checkpoints of one model have in common, as far as it is said or follows."""
+    said = dict(text_config(config))
+    rope = said.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        said.setdefault("rope_theta", rope["rope_theta"])
+    heads, hidden = said.get("num_attention_heads"), said.get("hidden_size")
+    if heads and hidden and not said.get("head_dim"):
+        said["head_dim"] = hidden // heads
+    if heads and said.get("num_key_value_heads") is None:
+        said["num_key_value_heads"] = heads
+    return {key: said[key] for key in _SIZES if said.get(key) is not None}
+
+
+def model_dtype(config: Config, dtype: str = "auto") -> str:
+    """Tell the dtype that SGLang runs a model in.
+
+    Source: sglang/srt/configs/model_config.py, `_get_and_verify_dtype`.
+
+    Args:
+        dtype: SGLang's --dtype; `auto` takes the checkpoint's, and float16 for float32 ones.
+    Returns:
+        `BF16` or `F16`.
+    Raises:
+        UsageError: the dtype is none that quantized layers run in.
+    """
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            what = f"{dtype!r} cannot hold mixed precision (expected bfloat16, float16)"
+            raise UsageError(Problem("--dtype", what))
+        return _DTYPES[dtype]
+    sections = (config, config.get("text_config") or {})
+    said = (section.get(key) for section in sections for key in ("dtype", "torch_dtype"))
+    declared = str(next(filter(None, said), "float32")).removeprefix("torch.")
+    is_gemma = str(config.get("model_type", "")).startswith("gemma")
+    return _DTYPES.get(declared, "BF16" if is_gemma else "F16")

@@ -1,0 +1,108 @@
+"""The record of a model family: all that the package knows of an architecture, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+
+def _usual(value: Any) -> Any:
+    """A field whose default is a set or a mapping; nobody changes it."""
+    return dataclasses.field(default_factory=lambda: value)
+
+
+_VALUES = ("v_proj", "qkv_proj", "kv_b_proj", "W_pack", "query_key_value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An architecture, or a few that are close kin; the defaults are the usual, and no guess.
+
+    Where a field holds names without a dot, they are last components of layer names.
+
+    Attributes:
+        architectures: as config.json spells them; SGLang picks its class by a model's first.
+        model_types: what config.json calls the language model. Within a larger model, of another
+            architecture, they tell the norms and no more.
+        norm_offset: what norms add to their weight before they scale, 0 or 1; None where that is
+            not known: then nothing is known of what reads a norm, and no layer is rescaled.
+        shapes: layer -> the shape of its weight in config.json's words, where it spells them out.
+        renames: pattern -> replacement, in turn: from a checkpoint's modules to SGLang's names.
+        not_loaded: pattern of layer names that SGLang's class does not load -> remedy.
+        fuses_shared_experts: config.json -> whether SGLang by itself would run a shared expert as
+            one more routed expert.
+        has_biased_router: whether a bias chooses the experts, whatever config.json says.
+        has_joint_head_norms: whether the norms of q and k are as wide as all heads of q, so that
+            ranks cannot split the heads, nor k have fewer.
+        dtype_readers: end of a module's name -> what in SGLang looks at the dtype of its weight.
+        draft_prefixes: how names of layers start that only a draft model runs.
+        embeddings, lm_heads: such layers.
+        routers, experts: patterns of the names of routers, and of what belongs to routed experts.
+        expert_shards: projection of one expert -> the shard id that SGLang's FusedMoE takes.
+        fused_modules: fused module -> its shards in SGLang's order, with the ids that SGLang's
+            weight loaders take (layers/linear.py, `weight_loader_v2`).
+        row_parallel, replicated: linear layers that ranks split by inputs, and do not split.
+        latent_inputs, absorbed: of latent attention, the fused module of one input, and the
+            projection that is multiplied into others after loading.
+        attention, mlp: modules of a block, the first components below it.
+        attention_inputs, mlp_inputs: their layers that read the block's hidden state.
+        outputs: layers that read what their own module computes.
+        latent_norms: norm of a latent -> the layer that reads it.
+        producers: layer -> those whose outputs it may read; the first that is there.
+    """
+
+    architectures: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    norm_offset: float | None = None
+    shapes: Mapping[str, tuple[str, ...]] = _usual({})
+    renames: Mapping[str, str] = _usual({})
+    not_loaded: Mapping[str, str] = _usual({})
+    fuses_shared_experts: Callable[[Mapping[str, Any]], bool] = lambda _config: False
+    has_biased_router: bool = False
+    has_joint_head_norms: bool = False
+    dtype_readers: Mapping[str, str] = _usual({})
+    draft_prefixes: tuple[str, ...] = ("mtp.",)  # models/qwen3_next.py:1186
+    embeddings: Set[str] = _usual({
+        "embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings",
+        "position_embedding",
+    })  # fmt: skip
+    lm_heads: Set[str] = _usual({"lm_head", "embed_out"})
+    routers: str = r"(?:^|\.)(?:mlp\.gate|block_sparse_moe\.gate|router|shared_expert_gate)$"
+    experts: str = r"\.experts(?:\.\d+)?(?:\.|$)"
+    expert_shards: Mapping[str, str] = _usual({
+        "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2",
+    })  # fmt: skip
+    fused_modules: Mapping[str, Mapping[str, str | int]] = _usual({
+        "qkv_proj": {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
+        "gate_up_proj": {"gate_proj": 0, "up_proj": 1},
+        "fused_qkv_a_proj_with_mqa": {"q_a_proj": 0, "kv_a_proj_with_mqa": 1},
+    })  # fmt: skip
+    row_parallel: Set[str] = _usual({
+        "o_proj", "down_proj", "out_proj", "dense_4h_to_h", "wo", "w2", "c_proj", "fc2",
+    })  # fmt: skip
+    replicated: Set[str] = _usual({"q_a_proj", "kv_a_proj_with_mqa"})
+    latent_inputs: str = "fused_qkv_a_proj_with_mqa"
+    absorbed: str = "kv_b_proj"
+    attention: Set[str] = _usual({"self_attn", "attention", "attn", "linear_attn"})
+    mlp: Set[str] = _usual({"mlp", "block_sparse_moe", "feed_forward", "moe"})
+    attention_inputs: Set[str] = _usual({
+        "q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa", "in_proj_qkvz",
+        "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "W_pack",
+        "query_key_value",
+    })  # fmt: skip
+    mlp_inputs: Set[str] = _usual({
+        "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "gate", "router", "shared_expert_gate",
+        "fc1", "c_fc",
+    })  # fmt: skip
+    outputs: Set[str] = _usual({
+        "o_proj", "out_proj", "dense", "wo", "down_proj", "w2", "fc2", "c_proj",
+    })  # fmt: skip
+    latent_norms: Mapping[str, str] = _usual({
+        "q_a_layernorm": "q_b_proj", "kv_a_layernorm": "kv_b_proj",
+    })  # fmt: skip
+    producers: Mapping[str, tuple[str, ...]] = _usual({
+        "o_proj": _VALUES, "out_proj": _VALUES, "dense": _VALUES, "wo": _VALUES,
+        "down_proj": ("up_proj", "gate_up_proj"), "w2": ("w3", "w1"), "fc2": ("fc1",),
+        "c_proj": ("c_fc", "v_proj"),
+    })  # fmt: skip

@@ -1,0 +1,130 @@
+"""The table of families. Adding one is a record here and a row in tests/families/test_records.py.
+
+What is not in the table is not guessed at: such a model has the usual layer names, and nothing is
+known of its norms or of what SGLang's class of it does. Line numbers are SGLang 0.5.23's, below
+sglang/srt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mixedprec_plugin.families.config import Config, architecture, model_type
+from mixedprec_plugin.families.record import Family
+
+DECODER = Family()
+
+# Names of checkpoints that transformers wrote since 4.52 go first: the model's class ends in a
+# KeyError of them. Source: layers/attention/vision.py:1205, :1233.
+_VISION = {
+    r"\.attn\.qkv$": ".attn.qkv_proj",
+    r"(vision_tower\..*)\.self_attn\.out_proj$": r"\1.self_attn.proj",
+}
+
+_Q, _KV = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
+_SHAPES = {
+    "q_proj": (_Q, "hidden_size"), "k_proj": (_KV, "hidden_size"), "v_proj": (_KV, "hidden_size"),
+    "o_proj": ("hidden_size", _Q), "gate_proj": ("intermediate_size", "hidden_size"),
+    "up_proj": ("intermediate_size", "hidden_size"),
+    "down_proj": ("hidden_size", "intermediate_size"), "input_layernorm": ("hidden_size",),
+    "post_attention_layernorm": ("hidden_size",), "norm": ("hidden_size",),
+    "embed_tokens": ("vocab_size", "hidden_size"), "lm_head": ("vocab_size", "hidden_size"),
+}  # fmt: skip
+
+FAMILIES = (
+    Family(
+        ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+        ("llama", "mistral", "qwen2", "qwen3"),
+        norm_offset=0.0,
+        shapes=_SHAPES,
+    ),
+    # of these, no more is known than that their norms scale by w
+    Family(
+        model_types=(
+            "apertus", "arcee", "baichuan", "cohere", "cohere2", "deepseek_v2", "deepseek_v32",
+            "ernie4_5", "ernie4_5_moe", "exaone4", "glm4", "gpt_oss", "granite", "granitemoe",
+            "minicpm", "minimax_m2", "ministral", "ministral3", "olmo2", "olmo3", "phi3", "phimoe",
+            "qwen2_moe", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "seed_oss", "smollm3", "stablelm",
+            "starcoder2",
+        ),
+        norm_offset=0.0,
+    ),
+    # and of these that they scale by 1 + w
+    Family(
+        model_types=(
+            "gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_5", "qwen3_5_moe",
+            "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "t5gemma", "vaultgemma",
+        ),
+        norm_offset=1.0,
+    ),
+    # models/mixtral.py:303
+    Family(
+        ("MixtralForCausalLM",),
+        ("mixtral",),
+        norm_offset=0.0,
+        renames={r"^model\.layers\.": "layers."},
+    ),
+    # models/olmoe.py:155, 191: norms of q and k as wide as the hidden state, on a rank's heads
+    Family(("OlmoeForCausalLM",), ("olmoe",), norm_offset=0.0, has_joint_head_norms=True),
+    # `shared_experts_fusion_disable_reason`, models/deepseek_v2.py:3315
+    Family(
+        ("DeepseekV3ForCausalLM",),
+        ("deepseek_v3", "kimi_k2"),
+        norm_offset=0.0,
+        fuses_shared_experts=lambda config: config.get("n_routed_experts") == 256,
+    ),
+    # models/glm4_moe.py:1012, 503
+    Family(
+        ("Glm4MoeForCausalLM",),
+        ("glm4_moe",),
+        norm_offset=0.0,
+        fuses_shared_experts=lambda _config: True,
+        has_biased_router=True,
+        dtype_readers={".shared_experts.gate_up_proj": "GLM-4-MoE"},
+    ),
+    # models/qwen2_5_vl.py:693, :723
+    Family(
+        ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+        ("qwen2_vl", "qwen2_5_vl"),
+        norm_offset=0.0,
+        renames={
+            r"^model\.language_model\.": "model.",
+            r"^model\.visual\.": "visual.",
+            **_VISION,
+        },
+        not_loaded={
+            r"model\.(language_model|visual)\.": "rename model.language_model.* to model.* and "
+            "model.visual.* to visual.*",
+        },
+    ),
+    # models/gemma3_mm.py:188, :198
+    Family(
+        ("Gemma3ForConditionalGeneration",),
+        ("gemma3",),
+        norm_offset=1.0,
+        renames={
+            r"^model\.language_model\.": "language_model.model.",
+            r"^model\.vision_tower\.": "vision_tower.",
+            **_VISION,
+        },
+        not_loaded={
+            r"model\.(language_model|vision_tower|multi_modal_projector)\.": "rename "
+            "model.language_model.* to language_model.model.*, and take model. off the rest",
+            r"vision_tower\.(?!vision_model\.)": "rename vision_tower.* to "
+            "vision_tower.vision_model.*",
+        },
+    ),
+)  # fmt: skip
+_BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
+# of SGLang's class for a larger model around a language model, nothing is known
+_BY_MODEL_TYPE = {
+    name: dataclasses.replace(DECODER, norm_offset=family.norm_offset)
+    for family in FAMILIES
+    for name in family.model_types
+}
+
+
+def family_of(config: Config) -> Family:
+    """Find the record of a model by its config.json; `DECODER` where there is none."""
+    known = _BY_ARCHITECTURE.get(architecture(config))
+    return known or _BY_MODEL_TYPE.get(model_type(config), DECODER)

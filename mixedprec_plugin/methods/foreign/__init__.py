@@ -1,0 +1,14 @@
+"""Formats that are only read, in the order in which they are asked after the methods' own."""
+
+from mixedprec_plugin.methods.foreign import auto_round, compressed_tensors, named, torchao
+from mixedprec_plugin.methods.interface import ForeignFormat
+
+FOREIGN: tuple[ForeignFormat, ...] = (
+    compressed_tensors.FORMAT,
+    torchao.FORMAT,
+    named.NAMED,
+    named.EIGHT_BITS,
+    auto_round.FORMAT,
+    named.UNKNOWN_WEIGHT,
+    named.UNRECOGNIZED,
+)

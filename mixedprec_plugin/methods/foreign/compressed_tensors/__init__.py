@@ -1,0 +1,273 @@
+"""compressed-tensors: what llm-compressor writes, and what stock SGLang and vLLM load.
+
+Its pack-quantized holds integers packed along K:
+
+    weight_packed      I32 [N, K/(32/bits)] holding q + 2**(bits-1), low bits first
+    weight_scale       [N, K/G]
+    weight_shape       I64 [2]
+    weight_zero_point  I32 [N/(32/bits), K/G], packed along N, or (older) I8 [N, K/G]
+    weight_g_idx       I32 [K], where groups are in activation order
+
+Its int-, float- and naive-quantized are 8-bit weights beside a scale: see `methods.scaled`.
+Source: compressed-tensors `QuantizationConfig` and `PackedQuantizationCompressor`, and what SGLang
+0.5.23 makes of them (layers/quantization/compressed_tensors/compressed_tensors.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixedprec_plugin.methods import gptq, integers
+from mixedprec_plugin.methods.interface import (
+    AS_STORED_REMEDY,
+    Fault,
+    ForeignFormat,
+    LayerShape,
+    Target,
+)
+from mixedprec_plugin.methods.shapes import group_size_of, marlin_faults
+from mixedprec_plugin.methods.stored import (
+    FLOAT,
+    FLOAT_DTYPES,
+    Said,
+    StoredFormat,
+    Tensors,
+    TensorSpec,
+    block_of,
+    incomplete,
+    matches,
+    said_keys,
+    strings,
+    unusable,
+)
+
+NAME = "compressed-tensors"
+PACKED = "pack-quantized"
+FLOAT_QUANTIZED = "float-quantized"
+CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.codec"
+
+
+def read_config(config: Mapping[str, Any], name: str) -> Said:
+    """Read what config.json says of a layer, by the group whose targets it is of."""
+    groups = config.get("config_groups")
+    group = _group_of(groups, name) if isinstance(groups, Mapping) else None
+    weights = group.get("weights") if group else None
+    if group is None or not isinstance(weights, Mapping):
+        return Said()
+    label = str(group.get("format") or config.get("format") or "")
+    kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
+    encodings = {
+        PACKED: PACKED,
+        FLOAT_QUANTIZED: "fp8",
+        "int-quantized": "int8",
+        "naive-quantized": {"float8": "fp8", "int8": "int8"}.get(kind),
+        "dense": FLOAT,
+    }
+    strategy, block = weights.get("strategy"), block_of(weights.get("block_structure"))
+    facts = said_keys(weights, bits="num_bits", symmetric="symmetric", strategy="strategy")
+    if strategy == "group":
+        facts |= said_keys(weights, group_size="group_size")
+    elif strategy == "channel" and label == PACKED:
+        facts["group_size"] = -1
+    elif strategy == "block" and block:
+        facts["block"] = block
+    if weights.get("actorder") in ("group", True):
+        facts["desc_act"] = True
+    inputs = group.get("input_activations")
+    facts["inputs"] = (
+        {"dynamic": inputs.get("dynamic") is True, "group_size": inputs.get("group_size")}
+        if isinstance(inputs, Mapping)
+        else None
+    )
+    return Said(encodings.get(label), facts, label)
+
+
+def _group_of(groups: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The group of a layer: a target that names it goes before one that names its class."""
+    found = None
+    for group in groups.values():
+        for target in strings(group.get("targets")) if isinstance(group, Mapping) else ():
+            if target == name or (target.startswith("re:") and matches(target[3:], name)):
+                return group if isinstance(group, Mapping) else None
+            if target == "Linear" and found is None:
+                found = group
+    return found
+
+
+def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
+    """Tell how a layer with a `weight_packed` is stored."""
+    packed, scale = tensors.get("weight_packed"), tensors.get("weight_scale")
+    if packed is None:
+        return None
+    if "meta" in tensors:
+        return unusable(tensors, "compressed-tensors marlin-24")
+    if packed.dtype == "U8":
+        name = "nvfp4" if "weight_global_scale" in tensors else "mxfp4"
+        return unusable(tensors, f"compressed-tensors {name}-{PACKED}")
+    if scale is None:
+        return incomplete(tensors, PACKED, ["weight_scale"], PACKED)
+    if packed.dtype != "I32" or len(packed.shape) != 2 or scale.dtype not in FLOAT_DTYPES:
+        return unusable(tensors, f"{PACKED} {packed.dtype} with scales of {scale.dtype}")
+    N, num_words = packed.shape
+    bits = said.of(PACKED).get("bits")
+    if bits is None:
+        return unusable(tensors, f"{PACKED} in bits that config.json does not tell", N)
+    if bits not in (4, 8):
+        return unusable(tensors, f"{PACKED} {bits}-bit", N, encoding=PACKED)
+    K = num_words * 32 // bits
+    if len(scale.shape) != 2 or scale.shape[0] != N:
+        text = f"its weight_scale is {list(scale.shape)} (expected [{N}, groups])"
+        return unusable(tensors, PACKED, N, K, encoding=PACKED, disagreements=(text,))
+    group_size = group_size_of(K, scale.shape[1])
+    if group_size is None:
+        name = integers.ragged(f"{PACKED} {bits}-bit", K, scale.shape[1])
+        return unusable(tensors, name, N, K, encoding=PACKED)
+    return _packed(tensors, N, K, int(bits), group_size)
+
+
+def _packed(tensors: Tensors, N: int, K: int, bits: int, group_size: int) -> StoredFormat:
+    zeros, groups = tensors.get("weight_zero_point"), tensors["weight_scale"].shape[1]
+    layouts = {("I32", (-(-N * bits // 32), groups)), ("I8", (N, groups))}
+    if zeros is not None and (zeros.dtype, zeros.shape) not in layouts:
+        text = f"its weight_zero_point is {zeros.dtype} {list(zeros.shape)}"
+        return unusable(tensors, PACKED, N, K, encoding=PACKED, disagreements=(text,))
+    notes = {"asymmetric": zeros is not None, "act order": "weight_g_idx" in tensors}
+    described = [f"{PACKED} {bits}-bit group {group_size}", *(n for n, so in notes.items() if so)]
+    matrix = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
+    return StoredFormat(
+        "",
+        {},
+        N,
+        K,
+        " ".join(described),
+        encoding=PACKED,
+        numbers="integers",
+        facts={"group_size": group_size, "symmetric": zeros is None},
+        suffixes=frozenset(matrix | {"input_scale", "input_zero_point"}) & frozenset(tensors),
+        codec=CODEC,
+        how={"bits": bits, "group_size": group_size},
+        like=gptq.NAME,
+        limit=integers.limit(bits, group_size),
+    )
+
+
+def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
+    """What SGLang's class for experts in integers takes and computes wrongly.
+
+    Source: SGLang 0.5.23. Zero points are stored packed along N, [N / 8, K / G], and are neither
+    turned (moe/fused_moe_triton/layer.py:1365) nor told from AWQ's, which are interleaved
+    (compressed_tensors_wNa16_moe.py:387). With act order a rank has the scales of all groups, of
+    which the loader fills its share (:148; layer.py:948). Marlin's kernels are not asked for the
+    shape, and take the repacked gate and up codes' width for K where one group is all of it (:370).
+    On compute capability 10.0 symmetric int4 in groups of 32 or 128 runs in Triton's kernel
+    (compressed_tensors.py:925).
+    """
+    if target.device != "cuda" or not shape.is_expert or stored.numbers != "integers":
+        return []
+    texts = []
+    has_order = bool(stored.said.get("desc_act"))
+    if not stored.facts["symmetric"]:
+        texts.append("SGLang reads the zero points of such experts as if they were AWQ's")
+    if has_order and shape.tp_size > 1:
+        texts.append(
+            f"SGLang gives each of {shape.tp_size} ranks a part of the scales, of which act order "
+            "(actorder) needs all"
+        )
+    size, bits = stored.said.get("group_size", stored.facts["group_size"]), stored.how["bits"]
+    is_sm100 = target.gpu is not None and target.gpu.capability == 100
+    if not (is_sm100 and not texts and not has_order and bits == 4 and size in (32, 128)):
+        texts += marlin_faults(size, shape)
+        if size == shape.K and len(shape.shard_sizes) > 1:
+            texts.append(f"SGLang turns the scales of one group of {size} inputs")
+    return [Fault("shape", text, AS_STORED_REMEDY) for text in texts]
+
+
+def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
+    """Say why SGLang's reader does not take a layer's numbers in this form; empty if it does.
+
+    Args:
+        stored: as one of our methods serves it.
+    """
+    if stored.numbers == "scaled":
+        is_integer = stored.encoding != "fp8"
+        return "SGLang reads no INT8 in blocks there" if is_integer else ""
+    if stored.said.get("desc_act"):
+        return "its groups are in act order"
+    if is_expert and not is_written_symmetric(stored):
+        return "SGLang reads no experts with zero points there"
+    return ""
+
+
+def is_written_symmetric(stored: StoredFormat) -> bool:
+    """Whether zero points are all the middle of the range, and left out."""
+    return bool(stored.said.get("symmetric", True))
+
+
+def written(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The tensors in which `codec.write` gives a layer's numbers.
+
+    Args:
+        stored: as one of our methods serves it.
+        served: its tensors.
+    """
+    N, K = stored.N, stored.K
+    if stored.numbers == "scaled":
+        scale = served[stored.how["scale"]]
+        tensors = {
+            "weight": served["weight"],
+            "weight_scale": scale._replace(shape=scale.shape or (1,)),
+        }
+        if "input_scale" in served:
+            tensors["input_scale"] = TensorSpec("F32", (1,))
+        return tensors
+    bits = stored.facts["bits"]
+    groups = served["scales"].shape[0]
+    tensors = {
+        "weight_packed": TensorSpec("I32", (N, K * bits // 32)),
+        "weight_scale": TensorSpec(served["scales"].dtype, (N, groups)),
+        "weight_shape": TensorSpec("I64", (2,)),
+    }
+    if not is_written_symmetric(stored):
+        tensors["weight_zero_point"] = TensorSpec("I32", (N * bits // 32, groups))
+    return tensors
+
+
+def group_for(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """One `config_groups` entry, without its targets; arguments as of `written`."""
+    facts = stored.facts
+    if stored.numbers == "integers":
+        size = stored.said.get("group_size", facts["group_size"])
+        weights = _arguments(
+            num_bits=facts["bits"],
+            type="int",
+            symmetric=is_written_symmetric(stored),
+            strategy="channel" if size == -1 else "group",
+            group_size=None if size == -1 else size,
+        )
+        return {"format": PACKED, "weights": weights, "input_activations": None}
+    strategy, is_dynamic = facts["strategy"], "input_scale" not in served
+    block = facts.get("block")
+    weights = _arguments(num_bits=8, type="float", strategy=strategy, block_structure=block)
+    inputs = _arguments(
+        num_bits=8,
+        type="float",
+        strategy="group" if block else "token" if is_dynamic else "tensor",
+        group_size=block[1] if block else None,
+        dynamic=is_dynamic,
+    )
+    return {"format": FLOAT_QUANTIZED, "weights": weights, "input_activations": inputs}
+
+
+def _arguments(**given: Any) -> dict[str, Any]:
+    """compressed-tensors' `QuantizationArgs`, as far as readers look at them."""
+    defaults = {
+        "symmetric": True, "group_size": None, "block_structure": None, "dynamic": False,
+        "actorder": None,
+    }  # fmt: skip
+    return {**defaults, **given}
+
+
+FORMAT = ForeignFormat(
+    name=NAME, recognize=recognize, read_config={NAME: read_config}, faults_as_stored=faults
+)

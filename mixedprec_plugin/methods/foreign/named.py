@@ -1,0 +1,100 @@
+"""What is left where no format's own reader takes a layer: it is told by name at least."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from mixedprec_plugin.methods import blockwise_int8, fp8, scaled
+from mixedprec_plugin.methods.interface import (
+    AS_STORED_REMEDY,
+    Fault,
+    ForeignFormat,
+    LayerShape,
+    Target,
+)
+from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, incomplete, unusable
+
+# a suffix that no other format has -> the format that writes it
+_SIGNATURES = {
+    "SCB": "bitsandbytes 8-bit",
+    "quant_map": "bitsandbytes 4-bit",
+    "absmax": "bitsandbytes 4-bit",
+    "weight_scale_2": "modelopt nvfp4",
+    "weight_global_scale": "nvfp4",
+    "W_q": "hqq",
+    "codebooks": "aqlm",
+    "centroids": "vptq",
+    "Qidxs": "quip",
+    "q_weight": "exl2",
+    "trellis": "exl3",
+    "B": "marlin",
+    "qweight_type": "gguf",
+    "weight_blocks": "mxfp4",
+    "gate_up_proj_blocks": "mxfp4",
+}
+_CODE_DTYPES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"} | {"F8_E4M3", "F8_E5M2"})
+_BESIDE_CODES = re.compile(r"scales?\d*$|zeros?(?:_?points?)?$|codes?$|packed|quant|absmax|lut$")
+# masks and positions that models compute by themselves, and old checkpoints carry
+_BUFFERS = frozenset(
+    {"position_ids", "bias", "masked_bias", "relative_position_index", "num_batches_tracked"}
+)
+_LIKE = {"fp8": fp8.NAME, "int8": blockwise_int8.NAME}
+
+
+def _by_signature(tensors: Tensors, said: Said) -> StoredFormat | None:
+    if "qweight" in tensors:
+        return _unknown_packing(tensors, said)
+    name = next((name for suffix, name in _SIGNATURES.items() if suffix in tensors), None)
+    return unusable(tensors, name) if name else None
+
+
+def _unknown_packing(tensors: Tensors, said: Said) -> StoredFormat:
+    """A `qweight` that is neither AWQ's nor GPTQ's."""
+    missing = [suffix for suffix in ("scales", "qzeros") if suffix not in tensors]
+    if missing:
+        return incomplete(tensors, "a qweight", missing, said.encoding or "")
+    qweight, qzeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
+    if qweight.dtype == qzeros.dtype == "I32" and len(scales.shape) == 2:
+        return unusable(tensors, "a qweight in an unknown packing", scales.shape[1])
+    return unusable(tensors, f"a qweight of {qweight.dtype} with scales of {scales.dtype}")
+
+
+def _eight_bits(tensors: Tensors, said: Said) -> StoredFormat | None:
+    """8-bit codes beside a scale that no method serves as they are."""
+    found = scaled.recognize_scaled(tensors, said)
+    return found and dataclasses.replace(found, like=_LIKE.get(found.encoding, ""))
+
+
+def _eight_bit_faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
+    if stored.encoding != fp8.NAME:
+        return []
+    found = fp8.METHOD.faults(fp8.METHOD.defaults, shape, target)
+    return [fault._replace(remedy=AS_STORED_REMEDY) for fault in found]
+
+
+def _unknown_weight(tensors: Tensors, _said: Said) -> StoredFormat | None:
+    weight = tensors.get("weight")
+    if weight is None or len(weight.shape) != 2:
+        return None
+    return unusable(tensors, f"{weight.dtype} weights with {', '.join(sorted(tensors))}")
+
+
+def _unrecognized(tensors: Tensors, _said: Said) -> StoredFormat | None:
+    """Codes, or what is beside codes, of no format that is known."""
+    held = {suffix: t for suffix, t in tensors.items() if suffix not in _BUFFERS}
+    codes = [t for t in held.values() if t.dtype in _CODE_DTYPES and t.shape]
+    beside = [s for s, t in held.items() if _BESIDE_CODES.search(s) and len(t.shape) > 1]
+    if not codes and not beside:
+        return None
+    listed = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(held.items()))
+    text = f"its tensors are of no format that this release knows ({listed})"
+    return unusable(tensors, ", ".join(sorted(held)), disagreements=(text,))
+
+
+NAMED = ForeignFormat(name="known by name only", recognize=_by_signature)
+EIGHT_BITS = ForeignFormat(
+    name="8-bit codes beside a scale", recognize=_eight_bits, faults_as_stored=_eight_bit_faults
+)
+UNKNOWN_WEIGHT = ForeignFormat(name="unknown weight", recognize=_unknown_weight)
+UNRECOGNIZED = ForeignFormat(name="unrecognized", recognize=_unrecognized)

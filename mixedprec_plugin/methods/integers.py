@@ -1,0 +1,120 @@
+"""What the formats of integers in groups along K share; see `quantize.integers` for the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, Tensors, said_keys
+
+Pair = tuple[int, int]
+
+GROUP_SIZE_SCHEMA: Mapping[str, Any] = {
+    "description": "Input features (along K) that share a scale; must divide K, and K per rank "
+    "under tensor parallelism. -1 makes each output feature one group. Smaller groups are more "
+    "precise and cost more bits a weight.",
+    "enum": [128, 64, 32, -1],
+    "default": 128,
+}
+CLIP_SEARCH_SCHEMA: Mapping[str, Any] = {
+    "description": "Quantizing only: search the clip ratio of every group for the least squared "
+    "error instead of using its full range. Slower to load.",
+    "type": "boolean",
+    "enum": [False, True],
+    "default": False,
+}
+GROUP_SIZES = tuple({"group_size": size} for size in (128, 64, 32, -1))
+
+_NORMAL = NormalDist()
+_LIMIT, _LIMIT_OF_COLUMNS, _LIMIT_OF_8_BITS = 0.33, 0.45, 0.05
+
+
+def group_rank(group_size: int) -> float:
+    """Return what a smaller group adds to a method's rank, below 0.1."""
+    return 0.0 if group_size == -1 else 1 / group_size
+
+
+def limit(bits: int, group_size: Any, of_4_bits: float = _LIMIT) -> float:
+    """Return the limit of `Rounding`; measured figures are in `verify.thresholds`.
+
+    Args:
+        of_4_bits: in groups.
+    """
+    if bits == 8:
+        return _LIMIT_OF_8_BITS
+    return _LIMIT_OF_COLUMNS if group_size == -1 else of_4_bits
+
+
+def symmetric_error(bits: int, group: int) -> float:
+    """Expected relative RMS error of `quantize.integers`' symmetric grid on normal weights.
+
+    A group's step is the range that its largest weights span, over the number of codes; the error
+    is uniform within a step, so its RMS is step / sqrt(12). Symmetric codes reach half a step
+    beyond half of the range.
+    """
+    return largest(group) / ((1 << (bits - 1)) + 0.5) / math.sqrt(12)
+
+
+def asymmetric_error(bits: int, group: int) -> float:
+    """The same of the grid with zero points."""
+    return 2 * _NORMAL.inv_cdf(0.5 ** (1 / group)) / ((1 << bits) - 1) / math.sqrt(12)
+
+
+def largest(count: int) -> float:
+    """Median of the largest magnitude among standard normal numbers."""
+    return _NORMAL.inv_cdf((1 + 0.5 ** (1 / count)) / 2)
+
+
+def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What GPTQ's and auto-round's config.json say under the same keys."""
+    return said_keys(config, bits="bits", group_size="group_size", symmetric="sym")
+
+
+def why_not_integers(stored: StoredFormat, arguments: Mapping[str, Any]) -> str | None:
+    """Say why integers in groups cannot be those of a method that has the same.
+
+    Args:
+        arguments: the method's `bits` and `group_size`.
+    Returns:
+        empty if they can; None where the layer is stored in something else.
+    """
+    if stored.numbers != "integers":
+        return None
+    if not stored.codec:
+        return f"this release does not read {stored.description}"
+    K, own = stored.K, stored.how["group_size"]
+    bits = stored.how.get("bits", 4)
+    if bits != arguments["bits"]:
+        return f"it has {bits} bits"
+    groups = [K if size == -1 else size for size in (own, arguments["group_size"])]
+    if groups[0] != groups[1]:
+        return f"it has groups of {own}"
+    if stored.N % (32 // bits) or K % (32 // bits):
+        return f"[{stored.N}, {K}] does not fill whole words"
+    return ""
+
+
+def packed_shapes(
+    tensors: Tensors,
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None:
+    """The shapes of a "qweight" int32, "qzeros" int32 and "scales"; None where they are no such."""
+    found = [tensors.get(suffix) for suffix in ("qweight", "qzeros", "scales")]
+    if any(tensor is None or len(tensor.shape) != 2 for tensor in found):
+        return None
+    qweight, qzeros, scales = (tensor for tensor in found if tensor is not None)
+    if not qweight.dtype == qzeros.dtype == "I32" or scales.dtype not in FLOAT_DTYPES:
+        return None
+    return _pair(qweight), _pair(qzeros), _pair(scales)
+
+
+def _pair(tensor: StoredTensor) -> Pair:
+    rows, columns = tensor.shape
+    return rows, columns
+
+
+def ragged(label: str, K: int, groups: int) -> str:
+    """Describe a layer whose groups do not divide K."""
+    return f"{label} with {groups} groups that do not divide K = {K}"

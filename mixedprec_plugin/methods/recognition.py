@@ -1,0 +1,202 @@
+"""A layer's tensors and `quantization_config` -> the format that it is stored in.
+
+Headers are all that is read. Tensors decide: the whole-checkpoint `quantization_config` may name a
+method that one layer is not stored in, or leave out one that it is. The config only says what
+headers cannot (block sizes of ragged grids, GPTQ's zero convention, the direction of a scale);
+where the two contradict each other, the format says so in its `disagreements`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.methods.foreign import FOREIGN
+from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Method, Target
+from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.methods.stored import FLOAT, Said, StoredFormat, Tensors, matches, strings
+from mixedprec_plugin.names import without_numbers
+
+_NOT_IN_BLOCKS = re.compile(r"\D*")
+_NEVER_SAID = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_out|embed_tokens|wte|wpe|\w*norm\w*|router|shared_expert_gate"
+    r"|(?:mlp|block_sparse_moe)\.gate)$"
+)
+_IGNORE_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+
+
+def formats() -> tuple[Format, ...]:
+    """Every format, in the order in which they are asked: the methods', then those only read."""
+    return (*METHODS.values(), *FOREIGN)
+
+
+def recognize(
+    tensors: Tensors, quantization_config: Mapping[str, Any], name: str = ""
+) -> StoredFormat | None:
+    """Tell how a layer with a weight matrix is stored, and where config.json says otherwise.
+
+    Args:
+        tensors: parameter suffix -> tensor, all of one layer.
+        quantization_config: what the source's config.json says; may be empty.
+        name: the layer's name, which ignore lists and overrides are held against.
+    Returns:
+        the format; None where the layer holds no weight matrix (a norm, say).
+    Raises:
+        CheckpointError: a pattern in `quantization_config` is no regular expression.
+    """
+    said = said_of(quantization_config, name)
+    for one in formats():
+        if found := one.recognize(tensors, said):
+            return dataclasses.replace(
+                found,
+                said=said.of(found.encoding) if found.encoding else {},
+                disagreements=(*found.disagreements, *_contradictions(found, said)),
+                format=one.name,
+            )
+    return None
+
+
+def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
+    """Return what keeps SGLang's own class from an expert under `auto`, with remedies."""
+    one = next(one for one in formats() if one.name == stored.format)
+    if one.faults_as_stored is not None:
+        return one.faults_as_stored(stored, shape, target)
+    if not isinstance(one, Method):
+        return []
+    known = {**stored.facts, **stored.said, **stored.arguments}
+    given = {key: known[key] for key in one.defaults if key in known}
+    if stored.is_one_group:
+        given["group_size"] = stored.K
+    return find_faults(one.name, {**one.defaults, **given}, shape, target)
+
+
+def said_of(config: Mapping[str, Any], name: str) -> Said:
+    """Read what a `quantization_config` says of a layer, ignore lists and overrides applied.
+
+    Raises:
+        CheckpointError: one of its patterns is no regular expression.
+    """
+    reader = _readers().get(str(config.get("quant_method", "")).lower())
+    said = (
+        dataclasses.replace(reader(config, name), config=config) if reader else Said(config=config)
+    )
+    if said.encoding is None or _is_passed_over(name):
+        return dataclasses.replace(said, encoding=None)
+    ignored = _is_ignored(said, name)
+    if ignored is False:
+        return said
+    return dataclasses.replace(said, encoding=FLOAT if ignored else None)
+
+
+@functools.cache
+def _readers() -> Mapping[str, Callable[[Mapping[str, Any], str], Said]]:
+    return {name: reader for one in formats() for name, reader in one.read_config.items()}
+
+
+def _is_passed_over(name: str) -> bool:
+    """Whether quantizers pass a layer over without saying so: all but blocks' linear layers."""
+    outside = bool(name) and _NOT_IN_BLOCKS.fullmatch(name) is not None
+    return outside or _NEVER_SAID.search(name) is not None
+
+
+def _is_ignored(said: Said, name: str) -> bool | None:
+    """Whether a list leaves the layer out; None where tools read the entry differently."""
+    entries = [entry for key in _IGNORE_KEYS for entry in strings(said.config.get(key))]
+    for entry in entries:
+        if entry.startswith("re:"):
+            if matches(entry[3:], name):
+                return True
+        elif f".{entry}." in f".{name}.":
+            return True
+    is_told = not (said.ignores_within_names and any(entry in name for entry in entries))
+    return False if is_told else None
+
+
+def _contradictions(found: StoredFormat, said: Said) -> tuple[str, ...]:
+    """Where config.json says something else of a layer than its tensors do."""
+    if said.encoding is None or not found.encoding:
+        return ()
+    if said.encoding != found.encoding:
+        is_float = said.encoding == FLOAT
+        says = "leaves it unquantized" if is_float else f"says {said.label or said.encoding}"
+        return (f"is stored as {found.description}, config.json {says}",)
+    return tuple(
+        f"is stored with {key} {stored}, config.json says {said.facts[key]}"
+        for key, stored in found.facts.items()
+        if said.facts.get(key) is not None
+        and _plain(stored, found.K) != _plain(said.facts[key], found.K)
+    )
+
+
+def _plain(value: Any, K: int) -> Any:
+    """One spelling of a value: a group of all of K is K."""
+    return K if value == -1 else list(value) if isinstance(value, list | tuple) else value
+
+
+class FormatCache:
+    """The formats of the layers of sources, each found once.
+
+    Layers of one source that are alike but for numbers in their names, with tensors of the same
+    dtypes and shapes, share one object: large models have many layers of few kinds.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, dict[str, StoredFormat | None]] = {}
+        self._shared: dict[object, StoredFormat | None] = {}
+        # by the address of a config: its source, and so it, outlives the plan's making
+        self._apart: dict[int, bool] = {}
+
+    def of(self, source: Source, name: str) -> StoredFormat | None:
+        """The format of one layer of a source; see `recognize`."""
+        known = self._known.setdefault(source.name, {})
+        if name in known:
+            return known[name]
+        found = known[name] = self._find(source, name)
+        return found
+
+    def _find(self, source: Source, name: str) -> StoredFormat | None:
+        tensors, config = source.layers[name], source.quantization_config_of(name)
+        if config and id(config) not in self._apart:
+            self._apart[id(config)] = _tells_layers_apart(config)
+        alike = name if config and self._apart[id(config)] else without_numbers(name)
+        signature = tuple([(suffix, t.dtype, t.shape) for suffix, t in tensors.items()])
+        key = (source.name, alike, signature, id(config) if config else 0)
+        if key not in self._shared:
+            self._shared[key] = recognize(tensors, config, name)
+        return self._shared[key]
+
+
+def _tells_layers_apart(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` may say something else of two layers that differ in numbers.
+
+    False where no pattern or ignored name in it has a digit or a class of digits.
+    """
+    keys = (*_IGNORE_KEYS, "dynamic", "extra_config", "block_name_to_quantize")
+    # the names of groups themselves, `group_0`, say nothing of layers
+    groups = config.get("config_groups")
+    sections = [config.get(key) for key in keys]
+    sections += list(groups.values()) if isinstance(groups, Mapping) else []
+    return any(
+        character.isdigit() or character in "\\["
+        for section in sections
+        for text in _texts(section)
+        for character in text
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a value of config.json, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

@@ -1,0 +1,227 @@
+"""8-bit weights beside a scale: FP8 and INT8, per tensor, channel, group and block.
+
+The name of the scale says nothing of its direction: DeepSeek's `weight_scale_inv` multiplies
+(W = q * scale), gptqmodel's is a true reciprocal (W = q / scale) and its config says so
+(`weight_scale_semantics: inverse`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mixedprec_plugin.methods.stored import (
+    FLOAT_DTYPES,
+    Said,
+    StoredFormat,
+    Tensors,
+    block_of,
+    incomplete,
+    unusable,
+)
+
+CODEC = "mixedprec_plugin.quantize.scaled"
+# dtype -> encoding, words for it, largest relative RMS error that rounding to it explains
+CODES = {
+    "F8_E4M3": ("fp8", "fp8", 0.0625),
+    "F8_E5M2": ("fp8", "fp8 e5m2", 0.0625),
+    "I8": ("int8", "int8", 0.05),
+}
+_INPUT_SUFFIXES = frozenset({"input_scale", "input_zero_point"})
+_USUAL_BLOCK_SIZES = (128, 64, 32, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleGrid:
+    """Which elements share a scale.
+
+    Attributes:
+        strategy: `tensor`, `channel`, `group` or `block`, in compressed-tensors' words.
+        block: [rows, columns] that share one.
+    """
+
+    strategy: str
+    block: tuple[int, int]
+
+    def __str__(self) -> str:
+        if self.strategy == "block":
+            return f"block {list(self.block)}"
+        return f"group {self.block[1]}" if self.strategy == "group" else f"per {self.strategy}"
+
+
+def block_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `weight_block_size` of a config.json says."""
+    block = block_of(config.get("weight_block_size"))
+    if not block:
+        return {}
+    # such layers' activations are quantized in groups as long as a block
+    inputs = {"dynamic": config.get("activation_scheme") != "static", "group_size": block[1]}
+    return {"block": block, "strategy": "block", "inputs": inputs}
+
+
+def recognize_scaled(tensors: Tensors, said: Said) -> StoredFormat | None:
+    """Tell how a layer with an 8-bit `weight` [N, K] is stored, whichever method serves it."""
+    weight = tensors.get("weight")
+    if weight is None or len(weight.shape) != 2 or weight.dtype not in CODES:
+        return None
+    N, K = weight.shape
+    encoding, label, limit = CODES[weight.dtype]
+    suffix = next((s for s in ("weight_scale_inv", "weight_scale") if s in tensors), "")
+    if not suffix:
+        return incomplete(tensors, label, ["weight_scale"], encoding)
+    direction = said.config.get("weight_scale_semantics")
+    divides = suffix == "weight_scale_inv" and direction == "inverse"
+    grid = scale_grid(tensors, suffix, said, prefer_block=suffix.endswith("_inv") and not divides)
+    reason = _why_unusable(tensors, suffix, grid, said)
+    if reason or grid is None:
+        return unusable(tensors, f"{label} {reason}", N, K, encoding=encoding)
+    has_zeros = "weight_zero_point" in tensors
+    notes = [
+        "asymmetric" if has_zeros else "",
+        "reciprocal scales" if divides else "",
+        said.label,
+    ]
+    noted = ", ".join(filter(None, notes))
+    facts: dict[str, Any] = {"bits": 8, "strategy": grid.strategy, "symmetric": not has_zeros}
+    facts |= {"block": list(grid.block)} if grid.strategy == "block" else {}
+    facts |= {"group_size": grid.block[1]} if grid.strategy == "group" else {}
+    matrix = {"weight", "weight_zero_point", suffix} | _INPUT_SUFFIXES
+    return StoredFormat(
+        "",
+        {},
+        N,
+        K,
+        f"{label} {grid} ({noted})" if noted else f"{label} {grid}",
+        encoding=encoding,
+        numbers="scaled",
+        facts=facts,
+        suffixes=frozenset(matrix) & frozenset(tensors),
+        codec=CODEC,
+        how=how_to_read(suffix, grid.block, codes="weight", reciprocal=divides),
+        limit=limit,
+    )
+
+
+def recognize_served(tensors: Tensors, said: Said, dtype: str, suffix: str) -> StoredFormat | None:
+    """The same, where the codes are of a dtype and the scales, named so, multiply; else None."""
+    weight = tensors.get("weight")
+    if weight is None or weight.dtype != dtype:
+        return None
+    found = recognize_scaled(tensors, said)
+    is_plain = (
+        found is not None and not found.how.get("reciprocal") and found.facts.get("symmetric")
+    )
+    return found if is_plain and found is not None and found.how["scale"] == suffix else None
+
+
+def how_to_read(
+    scale: str,
+    block: tuple[int, int],
+    *,
+    codes: str,
+    zero_point: str = "weight_zero_point",
+    reciprocal: bool = False,
+) -> dict[str, Any]:
+    """The arguments of `quantize.scaled.read`."""
+    return {
+        "codes": codes, "scale": scale, "zero_point": zero_point, "block": list(block),
+        "reciprocal": reciprocal,
+    }  # fmt: skip
+
+
+def _why_unusable(tensors: Tensors, suffix: str, grid: ScaleGrid | None, said: Said) -> str:
+    """Say why the codes cannot be scaled; an empty string if they can."""
+    scale, zeros = tensors[suffix], tensors.get("weight_zero_point")
+    direction = said.config.get("weight_scale_semantics")
+    if scale.dtype not in FLOAT_DTYPES:
+        return f"with {suffix} of {scale.dtype}"
+    if grid is None:
+        return f"with {suffix} of {list(scale.shape)}, which fits no usual block size"
+    if "weight_scale_inv" in tensors and "weight_scale" in tensors:
+        return "with both weight_scale and weight_scale_inv"
+    if direction not in (None, "inverse"):
+        return f"with weight_scale_semantics {direction!r}"
+    # DeepSeek's blocks, and the scalars that transformers writes as `quant_method: fp8`, multiply
+    multiplies = grid.strategy == "block" or (
+        grid.strategy == "tensor" and said.config.get("quant_method") == "fp8"
+    )
+    is_gptqmodels = "weight_scale_method" in said.config
+    if suffix == "weight_scale_inv" and direction is None and (is_gptqmodels or not multiplies):
+        return f"{grid} with a weight_scale_inv of unknown direction"
+    if "weight_g_idx" in tensors:
+        return f"{grid} with weight_g_idx"
+    if zeros is not None and (zeros.dtype != "I8" or zeros.shape != scale.shape):
+        return f"{grid} with weight_zero_point {zeros.dtype} {list(zeros.shape)}"
+    return ""
+
+
+def scale_grid(
+    tensors: Tensors, suffix: str, said: Said, *, prefer_block: bool, codes: str = "weight"
+) -> ScaleGrid | None:
+    """Tell from the shape of a scale which elements share one; None where nothing tells."""
+    shape = tensors[suffix].shape
+    N, K = tensors[codes].shape
+    if len(shape) == 2:
+        promised = said.facts.get("block")
+        if promised and (-(-N // promised[0]), -(-K // promised[1])) == shape:
+            return ScaleGrid("block", (promised[0], promised[1]))
+        if prefer_block and (block := _usual_block(shape, N, K)):
+            return block
+    if math.prod(shape) == 1:
+        return ScaleGrid("tensor", (N, K))
+    if shape in ((N,), (N, 1)):
+        return ScaleGrid("channel", (1, K))
+    if len(shape) != 2:
+        return None
+    if shape[0] == N and shape[1] and K % shape[1] == 0:
+        return ScaleGrid("group", (1, K // shape[1]))
+    return _usual_block(shape, N, K)
+
+
+def _usual_block(shape: tuple[int, ...], N: int, K: int) -> ScaleGrid | None:
+    rows, columns = _usual_size(N, shape[0]), _usual_size(K, shape[1])
+    return ScaleGrid("block", (rows, columns)) if rows and columns else None
+
+
+def _usual_size(length: int, count: int) -> int:
+    """The usual block size that cuts `length` into `count` blocks; 0 if there is none."""
+    return next((size for size in _USUAL_BLOCK_SIZES if -(-length // size) == count), 0)
+
+
+def has_same_codes(stored: StoredFormat, tensors: Tensors, dtype: str) -> bool:
+    """Whether a layer holds codes of a dtype that are multiplied by scales, and nothing else."""
+    how = stored.how
+    if stored.numbers != "scaled" or how.get("reciprocal") or how.get("zero_point") in tensors:
+        return False
+    return how.get("codes") == "weight" and tensors["weight"].dtype == dtype
+
+
+def why_not_scaled(
+    stored: StoredFormat, arguments: Mapping[str, Any], tensors: Tensors, dtype: str
+) -> str | None:
+    """Say why a layer's codes and scales cannot be those of a method with tensor or block scales.
+
+    Args:
+        arguments: the method's `weight_block_size` and `activation_scheme`.
+        dtype: of its codes.
+    Returns:
+        empty if they can; None if not.
+    """
+    if not has_same_codes(stored, tensors, dtype):
+        return None
+    static = "input_scale" in tensors
+    if arguments["activation_scheme"] != ("static" if static else "dynamic"):
+        return None
+    if static and math.prod(tensors["input_scale"].shape) != 1:
+        return None
+    block, strategy = arguments["weight_block_size"], stored.facts.get("strategy")
+    if block is None:
+        return "" if strategy == "tensor" else None
+    if strategy != "block" or list(stored.how["block"]) != block:
+        return None
+    # a layer whose activations are quantized otherwise, or not at all, would compute other numbers
+    inputs: Mapping[str, Any] = stored.said.get("inputs") or {}
+    is_same = bool(inputs.get("dynamic")) and inputs.get("group_size") == block[1]
+    return "" if is_same else None

@@ -1,0 +1,180 @@
+"""How one layer is stored, and what config.json says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.errors import CheckpointError, Problem
+
+FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+FLOAT = "float"
+
+Tensors = Mapping[str, StoredTensor]
+
+
+class TensorSpec(NamedTuple):
+    """The dtype and shape of one stored tensor.
+
+    Attributes:
+        dtype: safetensors dtype name (`BF16`, `F16`, `F32`, `F8_E4M3`, `I8`, `I32`). Where this
+            says one of `BF16`, `F16`, `F32`, a checkpoint may hold another of the three: the
+            weight loaders cast.
+        shape: the stored shape; `()` and `(1,)` are interchangeable in a checkpoint.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What config.json says of one layer.
+
+    Attributes:
+        encoding: as `StoredFormat.encoding`; None where it says nothing that could be held against
+            tensors.
+        facts: as `StoredFormat.said`; only what is said.
+        label: the format's own name for people, such as `float-quantized`; may be empty.
+        config: the whole `quantization_config`.
+        ignores_within_names: whether tools look for an ignored entry anywhere in a name (`gate` in
+            `gate_proj`), and not for whole components alone.
+    """
+
+    encoding: str | None = None
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    label: str = ""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ignores_within_names: bool = False
+
+    def of(self, encoding: str) -> Mapping[str, Any]:
+        """The facts, where config.json speaks of this encoding; else none."""
+        return self.facts if self.encoding == encoding else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFormat:
+    """How one layer is stored.
+
+    Attributes:
+        method: canonical name of the method that takes the tensors as they are, or an empty string
+            where none does.
+        arguments: the method's arguments as far as the stored tensors fix them.
+        N: output features; 0 where the tensors do not tell.
+        K: input features; 0 where the tensors do not tell.
+        description: for people, such as `gptq 4-bit group 128`.
+        encoding: `float`, `awq`, `gptq`, `fp8`, `int8`, `pack-quantized`, `torchao`, or an empty
+            string where we only know a name; what config.json says is held against it.
+        numbers: what the codes are, once read: `integers` in groups along K, 8-bit codes that are
+            `scaled` by tiles, or neither.
+        facts: what the tensors tell of `bits`, `group_size`, `block`, `strategy`, `symmetric`.
+        said: what config.json says of the layer, where it speaks of the same encoding: the same
+            facts, and what tensors cannot tell: `desc_act`, and `inputs`, how the layer's
+            activations are quantized (`dynamic`, `group_size`; None where they are not).
+        suffixes: the tensors that make up the weight matrix; a bias is none of them.
+        codec: lazy module whose `read` gives the numbers, see `quantize.codec.Codec`; empty for
+            floats, and for what cannot be read.
+        how: the arguments of `read`.
+        like: canonical name of the method whose rounding it has; may be empty.
+        limit: as of `interface.Rounding`.
+        filled: tensors that the method needs, that are not stored and that follow from the rest.
+        disagreements: where the tensors contradict config.json or each other.
+        format: name of the `interface.Format` that recognized it.
+    """
+
+    method: str
+    arguments: Mapping[str, Any]
+    N: int
+    K: int
+    description: str
+    encoding: str = ""
+    numbers: Literal["", "integers", "scaled"] = ""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    said: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    suffixes: frozenset[str] = frozenset()
+    codec: str = ""
+    how: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    like: str = ""
+    limit: float = 0.0
+    filled: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict)
+    disagreements: tuple[str, ...] = ()
+    format: str = ""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the layer is not quantized."""
+        return self.encoding == FLOAT
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the weight's values can be had, as they are stored or dequantized."""
+        return self.is_float or bool(self.codec)
+
+    @property
+    def is_one_group(self) -> bool:
+        """Whether the one group is of the size that config.json names; tensors say all of K."""
+        return self.facts.get("group_size") == -1 and self.said.get("group_size") == self.K
+
+
+def unusable(
+    tensors: Tensors,
+    description: str,
+    N: int = 0,
+    K: int = 0,
+    *,
+    encoding: str = "",
+    disagreements: tuple[str, ...] = (),
+) -> StoredFormat:
+    """Name a format that is neither served nor dequantized."""
+    suffixes = frozenset(tensors) - {"bias"}
+    return StoredFormat(
+        "", {}, N, K, description, encoding, suffixes=suffixes, disagreements=disagreements
+    )
+
+
+def incomplete(tensors: Tensors, what: str, missing: list[str], encoding: str = "") -> StoredFormat:
+    """Name a layer that lacks tensors of its format."""
+    names = " and ".join(missing)
+    text = f"lacks {names} beside {', '.join(sorted(tensors))}"
+    return unusable(tensors, f"{what} without {names}", encoding=encoding, disagreements=(text,))
+
+
+def said_keys(config: Mapping[str, Any], **keys: str) -> dict[str, Any]:
+    """Fact -> value, for the keys that a config has."""
+    return {fact: config[key] for fact, key in keys.items() if config.get(key) is not None}
+
+
+def strings(value: Any) -> list[str]:
+    """The entries of a list in config.json, or its one entry."""
+    if isinstance(value, str):
+        return [value]
+    return [str(entry) for entry in value] if isinstance(value, list | tuple) else []
+
+
+def block_of(value: Any) -> list[int] | None:
+    """A [rows, columns] of config.json; None where it is none."""
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return list(value) if is_pair and all(isinstance(n, int) and n > 0 for n in value) else None
+
+
+def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
+    """Match a pattern of config.json as the tools do: from the start of a name, or all of it.
+
+    Raises:
+        CheckpointError: it is no regular expression.
+    """
+    try:
+        found = re.fullmatch(pattern, name) if whole else re.match(pattern, name)
+    except re.error as error:
+        raise CheckpointError(
+            Problem(
+                "config.json: quantization_config",
+                f"{pattern!r} is no regular expression ({error})",
+                "correct the pattern",
+                "config-pattern",
+            )
+        ) from error
+    return found is not None

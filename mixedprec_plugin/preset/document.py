@@ -1,0 +1,157 @@
+"""The plain data of a preset beside the places of its parts, and what is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Any
+
+from mixedprec_plugin.errors import Problem, Severity
+from mixedprec_plugin.names import nearest
+from mixedprec_plugin.preset.model import Location
+
+MAX_COMPARED = 100_000
+
+Scalar = str | int | float | bool | None
+Path = tuple[str | int, ...]
+
+
+class RefusedError(Exception):
+    """Why a value is refused, said by code that does not know where it stands."""
+
+    def __init__(self, what: str, remedy: str = "", rule: str = "") -> None:
+        super().__init__(what)
+        self.args = (what, remedy, rule)
+
+
+class Findings:
+    """What is wrong with a preset, once each."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Location, str], Problem] = {}
+        self._num_compared = 0
+
+    def add(
+        self,
+        location: Location,
+        what: str,
+        remedy: str = "",
+        rule: str = "",
+        severity: Severity = "error",
+    ) -> None:
+        """Keep one problem, unless it is there already."""
+        problem = Problem(str(location), what, remedy, rule, severity)
+        self._found.setdefault((location, what), problem)
+
+    def has_errors(self) -> bool:
+        """Whether anything was found that stops the work."""
+        return any(problem.severity == "error" for problem in self._found.values())
+
+    def sorted(self, files: Sequence[str], severity: Severity) -> tuple[Problem, ...]:
+        """The problems of one severity by file, in the order given, and line; others come last."""
+        order = {file: index for index, file in enumerate(files)}
+        found = [
+            (key[0], value) for key, value in self._found.items() if value.severity == severity
+        ]
+        found.sort(key=lambda pair: (order.get(pair[0].file, len(order)), pair[0].line))
+        return tuple(problem for _, problem in found)
+
+    def suggest(self, name: str, names: Iterable[str]) -> str:
+        """The remedy that names what was meant; empty where nothing is near.
+
+        Comparing takes longest of all: of thousands of unknown names the last ones get none.
+        """
+        names = list(names)
+        self._num_compared += len(names)
+        near = nearest(name, names) if self._num_compared <= MAX_COMPARED else []
+        return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+@dataclasses.dataclass
+class Document:
+    """One file of a preset, or several of them merged.
+
+    Attributes:
+        file: what errors call it.
+        data: mappings, lists and scalars; None where the file cannot be read.
+        places: key path -> where that part was written. The root is always there.
+        broken: key paths of parts that have a problem: what later checks find there follows of it.
+    """
+
+    file: str
+    findings: Findings
+    data: Any = None
+    places: dict[Path, Location] = dataclasses.field(default_factory=dict)
+    broken: set[Path] = dataclasses.field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.places.setdefault((), Location(self.file, 0))
+        self._around = {link for path in self.broken for link in _prefixes(path)}
+
+    def locate(self, path: Path) -> Location:
+        """Where `path` was written; where it was not, the nearest thing around it that was."""
+        depth = len(path)
+        while path[:depth] not in self.places:
+            depth -= 1
+        place = self.places[path[:depth]]
+        return dataclasses.replace(place, key=join_path(path[depth:], place.key))
+
+    def report(self, path: Path, what: str, remedy: str = "", rule: str = "") -> None:
+        """Say what is wrong at a path."""
+        self.findings.add(self.locate(path), what, remedy, rule)
+        self.mark(path)
+
+    def mark(self, path: Path) -> None:
+        """Take a part for broken without a word."""
+        self.broken.add(path)
+        self._around.update(_prefixes(path))
+
+    def is_sound(self, path: Path) -> bool:
+        """Whether nothing at, below or around a part was found wrong."""
+        return path not in self._around and not is_within(path, self.broken)
+
+    def parts(self) -> Iterator[tuple[Path, Any]]:
+        """Every mapping, list and scalar with its path, however deeply they nest."""
+        stack: list[tuple[Path, Any]] = [((), self.data)]
+        while stack:
+            path, value = stack.pop()
+            yield path, value
+            if isinstance(value, dict | list):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                stack.extend(reversed([((*path, key), item) for key, item in items]))
+
+
+def is_within(path: Path, others: Container[Path]) -> bool:
+    """Whether a path is one of others, or below one; the root does not count."""
+    return any(prefix in others for prefix in _prefixes(path))
+
+
+def _prefixes(path: Path) -> list[Path]:
+    return [path[:length] for length in range(1, len(path) + 1)]
+
+
+def rewrite(data: Any, change: Callable[[Path, Scalar], Scalar], path: Path = ()) -> Any:
+    """Copy plain data, every scalar changed."""
+    if isinstance(data, dict):
+        return {key: rewrite(value, change, (*path, key)) for key, value in data.items()}
+    if isinstance(data, list):
+        return [rewrite(value, change, (*path, index)) for index, value in enumerate(data)]
+    return change(path, data)
+
+
+def at(data: Any, path: Path) -> Any:
+    """The value at a path, or None where there is none."""
+    for key in path:
+        try:
+            data = data[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
+def join_path(path: Path, start: str = "") -> str:
+    """Write a path as people do: `rules[2].group_size`."""
+    text = start
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
+    return text

@@ -1,0 +1,169 @@
+"""The plans of a start, each made once a process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixedprec_plugin.checkpoint.converted import embedded_preset
+from mixedprec_plugin.checkpoint.source import Source, open_source
+from mixedprec_plugin.checkpoint.sources import open_other_sources
+from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.families.config import model_dtype
+from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
+from mixedprec_plugin.methods.interface import Device, Target
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.preset import preset_for
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.model import Preset
+from mixedprec_plugin.serving.settings import Settings, read_settings
+
+_ATTRIBUTE = "_mixedprec_planner"
+
+
+class Planner:
+    """Makes plans for a running server, and keeps the last one.
+
+    A start asks several times: the command line, SGLang's model configs, the loader; and coupled
+    layers of several sources may need weights to be read each time. The planner goes from one to
+    the next on the records that SGLang hands on, see `planner_of`; to other processes without its
+    plan, which they make by themselves.
+    """
+
+    def __init__(self) -> None:
+        # the plan, and the state of its files when it was made
+        self._last: tuple[Plan, object] | None = None
+
+    def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
+        return Planner, ()
+
+    def plan(
+        self,
+        model_path: str,
+        settings: Settings,
+        dtype: str,
+        tp_size: int,
+        device: Device,
+        served: Preset | None = None,
+    ) -> Plan:
+        """Plan a preset over a local checkpoint; the last plan where nothing changed since.
+
+        Args:
+            served: what already runs, for new weights where none is named and they carry none.
+        Raises:
+            UsageError: no preset was named, and the checkpoint carries none.
+            PresetError, CheckpointError: as the pipeline finds them; plan errors are in the plan.
+        """
+        model = open_source(model_path)
+        flag = "--mixedprec-config (mixedprec_config in model_loader_extra_config)"
+        if settings.config or served is None or embedded_preset(model.quantization_config):
+            preset = preset_for(settings.config, model, settings.overrides, flag)
+        else:
+            preset = served
+        target, others = _target(model, dtype, tp_size, device), open_other_sources(preset)
+        sources = {model.name: model, **others}
+        state = _state(sources)
+        if self._last is not None:
+            plan, planned_state = self._last
+            is_same = (plan.preset, plan.target, dict(plan.sources)) == (preset, target, sources)
+            if is_same and planned_state == state:
+                return plan
+        plan = resolve_plan(preset, model, target, others)
+        self._last = plan, state
+        return plan
+
+
+def planner_of(record: Any) -> Planner:
+    """The planner that a record of SGLang's carries; it gets one at the first question.
+
+    Args:
+        record: ServerArgs, the namespace that they are made from, or a ModelConfig. SGLang keeps
+            its own model config on ServerArgs the same way (arg_groups/model_override_base.py:202).
+    """
+    planner = getattr(record, _ATTRIBUTE, None)
+    if planner is None:
+        planner = Planner()
+        setattr(record, _ATTRIBUTE, planner)
+    assert isinstance(planner, Planner)
+    return planner
+
+
+def plan_of(args: Any) -> Plan:
+    """The plan of a server over a local checkpoint.
+
+    Args:
+        args: ServerArgs, or the namespace that they are made from.
+    Raises:
+        UsageError, PresetError, CheckpointError: as for `Planner.plan`.
+    """
+    settings, dtype, tp_size = read_settings(args), str(args.dtype), int(args.tp_size)
+    return planner_of(args).plan(args.model_path, settings, dtype, tp_size, serving_device())
+
+
+def hand_over(record: Any, to: Any) -> None:
+    """Have another record carry the planner of a record."""
+    setattr(to, _ATTRIBUTE, planner_of(record))
+
+
+def make_draft_plan(
+    model_path: str, preset: Preset, dtype: str, tp_size: int, device: Device
+) -> Plan:
+    """Plan the section `draft` of a preset over a draft model's local checkpoint.
+
+    Args:
+        preset: `Preset.draft`.
+    Raises:
+        CheckpointError: as the pipeline finds them; plan errors are in the plan.
+    """
+    source = open_source(model_path)
+    target = _target(source, dtype, tp_size, device)
+    return resolve_plan(preset, source, target, open_other_sources(preset))
+
+
+def _target(source: Source, dtype: str, tp_size: int, device: Device) -> Target:
+    gpu = serving_gpu() if device == "cuda" else None
+    running = model_dtype(source.config, dtype)
+    if gpu is not None:
+        running = served_dtype(running, gpu.capability)
+    return Target(device, tp_size, running, gpu)
+
+
+def _state(sources: Mapping[str, Source]) -> object:
+    """When every file of the sources was last written; None for what is not downloaded yet."""
+    paths = {tensor.path for source in sources.values() for tensor in source.tensors.values()}
+    return {path: path.stat().st_mtime_ns if path.exists() else None for path in paths}
+
+
+def serving_gpu() -> Gpu | None:
+    """The GPU of this process, by its compute capability alone; None where there is none.
+
+    SGLang's own question, which asks NVML and leaves CUDA uninitialized in a server's parent
+    process (utils/common.py:756). Memory is SGLang's to watch over, as it may offload weights.
+    """
+    from sglang.srt.utils import get_device_sm
+
+    capability = int(get_device_sm())
+    return Gpu(f"compute capability {version(capability)}", capability) if capability else None
+
+
+def serving_device() -> Device:
+    """The device that SGLang's platform of this process runs on, as the plan names it.
+
+    Raises:
+        PlanError: the platform is one that no method of ours runs on.
+    """
+    import torch
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.device_type == "cpu":
+        return "cpu"
+    if current_platform.device_type == "cuda" and torch.version.hip is None:
+        return "cuda"
+    raise PlanError(
+        Problem(
+            f"platform {current_platform.device_name!r}",
+            "mixed precision runs on NVIDIA GPUs and on plain CPUs",
+            "set SGLANG_PLATFORM=mixedprec_cpu to try the preset on the CPU",
+            "platform",
+        )
+    )
