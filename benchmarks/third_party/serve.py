@@ -28,10 +28,10 @@ from benchmarks.third_party.reference import reference
 from demo.model import checkpoint
 from demo.server import Server
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.load import load_preset
 
 COMPOSED = Path(__file__).with_name("composed.yaml")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
-from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import Gpu, find_gpu, served_dtype
@@ -13,6 +12,7 @@ from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.model import Preset
 
 

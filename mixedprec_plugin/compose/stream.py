@@ -10,7 +10,6 @@ import torch
 
 from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYPES, Reader, Reading
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.compose.order import in_reading_order
 from mixedprec_plugin.compose.rescale import rescale_columns
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
@@ -20,6 +19,7 @@ from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, Numbers, load_codec
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from mixedprec_plugin.checkpoint.converted import embedded_preset
 from mixedprec_plugin.checkpoint.source import Source, open_source
-from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
@@ -15,6 +14,7 @@ from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.settings import Settings, read_settings
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.checkpoint.sources import open_other_sources
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.sources import open_other_sources
 from tests.checkpoint.peers import quantization_config
 from tests.presets import preset
 from tests.quantize.peers import FILE, PEERS
