@@ -3,11 +3,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-gpu lint format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed
+.PHONY: help install demo quick test test-gpu lint format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
-	@echo "make test     run the tests"
+	@echo "make quick    lint, and the tests that need no engine: about a minute"
+	@echo "make test     run all tests"
 	@echo "make test-gpu run the shipped presets on this machine's GPU (tests/gpu)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite what it can"
@@ -27,6 +28,9 @@ $(INSTALLED): setup.cfg pyproject.toml
 
 demo: $(INSTALLED)
 	@$(RUN) -m demo.run
+
+quick: $(INSTALLED) lint
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q --quick -n 2 --dist loadfile
 
 test: $(INSTALLED)
 	@$(RUN) -m pytest -q
