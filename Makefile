@@ -10,7 +10,7 @@ help:
 	@echo "make quick    lint, and the tests that need no engine: about a minute"
 	@echo "make test     run all tests"
 	@echo "make test-gpu run the shipped presets on this machine's GPU (tests/gpu)"
-	@echo "make lint     ruff and mypy"
+	@echo "make lint     ruff, mypy and the rules of imports"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
@@ -42,6 +42,7 @@ lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
