@@ -19,7 +19,10 @@ settings.load_profile("mixedprec")
 TESTS = Path(__file__).resolve().parent
 # what `--quick` leaves out: folders, and each test with one of the fixtures or marks
 SLOW_FOLDERS = {"cpu", "dryrun", "experts", "gpu", "mutants", "server", "serving"}
-SLOW_FIXTURES = {"original_model", "widened_model", "experts_model"}
+SLOW_FIXTURES = {
+    "original_model", "widened_model", "experts_model",
+    "expert_layer", "linear_module", "sglang_context",
+}  # fmt: skip
 SLOW_MARKS = {"sglang", "slow"}
 
 

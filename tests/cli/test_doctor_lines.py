@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.sglang
 _ROOT = Path(__file__).resolve().parents[2]
 _EXAMINE = """
 import argparse, io, json, sys
@@ -41,8 +42,6 @@ _MOVED = """
 import warnings
 warnings.simplefilter("ignore")
 import sglang.srt.plugins.hook_registry as registry
-
-pytestmark = pytest.mark.sglang
 registry.HookKind = registry.HookType
 del registry.HookType
 from sglang.srt.layers.quantization import moe_wna16
