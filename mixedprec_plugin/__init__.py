@@ -17,7 +17,7 @@
     resources, lazy, errors    the files that ship; imports by name; the exceptions
 
 Imports point downwards in this list; `lint-imports` holds the code to it. SGLang is imported by
-`serving`, `experts`, `cpu`, and of `methods` by `construct`, `marlin_experts` and each `sglang` module;
+`serving`, `experts`, `cpu`, and in `methods` by `construct` and the `sglang` modules;
 `cli` asks for it where `doctor` checks it.
 """
 

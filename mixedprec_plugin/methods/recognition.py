@@ -16,6 +16,7 @@ from typing import Any
 
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.methods.foreign import FOREIGN
+from mixedprec_plugin.methods.foreign.named import UNRECOGNIZED, unrecognized
 from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Method, Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.remedies import find_faults
@@ -58,6 +59,9 @@ def recognize(
                 disagreements=(*found.disagreements, *_contradictions(found, said)),
                 format=one.name,
             )
+    # a projection has a matrix, whatever its tensors are called
+    if name.endswith("_proj") and ".experts" not in name:
+        return dataclasses.replace(unrecognized(tensors), format=UNRECOGNIZED.name)
     return None
 
 

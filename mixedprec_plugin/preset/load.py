@@ -19,6 +19,7 @@ from mixedprec_plugin.preset.document import (
     Path,
     RefusedError,
     Scalar,
+    at,
     join_path,
     rewrite,
 )
@@ -159,7 +160,8 @@ def _apply(document: Document, override: str, place: Location) -> None:
         return
     path = _locate(document.data, keys)
     config = OmegaConf.create(document.data)
-    OmegaConf.update(config, join_path(path), value.data)
+    is_merged = isinstance(at(document.data, path), dict) and isinstance(value.data, dict)
+    OmegaConf.update(config, join_path(path), value.data, merge=is_merged)
     document.data = OmegaConf.to_container(config)
     for length in range(1, len(path)):
         document.places.setdefault(path[:length], place)

@@ -115,6 +115,8 @@ def test_pattern_needs_no_quotes(write: Write) -> None:
             "the resolver 'oc.decode' in ${oc.decode:x} is not "
             "allowed in presets; only ${oc.env:NAME} and references such as ${schemes.NAME} are",
         ),
+        ("lists=[x]", '["x"] is a list (expected a mapping)'),
+        ("rules={a: b}", '{"a": "b"} is a mapping (expected a list)'),
         ("schemes.c.bits=4", "'method' is missing; add 'method: …'"),
         (
             "schemes.c={method: awq, method: gptq}",

@@ -82,14 +82,25 @@ def _unknown_weight(tensors: Tensors, _said: Said) -> StoredFormat | None:
 
 def _unrecognized(tensors: Tensors, _said: Said) -> StoredFormat | None:
     """Codes, or what is beside codes, of no format that is known."""
-    held = {suffix: t for suffix, t in tensors.items() if suffix not in _BUFFERS}
+    held = _without_buffers(tensors)
     codes = [t for t in held.values() if t.dtype in _CODE_DTYPES and t.shape]
     beside = [s for s, t in held.items() if _BESIDE_CODES.search(s) and len(t.shape) > 1]
-    if not codes and not beside:
+    # of experts in one tensor the plan says why they cannot be sliced
+    if not (codes or beside) or any(suffix.startswith("gate_up_proj") for suffix in held):
         return None
-    listed = ", ".join(f"{s} {t.dtype} {list(t.shape)}" for s, t in sorted(held.items()))
+    return unrecognized(tensors)
+
+
+def unrecognized(tensors: Tensors) -> StoredFormat:
+    """What no format takes: it cannot be used, and its tensors are listed."""
+    held = sorted(_without_buffers(tensors).items())
+    listed = ", ".join(f"{suffix} {t.dtype} {list(t.shape)}" for suffix, t in held)
     text = f"its tensors are of no format that this release knows ({listed})"
-    return unusable(tensors, ", ".join(sorted(held)), disagreements=(text,))
+    return unusable(tensors, ", ".join(suffix for suffix, _ in held), disagreements=(text,))
+
+
+def _without_buffers(tensors: Tensors) -> Tensors:
+    return {suffix: tensor for suffix, tensor in tensors.items() if suffix not in _BUFFERS}
 
 
 NAMED = ForeignFormat(name="known by name only", recognize=_by_signature)
