@@ -17,9 +17,9 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint, quantization_config
 from tests.checkpoints import write_checkpoint
 from tests.commands import convert, converted
-from tests.convert.folders import same_bytes
 from tests.presets import write_preset
 from tests.quantize.peers import LAYERS, torch_layer
+from tests.tensors import same_bytes
 
 AUTO = 'match: "*_proj", method: auto'
 

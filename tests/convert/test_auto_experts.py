@@ -15,8 +15,8 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peer_experts import MODULE, write_experts
 from tests.checkpoint.peers import FOLDERS, quantization_config
 from tests.commands import converted
-from tests.convert.folders import same_bytes
 from tests.presets import write_preset
+from tests.tensors import same_bytes
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

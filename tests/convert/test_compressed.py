@@ -15,9 +15,10 @@ from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import peer_checkpoint, quantization_config
 from tests.checkpoints import write_llama
 from tests.commands import convert, converted
-from tests.convert.folders import same_bytes, tensors
+from tests.convert.folders import tensors
 from tests.presets import EXPORTED, write_preset
 from tests.quantize.peers import FILE, LAYERS, PEERS
+from tests.tensors import same_bytes
 
 AS = ("--format", "compressed-tensors")
 

@@ -19,8 +19,9 @@ from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.commands import convert, run
-from tests.convert.folders import contents, same_bytes, tensors
+from tests.convert.folders import contents, tensors
 from tests.presets import write_preset
+from tests.tensors import same_bytes
 
 CPU = Target(device="cpu")
 

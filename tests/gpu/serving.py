@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from benchmarks import tensor_parallel
 from benchmarks.engine_logprobs import WINDOW, distributions
 from benchmarks.reference_model import (
+    divergence,
     load_reference,
     load_unquantized,
     windowed_log_probabilities,
@@ -265,11 +266,6 @@ def expected(
             round_as_kernels(reference)
         found.append(windowed_log_probabilities(reference, tokens, WINDOW))
     return Expected(tokens, *found)
-
-
-def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Mean KL(p || q) a token in nats, from log-probabilities [T, V]."""
-    return float((p.exp() * (p - q)).double().sum(-1).mean())
 
 
 def perplexity(server: Server, model: Path, text: str) -> float:

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks.quality import QUANTIZED_INPUT_LIMIT, WEIGHT_ONLY_LIMIT
+from benchmarks.reference_model import divergence
 from demo.server import Server, ServerError
 from tests.gpu.adapters import adapt, write_adapter
 from tests.gpu.serving import (
@@ -18,7 +19,6 @@ from tests.gpu.serving import (
     agreement,
     check_same,
     continuations,
-    divergence,
     expected,
     flush,
     is_rehearsal,

@@ -14,6 +14,7 @@ from tests.checkpoints import llama_config, llama_tensors, write_llama
 from tests.commands import converted
 from tests.presets import EXPORTED, write_preset
 from tests.serving.stock import load
+from tests.tensors import as_integers, raw
 
 RULES = (*EXPORTED, 'match: "*.2.self_attn.o_proj", method: fp8')
 SCHEMES = {
@@ -72,12 +73,10 @@ def test_stock_sglang_fills_every_parameter_with_the_stored_numbers(
         parent, _, last = module_name.rpartition(".")
         names = [f"{parent}.{shard}" for shard in shards.get(last, (last,))]
         for suffix, parameter in stock.get_submodule(module_name).named_parameters():
-            parts = [stored[f"{name}.{suffix}"] for name in names]
+            parts = [as_integers(stored[f"{name}.{suffix}"]) for name in names]
             checked.update(f"{name}.{suffix}" for name in names)
-            whole = parts[-1] if suffix == "weight_shape" else torch.cat([_bytes(p) for p in parts])
-            assert torch.equal(_bytes(parameter.data).reshape(-1), _bytes(whole).reshape(-1)), (
-                suffix
-            )
+            whole = parts[-1] if suffix == "weight_shape" else torch.cat(parts)
+            assert torch.equal(raw(parameter), raw(whole)), suffix
     assert checked == {name for name in stored if "_proj." in name}
     others = {name: p for name, p in stock.named_parameters() if "_proj." not in name}
     assert others.keys() == {name for name in stored if "_proj." not in name}
@@ -151,8 +150,3 @@ def test_without_a_gpu_stock_sglang_serves_no_compressed_tensors(
     frames = [entry for entry in raised.traceback if "sglang" in str(entry.path)]
     assert frames[-1].path.name == "compressed_tensors.py"
     assert frames[-1].name == "_check_scheme_supported"
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its elements as integers: torch cannot compare fp8."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

@@ -14,6 +14,7 @@ from mixedprec_plugin.errors import UsageError
 from tests import commands
 from tests.checkpoints import write_llama
 from tests.presets import write_preset
+from tests.tensors import same_bytes
 
 LoadModel = Callable[..., Any]
 RULES = (
@@ -83,16 +84,10 @@ def test_converted_checkpoint_loads_without_a_preset_into_the_same_model(
     theirs, ours = dict(direct.named_parameters()), dict(later.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
-        other = theirs[name]
-        assert parameter.dtype == other.dtype
-        assert torch.equal(_raw(parameter), _raw(other)), name
+        assert same_bytes(parameter, theirs[name]), name
     for name, module in later.named_modules():
         if hasattr(module, "quant_method"):
             assert type(module.quant_method) is type(direct.get_submodule(name).quant_method)
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def test_preset_that_is_given_wins(

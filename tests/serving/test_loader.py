@@ -17,6 +17,7 @@ from mixedprec_plugin.methods.interface import Target
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.presets import write_preset
 from tests.serving.stock import load, load_again, loader_of
+from tests.tensors import as_integers, raw
 
 LoadModel = Callable[..., Any]
 METHODS = ("bf16", "fp8", "fp8_block", "fp8_channel", "int8", "awq", "gptq", "gptq_int8")
@@ -52,11 +53,7 @@ def test_every_stored_number_arrives_in_its_parameter(
         for suffix, parameter in held.items():
             stored = stream[f"model.layers.1.{name}.{suffix}"]
             assert parameter.dtype == stored.dtype
-            assert torch.equal(_raw(parameter.data), _raw(stored).reshape(_raw(parameter).shape))
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            assert torch.equal(raw(parameter.data), raw(stored).reshape(raw(parameter).shape))
 
 
 @pytest.mark.usefixtures("as_loaded")
@@ -84,13 +81,8 @@ def test_fused_module_holds_its_shards_in_order(
     ):
         for suffix, axis in suffixes.items():
             shards = [stream[f"model.layers.2.{name}.{suffix}"] for name in names]
-            whole = torch.cat([_bytes(shard) for shard in shards], dim=axis)
-            assert torch.equal(_bytes(getattr(module, suffix).data), whole), suffix
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its elements as integers: torch cannot compare fp8."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+            whole = torch.cat([as_integers(shard) for shard in shards], dim=axis)
+            assert torch.equal(as_integers(getattr(module, suffix).data), whole), suffix
 
 
 def test_plan_is_written_as_json(load_model: LoadModel, model_path: Path, tmp_path: Path) -> None:
@@ -205,7 +197,7 @@ def test_new_weights_load_where_sglang_restores_nothing_before(
         loader._has_opened_new_path = False
     held = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
-        assert torch.equal(_raw(parameter), _raw(held[name])), name
+        assert torch.equal(raw(parameter), raw(held[name])), name
 
 
 @pytest.mark.usefixtures("as_loaded")
@@ -230,7 +222,7 @@ def test_quantized_checkpoint_is_served_as_stored_beside_its_own_quantization_co
     assert type(layer.self_attn.o_proj.quant_method).__name__ == "Fp8LinearMethod"
     assert type(layer.mlp.down_proj.quant_method).__name__ == "UnquantizedLinearMethod"
     stored = tensors["model.layers.1.self_attn.o_proj.weight"]
-    assert torch.equal(_raw(layer.self_attn.o_proj.weight), _raw(stored))
+    assert torch.equal(raw(layer.self_attn.o_proj.weight), raw(stored))
     codes = {
         s: tensors[f"model.layers.1.mlp.down_proj.{s}"] for s in ("weight", "weight_scale_inv")
     }
