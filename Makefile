@@ -3,13 +3,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-gpu lint format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed
+.PHONY: help install demo quick test test-gpu lint format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
-	@echo "make test     run the tests"
+	@echo "make quick    lint, and the tests that need no engine: about a minute"
+	@echo "make test     run all tests"
 	@echo "make test-gpu run the shipped presets on this machine's GPU (tests/gpu)"
-	@echo "make lint     ruff and mypy"
+	@echo "make lint     ruff, mypy and the rules of imports"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
@@ -28,6 +29,9 @@ $(INSTALLED): setup.cfg pyproject.toml
 demo: $(INSTALLED)
 	@$(RUN) -m demo.run
 
+quick: $(INSTALLED) lint
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q --quick -n 2 --dist loadfile
+
 test: $(INSTALLED)
 	@$(RUN) -m pytest -q
 
@@ -38,7 +42,7 @@ lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(RUN) -m mypy --follow-imports silent -p demo -p benchmarks -p compat
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .

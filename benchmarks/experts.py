@@ -21,10 +21,11 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.families import engine
-from benchmarks.families.processes import forked, free_port
-from benchmarks.reference_model import load_reference, log_probabilities
+from benchmarks.families.processes import forked
+from benchmarks.reference_model import divergence, load_reference, log_probabilities, perplexity
 from benchmarks.rounding import round_as_kernels
 from demo.model import checkpoint
+from demo.server import free_port
 
 PROSE = Path(__file__).with_name("data") / "prose.txt"
 # of expert 0, 1, 2 and 3 of each layer
@@ -92,16 +93,6 @@ def write_preset(folder: Path, rules: Sequence[str]) -> Path:
     lines = ["version: 1", "rules:", *(f"  - {{{rule}}}" for rule in rules)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Mean KL(p || q) in nats a token, of log-probabilities [T, V]."""
-    return float((p.exp() * (p - q)).sum(-1).double().mean())
-
-
-def perplexity(rows: torch.Tensor, tokens: list[int]) -> float:
-    """exp of the mean negative log-probability of what follows."""
-    return float(rows.gather(1, torch.tensor(tokens[1:])[:, None]).double().mean().neg().exp())
 
 
 def mixed_rules(schemes: Sequence[str]) -> list[str]:

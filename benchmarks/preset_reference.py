@@ -6,7 +6,6 @@ python -m benchmarks.preset_reference
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,10 @@ def filled(text: str) -> str:
         "methods": "\n\n".join(_method(method) for method in BUILT_IN.values()),
     }
     for name, part in parts.items():
-        between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = between.sub(lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text)
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, rest = text.split(start)
+        _, after = rest.split(end)
+        text = f"{before}{start}{part}\n{end}{after}"
     return text
 
 

@@ -67,6 +67,16 @@ def load_reference(
     return model, stream
 
 
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Mean KL(p || q) in nats a token, of log-probabilities [T, V]."""
+    return float((p.exp() * (p - q)).sum(-1).double().mean())
+
+
+def perplexity(rows: torch.Tensor, tokens: list[int]) -> float:
+    """exp of the mean negative log-probability of what follows."""
+    return float(rows.gather(1, torch.tensor(tokens[1:])[:, None]).double().mean().neg().exp())
+
+
 def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
     """Return teacher-forced log-probabilities float32 [T - 1, V]; row i is of token i + 1."""
     with torch.inference_mode():

@@ -1,15 +1,75 @@
-"""Fixtures that several test packages share: the real model in its shapes."""
+"""The real model in its shapes, for several test packages; and what `--quick` leaves out."""
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from demo.server import Server
+
 # times say nothing on a shared machine
 settings.register_profile("mixedprec", deadline=None)
 settings.load_profile("mixedprec")
+
+TESTS = Path(__file__).resolve().parent
+# what `--quick` leaves out: folders, and each test with one of the fixtures or marks
+SLOW_FOLDERS = {"cpu", "dryrun", "experts", "gpu", "mutants", "server", "serving"}
+SLOW_FIXTURES = {
+    "original_model", "widened_model", "experts_model",
+    "expert_layer", "linear_module", "sglang_context",
+}  # fmt: skip
+SLOW_MARKS = {"sglang", "slow"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--quick`."""
+    parser.addoption(
+        "--quick", action="store_true",
+        help="leave out what needs SGLang, an engine of it, the real model or a dry run",
+    )  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import the folders that are left out."""
+    is_slow = collection_path.parent == TESTS and collection_path.name in SLOW_FOLDERS
+    return True if is_slow and config.getoption("--quick") else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give dry runs their marks, and leave out what is slow."""
+    has_gcc = shutil.which("gcc") is not None
+    for item in items:
+        if TESTS / "dryrun" in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(
+                pytest.mark.skipif(not has_gcc, reason="needs gcc, for the driver's stub")
+            )
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if _is_slow(item)])
+        items[:] = [item for item in items if not _is_slow(item)]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    fixtures = set(getattr(item, "fixturenames", ()))
+    marks = {mark.name for mark in item.iter_markers()}
+    return bool(fixtures & SLOW_FIXTURES or marks & SLOW_MARKS)
+
+
+@pytest.fixture(autouse=True)
+def is_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Under `--quick`, fail a test that starts a server or imports SGLang."""
+    if request.config.getoption("--quick"):
+        monkeypatch.setattr(Server, "__enter__", None)
+        was_imported = "sglang.srt" in sys.modules
+        yield
+        assert was_imported or "sglang.srt" not in sys.modules, "mark this test with `sglang`"
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")

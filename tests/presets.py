@@ -11,6 +11,17 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 
+# of a model of three layers: every method that is exported as compressed-tensors
+EXPORTED = (
+    'match: "*", method: fp8',
+    'match: "*.self_attn.*", method: fp8_block',
+    'match: "*.0.mlp.*", method: awq',
+    'match: "*.1.mlp.*", method: gptq, group_size: -1',
+    'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
+    'match: "*.1.self_attn.*", method: unquantized',
+    'match: "*.2.mlp.*", method: fp8_channel',
+)
+
 
 def write_preset(folder: Path, *lines: str, head: str = "") -> Path:
     """Write `preset.yaml` with the given rules, one a line: `match: "*", method: fp8`."""

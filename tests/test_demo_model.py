@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo import model
 from demo.gguf_model import DemoModelError, fetch_gguf
@@ -20,11 +19,15 @@ PEERS = Path(__file__).parent / "data" / "peers"
 
 
 def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def tokenizer(widened_model: Path) -> Any:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(widened_model)
 
 
@@ -63,6 +66,8 @@ def test_model_answers_a_question(widened_model: Path, tokenizer: Any) -> None:
 
 
 def test_tokenizer_agrees_with_the_one_transformers_makes(tokenizer: Any, prose: str) -> None:
+    from transformers import AutoTokenizer
+
     gguf_path = fetch_gguf(model.cache_dir())
     theirs = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
     text = prose + "\n\n<|im_start|>user\nAdd 1234 and 56.78 — naïve?\n    Tab\there<|im_end|>"

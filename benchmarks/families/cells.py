@@ -14,9 +14,10 @@ from benchmarks.families.architectures import Architecture
 from benchmarks.families.checkpoints import make_checkpoint, prompt
 from benchmarks.families.comparison import Distance, Held, distance
 from benchmarks.families.methods import preset_text
-from benchmarks.families.processes import ChildError, forked, free_port
+from benchmarks.families.processes import ChildError, forked
 from benchmarks.families.reference import Run, run_reference
 from benchmarks.families.trace import Trace, join
+from demo.server import free_port
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.interface import Device, Target

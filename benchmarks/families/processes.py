@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -59,13 +58,6 @@ def forked(
     if failures:
         raise ChildError(failures[0])
     return [value for _, value in results]
-
-
-def free_port() -> int:
-    """A port of loopback that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def _fork(work: Callable[[], Any], path: Path, is_quiet: bool) -> int:

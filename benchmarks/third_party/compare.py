@@ -13,7 +13,6 @@ import argparse
 import collections
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.reference_model import load_unquantized, log_probabilities
+from benchmarks.reference_model import divergence, load_unquantized, log_probabilities, perplexity
 from benchmarks.third_party.calibration import calibration_windows
 from benchmarks.third_party.folding import distance, folded_norms, unfold
 from benchmarks.third_party.make import MADE, make, weights_bytes
@@ -126,7 +125,6 @@ def report(name: str, base: Tensors, unquantized: torch.Tensor, tokens: list[int
     norms = [value for _, value in folded_norms(dense, base)]
     model: Any = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     result = log_probabilities(model.eval(), tokens)
-    divergence = float((unquantized.exp() * (unquantized - result)).sum(-1).double().mean())
     lines = [
         f"## {name}",
         f"{made['tool']} {made['version']}, {made['seconds']} s, "
@@ -139,15 +137,10 @@ def report(name: str, base: Tensors, unquantized: torch.Tensor, tokens: list[int
             f"  {key}: {value:.4f} from the original, unfolded {after[key]:.4f}"
             for key, value in before.items()
         ),
-        f"PPL {_perplexity(result, tokens):.3f} (original {_perplexity(unquantized, tokens):.3f}), "
-        f"mean KL {divergence:.4f}",
+        f"PPL {perplexity(result, tokens):.3f} (original {perplexity(unquantized, tokens):.3f}), "
+        f"mean KL {divergence(unquantized, result):.4f}",
     ]
     return "\n".join(lines)
-
-
-def _perplexity(log_probs: torch.Tensor, tokens: list[int]) -> float:
-    targets = torch.tensor(tokens[1:])[:, None]
-    return math.exp(-float(log_probs.gather(1, targets).double().mean()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.engine_logprobs import distributions
-from benchmarks.experts import PROSE, divergence, perplexity
-from benchmarks.reference_model import load_unquantized, log_probabilities
+from benchmarks.experts import PROSE
+from benchmarks.reference_model import divergence, load_unquantized, log_probabilities, perplexity
 from benchmarks.third_party.composition import composed_model
 from benchmarks.third_party.make import checkpoints_dir
 from benchmarks.third_party.recipes import RECIPES

@@ -16,6 +16,8 @@ from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.registry import METHODS, MethodTable
 from tests.methods.packages import install
 
+pytestmark = pytest.mark.sglang
+
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without GPU is")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.sglang
 _ROOT = Path(__file__).resolve().parents[2]
 _EXAMINE = """
 import argparse, io, json, sys

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.methods.awq import codec as awq
 from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
 from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoint.test_formats import DETECTED
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
+from tests.commands import run, run_without_torch
 from tests.presets import plan
 
 AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
-
-
-def run(*argv: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main([str(arg) for arg in argv], out, err)
-    return code, out.getvalue(), err.getvalue()
 
 
 def rows(out: str) -> list[str]:
@@ -140,10 +131,4 @@ def test_missing_folder_exits_1_without_a_traceback(tmp_path: Path) -> None:
 
 def test_inspect_needs_neither_torch_nor_sglang(tmp_path: Path) -> None:
     model = peer_checkpoint(tmp_path / "model", "llmcompressor-w4a16-asym-g64")
-    script = (
-        "import sys\n"
-        "from mixedprec_plugin.cli.main import main\n"
-        f"assert main(['inspect', {str(model)!r}]) == 0\n"
-        "assert not {'torch', 'sglang'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert run_without_torch("inspect", model)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
-from mixedprec_plugin.cli.main import main
 from tests.checkpoints import write_llama
+from tests.commands import run
 from tests.presets import write_preset
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write_llama(tmp_path / "model")
-
-
-def run(*argv: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main([str(arg) for arg in argv], out, err)
-    return code, out.getvalue(), err.getvalue()
 
 
 def test_plan_prints_folded_groups_totals_and_exits_0(model: Path, tmp_path: Path) -> None:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.errors import CheckpointError
 from mixedprec_plugin.methods.awq import codec as awq
-from mixedprec_plugin.methods.fp8 import codec as fp8
 from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.quantize.codec import load_codec
 from tests.checkpoint.peers import peer_checkpoint
 from tests.checkpoints import write_checkpoint
+from tests.compose.repacking import LAYER, compressed, layer_of, stream
 from tests.presets import plan
 from tests.quantize.peers import FILE, LAYERS, PEERS, config, numpy_layer, torch_layer
 from tests.reference import dequantize as independent
 from tests.reference.dequantize import dequantize_checkpoint
 
 GPTQ = {"bits": 4, "group_size": 64, "desc_act": False}
-LAYER = "model.layers.0.mlp.down_proj"
 # peer, the method that it is repacked as, a dtype that holds its scales
 PAIRS = [
     ("autoround-sym-awqpack-g64", "gptq", "F16"),
@@ -38,25 +33,6 @@ PAIRS = [
     ("llmcompressor-w4a16-g64", "awq", "BF16"),
     ("llmcompressor-w4a16-asym-g64", "awq", "BF16"),
 ]
-
-
-def stream(
-    model: Path, rule: str, dtype: str = "BF16", action: str = "repack"
-) -> dict[str, torch.Tensor]:
-    """The tensors of a model whose projections follow one rule."""
-    made = plan(model, f'match: "*_proj", {rule}', target=Target(device="cpu", dtype=dtype))
-    assert not made.errors, made.errors
-    planned = {layer.action for layer in made.layers if layer.name.endswith("_proj")}
-    assert planned == {action}
-    return dict(iter(VirtualCheckpoint(made)))
-
-
-def layer_of(tensors: dict[str, torch.Tensor], layer: str) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(f"{layer}."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(f"{layer}.")
-    }
 
 
 @pytest.mark.parametrize(("folder", "method", "dtype"), PAIRS)
@@ -227,121 +203,6 @@ def test_eight_bits_of_pack_quantized_are_gptq_of_eight_bits(tmp_path: Path) -> 
         assert set(made) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
         read = gptq.read(made, {"bits": 8, "group_size": 128}).dequantize()
         assert torch.equal(read, (codes.float() - 128) * scales.float())
-
-
-def compressed(
-    format_: str, weights: dict[str, Any], inputs: dict[str, Any] | None
-) -> dict[str, Any]:
-    """config.json of a compressed-tensors checkpoint."""
-    group = {
-        "targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": format_
-    }  # fmt: skip
-    quantization = {
-        "quant_method": "compressed-tensors", "format": format_, "config_groups": {"group_0": group}
-    }  # fmt: skip
-    return {"torch_dtype": "bfloat16", "quantization_config": quantization}
-
-
-BLOCKS = {"num_bits": 8, "strategy": "block", "block_structure": [128, 128], "symmetric": True}
-GROUP_128 = {"dynamic": True, "group_size": 128, "strategy": "group", "num_bits": 8}
-
-
-@pytest.mark.parametrize(
-    ("kind", "rule", "dtype"),
-    [
-        ("float", "method: fp8_block", torch.float8_e4m3fn),
-        ("int", "method: blockwise_int8", torch.int8),
-    ],
-)
-def test_blocks_under_llm_compressors_names_are_taken(
-    tmp_path: Path, kind: str, rule: str, dtype: torch.dtype
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-99, 99, (256, 384), generator=generator).to(dtype)
-    scales = torch.rand(2, 3, generator=generator).to(torch.bfloat16)
-    tensors = {f"{LAYER}.weight": codes, f"{LAYER}.weight_scale": scales}
-    weights = {**BLOCKS, "type": kind}
-    model = write_checkpoint(
-        tmp_path / "model", compressed(f"{kind}-quantized", weights, GROUP_128), tensors
-    )
-    made = layer_of(stream(model, rule), LAYER)
-    assert set(made) == {"weight", "weight_scale_inv"}
-    assert made["weight_scale_inv"].dtype == torch.float32
-    assert torch.equal(made["weight_scale_inv"], scales.float())
-    assert torch.equal(made["weight"].view(torch.uint8), codes.view(torch.uint8))
-
-
-@pytest.mark.parametrize("inputs", [None, GROUP_128 | {"group_size": 64}, {"dynamic": False}])
-def test_blocks_whose_activations_are_not_quantized_in_such_groups_are_refused(
-    tmp_path: Path, inputs: dict[str, Any] | None
-) -> None:
-    tensors = {
-        f"{LAYER}.weight": torch.zeros(256, 384).to(torch.float8_e4m3fn),
-        f"{LAYER}.weight_scale": torch.ones(2, 3),
-    }
-    config = compressed("float-quantized", {**BLOCKS, "type": "float"}, inputs)
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    (problem,) = plan(model, 'match: "*", method: fp8_block', target=Target(device="cpu")).errors
-    assert "is stored as fp8 block [128, 128] (float-quantized)" in str(problem)
-
-
-def test_llm_compressors_own_block_file_keeps_codes_and_scales(tmp_path: Path) -> None:
-    """Its K = 576 runs in no block kernel, so the plan refuses the shape, not the format."""
-    model = peer_checkpoint(tmp_path / "model", "llmcompressor-fp8-block")
-    made = plan(model, 'match: "*_proj", method: fp8_block', target=Target(device="cpu"))
-    assert [p.what for p in made.errors] == [
-        "K = 576 is not a multiple of 128, the block size along K and the group of its activations"
-    ]
-    layer = made.by_name[LAYERS[0]]
-    assert layer.action == "repack"
-    assert layer.stored is not None
-    assert layer.scheme is not None
-    stored = torch_layer("llmcompressor-fp8-block", LAYERS[0])
-    numbers = load_codec(layer.stored.codec).read(stored, layer.stored.how)
-    repacked = fp8.write(numbers, layer.scheme.arguments, torch.bfloat16)
-    expected = dequantize_checkpoint(
-        numpy_layer("llmcompressor-fp8-block", LAYERS[0]), config("llmcompressor-fp8-block")
-    )
-    read = fp8.read(repacked, {"weight_block_size": [128, 128]}).dequantize()
-    assert torch.equal(read, torch.from_numpy(expected.copy()))
-
-
-@pytest.mark.parametrize(
-    ("suffix", "shape", "dtype"),
-    [
-        ("weight_scale", (1, 1), torch.float32),
-        ("weight_scale", (1, 1), torch.bfloat16),
-        ("weight_scale_inv", (), torch.bfloat16),
-        ("weight_scale_inv", (1,), torch.float32),
-    ],
-)
-def test_one_scale_a_tensor_is_taken_under_any_name_and_dtype(
-    tmp_path: Path, suffix: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    codes = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
-    stored = codes.to(torch.float8_e4m3fn)
-    scale = torch.full(shape, 0.37, dtype=dtype)
-    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}
-    model = write_checkpoint(
-        tmp_path / "model", config, {f"{LAYER}.weight": stored, f"{LAYER}.{suffix}": scale}
-    )
-    made = layer_of(stream(model, "method: fp8"), LAYER)
-    assert set(made) == {"weight", "weight_scale"}
-    assert torch.equal(made["weight_scale"], scale.float().reshape(()))
-    assert torch.equal(made["weight"].view(torch.uint8), stored.view(torch.uint8))
-
-
-@pytest.mark.parametrize(
-    ("folder", "message"),
-    [
-        ("llmcompressor-fp8-dynamic", r"not as fp8 asks .*; write method: fp8_channel, bf16 to"),
-        ("gptqmodel-fp8-row", "which no method serves as it is"),
-    ],
-)
-def test_one_scale_a_channel_is_not_one_a_tensor(tmp_path: Path, folder: str, message: str) -> None:
-    model = peer_checkpoint(tmp_path / "model", folder)
-    (problem,) = plan(model, 'match: "*_proj", method: fp8', target=Target(device="cpu")).errors
-    assert re.search(message, str(problem))
 
 
 def test_awq_dequantizes_what_gptq_did_not_round_again(tmp_path: Path) -> None:

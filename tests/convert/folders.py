@@ -41,10 +41,3 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         found |= load_file(path)
     return found
-
-
-def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are alike to the bit; torch cannot compare all FP8 values."""
-    flat = [t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second)]
-    same_kind = (first.dtype, first.shape) == (second.dtype, second.shape)
-    return same_kind and torch.equal(*flat)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.plan.model import Plan
@@ -18,18 +16,12 @@ from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint, quantization_config
 from tests.checkpoints import write_checkpoint
-from tests.convert.folders import same_bytes
+from tests.commands import convert, converted
 from tests.presets import write_preset
 from tests.quantize.peers import LAYERS, torch_layer
+from tests.tensors import same_bytes
 
 AUTO = 'match: "*_proj", method: auto'
-
-
-def _convert(model: Path, preset: Path, out: Path, device: str = "cuda") -> tuple[int, str]:
-    err = io.StringIO()
-    argv = ["convert", "--model", str(model), "--preset", str(preset), "--device", device,
-            "--out", str(out)]  # fmt: skip
-    return main(argv, io.StringIO(), err), err.getvalue()
 
 
 def _reopened(folder: Path, device: Device = "cuda") -> Plan:
@@ -44,8 +36,7 @@ def test_converted_layers_are_what_their_source_stores_and_says(
     tmp_path: Path, folder: str, device: Device
 ) -> None:
     model, preset = peer_checkpoint(tmp_path / "model", folder), write_preset(tmp_path, AUTO)
-    code, errors = _convert(model, preset, tmp_path / "out", device)
-    assert code == 0, errors
+    converted(model, preset, tmp_path / "out", device=device)
     before = dict(iter(open_virtual_checkpoint(model, preset, Target(device=device))))
     plan = _reopened(tmp_path / "out", device)
     assert not plan.errors
@@ -80,8 +71,7 @@ def test_each_layer_keeps_the_config_of_its_own_source(tmp_path: Path) -> None:
         tmp_path, AUTO, 'match: "*.1.*", method: auto, source: other',
         head=f"trust_sources: true\nsources:\n  other: {{path: {other}}}\n",
     )  # fmt: skip
-    code, errors = _convert(model, preset, tmp_path / "out")
-    assert code == 0, errors
+    converted(model, preset, tmp_path / "out", device="cuda")
     plan = _reopened(tmp_path / "out")
     assert not plan.errors
     for index, peer in ((0, "llmcompressor-w8a8-int8"), (1, "autoround-gptq-g64")):
@@ -94,7 +84,7 @@ def test_a_layer_that_its_source_ignores_by_number_is_told_from_the_others(tmp_p
     """Layers that are alike share their format, unless config.json tells them apart."""
     model = _two_layers(tmp_path / "model", "llmcompressor-w8a8-int8")
     out = tmp_path / "out"
-    assert _convert(model, write_preset(tmp_path, AUTO), out)[0] == 0
+    converted(model, write_preset(tmp_path, AUTO), out, device="cuda")
     config = json.loads((out / "config.json").read_text())
     (entry,) = config["quantization_config"]["layers"]
     entry["config"]["ignore"] = ["model.layers.1.self_attn.o_proj"]
@@ -112,9 +102,9 @@ def test_what_another_source_says_is_one_of_a_conversions_inputs(tmp_path: Path)
         tmp_path, 'match: "*", method: auto, source: other',
         head=f"trust_sources: true\nsources:\n  other: {{path: {other}}}\n",
     )  # fmt: skip
-    assert _convert(model, preset, tmp_path / "out")[0] == 0
-    assert _convert(model, preset, tmp_path / "out")[0] == 0
+    converted(model, preset, tmp_path / "out", device="cuda")
+    converted(model, preset, tmp_path / "out", device="cuda")
     _two_layers(other, "autoround-gptq-g64", autoround_version="0.0")
-    code, errors = _convert(model, preset, tmp_path / "out")
+    code, _, errors = convert(model, preset, tmp_path / "out", device="cuda")
     assert code != 0
     assert "config.json" in errors

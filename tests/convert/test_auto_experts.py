@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peer_experts import MODULE, write_experts
 from tests.checkpoint.peers import FOLDERS, quantization_config
-from tests.convert.folders import same_bytes
+from tests.commands import convert
 from tests.presets import write_preset
+from tests.tensors import same_bytes
 
 # SGLang's class for them reads their zero points as AWQ's
 REFUSED = ("llmcompressor-w4a16-asym-g64", "cuda")
 CASES = [(peer, device) for peer in FOLDERS for device in ("cuda", "cpu")]
 
 
-def convert(tmp_path: Path, peer: str, device: str) -> tuple[int, Path, Path, str]:
+def convert_experts(tmp_path: Path, peer: str, device: str) -> tuple[int, Path, Path, str]:
     """Convert a model whose experts come from a peer; the exit code, model, preset and errors."""
     model = write_experts(tmp_path / "model", "bf16")
     other = write_experts(tmp_path / "other", peer)
@@ -32,15 +31,12 @@ def convert(tmp_path: Path, peer: str, device: str) -> tuple[int, Path, Path, st
         tmp_path, 'match: "*", method: auto, source: other',
         head=f"trust_sources: true\nsources: {{other: {{path: {json.dumps(str(other))}}}}}\n",
     )  # fmt: skip
-    argv = ["convert", "--model", model, "--preset", preset, "--device", device,
-            "--out", tmp_path / "out"]  # fmt: skip
-    errors = io.StringIO()
-    code = main([str(word) for word in argv], io.StringIO(), errors)
-    return code, model, preset, errors.getvalue()
+    code, _, errors = convert(model, preset, tmp_path / "out", device=device)
+    return code, model, preset, errors
 
 
 def test_experts_that_no_server_could_run_are_refused(tmp_path: Path) -> None:
-    code, _, _, errors = convert(tmp_path, *REFUSED)
+    code, _, _, errors = convert_experts(tmp_path, *REFUSED)
     assert code == 1
     assert "SGLang reads the zero points of such experts as if they were AWQ's" in errors
     assert not (tmp_path / "out").exists()
@@ -50,7 +46,7 @@ def test_experts_that_no_server_could_run_are_refused(tmp_path: Path) -> None:
 def test_converted_experts_are_what_their_source_stores_and_says(
     tmp_path: Path, peer: str, device: Device
 ) -> None:
-    code, model, preset, errors = convert(tmp_path, peer, device)
+    code, model, preset, errors = convert_experts(tmp_path, peer, device)
     assert code == 0, errors
     before = dict(iter(open_virtual_checkpoint(model, preset, Target(device=device))))
     source = open_source(tmp_path / "out")

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import peer_checkpoint, quantization_config
 from tests.checkpoints import write_llama
-from tests.convert.folders import same_bytes, tensors
-from tests.presets import write_preset
+from tests.commands import convert, converted
+from tests.convert.folders import tensors
+from tests.presets import EXPORTED, write_preset
 from tests.quantize.peers import FILE, LAYERS, PEERS
+from tests.tensors import same_bytes
 
-RULES = (
-    'match: "*", method: fp8',
-    'match: "*.self_attn.*", method: fp8_block',
-    'match: "*.0.mlp.*", method: awq',
-    'match: "*.1.mlp.*", method: gptq, group_size: -1',
-    'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
-    'match: "*.1.self_attn.*", method: unquantized',
-    'match: "*.2.mlp.*", method: fp8_channel',
-)
+AS = ("--format", "compressed-tensors")
 
 
-def convert(model: Path, preset: Path, out: Path, device: str = "cpu") -> tuple[int, str]:
-    err = io.StringIO()
-    argv = ["convert", "--model", str(model), "--preset", str(preset), "--device", device,
-            "--format", "compressed-tensors", "--out", str(out)]  # fmt: skip
-    return main(argv, io.StringIO(), err), err.getvalue()
+def exported(model: Path, preset: Path, out: Path) -> Path:
+    return converted(model, preset, out, *AS)
 
 
 def said(out: Path) -> dict[str, Any]:
@@ -47,12 +34,14 @@ def said(out: Path) -> dict[str, Any]:
 
 
 def test_library_decompresses_to_the_values_of_the_plan(tmp_path: Path) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
     model = write_llama(tmp_path / "model")
-    preset = write_preset(tmp_path, *RULES)
-    assert convert(model, preset, tmp_path / "out") == (0, "")
+    preset = write_preset(tmp_path, *EXPORTED)
+    exported(model, preset, tmp_path / "out")
     plain = write_preset(tmp_path / "plain", 'match: "*", method: unquantized')
-    assert main(["convert", "--model", str(model), "--preset", str(preset), "--device", "cpu",
-                 "--out", str(tmp_path / "mixed")], io.StringIO()) == 0  # fmt: skip
+    converted(model, preset, tmp_path / "mixed")
     target = Target(device="cpu")
     expected = dict(iter(open_virtual_checkpoint(tmp_path / "mixed", plain, target)))
     written = tensors(tmp_path / "out")
@@ -75,7 +64,7 @@ def test_library_decompresses_to_the_values_of_the_plan(tmp_path: Path) -> None:
 
 def test_every_layer_is_a_target_or_ignored_once(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "model", tie_word_embeddings=False)
-    assert convert(model, write_preset(tmp_path, *RULES), tmp_path / "out") == (0, "")
+    exported(model, write_preset(tmp_path, *EXPORTED), tmp_path / "out")
     config = said(tmp_path / "out")
     listed = [t for group in config["config_groups"].values() for t in group["targets"]]
     listed += config["ignore"]
@@ -99,7 +88,7 @@ def test_every_layer_is_a_target_or_ignored_once(tmp_path: Path) -> None:
 def test_layer_comes_back_as_llm_compressor_wrote_it(tmp_path: Path, tool: str, rule: str) -> None:
     model = peer_checkpoint(tmp_path / "model", tool)
     preset = write_preset(tmp_path, f'match: "*_proj", {rule}')
-    assert convert(model, preset, tmp_path / "out") == (0, "")
+    exported(model, preset, tmp_path / "out")
     theirs, ours = load_file(PEERS / tool / FILE), tensors(tmp_path / "out")
     for layer in LAYERS:
         own = {name: t for name, t in theirs.items() if name.startswith(f"{layer}.")}
@@ -122,7 +111,7 @@ def assert_same_group(config: dict[str, Any], tool: str) -> None:
 def test_blocks_are_described_as_llm_compressor_does(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "model")
     preset = write_preset(tmp_path, 'match: "*", method: fp8_block')
-    assert convert(model, preset, tmp_path / "out") == (0, "")
+    exported(model, preset, tmp_path / "out")
     assert_same_group(said(tmp_path / "out"), "llmcompressor-fp8-block")
 
 
@@ -138,7 +127,7 @@ def test_blocks_are_described_as_llm_compressor_does(tmp_path: Path) -> None:
 )
 def test_layers_that_cannot_be_written_are_named(tmp_path: Path, rule: str, message: str) -> None:
     model = write_llama(tmp_path / "model")
-    code, err = convert(model, write_preset(tmp_path, rule), tmp_path / "out")
+    code, _, err = convert(model, write_preset(tmp_path, rule), tmp_path / "out", *AS)
     assert code == 1
     assert message in err
     assert "give it another method, or leave out --format compressed-tensors" in err
@@ -148,6 +137,6 @@ def test_layers_that_cannot_be_written_are_named(tmp_path: Path, rule: str, mess
 def test_act_order_cannot_be_written(tmp_path: Path) -> None:
     model = peer_checkpoint(tmp_path / "model", "gptqmodel-gptq-g64", desc_act=True)
     preset = write_preset(tmp_path, 'match: "*_proj", method: gptq, group_size: 64')
-    code, err = convert(model, preset, tmp_path / "out")
+    code, _, err = convert(model, preset, tmp_path / "out", *AS)
     assert code == 1
     assert "gptq cannot be written: its groups are in act order" in err

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +12,18 @@ import torch
 from safetensors import safe_open
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
 from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
-from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
-from tests.convert.folders import contents, same_bytes, tensors
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
+from tests.commands import convert, run
+from tests.convert.folders import contents, tensors
 from tests.presets import write_preset
+from tests.tensors import same_bytes
 
-RULES = (
-    'match: "*", method: fp8',
-    'match: "*.self_attn.*", method: fp8_block',
-    'match: "*.0.mlp.*", method: awq',
-    'match: "*.1.mlp.*", method: gptq_int8',
-    'match: "*.2.mlp.*", method: int8',
-    'match: "*.1.self_attn.o_proj", method: unquantized',
-)
 CPU = Target(device="cpu")
-
-
-def run(*argv: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    return main([str(a) for a in argv], out, err), out.getvalue(), err.getvalue()
-
-
-def convert(model: Path, preset: Path, out: Path, *more: object) -> tuple[int, str, str]:
-    return run("convert", "--model", model, "--preset", preset, "--device", "cpu", "--out", out,
-               *more)  # fmt: skip
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = write_llama(tmp_path / "model", parts=3)
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "quantize_config.json").write_text("{}")
-    (folder / "pytorch_model.bin").write_text("never opened")
-    return folder
-
-
-@pytest.fixture
-def preset(tmp_path: Path) -> Path:
-    return write_preset(tmp_path, *RULES)
 
 
 @pytest.mark.parametrize("size", ["5GB", "300KB", "1B"])
@@ -235,103 +202,6 @@ def test_dtype_of_the_config_is_the_one_converted_for(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "float16"
     assert tensors(tmp_path / "out")["model.norm.weight"].dtype == torch.float16
-
-
-class TestOutputFolder:
-    def test_second_run_finds_nothing_to_do(
-        self, model: Path, preset: Path, tmp_path: Path
-    ) -> None:
-        convert(model, preset, tmp_path / "out")
-        before = contents(tmp_path / "out")
-        code, text, _ = convert(model, preset, tmp_path / "out")
-        assert (code, contents(tmp_path / "out")) == (0, before)
-        assert "1 of them from before" in text
-
-    def test_conversion_of_other_inputs_is_replaced_only_if_asked(
-        self, model: Path, preset: Path, tmp_path: Path
-    ) -> None:
-        convert(model, preset, tmp_path / "out", "--max-shard-size", "300KB")
-        before = contents(tmp_path / "out")
-        other = write_preset(tmp_path / "other", 'match: "*", method: fp8')
-        code, _, err = convert(model, other, tmp_path / "out")
-        assert code == 1
-        assert "holds a conversion of other inputs (the preset, the size of parts, the plan" in err
-        assert contents(tmp_path / "out") == before
-        assert convert(model, other, tmp_path / "out", "--overwrite")[0] == 0
-        assert convert(model, other, tmp_path / "fresh")[0] == 0
-        assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-
-    def test_changed_weights_of_a_source_are_other_inputs(
-        self, model: Path, preset: Path, tmp_path: Path
-    ) -> None:
-        convert(model, preset, tmp_path / "out")
-        path = model / "model-00001-of-00003.safetensors"
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-        stat = path.stat()
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-        code, _, err = convert(model, preset, tmp_path / "out")
-        assert code == 1
-        assert "(the sources' files changed)" in err
-
-    def test_folder_of_something_else_is_never_touched(
-        self, model: Path, preset: Path, tmp_path: Path
-    ) -> None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.tex").write_text("years of work")
-        code, _, err = convert(model, preset, tmp_path / "out", "--overwrite")
-        assert code == 1
-        assert "out: is not empty, and no conversion wrote it; name a new folder" in err
-        assert contents(tmp_path / "out").keys() == {"thesis.tex"}
-
-    @pytest.mark.parametrize("where", ["model", "model/sub", "."])
-    def test_output_beside_the_source_only(
-        self, model: Path, preset: Path, tmp_path: Path, where: str
-    ) -> None:
-        before = contents(model)
-        code, _, err = convert(model, preset, tmp_path / where)
-        assert code == 1
-        assert "is, holds or lies in the source 'model'" in err
-        assert contents(model) == before
-
-    def test_folder_that_cannot_be_made_is_an_error(
-        self, model: Path, preset: Path, tmp_path: Path
-    ) -> None:
-        (tmp_path / "file").write_text("")
-        code, _, err = convert(model, preset, tmp_path / "file" / "out")
-        assert code == 1
-        assert "cannot be written (Not a directory); make room or access" in err
-
-    def test_folder_that_is_read_only_is_an_error(self, model: Path, preset: Path) -> None:
-        code, _, err = convert(model, preset, Path("/proc/mixedprec/out"))
-        assert code == 1
-        assert "cannot be written (" in err
-
-    def test_full_disk_is_told_before_the_work(self, tmp_path: Path) -> None:
-        from mixedprec_plugin.convert.folder import require_space
-        from mixedprec_plugin.errors import ConvertError
-
-        with pytest.raises(ConvertError, match=r"bytes free .expected 1,152,921,504,606,846,976."):
-            require_space(tmp_path, 1 << 60)
-
-    def test_second_process_waits_its_turn(self, model: Path, preset: Path, tmp_path: Path) -> None:
-        from mixedprec_plugin.convert.journal import Journal
-
-        (tmp_path / "out" / ".mixedprec-partial").mkdir(parents=True)
-        journal = Journal(tmp_path / "out" / ".mixedprec-partial")
-        code, _, err = convert(model, preset, tmp_path / "out")
-        journal.close()
-        assert code == 1
-        assert "another process is converting into this folder" in err
-
-    @pytest.mark.parametrize("size", ["5XB", "", "0", "GB", "-1GB"])
-    def test_size_that_is_none_is_a_usage_error(
-        self, model: Path, preset: Path, tmp_path: Path, size: str
-    ) -> None:
-        code, _, err = convert(model, preset, tmp_path / "out", f"--max-shard-size={size}")
-        assert code == 2
-        assert f"--max-shard-size: {size!r} is no size (expected one such as 5GB or 500MB)" in err
 
 
 def test_plan_with_errors_is_not_converted(model: Path, tmp_path: Path) -> None:

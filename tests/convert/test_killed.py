@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import random
@@ -20,8 +19,8 @@ import pytest
 from safetensors.torch import load_file
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.main import main
 from tests.checkpoints import write_checkpoint, write_llama
+from tests.commands import run
 from tests.convert.folders import contents, passes_for_whole
 from tests.presets import write_preset
 
@@ -205,11 +204,11 @@ def test_unfinished_conversion_of_other_inputs_is_not_continued(
     out = tmp_path / "out"
     assert converter.run([*small, "--out", str(out)], 8)[0] == -signal.SIGKILL
     other = [*small, "--dtype", "float16", "--out", str(out)]
-    err = io.StringIO()
-    assert main(other, io.StringIO(), err) == 1
+    code, _, err = run(*other)
+    assert code == 1
     assert (
         f"{out}: holds an unfinished conversion of other inputs (the dtype, the plan changed); add "
-        "--overwrite to start anew" in err.getvalue()
+        "--overwrite to start anew" in err
     )
     assert converter.run([*other, "--overwrite"])[0] == 0
     assert {t.dtype for t in open_source(out).tensors.values()} >= {"F16"}

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def publish() -> None:
@@ -34,3 +41,16 @@ def one_of_two_ranks(rank: int) -> contextlib.AbstractContextManager[object]:
         **sizes, **ranks, **groups
     )
     return context
+
+
+def interpret(module: str, folder: Path) -> dict[str, Any]:
+    """What a module writes that runs kernels in Triton's interpreter, in a process of its own."""
+    import torch
+
+    path = folder / "results.pt"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, str(path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = torch.load(path)
+    return found

@@ -17,6 +17,10 @@ from mixedprec_plugin.methods.fp8_channel import codec as fp8_channel
 from mixedprec_plugin.methods.gptq import codec as gptq
 from tests.reference.dequantize import dequantize_method
 
+# input features, and output features of each shard of a layer kind
+K = 768
+SIZES = {"column": (768,), "merged": (768, 768), "qkv": (768, 256, 256), "row": (640,)}
+
 QUANTIZERS = {
     "fp8": fp8, "fp8_channel": fp8_channel, "blockwise_int8": blockwise_int8, "awq": awq,
     "gptq": gptq,

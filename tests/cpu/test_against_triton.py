@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,19 +11,13 @@ from mixedprec_plugin.cpu import activation
 from mixedprec_plugin.cpu.packed import dequantize
 from mixedprec_plugin.cpu.scaled_matmul import block_matmul, channel_matmul
 from mixedprec_plugin.quantize.packing import unpack_awq
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.cpu.context import interpret
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Inputs and outputs of the kernels, computed in a process of their own."""
-    path = tmp_path_factory.mktemp("triton") / "results.pt"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.cpu.triton_kernels", str(path)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return torch.load(path)
+    return interpret("tests.cpu.triton_kernels", tmp_path_factory.mktemp("triton"))
 
 
 def _assert_close(ours: torch.Tensor, theirs: torch.Tensor, few: float) -> None:

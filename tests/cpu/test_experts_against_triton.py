@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.cpu.context import interpret
 from tests.cpu.expert_layers import load_experts, make_case, process, stored_experts
 from tests.cpu.triton_experts import CASES
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Inputs and outputs of the kernels, computed in a process of their own."""
-    path = tmp_path_factory.mktemp("triton") / "experts.pt"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.cpu.triton_experts", str(path)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return torch.load(path)
+    return interpret("tests.cpu.triton_experts", tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from mixedprec_plugin.errors import ShapeError
-from tests.cpu.layers import QUANTIZERS, Case, dequantize, fill, make_config, make_layer
+from tests.cpu.expert_layers import relative_error
+from tests.cpu.layers import QUANTIZERS, SIZES, Case, K, dequantize, fill, make_config, make_layer
 
-K = 768
-SIZES = {"column": (768,), "merged": (768, 768), "qkv": (768, 256, 256), "row": (640,)}
 CASES = [
     Case("fp8", {"weight_block_size": None}),
     Case("fp8", {"weight_block_size": [128, 128]}),
@@ -48,12 +47,6 @@ def _stored(case: Case, sizes: tuple[int, ...], seed: int = 0) -> list[dict[str,
     return [quantize(weight, {**arguments, **case.arguments}, torch.bfloat16) for weight in weights]
 
 
-def _relative_error(out: torch.Tensor, exact: np.ndarray) -> float:
-    """RMS of the difference over RMS of the exact values, the worst over tokens."""
-    difference = out.double().numpy() - exact
-    return float(np.sqrt((difference**2).mean(1) / (exact**2).mean(1)).max())
-
-
 @pytest.mark.parametrize("num_tokens", [1, 7, 70])
 @pytest.mark.parametrize("kind", ["column", "merged", "qkv", "row"])
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -68,7 +61,7 @@ def test_output_is_near_the_dequantized_matmul(linear_module, case, kind, num_to
     start = 0
     for size in SIZES[kind]:
         shard = slice(start, start := start + size)
-        assert _relative_error(out[:, shard], exact[:, shard]) < TOLERANCE[case.method]
+        assert relative_error(out[:, shard], exact[:, shard]) < TOLERANCE[case.method]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -149,7 +142,7 @@ def test_gptq_rows_take_the_scale_that_g_idx_names(linear_module, bits, order):
     for num_tokens in (1, 70):
         x = torch.randn(num_tokens, K, generator=generator).bfloat16()
         exact = x.double().numpy() @ dequantize(case, [tensors]).astype(np.float64).T
-        assert _relative_error(layer(x)[0], exact) < TOLERANCE["gptq"]
+        assert relative_error(layer(x)[0], exact) < TOLERANCE["gptq"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -211,7 +204,7 @@ def test_static_scale_of_a_fused_module_is_the_greatest(linear_module):
     x = torch.randn(5, K).bfloat16()
     codes = (x.float() / 0.02).clamp(-448, 448).to(torch.float8_e4m3fn)
     exact = (codes.double().numpy() * 0.02) @ dequantize(plain, stored).astype(np.float64).T
-    assert _relative_error(layer(x)[0], exact) < 0.005
+    assert relative_error(layer(x)[0], exact) < 0.005
 
 
 def test_ragged_k_is_refused(linear_module):
@@ -239,6 +232,6 @@ def test_an_unknown_int4_layout_leaves_the_checkpoints_and_the_product(
     out = layer.quant_method.apply(layer, x)
     assert layer.qweight.dtype == torch.int32
     assert (
-        _relative_error(out, x.double().numpy() @ dequantize(case, stored).T)
+        relative_error(out, x.double().numpy() @ dequantize(case, stored).T)
         < TOLERANCE[case.method]
     )

@@ -13,10 +13,8 @@ import pytest
 import torch
 
 from mixedprec_plugin.methods.registry import bind
-from tests.cpu.layers import QUANTIZERS, Case, fill, make_config, make_layer
+from tests.cpu.layers import QUANTIZERS, SIZES, Case, K, fill, make_config, make_layer
 
-K = 768
-SIZES = {"column": (768,), "merged": (768, 768), "qkv": (768, 256, 256), "row": (640,)}
 CASES = [
     Case("fp8", {"weight_block_size": None}),
     Case("fp8", {"weight_block_size": [128, 128]}),

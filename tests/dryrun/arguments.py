@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-from tests.dryrun.cards import CARDS
-from tests.dryrun.process import boot
+from tests.dryrun.cards import Card
+from tests.dryrun.process import run_on_card
 
 _STORED = {
     "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]
@@ -31,11 +29,8 @@ CASES = {
 }
 
 
-def main(title: str, folder: str) -> None:
-    """Resolve the arguments of each case, and write what they are."""
-    warnings.simplefilter("ignore")
-    shared = Path(folder)
-    boot(CARDS[title], shared / "libcuda.so.1")
+def run_all(card: Card, shared: Path) -> dict[str, Any]:
+    """Resolve the arguments of each case."""
     from tests.dryrun import families
 
     found: dict[str, dict[str, Any]] = {}
@@ -46,7 +41,7 @@ def main(title: str, folder: str) -> None:
             found[f"{name}, {case}"] = resolve(model, rules, shared / "preset")
         # what its config.json says of the whole model, the preset does not
         found[f"{name} in FP8, gptq"] = resolve(stored, CASES["gptq"], shared / "preset")
-    (shared / f"{title}.json").write_text(json.dumps(found, indent=1))
+    return found
 
 
 def _with_quantization(model: Path, folder: Path) -> Path:
@@ -79,4 +74,4 @@ def resolve(model: Path, rules: tuple[str, ...] | None, folder: Path) -> dict[st
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_on_card(run_all)

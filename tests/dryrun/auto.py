@@ -8,17 +8,14 @@ python -m tests.dryrun.auto H100 FOLDER
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-import traceback
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.dryrun.cards import CARDS, Card
-from tests.dryrun.process import boot
+from tests.dryrun.cards import Card
+from tests.dryrun.journal import JOURNAL, outcome
+from tests.dryrun.process import run_on_card
 
 KINDS = ("column", "merged", "qkv", "row")
 TP_SIZES = (1, 2)
@@ -31,11 +28,8 @@ _DEEPSEEK = {
 }  # fmt: skip
 
 
-def main(title: str, folder: str) -> None:
-    """Run every peer's format in every layer kind, and write what became of them."""
-    warnings.simplefilter("ignore")
-    card, shared = CARDS[title], Path(folder)
-    boot(card, shared / "libcuda.so.1")
+def run_all(card: Card, shared: Path) -> dict[str, Any]:
+    """Run every peer's format in every layer kind."""
     stand_in_for_zero_points()
     from tests.checkpoint.peers import FOLDERS
 
@@ -55,7 +49,7 @@ def main(title: str, folder: str) -> None:
         found[name] = run(card, w8a8, "column", 1, shared / name.replace(" ", "-"), **changes)
     found["deepseek's blocks"] = run(card, "deepseek", "merged", 1, shared / "deepseek")
     found["ragged blocks"] = run(card, "llmcompressor-fp8-block", "ragged_qkv", 1, shared / "cut")
-    (shared / f"{title}.json").write_text(json.dumps(found, indent=1))
+    return found
 
 
 def stand_in_for_zero_points() -> None:
@@ -78,21 +72,10 @@ def run(
     Returns:
         "runs_as", "kernels" and "parameters", or what it was "refused" with, or is "broken".
     """
-    import torch
-
-    from mixedprec_plugin.errors import MixedPrecisionError
-    from tests.dryrun.journal import JOURNAL
-
-    JOURNAL.clear()
-    try:
-        return _run(card, peer, kind_name, tp_size, folder / peer / kind_name, changes)
-    except MixedPrecisionError as error:
-        return {"refused": str(error)}
-    # whatever SGLang, torch or Triton raise is the result, and fails the test
-    except Exception:  # noqa: BLE001
-        return {"broken": traceback.format_exc()}
-    finally:
-        torch.set_default_dtype(torch.float32)
+    found: dict[str, Any] = {}
+    with outcome(found.__setitem__):
+        found |= _run(card, peer, kind_name, tp_size, folder / peer / kind_name, changes)
+    return found
 
 
 def _run(
@@ -106,7 +89,6 @@ def _run(
     from mixedprec_plugin.serving.placement import load_weights
     from tests.dryrun import cells
     from tests.dryrun.fake_device import fake_card
-    from tests.dryrun.journal import JOURNAL
     from tests.dryrun.layers import KINDS as LAYERS
     from tests.dryrun.rank import rank
     from tests.presets import plan
@@ -154,7 +136,6 @@ def _ragged_qkv() -> Any:
 
 def _check_written(model: Any) -> None:
     """Assert that every parameter was written wholly, and its shapes kept; scales may be cast."""
-    from tests.dryrun.journal import JOURNAL
 
     for name, parameter in model.named_parameters():
         storage = parameter.data.untyped_storage()._cdata
@@ -224,4 +205,4 @@ def alike(suffix: str, like: Any, N: int, K: int) -> Any:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_on_card(run_all)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-import traceback
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.dryrun.cards import CARDS, Card
+from tests.dryrun.cards import Card
 from tests.dryrun.experts import HIDDEN, MODULE, NUM_EXPERTS
-from tests.dryrun.process import boot
+from tests.dryrun.journal import JOURNAL, outcome
+from tests.dryrun.process import run_on_card
 
 TP_SIZES = (1, 2)
 INNER = 1024
@@ -26,11 +24,8 @@ _W4A16, _GPTQ = "llmcompressor-w4a16-g64", "gptqmodel-gptq-g64"
 _DYNAMIC = {"+:.*experts.*": {"desc_act": True}}
 
 
-def main(title: str, folder: str) -> None:
-    """Run every peer's format in a layer of experts, and write what became of it."""
-    warnings.simplefilter("ignore")
-    card, shared = CARDS[title], Path(folder)
-    boot(card, shared / "libcuda.so.1")
+def run_all(card: Card, shared: Path) -> dict[str, Any]:
+    """Run every peer's format in a layer of experts."""
     from tests.checkpoint.peers import FOLDERS
     from tests.dryrun.auto import stand_in_for_zero_points
 
@@ -52,7 +47,7 @@ def main(title: str, folder: str) -> None:
         found[name] = run(card, peer, tp_size, shared / name.replace(" ", "-"), **changes)
     for name, inner, tp_size in (("one group", 64, 1), ("half a group", 192, 2)):
         found[name] = run(card, _W4A16, tp_size, shared / name.replace(" ", "-"), inner=inner)
-    (shared / f"{title}.json").write_text(json.dumps(found, indent=1))
+    return found
 
 
 def run(
@@ -64,12 +59,8 @@ def run(
         "runs_as", "kernels", "parameters" and "again", or what it was "refused" with, and
         "foretold" by the plan where it knows the card; or it is "broken".
     """
-    import torch
-
-    from mixedprec_plugin.errors import MixedPrecisionError
     from mixedprec_plugin.methods.cards import find_gpu
     from mixedprec_plugin.methods.interface import Target
-    from tests.dryrun.journal import JOURNAL
     from tests.presets import plan
 
     write(folder, peer, inner, changes)
@@ -77,16 +68,8 @@ def run(
     target = Target("cuda", tp_size, "BF16")
     known = dataclasses.replace(target, gpu=find_gpu(card.title))
     found: dict[str, Any] = {"foretold": [str(p) for p in plan(folder, rule, target=known).errors]}
-    JOURNAL.clear()
-    try:
+    with outcome(found.__setitem__):
         found |= _run(card, plan(folder, rule, target=target).check(), inner)
-    except MixedPrecisionError as error:
-        found["refused"] = str(error)
-    # whatever SGLang, torch or Triton raise is the result, and fails the test
-    except Exception:  # noqa: BLE001
-        found["broken"] = traceback.format_exc()
-    finally:
-        torch.set_default_dtype(torch.float32)
     return found
 
 
@@ -101,7 +84,6 @@ def _run(card: Card, made: Any, inner: int) -> dict[str, Any]:
     from tests.dryrun.again import load_again
     from tests.dryrun.cells import check_filled, describe_parameters
     from tests.dryrun.fake_device import fake_card
-    from tests.dryrun.journal import JOURNAL
     from tests.dryrun.rank import OneStage, rank
 
     config = MixedPrecisionConfig(made)
@@ -166,4 +148,4 @@ def write(folder: Path, peer: str, inner: int, changes: Mapping[str, Any]) -> No
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_on_card(run_all)

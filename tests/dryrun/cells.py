@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
-from mixedprec_plugin.errors import MixedPrecisionError
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.late import check_built
@@ -22,7 +21,7 @@ from mixedprec_plugin.serving.placement import load_weights
 from tests.dryrun.cards import Card
 from tests.dryrun.fake_device import fake_card
 from tests.dryrun.foretold import foretell
-from tests.dryrun.journal import JOURNAL
+from tests.dryrun.journal import JOURNAL, outcome
 from tests.dryrun.layers import KINDS, Kind
 from tests.dryrun.methods import Method
 from tests.dryrun.rank import OneStage, rank
@@ -84,14 +83,8 @@ def run_cell(
     """
     cell = Cell(method.title, kind_name, tp_size, dtype or card.dtype)
     cell.foretold = foretell(card, method, KINDS[kind_name], tp_size, cell.dtype)
-    JOURNAL.clear()
-    try:
+    with outcome(partial(setattr, cell)):
         _run(cell, KINDS[kind_name], method, checkpoint)
-    except MixedPrecisionError as error:
-        cell.refused = str(error)
-    # whatever SGLang, torch or Triton raise is the cell's result, and fails the test
-    except Exception:  # noqa: BLE001
-        cell.broken = traceback.format_exc()
     return cell
 
 
@@ -103,28 +96,25 @@ def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
     made = plan(checkpoint, f'match: "*", {method.rule}', target=target).check()
     config = MixedPrecisionConfig(made)
     torch.set_default_dtype(torch_dtype)
-    try:
-        with rank(cell.tp_size), fake_card():
-            model = OneLayer(kind, config)
-            check_built(config.plan, config.built, OneStage())
-            amounts: dict[str, int] = {}
-            load_weights(model, config, _count(VirtualCheckpoint(made), amounts))
-            if cell.tp_size == 1:
-                _check_amounts(model.layer, amounts)
-            cell.parameters = describe_parameters(model.layer)
-            check_filled(model)
-            quant_method: Any = model.layer.quant_method
-            quant_method.process_weights_after_loading(model.layer)
-            cell.runs_as = class_name(model.layer)
-            JOURNAL.take_kernels()
-            inputs = kind.inputs(cell.tp_size, torch_dtype)
-            output = forward(model.layer, inputs)
-            cell.kernels = JOURNAL.take_kernels()
-            cell.made_up = sorted(set(JOURNAL.made_up))
-            _check_output(output, kind, cell.tp_size, torch_dtype)
-            cell.again = again.load_again(model, config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with rank(cell.tp_size), fake_card():
+        model = OneLayer(kind, config)
+        check_built(config.plan, config.built, OneStage())
+        amounts: dict[str, int] = {}
+        load_weights(model, config, _count(VirtualCheckpoint(made), amounts))
+        if cell.tp_size == 1:
+            _check_amounts(model.layer, amounts)
+        cell.parameters = describe_parameters(model.layer)
+        check_filled(model)
+        quant_method: Any = model.layer.quant_method
+        quant_method.process_weights_after_loading(model.layer)
+        cell.runs_as = class_name(model.layer)
+        JOURNAL.take_kernels()
+        inputs = kind.inputs(cell.tp_size, torch_dtype)
+        output = forward(model.layer, inputs)
+        cell.kernels = JOURNAL.take_kernels()
+        cell.made_up = sorted(set(JOURNAL.made_up))
+        _check_output(output, kind, cell.tp_size, torch_dtype)
+        cell.again = again.load_again(model, config)
 
 
 def _count(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.dryrun.cards import Card
+from tests.dryrun.journal import JOURNAL, outcome
 from tests.dryrun.methods import TP_SIZES
 
 MODULE = "block.mlp.experts"
@@ -99,12 +100,8 @@ def write(folder: Path, inner: int) -> Path:
 
 def run(card: Card, method: str, kind: str, tp_size: int, checkpoint: Path) -> ExpertsCell:
     """Take a cell as far as it goes."""
-    import torch
-
-    from mixedprec_plugin.errors import MixedPrecisionError
     from mixedprec_plugin.methods.cards import find_gpu
     from mixedprec_plugin.methods.interface import Target
-    from tests.dryrun.journal import JOURNAL
     from tests.presets import plan
 
     cell = ExpertsCell(method, kind, tp_size, card.dtype)
@@ -113,16 +110,8 @@ def run(card: Card, method: str, kind: str, tp_size: int, checkpoint: Path) -> E
     cell.foretold = [
         problem.what for problem in plan(checkpoint, *RULES[method], target=known).errors
     ]
-    JOURNAL.clear()
-    try:
+    with outcome(partial(setattr, cell)):
         _run(cell, plan(checkpoint, *RULES[method], target=target).check())
-    except MixedPrecisionError as error:
-        cell.refused = str(error)
-    # whatever SGLang, torch or Triton raise is the cell's result, and fails the test
-    except Exception:  # noqa: BLE001
-        cell.broken = traceback.format_exc()
-    finally:
-        torch.set_default_dtype(torch.float32)
     return cell
 
 
@@ -136,7 +125,6 @@ def _run(cell: ExpertsCell, made: Any) -> None:
     from tests.dryrun.again import load_again
     from tests.dryrun.cells import check_filled, describe_parameters
     from tests.dryrun.fake_device import fake_card
-    from tests.dryrun.journal import JOURNAL
     from tests.dryrun.rank import OneStage, rank
 
     config = MixedPrecisionConfig(made)

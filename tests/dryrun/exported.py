@@ -8,31 +8,22 @@ python -m tests.dryrun.exported H100 FOLDER
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.dryrun.cards import CARDS, Card
-from tests.dryrun.process import boot
+from tests.dryrun.cards import Card
+from tests.dryrun.process import run_on_card
 
 
-def main(title: str, folder: str) -> None:
-    """Load FOLDER/exported and run it, and write what became of it."""
-    warnings.simplefilter("ignore")
-    # an allow-list that names none of those installed
-    os.environ["SGLANG_PLUGINS"] = "none"
-    card, shared = CARDS[title], Path(folder)
-    boot(card, shared / "libcuda.so.1")
+def run_export(card: Card, shared: Path) -> dict[str, Any]:
+    """Load FOLDER/exported and run it."""
     from tests.dryrun import attention, auto
 
     attention.install()
     auto.stand_in_for_zero_points()
-    result = run(card, shared / "exported")
-    (shared / f"{title}.json").write_text(json.dumps(result, indent=1))
+    return run(card, shared / "exported")
 
 
 def run(card: Card, exported: Path) -> dict[str, Any]:
@@ -105,4 +96,6 @@ def _forward(model: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    # an allow-list that names none of those installed
+    os.environ["SGLANG_PLUGINS"] = "none"
+    run_on_card(run_export)

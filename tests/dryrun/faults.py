@@ -6,27 +6,21 @@ python -m tests.dryrun.faults A100 FOLDER
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.dryrun.cards import CARDS
+from tests.dryrun.cards import Card
 from tests.dryrun.methods import METHODS
-from tests.dryrun.process import boot
+from tests.dryrun.process import run_on_card
 
 Change = Callable[[str, Any], Any]
 
 
-def main(title: str, folder: str) -> None:
-    """Run every fault, and write what became of its cell."""
-    warnings.simplefilter("ignore")
-    card, shared = CARDS[title], Path(folder)
-    boot(card, shared / "libcuda.so.1")
+def run_all(card: Card, shared: Path) -> dict[str, Any]:
+    """Run every fault; what became of its cell."""
     import torch
 
     from mixedprec_plugin.methods import construct
@@ -91,7 +85,7 @@ def main(title: str, folder: str) -> None:
         "no fault": run("gptq_int4"),
         "stock": stock.run(),
     }
-    (shared / f"{title}.json").write_text(json.dumps(results, indent=1))
+    return results
 
 
 def _own_forward(run: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
@@ -131,4 +125,4 @@ def _compile_fp8_matmul() -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_on_card(run_all)

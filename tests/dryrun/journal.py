@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+
+from mixedprec_plugin.errors import MixedPrecisionError
 
 
 @dataclasses.dataclass
@@ -70,3 +75,20 @@ def _core(shape: Any) -> tuple[int, ...]:
 
 
 JOURNAL = Journal()
+
+
+@contextlib.contextmanager
+def outcome(note: Callable[[str, str], None]) -> Iterator[None]:
+    """Run something with an empty journal, and note what it is `refused` with or `broken` by."""
+    import torch
+
+    JOURNAL.clear()
+    try:
+        yield
+    except MixedPrecisionError as error:
+        note("refused", str(error))
+    # whatever SGLang, torch or Triton raise is the result, and fails the test
+    except Exception:  # noqa: BLE001
+        note("broken", traceback.format_exc())
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -7,31 +7,24 @@ python -m tests.dryrun.prediction H100 FOLDER
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-from tests.dryrun.cards import CARDS, Card
-from tests.dryrun.process import boot
+from tests.dryrun.cards import Card
+from tests.dryrun.process import run_on_card
 
 PRESETS = ("attention-fp8-mlp-int4", "awq", "down-proj-finer", "fp8-block", "gptq")
 
 
-def main(title: str, folder: str) -> None:
-    """Load each preset, and write the bytes that were planned and that are held."""
-    warnings.simplefilter("ignore")
-    card, shared = CARDS[title], Path(folder)
-    boot(card, shared / "libcuda.so.1")
+def run_all(card: Card, shared: Path) -> dict[str, Any]:
+    """Load each preset; the bytes that were planned and that are held."""
     from demo.model import checkpoint
     from tests.dryrun import attention
     from tests.gpu.card import PRESETS as PRESET_FOLDER
 
     attention.install()
     model = checkpoint("widened")
-    found = {name: measure(card, model, PRESET_FOLDER / f"{name}.yaml") for name in PRESETS}
-    (shared / f"{title}.json").write_text(json.dumps(found, indent=1))
+    return {name: measure(card, model, PRESET_FOLDER / f"{name}.yaml") for name in PRESETS}
 
 
 def measure(card: Card, model: Path, preset: Path) -> dict[str, Any]:
@@ -54,4 +47,4 @@ def measure(card: Card, model: Path, preset: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_on_card(run_all)

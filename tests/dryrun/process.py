@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from tests.dryrun.driver import load_stub
 from tests.dryrun.methods import METHODS, TP_SIZES, Method
 
 
-def boot(card: Card, library: Path) -> None:
+def run_on_card(run: Callable[[Card, Path], Any]) -> None:
+    """Play the card of the command line, and write what `run` finds as TITLE.json to its folder."""
+    title, folder = sys.argv[1:]
+    warnings.simplefilter("ignore")
+    card, shared = CARDS[title], Path(folder)
+    _boot(card, shared / "libcuda.so.1")
+    (shared / f"{title}.json").write_text(json.dumps(run(card, shared), indent=1))
+
+
+def _boot(card: Card, library: Path) -> None:
     """Play the card, and put every recorder in place, before SGLang is imported."""
     os.environ["SGLANG_JIT_DEEPGEMM_PRECOMPILE"] = "0"
     load_stub(library)
@@ -37,29 +47,26 @@ def boot(card: Card, library: Path) -> None:
     load_plugins()
 
 
-def main(title: str, folder: str) -> None:
-    """Run every cell and the whole models, and write what became of them.
+def run(card: Card, shared: Path) -> dict[str, Any]:
+    """Run every cell and the whole models.
 
     What was compiled is counted over all: Triton compiles a kernel once in a process.
     """
-    warnings.simplefilter("ignore")
-    card, shared = CARDS[title], Path(folder)
-    boot(card, shared / "libcuda.so.1")
     # all that is tried is imported at once: what changes on the disk meanwhile does not mix in
     import mixedprec_plugin.serving.loader  # noqa: F401
     from tests.dryrun import attention, experts, llama, moe_models  # noqa: F401
     from tests.dryrun.journal import JOURNAL
 
     start = time.perf_counter()
-    cells = _linear(card, shared / title)
+    cells = _linear(card, shared / card.title)
     middle = time.perf_counter()
-    expert_cells = experts.run_all(card, shared / f"{title}-experts")
+    expert_cells = experts.run_all(card, shared / f"{card.title}-experts")
     end = time.perf_counter()
     attention.install()
     runs = {cell.method for cell in cells if cell.kind == "column" and cell.runs_as}
     methods = [method for method in METHODS if method.title in runs and method.stored == "bf16"]
     models = _models(card, methods, shared)
-    result = {
+    return {
         "cells": [dataclasses.asdict(cell) for cell in cells],
         "experts": [dataclasses.asdict(cell) for cell in expert_cells],
         "models": [dataclasses.asdict(model) for model in models],
@@ -70,7 +77,6 @@ def main(title: str, folder: str) -> None:
             "models": time.perf_counter() - end,
         },
     }
-    (shared / f"{title}.json").write_text(json.dumps(result, indent=1))
 
 
 def _linear(card: Card, folder: Path) -> list[Any]:
@@ -107,4 +113,4 @@ def _models(card: Card, methods: list[Method], shared: Path) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_on_card(run)

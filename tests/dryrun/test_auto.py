@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,6 @@ import pytest
 
 from tests.checkpoint.peers import FOLDERS
 from tests.dryrun.matrix import prepare, run_module
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"),
-]
 
 MARLIN = ["jit:gptq_marlin_gemm"]
 INT8 = ["triton:_per_token_quant_int8", "sgl_kernel:int8_scaled_mm"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,6 @@ import pytest
 
 from tests.checkpoint.peers import FOLDERS
 from tests.dryrun.matrix import prepare, run_module
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"),
-]
 
 _MARLIN, _TRITON = "jit:moe_wna16_marlin_gemm", "triton:fused_moe_kernel"
 # class, the kernel that multiplies, what becomes of new weights

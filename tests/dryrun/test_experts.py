@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +13,7 @@ from tests.dryrun.conftest import TITLES, Results
 from tests.dryrun.experts import KINDS, RULES
 from tests.dryrun.methods import TP_SIZES
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"),
-    pytest.mark.parametrize("title", TITLES),
-]
+pytestmark = pytest.mark.parametrize("title", TITLES)
 # class, and scheme where it has one
 _GPTQ = "GPTQMarlinMoEMethod/RepairedGPTQMarlinMoEScheme"
 _AWQ = "AWQMoEMethod/RepairedAWQMoEScheme"

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from mixedprec_plugin.cli.main import main
 from tests.checkpoints import write_llama
+from tests.commands import converted
 from tests.dryrun.matrix import prepare, run_module
-from tests.presets import write_preset
+from tests.presets import EXPORTED, write_preset
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"
-)
-
-RULES = (
-    'match: "*", method: fp8',
-    'match: "*.self_attn.*", method: fp8_block',
-    'match: "*.0.mlp.*", method: awq',
-    'match: "*.1.mlp.*", method: gptq, group_size: -1',
-    'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
-    'match: "*.1.self_attn.*", method: unquantized',
-    'match: "*.2.self_attn.o_proj", method: fp8',
-)
+RULES = (*EXPORTED[:-1], 'match: "*.2.self_attn.o_proj", method: fp8')
 PACKED = "CompressedTensorsLinearMethod/CompressedTensorsWNA16"
 FP8 = "CompressedTensorsLinearMethod/CompressedTensorsW8A8Fp8"
 PLAIN = "UnquantizedLinearMethod/NoneType"
@@ -40,9 +26,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
         folder / "model", hidden_size=1024, intermediate_size=1024, num_attention_heads=8,
         num_key_value_heads=4, head_dim=128, vocab_size=512, tie_word_embeddings=False,
     )  # fmt: skip
-    argv = ["convert", "--model", model, "--preset", write_preset(folder, *RULES), "--out",
-            folder / "exported", "--format", "compressed-tensors"]  # fmt: skip
-    assert main([str(word) for word in argv], io.StringIO()) == 0
+    preset, flags = write_preset(folder, *RULES), ("--format", "compressed-tensors")
+    converted(model, preset, folder / "exported", *flags, device="cuda")
     return run_module("exported", "H100", folder)
 
 

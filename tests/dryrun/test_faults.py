@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from tests.dryrun.matrix import prepare, run_module
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"
-)
 
 
 @pytest.fixture(scope="module")

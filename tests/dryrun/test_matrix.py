@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,6 @@ from tests.dryrun.expected import expect
 from tests.dryrun.methods import METHODS
 from tests.dryrun.tables import SECTIONS, between, cells_of, render, said_of
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"),
-]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cuda.md"
 _BY_TITLE = {method.title: method for method in METHODS}
 _TRITON = {

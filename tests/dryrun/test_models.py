@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +23,6 @@ from tests.dryrun.methods import METHODS, TP_SIZES
 from tests.dryrun.test_experts import MATMULS, RUNS_AS
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"),
     pytest.mark.parametrize("title", TITLES),
     pytest.mark.parametrize("family", FAMILIES),
 ]

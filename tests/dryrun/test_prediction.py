@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,6 @@ import pytest
 
 from tests.dryrun.matrix import prepare, run_module
 from tests.dryrun.prediction import PRESETS
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for the driver's stub"),
-]
 
 
 @pytest.fixture(scope="module")

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from mixedprec_plugin.errors import MixedPrecisionError
 from tests.dryrun.cards import Card
 from tests.dryrun.cells import check_filled, nothing_of_ours
 from tests.dryrun.fake_device import fake_card
-from tests.dryrun.journal import JOURNAL
+from tests.dryrun.journal import JOURNAL, outcome
 from tests.dryrun.layers import NUM_TOKENS
 from tests.dryrun.rank import rank
 
@@ -62,23 +61,16 @@ def run(
         folder: of the checkpoint.
         inspect: the loaded model -> `runs_as`.
     """
-    JOURNAL.clear()
-    try:
-        with rank(whole.tp_size), fake_card():
-            model = load(folder, preset, card)
-            whole.runs_as = inspect(model)
-            JOURNAL.take_kernels()
-            forward(model)
-            whole.kernels = JOURNAL.take_kernels()
-            forward_in_prefill_graph(model)
-            in_graph = JOURNAL.take_kernels()
-            assert sorted(in_graph) == sorted(whole.kernels), in_graph
-            whole.made_up = sorted(set(JOURNAL.made_up))
-    except MixedPrecisionError as error:
-        whole.refused = str(error)
-    # whatever SGLang, torch or Triton raise is the result, and fails the test
-    except Exception:  # noqa: BLE001
-        whole.broken = traceback.format_exc()
+    with outcome(partial(setattr, whole)), rank(whole.tp_size), fake_card():
+        model = load(folder, preset, card)
+        whole.runs_as = inspect(model)
+        JOURNAL.take_kernels()
+        forward(model)
+        whole.kernels = JOURNAL.take_kernels()
+        forward_in_prefill_graph(model)
+        in_graph = JOURNAL.take_kernels()
+        assert sorted(in_graph) == sorted(whole.kernels), in_graph
+        whole.made_up = sorted(set(JOURNAL.made_up))
     return whole
 
 

@@ -45,6 +45,22 @@ def demo_model(gpu: int) -> Path:
 
 
 @pytest.fixture
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU, or a reason to skip; DeepGEMM compiles what is asked for, and not all in advance."""
+    from tests.gpu.serving import is_rehearsal
+
+    monkeypatch.setenv("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
+    if not is_rehearsal():
+        request.getfixturevalue("gpu")
+
+
+@pytest.fixture
+def dense(machine: None, request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue("widened_model")
+    return path
+
+
+@pytest.fixture
 def report(request: pytest.FixtureRequest) -> list[str]:
     """Lines that are printed when all is done."""
     return _Report(request.node)

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from benchmarks import tensor_parallel
 from benchmarks.engine_logprobs import WINDOW, distributions
 from benchmarks.reference_model import (
+    divergence,
     load_reference,
     load_unquantized,
     windowed_log_probabilities,
@@ -174,6 +175,18 @@ def agreement(ours: Sequence[Continuation], theirs: Sequence[Continuation]) -> A
     return Agreement(len(ours) - len(gaps), gaps, shift)
 
 
+def check_same(
+    ours: Sequence[Continuation],
+    theirs: Sequence[Continuation],
+    limit: float,
+    what: str,
+    report: list[str],
+) -> None:
+    found = agreement(ours, theirs)
+    report.append(f"{what}: {found}")
+    assert found.is_explained(limit), f"{what}: {found} (expected at most {near_tie(limit):.3f})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Nearness:
     """How far a server's distributions are from those of dequantized weights.
@@ -253,11 +266,6 @@ def expected(
             round_as_kernels(reference)
         found.append(windowed_log_probabilities(reference, tokens, WINDOW))
     return Expected(tokens, *found)
-
-
-def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Mean KL(p || q) a token in nats, from log-probabilities [T, V]."""
-    return float((p.exp() * (p - q)).double().sum(-1).mean())
 
 
 def perplexity(server: Server, model: Path, text: str) -> float:

@@ -2,74 +2,36 @@
 
 from __future__ import annotations
 
-import io
-import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks.quality import QUANTIZED_INPUT_LIMIT, WEIGHT_ONLY_LIMIT
+from benchmarks.reference_model import divergence
 from demo.server import Server, ServerError
-from mixedprec_plugin.cli.main import main
 from tests.gpu.adapters import adapt, write_adapter
 from tests.gpu.serving import (
     PROMPTS,
     Adapted,
     Continuation,
     agreement,
+    check_same,
     continuations,
-    divergence,
     expected,
     flush,
     is_rehearsal,
     near_tie,
     serve,
 )
-from tests.gpu.shards import share_scales
 from tests.presets import write_preset
-from tests.server.conftest import chat
+from tests.server.conftest import MIXED, chat
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("machine")]
 _ROOT = Path(__file__).resolve().parents[2]
-MIXED = _ROOT / "tests" / "server" / "mixed.yaml"
 EXPERTS = _ROOT / "tests" / "server" / "experts.yaml"
 EXPERTS_WEIGHT_ONLY = _ROOT / "tests" / "server" / "experts_weight_only.yaml"
-EXPORT = _ROOT / "benchmarks" / "compressed_tensors" / "export.yaml"
-
-
-@pytest.fixture(autouse=True)
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU, or a reason to skip; DeepGEMM compiles what is asked for, and not all in advance."""
-    monkeypatch.setenv("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
-    if not is_rehearsal():
-        request.getfixturevalue("gpu")
-
-
-@pytest.fixture
-def dense(machine: None, request: pytest.FixtureRequest) -> Path:
-    path: Path = request.getfixturevalue("widened_model")
-    return path
-
-
-@pytest.fixture
-def mixture(machine: None, request: pytest.FixtureRequest) -> Path:
-    path: Path = request.getfixturevalue("experts_model")
-    return path
-
-
-def check_same(
-    ours: Sequence[Continuation],
-    theirs: Sequence[Continuation],
-    limit: float,
-    what: str,
-    report: list[str],
-) -> None:
-    found = agreement(ours, theirs)
-    report.append(f"{what}: {found}")
-    assert found.is_explained(limit), f"{what}: {found} (expected at most {near_tie(limit):.3f})"
 
 
 def graphs_ran(server: Server) -> bool:
@@ -255,66 +217,6 @@ def gap_of(before: Continuation, tokens: list[int]) -> float:
     assert len(tokens) == len(before.tokens), tokens
     pairs = enumerate(zip(before.tokens, tokens, strict=True))
     return next((before.gap(step, token) for step, (taken, token) in pairs if token != taken), 0.0)
-
-
-def convert(model: Path, preset: Path, out: Path, *more: str) -> Path:
-    device = "cpu" if is_rehearsal() else "cuda"
-    argv = ["convert", "--model", str(model), "--preset", str(preset), "--out", str(out)]
-    said = io.StringIO()
-    assert main([*argv, "--device", device, *more], said) == 0, said.getvalue()
-    return out
-
-
-def test_converted_checkpoint_gives_the_tokens_of_the_direct_load(
-    dense: Path, tmp_path: Path, report: list[str]
-) -> None:
-    converted = convert(dense, MIXED, tmp_path / "converted", "--max-shard-size", "50MB")
-    with serve(dense, tmp_path / "direct.log", MIXED) as server:
-        direct = continuations(server)
-    flags = ("--load-format", "mixedprec")
-    with serve(converted, tmp_path / "converted.log", None, *flags) as server:
-        found = continuations(server)
-    check_same(found, direct, QUANTIZED_INPUT_LIMIT, "converted and direct", report)
-
-
-_WEIGHT_ONLY_EXPORT = (
-    'match: "*", method: unquantized',
-    'match: "*.layers.{0..9}.*_proj", method: awq',
-    'match: "*.layers.{10..19}.*_proj", method: gptq',
-    'match: "*.layers.{20..24}.*_proj", method: gptq_int8',
-)
-EXPORTS = {"with-fp8": QUANTIZED_INPUT_LIMIT, "weight-only": WEIGHT_ONLY_LIMIT}
-
-
-@pytest.mark.parametrize("name", EXPORTS)
-def test_compressed_tensors_export_is_served_by_stock_sglang(
-    name: str,
-    dense: Path,
-    tmp_path: Path,
-    prose: str,
-    monkeypatch: pytest.MonkeyPatch,
-    report: list[str],
-) -> None:
-    preset = EXPORT
-    if name == "weight-only":
-        preset = write_preset(tmp_path / "presets", *_WEIGHT_ONLY_EXPORT)
-    exported = convert(dense, preset, tmp_path / "exported", "--format", "compressed-tensors")
-    said = json.loads((exported / "config.json").read_text(encoding="utf-8"))
-    assert said["quantization_config"]["quant_method"] == "compressed-tensors"
-    num_shared: list[int] = []
-    dequantized = expected(
-        dense, preset, prose, lambda model: num_shared.append(share_scales(model))
-    )
-    # qkv and gate_up of the layers whose FP8 has one scale a shard
-    assert num_shared == [12 if name == "with-fp8" else 0] * 2
-    if is_rehearsal():
-        pytest.skip("stock SGLang runs compressed-tensors on GPUs")
-    monkeypatch.setenv("SGLANG_PLUGINS", "no-such-plugin")
-    with serve(exported, tmp_path / "server.log") as server:
-        near = dequantized.nearness(dequantized.served(server), EXPORTS[name])
-        answer = chat(server)
-    report.append(f"export {name} in stock SGLang: {near}, answers {answer!r}")
-    assert near.is_within, f"{near}, answers {answer!r}"
 
 
 def test_installed_plugin_changes_nothing_where_it_is_not_asked_for(

@@ -25,6 +25,8 @@ from mixedprec_plugin.methods.shapes import (
 )
 from tests.methods.shapes import SCHEMES, grid
 
+pytestmark = pytest.mark.sglang
+
 
 @pytest.fixture(scope="module", autouse=True)
 def sglang() -> None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoint.test_formats import DETECTED
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
+from tests.commands import run_without_torch
 from tests.presets import plan, preset, problem_texts, write_preset
 from tests.quantize.peers import FILE, LAYERS, PEERS, torch_layer
 
@@ -175,15 +174,8 @@ def test_auto_leaves_what_is_never_quantized_alone(tmp_path: Path) -> None:
 def test_auto_is_planned_without_torch_or_sglang(tmp_path: Path) -> None:
     model = peer_checkpoint(tmp_path / "model", "llmcompressor-w8a8-int8")
     rules = write_preset(tmp_path, AUTO)
-    script = (
-        "import sys\n"
-        "from mixedprec_plugin.cli.main import main\n"
-        f"code = main(['plan', '--model', {str(model)!r}, '--preset', {str(rules)!r}])\n"
-        "assert code == 0, code\n"
-        "assert not {'torch', 'sglang'} & set(sys.modules)\n"
-    )
-    shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    row = next(line for line in shown.stdout.decode().splitlines() if "k_proj" in line)
+    shown = run_without_torch("plan", "--model", model, "--preset", rules)
+    row = next(line for line in shown.splitlines() if "k_proj" in line)
     assert row.split()[:4] == ["model.layers.0.self_attn.k_proj", "auto", "auto", "int8"]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import plan_as_dict, summary_lines
+from tests.commands import run_without_torch
 from tests.plan.mixtures import (
     ATTENTION,
     INPUT_NORM,
@@ -253,12 +252,4 @@ def test_plan_of_several_sources_needs_no_torch_where_no_pair_is_torn(tmp_path: 
     awq = slice_checkpoint(tmp_path / "awq", "autoawq-g64")
     head = f"sources:\n  awq: {{path: {awq}}}\n"
     preset = write_preset(tmp_path / "presets", V_OF_AWQ, head=head)
-    script = (
-        "import sys\n"
-        "from mixedprec_plugin.cli.main import main\n"
-        f"code = main(['plan', '--model', {str(model)!r}, '--preset', {str(preset)!r}, "
-        "'--device', 'cpu'])\n"
-        "assert code == 0, code\n"
-        "assert not {'torch', 'sglang'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    run_without_torch("plan", "--model", model, "--preset", preset, "--device", "cpu")

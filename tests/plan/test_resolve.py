@@ -9,7 +9,8 @@ from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
 from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.interface import Target
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
-from tests.presets import plan, problem_texts
+from tests.commands import run_without_torch
+from tests.presets import plan, problem_texts, write_preset
 
 ATTENTION = '"model.layers.*.self_attn.*_proj"'
 
@@ -241,20 +242,8 @@ def test_stored_tensor_of_the_wrong_shape_or_missing_is_an_error(tmp_path: Path)
 
 
 def test_plan_needs_neither_torch_nor_sglang(model: Path) -> None:
-    import subprocess
-    import sys
-
-    from tests.presets import write_preset
-
     preset = write_preset(model.parent / "other", 'match: "*", method: fp8_block')
-    script = (
-        "import sys\n"
-        "from mixedprec_plugin.cli.main import main\n"
-        f"code = main(['plan', '--model', {str(model)!r}, '--preset', {str(preset)!r}])\n"
-        "assert code == 0, code\n"
-        "assert not {'torch', 'sglang'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    run_without_torch("plan", "--model", model, "--preset", preset)
 
 
 def test_more_ranks_than_key_value_heads_repeat_them(tmp_path: Path) -> None:

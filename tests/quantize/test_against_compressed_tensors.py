@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from mixedprec_plugin.methods.foreign.compressed_tensors import codec as pack_quantized
 from mixedprec_plugin.quantize import scaled
@@ -16,11 +14,20 @@ from mixedprec_plugin.quantize import scaled
 N, K = 72, 192
 
 
-def scheme(**weights: Any) -> QuantizationScheme:
+def scheme(**weights: Any) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
     return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
 
 
-def quantized(format_name: str, made: QuantizationScheme, **more: torch.Tensor) -> dict[str, Any]:
+def compressor(format_name: str) -> Any:
+    """The library's own; imported late, as it imports all of transformers."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    return BaseCompressor.get_value_from_registry(format_name)
+
+
+def quantized(format_name: str, made: Any, **more: torch.Tensor) -> dict[str, Any]:
     """Compress a random weight with the library."""
     generator = torch.Generator().manual_seed(0)
     assert made.weights is not None
@@ -35,15 +42,12 @@ def quantized(format_name: str, made: QuantizationScheme, **more: torch.Tensor) 
         state["weight_zero_point"] = torch.randint(
             -7, 7, (N, groups), generator=generator, dtype=torch.int8
         )
-    compressed: dict[str, Any] = BaseCompressor.get_value_from_registry(format_name).compress(
-        state, made
-    )
+    compressed: dict[str, Any] = compressor(format_name).compress(state, made)
     return compressed
 
 
-def theirs(format_name: str, stored: dict[str, Any], made: QuantizationScheme) -> torch.Tensor:
-    compressor = BaseCompressor.get_value_from_registry(format_name)
-    weight: torch.Tensor = compressor.decompress(stored, made)["weight"]
+def theirs(format_name: str, stored: dict[str, Any], made: Any) -> torch.Tensor:
+    weight: torch.Tensor = compressor(format_name).decompress(stored, made)["weight"]
     return weight
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo.server import Server
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.plan.render import summary_lines
+from tests import commands
 from tests.presets import plan
 from tests.server.conftest import MIXED, Mixed, chat, generate, greedy, nearness
 
@@ -106,10 +105,7 @@ class TestUpdateWeightsFromDisk:
 @pytest.fixture(scope="module")
 def converted(widened_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "model"
-    argv = ["convert", "--model", str(widened_model), "--preset", str(MIXED), "--device", "cpu",
-            "--max-shard-size", "50MB", "--out", str(out)]  # fmt: skip
-    assert main(argv, io.StringIO()) == 0
-    return out
+    return commands.converted(widened_model, MIXED, out, "--max-shard-size", "50MB")
 
 
 class TestConverted:

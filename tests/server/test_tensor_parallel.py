@@ -14,16 +14,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks import tensor_parallel
 from demo.server import Server
 from tests.server.conftest import MIXED, greedy
 
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time there was a little girl who",
-    "The three primary colors are",
-    "In 1969, the first man",
-    "The largest planet in the solar system is",
-)
+PROMPTS = tensor_parallel.PROMPTS[:5]
 FLAGS = ("--dtype", "float16", "--enable-fp32-lm-head")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from demo.server import Server, ServerError
-from mixedprec_plugin.cli.main import main
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
+from tests.commands import converted
 from tests.presets import write_preset
 from tests.server.conftest import generate
 
@@ -49,16 +48,23 @@ def test_installed_plugin_changes_no_byte_of_the_output(
     assert answers[""] == answers["no-such-plugin"]
 
 
+def log_of_end(
+    model: Path, log_path: Path, preset: Path | None = None, end: str = "exit code"
+) -> str:
+    """The log of a server that ends while it starts."""
+    server = Server(model, log_path, preset, ["--skip-tokenizer-init"])
+    with pytest.raises(ServerError, match=f"the server ended with {end}"), server:
+        pass
+    return log_path.read_text()
+
+
 def test_weights_that_are_not_finite_stop_the_server(tmp_path: Path) -> None:
     config = llama_config()
     tensors = llama_tensors(config)
     tensors["model.layers.2.mlp.up_proj.weight"][5, 5] = float("nan")
     model = write_checkpoint(tmp_path / "model", config, tensors)
     preset = write_preset(tmp_path, 'match: "*", method: gptq')
-    server = Server(model, tmp_path / "server.log", preset, ["--skip-tokenizer-init"])
-    with pytest.raises(ServerError, match="the server ended with exit code"), server:
-        pass
-    log = (tmp_path / "server.log").read_text()
+    log = log_of_end(model, tmp_path / "server.log", preset)
     assert "model.layers.2.mlp.up_proj.weight: 1 of 131,072 weights in model.safetensors" in log
 
 
@@ -66,10 +72,7 @@ def test_preset_that_does_not_fit_stops_the_server_with_exit_code_1(tmp_path: Pa
     config = llama_config()
     model = write_checkpoint(tmp_path / "model", config, llama_tensors(config))
     preset = write_preset(tmp_path, 'match: "*.q_proj", method: gptq')
-    server = Server(model, tmp_path / "server.log", preset, ["--skip-tokenizer-init"])
-    with pytest.raises(ServerError, match="the server ended with exit code 1 "), server:
-        pass
-    log = (tmp_path / "server.log").read_text()
+    log = log_of_end(model, tmp_path / "server.log", preset, "exit code 1 ")
     assert "mixedprec: 1 error(s)" in log
     assert "model.layers.0-2.self_attn.qkv_proj: its shards need one scheme" in log
     assert "Traceback" not in log
@@ -77,10 +80,6 @@ def test_preset_that_does_not_fit_stops_the_server_with_exit_code_1(tmp_path: Pa
 
 def test_converted_checkpoint_without_the_load_format_is_sglangs_own_error(tmp_path: Path) -> None:
     preset = write_preset(tmp_path, 'match: "*", method: fp8')
-    argv = ["convert", "--model", str(write_llama(tmp_path / "model")), "--preset", str(preset),
-            "--out", str(tmp_path / "out")]  # fmt: skip
-    assert main(argv, io.StringIO()) == 0
-    server = Server(tmp_path / "out", tmp_path / "server.log", flags=["--skip-tokenizer-init"])
-    with pytest.raises(ServerError, match="the server ended with exit code"), server:
-        pass
-    assert "Unknown quantization method: mixedprec" in (tmp_path / "server.log").read_text()
+    out = converted(write_llama(tmp_path / "model"), preset, tmp_path / "out", device="cuda")
+    log = log_of_end(out, tmp_path / "server.log")
+    assert "Unknown quantization method: mixedprec" in log

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.checkpoints import write_llama
+from tests.serving.stock import load
+
 LoadModel = Callable[..., "object"]
 
 
@@ -41,25 +44,22 @@ def sglang_context() -> SimpleNamespace:
     return SimpleNamespace(context=get_context())
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
 @pytest.fixture
 def load_model(sglang_context: SimpleNamespace) -> LoadModel:
     """Load a checkpoint with a preset, by the loader itself and SGLang's own model class."""
 
-    def load(model: Path, preset: Path, dtype: str = "bfloat16", **extra: object) -> object:
-        from sglang.srt.configs.device_config import DeviceConfig
-        from sglang.srt.configs.load_config import LoadConfig
-        from sglang.srt.configs.model_config import ModelConfig
-        from sglang.srt.model_loader.loader import get_model_loader
+    def load_with_preset(
+        model: Path, preset: Path, dtype: str = "bfloat16", **extra: object
+    ) -> object:
+        said = {"mixedprec_config": str(preset), **extra}
+        return load(model, dtype, load_format="mixedprec", model_loader_extra_config=said)
 
-        model_config = ModelConfig(str(model), dtype=dtype)
-        load_config = LoadConfig(
-            load_format="mixedprec",
-            model_loader_extra_config={"mixedprec_config": str(preset), **extra},
-        )
-        loader = get_model_loader(load_config, model_config)
-        return loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
-
-    return load
+    return load_with_preset
 
 
 @pytest.fixture

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import quantization_config
 from tests.checkpoints import write_checkpoint
+from tests.commands import converted
 from tests.presets import write_preset
 from tests.quantize.peers import LAYERS, torch_layer
 
@@ -44,9 +43,7 @@ def test_each_layer_gets_the_scheme_that_its_source_had(
         tmp_path, 'match: "*_proj", method: auto', 'match: "*.1.*", method: auto, source: other',
         head=f"trust_sources: true\nsources:\n  other: {{path: {other}}}\n",
     )  # fmt: skip
-    argv = ["convert", "--model", model, "--preset", preset, "--out", tmp_path / "out"]
-    assert main([str(word) for word in argv], io.StringIO()) == 0
-    source = open_source(tmp_path / "out")
+    source = open_source(converted(model, preset, tmp_path / "out", device="cuda"))
     plan = resolve_plan(preset_for("", source, (), "preset"), source, Target())
     config = MixedPrecisionConfig(plan)
     found = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixedprec_plugin.cli.main import main
 from tests.checkpoints import llama_config, llama_tensors, write_llama
-from tests.presets import write_preset
+from tests.commands import converted
+from tests.presets import EXPORTED, write_preset
+from tests.serving.stock import load
+from tests.tensors import as_integers, raw
 
-RULES = (
-    'match: "*", method: fp8',
-    'match: "*.self_attn.*", method: fp8_block',
-    'match: "*.0.mlp.*", method: awq',
-    'match: "*.1.mlp.*", method: gptq, group_size: -1',
-    'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
-    'match: "*.1.self_attn.*", method: unquantized',
-    'match: "*.2.self_attn.o_proj", method: fp8',
-    'match: "*.2.mlp.*", method: fp8_channel',
-)
+RULES = (*EXPORTED, 'match: "*.2.self_attn.o_proj", method: fp8')
 SCHEMES = {
     "model.layers.0.self_attn.qkv_proj": "CompressedTensorsW8A8Fp8",
     "model.layers.0.self_attn.o_proj": "CompressedTensorsW8A8Fp8",
@@ -45,27 +37,21 @@ SCHEMES = {
 def exported(tmp_path: Path) -> Path:
     model = write_llama(tmp_path / "model")
     preset = write_preset(tmp_path, *RULES)
-    argv = ["convert", "--model", str(model), "--preset", str(preset), "--out",
-            str(tmp_path / "out"), "--format", "compressed-tensors"]  # fmt: skip
-    assert main(argv, io.StringIO()) == 0
-    return tmp_path / "out"
+    flags = ("--format", "compressed-tensors")
+    return converted(model, preset, tmp_path / "out", *flags, device="cuda")
 
 
 @pytest.fixture
 def stock(sglang_context: SimpleNamespace, exported: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model as SGLang's own loader fills it on an H100, before kernels repack it."""
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+    from sglang.srt.model_loader.loader import DefaultModelLoader
 
     # the one thing that schemes ask of a GPU before their weights are processed
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(DefaultModelLoader, "postprocess_weights", staticmethod(lambda *_: None))
-    model_config = ModelConfig(str(exported), dtype="bfloat16")
-    assert model_config.quantization == "compressed-tensors"
-    loader = get_model_loader(LoadConfig(), model_config)
-    return loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+    assert ModelConfig(str(exported), dtype="bfloat16").quantization == "compressed-tensors"
+    return load(exported)
 
 
 def test_stock_sglang_finds_a_scheme_for_every_layer(stock: Any) -> None:
@@ -87,12 +73,10 @@ def test_stock_sglang_fills_every_parameter_with_the_stored_numbers(
         parent, _, last = module_name.rpartition(".")
         names = [f"{parent}.{shard}" for shard in shards.get(last, (last,))]
         for suffix, parameter in stock.get_submodule(module_name).named_parameters():
-            parts = [stored[f"{name}.{suffix}"] for name in names]
+            parts = [as_integers(stored[f"{name}.{suffix}"]) for name in names]
             checked.update(f"{name}.{suffix}" for name in names)
-            whole = parts[-1] if suffix == "weight_shape" else torch.cat([_bytes(p) for p in parts])
-            assert torch.equal(_bytes(parameter.data).reshape(-1), _bytes(whole).reshape(-1)), (
-                suffix
-            )
+            whole = parts[-1] if suffix == "weight_shape" else torch.cat(parts)
+            assert torch.equal(raw(parameter), raw(whole)), suffix
     assert checked == {name for name in stored if "_proj." in name}
     others = {name: p for name, p in stock.named_parameters() if "_proj." not in name}
     assert others.keys() == {name for name in stored if "_proj." not in name}
@@ -161,20 +145,8 @@ def test_without_a_gpu_stock_sglang_serves_no_compressed_tensors(
     sglang_context: SimpleNamespace, exported: Path
 ) -> None:
     """Its config asks for the compute capability of every scheme, before a weight is there."""
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import get_model_loader
-
-    model_config = ModelConfig(str(exported), dtype="bfloat16")
-    loader = get_model_loader(LoadConfig(), model_config)
     with pytest.raises(RuntimeError, match="NVIDIA driver") as raised:
-        loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+        load(exported)
     frames = [entry for entry in raised.traceback if "sglang" in str(entry.path)]
     assert frames[-1].path.name == "compressed_tensors.py"
     assert frames[-1].name == "_check_scheme_supported"
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its elements as integers: torch cannot compare fp8."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.errors import UsageError
+from tests import commands
 from tests.checkpoints import write_llama
 from tests.presets import write_preset
+from tests.tensors import same_bytes
 
 LoadModel = Callable[..., Any]
 RULES = (
@@ -38,11 +38,7 @@ def preset(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def converted(model: Path, preset: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "converted"
-    argv = ["convert", "--model", str(model), "--preset", str(preset), "--device", "cpu",
-            "--out", str(out)]  # fmt: skip
-    assert main(argv, io.StringIO()) == 0
-    return out
+    return commands.converted(model, preset, tmp_path / "converted")
 
 
 @pytest.fixture
@@ -88,16 +84,10 @@ def test_converted_checkpoint_loads_without_a_preset_into_the_same_model(
     theirs, ours = dict(direct.named_parameters()), dict(later.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
-        other = theirs[name]
-        assert parameter.dtype == other.dtype
-        assert torch.equal(_raw(parameter), _raw(other)), name
+        assert same_bytes(parameter, theirs[name]), name
     for name, module in later.named_modules():
         if hasattr(module, "quant_method"):
             assert type(module.quant_method) is type(direct.get_submodule(name).quant_method)
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def test_preset_that_is_given_wins(

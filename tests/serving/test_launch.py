@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mixedprec_plugin.errors import PlanError
-from tests.checkpoints import write_llama, write_mixtral
+from tests.checkpoints import write_mixtral
 from tests.presets import write_preset
 
 DENSE = ('match: "*", method: fp8',)
@@ -19,11 +18,6 @@ ALIKE = ('match: "*.experts.*", method: fp8',)
 BY_LAYER = (*ALIKE, 'match: "*.1.*.experts.*", method: int8')
 BY_EXPERT = (*ALIKE, 'match: "*.experts.1.*", method: int8')
 AWQ = ('match: "*.experts.*", method: awq',)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -200,29 +194,6 @@ def test_all_problems_of_a_launch_are_told_at_once(mixtral: Path) -> None:
     assert len(check(mixtral, BY_EXPERT, *flags)) == 4
 
 
-def test_draft_model_is_loaded_as_sglang_would(llama: Path) -> None:
-    from safetensors.torch import load_file
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-    from sglang.srt.model_loader.loader import get_model_loader
-
-    from mixedprec_plugin.serving.loader import is_mixed_precision
-
-    config = ModelConfig(str(llama), dtype="bfloat16", is_draft_model=True)
-    # the preset of the model that it drafts for
-    extra = {"mixedprec_config": "fp8-block"}
-    load_config = LoadConfig(load_format="mixedprec", model_loader_extra_config=extra)
-    loader = get_model_loader(load_config, config)
-    model = loader.load_model(model_config=config, device_config=DeviceConfig("cpu"))
-    assert not is_mixed_precision(model)
-    down = model.get_submodule("model.layers.1.mlp.down_proj")
-    assert isinstance(down.quant_method, UnquantizedLinearMethod)
-    stored = load_file(llama / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
-    assert down.weight.equal(stored)
-
-
 @pytest.mark.parametrize("is_said", [True, False])
 def test_options_of_reading_reach_the_reader(is_said: bool) -> None:
     from sglang.srt.runtime_context import get_model
@@ -239,174 +210,16 @@ def test_options_of_reading_reach_the_reader(is_said: bool) -> None:
 
 @pytest.mark.parametrize("is_said", [True, False])
 def test_files_are_prefetched_by_sglang_if_that_is_asked_for(
-    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_said: bool
+    load_model: Callable[..., Any],
+    llama: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    is_said: bool,
 ) -> None:
     from sglang.srt.runtime_context import get_model
 
     caplog.set_level("DEBUG", "sglang.srt.model_loader.weight_utils")
     preset = write_preset(tmp_path, *DENSE)
     with get_model().override(weight_loader_prefetch_checkpoints=is_said):
-        TestDraft().load(llama, preset, tmp_path / "plan.json", is_draft=False)
+        load_model(llama, preset, mixedprec_plan=str(tmp_path / "plan.json"))
     assert ("prefetching 1/1 checkpoint shards" in caplog.text) == is_said
-
-
-class TestDraft:
-    """A draft model of speculative decoding, by the preset's section `draft`."""
-
-    @pytest.fixture
-    def preset(self, llama: Path, tmp_path: Path) -> Path:
-        path = write_preset(tmp_path, *DENSE)
-        draft = 'draft: {rules: [{match: "*.down_proj", method: fp8_block}]}\n'
-        path.write_text(path.read_text() + draft)
-        return path
-
-    @pytest.fixture
-    def forgetful(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Whatever other tests loaded in this process was not loaded."""
-        from mixedprec_plugin.serving import loader
-
-        monkeypatch.setattr(loader, "_loaded", None)
-        monkeypatch.setattr(loader, "_loaded_draft", None)
-
-    @pytest.mark.usefixtures("forgetful")
-    def test_section_says_what_the_draft_model_runs_in(
-        self, llama: Path, preset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        from safetensors.torch import load_file
-
-        caplog.set_level("INFO")
-        plan_path = tmp_path / "plan.json"
-        model = self.load(llama, preset, plan_path, is_draft=False)
-        draft = self.load(llama, preset, plan_path, is_draft=True)
-        assert "the draft model, by the preset's section draft" in caplog.text
-        down, up = (f"model.layers.1.mlp.{name}" for name in ("down_proj", "gate_up_proj"))
-        assert draft.get_submodule(down).quant_method.quant_config.weight_block_size == [128, 128]
-        stored = load_file(llama / "model.safetensors")
-        gate = stored["model.layers.1.mlp.gate_proj.weight"]
-        assert draft.get_submodule(up).weight[: len(gate)].equal(gate)
-        # the model's own plan stays what it was
-        assert model.get_submodule(down).quant_method.quant_config.weight_block_size is None
-        methods = {x["name"]: x["method"] for x in json.loads(plan_path.read_text())["layers"]}
-        assert methods["model.layers.1.mlp.gate_proj"] == "fp8"
-
-    def load(self, path: Path, preset: Path, plan_path: Path, *, is_draft: bool) -> Any:
-        from sglang.srt.configs.device_config import DeviceConfig
-        from sglang.srt.configs.load_config import LoadConfig
-        from sglang.srt.configs.model_config import ModelConfig
-        from sglang.srt.model_loader.loader import get_model_loader
-
-        config = ModelConfig(str(path), dtype="bfloat16", is_draft_model=is_draft)
-        extra = {"mixedprec_config": str(preset), "mixedprec_plan": str(plan_path)}
-        load_config = LoadConfig(load_format="mixedprec", model_loader_extra_config=extra)
-        loader = get_model_loader(load_config, config)
-        return loader.load_model(model_config=config, device_config=DeviceConfig("cpu"))
-
-    @pytest.mark.parametrize(
-        ("fields", "message"),
-        [
-            ({}, "preset.yaml: draft: the draft model is made of layers of --model-path itself"),
-            (
-                {"speculative_draft_model_quantization": "fp8"},
-                "--speculative-draft-model-quantization: 'fp8': the preset's section draft says",
-            ),
-            (
-                {"speculative_draft_load_format": "dummy"},
-                "--speculative-draft-load-format: 'dummy': the preset's section draft says how",
-            ),
-        ],
-    )
-    def test_launch_that_the_section_does_not_go_with_is_refused(
-        self, llama: Path, preset: Path, tmp_path: Path, fields: dict[str, str], message: str
-    ) -> None:
-        found = self.problems(llama, preset, llama if not fields else tmp_path / "other", **fields)
-        assert len(found) == 1
-        assert message in found[0]
-
-    def test_plan_of_the_draft_is_checked_at_start(
-        self, llama: Path, preset: Path, tmp_path: Path
-    ) -> None:
-        other = write_llama(tmp_path / "other", intermediate_size=192)
-        (problem,) = self.problems(llama, preset, other)
-        assert problem.startswith("model.layers.0-2.mlp.down_proj: ")
-        assert "192" in problem
-
-    def problems(self, model: Path, preset: Path, draft: Path, **fields: str) -> list[str]:
-        """What starting with a draft model finds, beside what a CPU has no means for."""
-        from mixedprec_plugin.serving.early import check_early
-
-        args = SimpleNamespace(
-            load_format="mixedprec", model_path=str(model), dtype="bfloat16", tp_size=1,
-            model_loader_extra_config={"mixedprec_config": str(preset)},
-            speculative_algorithm="STANDALONE", speculative_draft_model_path=str(draft), **fields,
-        )  # fmt: skip
-        with pytest.raises(PlanError) as caught:
-            check_early(args)
-        texts = [str(problem) for problem in caught.value.problems]
-        return [text for text in texts if "needs sgl-kernel" not in text]
-
-
-class TestStage:
-    """The placeholders of a pipeline stage, as SGLang builds them."""
-
-    @pytest.fixture
-    def layers(self, llama: Path) -> SimpleNamespace:
-        from tests.presets import plan
-
-        made = plan(llama, *DENSE)
-        return SimpleNamespace(tied=made.tied, planned={x.name: x for x in made.layers})
-
-    def model(self, **modules: object) -> object:
-        import torch
-        from sglang.srt.layers.utils.common import PPMissingLayer
-
-        model = torch.nn.Module()
-        model.model = torch.nn.Module()
-        here = torch.nn.Identity
-        model.model.embed_tokens = PPMissingLayer()
-        model.model.layers = torch.nn.ModuleList([PPMissingLayer(), here(), here()])
-        model.model.norm = here()
-        for name, module in modules.items():
-            setattr(model, name, module)
-        return model
-
-    def test_last_stage_reads_its_own_layers_and_the_embedding_of_its_head(
-        self, layers: SimpleNamespace
-    ) -> None:
-        import torch
-
-        from mixedprec_plugin.serving.stages import Stage
-
-        stage = Stage(self.model(lm_head=torch.nn.Identity()), layers.tied)
-        read = {name for name, layer in layers.planned.items() if stage.runs(layer)}
-        assert "model.embed_tokens" in read
-        assert not any(name.startswith("model.layers.0.") for name in read)
-        assert "model.layers.1.mlp.up_proj" in read
-        assert stage.describe(layers.planned.values()).startswith("this pipeline stage reads ")
-
-    def test_stage_that_has_no_head_does_not_read_the_embedding(
-        self, layers: SimpleNamespace
-    ) -> None:
-        from sglang.srt.layers.utils.common import PPMissingLayer
-
-        from mixedprec_plugin.serving.stages import Stage
-
-        stage = Stage(self.model(lm_head=PPMissingLayer()), layers.tied, is_last=False)
-        assert not stage.runs(layers.planned["model.embed_tokens"])
-
-    def test_last_stage_without_a_head_is_refused(self, layers: SimpleNamespace) -> None:
-        from mixedprec_plugin.errors import LoadError
-        from mixedprec_plugin.serving.stages import Stage
-
-        model = self.model()
-        model.lm_head = model.model.embed_tokens  # type: ignore[attr-defined]
-        with pytest.raises(LoadError, match="gives the last stage no head of its own; start wit"):
-            Stage(model, layers.tied)
-
-    def test_model_that_sglang_does_not_split_is_refused(self, layers: SimpleNamespace) -> None:
-        import torch
-
-        from mixedprec_plugin.errors import LoadError
-        from mixedprec_plugin.serving.stages import Stage
-
-        with pytest.raises(LoadError, match="--pp-size 2: SGLang's Module is not split into pip"):
-            Stage(torch.nn.Module(), layers.tied, num_stages=2)

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from mixedprec_plugin.compose.stream import open_virtual_checkpoint
-from mixedprec_plugin.errors import CheckpointError, LoadError, PlanError
+from mixedprec_plugin.errors import LoadError
 from mixedprec_plugin.methods.fp8 import codec as fp8
 from mixedprec_plugin.methods.interface import Target
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.presets import write_preset
+from tests.serving.stock import load, load_again, loader_of
+from tests.tensors import as_integers, raw
 
 LoadModel = Callable[..., Any]
 METHODS = ("bf16", "fp8", "fp8_block", "fp8_channel", "int8", "awq", "gptq", "gptq_int8")
@@ -51,11 +53,7 @@ def test_every_stored_number_arrives_in_its_parameter(
         for suffix, parameter in held.items():
             stored = stream[f"model.layers.1.{name}.{suffix}"]
             assert parameter.dtype == stored.dtype
-            assert torch.equal(_raw(parameter.data), _raw(stored).reshape(_raw(parameter).shape))
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            assert torch.equal(raw(parameter.data), raw(stored).reshape(raw(parameter).shape))
 
 
 @pytest.mark.usefixtures("as_loaded")
@@ -83,13 +81,8 @@ def test_fused_module_holds_its_shards_in_order(
     ):
         for suffix, axis in suffixes.items():
             shards = [stream[f"model.layers.2.{name}.{suffix}"] for name in names]
-            whole = torch.cat([_bytes(shard) for shard in shards], dim=axis)
-            assert torch.equal(_bytes(getattr(module, suffix).data), whole), suffix
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its elements as integers: torch cannot compare fp8."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+            whole = torch.cat([as_integers(shard) for shard in shards], dim=axis)
+            assert torch.equal(as_integers(getattr(module, suffix).data), whole), suffix
 
 
 def test_plan_is_written_as_json(load_model: LoadModel, model_path: Path, tmp_path: Path) -> None:
@@ -101,106 +94,6 @@ def test_plan_is_written_as_json(load_model: LoadModel, model_path: Path, tmp_pa
     assert methods["model.layers.0.mlp.up_proj"] == "gptq"
     assert methods["model.layers.0.self_attn.q_proj"] == "bf16"
     assert made["problems"] == []
-
-
-def test_tensor_that_the_model_has_no_parameter_for_is_an_error(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
-    tensors["model.layers.0.self_attn.sinks"] = torch.ones(4, dtype=torch.bfloat16)
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
-    message = r"0\.self_attn\.sinks: is in the checkpoint, but LlamaForCausalLM has no parameter"
-    with pytest.raises(LoadError, match=message):
-        load_model(model, preset)
-
-
-def test_bias_that_the_model_does_not_have_is_an_error(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
-    tensors["model.layers.0.self_attn.o_proj.bias"] = torch.ones(256, dtype=torch.bfloat16)
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
-    with pytest.raises(LoadError, match="has no parameter 'bias'"):
-        load_model(model, preset)
-
-
-def test_norm_that_the_checkpoint_lacks_is_an_error(load_model: LoadModel, tmp_path: Path) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
-    del tensors["model.layers.1.input_layernorm.weight"]
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
-    with pytest.raises(LoadError, match=r"model\.layers\.1\.input_layernorm\.weight: 0 of 256 "
-                       "elements were filled from the checkpoint"):  # fmt: skip
-        load_model(model, preset)
-
-
-def test_shard_that_the_checkpoint_lacks_is_an_error(load_model: LoadModel, tmp_path: Path) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
-    del tensors["model.layers.1.self_attn.k_proj.weight"]
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
-    with pytest.raises(
-        LoadError, match=r"model\.layers\.1\.self_attn\.qkv_proj: the model builds it"
-    ):
-        load_model(model, preset)
-
-
-def test_untied_head_that_the_checkpoint_lacks_is_an_error(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
-    tensors = llama_tensors(llama_config())
-    model = write_checkpoint(tmp_path / "model", llama_config(tie_word_embeddings=False), tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
-    with pytest.raises(LoadError, match=r"lm_head\.weight: 0 of .* elements were filled"):
-        load_model(model, preset)
-
-
-def test_shape_that_the_model_denies_is_an_error_before_a_weight_is_read(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
-    name = "model.layers.1.mlp.down_proj.weight"
-    tensors[name] = torch.full((256, 640), torch.nan, dtype=torch.bfloat16)
-    model = write_checkpoint(tmp_path / "model", config | {"architectures": ["MistralForCausalLM"]},
-                             tensors)  # fmt: skip
-    preset = write_preset(tmp_path, 'match: "*.self_attn.*", method: fp8')
-    with pytest.raises(PlanError, match=r"its weight is \[256, 640\] .expected \[256, 512\]"):
-        load_model(model, preset)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("layer", ["mlp.up_proj", "self_attn.q_proj", "input_layernorm"])
-def test_weight_that_is_not_finite_is_an_error(
-    load_model: LoadModel, tmp_path: Path, layer: str, value: float
-) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
-    name = f"model.layers.2.{layer}.weight"
-    tensors[name].view(-1)[7] = value
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
-    message = rf"model\.layers\.2\.{layer}\.weight: 1 of .* weights in model\.safetensors are NaN"
-    with pytest.raises(CheckpointError, match=message):
-        load_model(model, preset)
-
-
-def test_bf16_weight_that_fp16_cannot_hold_is_an_error(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
-    tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] = 1e5
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
-    with pytest.raises(CheckpointError, match="has values over 65504, which float16 cannot hold"):
-        load_model(model, preset, dtype="float16")
 
 
 def family(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -231,17 +124,9 @@ def family(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def test_bf16_model_is_the_one_that_sglang_loads_by_itself(
     load_model: LoadModel, tmp_path: Path, name: str
 ) -> None:
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import get_model_loader
-
     model_path = write_checkpoint(tmp_path / "model", *family(name), parts=2)
     ours = load_model(model_path, write_preset(tmp_path, 'match: "*", method: bf16'))
-    model_config = ModelConfig(str(model_path), dtype="bfloat16")
-    loader = get_model_loader(LoadConfig(), model_config)
-    stock = loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
-    theirs = dict(stock.named_parameters())
+    theirs = dict(load(model_path).named_parameters())
     held = dict(ours.named_parameters())
     assert held.keys() == theirs.keys()
     for parameter_name, parameter in held.items():
@@ -299,10 +184,6 @@ def test_new_weights_load_where_sglang_restores_nothing_before(
     load_model: LoadModel, tmp_path: Path, method: str
 ) -> None:
     """As SGLang 0.5.21 and 0.5.22 do: weight_updater.py calls the loader alone."""
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
-
     first = write_llama(tmp_path / "first")
     config = llama_config()
     others = {name: tensor * 0.5 for name, tensor in llama_tensors(config).items()}
@@ -310,59 +191,13 @@ def test_new_weights_load_where_sglang_restores_nothing_before(
     preset = write_preset(tmp_path, f'match: "*", method: {method}')
     expected = load_model(second, preset)
     model = load_model(first, preset)
-    model_config = ModelConfig(str(second), dtype="bfloat16")
-    loader: Any = get_model_loader(LoadConfig(load_format="mixedprec"), model_config)
+    loader, model_config = loader_of(second, load_format="mixedprec")
     for _ in range(2):
-        source = DefaultModelLoader.Source.init_new(model_config, model)
-        weights = loader._get_weights_iterator(source)
-        loader.load_weights_and_postprocess(model, weights, torch.device("cpu"))
+        load_again(loader, model_config, model)
         loader._has_opened_new_path = False
     held = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
-        assert torch.equal(_raw(parameter), _raw(held[name])), name
-
-
-def test_shards_with_act_orders_of_their_own_are_refused(
-    load_model: LoadModel, tmp_path: Path
-) -> None:
-    # SGLang takes no GPTQ model for a base on a CPU, so that the layers are another source's
-    base = write_llama(tmp_path / "base", num_hidden_layers=1)
-    config = llama_config(
-        num_hidden_layers=1,
-        quantization_config={
-            "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": True,
-            "checkpoint_format": "gptq",
-        },
-    )  # fmt: skip
-    tensors = llama_tensors(config)
-    for name in [n for n in tensors if n.endswith("_proj.weight")]:
-        weight = tensors.pop(name)
-        tensors |= act_ordered(name.removesuffix(".weight"), *weight.shape)
-    name = "model.layers.0.self_attn.v_proj"
-    ordered = write_checkpoint(tmp_path / "ordered", config, tensors)
-    rule = 'match: "*_proj", method: gptq, desc_act: true, source: ordered'
-    head = f"sources:\n  ordered: {{path: {ordered}}}\ntrust_sources: true\n"
-    preset = write_preset(tmp_path, rule, head=head)
-    load_model(base, preset)
-    tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].flip(0).contiguous()
-    write_checkpoint(ordered, config, tensors)
-    message = (
-        r"v_proj\.g_idx: has another order than model\.layers\.0\.self_attn\..*, and "
-        r"model\.layers\.0\.self_attn\.qkv_proj has one for all its shards; write method: bf16"
-    )
-    with pytest.raises(LoadError, match=message):
-        load_model(base, preset)
-
-
-def act_ordered(name: str, N: int, K: int) -> dict[str, torch.Tensor]:
-    """A GPTQ layer of zeros, in groups of 128 in an order that depends on K alone."""
-    order = torch.randperm(K, generator=torch.Generator().manual_seed(K))
-    return {
-        f"{name}.qweight": torch.zeros(K // 8, N, dtype=torch.int32),
-        f"{name}.qzeros": torch.full((K // 128, N // 8), 0x77777777, dtype=torch.int32),
-        f"{name}.scales": torch.ones(K // 128, N, dtype=torch.float16),
-        f"{name}.g_idx": (order // 128).to(torch.int32),
-    }
+        assert torch.equal(raw(parameter), raw(held[name])), name
 
 
 @pytest.mark.usefixtures("as_loaded")
@@ -387,23 +222,10 @@ def test_quantized_checkpoint_is_served_as_stored_beside_its_own_quantization_co
     assert type(layer.self_attn.o_proj.quant_method).__name__ == "Fp8LinearMethod"
     assert type(layer.mlp.down_proj.quant_method).__name__ == "UnquantizedLinearMethod"
     stored = tensors["model.layers.1.self_attn.o_proj.weight"]
-    assert torch.equal(_raw(layer.self_attn.o_proj.weight), _raw(stored))
+    assert torch.equal(raw(layer.self_attn.o_proj.weight), raw(stored))
     codes = {
         s: tensors[f"model.layers.1.mlp.down_proj.{s}"] for s in ("weight", "weight_scale_inv")
     }
     grid = codes["weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
     expected = (codes["weight"].float() * grid).to(torch.bfloat16)
     assert torch.equal(layer.mlp.down_proj.weight.data, expected)
-
-
-def test_nan_among_fp8_codes_is_an_error(load_model: LoadModel, tmp_path: Path) -> None:
-    config = llama_config()
-    tensors = llama_tensors(config)
-    name = "model.layers.0.self_attn.o_proj"
-    codes = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
-    codes.view(torch.uint8)[3, 4] = 0xFF
-    tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": torch.tensor(1.0)}
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: gptq')
-    with pytest.raises(CheckpointError, match=r"o_proj\.weight: 1 of 65,536 weights .* are NaN"):
-        load_model(model, preset)

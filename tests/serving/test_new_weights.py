@@ -13,6 +13,7 @@ import torch
 from mixedprec_plugin.errors import CheckpointError
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.presets import write_preset
+from tests.serving.stock import load_again, loader_of
 
 LoadModel = Callable[..., Any]
 # of the largest tensors, 8 MiB in bfloat16: several pieces, more than wait at once in all
@@ -25,10 +26,6 @@ def test_old_weights_come_back_whole_after_new_ones_failed(
     load_model: LoadModel, tmp_path: Path, spoilt: int
 ) -> None:
     """SGLang asks the same loader again, while it handles the error (weight_updater.py:236)."""
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
-
     config = llama_config(**SIZES)
     tensors = llama_tensors(config)
     first = write_checkpoint(tmp_path / "first", config, tensors)
@@ -41,18 +38,11 @@ def test_old_weights_come_back_whole_after_new_ones_failed(
         before["model.layers.1.mlp.down_proj.weight"],
         tensors["model.layers.1.mlp.down_proj.weight"],
     )
-    model_config = ModelConfig(str(second), dtype="bfloat16")
-    loader: Any = get_model_loader(LoadConfig(load_format="mixedprec"), model_config)
-
-    def load() -> None:
-        source = DefaultModelLoader.Source.init_new(model_config, model)
-        weights = loader._get_weights_iterator(source)
-        loader.load_weights_and_postprocess(model, weights, torch.device("cpu"))
-
+    loader, model_config = loader_of(second, load_format="mixedprec")
     # whoever handles the error holds the stream that it came from
     with pytest.raises(CheckpointError, match=r"down_proj\.weight: 1 of ") as raised:
-        load()
-    load()
+        load_again(loader, model_config, model)
+    load_again(loader, model_config, model)
     del raised
     gc.collect()
     for name, value in model.named_parameters():

@@ -14,6 +14,7 @@ from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.methods.interface import Target
 from tests.presets import write_preset
+from tests.serving.stock import load
 
 pytestmark = [
     pytest.mark.usefixtures("sglang_context"),
@@ -169,17 +170,4 @@ def test_names_that_sglang_does_not_load_are_refused(
         load_model(path, preset)
     assert any(message in str(problem) for problem in caught.value.problems)
     with pytest.raises(KeyError):
-        load_stock(path)
-
-
-def load_stock(path: Path) -> None:
-    """Load a checkpoint as SGLang does by itself."""
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import get_model_loader
-
-    config, load_config = ModelConfig(str(path), dtype="bfloat16"), LoadConfig()
-    get_model_loader(load_config, config).load_model(
-        model_config=config, device_config=DeviceConfig("cpu")
-    )
+        load(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixedprec_plugin.cli.main import main
+from tests.commands import run
 from tests.presets import write_preset
 
 DATA = Path(__file__).parent.parent / "data"
@@ -54,8 +53,6 @@ def verify(model: Path, reference: Path, *more: str) -> tuple[int, dict[str, dic
         its exit code, and layer -> what it says of it.
     """
     preset = write_preset(model.parent / "presets", 'match: "*", method: bf16')
-    out = io.StringIO()
-    argv = ["verify", "--model", str(model), "--preset", str(preset), "--device", "cpu",
-            "--reference", str(reference), "--json", *more]  # fmt: skip
-    code = main(argv, out)
-    return code, {entry["layer"]: entry for entry in json.loads(out.getvalue())["layers"]}
+    flags = ("--model", model, "--preset", preset, "--device", "cpu", "--reference", reference)
+    code, out, _ = run("verify", *flags, "--json", *more)
+    return code, {entry["layer"]: entry for entry in json.loads(out)["layers"]}

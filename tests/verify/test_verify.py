@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixedprec_plugin.cli.main import main
 from tests.checkpoint.peers import FOLDERS
+from tests.commands import run
 from tests.presets import write_preset
 from tests.quantize.peers import EXPECTED
 from tests.verify.slices import DATA, Change, verify, write_slices
@@ -174,11 +173,10 @@ def test_threshold_that_is_none_is_a_usage_error(
     reference: Path, tmp_path: Path, text: str, message: str
 ) -> None:
     preset = write_preset(tmp_path / "presets", 'match: "*", method: bf16')
-    err = io.StringIO()
-    argv = ["verify", "--model", str(reference), "--preset", str(preset), "--reference",
-            str(reference), "--threshold", text]  # fmt: skip
-    assert main(argv, io.StringIO(), err) == 2
-    assert message in err.getvalue()
+    flags = ("--model", reference, "--preset", preset, "--reference", reference)
+    code, _, err = run("verify", *flags, "--threshold", text)
+    assert code == 2
+    assert message in err
 
 
 def test_layer_that_the_reference_lacks_is_told(reference: Path, tmp_path: Path) -> None:
@@ -195,10 +193,9 @@ def test_table_shows_the_worst_layers_first(reference: Path, tmp_path: Path) -> 
     model = write_slices(tmp_path / "model", "peers", "autoround-gptq-g64",
                          {"v_proj.qweight": swap_nibbles})  # fmt: skip
     preset = write_preset(tmp_path / "presets", 'match: "*", method: bf16')
-    out = io.StringIO()
-    argv = ["verify", "--model", str(model), "--preset", str(preset), "--reference",
-            str(reference)]  # fmt: skip
-    assert main(argv, out) == 1
-    lines = [line for line in out.getvalue().splitlines() if "model.layers" in line]
+    flags = ("--model", model, "--preset", preset, "--reference", reference)
+    code, out, _ = run("verify", *flags)
+    assert code == 1
+    lines = [line for line in out.splitlines() if "model.layers" in line]
     assert "v_proj" in lines[0]
-    assert out.getvalue().splitlines()[-1] == "3 compared: 1 too far"
+    assert out.splitlines()[-1] == "3 compared: 1 too far"

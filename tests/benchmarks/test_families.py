@@ -12,6 +12,8 @@ import pytest
 
 from benchmarks.families.comparison import LIMIT
 
+pytestmark = pytest.mark.sglang
+
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = ("Phi-3/gptq", "Qwen3-MoE/mixed", "DeepSeek-V3/mixed")
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, MixtralConfig
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from benchmarks.families.stepwise import ROUNDING, Follower
 from benchmarks.families.trace import Trace
 
 
 def mixtral(weight: torch.Tensor) -> Any:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
     config = MixtralConfig(
         hidden_size=weight.shape[1], num_local_experts=len(weight), num_experts_per_tok=2
     )
@@ -55,6 +55,9 @@ def test_reference_with_inputs_of_its_own_follows_further() -> None:
 
 
 def test_choice_of_a_group_of_experts_is_followed() -> None:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
     config = DeepseekV3Config(
         hidden_size=1, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1
     )

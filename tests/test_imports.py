@@ -1,0 +1,36 @@
+"""Who imports whom, beyond what `lint-imports` holds against the map in setup.cfg."""
+
+from __future__ import annotations
+
+import graphlib
+import pkgutil
+import subprocess
+import sys
+
+import grimp
+
+import mixedprec_plugin
+
+# what decides from files alone, without what of a method needs torch or SGLang
+ROOMS = ("names", "resources", "lazy", "errors", "families", "methods", "preset", "plan", "cli")
+NOT_OF_FILES = (".codec", ".sglang", ".marlin_experts")
+
+
+def test_no_circle_of_files() -> None:
+    """Imports inside functions count, and those of a package's own `__init__`."""
+    graph = grimp.build_graph("mixedprec_plugin", cache_dir=None)
+    imports = {file: graph.find_modules_directly_imported_by(file) for file in graph.modules}
+    graphlib.TopologicalSorter(imports).prepare()
+
+
+def test_what_decides_from_files_imports_neither_torch_nor_sglang() -> None:
+    names = [
+        module.name
+        for module in pkgutil.walk_packages(mixedprec_plugin.__path__, "mixedprec_plugin.")
+        if module.name.split(".")[1] in ROOMS and not module.name.endswith(NOT_OF_FILES)
+    ]
+    assert len(names) > 50
+    script = "".join(f"import {name}\n" for name in names)
+    script += "import sys\nprint({'torch', 'sglang'} & set(sys.modules))\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
