@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mixedprec_plugin.checkpoint.direct import DirectReads, storage_id
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.experts.loading import load_expert_tensor
-from mixedprec_plugin.experts.parts import check_expert_part
+from mixedprec_plugin.experts.loading import check_expert_part, load_expert_tensor
 from mixedprec_plugin.plan.architecture import ExpertShard, scheme_unit
 from mixedprec_plugin.plan.auto import AUTO
 from mixedprec_plugin.plan.folding import fold_names
