@@ -70,7 +70,7 @@ class _Choice:
         return "mixedprec"
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        from mixedprec_plugin.experts.method import experts_method
+        from mixedprec_plugin.experts.composite import experts_method
 
         method = experts_method(layer, prefix, self._groups)
         if method is not None or self._device == "cuda":

@@ -2,10 +2,10 @@
 
 launch     launch options that do not go with such layers; imports neither torch nor SGLang
 groups     which experts run in which scheme
-method     the method of a layer of experts: SGLang's own, or a composite
-composite  the composite method: a child layer for each group, ids remapped, outputs summed
-loading    tensors of single experts -> the parameters that hold them
-parts      whether a tensor is as large as what it fills, where no statement of ours says so
+composite  the method of a layer of experts: SGLang's own, or a composite: a child layer for each
+           group, ids remapped, outputs summed
+loading    tensors of single experts -> the parameters that hold them; whether one is as large as
+           what it fills, where no statement of ours says so
 
 What a caller gives, in `get_quant_method(layer, prefix)` for a `FusedMoE` layer:
 

@@ -1,4 +1,4 @@
-"""Tensors of single experts -> the parameters that hold them."""
+"""Tensors of single experts -> the parameters that hold them, and what one fills under `auto`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from mixedprec_plugin.errors import LoadError, Problem
 
 # where a composite layer keeps its children, and expert -> (child, local id)
 GROUPS, OWNERS = "expert_groups", "expert_owners"
+# what SGLang holds as floats and gives to no kernel: gptq_moe.py:254, and of compressed-tensors
+_UNREAD = ("weight_shape", "qzeros")
+_FLOAT_CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def expert_owner(layer: FusedMoE, expert: int) -> tuple[FusedMoE, int]:
@@ -115,3 +118,75 @@ def _parameter(layer: FusedMoE, owner: FusedMoE, expert: int, name: str) -> Any:
             )
         )
     return parameter
+
+
+def check_expert_part(
+    layer: FusedMoE, where: str, shard: str, suffix: str, tensor: torch.Tensor
+) -> None:
+    """Check that a tensor is as large as what it fills, and codes of the same kind.
+
+    SGLang's loader cuts a tensor that is too long, pads a short one with zeros, and casts any dtype
+    (`_load_w13`, `_load_w2`, moe/fused_moe_triton/layer.py:788, 881).
+
+    Args:
+        layer: a layer of experts under `auto`, none of a composite.
+        where: the layer's name in the checkpoint.
+        shard: `w1`, `w3` or `w2`.
+        suffix: the parameter's, without `w13_` or `w2_`.
+        tensor: as it is stored, of one expert.
+    Raises:
+        LoadError: it would be cut, padded, or cast from codes into something else.
+    """
+    parameter = getattr(layer, ("w2_" if shard == "w2" else "w13_") + suffix, None)
+    # one without a dimension for experts is a name that the loader passes over (moe_wna16.py:369)
+    is_passed_over = isinstance(parameter, torch.Tensor) and parameter.shape == (0,)
+    if not isinstance(parameter, torch.Tensor) or is_passed_over:
+        return
+    if suffix in _UNREAD and parameter.is_floating_point():
+        return
+    part, tp_size = _part_size(layer, parameter, shard, suffix), layer.moe_tp_size
+    size = _size(tensor)
+    if _is_same_kind(tensor, parameter) and size in (part, part * tp_size):
+        return
+    held = f"{_dtype(parameter)} {list(parameter.shape[1:])}"
+    ranks = f" on each of {tp_size} ranks" if tp_size > 1 else ""
+    raise LoadError(
+        Problem(
+            f"{where}.{suffix}",
+            f"is stored as {_dtype(tensor)} {list(tensor.shape)}, which does not make up an "
+            f"expert's {held} in {type(layer.scheme or layer.quant_method).__name__}{ranks}",
+            "name a method for the experts, or take them from another source",
+            "auto-part",
+        )
+    )
+
+
+def _part_size(layer: FusedMoE, parameter: torch.Tensor, shard: str, suffix: str) -> int:
+    """The size of one projection's share of one expert's part of a parameter."""
+    # a scale that SGLang repeats for smaller groups
+    repeats = getattr(layer, "group_size_div_factor", 1) if "scales" in suffix else 1
+    size = _size(parameter) // max(parameter.shape[0], 1) // repeats
+    is_shared = parameter.dim() == 1 or "g_idx" in suffix
+    is_pair = shard != "w2" and layer.moe_runner_config.is_gated and not is_shared
+    return size // 2 if is_pair else size
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """Elements of floats, whose dtype SGLang may choose; bytes of codes, which it may pack anew."""
+    return tensor.numel() * (tensor.element_size() if _are_codes(tensor) else 1)
+
+
+def _are_codes(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or tensor.dtype in _FLOAT_CODES
+
+
+def _is_same_kind(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Whether both are scales, both the same FP8, or both integers."""
+    if not (_are_codes(tensor) and _are_codes(parameter)):
+        return not (_are_codes(tensor) or _are_codes(parameter))
+    is_float = tensor.is_floating_point() or parameter.is_floating_point()
+    return not is_float or tensor.dtype == parameter.dtype
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

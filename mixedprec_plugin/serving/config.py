@@ -14,8 +14,8 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.experts.composite import experts_method
 from mixedprec_plugin.experts.groups import ExpertGroup
-from mixedprec_plugin.experts.method import experts_method
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.construct import build_config, offered
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED

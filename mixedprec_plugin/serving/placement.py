@@ -14,8 +14,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.experts.loading import load_expert_tensor
-from mixedprec_plugin.experts.parts import check_expert_part
+from mixedprec_plugin.experts.loading import check_expert_part, load_expert_tensor
 from mixedprec_plugin.families.names import ExpertShard, scheme_unit
 from mixedprec_plugin.methods.registry import AUTO
 from mixedprec_plugin.plan.folding import fold_names

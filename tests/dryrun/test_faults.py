@@ -51,7 +51,7 @@ def test_package_refuses(results: Mapping[str, Any], fault: str, text: str) -> N
         ("scales in another dtype", r"torch.bfloat16 \[16, 8\] into torch.float32 \[16, 8\]"),
         ("codes in another dtype", "Downcasting not allowed"),
         ("a row too few", "qweight: 262016 elements for 262144"),
-        ("config class for the CPU", "mixedprec_plugin.cpu.packed_layers"),
+        ("config class for the CPU", "mixedprec_plugin.methods.gptq.sglang"),
         ("a forward through Python of ours", r"a forward calls into \['mixedprec_plugin.names'\]"),
         ("Triton kernel without instructions on the card", "fp8e4nv"),
     ],

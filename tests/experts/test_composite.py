@@ -68,7 +68,7 @@ class MixedConfig:
         return "mixedprec"
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        from mixedprec_plugin.experts.method import experts_method
+        from mixedprec_plugin.experts.composite import experts_method
 
         return experts_method(layer, prefix, self.groups)
 

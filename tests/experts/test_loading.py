@@ -19,7 +19,7 @@ INT8 = Case("blockwise_int8", {"weight_block_size": [128, 128]})
 
 
 def check(layer: Any, shard: str, suffix: str, tensor: torch.Tensor) -> None:
-    from mixedprec_plugin.experts.parts import check_expert_part
+    from mixedprec_plugin.experts.loading import check_expert_part
 
     check_expert_part(layer, "model.layers.0.mlp.experts.3.up_proj", shard, suffix, tensor)
 
