@@ -7,6 +7,7 @@ the library would read a whole tensor for a part of it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -93,7 +94,8 @@ class Reader:
         """Close all files."""
         self._files.clear()
         while self._paths and self._how.drops_cache:
-            with self._paths.pop().open("rb") as file:
+            path = self._paths.pop()
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
