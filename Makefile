@@ -15,6 +15,7 @@ help:
 	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
 	@echo "make compat   see which SGLang releases the plugin fits (docs/compat.md)"
+	@echo "make unchanged compare what BEFORE=revision and this checkout convert and serve, byte for byte"
 	@echo "make clean    remove build products; 'rm -r $(VENV)' removes the environment"
 
 install: $(INSTALLED)
@@ -96,3 +97,7 @@ third-party: $(INSTALLED)
 .PHONY: families
 families: $(INSTALLED)
 	@nice -n 5 $(RUN) -W ignore -m benchmarks.families --out docs/families.md
+
+.PHONY: unchanged
+unchanged: $(INSTALLED)
+	@$(RUN) -m benchmarks.before_and_after --before $(or $(BEFORE),HEAD)
