@@ -12,13 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.errors import CheckpointError, Problem
 
-# signed integer of the same size, the bits of the least number that is not finite
+# signed integer of the same size, the bits of infinity (of a NaN where there is none)
 _FIRST_BITS: dict[torch.dtype, tuple[Any, int]] = {
     torch.float8_e4m3fn: (np.int8, 0x7F),
     torch.float8_e5m2: (np.int8, 0x7C),
@@ -39,38 +38,24 @@ def check_finite(tensor: StoredTensor, value: torch.Tensor) -> None:
     Raises:
         CheckpointError: with the count of them.
     """
-    if is_finite(value.reshape(-1).view(torch.uint8).numpy(), value.dtype):
+    if value.dtype not in _FIRST_BITS or _is_finite(value):
         return
     plain = value.float()
     count = plain.numel() - int(torch.isfinite(plain).sum())
-    raise CheckpointError(
-        Problem(
-            tensor.name,
-            f"{count:,} of {value.numel():,} weights in {tensor.path.name} are NaN or infinite",
-            "the checkpoint is damaged; download it again",
-            "finite",
-        )
-    )
+    what = f"{count:,} of {value.numel():,} weights in {tensor.path.name} are NaN or infinite"
+    remedy = "the checkpoint is damaged; download it again"
+    raise CheckpointError(Problem(tensor.name, what, remedy, "finite"))
 
 
-def is_finite(data: npt.NDArray[np.uint8], dtype: torch.dtype) -> bool:
-    """Tell whether no number is NaN or infinite; integers never are.
-
-    Args:
-        data: bytes of whole numbers.
-        dtype: what they are.
-    """
-    if dtype not in _FIRST_BITS:
-        return True
-    step = _PIECE_BYTES
-    return all(_is_finite(data[i : i + step], dtype) for i in range(0, data.size, step))
-
-
-def _is_finite(data: npt.NDArray[np.uint8], dtype: torch.dtype) -> bool:
-    integer, first = _FIRST_BITS[dtype]
-    signed: npt.NDArray[Any] = data.view(integer)
-    unsigned = data.view(np.dtype(integer).str.replace("i", "u"))
-    sign = 1 << (8 * dtype.itemsize - 1)
-    if dtype.itemsize > 1 and not int(np.bitwise_or.reduce(unsigned)) & (sign >> 1):
-        return True
-    return int(signed.max()) < first and int(unsigned.max()) < sign + first
+def _is_finite(value: torch.Tensor) -> bool:
+    integer, first = _FIRST_BITS[value.dtype]
+    sign = 1 << (8 * value.itemsize - 1)
+    data = value.reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, data.size, _PIECE_BYTES):
+        signed = data[start : start + _PIECE_BYTES].view(integer)
+        unsigned = signed.view(np.dtype(integer).str.replace("i", "u"))
+        if value.itemsize > 1 and not int(np.bitwise_or.reduce(unsigned)) & (sign >> 1):
+            continue
+        if int(signed.max()) >= first or int(unsigned.max()) >= sign + first:
+            return False
+    return True

@@ -55,7 +55,12 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
         return f"its experts are stored as {list(gate_up)} and {list(down)}"
     num_experts, inner = gate_up[0], down[2]
     if gate_up == (num_experts, 2 * inner, hidden) and down == (num_experts, hidden, inner):
-        return _uneven(tensors, num_experts)
+        for suffix, tensor in tensors.items():
+            count = len(_HALVES[_PARTS[suffix][0]])
+            if len(tensor.shape) < 2 or tensor.shape[0] != num_experts or tensor.shape[1] % count:
+                shape = list(tensor.shape)
+                return f"{suffix} {shape} cannot be split over its {num_experts} experts"
+        return ""
     if gate_up[1] == hidden and down[2] == hidden:
         return (
             f"its experts are stored transposed, {list(gate_up)} (expected "
@@ -67,14 +72,6 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
     )
 
 
-def _uneven(tensors: Tensors, num_experts: int) -> str:
-    for suffix, tensor in tensors.items():
-        count = len(_HALVES[_PARTS[suffix][0]])
-        if len(tensor.shape) < 2 or tensor.shape[0] != num_experts or tensor.shape[1] % count:
-            return f"{suffix} {list(tensor.shape)} cannot be split over its {num_experts} experts"
-    return ""
-
-
 def split_experts(name: str, tensors: Tensors) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
     """Yield (layer name, its tensors) for every projection of every expert.
 
@@ -82,20 +79,16 @@ def split_experts(name: str, tensors: Tensors) -> Iterator[tuple[str, dict[str, 
         name: name of the fused layer, `model.layers.0.mlp.experts`.
         tensors: its tensors, of which `why_not_split` knows nothing against it.
     """
-    num_experts = tensors["gate_up_proj"].shape[0]
-    for expert in range(num_experts):
+    for expert in range(tensors["gate_up_proj"].shape[0]):
         for fused, halves in _HALVES.items():
-            for index, half in enumerate(halves):
+            for number, half in enumerate(halves, expert * len(halves)):
                 layer = f"{name}.{expert}.{half}"
-                number = expert * len(halves) + index
-                yield (
-                    layer,
-                    {
-                        suffix: _slice(tensors[stored], f"{layer}.{suffix}", number, len(halves))
-                        for stored, (projection, suffix) in _PARTS.items()
-                        if projection == fused and stored in tensors
-                    },
-                )
+                parts = {
+                    suffix: _slice(tensors[stored], f"{layer}.{suffix}", number, len(halves))
+                    for stored, (projection, suffix) in _PARTS.items()
+                    if projection == fused and stored in tensors
+                }
+                yield layer, parts
 
 
 def _slice(tensor: StoredTensor, name: str, number: int, num_halves: int) -> StoredTensor:

@@ -70,7 +70,6 @@ def open_tensors(path: Path, framework: str, remedy: str = "download the file ag
 
     Args:
         framework: `pt`, which imports torch, or `numpy`.
-        remedy: what to do where the file is not as it should be.
     Raises:
         CheckpointError: as `read_header` does.
     """
@@ -79,11 +78,9 @@ def open_tensors(path: Path, framework: str, remedy: str = "download the file ag
         with path.open("rb"):
             return safe_open(path, framework=framework)
     except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise CheckpointError(Problem(str(path), what, remedy, "file")) from error
+        raise file_error(path, f"cannot be read ({error.strerror})", remedy) from error
     except SafetensorError as error:
-        what = _wrong_size(path, error) or _refusal(error)
-        raise CheckpointError(Problem(str(path), what, remedy, "file")) from error
+        raise file_error(path, _refusal(path, error), remedy) from error
 
 
 def lay_out(
@@ -102,21 +99,17 @@ def lay_out(
         num_bytes, rest = divmod(math.prod(shape) * DTYPE_BITS.get(dtype, 0), 8)
         if rest or dtype not in DTYPE_BITS:
             what = f"{name!r} is {dtype!r} {list(shape)} (expected whole bytes of a known dtype)"
-            raise damaged(path, what)
+            raise file_error(path, what)
         tensors[name] = StoredTensor(name, dtype, tuple(shape), path, start, num_bytes)
         start += num_bytes
     return tensors
 
 
-def _refusal(error: SafetensorError) -> str:
+def _refusal(path: Path, error: SafetensorError) -> str:
+    """The library's words, or by how much the file is too short or too long."""
     reason = str(error).removeprefix("Error while deserializing header: ")
-    return f"safetensors refuses its header ({reason})"
-
-
-def _wrong_size(path: Path, error: SafetensorError) -> str:
-    """Say by how much a file is too short or too long; empty where something else is wrong."""
-    if "not fully covered" not in str(error):
-        return ""
+    if "not fully covered" not in reason:
+        return f"safetensors refuses its header ({reason})"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -127,16 +120,14 @@ def _wrong_size(path: Path, error: SafetensorError) -> str:
     return f"it is {state}: {size:,} bytes (expected {end:,})"
 
 
-def damaged(path: Path, what: str) -> CheckpointError:
+def file_error(path: Path, what: str, remedy: str = "download the file again") -> CheckpointError:
     """The error of a file that is not what it should be."""
-    return CheckpointError(Problem(str(path), what, "download the file again", "file"))
+    return CheckpointError(Problem(str(path), what, remedy, "file"))
 
 
 def read_bytes(tensor: StoredTensor, start: int, num_bytes: int) -> npt.NDArray[np.uint8]:
-    """Read some bytes of a tensor, by a plain read, into memory of their own.
+    """Read some bytes of a tensor into memory of their own; `start` counts from its first.
 
-    Args:
-        start: the first one, of the tensor's.
     Raises:
         CheckpointError: the file cannot be read or ends early.
     """
@@ -151,12 +142,7 @@ def read_bytes(tensor: StoredTensor, start: int, num_bytes: int) -> npt.NDArray[
     except OSError as error:
         what = f"{tensor.name!r} cannot be read ({error.strerror})"
         remedy = "check the disk, and download the file again"
-        raise CheckpointError(Problem(str(tensor.path), what, remedy, "file")) from error
+        raise file_error(tensor.path, what, remedy) from error
     if count < num_bytes:
-        raise changed(tensor, f"ends inside {tensor.name!r}")
+        raise file_error(tensor.path, f"ends inside {tensor.name!r}", CHANGED)
     return data
-
-
-def changed(tensor: StoredTensor, what: str) -> CheckpointError:
-    """The error of a file that is not what its header said when the plan was made."""
-    return CheckpointError(Problem(str(tensor.path), what, CHANGED, "file"))

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor, damaged, lay_out
+from mixedprec_plugin.checkpoint.headers import StoredTensor, file_error, lay_out
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # what a plan needs, and what serving and converting copy; no weights, and never a pickle
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def is_id(path: str) -> bool:
@@ -36,9 +36,7 @@ def snapshot_folder(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _reaching(repo_id, revision):
-        return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=list(_SMALL_FILES))
-        )
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_SMALL_FILES))
 
 
 def repository_of(folder: Path) -> tuple[str, str] | None:
@@ -64,8 +62,6 @@ def read_remote_header(path: Path) -> dict[str, StoredTensor]:
 
     Args:
         path: where the file will lie in the cache.
-    Returns:
-        tensor name -> where it will lie.
     Raises:
         CheckpointError: the file cannot be reached, or is no safetensors file.
     """
@@ -80,33 +76,29 @@ def read_remote_header(path: Path) -> dict[str, StoredTensor]:
         header = lay_out(((name, x.dtype, x.shape) for name, x in entries), path)
     except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:
         # only the first of these is huggingface_hub's word for it
-        raise damaged(path, f"its header is malformed ({error})") from error
+        raise file_error(path, f"its header is malformed ({error})") from error
     for name, entry in entries:
         # of a file that it has not got, safetensors checks nothing
         span = (header[name].start, header[name].start + header[name].num_bytes)
         if entry.data_offsets != span or any(type(n) is not int or n < 0 for n in entry.shape):
-            raise damaged(path, f"{name!r} does not span the bytes of its dtype and shape")
+            raise file_error(path, f"{name!r} does not span the bytes of its dtype and shape")
     return header
 
 
 def read_remote(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
-    """Read some bytes of a tensor over the network.
+    """Read some bytes of a tensor over the network; `start` counts from its first.
 
-    Args:
-        start: the first one, of the tensor's.
     Raises:
         CheckpointError: the file cannot be reached.
     """
     from huggingface_hub import HfFileSystem
 
     repo_id, commit = _repository(tensor.path)
-    what = f"{repo_id}/{tensor.path.name}"
     with (
-        _reaching(what, commit),
+        _reaching(f"{repo_id}/{tensor.path.name}", commit),
         HfFileSystem().open(f"{repo_id}@{commit}/{tensor.path.name}", cache_type="none") as file,
     ):
-        first = 8 + int.from_bytes(file.read(8), "little") + tensor.start + start
-        file.seek(first)
+        file.seek(8 + int.from_bytes(file.read(8), "little") + tensor.start + start)
         return bytes(file.read(num_bytes))
 
 
@@ -132,7 +124,7 @@ def _repository(path: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _reaching(what: str, revision: str | None) -> Iterator[None]:
+def _reaching(where: str, revision: str | None) -> Iterator[None]:
     """Say of what is asked of the Hub why it cannot be had; a lost connection is httpx's error."""
     from httpx import HTTPError
 
@@ -141,12 +133,6 @@ def _reaching(what: str, revision: str | None) -> Iterator[None]:
     except (HTTPError, OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         at = f" at revision {revision!r}" if revision else ""
-        raise CheckpointError(
-            Problem(
-                what,
-                "cannot be had from the Hugging Face Hub"
-                f"{at} ({type(error).__name__}: {first_line})",
-                "check the id, the revision, the network and the token, or give a local folder",
-                "hub",
-            )
-        ) from error
+        what = f"cannot be had from the Hugging Face Hub{at} ({type(error).__name__}: {first_line})"
+        remedy = "check the id, the revision, the network and the token, or give a local folder"
+        raise CheckpointError(Problem(where, what, remedy, "hub")) from error

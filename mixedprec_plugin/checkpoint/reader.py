@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from mixedprec_plugin.checkpoint.finite import check_finite
 from mixedprec_plugin.checkpoint.headers import (
     CHANGED,
     StoredTensor,
-    changed,
+    file_error,
     open_tensors,
     read_bytes,
 )
@@ -65,8 +64,6 @@ AS_USUAL = Reading()
 class Reader:
     """Reads tensors of safetensors files; keeps files open until it is closed.
 
-    Args:
-        how: how files are read.
     Example:
         with Reader() as reader:
             weight = reader.read(source.tensors["lm_head.weight"])
@@ -82,12 +79,7 @@ class Reader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -127,10 +119,10 @@ class Reader:
         try:
             stored = self._open(tensor).get_tensor(whole.name)  # type: ignore[no-untyped-call]
         except SafetensorError as error:
-            raise changed(tensor, str(error)) from error
+            raise file_error(tensor.path, str(error), CHANGED) from error
         value: torch.Tensor = stored.view(-1)
         if (value.dtype, stored.shape) != (TORCH_DTYPES[whole.dtype], whole.shape):
-            raise changed(tensor, f"{whole.name!r} is another tensor now")
+            raise file_error(tensor.path, f"{whole.name!r} is another tensor now", CHANGED)
         # nothing is read yet; get_slice() would put a part on torch's default device
         first = (tensor.start - whole.start) // value.itemsize
         value = value[first : first + tensor.num_bytes // value.itemsize].view(tensor.shape)
@@ -142,10 +134,9 @@ class Reader:
         if self._mapped_bytes > _MAPPED_BYTES:
             self._files.clear()
             self._mapped_bytes = tensor.num_bytes
-        path = tensor.path
-        key = path, path.stat().st_size if path.exists() else 0
+        key = tensor.path, tensor.path.stat().st_size if tensor.path.exists() else 0
         if key not in self._files:
-            self._files[key] = open_tensors(path, "pt", CHANGED)
+            self._files[key] = open_tensors(tensor.path, "pt", CHANGED)
         return self._files[key]
 
     def read_finite(self, tensor: StoredTensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from mixedprec_plugin.checkpoint import hub
 from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, split_experts, why_not_split
 from mixedprec_plugin.checkpoint.garbage import gc_paused
-from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
+from mixedprec_plugin.checkpoint.headers import StoredTensor, file_error, read_header
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -46,8 +46,7 @@ class Source:
         for name, tensor in self.tensors.items():
             layer, _, suffix = name.rpartition(".")
             layers.setdefault(layer, {})[suffix] = tensor
-        fused = [name for name, tensors in layers.items() if is_fused(name, tensors)]
-        for name in fused:
+        for name in [name for name, tensors in layers.items() if is_fused(name, tensors)]:
             if not why_not_split(layers[name], self.config):
                 layers.update(split_experts(name, layers.pop(name)))
         return MappingProxyType(layers)
@@ -87,18 +86,14 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
             raise CheckpointError(Problem(str(path), "no such folder", remedy, "file"))
         folder = hub.snapshot_folder(str(path), revision)
     elif revision is not None:
-        raise CheckpointError(
-            Problem(
-                str(path),
-                f"is a folder, which has no revision {revision!r}",
-                "remove revision, or write the Hugging Face id",
-                "file",
-            )
-        )
+        what = f"is a folder, which has no revision {revision!r}"
+        remedy = "remove revision, or write the Hugging Face id"
+        raise CheckpointError(Problem(str(path), what, remedy, "file"))
     config = _read_json(folder / "config.json")
     has_index = (folder / INDEX_NAME).is_file()
     with gc_paused():
         tensors = _read_indexed(folder) if has_index else _read_folder(folder)
+        tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].path, item[1].start)))
     return Source(name, folder, MappingProxyType(config), MappingProxyType(tensors))
 
 
@@ -106,25 +101,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            Problem(str(path), f"cannot be read ({error.strerror})", "download it", "file")
-        ) from error
+        raise file_error(path, f"cannot be read ({error.strerror})", "download it") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            Problem(str(path), f"is not JSON ({error})", "download it again", "file")
-        ) from error
+        raise file_error(path, f"is not JSON ({error})", "download it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(Problem(str(path), "is not a JSON object", rule="file"))
+        raise file_error(path, "is not a JSON object", remedy="")
     return value
 
 
 def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
-    index = _read_json(folder / INDEX_NAME)
-    weight_map = index.get("weight_map")
+    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            Problem(str(folder / INDEX_NAME), "has no weight_map", "download it again", "file")
-        )
+        raise file_error(folder / INDEX_NAME, "has no weight_map", "download it again")
     # what is no text is no file's name either
     weight_map = {name: str(file_name) for name, file_name in weight_map.items()}
     problems: list[Problem] = []
@@ -136,22 +124,14 @@ def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
             problems.extend(error.problems)
     tensors: dict[str, StoredTensor] = {}
     for name, file_name in weight_map.items():
-        if file_name not in headers:
-            continue
-        if name in headers[file_name]:
+        if name in headers.get(file_name, ()):
             tensors[name] = headers[file_name][name]
-        else:
-            problems.append(
-                Problem(
-                    str(folder / file_name),
-                    f"lacks {name!r}, which {INDEX_NAME} promises",
-                    "download both again",
-                    "file",
-                )
-            )
+        elif file_name in headers:
+            what = f"lacks {name!r}, which {INDEX_NAME} promises"
+            problems.append(Problem(str(folder / file_name), what, "download both again", "file"))
     if problems:
         raise CheckpointError(problems)
-    return _in_file_order(tensors)
+    return tensors
 
 
 def _read_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -160,14 +140,8 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
         # the one name that a checkpoint without an index has
         files = [_not_linked_away(folder / "model.safetensors")]
     if not files:
-        raise CheckpointError(
-            Problem(
-                str(folder),
-                "holds no safetensors file",
-                "only safetensors checkpoints are read; convert .bin files first",
-                "file",
-            )
-        )
+        remedy = "only safetensors checkpoints are read; convert .bin files first"
+        raise file_error(folder, "holds no safetensors file", remedy)
     if len(files) > 1 and (folder / "model.safetensors") in files:
         files = [folder / "model.safetensors"]
     problems: list[Problem] = []
@@ -178,19 +152,14 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
         except CheckpointError as error:
             problems.extend(error.problems)
             continue
+        remedy = f"remove the stale file, or add {INDEX_NAME}"
         for name in header.keys() & tensors.keys():
-            problems.append(
-                Problem(
-                    str(file),
-                    f"{name!r} is also in {tensors[name].path.name}",
-                    f"remove the stale file, or add {INDEX_NAME}",
-                    "file",
-                )
-            )
+            what = f"{name!r} is also in {tensors[name].path.name}"
+            problems.append(Problem(str(file), what, remedy, "file"))
         tensors.update(header)
     if problems:
         raise CheckpointError(problems)
-    return _in_file_order(tensors)
+    return tensors
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
@@ -201,14 +170,8 @@ def _inside(folder: Path, file_name: str) -> Path:
     """The file beside an index that the index names, if it is one that lies there."""
     # names that no file can have hold NUL or halves of characters
     if Path(file_name).name != file_name or not file_name.isprintable():
-        raise CheckpointError(
-            Problem(
-                str(folder / INDEX_NAME),
-                f"names {file_name!r}, which is outside the folder",
-                "an index may only name files beside it",
-                "file",
-            )
-        )
+        what = f"names {file_name!r}, which is outside the folder"
+        raise file_error(folder / INDEX_NAME, what, "an index may only name files beside it")
     return _not_linked_away(folder / file_name)
 
 
@@ -219,16 +182,6 @@ def _not_linked_away(path: Path) -> Path:
         roots.append((path.parent.parent.parent / "blobs").resolve())
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in roots):
-        raise CheckpointError(
-            Problem(
-                str(path),
-                f"is a link out of its folder, to {str(target)!r}",
-                "copy the file, or name the folder that it lies in",
-                "file",
-            )
-        )
+        what = f"is a link out of its folder, to {str(target)!r}"
+        raise file_error(path, what, "copy the file, or name the folder that it lies in")
     return path
-
-
-def _in_file_order(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    return dict(sorted(tensors.items(), key=lambda item: (item[1].path, item[1].start)))

@@ -12,9 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor, read_bytes
+from mixedprec_plugin.checkpoint.headers import StoredTensor, file_error, read_bytes
 from mixedprec_plugin.checkpoint.hub import is_remote, read_remote
-from mixedprec_plugin.errors import CheckpointError, Problem
 
 Array: TypeAlias = npt.NDArray[np.float32]
 
@@ -51,26 +50,20 @@ class Values:
         return self._cached(tensor, ()).reshape(tensor.shape)
 
     def rows(self, tensor: StoredTensor, indices: Sequence[int]) -> Array:
-        """Read some rows of a matrix.
+        """Read some rows of a matrix [N, K].
 
-        Args:
-            tensor: [N, K].
-            indices: row numbers.
         Returns:
             float32 [len(indices), K].
         Raises:
-            CheckpointError: the file cannot be read or ends early.
+            CheckpointError: as `of` does.
         """
         return self._cached(tensor, tuple(indices)).reshape(len(indices), tensor.shape[1])
 
     def _cached(self, tensor: StoredTensor, rows: tuple[int, ...]) -> Array:
         key = (tensor, rows)
         if key not in self._read:
-            if rows:
-                size = tensor.num_bytes // tensor.shape[0]
-                data = b"".join(_bytes(tensor, row * size, size) for row in rows)
-            else:
-                data = _bytes(tensor, 0, tensor.num_bytes)
+            size = tensor.num_bytes // tensor.shape[0] if rows else tensor.num_bytes
+            data = b"".join(_bytes(tensor, row * size, size) for row in rows or (0,))
             self._read[key] = _decoded(data, tensor)
         return self._read[key]
 
@@ -79,7 +72,6 @@ def are_equal(first: Array, second: Array, dtypes: Sequence[str]) -> bool:
     """Whether two arrays are copies of the same numbers, rounded to other dtypes.
 
     Args:
-        first, second: of any shapes.
         dtypes: safetensors names of the dtypes that the numbers went through.
     """
     if first.shape != second.shape:
@@ -99,7 +91,7 @@ def _bytes(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
 def _decoded(data: bytes, tensor: StoredTensor) -> Array:
     if tensor.dtype not in _DTYPES:
         what = f"{tensor.name!r} is {tensor.dtype}, whose values the plan cannot read"
-        raise CheckpointError(Problem(str(tensor.path), what, rule="file"))
+        raise file_error(tensor.path, what, remedy="")
     array = np.frombuffer(data, dtype=np.dtype(_DTYPES[tensor.dtype]).newbyteorder("<"))
     assert len(array) * array.itemsize == len(data), (tensor, math.prod(tensor.shape))
     if tensor.dtype == "BF16":

@@ -9,7 +9,6 @@ from typing import TextIO
 from rich.console import Console
 
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
-from mixedprec_plugin.verify.reference import reference_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,16 +36,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """
     plan = make_plan(args).check()
     # the verbs that only read run without torch
+    from mixedprec_plugin.checkpoint.reader import Reader
     from mixedprec_plugin.verify.report import comparison_as_dict, print_comparisons, worst_first
     from mixedprec_plugin.verify.thresholds import parse_thresholds
-    from mixedprec_plugin.verify.verifier import Verifier
+    from mixedprec_plugin.verify.verifier import Verifier, reference_of
 
     limits = parse_thresholds(args.threshold)
-    verifier = Verifier(plan, reference_of(args.reference, plan), limits)
-    try:
+    with Reader() as reader:
+        verifier = Verifier(plan, reference_of(args.reference, plan), limits, reader)
         found = verifier.compare_all()
-    finally:
-        verifier.close()
     if args.json:
         layers = [comparison_as_dict(one) for one in worst_first(found)]
         print(json.dumps({"layers": layers}, indent=1), file=out)

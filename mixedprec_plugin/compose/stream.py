@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYPES, Reader, Reading
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.compose.order import in_reading_order
-from mixedprec_plugin.compose.rescale import rescale_columns
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
-from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.plan.model import Plan, PlannedLayer, Rescale
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, Numbers, load_codec
 
 Tensors = dict[str, torch.Tensor]
+
+# above, a layer is read while the model's memory is still empty: it is there twice
+_LARGE_BYTES = 32 << 20
 
 
 class VirtualCheckpoint:
@@ -34,8 +35,7 @@ class VirtualCheckpoint:
 
     Args:
         plan: a plan without errors.
-        wanted: which of its layers to read; all of them by default.
-        how: how files are read.
+        wanted: which of its layers to read.
     Raises (while iterating):
         CheckpointError: a file cannot be read, or a weight is NaN or infinite.
     """
@@ -80,6 +80,28 @@ def open_virtual_checkpoint(
     return VirtualCheckpoint(resolve_plan(preset, model, target, open_other_sources(preset)))
 
 
+def in_file_order(layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
+    """Order layers as they lie in the files, one file after another."""
+
+    def place(layer: PlannedLayer) -> tuple[str, int]:
+        return min((str(tensor.path), tensor.start) for tensor in layer.inputs.values())
+
+    return sorted(layers, key=place)
+
+
+def in_reading_order(layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
+    """Order layers so that each file is read forward, after the largest layers of any file.
+
+    While these are placed, their bytes are in memory twice, which at the end would be on top of the
+    whole model.
+    """
+
+    def size(layer: PlannedLayer) -> int:
+        return max(_LARGE_BYTES, sum(tensor.num_bytes for tensor in layer.inputs.values()))
+
+    return sorted(in_file_order(layers), key=size, reverse=True)
+
+
 def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
     """Read one layer and make of it what the plan says.
 
@@ -100,7 +122,7 @@ def _compute(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
     if layer.action in ("dequantize", "requantize"):
         stored = _dequantize(layer, stored)
     if layer.rescale is not None:
-        stored["weight"] = rescale_columns(stored["weight"], layer.rescale, target, reader)
+        stored["weight"] = _rescale(stored["weight"], layer.rescale, target, reader)
     if layer.action == "quantize":
         return _quantize(layer, stored.pop("weight"), target) | stored
     if layer.action == "dequantize":
@@ -132,6 +154,21 @@ def _quantize(layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tens
         return codec.quantize(weight, layer.scheme.arguments, TORCH_DTYPES[target.dtype])
 
 
+def _rescale(
+    weight: torch.Tensor, rescale: Rescale, target: Target, reader: Reader
+) -> torch.Tensor:
+    """Multiply column k of a weight [N, K] by (own[k] + offset) / (served[k] + offset).
+
+    The served norm counts as it is served, rounded to the model's dtype, so that W (own * x) is
+    W' (served * x) but for one rounding of W' to float32.
+    """
+    own = reader.read(rescale.own).double() + rescale.offset
+    served = reader.read(rescale.served).to(TORCH_DTYPES[target.dtype]).double() + rescale.offset
+    # zero in both, as the plan made sure: such a feature is never seen
+    ratio = torch.where(served == 0, 1.0, own / torch.where(served == 0, 1.0, served))
+    return weight.float() * ratio.float()
+
+
 def _numbers(layer: PlannedLayer, stored: Tensors) -> Numbers:
     assert layer.stored is not None
     return load_codec(layer.stored.codec).read(stored, layer.stored.how)
@@ -142,14 +179,9 @@ def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
     with _naming(layer.name):
         weight = _numbers(layer, stored).dequantize()
     if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
-        raise CheckpointError(
-            Problem(
-                layer.name,
-                f"its {layer.stored.description} weights dequantize to NaN or infinite values",
-                "the checkpoint is damaged; download it again",
-                "finite",
-            )
-        )
+        what = f"its {layer.stored.description} weights dequantize to NaN or infinite values"
+        remedy = "the checkpoint is damaged; download it again"
+        raise CheckpointError(Problem(layer.name, what, remedy, "finite"))
     # last: the codes of some formats are named "weight", too
     return {**stored, "weight": weight}
 
@@ -206,14 +238,11 @@ def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: st
     if tensor.dtype != dtype and tensor.is_floating_point():
         cast = tensor.to(dtype)
         if dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
-            raise CheckpointError(
-                Problem(
-                    f"{layer.name}.{suffix}",
-                    "has values over 65504, which float16 cannot hold",
-                    "start with --dtype bfloat16",
-                    "finite",
-                )
+            where, what = (
+                f"{layer.name}.{suffix}",
+                "has values over 65504, which float16 cannot hold",
             )
+            raise CheckpointError(Problem(where, what, "start with --dtype bfloat16", "finite"))
         tensor = cast
     tensor = tensor.reshape(spec.shape) if tensor.numel() == 1 else tensor
     assert tensor.dtype == dtype, (layer.name, suffix, DTYPE_NAMES[tensor.dtype], spec)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mixedprec_plugin.checkpoint.source import INDEX_NAME
-from mixedprec_plugin.compose.order import in_file_order
+from mixedprec_plugin.compose.stream import in_file_order
 from mixedprec_plugin.convert import folder
 from mixedprec_plugin.convert.form import Form
 from mixedprec_plugin.convert.inputs import changed, input_facts
@@ -86,7 +86,7 @@ def convert(
     watcher = watcher or SilentWatcher()
     folder.check_apart(out, plan)
     outputs = {layer.name: form.outputs(layer) for layer in plan.layers}
-    parts = plan_parts(in_file_order(plan), outputs, max_part_bytes)
+    parts = plan_parts(in_file_order(plan.layers), outputs, max_part_bytes)
     inputs = input_facts(plan, form.name, parts)
     done = Converted(sum(part.num_bytes for part in parts), len(parts), len(parts))
     with folder.write_errors(out):

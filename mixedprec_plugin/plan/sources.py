@@ -23,15 +23,9 @@ def open_other_sources(preset: Preset) -> Mapping[str, Source]:
         try:
             sources[name] = open_source(reference.path, name, reference.revision)
         except CheckpointError as error:
-            problems.extend(
-                Problem(
-                    f"{reference.location}: {reference.conceal(p.where)}",
-                    reference.conceal(p.what),
-                    reference.conceal(p.remedy),
-                    p.rule,
-                )
-                for p in error.problems
-            )
+            for p in error.problems:
+                where, what, remedy = map(reference.conceal, (p.where, p.what, p.remedy))
+                problems.append(Problem(f"{reference.location}: {where}", what, remedy, p.rule))
     if problems:
         raise CheckpointError(problems)
     return sources

@@ -35,8 +35,8 @@ from mixedprec_plugin.serving.placement import close_to_unquantized, load_weight
 from mixedprec_plugin.serving.planner import make_draft_plan, planner_of, serving_device
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
 from mixedprec_plugin.serving.stages import Stage
-from mixedprec_plugin.verify.reference import reference_of
 from mixedprec_plugin.verify.stream import verified
+from mixedprec_plugin.verify.verifier import reference_of
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 
 from mixedprec_plugin.quantize.chunks import row_chunks
+
+Columns = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +29,18 @@ class Distance:
 def distance(
     weight: torch.Tensor,
     reference: torch.Tensor,
-    columns: tuple[torch.Tensor, torch.Tensor] | None = None,
+    columns: Columns | None = None,
     rows: torch.Tensor | None = None,
 ) -> Distance:
     """Compare two tensors of one shape.
 
     Args:
-        weight, reference: [N, K] or [K], floating point; not modified.
+        weight, reference: of any shape, floating point; not modified.
         columns: [K] factors for the columns of each.
         rows: [N] factors for the rows of the reference.
     """
-    a, b = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (weight, reference))
     dot = squares = squares_reference = squares_error = 0.0
-    for chunk in row_chunks(*a.shape):
-        one, other = a[chunk].double(), b[chunk].double()
-        if columns is not None:
-            one, other = one * columns[0].double(), other * columns[1].double()
+    for chunk, one, other in _chunks(weight, reference, columns):
         if rows is not None:
             other = other * rows[chunk].double()[:, None]
         dot += float((one * other).sum())
@@ -55,9 +54,7 @@ def distance(
 
 
 def row_factors(
-    weight: torch.Tensor,
-    reference: torch.Tensor,
-    columns: tuple[torch.Tensor, torch.Tensor] | None = None,
+    weight: torch.Tensor, reference: torch.Tensor, columns: Columns | None
 ) -> torch.Tensor:
     """The factor of each row that brings a reference nearest to a weight.
 
@@ -68,11 +65,20 @@ def row_factors(
         float64 [N]; 1 where a row of the reference is zero.
     """
     factors = torch.ones(weight.shape[0], dtype=torch.float64)
-    for chunk in row_chunks(*weight.shape):
-        one, other = weight[chunk].double(), reference[chunk].double()
-        if columns is not None:
-            one, other = one * columns[0].double(), other * columns[1].double()
+    for chunk, one, other in _chunks(weight, reference, columns):
         squares = other.square().sum(1)
         nearest = (one * other).sum(1) / squares.clamp(min=1e-300)
         factors[chunk] = torch.where(squares > 0, nearest, 1.0)
     return factors
+
+
+def _chunks(
+    weight: torch.Tensor, reference: torch.Tensor, columns: Columns | None
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield some rows, and what both have there, float64, columns multiplied by their factors."""
+    a, b = (x.reshape(-1, x.shape[-1]) for x in torch.atleast_1d(weight, reference))  # type: ignore[no-untyped-call]
+    for chunk in row_chunks(*a.shape):
+        one, other = a[chunk].double(), b[chunk].double()
+        if columns is not None:
+            one, other = one * columns[0].double(), other * columns[1].double()
+        yield chunk, one, other

@@ -19,32 +19,31 @@ NUM_SHOWN = 20
 
 def worst_first(found: Sequence[Comparison]) -> list[Comparison]:
     """Sort by how near a layer is to its limit; those that were not compared come last."""
-    return sorted(found, key=lambda one: -_share(one))
 
+    def share(one: Comparison) -> float:
+        if one.distance is None:
+            return -1.0
+        error = one.distance.relative_error
+        return math.inf if math.isnan(error) else error / one.limit
 
-def _share(one: Comparison) -> float:
-    if one.distance is None:
-        return -1.0
-    error = one.distance.relative_error
-    return math.inf if math.isnan(error) else error / one.limit
+    return sorted(found, key=share, reverse=True)
 
 
 def problems(found: Sequence[Comparison]) -> list[Problem]:
     """An error for each layer that is too far from its reference or cannot be held against it."""
     texts = []
     for one in worst_first(found):
-        if one.is_too_far and one.distance is not None:
-            far = one.distance
+        if one.distance is None:
+            remedy = "give a reference that holds the whole model in a format that can be read"
+            texts.append(Problem(one.layer, f"was not compared: {one.note}", remedy, "verify"))
+        elif one.is_too_far:
             what = (
                 f"in {one.method} from {one.source!r} its relative error is "
-                f"{far.relative_error:.3g}, its cosine {far.cosine:.4f} (expected at most "
-                f"{one.limit:g})"
+                f"{one.distance.relative_error:.3g}, its cosine {one.distance.cosine:.4f} "
+                f"(expected at most {one.limit:g})"
             )
             remedy = "the checkpoint is damaged, of another model, or read wrongly; take the layer "
             texts.append(Problem(one.layer, what, f"{remedy}from another source", "verify"))
-        elif one.distance is None:
-            remedy = "give a reference that holds the whole model in a format that can be read"
-            texts.append(Problem(one.layer, f"was not compared: {one.note}", remedy, "verify"))
     return texts
 
 

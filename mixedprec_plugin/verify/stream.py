@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError
 from mixedprec_plugin.plan.model import Plan
@@ -24,10 +25,10 @@ def verified(weights: Weights, plan: Plan, reference: Source) -> Weights:
     Raises (while iterating, after the last tensor):
         LoadError: with every layer that is too far from its reference, the worst first.
     """
-    verifier = Verifier(plan, reference, {})
     held: dict[str, dict[str, torch.Tensor]] = {}
     found: list[Comparison] = []
-    try:
+    with Reader() as reader:
+        verifier = Verifier(plan, reference, {}, reader)
         for name, tensor in weights:
             layer_name, _, suffix = name.rpartition(".")
             layer = plan.by_name[layer_name]
@@ -35,12 +36,11 @@ def verified(weights: Weights, plan: Plan, reference: Source) -> Weights:
             if len(held[layer_name]) == len(layer.outputs):
                 found.extend(verifier.compare(layer, held.pop(layer_name)))
             yield name, tensor
-    finally:
-        verifier.close()
     if errors := problems(found):
         raise LoadError(errors)
-    worst = worst_first(found)[0] if found else None
-    if worst is not None and worst.distance is not None:
+    if found:
+        worst = worst_first(found)[0]
+        assert worst.distance is not None
         logger.info(
             "mixedprec: %d layers compared with %s; the worst is %s with a relative error of %.3g",
             len(found), reference.path, worst.layer, worst.distance.relative_error,

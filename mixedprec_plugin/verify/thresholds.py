@@ -45,7 +45,7 @@ def parse_thresholds(texts: Iterable[str]) -> dict[str, float]:
             what = f"{text!r} is no threshold (expected METHOD=VALUE, such as gptq=0.3)"
             raise UsageError(Problem("--threshold", what))
         if method not in registry.METHODS:
-            near = nearest(method, list(registry.METHODS))
+            near = nearest(method, registry.METHODS)
             hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
             what = f"unknown method {method!r} (expected {', '.join(registry.METHODS)})"
             raise UsageError(Problem("--threshold", what, hint, "unknown-method"))

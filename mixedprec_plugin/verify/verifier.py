@@ -11,24 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from mixedprec_plugin.checkpoint.reader import Reader
-from mixedprec_plugin.checkpoint.source import Source
-from mixedprec_plugin.compose.order import in_file_order
-from mixedprec_plugin.compose.stream import Tensors, compose_layer, plain_defaults
+from mixedprec_plugin.checkpoint.source import Source, open_source
+from mixedprec_plugin.compose.stream import Tensors, compose_layer, in_file_order, plain_defaults
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import coupled_units, producers
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.quantize.codec import load_codec
-from mixedprec_plugin.verify.distance import Distance, distance, row_factors
+from mixedprec_plugin.verify.distance import Columns, Distance, distance, row_factors
 from mixedprec_plugin.verify.thresholds import threshold_of
-
-Columns = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +47,23 @@ class Comparison:
     source: str
     distance: Distance | None
     limit: float
-    note: str = ""
+    note: str
 
     @property
     def is_too_far(self) -> bool:
         """Whether the layer is over its limit; a NaN is."""
         return self.distance is not None and not self.distance.relative_error <= self.limit
+
+
+def reference_of(named: str, plan: Plan) -> Source:
+    """Open a reference: one of the plan's sources, or a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is neither, or damaged.
+    """
+    if named in plan.sources and not Path(named).is_dir():
+        return plan.sources[named]
+    return open_source(named, "reference")
 
 
 class Verifier:
@@ -64,10 +73,13 @@ class Verifier:
         plan: a plan without errors.
         reference: a checkpoint of the same model, in any format that we can dequantize.
         limits: method -> largest relative error; others have their own.
+        reader: reads both.
     """
 
-    def __init__(self, plan: Plan, reference: Source, limits: Mapping[str, float]) -> None:
-        self.plan, self.reference, self.limits = plan, reference, limits
+    def __init__(
+        self, plan: Plan, reference: Source, limits: Mapping[str, float], reader: Reader
+    ) -> None:
+        self.plan, self.reference, self.limits, self.reader = plan, reference, limits, reader
         self._formats = FormatCache()
         kinds = {layer.name: layer.kind for layer in plan.layers}
         units = coupled_units(kinds, plan.tied, plan.source.config)
@@ -77,20 +89,11 @@ class Verifier:
         self._producers = {consumer: producer for producer, consumer in pairs}
         self._consumers = dict(pairs)
         self._norm_columns = functools.lru_cache(maxsize=64)(self._read_norm_columns)
-        self.reader = Reader()
 
-    def close(self) -> None:
-        """Close all files."""
-        self.reader.close()
-
-    def compare_all(self, progress: Callable[[int], None] = lambda _: None) -> list[Comparison]:
+    def compare_all(self) -> list[Comparison]:
         """Compose every layer and compare it, in the order of the files."""
-        found: list[Comparison] = []
-        for layer in in_file_order(self.plan):
-            outputs = compose_layer(layer, self.plan.target, self.reader)
-            found.extend(self.compare(layer, outputs))
-            progress(layer.bytes_before)
-        return found
+        layers = in_file_order(self.plan.layers)
+        return [one for layer in layers for one in self.compare(layer, self._compose(layer))]
 
     def compare(self, layer: PlannedLayer, outputs: Tensors) -> Iterator[Comparison]:
         """Compare one composed layer: its weight matrix, and every other float beside it.
@@ -101,114 +104,114 @@ class Verifier:
             CheckpointError, ShapeError: a reference is damaged.
         """
         with plain_defaults():
-            make = functools.partial(
-                Comparison, method=layer.method, source=layer.source,
-                limit=threshold_of(layer, self.limits),
-            )  # fmt: skip
             stored = self.reference.layers.get(layer.name)
             if stored is None:
-                yield make(layer=layer.name, distance=None, note="not in the reference")
+                yield self._result(layer, None, "not in the reference")
                 return
             if layer.num_weights:
-                yield self._compare_matrix(layer, outputs, make)
+                yield self._compare_matrix(layer, outputs)
             for suffix, tensor in outputs.items():
                 is_beside = not layer.num_weights or suffix == "bias"
-                if not is_beside or suffix not in stored or not tensor.is_floating_point():
-                    continue
-                name = f"{layer.name}.{suffix}" if layer.name else suffix
-                reference = self.reader.read(stored[suffix])
-                if reference.shape != tensor.shape:
-                    yield make(layer=name, distance=None, note=_shapes(tensor, reference))
-                    continue
-                far = distance(_matrix(tensor), _matrix(reference))
-                is_folded = layer.name in self._with_consumers and far.relative_error > 0
-                note = "folded: judged with the layers behind it" if is_folded else ""
-                limit = float("inf") if is_folded else make.keywords["limit"]
-                yield dataclasses.replace(make(layer=name, distance=far, note=note), limit=limit)
+                if is_beside and suffix in stored and tensor.is_floating_point():
+                    reference = self.reader.read(stored[suffix])
+                    yield self._compare_beside(layer, suffix, tensor, reference)
 
-    def _compare_matrix(
-        self, layer: PlannedLayer, outputs: Tensors, make: Callable[..., Comparison]
+    def _result(self, layer: PlannedLayer, distance: Distance | None, note: str) -> Comparison:
+        limit = threshold_of(layer, self.limits)
+        return Comparison(layer.name, layer.method, layer.source, distance, limit, note)
+
+    def _compare_beside(
+        self, layer: PlannedLayer, suffix: str, tensor: torch.Tensor, reference: torch.Tensor
     ) -> Comparison:
+        name = f"{layer.name}.{suffix}" if layer.name else suffix
+        if reference.shape != tensor.shape:
+            result = self._result(layer, None, _shapes(tensor, reference))
+            return dataclasses.replace(result, layer=name)
+        far = distance(tensor, reference)
+        result = dataclasses.replace(self._result(layer, far, ""), layer=name)
+        if layer.name not in self._with_consumers or not far.relative_error > 0:
+            return result
+        note = "folded: judged with the layers behind it"
+        return dataclasses.replace(result, limit=float("inf"), note=note)
+
+    def _compare_matrix(self, layer: PlannedLayer, outputs: Tensors) -> Comparison:
         weight, reference = self._served(layer, outputs), self._reference(layer.name)
         if weight is None or reference is None:
             where = "what is served" if weight is None else "the reference's format"
-            return make(layer=layer.name, distance=None, note=f"{where} cannot be dequantized")
+            return self._result(layer, None, f"{where} cannot be dequantized")
         if weight.shape != reference.shape:
-            return make(layer=layer.name, distance=None, note=_shapes(weight, reference))
-        norm, columns = self._norms.get(layer.name), None
-        note = ""
-        if norm is not None and (columns := self._norm_columns(norm)) is not None:
-            note = "with its norm"
-        plain = make(layer=layer.name, distance=distance(weight, reference, columns), note=note)
+            return self._result(layer, None, _shapes(weight, reference))
+        columns = self._norm_columns(self._norms.get(layer.name))
+        note = "with its norm" if columns else ""
+        plain = self._result(layer, distance(weight, reference, columns), note)
         if not plain.is_too_far:
             return plain
         for other in (self._but_for_rows, self._but_for_columns):
             tried = other(layer, weight, reference, columns)
-            if tried is not None and not (found := make(
-                layer=layer.name, distance=tried[0], note=tried[1]
-            )).is_too_far:  # fmt: skip
-                return found
+            if tried is not None and not tried.is_too_far:
+                return tried
         return plain
 
     def _but_for_rows(
         self, layer: PlannedLayer, weight: torch.Tensor, reference: torch.Tensor,
         columns: Columns | None,
-    ) -> tuple[Distance, str] | None:  # fmt: skip
+    ) -> Comparison | None:  # fmt: skip
         """Take a producer for folded if its consumer makes up for the factors of its rows."""
         consumer = self.plan.by_name.get(self._consumers.get(layer.name, ""))
-        if consumer is None:
+        pair = self._pair(consumer)
+        if consumer is None or pair is None:
             return None
         factors = row_factors(weight, reference, columns)
-        made_up = self._consumer_distance(consumer, factors)
-        if made_up is None or made_up.relative_error > threshold_of(consumer, self.limits):
+        spread = self._spread(factors, pair[0].shape[1])
+        made_up = spread and distance(*pair, spread)
+        if not made_up or made_up.relative_error > threshold_of(consumer, self.limits):
             return None
-        return distance(weight, reference, columns, factors), f"with {consumer.name}"
+        far = distance(weight, reference, columns, factors)
+        return self._result(layer, far, f"with {consumer.name}")
 
     def _but_for_columns(
         self, layer: PlannedLayer, weight: torch.Tensor, reference: torch.Tensor,
         columns: Columns | None,
-    ) -> tuple[Distance, str] | None:  # fmt: skip
+    ) -> Comparison | None:  # fmt: skip
         """Make up for the factors of the rows of the layer before."""
         producer = self.plan.by_name.get(self._producers.get(layer.name, ""))
-        if producer is None or columns is not None:
+        pair = self._pair(producer) if columns is None else None
+        if producer is None or pair is None:
             return None
-        before = self._served(producer, self._compose(producer))
-        before_reference = self._reference(producer.name)
-        if before is None or before_reference is None or before.shape != before_reference.shape:
-            return None
-        norm = self._norms.get(producer.name)
-        factors = row_factors(before, before_reference, self._norm_columns(norm) if norm else None)
+        factors = row_factors(*pair, self._norm_columns(self._norms.get(producer.name)))
         spread = self._spread(factors, weight.shape[1])
-        if spread is None:
-            return None
-        return distance(weight, reference, (spread, torch.ones(()))), f"with {producer.name}"
+        far = spread and distance(weight, reference, spread)
+        return self._result(layer, far, f"with {producer.name}") if far else None
 
-    def _consumer_distance(self, consumer: PlannedLayer, factors: torch.Tensor) -> Distance | None:
-        weight = self._served(consumer, self._compose(consumer))
-        reference = self._reference(consumer.name)
+    def _pair(self, layer: PlannedLayer | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What a neighbour is served as, and its reference; None where they do not compare."""
+        if layer is None:
+            return None
+        weight, reference = self._served(layer, self._compose(layer)), self._reference(layer.name)
         if weight is None or reference is None or weight.shape != reference.shape:
             return None
-        spread = self._spread(factors, weight.shape[1])
-        return None if spread is None else distance(weight, reference, (spread, torch.ones(())))
+        return weight, reference
 
-    def _spread(self, factors: torch.Tensor, K: int) -> torch.Tensor | None:
+    def _spread(self, factors: torch.Tensor, K: int) -> Columns | None:
         """Factors of v's rows for o's columns: every key-value head serves several query heads."""
-        if len(factors) == K:
-            return factors
-        config = self.plan.source.config
-        num_heads = int(config.get("num_key_value_heads") or 0)
-        if not num_heads or len(factors) % num_heads or K % len(factors):
-            return None
-        repeated = factors.view(num_heads, -1).repeat_interleave(K // len(factors), dim=0)
-        return repeated.reshape(-1)
+        if len(factors) != K:
+            num_heads = int(self.plan.source.config.get("num_key_value_heads") or 0)
+            if not num_heads or len(factors) % num_heads or K % len(factors):
+                return None
+            heads = factors.view(num_heads, -1).repeat_interleave(K // len(factors), dim=0)
+            factors = heads.reshape(-1)
+        return factors, torch.ones(())
 
-    def _read_norm_columns(self, norm: str) -> Columns | None:
+    def _read_norm_columns(self, norm: str | None) -> Columns | None:
         """A norm as it is served and as the reference has it; None where they are one."""
-        layer, stored = self.plan.by_name[norm], self.reference.layers.get(norm, {})
         offset = family_of(self.plan.source.config).norm_offset
-        if offset is None or "weight" not in stored:
+        if norm is None or offset is None:
             return None
-        served, own = self._compose(layer).get("weight"), self.reader.read(stored["weight"])
+        stored = self.reference.layers.get(norm, {})
+        if "weight" not in stored:
+            return None
+        served = self._compose(self.plan.by_name[norm]).get("weight")
+        own = self.reader.read(stored["weight"])
         if served is None or served.dim() != 1 or served.shape != own.shape:
             return None
         if torch.equal(served, own.to(served.dtype)):
@@ -240,10 +243,6 @@ class Verifier:
         if not stored.codec:
             return None
         return load_codec(stored.codec).read(read, stored.how).dequantize()
-
-
-def _matrix(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor
 
 
 def _shapes(weight: torch.Tensor, reference: torch.Tensor) -> str:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import cast
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
-from mixedprec_plugin.compose.order import in_reading_order
+from mixedprec_plugin.compose.stream import in_reading_order
 from mixedprec_plugin.plan.model import PlannedLayer
 
 MIB = 1 << 20
