@@ -14,11 +14,11 @@
     cpu           SGLang's platform for a plain CPU
     quantize      weight -> the tensors that a method stores, and back: what codecs share
     names         globs over layer names
-    resources, lazy, errors    the files that ship; imports by name; the exceptions
+    resources, errors    the files that ship; the exceptions
 
 Imports point downwards in this list; `lint-imports` holds the code to it. SGLang is imported by
-`serving`, `experts`, `cpu`, and in `methods` by `construct` and the `sglang` modules;
-`cli` asks for it where `doctor` checks it.
+`serving`, `experts`, `cpu`, and of `methods` by `construct`, `marlin_experts` and each `sglang`
+module; `cli` asks for it where `doctor` checks it.
 """
 
 __version__ = "0.1.0.dev0"

@@ -72,10 +72,6 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     of the pattern times that of the name. A regular expression would try all combinations of
     stars and of alternatives of different lengths.
 
-    Args:
-        pattern: the glob; see the module's docstring.
-    Returns:
-        A function of a whole layer name, true where the pattern matches.
     Raises:
         PatternError: the pattern is malformed, or lists too many alternatives.
     """
@@ -97,8 +93,8 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     if sum(group.num_tests for group in groups) > MAX_TESTS:
         what = f"{shown} has more than {MAX_TESTS} braces, or wildcards within them"
         raise PatternError(f"{what}; write several patterns")
-    ends = _sequence(_parts(text, groups))
-    return lambda name: len(name) in ends(name, (0,))
+    parts = _parts(text, groups)
+    return lambda name: len(name) in _ends(parts, name, (0,))
 
 
 def _check(pattern: str, shown: str) -> None:
@@ -107,9 +103,8 @@ def _check(pattern: str, shown: str) -> None:
         raise PatternError("an empty pattern matches no layer; write '*' for all of them")
     if len(pattern) > MAX_PATTERN_LENGTH:
         what = f"a pattern of {len(pattern)} characters is too long"
-        raise PatternError(
-            f"{what} (expected {MAX_PATTERN_LENGTH} at most); write several patterns"
-        )
+        expected = f"(expected {MAX_PATTERN_LENGTH} at most)"
+        raise PatternError(f"{what} {expected}; write several patterns")
     if pattern.startswith("re:"):
         raise PatternError(f"{shown} is a regular expression (expected a glob)")
     for token in _SET.findall(pattern):
@@ -121,18 +116,17 @@ def _check(pattern: str, shown: str) -> None:
             )
         for first, last in re.findall("(.)-(.)", members):
             if first > last:
-                what = f"'{token}' in {shown} counts backwards; write '{last}-{first}'"
-                raise PatternError(what)
+                what = f"'{token}' in {shown} counts backwards"
+                raise PatternError(f"{what}; write '{last}-{first}'")
     outside = _SET.sub("", pattern)
     _refuse("[]", outside, shown)
     for character in outside:
+        what = f"{shown} has {character!r}, which no layer name has"
         if character in "\\^$()|+":
-            raise PatternError(
-                f"{shown} has {character!r}, which no layer name has; patterns are globs, "
-                "not regular expressions: '*', '?', '[…]', '{a,b}', '{0..15}'"
-            )
+            remedy = "patterns are globs, not regular expressions"
+            raise PatternError(f"{what}; {remedy}: '*', '?', '[…]', '{{a,b}}', '{{0..15}}'")
         if character.isspace() or not character.isprintable():
-            raise PatternError(f"{shown} has {character!r}, which no layer name has")
+            raise PatternError(what)
 
 
 def _refuse(characters: str, text: str, shown: str) -> None:
@@ -162,14 +156,12 @@ def _group(content: str, groups: Sequence[_Group], shown: str) -> _Group:
         what = f"{text} in {shown} leaves nothing to choose"
         raise PatternError(f"{what} (expected '{{a,b}}' or '{{0..15}}'); leave the braces out")
     plain: dict[int, set[str]] = {}
-    wild: list[list[_Part]] = []
     for word in words:
-        if _WILDCARD.search(word):
-            wild.append(_parts(word, groups))
-        else:
+        if not _WILDCARD.search(word):
             plain.setdefault(len(word), set()).add(word)
-    num_tests = len(plain) + sum(len(parts) for parts in wild)
-    return _Group(_any_of(plain, wild), len(words), num_tests, depth)
+    wild = [_parts(word, groups) for word in words if _WILDCARD.search(word)]
+    num_tests = len(plain) + sum(map(len, wild))
+    return _Group(functools.partial(_any_of, plain, wild), len(words), num_tests, depth)
 
 
 def _parts(text: str, groups: Sequence[_Group]) -> list[_Part]:
@@ -183,31 +175,29 @@ def _parts(text: str, groups: Sequence[_Group]) -> list[_Part]:
     return parts
 
 
-def _sequence(parts: Sequence[_Part]) -> _Part:
-    def ends(name: str, starts: Collection[int]) -> Collection[int]:
-        for part in parts:
-            if not starts:
-                break
-            starts = part(name, starts)
-        return starts
-
-    return ends
+def _ends(parts: Sequence[_Part], name: str, starts: Collection[int]) -> Collection[int]:
+    """Where some parts end, one behind another."""
+    for part in parts:
+        if not starts:
+            break
+        starts = part(name, starts)
+    return starts
 
 
-def _any_of(plain: dict[int, set[str]], wild: Sequence[Sequence[_Part]]) -> _Part:
-    """Any of some words, by their length, and of some sequences of parts."""
-    others = [_sequence(parts) for parts in wild]
-
-    def ends(name: str, starts: Collection[int]) -> Collection[int]:
-        found = {
-            at + length
-            for length, words in plain.items()
-            for at in starts
-            if name[at : at + length] in words
-        }
-        return found.union(*(part(name, starts) for part in others))
-
-    return ends
+def _any_of(
+    plain: dict[int, set[str]],
+    wild: Sequence[Sequence[_Part]],
+    name: str,
+    starts: Collection[int],
+) -> Collection[int]:
+    """Where any of some words, by their length, or of some sequences of parts ends."""
+    found = {
+        at + length
+        for length, words in plain.items()
+        for at in starts
+        if name[at : at + length] in words
+    }
+    return found.union(*(_ends(parts, name, starts) for parts in wild))
 
 
 def _star(name: str, starts: Collection[int]) -> Collection[int]:
@@ -273,8 +263,8 @@ def _likeness(wanted: str, shape: str) -> float:
     left, right = wanted.lower(), shape.lower()
     ratio = difflib.SequenceMatcher(None, left, right).ratio()
     bare = left.strip("#.*")
-    parts, has = bare.count(".") + 1, right.split(".")
-    if bare and parts < len(has):
-        window = ".".join(has[-parts:])
-        ratio = max(ratio, 0.95 * difflib.SequenceMatcher(None, bare, window).ratio())
+    parts, num_parts = right.split("."), bare.count(".") + 1
+    if bare and num_parts < len(parts):
+        end = ".".join(parts[-num_parts:])
+        ratio = max(ratio, 0.95 * difflib.SequenceMatcher(None, bare, end).ratio())
     return ratio

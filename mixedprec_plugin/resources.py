@@ -30,18 +30,13 @@ def schema_path(name: str = "") -> Path:
     return _root("schemas") / name
 
 
-def config_path(name: str = "") -> Path:
-    """Path of a shipped configuration file, relative to `configs/`.
+def preset_dir() -> Path:
+    """The folder of the presets that ship.
 
     Raises:
         FileNotFoundError: the installation lacks its configuration files.
     """
-    return _root("configs") / name
-
-
-def preset_dir() -> Path:
-    """The folder of the presets that ship."""
-    return config_path("presets")
+    return _root("configs") / "presets"
 
 
 def preset_names() -> tuple[str, ...]:

@@ -61,8 +61,7 @@ def line_of_method(spec: Method, key: str, rule: str, error: BaseException) -> s
     if rule != "no-config-class":
         return line_of(spec.config_arguments)
     within = line_of_failure(error.__cause__) if error.__cause__ is not None else ""
-    way = ("mixedprec_plugin/lazy.py", "mixedprec_plugin/methods/construct.py")
-    if within and not within.startswith(way):
+    if within and not within.startswith("mixedprec_plugin/methods/construct.py"):
         return within
     module = inspect.getmodule(spec.config_arguments)
     return (

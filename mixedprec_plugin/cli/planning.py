@@ -18,7 +18,9 @@ from mixedprec_plugin.preset.model import Preset
 
 def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that name model, preset and target."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="checkpoint folder, or a Hugging Face id"
+    )
     parser.add_argument(
         "--preset", default="", metavar="PRESET",
         help="YAML file, or a packaged preset's name; may be left out for a checkpoint that "

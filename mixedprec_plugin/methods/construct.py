@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mixedprec_plugin.errors import MethodError, Problem
-from mixedprec_plugin.lazy import load_object
 from mixedprec_plugin.methods.interface import Arguments, Method
 from mixedprec_plugin.methods.registry import METHODS
 
@@ -84,8 +84,8 @@ def load_class(spec: Method, key: str) -> type[QuantizationConfig]:
     """
     lazy = spec.config_classes[key]
     try:
-        config_class: type[QuantizationConfig] = load_object(lazy)
-    except ImportError as error:
+        config_class: type[QuantizationConfig] = pkgutil.resolve_name(lazy)
+    except (ImportError, AttributeError) as error:
         raise MethodError(_not_imported(spec, lazy, error)) from error
     return config_class
 
@@ -114,7 +114,7 @@ def offered(method: str, name: str, default: Any = None) -> Any:
     return getattr(module, name, default)
 
 
-def _not_imported(spec: Method, lazy: str, error: ImportError) -> Problem:
+def _not_imported(spec: Method, lazy: str, error: Exception) -> Problem:
     what = f"{lazy} cannot be imported with SGLang {sglang_version()}: {error}"
     remedy = "install a release that mixedprec-plugin supports"
     return Problem(spec.name, what, remedy, rule="no-config-class")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.errors import MethodError, Problem
+from mixedprec_plugin.errors import MethodError
 from mixedprec_plugin.methods.registry import bind
 from mixedprec_plugin.names import PatternError, compile_pattern
 from mixedprec_plugin.preset.document import Document, Path, at
@@ -14,7 +14,8 @@ from mixedprec_plugin.preset.schema import SCHEME_KEYS
 
 MODEL = "model"
 
-_RULE_KEYS = ("match", "optional", *SCHEME_KEYS)
+# keys of a rule or a scheme that are no arguments of its method
+_OTHER_KEYS = ("match", "optional", *SCHEME_KEYS)
 _NUM_SHOWN = 20
 
 
@@ -28,7 +29,7 @@ class Binder:
         document: the same before it was resolved, for the places.
     """
 
-    def __init__(self, data: Mapping[str, Any], shown: Any, document: Document) -> None:
+    def __init__(self, data: dict[str, Any], shown: Any, document: Document) -> None:
         self.data = data
         self.shown = shown
         self.document = document
@@ -52,12 +53,8 @@ class Binder:
 
     def _schemes(self) -> dict[str, Scheme | None]:
         """Every scheme by its name, None where it is broken."""
-        schemes: dict[str, Scheme | None] = {}
-        for name, entry in self._mapping("schemes").items():
-            path: Path = ("schemes", name)
-            is_sound = isinstance(entry, dict) and self.document.is_sound(path)
-            schemes[name] = self._scheme(name, entry, path, SCHEME_KEYS) if is_sound else None
-        return schemes
+        entries = self._mapping("schemes").items()
+        return {name: self._scheme(name, entry, ("schemes", name)) for name, entry in entries}
 
     def _rules(self, place: Path) -> tuple[Rule, ...]:
         rules = []
@@ -67,9 +64,11 @@ class Binder:
             if not isinstance(entry, dict):
                 continue
             patterns = self._patterns(entry, path)
-            if not self.document.is_sound(path):
-                self._check_scheme_name(entry, path)
-            elif scheme := self._rule_scheme(entry, path):
+            if "scheme" in entry:
+                scheme = self._named_scheme(entry["scheme"], (*path, "scheme"))
+            else:
+                scheme = self._scheme(entry.get("method", ""), entry, path)
+            if scheme and self.document.is_sound(path):
                 optional = entry.get("optional", False)
                 shown = _listed(at(self.shown, (*path, "match")))
                 where = self.document.locate(path)
@@ -90,45 +89,33 @@ class Binder:
                 self.document.report(place, what, rule="pattern")
         return _listed(match)
 
-    def _rule_scheme(self, entry: Mapping[str, Any], path: Path) -> Scheme | None:
-        if "scheme" in entry:
-            return self._check_scheme_name(entry, path)
-        return self._scheme(entry["method"], entry, path, _RULE_KEYS)
-
-    def _check_scheme_name(self, entry: Mapping[str, Any], path: Path) -> Scheme | None:
-        name = entry.get("scheme")
-        if not isinstance(name, str) or not self.document.is_sound((*path, "scheme")):
+    def _named_scheme(self, name: Any, path: Path) -> Scheme | None:
+        if not isinstance(name, str) or not self.document.is_sound(path):
             return None
         self.used.add(name)
         if name not in self.schemes:
-            self._unknown((*path, "scheme"), "scheme", list(self.schemes))
-            return None
-        return self.schemes[name]
+            self._unknown(path, "scheme", list(self.schemes))
+        return self.schemes.get(name)
 
-    def _scheme(
-        self, label: str, entry: Mapping[str, Any], path: Path, own_keys: tuple[str, ...]
-    ) -> Scheme | None:
+    def _scheme(self, label: str, entry: Any, path: Path) -> Scheme | None:
+        if not isinstance(entry, dict) or not self.document.is_sound(path):
+            return None
         source = entry.get("source", MODEL)
         names = list(dict.fromkeys([MODEL, *self._mapping("sources")]))
         if source not in names:
             self._unknown((*path, "source"), "source", names)
-        given = {key: _whole(value) for key, value in entry.items() if key not in own_keys}
+        given = {key: _whole(value) for key, value in entry.items() if key not in _OTHER_KEYS}
         try:
             method, arguments = bind(entry["method"], given)
         except MethodError as error:
             for problem in error.problems:
-                self._refused(problem, given, path)
+                argument, _, rest = problem.what.partition(": ")
+                is_named = argument in given
+                place, what = ((*path, argument), rest) if is_named else (path, problem.what)
+                self.document.report(place, what, problem.remedy, problem.rule)
             return None
         requantize = entry.get("requantize", False)
         return Scheme(label, method, arguments, source, requantize) if source in names else None
-
-    def _refused(self, problem: Problem, given: Mapping[str, Any], path: Path) -> None:
-        """Pass on what the registry says, at the argument that it speaks of."""
-        argument, _, rest = problem.what.partition(": ")
-        if argument in given:
-            self.document.report((*path, argument), rest, problem.remedy, problem.rule)
-        else:
-            self.document.report(path, problem.what, problem.remedy, problem.rule)
 
     def _unknown(self, path: Path, kind: str, names: list[str]) -> None:
         name = at(self.shown, path)

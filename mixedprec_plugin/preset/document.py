@@ -17,11 +17,7 @@ Path = tuple[str | int, ...]
 
 
 class RefusedError(Exception):
-    """Why a value is refused, said by code that does not know where it stands."""
-
-    def __init__(self, what: str, remedy: str = "", rule: str = "") -> None:
-        super().__init__(what)
-        self.args = (what, remedy, rule)
+    """Why a value is refused, (what, remedy, rule): said where its place is not known."""
 
 
 class Findings:
@@ -33,15 +29,14 @@ class Findings:
 
     def add(
         self,
-        location: Location,
+        place: Location,
         what: str,
         remedy: str = "",
         rule: str = "",
         severity: Severity = "error",
     ) -> None:
         """Keep one problem, unless it is there already."""
-        problem = Problem(str(location), what, remedy, rule, severity)
-        self._found.setdefault((location, what), problem)
+        self._found.setdefault((place, what), Problem(str(place), what, remedy, rule, severity))
 
     def has_errors(self) -> bool:
         """Whether anything was found that stops the work."""
@@ -50,9 +45,7 @@ class Findings:
     def sorted(self, files: Sequence[str], severity: Severity) -> tuple[Problem, ...]:
         """The problems of one severity by file, in the order given, and line; others come last."""
         order = {file: index for index, file in enumerate(files)}
-        found = [
-            (key[0], value) for key, value in self._found.items() if value.severity == severity
-        ]
+        found = [(place, p) for (place, _), p in self._found.items() if p.severity == severity]
         found.sort(key=lambda pair: (order.get(pair[0].file, len(order)), pair[0].line))
         return tuple(problem for _, problem in found)
 
@@ -90,9 +83,7 @@ class Document:
 
     def locate(self, path: Path) -> Location:
         """Where `path` was written; where it was not, the nearest thing around it that was."""
-        depth = len(path)
-        while path[:depth] not in self.places:
-            depth -= 1
+        depth = next(n for n in range(len(path), -1, -1) if path[:n] in self.places)
         place = self.places[path[:depth]]
         return dataclasses.replace(place, key=join_path(path[depth:], place.key))
 
@@ -151,7 +142,6 @@ def at(data: Any, path: Path) -> Any:
 
 def join_path(path: Path, start: str = "") -> str:
     """Write a path as people do: `rules[2].group_size`."""
-    text = start
     for key in path:
-        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
-    return text
+        start += f"[{key}]" if isinstance(key, int) else f".{key}" if start else key
+    return start

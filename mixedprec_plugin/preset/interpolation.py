@@ -18,11 +18,10 @@ A list that stands alone, `match: ${lists.hot}`, stays a list: that of the rule'
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import re
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
@@ -52,8 +51,7 @@ _MISSING = "missing-key"
 _RANGE = re.compile(r"-?\d+\.\.-?\d+(\.\.-?\d+)?")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reference:
+class _Reference(NamedTuple):
     """`${schemes.attention}`; `dots` counts the dots of a relative one, `${.bits}`."""
 
     text: str
@@ -61,14 +59,13 @@ class _Reference:
     dots: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Variable:
+class _Variable(NamedTuple):
     """`${oc.env:NAME}` or `${oc.env:NAME,DEFAULT}`; `nested` is an interpolation as default."""
 
     text: str
     name: str
     has_default: bool
-    nested: _Reference | _Variable | None
+    nested: _Reference | _Variable | None = None
 
 
 def is_interpolated(value: Any) -> TypeGuard[str]:
@@ -91,15 +88,13 @@ def check_text(text: str) -> tuple[tuple[_Reference | _Variable, ...], bool]:
         raise RefusedError(f"{what} (expected {MAX_LENGTH} at most)", "write less", _SYNTAX)
     if re.search(_UNESCAPED + r"\$\{", _EXPRESSION.sub("_", text)):
         expected = "'${' and '}' in pairs, at most one pair within another"
-        raise RefusedError(
-            f"{shown} is not an interpolation (expected {expected})", _REMEDY, _SYNTAX
-        )
+        what = f"{shown} is not an interpolation (expected {expected})"
+        raise RefusedError(what, _REMEDY, _SYNTAX)
     parts = tuple(_part(match[2], match[3]) for match in _EXPRESSION.finditer(text))
     try:
         OmegaConf.create([text])
     except GrammarParseError as error:
-        reason = str(error).splitlines()[0]
-        what = f"{shown} is not an interpolation: {reason}"
+        what = f"{shown} is not an interpolation: {str(error).splitlines()[0]}"
         raise RefusedError(what, _REMEDY, _SYNTAX) from error
     whole = _EXPRESSION.fullmatch(text)
     return parts, whole is not None and not whole[1]
@@ -118,27 +113,25 @@ def _part(text: str, body: str) -> _Reference | _Variable:
         if variable is None:
             what = f"{text} does not name one environment variable"
             raise RefusedError(what, "write ${oc.env:NAME} or ${oc.env:NAME,DEFAULT}", _SYNTAX)
-        default = nested[0] if nested else None
-        return _Variable(text, variable[2], variable[3] is not None, default)
+        return _Variable(text, variable[2], variable[3] is not None, *nested)
     if nested:
         what = f"{text} has an interpolation within its key"
         remedy = "write the key out; a rule's 'scheme' may be an interpolation itself"
         raise RefusedError(what, remedy, "nested-interpolation")
     reference = _REFERENCE.fullmatch(flat)
     if reference is None:
-        raise RefusedError(
-            f"{text} is not an interpolation (expected keys and dots)", _REMEDY, _SYNTAX
-        )
+        what = f"{text} is not an interpolation (expected keys and dots)"
+        raise RefusedError(what, _REMEDY, _SYNTAX)
     return _Reference(text, tuple(re.findall(_KEY, reference[2])), len(reference[1]))
 
 
 def escape(data: Any) -> Any:
     """Write text so that resolving it gives it back: `${` in it is no interpolation."""
+    return rewrite(data, _escaped)
 
-    def change(_: Path, value: Scalar) -> Scalar:
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
-    return rewrite(data, change)
+def _escaped(_path: Path, value: Scalar) -> Scalar:
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def resolve(document: Document, untrusted: str = "") -> tuple[Any, Any]:
@@ -166,7 +159,7 @@ class _BrokenError(Exception):
 
 
 class _TooLongError(Exception):
-    pass
+    """The preset would be longer than MAX_SIZE."""
 
 
 class _Resolver:
@@ -183,13 +176,14 @@ class _Resolver:
         self.document = document
         self.untrusted = untrusted
         self.pending = {path: 0 for path, value in document.parts() if is_interpolated(value)}
-        lists = at(document.data, ("lists",))
+        lists = document.data.get("lists")
         entries = lists.items() if isinstance(lists, dict) else ()
         self.lists = {name: _alternatives(items) for name, items in entries}
         data = rewrite(document.data, self._point) | {_WRITTEN_LISTS: self.lists}
         masked = rewrite(data, _mask)
-        variants = [data] if masked == data else [data, masked]
-        self.configs: list[Any] = [OmegaConf.create(variant) for variant in variants]
+        self.configs: list[Any] = [OmegaConf.create(data)]
+        if masked != data:
+            self.configs.append(OmegaConf.create(masked))
         self.size = 0
         self.depths: dict[Path, int] = {}
         self.open: list[Path] = []
@@ -239,7 +233,8 @@ class _Resolver:
                 parent = _walk(config, path[:-1])
                 parent[path[-1]] = None if is_broken else escape(parent[path[-1]])
         except OmegaConfBaseException as error:
-            self._fail(path, f"cannot be resolved: {str(error).splitlines()[0]}")
+            what = f"cannot be resolved: {str(error).splitlines()[0]}"
+            self._fail(path, what, "", "interpolation")
 
     def _follow(self, path: Path, part: _Reference | _Variable, is_whole: bool) -> int:
         """Check what one interpolation refers to, and resolve that."""
@@ -288,9 +283,7 @@ class _Resolver:
         if self.size > MAX_SIZE:
             raise _TooLongError
 
-    def _fail(
-        self, path: Path, what: str, remedy: str = "", rule: str = "interpolation"
-    ) -> NoReturn:
+    def _fail(self, path: Path, what: str, remedy: str, rule: str) -> NoReturn:
         self.document.report(path, what, remedy, rule)
         raise _BrokenError
 

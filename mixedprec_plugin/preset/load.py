@@ -13,16 +13,7 @@ from omegaconf import OmegaConf
 
 from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.preset.binding import Binder
-from mixedprec_plugin.preset.document import (
-    Document,
-    Findings,
-    Path,
-    RefusedError,
-    Scalar,
-    at,
-    join_path,
-    rewrite,
-)
+from mixedprec_plugin.preset.document import Document, Findings, Path, RefusedError, at, join_path
 from mixedprec_plugin.preset.interpolation import escape, is_interpolated, resolve
 from mixedprec_plugin.preset.model import Location, Preset
 from mixedprec_plugin.preset.parents import find_preset, merge, read_with_parents
@@ -31,6 +22,7 @@ from mixedprec_plugin.preset.schema import check_file, check_preset
 
 FLAG = "--mixedprec-set"
 
+_RULE = "override"
 _PART = r"[A-Za-z0-9_-]+"
 _KEY = re.compile(rf"{_PART}(\.{_PART}|\[{_PART}\]){{0,{MAX_DEPTH - 1}}}")
 
@@ -69,38 +61,32 @@ def load_resolved(resolved: Mapping[str, Any], where: str, overrides: Sequence[s
 
 
 def _load(
-    documents: Sequence[Document],
-    overrides: Sequence[str],
-    findings: Findings,
-    untrusted: str = "",
+    documents: list[Document], overrides: Sequence[str], findings: Findings, untrusted: str = ""
 ) -> Preset:
     files = [document.file for document in documents]
-    for document in documents:
-        if document.data is not None:
-            check_file(document)
-    preset = None
-    if documents and all(document.data is not None for document in documents):
-        preset = _bind(merge(documents), overrides, files, untrusted)
-    if preset is None or findings.has_errors():
+    readable = [document for document in documents if document.data is not None]
+    for document in readable:
+        check_file(document)
+    bound = None
+    if readable and len(readable) == len(documents):
+        document = merge(documents)
+        _override_all(document, overrides)
+        _check_given(document)
+        data, shown = resolve(document, untrusted)
+        if data is not None:
+            check_preset(data, shown, document)
+            bound = Binder(data, shown, document)
+            if not findings.has_errors() and not bound.rules:
+                document.report((), "has no rules (expected at least one)", rule="no-rules")
+    if bound is None or findings.has_errors():
         raise PresetError(findings.sorted(files, "error"))
-    return preset
+    _warn_unused(bound)
+    return _preset(bound, files)
 
 
-def _bind(
-    document: Document, overrides: Sequence[str], files: Sequence[str], untrusted: str
-) -> Preset | None:
-    _override_all(document, overrides)
-    _check_given(document)
-    data, shown = resolve(document, untrusted)
-    if data is None:
-        return None
-    check_preset(data, shown, document)
-    bound = Binder(data, shown, document)
-    if document.findings.has_errors():
-        return None
-    if not bound.rules:
-        document.report((), "has no rules (expected at least one)", rule="no-rules")
-    _warn_unused(bound, document)
+def _preset(bound: Binder, files: Sequence[str]) -> Preset:
+    """The preset of data in which nothing was found wrong."""
+    data, shown = bound.data, bound.shown
     # the values of environment variables are written nowhere
     written = data | {key: shown[key] for key in ("description", "sources", "lists") if key in data}
     preset = Preset(
@@ -112,18 +98,18 @@ def _bind(
         on_fused_conflict=data.get("on_fused_conflict", "error"),
         trust_sources=data.get("trust_sources", False),
         resolved=escape(written),
-        warnings=document.findings.sorted(files, "warning"),
+        warnings=bound.document.findings.sorted(files, "warning"),
     )
     section = data.get("draft")
     if section is None:
         return preset
-    shared = {key: value for key, value in written.items() if key != "on_fused_conflict"}
+    shared = {key: written[key] for key in written if key not in ("draft", "on_fused_conflict")}
     draft = dataclasses.replace(
         preset,
         description="",
         rules=bound.draft_rules,
         on_fused_conflict=section.get("on_fused_conflict", "error"),
-        resolved=escape({key: shared[key] for key in shared if key != "draft"} | section),
+        resolved=escape(shared | section),
         warnings=(),
     )
     return dataclasses.replace(preset, draft=draft)
@@ -140,19 +126,18 @@ def _override_all(document: Document, overrides: Sequence[str]) -> None:
         try:
             _apply(document, override, place)
         except RefusedError as error:
-            what, remedy, _ = error.args
-            document.findings.add(place, what, remedy, "override")
+            document.findings.add(place, *error.args)
 
 
 def _apply(document: Document, override: str, place: Location) -> None:
     key, equals, text = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
         what = "is not an override (expected KEY=VALUE, such as schemes.experts.group_size=64)"
-        raise RefusedError(what)
+        raise RefusedError(what, "", _RULE)
     keys = re.findall(_PART, key)
     if keys[0] == "extends":
         what = "the key 'extends' cannot be overridden"
-        raise RefusedError(what, "parents are read first; change the file")
+        raise RefusedError(what, "parents are read first; change the file", _RULE)
     if text.startswith("*"):  # a pattern, for YAML an alias
         text = json.dumps(text, ensure_ascii=False)
     value = read_value(text, place.file, document.findings)
@@ -179,49 +164,42 @@ def _locate(data: Any, keys: Sequence[str]) -> Path:
         if isinstance(data, list):
             if not (key.isdecimal() and len(key) < 10 and int(key) < len(data)):
                 what = f"{where} has no item {key!r} (expected a number below {len(data)})"
-                raise RefusedError(what)
+                raise RefusedError(what, "", _RULE)
             path, data = (*path, int(key)), data[int(key)]
         elif isinstance(data, dict):
             path, data = (*path, key), data.get(key, {})
         elif is_interpolated(data):
             what = f"{where} is the interpolation {data!r} and has no {key!r} of its own"
-            raise RefusedError(what, "override what it points at, or set it as a whole")
+            remedy = "override what it points at, or set it as a whole"
+            raise RefusedError(what, remedy, _RULE)
         else:
-            raise RefusedError(f"{where} is {data!r} and has no {key!r}")
+            raise RefusedError(f"{where} is {data!r} and has no {key!r}", "", _RULE)
     return path
 
 
 def _check_given(document: Document) -> None:
     """Refuse `???`, which stands in OmegaConf for a value that is still to be given."""
-
-    def check(path: Path, value: Scalar) -> Scalar:
-        if value != "???":
-            return value
-        key = ".".join(str(part) for part in path)
-        remedy = f"give it with {FLAG} {key}=VALUE"
-        document.report(path, "has no value yet ('???')", remedy, "missing-value")
-        return None
-
-    document.data = rewrite(document.data, check)
+    for path, value in document.parts():
+        if value == "???":
+            at(document.data, path[:-1])[path[-1]] = None
+            remedy = f"give it with {FLAG} {'.'.join(map(str, path))}=VALUE"
+            document.report(path, "has no value yet ('???')", remedy, "missing-value")
 
 
-def _warn_unused(bound: Binder, document: Document) -> None:
+def _warn_unused(bound: Binder) -> None:
     """Warn of schemes and sources that the asked-for file itself defines and nothing uses."""
-    texts = " ".join(value for _, value in document.parts() if is_interpolated(value))
-    used = {rule.scheme.source for rule in (*bound.rules, *bound.draft_rules)}
-    unused = [
-        *(
-            (("schemes", name), "no rule uses this scheme", "give it a rule, or take it away")
-            for name in bound.schemes
-            if name not in bound.used and f"schemes.{name}" not in texts
-        ),
-        *(
-            (("sources", name), "no rule takes layers from this source", "give it a rule")
-            for name in bound.sources
-            if name not in used
-        ),
-    ]
-    for path, what, remedy in unused:
-        place = document.locate(path)
+    document = bound.document
+
+    def warn(kind: str, name: str, what: str, remedy: str) -> None:
+        place = document.locate((f"{kind}s", name))
         if place.file == document.file:
-            document.findings.add(place, what, remedy, f"unused-{path[0][:-1]}", "warning")
+            document.findings.add(place, what, remedy, f"unused-{kind}", "warning")
+
+    texts = " ".join(value for _, value in document.parts() if is_interpolated(value))
+    for name in bound.schemes:
+        if name not in bound.used and f"schemes.{name}" not in texts:
+            warn("scheme", name, "no rule uses this scheme", "give it a rule, or take it away")
+    used = {rule.scheme.source for rule in (*bound.rules, *bound.draft_rules)}
+    for name in bound.sources:
+        if name not in used:
+            warn("source", name, "no rule takes layers from this source", "give it a rule")

@@ -16,7 +16,6 @@ from mixedprec_plugin.resources import preset_dir, preset_names
 MAX_FILES = 64
 
 _SUFFIXES = (".yaml", ".yml")
-_TYPES: dict[str, type] = {"sources": dict, "schemes": dict, "lists": dict, "rules": list}
 
 
 def find_preset(name: str, findings: Findings) -> FilePath | None:
@@ -48,15 +47,17 @@ def read_with_parents(path: FilePath, findings: Findings) -> list[Document]:
         identities = [os.path.realpath(link) for link in chain]
         for name, place in _parents(document):
             parent = _find_parent(document, name, place)
-            identity = os.path.realpath(parent or "")
-            if parent is not None and identity in identities:
+            if parent is None:
+                continue
+            identity = os.path.realpath(parent)
+            if identity in identities:
                 circle = [*chain[identities.index(identity) :], parent]
                 what = f"extends itself: {' -> '.join(map(str, circle))}"
                 document.report(place, what, "take one of these 'extends' away", "extends-cycle")
-            elif parent is not None and identity not in known and len(known) >= MAX_FILES:
+            elif identity not in known and len(known) >= MAX_FILES:
                 what = f"more than {MAX_FILES} files extend one another"
                 document.report(place, what, "extend fewer", "extends-too-many")
-            elif parent is not None and identity not in known:
+            elif identity not in known:
                 known.add(identity)
                 read([*chain, parent])
         documents.append(document)
@@ -81,12 +82,9 @@ def _parents(document: Document) -> Iterator[tuple[str, Path]]:
 def _find_parent(document: Document, name: str, place: Path) -> FilePath | None:
     child = FilePath(document.file)
     beside = child.parent / name
-    candidates = [beside]
-    if beside.suffix not in _SUFFIXES:
-        candidates = [FilePath(f"{beside}{suffix}") for suffix in _SUFFIXES]
-    for candidate in candidates:
-        if candidate.is_file():
-            return FilePath(os.path.normpath(candidate))
+    for suffix in ("",) if beside.suffix in _SUFFIXES else _SUFFIXES:
+        if os.path.isfile(f"{beside}{suffix}"):
+            return FilePath(os.path.normpath(f"{beside}{suffix}"))
     stem = name.removesuffix(".yaml")
     if stem in preset_names():
         return preset_dir() / f"{stem}.yaml"
@@ -115,8 +113,13 @@ def merge(documents: Sequence[Document]) -> Document:
         broken = broken - replaced | {_moved(path, num_rules) for path in document.broken}
         places.update(own)
         for key, value in document.data.items():
-            if key != "extends":
-                data[key] = _merged(data.get(key), value, _TYPES.get(key))
+            old = data.get(key)
+            if key == "rules" and isinstance(old, list):
+                data[key] = old + value if isinstance(value, list) else old
+            elif key in ("sources", "schemes", "lists") and isinstance(old, dict):
+                data[key] = old | value if isinstance(value, dict) else old
+            elif key != "extends":
+                data[key] = value
     return Document(documents[-1].file, documents[-1].findings, data, places, broken)
 
 
@@ -126,11 +129,3 @@ def _moved(path: Path, num_rules: int) -> Path:
         case "rules", int(index), *below:
             return ("rules", index + num_rules, *below)
     return path
-
-
-def _merged(parent: Any, child: Any, kind: type | None) -> Any:
-    if isinstance(parent, dict) and kind is dict:
-        return parent | child if isinstance(child, dict) else parent
-    if isinstance(parent, list) and kind is list:
-        return parent + child if isinstance(child, list) else parent
-    return child

@@ -7,6 +7,7 @@ two forms alone.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import math
@@ -17,15 +18,7 @@ from typing import Any
 
 import yaml
 
-from mixedprec_plugin.preset.document import (
-    Document,
-    Findings,
-    Path,
-    RefusedError,
-    Scalar,
-    join_path,
-    rewrite,
-)
+from mixedprec_plugin.preset.document import Document, Findings, Path, RefusedError, Scalar, rewrite
 from mixedprec_plugin.preset.interpolation import check_text, is_interpolated
 from mixedprec_plugin.preset.model import Location
 
@@ -57,26 +50,23 @@ def read_file(path: FilePath, findings: Findings) -> Document:
         problems the data is there to look for more of them, not to be used.
     """
     document = Document(str(path), findings)
-    what, remedy = "", ""
     try:
         if path.is_dir():
-            what = "is a folder (expected a YAML file)"
+            document.report((), "is a folder (expected a YAML file)", rule="file")
         elif (size := path.stat().st_size) > MAX_FILE_BYTES:
             what = f"has {size} bytes (expected {MAX_FILE_BYTES} at most)"
-            remedy = "a preset is a few kilobytes of rules"
+            document.report((), what, "a preset is a few kilobytes of rules", "file")
         else:
             return read_text(path.read_bytes().decode("utf-8-sig"), str(path), findings)
     except FileNotFoundError:
-        what = "no such file (expected a preset)"
+        document.report((), "no such file (expected a preset)", rule="file")
     except OSError as error:
         what = f"cannot be read: {error.strerror or error}"
-        remedy = "check the path and its permissions"
+        document.report((), what, "check the path and its permissions", "file")
     except UnicodeDecodeError as error:
         line = _line_of(error.object[: error.start].decode())
         what = f"byte {error.object[error.start]:#04x} is not UTF-8"
         findings.add(Location(str(path), line), what, "save the file as UTF-8", "encoding")
-        return document
-    document.report((), what, remedy, "file")
     return document
 
 
@@ -85,10 +75,11 @@ def read_text(text: str, name: str, findings: Findings) -> Document:
     document = Document(name, findings)
     reader = _Reader(text, document, is_file=True)
     if reader.read() and not isinstance(document.data, dict):
-        is_empty = not document.places[()].line
-        what = "the file is empty" if is_empty else f"{_kind(document.data)} is not a preset"
-        what = f"{what} (expected a mapping with 'version' and 'rules')"
-        document.report((), what, rule="not-a-mapping")
+        has_value = document.places[()].line
+        what = f"{_kind(document.data)} is not a preset" if has_value else "the file is empty"
+        document.report(
+            (), f"{what} (expected a mapping with 'version' and 'rules')", rule="not-a-mapping"
+        )
         document.data = None
     return document
 
@@ -121,8 +112,8 @@ def _checked(document: Document, path: Path, value: Scalar) -> Scalar:
     return value
 
 
-class _StoppedError(Exception):
-    """What follows cannot be read."""
+class _TooDeepError(Exception):
+    """A mapping or a list, on the line that is given, lies too deep to be read."""
 
 
 class _Reader:
@@ -139,18 +130,17 @@ class _Reader:
         try:
             self.loader = yaml.SafeLoader(self.text)
             self.document.data = self._document()
+            return True
         except yaml.reader.ReaderError as error:
             code = error.character if isinstance(error.character, int) else ord(error.character)
             what = f"the character U+{code:04X} is not allowed in YAML"
             line = _line_of(self.text[: error.position])
             self._problem((), line, what, "remove it", "syntax")
-            return False
         except yaml.MarkedYAMLError as error:
             self._report_syntax(error)
-            return False
-        except _StoppedError:
-            return False
-        return True
+        except _TooDeepError as error:
+            self._problem((), error.args[0], *_TOO_DEEP)
+        return False
 
     def _document(self) -> Any:
         self.loader.get_event()
@@ -182,10 +172,9 @@ class _Reader:
             what = f"the tag {event.tag.replace(_TAG, '!!')} is not read in presets"
             self._problem(path, line, what, "leave it out; put quotes around text", "tag")
         if isinstance(event, yaml.ScalarEvent):
-            return self._scalar(event, path, line)
+            return self._scalar(event, path)
         if len(path) >= MAX_DEPTH:
-            self._problem((), line, *_TOO_DEEP)
-            raise _StoppedError
+            raise _TooDeepError(line)
         return self._list(path) if isinstance(event, yaml.SequenceStartEvent) else self._map(path)
 
     def _list(self, path: Path) -> list[Any]:
@@ -204,7 +193,8 @@ class _Reader:
             if key not in entries:
                 entries[key] = self._value(below, line)
                 continue
-            places, self.document.places = self.document.places, {}
+            places = self.document.places
+            self.document.places = {(): places[()]}
             self._value(below, line)
             line, self.document.places = self.document.places[below].line, places
             first = f" (first on line {places[below].line})" if self.is_file else ""
@@ -222,7 +212,7 @@ class _Reader:
             return text
         event = self.loader.get_event()
         text = str(event.value)
-        kind = self._kind(text) if event.implicit[0] else "str"
+        kind = self._old_type(text) if event.implicit[0] else "str"
         if event.tag is not None:
             self._problem(path, line, f"the key {text!r} has a tag", "leave it out", "tag")
         elif kind == "merge":
@@ -234,19 +224,18 @@ class _Reader:
             self._problem(path, line, what, f"write '\"{text}\"'", "key")
         return text
 
-    def _scalar(self, event: yaml.ScalarEvent, path: Path, line: int) -> Scalar:
+    def _scalar(self, event: yaml.ScalarEvent, path: Path) -> Scalar:
         value: Scalar = event.value
         try:
             if event.tag is None and event.implicit[0]:
                 value = self._plain(event.value)
         except RefusedError as error:
-            self._problem(path, line, *error.args)
+            self.document.report(path, *error.args)
         return _checked(self.document, path, value)
 
-    def _kind(self, text: str) -> str:
+    def _old_type(self, text: str) -> str:
         """What YAML 1.1 takes an unquoted scalar for: `str`, `bool`, `int`, …"""
-        tag: str = self.loader.resolve(yaml.ScalarNode, text, (True, False))
-        return tag.removeprefix(_TAG)
+        return str(self.loader.resolve(yaml.ScalarNode, text, (True, False))).removeprefix(_TAG)
 
     def _plain(self, text: str) -> Scalar:
         """The value of an unquoted scalar.
@@ -254,11 +243,11 @@ class _Reader:
         Raises:
             RefusedError: YAML 1.1 and YAML 1.2 disagree about it, or no preset needs it.
         """
-        kind = self._kind(text)
+        kind = self._old_type(text)
         if len(text) > MAX_DIGITS and (kind == "int" or re.fullmatch("0o[0-7]+", text)):
             what = f"{text[:20]}… has more than {MAX_DIGITS} digits"
             raise RefusedError(what, "write a smaller number", "yaml-1.1")
-        new = _in_yaml_1_2(text)
+        new = next((make(text) for known, make in _CORE if re.fullmatch(known, text)), text)
         try:
             old = self.loader.construct_object(yaml.ScalarNode(f"{_TAG}{kind}", text))
         except (ValueError, yaml.YAMLError):  # such as 0x_, or 2024-13-01
@@ -275,11 +264,10 @@ class _Reader:
         raise RefusedError(what, f"write {' or '.join([*plain[:1], quoted])}", "yaml-1.1")
 
     def _line(self) -> int:
-        line: int = self.loader.peek_event().start_mark.line
-        return line + 1
+        return int(self.loader.peek_event().start_mark.line) + 1
 
     def _place(self, path: Path, line: int) -> Location:
-        return Location(self.document.file, line if self.is_file else 0, join_path(path))
+        return dataclasses.replace(self.document.locate(path), line=line if self.is_file else 0)
 
     def _problem(self, path: Path, line: int, what: str, remedy: str, rule: str) -> None:
         self.document.findings.add(self._place(path, line), what, remedy, rule)
@@ -298,10 +286,6 @@ class _Reader:
             remedy = 'put patterns in quotes: match: "*.q_proj"'
         what = f"is not YAML: {error.problem or error.context}"
         self._problem((), mark.line + 1, what, remedy, "syntax")
-
-
-def _in_yaml_1_2(text: str) -> Scalar:
-    return next((make(text) for known, make in _CORE if re.fullmatch(known, text)), text)
 
 
 def _name(value: object) -> str:

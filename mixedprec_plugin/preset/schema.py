@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -19,6 +19,8 @@ from mixedprec_plugin.preset.interpolation import is_interpolated
 from mixedprec_plugin.resources import schema_path
 
 PRESET_SCHEMA = "preset.schema.json"
+# keys of a scheme that are no argument of its method
+SCHEME_KEYS = ("method", "source", "requantize")
 
 _TYPES = {
     "object": "a mapping",
@@ -29,10 +31,12 @@ _TYPES = {
     "number": "a number",
     "null": "null",
 }
+_KINDS: Mapping[type, str] = {
+    dict: "a mapping", list: "a list", str: "text", bool: "a boolean", type(None): "nothing",
+}  # fmt: skip
 _EXAMPLES = {"match": 'match: "*.q_proj"', "path": "path: FOLDER", "version": "version: 1"}
-# keys of a scheme that are no argument of its method
-SCHEME_KEYS = ("method", "source", "requantize")
 _UNQUOTE = "leave the quotes out"
+# a layer that runs as it is stored is never rounded again
 _FIXED: Mapping[str, Any] = {AUTO: {"requantize": {"const": False}}}
 
 
@@ -60,7 +64,6 @@ def preset_schema(methods: Iterable[Method]) -> dict[str, Any]:
     schema["$defs"]["method_arguments"]["allOf"] = [
         {
             "if": {"properties": {"method": {"enum": list(method.names)}}, "required": ["method"]},
-            # a layer that runs as it is stored is never rounded again
             "then": {"properties": {**_FIXED.get(method.name, {}), **method.schema}},
         }
         for method in methods
@@ -89,59 +92,61 @@ def _report(validator: Validator, data: Any, shown: Any, document: Document) -> 
         path: Path = tuple(error.absolute_path)
         if path in mistyped and error.validator in ("enum", "const"):
             continue
-        real = at(data, path)
-        value = at(shown, path) if error.instance == real else error.instance
-        for key, what, remedy, rule in _describe(error, value, path, document.findings):
-            if is_within((*path, *key), muted):
+        value = at(shown, path) if error.instance == at(data, path) else error.instance
+        for place, what, remedy, rule in _describe(error, value, path, document.findings):
+            if is_within(place, muted):
                 continue
             if remedy == _UNQUOTE and is_interpolated(at(document.data, path)):
                 remedy = "environment variables are text; override the key on the command line"
-            document.report((*path, *key), what, remedy, f"schema-{rule}")
+            document.report(place, what, remedy, f"schema-{rule}")
 
 
-_Finding = tuple[tuple[str, ...], str, str, str]
-
-
-def _describe(error: ValidationError, value: Any, path: Path, findings: Findings) -> list[_Finding]:
-    """What an error of the validator means: (key below its path, what, remedy, rule).
+def _describe(
+    error: ValidationError, value: Any, path: Path, findings: Findings
+) -> Iterator[tuple[Path, str, str, str]]:
+    """What an error of the validator means: (where, what, remedy, rule).
 
     Args:
         value: what is wrong, as messages may show it.
+        path: where the validator found it.
     """
     expected: Any = error.validator_value
-    rule = str(error.validator)
+    rule, remedy = str(error.validator), ""
     if rule in ("unevaluatedProperties", "additionalProperties"):
-        return _unknown_keys(error, path, findings)
-    if rule == "required":
-        (key,) = (key for key in expected if f"'{key}'" in error.message)
-        if key == "method" and _is_rule(path):
-            remedy = "add 'method:' with its arguments, or 'scheme:'"
-            return [((), "no method is named", remedy, rule)]
-        example = _EXAMPLES.get(key, f"{key}: …")
-        return [((), f"{key!r} is missing", f"add '{example}'", rule)]
-    if rule == "enum":
-        return [((), *_not_one_of(error, value, path, findings), rule)]
-    if rule == "pattern" and "${" not in str(expected).replace("\\", ""):
-        what = f"{show(value)} is not a name (expected letters, digits, '_' and '-')"
-        return [((str(value),), what, "", rule)]
-    if rule == "not":
-        what = "the name 'model' is taken: it is the server's --model-path"
-        return [((str(value),), what, "choose another", rule)]
-    if rule == "type":
-        kinds = [expected] if isinstance(expected, str) else expected
-        wanted = " or ".join(_TYPES[kind] for kind in kinds)
-        what = f"is {_kind(value)} (expected {wanted})"
-    elif rule == "pattern":
-        what, rule = "is text (expected a mapping)", "type"
-    elif rule == "const" and path == ("version",):
-        what = f"is not a version of the preset language (expected {expected})"
-    elif rule == "const":
-        what = f"is not {show(expected)}"
-    elif rule in ("minItems", "minLength"):
-        what = "is empty (expected at least one)"
-    else:
-        what = f"does not fit (expected {rule} {show(expected)})"
-    return [((), f"{show(value)} {what}", "", rule)]
+        yield from _unknown_keys(error, path, findings)
+        return
+    match rule:
+        case "required":
+            (key,) = (key for key in expected if f"'{key}'" in error.message)
+            what, remedy = f"{key!r} is missing", f"add '{_EXAMPLES.get(key, f'{key}: …')}'"
+            if key == "method" and _is_rule(path):
+                what = "no method is named"
+                remedy = "add 'method:' with its arguments, or 'scheme:'"
+        case "enum":
+            what, remedy = _not_one_of(error, value, path, findings)
+        case "pattern" if "${" in str(expected).replace("\\", ""):
+            what, rule = f"{show(value)} is text (expected a mapping)", "type"
+        case "pattern":
+            path = (*path, str(value))
+            what = f"{show(value)} is not a name (expected letters, digits, '_' and '-')"
+        case "not":
+            path = (*path, str(value))
+            what = "the name 'model' is taken: it is the server's --model-path"
+            remedy = "choose another"
+        case "type":
+            kinds = [expected] if isinstance(expected, str) else expected
+            wanted = " or ".join(_TYPES[kind] for kind in kinds)
+            kind = _KINDS.get(type(value), "a number")
+            what = f"{show(value)} is {kind} (expected {wanted})"
+        case "const" if path == ("version",):
+            what = f"{show(value)} is not a version of the preset language (expected {expected})"
+        case "const":
+            what = f"{show(value)} is not {show(expected)}"
+        case "minItems" | "minLength":
+            what = f"{show(value)} is empty (expected at least one)"
+        case _:
+            what = f"{show(value)} does not fit (expected {rule} {show(expected)})"
+    yield path, what, remedy, rule
 
 
 def _not_one_of(
@@ -151,18 +156,19 @@ def _not_one_of(
     if path and path[-1] == "method" and isinstance(value, str):
         what = f"unknown method {value!r} (expected {', '.join(METHODS)})"
         return what, findings.suggest(value, method_names())
-    choices = ", ".join(show(choice) for choice in expected)
+    choices = ", ".join(map(show, expected))
     if len(expected) == 1:
         return f"{show(value)} is not {choices}", ""
-    if not isinstance(value, str):
-        return f"{show(value)} is not one of {choices}", ""
-    if error.instance in {show(choice) for choice in expected}:
+    if isinstance(value, str) and error.instance in [show(choice) for choice in expected]:
         return f"{show(value)} is text and not one of {choices}", _UNQUOTE
-    remedy = findings.suggest(value, [choice for choice in expected if isinstance(choice, str)])
+    texts = [choice for choice in expected if isinstance(choice, str)]
+    remedy = findings.suggest(value, texts) if isinstance(value, str) else ""
     return f"{show(value)} is not one of {choices}", remedy
 
 
-def _unknown_keys(error: ValidationError, path: Path, findings: Findings) -> list[_Finding]:
+def _unknown_keys(
+    error: ValidationError, path: Path, findings: Findings
+) -> Iterator[tuple[Path, str, str, str]]:
     """One problem for each key that the schema knows nothing of.
 
     The validator also counts keys whose own value is wrong; those have their problem already.
@@ -174,37 +180,25 @@ def _unknown_keys(error: ValidationError, path: Path, findings: Findings) -> lis
     if has_scheme:
         known.append("scheme")
     elif _is_rule(path) or path[:1] == ("schemes",):
-        known += [key for key in SCHEME_KEYS if key not in known]
-        spec = _method(value.get("method"))
-        if spec is None:
-            return []
-        known += spec.defaults
-    found: list[_Finding] = []
+        name = value.get("method")
+        method = next((method for method in METHODS.values() if name in method.names), None)
+        if method is None:
+            return
+        known = list(dict.fromkeys([*known, *SCHEME_KEYS, *method.defaults]))
+    of_methods = {*SCHEME_KEYS, *(key for method in METHODS.values() for key in method.defaults)}
     for key in value:
         if key in known:
             continue
         what = f"unknown key {key!r} (expected {', '.join(known)})"
         remedy = findings.suggest(key, known)
-        if has_scheme and _belongs_to_a_method(key):
+        if has_scheme and key in of_methods:
             what = f"{key!r} does not go with 'scheme'"
             remedy = "name a scheme, or a method with its arguments, not both"
-        found.append(((key,), what, remedy, "unknown-key"))
-    return found
+        yield (*path, key), what, remedy, "unknown-key"
 
 
 def _is_rule(path: Path) -> bool:
     return path[:1] == ("rules",) or path[:2] == ("draft", "rules")
-
-
-def _belongs_to_a_method(key: str) -> bool:
-    return key in SCHEME_KEYS or any(key in spec.defaults for spec in METHODS.values())
-
-
-def _method(name: Any) -> Method | None:
-    for spec in METHODS.values():
-        if name == spec.name or (isinstance(name, str) and name in spec.aliases):
-            return spec
-    return None
 
 
 def show(value: Any) -> str:
@@ -216,12 +210,3 @@ def show(value: Any) -> str:
     else:
         text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "a boolean"
-    if value is None:
-        return "nothing"
-    kinds: dict[type, str] = {dict: "a mapping", list: "a list", str: "text"}
-    return kinds.get(type(value), "a number")

@@ -6,9 +6,7 @@ python -m mixedprec_plugin.preset.schema_files
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mixedprec_plugin.methods.registry import BUILT_IN
 from mixedprec_plugin.preset.schema import PRESET_SCHEMA, preset_schema
@@ -28,11 +26,10 @@ def schema_files() -> dict[Path, str]:
             "properties": dict(method.schema),
             "additionalProperties": False,
         }
-    return {path: _text(schema) for path, schema in schemas.items()}
-
-
-def _text(schema: Mapping[str, Any]) -> str:
-    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+    return {
+        path: json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+        for path, schema in schemas.items()
+    }
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_unknown_platform_raises() -> None:
 
 
 def test_class_that_sglang_lacks_raises() -> None:
-    lazy = "mixedprec_plugin.lazy:NoSuchConfig"
+    lazy = "mixedprec_plugin.names:NoSuchConfig"
     spec = dataclasses.replace(METHODS["fp8"], config_classes={"cuda": lazy})
     with pytest.raises(MethodError, match=f"fp8: {lazy} cannot be imported with SGLang .*has no"):
         load_class(spec, "cuda")
