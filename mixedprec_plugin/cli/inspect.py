@@ -24,8 +24,8 @@ from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.recognition import recognize
 from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.conversion import action_of
-from mixedprec_plugin.plan.folding import fold_names, natural_key
-from mixedprec_plugin.plan.render import format_bytes, problem_as_dict
+from mixedprec_plugin.plan.folding import fold_names, fold_problems, natural_key
+from mixedprec_plugin.plan.render import format_bytes
 from mixedprec_plugin.preset.model import Scheme
 
 _NUMBER = re.compile(r"\d+")
@@ -132,21 +132,18 @@ def _by_name(item: tuple[str, Mapping[str, StoredTensor]]) -> list[str | int]:
 
 def disagreements(layers: Sequence[InspectedLayer]) -> list[Problem]:
     """Where config.json and tensors contradict each other, folded by layer range."""
-    found: dict[str, list[str]] = {}
-    for layer in layers:
-        for text in layer.stored.disagreements if layer.stored else ():
-            found.setdefault(text, []).append(layer.name)
-    return [
-        Problem(", ".join(fold_names(names)), text, rule="stored-disagreement", severity="warning")
-        for text, names in found.items()
-    ]
+    return fold_problems(
+        Problem(layer.name, text, rule="stored-disagreement", severity="warning")
+        for layer in layers
+        for text in (layer.stored.disagreements if layer.stored else ())
+    )
 
 
 def _as_dict(layers: Sequence[InspectedLayer], problems: Sequence[Problem]) -> dict[str, Any]:
     return {
         "layers": [_layer_as_dict(layer) for layer in layers],
         "bytes": sum(layer.num_bytes for layer in layers),
-        "disagreements": [problem_as_dict(problem) for problem in problems],
+        "disagreements": [dataclasses.asdict(problem) for problem in problems],
     }
 
 

@@ -38,6 +38,11 @@ def model_type(config: Config) -> str:
     return str(text_config(config).get("model_type") or config.get("model_type") or "")
 
 
+def num_kv_ranks(config: Config, tp_size: int) -> int:
+    """How many ranks split the key and value heads; SGLang repeats them where they are fewer."""
+    return min(tp_size, int(text_config(config).get("num_key_value_heads") or tp_size))
+
+
 def sizes(config: Config) -> dict[str, Any]:
     """What two checkpoints of one model have in common, as far as it is said or follows."""
     said = dict(text_config(config))

@@ -39,6 +39,8 @@ class Family:
         draft_prefixes: how names of layers start that only a draft model runs.
         embeddings, lm_heads: such layers.
         routers, experts: patterns of the names of routers, and of what belongs to routed experts.
+        router_bias: tensor of a router that keeps its dtype.
+        computed: layers that old checkpoints carry and every model computes by itself.
         expert_shards: projection of one expert -> the shard id that SGLang's FusedMoE takes.
         fused_modules: fused module -> its shards in SGLang's order, with the ids that SGLang's
             weight loaders take (layers/linear.py, `weight_loader_v2`).
@@ -70,6 +72,8 @@ class Family:
     lm_heads: Set[str] = _usual({"lm_head", "embed_out"})
     routers: str = r"(?:^|\.)(?:mlp\.gate|block_sparse_moe\.gate|router|shared_expert_gate)$"
     experts: str = r"\.experts(?:\.\d+)?(?:\.|$)"
+    router_bias: str = "e_score_correction_bias"
+    computed: Set[str] = _usual({"rotary_emb"})
     expert_shards: Mapping[str, str] = _usual({
         "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2",
     })  # fmt: skip

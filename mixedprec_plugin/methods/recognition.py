@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component, layer_kind
+from mixedprec_plugin.families.table import DECODER
 from mixedprec_plugin.methods.foreign import FOREIGN
 from mixedprec_plugin.methods.foreign.named import UNRECOGNIZED, unrecognized
 from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Method, Target
@@ -24,10 +26,6 @@ from mixedprec_plugin.methods.stored import FLOAT, Said, StoredFormat, Tensors, 
 from mixedprec_plugin.names import without_numbers
 
 _NOT_IN_BLOCKS = re.compile(r"\D*")
-_NEVER_SAID = re.compile(
-    r"(?:^|\.)(?:lm_head|embed_out|embed_tokens|wte|wpe|\w*norm\w*|router|shared_expert_gate"
-    r"|(?:mlp|block_sparse_moe)\.gate)$"
-)
 _IGNORE_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
 
 
@@ -105,7 +103,8 @@ def _readers() -> Mapping[str, Callable[[Mapping[str, Any], str], Said]]:
 def _is_passed_over(name: str) -> bool:
     """Whether quantizers pass a layer over without saying so: all but blocks' linear layers."""
     outside = bool(name) and _NOT_IN_BLOCKS.fullmatch(name) is not None
-    return outside or _NEVER_SAID.search(name) is not None
+    is_named = layer_kind(name, has_matrix=True, family=DECODER) in NEVER_QUANTIZED
+    return outside or is_named or "norm" in last_component(name)
 
 
 def _is_ignored(said: Said, name: str) -> bool | None:

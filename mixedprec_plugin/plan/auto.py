@@ -11,40 +11,19 @@ finds for the first one: they need one source and one stored format, on the CPU 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import ExpertShard, last_component
-from mixedprec_plugin.methods import registry
-from mixedprec_plugin.methods.interface import Device, Fault, LayerShape, Target
+from mixedprec_plugin.methods.interface import Fault, LayerShape, Target
 from mixedprec_plugin.methods.recognition import faults_as_stored
-from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
+from mixedprec_plugin.methods.registry import AUTO
 from mixedprec_plugin.methods.remedies import find_faults
 from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.conversion import is_auto
-from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.preset.model import Rule, Scheme
-
-
-def auto_scheme(scheme: Scheme, stored: StoredFormat, device: Device) -> Scheme:
-    """Return what a layer under `auto` runs in; the label stays.
-
-    Returns:
-        for CUDA, method `auto` with the source and the stored format as its arguments, so that
-        layers of different ones are different schemes; otherwise one of our methods.
-    """
-    if stored.is_float:
-        bound = registry.bind(UNQUANTIZED, {"dtype": None})
-    elif device == "cuda":
-        bound = (AUTO, {"source": scheme.source, "stored": described(stored)})
-    elif stored.method:
-        bound = registry.bind(stored.method, _arguments(stored))
-    else:
-        bound = registry.bind(UNQUANTIZED, {"dtype": None})
-    return dataclasses.replace(scheme, method=bound[0], arguments=bound[1])
+from mixedprec_plugin.preset.model import Rule
 
 
 def described(stored: StoredFormat) -> str:
@@ -52,10 +31,6 @@ def described(stored: StoredFormat) -> str:
     if stored.is_one_group:
         return stored.description.replace("group -1", f"group {stored.K}")
     return stored.description
-
-
-def _arguments(stored: StoredFormat) -> Mapping[str, Any]:
-    return {**stored.arguments, **({"group_size": stored.K} if stored.is_one_group else {})}
 
 
 def find_mixed_modules(
@@ -72,71 +47,51 @@ def find_mixed_modules(
     Returns:
         the modules' names, and an error for each way in which they are mixed.
     """
-    mixed: dict[str, tuple[str, list[str]]] = {}
-    if not any(rule.scheme.method == AUTO for rule in rules.values()):
-        return set(), []
+    mixed: set[str] = set()
+    problems = []
     for module, shards in modules.items():
-        automatic = [s for s in shards if s in rules and rules[s].scheme.method == AUTO]
+        automatic = [shard for shard in shards if is_auto(rules.get(shard))]
         if not automatic or len(shards) < 2:
             continue
         held = {shard: _held(shard, rules, stored) for shard in shards}
         if len(automatic) < len(shards) or len(set(held.values())) > 1:
-            parts = [f"{text} for {last_component(shard)}" for shard, text in held.items()]
-            mixed[module] = (", ".join(parts), list(shards))
-    found: dict[str, list[str]] = {}
-    for module, (text, _) in mixed.items():
-        found.setdefault(text, []).append(module)
-    problems = [
-        Problem(
-            ", ".join(fold_names(names)),
-            f"under method: auto its shards need one source and one stored format, got {text}",
-            "take all of them from one source, or name a method for all of them",
-            "fused-auto",
-        )
-        for text, names in found.items()
-    ]
-    return set(mixed), problems
+            mixed.add(module)
+            parts = ", ".join(f"{text} for {last_component(s)}" for s, text in held.items())
+            text = (
+                f"under method: auto its shards need one source and one stored format, got {parts}"
+            )
+            remedy = "take all of them from one source, or name a method for all of them"
+            problems.append(Problem(module, text, remedy, "fused-auto"))
+    return mixed, fold_problems(problems)
 
 
 def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
     """Find layers of experts, some of them quantized and under `auto`, that are not all alike.
 
-    Args:
-        layers: planned layers, of all kinds.
-    Returns:
-        an error for each way in which the experts of a layer differ.
     Source:
         compressed-tensors asks for expert 0 (compressed_tensors.py, `get_moe_scheme`), the other
         classes for the layer: a group of experts, a layer of its own in a composite, has no name
         that a source's lists and patterns know.
     """
-    modules: dict[str, list[PlannedLayer]] = {}
+    automatic: set[str] = set()
+    modules: dict[str, dict[tuple[str, str], set[int]]] = {}
     for layer in layers:
         if isinstance(layer.shard, ExpertShard):
-            modules.setdefault(layer.module, []).append(layer)
-    found: dict[str, list[str]] = {}
-    for module, experts in modules.items():
-        if any(is_auto(layer.rule) and _is_quantized(layer) for layer in experts):
-            forms: dict[tuple[str, str], set[int]] = {}
-            for layer in experts:
-                assert isinstance(layer.shard, ExpertShard)
-                forms.setdefault(_form(layer), set()).add(layer.shard.expert)
-            if len(forms) > 1:
-                found.setdefault(_told(forms), []).append(module)
-    return [
+            forms = modules.setdefault(layer.module, {})
+            forms.setdefault(_form(layer), set()).add(layer.shard.expert)
+            if is_auto(layer.rule) and layer.stored is not None and not layer.stored.is_float:
+                automatic.add(layer.module)
+    return fold_problems(
         Problem(
-            ", ".join(fold_names(names)),
+            module,
             "under method: auto SGLang's class runs all experts of a layer alike: they need one "
-            f"source and one stored format, got {text}",
+            f"source and one stored format, got {_told(forms)}",
             "take all of them from one source, or name a method for all of them",
             "mixed-experts",
         )
-        for text, names in found.items()
-    ]
-
-
-def _is_quantized(layer: PlannedLayer) -> bool:
-    return layer.stored is not None and not layer.stored.is_float
+        for module, forms in modules.items()
+        if module in automatic and len(forms) > 1
+    )
 
 
 def _form(layer: PlannedLayer) -> tuple[str, str]:
@@ -176,20 +131,19 @@ def faults_of(layer: PlannedLayer, shape: LayerShape, target: Target) -> list[Fa
 def _held(
     shard: str, rules: Mapping[str, Rule], stored: Mapping[str, tuple[str, StoredFormat | None]]
 ) -> str:
-    source, format_ = stored[shard]
-    if shard in rules and rules[shard].scheme.method != AUTO:
+    if shard in rules and not is_auto(rules[shard]):
         return f"method {rules[shard].scheme.method}"
+    source, format_ = stored[shard]
     return f"{described(format_) if format_ else 'nothing'} of {source!r}"
 
 
-def find_auto_notes(layer: PlannedLayer) -> list[tuple[str, str]]:
-    """Return (text, remedy) for what the CPU platform does otherwise than CUDA."""
+def find_auto_notes(layer: PlannedLayer) -> list[str]:
+    """Tell what the CPU platform does otherwise than CUDA."""
     if not is_auto(layer.rule) or layer.action != "dequantize" or layer.stored is None:
         return []
     inputs = layer.stored.said.get("inputs")
-    text = (
+    return [
         f"is dequantized here: no method of the CPU platform runs {layer.stored.description}; on "
         f"CUDA it runs as stored{', with quantized activations' if inputs else ''}"
         f"{', if SGLang has a kernel for such experts' if layer.kind == 'expert' else ''}"
-    )
-    return [(text, "")]
+    ]

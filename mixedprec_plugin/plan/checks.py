@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, why_not_split
-from mixedprec_plugin.errors import Problem, Severity
-from mixedprec_plugin.families.config import text_config
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.config import Config, num_kv_ranks
 from mixedprec_plugin.families.names import (
     NEVER_QUANTIZED,
     ExpertShard,
@@ -21,21 +21,18 @@ from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
 from mixedprec_plugin.names import nearest
 from mixedprec_plugin.plan.auto import faults_of, find_auto_notes
-from mixedprec_plugin.plan.families import (
+from mixedprec_plugin.plan.family_checks import (
     mla_faults,
     stored_shards,
     why_not_family,
     why_not_stored_fused,
 )
-from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.folding import fold_names, fold_problems
 from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.preset.model import Preset, Rule
-
-# rule, text, remedy, severity
-_Fault = tuple[str, str, str, Severity]
+from mixedprec_plugin.preset.model import Preset
 
 
 def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> list[Problem]:
@@ -47,56 +44,33 @@ def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> 
     problems = []
     decided = {rule.index for rule in matches.deciding.values()}
     for rule in preset.rules:
-        matched = matches.matched[rule.index]
-        if not matched:
-            if not rule.optional:
-                problems.append(_unmatched(rule, kinds))
-        elif rule.index not in decided:
-            problems.append(_shadowed(rule, matches, matched))
-        elif rule.scheme.method not in (UNQUANTIZED, AUTO) and all(
-            kinds[n] in NEVER_QUANTIZED for n in matched
+        where, matched = str(rule.location), matches.matched[rule.index]
+        if not matched and not rule.optional:
+            near = nearest(rule.patterns[0], list(kinds))
+            hint = f"did you mean {', '.join(near)}? " if near else ""
+            what = f"{', '.join(map(repr, rule.shown))} matches no layer of the model"
+            remedy = f"{hint}write optional: true if that is meant"
+            problems.append(Problem(where, what, remedy, "unmatched-rule"))
+        elif matched and rule.index not in decided:
+            later = sorted({matches.deciding[name].index for name in matched})
+            listed = ", ".join(map(str, later))
+            what = f"decides no layer: rules {listed} match all of its layers after it"
+            remedy = "move it after them or remove it"
+            problems.append(Problem(where, what, remedy, "shadowed-rule", "warning"))
+        elif (
+            matched
+            and rule.scheme.method not in (UNQUANTIZED, AUTO)
+            and all(kinds[name] in NEVER_QUANTIZED for name in matched)
         ):
-            problems.append(_never_quantized(rule, kinds, matched))
+            names = sorted(matched)
+            folded, reason = ", ".join(fold_names(names)[:3]), NEVER_QUANTIZED[kinds[names[0]]]
+            what = f"{folded} cannot run in {rule.scheme.label}: {reason}"
+            remedy = "remove the rule; such layers are served as stored"
+            problems.append(Problem(where, what, remedy, "never-quantized"))
     return problems
 
 
-def _unmatched(rule: Rule, kinds: Mapping[str, Kind]) -> Problem:
-    near = nearest(rule.patterns[0], list(kinds))
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    patterns = ", ".join(repr(p) for p in rule.shown)
-    return Problem(
-        str(rule.location),
-        f"{patterns} matches no layer of the model",
-        f"{hint}write optional: true if that is meant",
-        "unmatched-rule",
-    )
-
-
-def _shadowed(rule: Rule, matches: Matches, matched: Iterable[str]) -> Problem:
-    later = sorted({matches.deciding[name].index for name in matched})
-    return Problem(
-        str(rule.location),
-        f"decides no layer: rules {', '.join(map(str, later))} match all of its layers after it",
-        "move it after them or remove it",
-        "shadowed-rule",
-        "warning",
-    )
-
-
-def _never_quantized(rule: Rule, kinds: Mapping[str, Kind], matched: Iterable[str]) -> Problem:
-    names = sorted(matched)
-    return Problem(
-        str(rule.location),
-        f"{', '.join(fold_names(names)[:3])} cannot run in {rule.scheme.label}: "
-        f"{NEVER_QUANTIZED[kinds[names[0]]]}",
-        "remove the rule; such layers are served as stored",
-        "never-quantized",
-    )
-
-
-def check_layers(
-    layers: Sequence[PlannedLayer], target: Target, config: Mapping[str, Any]
-) -> list[Problem]:
+def check_layers(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[Problem]:
     """Check that each layer can be made what the plan says and that its method serves its shape."""
     siblings: dict[object, list[PlannedLayer]] = {}
     parameters = [_parameter(layer) for layer in layers]
@@ -107,10 +81,14 @@ def check_layers(
         if len(shards) > 1:
             shards.sort(key=lambda layer: shard_order(layer.shard))
         shapes[parameter] = tuple([(s.shard in ("k", "v"), id(s.stored)) for s in shards])
-    found = _fused_experts(layers, config)
+    problems = []
     # layers that are alike have the same faults; a large model has 70,000 layers of few kinds
-    known: dict[object, tuple[_Fault, ...]] = {}
+    known: dict[object, tuple[Problem, ...]] = {}
     for layer, parameter in zip(layers, parameters, strict=True):
+        if layer.kind == "other" and is_fused(layer.name, layer.inputs):
+            remedy = "take a checkpoint that stores them one by one"
+            text = why_not_split(layer.inputs, config)
+            problems.append(Problem(layer.name, text, remedy, "fused-experts"))
         if layer.stored is None:
             continue
         key = (
@@ -119,61 +97,45 @@ def check_layers(
         )  # fmt: skip
         if key not in known:
             known[key] = tuple(_faults(layer, siblings[parameter], target, config))
-        for fault in known[key]:
-            found.setdefault(fault, []).append(layer.name)
-    problems = [
-        Problem(", ".join(fold_names(names)), text, remedy, rule, severity)
-        for (rule, text, remedy, severity), names in found.items()
+        problems += [dataclasses.replace(fault, where=layer.name) for fault in known[key]]
+    return [
+        *fold_problems(problems),
+        *why_not_family(config, target, layers),
+        *why_not_in_memory(layers, target, config),
     ]
-    problems += why_not_family(config, target, layers)
-    return problems + why_not_in_memory(layers, target, config)
-
-
-def _fused_experts(
-    layers: Sequence[PlannedLayer], config: Mapping[str, Any]
-) -> dict[_Fault, list[str]]:
-    """Experts that are stored in one tensor and could not be taken apart."""
-    found: dict[_Fault, list[str]] = {}
-    for layer in layers:
-        if layer.kind == "other" and is_fused(layer.name, layer.inputs):
-            text = why_not_split(layer.inputs, config)
-            remedy = "take a checkpoint that stores them one by one"
-            found.setdefault(("fused-experts", text, remedy, "error"), []).append(layer.name)
-    return found
 
 
 def _faults(
-    layer: PlannedLayer,
-    shards: Sequence[PlannedLayer],
-    target: Target,
-    config: Mapping[str, Any],
-) -> Iterator[_Fault]:
-    assert layer.stored is not None
+    layer: PlannedLayer, shards: Sequence[PlannedLayer], target: Target, config: Config
+) -> Iterator[Problem]:
+    name, stored = layer.name, layer.stored
+    assert stored is not None
     if layer.kind == "draft":
         return
-    for text in layer.stored.disagreements:
+    for text in stored.disagreements:
         remedy = "its tensors decide; check that the checkpoint is whole"
-        yield "stored-disagreement", text, remedy, "warning"
-    for reason in layer.reasons:
-        yield *reason, "error"
+        yield Problem(name, text, remedy, "stored-disagreement", "warning")
+    for rule, text, remedy in layer.reasons:
+        yield Problem(name, text, remedy, rule)
     if layer.reasons or layer.scheme is None:
         return
     if text := why_not_stored_fused(layer, config):
-        yield "config-shape", text, "config.json and weights are of different models", "error"
+        yield Problem(name, text, "config.json and weights are of different models", "config-shape")
         return
+    for text, remedy in find_losses(layer, target) + find_shard_losses(shards, target):
+        yield Problem(name, text, remedy, "loss", "warning")
+    for text in find_auto_notes(layer):
+        yield Problem(name, text, "", "loss", "warning")
     shape = _layer_shape(layer, shards, target, config)
-    losses = find_losses(layer, target) + find_shard_losses(shards, target)
-    for text, remedy in (*losses, *find_auto_notes(layer)):
-        yield "loss", text, remedy, "warning"
     faults = faults_of(layer, shape, target)
-    for fault in faults:
-        yield *fault, "error"
+    for rule, text, remedy in faults:
+        yield Problem(name, text, remedy, rule)
     for text, remedy in mla_faults(layer, shards, target.device, config):
-        yield "mla", text, remedy, "error"
+        yield Problem(name, text, remedy, "mla")
     if target.device == "cpu" and not faults:
         for fault in faults_of(layer, shape, Target(tp_size=target.tp_size, dtype=target.dtype)):
             text = f"does not run on CUDA: {fault.text}"
-            yield "cuda-shape", text, fault.remedy, "warning"
+            yield Problem(name, text, fault.remedy, "cuda-shape", "warning")
 
 
 def _parameter(layer: PlannedLayer) -> object:
@@ -184,14 +146,10 @@ def _parameter(layer: PlannedLayer) -> object:
 
 
 def _layer_shape(
-    layer: PlannedLayer,
-    siblings: Sequence[PlannedLayer],
-    target: Target,
-    config: Mapping[str, Any],
+    layer: PlannedLayer, siblings: Sequence[PlannedLayer], target: Target, config: Config
 ) -> LayerShape:
     assert layer.stored is not None
-    # SGLang repeats key and value heads where there are fewer of them than ranks
-    num_heads = int(text_config(config).get("num_key_value_heads") or target.tp_size)
+    kv_ranks = num_kv_ranks(config, target.tp_size)
     shards = stored_shards(layer, config) or tuple(
         (str(s.shard), s.stored.N) for s in siblings if s.stored is not None
     )
@@ -202,9 +160,6 @@ def _layer_shape(
         parallel=parallel_kind(layer.name, family_of(config)),
         tp_size=target.tp_size,
         dtype=target.dtype,
-        shard_ranks=tuple(
-            min(target.tp_size, num_heads) if shard in ("k", "v") else target.tp_size
-            for shard, _ in shards
-        ),
+        shard_ranks=tuple(kv_ranks if s in ("k", "v") else target.tp_size for s, _ in shards),
         is_expert=isinstance(layer.shard, ExpertShard),
     )

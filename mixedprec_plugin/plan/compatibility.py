@@ -44,8 +44,6 @@ def check_sources(
 
     Args:
         preset: `trust_sources` turns errors into warnings; has the sources' lines.
-        layers: as planned.
-        sources: name -> checkpoint.
     Returns:
         one problem for each source that differs, with every difference.
     Raises:
@@ -98,15 +96,13 @@ def _is_same(key: str, got: Any, expected: Any) -> bool:
 def _shape_differences(
     layers: Iterable[PlannedLayer], source: Source, model: Source, formats: FormatCache
 ) -> list[str]:
-    found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    found: dict[str, list[str]] = {}
     for layer in layers:
         ours, theirs = (_shape(layer.name, s, formats) for s in (model, source))
         if ours and theirs and ours != theirs:
-            found.setdefault((theirs, ours), []).append(layer.name)
-    return [
-        f"{', '.join(fold_names(names))} is {list(got)} (expected {list(expected)})"
-        for (got, expected), names in found.items()
-    ]
+            text = f"is {list(theirs)} (expected {list(ours)})"
+            found.setdefault(text, []).append(layer.name)
+    return [f"{', '.join(fold_names(names))} {text}" for text, names in found.items()]
 
 
 def _shape(name: str, source: Source, formats: FormatCache) -> tuple[int, ...]:
@@ -123,7 +119,7 @@ def _embedding_differences(
 ) -> list[str]:
     """Compare rows of the embedding, spread over the vocabulary, where both store it in floats."""
     found = []
-    for name in [layer.name for layer in layers if layer.kind == "embedding"]:
+    for name in (layer.name for layer in layers if layer.kind == "embedding"):
         theirs, ours = (_matrix(name, s) for s in (source, model))
         if theirs is None or ours is None or theirs.shape[1] != ours.shape[1]:
             continue
@@ -132,12 +128,11 @@ def _embedding_differences(
         indices = [num_rows * (2 * i + 1) // (2 * _NUM_ROWS) for i in range(_NUM_ROWS)]
         rows = [values.rows(tensor, indices) for tensor in (theirs, ours)]
         dtypes = (theirs.dtype, ours.dtype)
-        pairs = list(zip(*rows, strict=True))
-        num_different = sum(not are_equal(a, b, dtypes) for a, b in pairs)
+        num_different = sum(not are_equal(a, b, dtypes) for a, b in zip(*rows, strict=True))
         if num_different:
             found.append(
                 f"{num_different} of {_NUM_ROWS} sampled rows of {name} differ (cosine "
-                f"{_cosine(rows[0], rows[1]):.3f})"
+                f"{_cosine(*rows):.3f})"
             )
     return found
 

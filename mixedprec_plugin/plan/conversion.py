@@ -20,24 +20,40 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
+from mixedprec_plugin.checkpoint.headers import DTYPE_BITS
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
+from mixedprec_plugin.families.record import Family
 from mixedprec_plugin.methods.cards import served_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
-from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, TensorSpec
+from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, Tensors, TensorSpec
 from mixedprec_plugin.preset.model import Rule, Scheme
 
 Action = Literal[
     "as stored", "cast", "quantize", "dequantize", "repack", "requantize", "impossible"
 ]
-Tensors = Mapping[str, StoredTensor]
 
 _FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 # SGLang keeps some routers in float32 (models/glm4_moe.py:391, models/deepseek_v2.py:520), and a
 # draft model is loaded from what is stored
 _UNCAST = frozenset({"router", "draft"})
-_ROUTER_BIAS = "e_score_correction_bias"
+
+
+class Asked(NamedTuple):
+    """What a layer is to become, and what there is of it.
+
+    Attributes:
+        scheme: what it runs as; None for what is never quantized.
+        rule: the rule that decides; None where none matches.
+        stored: the format of its weight in its source.
+        tensors: suffix -> tensor of the layer, in its source.
+    """
+
+    scheme: Scheme | None
+    rule: Rule | None
+    stored: StoredFormat | None
+    tensors: Tensors
+    kind: Kind
 
 
 class Reason(NamedTuple):
@@ -68,65 +84,68 @@ class Conversion:
 class Conversions:
     """What each layer becomes; layers that are alike share it."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, family: Family) -> None:
         self._target = target
+        self._family = family
         self._known: dict[object, Conversion] = {}
 
-    def of(
-        self,
-        scheme: Scheme | None,
-        rule: Rule | None,
-        stored: StoredFormat | None,
-        tensors: Tensors,
-        kind: Kind,
-    ) -> Conversion:
-        """What a layer becomes.
-
-        Args:
-            scheme: what it runs as; None for what is never quantized.
-            rule: the rule that decides; None where none matches.
-            stored: the format of its weight in its source.
-            tensors: suffix -> tensor of the layer, in its source.
-        """
+    def of(self, asked: Asked) -> Conversion:
+        """What a layer becomes."""
         # layers share a format only where their tensors have the same dtypes and shapes
-        alike: object = id(stored)
-        if stored is None:
-            alike = tuple([(suffix, t.dtype, t.shape) for suffix, t in tensors.items()])
-        key = (id(scheme), alike, kind, rule is None, rule is not None and is_auto(rule))
+        alike: object = id(asked.stored)
+        if asked.stored is None:
+            alike = tuple([(suffix, t.dtype, t.shape) for suffix, t in asked.tensors.items()])
+        key = (id(asked.scheme), alike, asked.kind, asked.rule is None, is_auto(asked.rule))
         if key not in self._known:
-            self._known[key] = _decide(scheme, rule, stored, tensors, kind, self._target)
+            self._known[key] = self._decide(asked)
         return self._known[key]
+
+    def _decide(self, asked: Asked) -> Conversion:
+        scheme, _, stored, tensors, kind = asked
+        action: Action = "as stored"
+        reasons: tuple[Reason, ...] = ()
+        if stored is not None and kind != "draft":
+            if scheme is not None:
+                action = action_of(scheme, stored, tensors, self._target.dtype)
+            reasons = tuple(_reasons(action, asked, stored, self._target))
+        outputs = self._outputs(action, asked)
+        if not reasons and action == "as stored" and scheme is not None and stored is not None:
+            reasons = tuple(_misfits(scheme, stored, tensors, outputs))
+        return Conversion(
+            "impossible" if reasons else action,
+            MappingProxyType(outputs),
+            sum(tensor.num_bytes for tensor in tensors.values()),
+            sum(map(spec_bytes, outputs.values())) if kind != "draft" else 0,
+            reasons,
+        )
+
+    def _outputs(self, action: Action, asked: Asked) -> dict[str, TensorSpec]:
+        """The method's tensors, then those beside the matrix (biases)."""
+        scheme, _, stored, tensors, kind = asked
+        dtype = self._target.dtype
+        outputs: dict[str, TensorSpec] = {}
+        replaced: frozenset[str] = frozenset()
+        if scheme is not None and stored is not None:
+            if stored.N:
+                method = METHODS[scheme.method]
+                outputs |= method.stored(scheme.arguments, stored.N, stored.K, dtype)
+            if action != "as stored":
+                replaced = stored.suffixes
+            elif scheme.method == AUTO:
+                own = {s: t for s, t in tensors.items() if s in stored.suffixes}
+                outputs |= {s: TensorSpec(t.dtype, t.shape) for s, t in own.items()}
+                outputs |= stored.filled
+        for suffix, tensor in tensors.items():
+            if suffix not in replaced and suffix not in outputs:
+                is_kept = kind in _UNCAST or suffix == self._family.router_bias
+                is_cast = tensor.dtype in _FLOATS and not is_kept
+                outputs[suffix] = TensorSpec(dtype if is_cast else tensor.dtype, tensor.shape)
+        return outputs
 
 
 def is_auto(rule: Rule | None) -> bool:
     """Whether a rule says `auto` of a layer, whatever it runs in."""
     return rule is not None and rule.scheme.method == AUTO
-
-
-def _decide(
-    scheme: Scheme | None,
-    rule: Rule | None,
-    stored: StoredFormat | None,
-    tensors: Tensors,
-    kind: Kind,
-    target: Target,
-) -> Conversion:
-    action: Action = "as stored"
-    reasons: tuple[Reason, ...] = ()
-    if stored is not None and kind != "draft":
-        if scheme is not None:
-            action = action_of(scheme, stored, tensors, target.dtype)
-        reasons = tuple(_reasons(action, scheme, rule, stored, tensors, kind, target))
-    outputs = _outputs(action, scheme, stored, tensors, kind, target.dtype)
-    if not reasons and action == "as stored" and scheme is not None and stored is not None:
-        reasons = tuple(_misfits(scheme, stored, tensors, outputs))
-    return Conversion(
-        "impossible" if reasons else action,
-        MappingProxyType(outputs),
-        sum(tensor.num_bytes for tensor in tensors.values()),
-        sum(map(spec_bytes, outputs.values())) if kind != "draft" else 0,
-        reasons,
-    )
 
 
 def action_of(scheme: Scheme, stored: StoredFormat, tensors: Tensors, dtype: str) -> Action:
@@ -159,27 +178,22 @@ def _why_not_repack(scheme: Scheme, stored: StoredFormat, tensors: Tensors) -> s
 def _different_arguments(stored: StoredFormat, scheme: Scheme) -> Mapping[str, Any]:
     """Arguments on which a layer of the right method is stored otherwise -> how it is stored."""
     asked = METHODS[scheme.method].complete(scheme.arguments, stored)
+
+    def plain(value: Any) -> Any:
+        # a group of all of K is K
+        return stored.K if value == -1 else value
+
     return {
         key: value
         for key, value in stored.arguments.items()
-        if _plain(key, asked.get(key), stored.K) != _plain(key, value, stored.K)
+        if plain(asked.get(key)) != plain(value)
     }
 
 
-def _plain(key: str, value: Any, K: int) -> Any:
-    """One spelling of a value: a group of all of K is K."""
-    return K if key == "group_size" and value == -1 else value
-
-
 def _reasons(
-    action: Action,
-    scheme: Scheme | None,
-    rule: Rule | None,
-    stored: StoredFormat,
-    tensors: Tensors,
-    kind: Kind,
-    target: Target,
+    action: Action, asked: Asked, stored: StoredFormat, target: Target
 ) -> Iterator[Reason]:
+    scheme, rule, _, tensors, kind = asked
     described = f"is stored as {stored.description}"
     if scheme is None:
         if not stored.is_float:
@@ -217,17 +231,13 @@ def _reasons(
     elif action == "impossible":
         yield _mismatch(scheme, stored, tensors, described)
     elif action in ("quantize", "requantize"):
-        yield from _why_not_quantize(scheme)
-
-
-def _why_not_quantize(scheme: Scheme) -> Iterator[Reason]:
-    spec = METHODS[scheme.method]
-    if not spec.codec:
-        text = f"{scheme.method} cannot quantize at load"
-        yield Reason("conversion", text, "use another method")
-    elif reason := spec.why_not_quantize(scheme.arguments):
-        text = f"cannot be quantized at load: {reason}"
-        yield Reason("conversion", text, "change that argument")
+        spec = METHODS[scheme.method]
+        if not spec.codec:
+            text = f"{scheme.method} cannot quantize at load"
+            yield Reason("conversion", text, "use another method")
+        elif reason := spec.why_not_quantize(scheme.arguments):
+            text = f"cannot be quantized at load: {reason}"
+            yield Reason("conversion", text, "change that argument")
 
 
 def _mismatch(scheme: Scheme, stored: StoredFormat, tensors: Tensors, described: str) -> Reason:
@@ -243,33 +253,6 @@ def _mismatch(scheme: Scheme, stored: StoredFormat, tensors: Tensors, described:
     asked = ", ".join(f"{key}: {scheme.arguments[key]}" for key in different)
     remedy = "write " + ", ".join(f"{key}: {value}" for key, value in different.items())
     return Reason("stored-format", f"{described}, not with {asked}", remedy)
-
-
-def _outputs(
-    action: Action,
-    scheme: Scheme | None,
-    stored: StoredFormat | None,
-    tensors: Tensors,
-    kind: Kind,
-    dtype: str,
-) -> dict[str, TensorSpec]:
-    """What the layer is served as: the method's tensors, then those beside the matrix (biases)."""
-    outputs: dict[str, TensorSpec] = {}
-    replaced: frozenset[str] = frozenset()
-    if scheme is not None and stored is not None:
-        if stored.N:
-            outputs |= METHODS[scheme.method].stored(scheme.arguments, stored.N, stored.K, dtype)
-        if action != "as stored":
-            replaced = stored.suffixes
-        elif scheme.method == AUTO:
-            own = {s: t for s, t in tensors.items() if s in stored.suffixes}
-            outputs |= {s: TensorSpec(t.dtype, t.shape) for s, t in own.items()}
-            outputs |= stored.filled
-    for suffix, tensor in tensors.items():
-        if suffix not in replaced and suffix not in outputs:
-            is_cast = tensor.dtype in _FLOATS and kind not in _UNCAST and suffix != _ROUTER_BIAS
-            outputs[suffix] = TensorSpec(dtype if is_cast else tensor.dtype, tensor.shape)
-    return outputs
 
 
 def _misfits(

@@ -92,7 +92,7 @@ class Coupling:
             for (where, what, remedy), found in self._errors.items()
         ]
 
-    def agree(self, name: str, first: str, second: str) -> bool:
+    def _agree(self, name: str, first: str, second: str) -> bool:
         """Whether two sources store the same values for a norm."""
         key = (name, frozenset({first, second}))
         if key not in self._agreed:
@@ -122,22 +122,35 @@ class Coupling:
         norm = self.layers[unit.norm]
         consumers = [self.layers[name] for name in (*unit.consumers, *unit.fixed)]
         used = list(dict.fromkeys(layer.source for layer in consumers))
-        if not [source for source in used if source != norm.source]:
+        if set(used) <= {norm.source}:
             return
         lacking = [source for source in used if unit.norm not in self._sources[source].layers]
         if lacking and not self._trusted:
-            self._error(unit, *_lacking(lacking[0], consumers))
+            what = (
+                f"{_named(consumers, lacking[0])} come from {lacking[0]!r}, which holds no such "
+                "norm, so nothing tells whether scales were folded into it"
+            )
+            remedy = "take them from a checkpoint that holds its norms, or set trust_sources: true"
+            self._error(unit, what, remedy)
             return
-        if all(self.agree(unit.norm, norm.source, source) for source in used):
+        if self._are_one(unit.norm, [norm.source, *used]):
             return
         unchangeable = [layer for layer in consumers if not self._is_changeable(layer, unit)]
         served = self._choose(unit, norm, used, unchangeable)
         if served is None:
             return
         if served != norm.source:
-            self._take_norm(norm, served)
+            # what is served keeps its dtypes and shapes
+            inputs = self._norm(unit.norm, served)
+            self.layers[unit.norm] = dataclasses.replace(
+                norm,
+                source=served,
+                inputs=inputs,
+                bytes_before=sum(tensor.num_bytes for tensor in inputs.values()),
+                note="follows its consumers",
+            )
         for layer in consumers:
-            if not self.agree(unit.norm, served, layer.source):
+            if not self._agree(unit.norm, served, layer.source):
                 self._rescale(unit, layer, served)
 
     def _is_changeable(self, layer: PlannedLayer, unit: Unit) -> bool:
@@ -153,9 +166,17 @@ class Coupling:
         """The source that a norm is served from; None where there is none that is right."""
         needed = list(dict.fromkeys(layer.source for layer in unchangeable))
         if unit.norm in self._explicit:
-            wrong = [s for s in needed if not self.agree(unit.norm, norm.source, s)]
+            wrong = [s for s in needed if not self._agree(unit.norm, norm.source, s)]
             if wrong:
-                self._contradicted(unit, norm, wrong[0], unchangeable)
+                what = (
+                    f"takes {last_component(unit.norm)} from {norm.source!r}, which is wrong for "
+                    f"{_named(unchangeable, wrong[0])} of {wrong[0]!r} (expected {wrong[0]!r}; the "
+                    "two differ by up to {distance})"
+                )
+                remedy = f"take the norm from {wrong[0]!r} or remove the rule"
+                where = str(norm.rule.location) if norm.rule else ""
+                distance = self._distance(unit.norm, norm.source, wrong[0])
+                self._error(unit, what, remedy, where, distance)
                 return None
             return norm.source
         candidates = needed or ([norm.source] if norm.source in used else [])
@@ -169,18 +190,7 @@ class Coupling:
         return "model" if "model" in candidates else candidates[0]
 
     def _are_one(self, norm: str, sources: Sequence[str]) -> bool:
-        return all(self.agree(norm, sources[0], source) for source in sources[1:])
-
-    def _take_norm(self, norm: PlannedLayer, source: str) -> None:
-        """Serve a norm from another source; what is served keeps its dtypes and shapes."""
-        inputs = self._norm(norm.name, source)
-        self.layers[norm.name] = dataclasses.replace(
-            norm,
-            source=source,
-            inputs=inputs,
-            bytes_before=sum(tensor.num_bytes for tensor in inputs.values()),
-            note="follows its consumers",
-        )
+        return all(self._agree(norm, sources[0], source) for source in sources[1:])
 
     def _rescale(self, unit: Unit, layer: PlannedLayer, served: str) -> None:
         own, new = self._norm(unit.norm, layer.source), self._norm(unit.norm, served)
@@ -223,10 +233,7 @@ class Coupling:
         return ""
 
     def _two_groups(self, unit: Unit, needed: list[str], unchangeable: list[PlannedLayer]) -> None:
-        parts = []
-        for source in needed:
-            names = [last_component(x.name) for x in unchangeable if x.source == source]
-            parts.append(f"{', '.join(dict.fromkeys(names))} of {source!r}")
+        parts = [f"{_named(unchangeable, source)} of {source!r}" for source in needed]
         what = (
             f"no norm is right for both {' and '.join(parts)}: they are stored behind their own, "
             "which differ by up to {distance}"
@@ -237,20 +244,6 @@ class Coupling:
         else:
             remedy += ", or have one side quantized here from bf16"
         self._error(unit, what, remedy, distance=self._distance(unit.norm, needed[0], needed[-1]))
-
-    def _contradicted(
-        self, unit: Unit, norm: PlannedLayer, source: str, unchangeable: list[PlannedLayer]
-    ) -> None:
-        names = [last_component(x.name) for x in unchangeable if x.source == source]
-        self._error(
-            unit,
-            f"takes {last_component(unit.norm)} from {norm.source!r}, which is wrong for "
-            f"{', '.join(dict.fromkeys(names))} of {source!r} (expected {source!r}; the two differ "
-            "by up to {distance})",
-            f"take the norm from {source!r} or remove the rule",
-            str(norm.rule.location) if norm.rule else "",
-            self._distance(unit.norm, norm.source, source),
-        )
 
     def _distance(self, norm: str, first: str, second: str) -> float:
         """The largest factor between two sources' norms."""
@@ -277,13 +270,10 @@ def _ratio(own: Array, served: Array) -> Array | None:
     return np.where(zero, np.float32(1), own / np.where(zero, np.float32(1), served))
 
 
-def _lacking(source: str, consumers: Sequence[PlannedLayer]) -> tuple[str, str]:
-    names = [last_component(layer.name) for layer in consumers if layer.source == source]
-    return (
-        f"{', '.join(dict.fromkeys(names))} come from {source!r}, which holds no such norm, so "
-        "nothing tells whether scales were folded into it",
-        "take them from a checkpoint that holds its norms, or set trust_sources: true",
-    )
+def _named(layers: Sequence[PlannedLayer], source: str) -> str:
+    """Last components of the layers that come from a source."""
+    names = [last_component(layer.name) for layer in layers if layer.source == source]
+    return ", ".join(dict.fromkeys(names))
 
 
 def _named_alone(layers: Sequence[PlannedLayer], matches: Matches) -> frozenset[str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from mixedprec_plugin.errors import Problem, Severity
+
 _NUMBER = re.compile(r"(\d+)")
 # a whole component behind the first number; a run that is folded already is none
 _SECOND = re.compile(r"^\D*\d[^.]*\..*?(?<=\.)(\d+)(?=\.|$)")
-_DIGITS = re.compile(r"(\d+)")
 
 
 def natural_key(name: str) -> list[str | int]:
     """Sort key under which `layers.2` comes before `layers.10`."""
-    parts: list[str | int] = list(_DIGITS.split(name))
+    parts: list[str | int] = list(_NUMBER.split(name))
     parts[1::2] = map(int, parts[1::2])
     return parts
 
@@ -31,19 +32,11 @@ def fold_names(names: Iterable[str]) -> list[str]:
 def _fold(names: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
     """Fold over the number that the pattern's last group is."""
     groups: dict[tuple[str, str], list[int]] = {}
-    plain: dict[tuple[str, str], str] = {}
     for name in names:
         match = pattern.search(name)
-        if match is None:
-            plain[(name, "")] = name
-            groups[(name, "")] = []
-        else:
-            key = (name[: match.start(1)], name[match.end(1) :])
-            groups.setdefault(key, []).append(int(match[1]))
-    return [
-        plain[key] if key in plain else f"{key[0]}{fold_numbers(numbers)}{key[1]}"
-        for key, numbers in groups.items()
-    ]
+        key = (name[: match.start(1)], name[match.end(1) :]) if match else (name, "")
+        groups.setdefault(key, []).extend([int(match[1])] if match else [])
+    return [f"{start}{fold_numbers(numbers)}{end}" for (start, end), numbers in groups.items()]
 
 
 def fold_numbers(numbers: Iterable[int]) -> str:
@@ -55,3 +48,12 @@ def fold_numbers(numbers: Iterable[int]) -> str:
         else:
             ranges.append([number, number])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def fold_problems(problems: Iterable[Problem]) -> list[Problem]:
+    """Make problems of layers one where they are alike but for the layers' names in `where`."""
+    alike: dict[tuple[str, str, str, Severity], list[str]] = {}
+    for each in problems:
+        key = (each.what, each.remedy, each.rule, each.severity)
+        alike.setdefault(key, []).append(each.where)
+    return [Problem(", ".join(fold_names(names)), *key) for key, names in alike.items()]

@@ -28,22 +28,17 @@ def find_losses(layer: PlannedLayer, target: Target) -> list[tuple[str, str]]:
             f"an error of {size}"
         )
         return [(text, "take it from an unquantized source for one rounding")]
-    if layer.action in ("repack", "as stored") and (dtype := _rounded_scales(layer, target)):
-        name = _DTYPES[dtype]
-        text = f"its codes are kept, its {name} scales are rounded to bfloat16, up to 0.2% each"
-        return [(text, "start with --dtype float16 to keep them" if dtype == "F16" else "")]
-    return []
-
-
-def _rounded_scales(layer: PlannedLayer, target: Target) -> str:
-    """The dtype of scales that are rounded, by us or by SGLang's own loader; empty if none are.
-
-    Kernels of integers in groups multiply by scales in the dtype that the model runs in.
-    """
-    if layer.stored is None or layer.stored.numbers != "integers" or target.dtype != "BF16":
-        return ""
+    # kernels of integers in groups multiply by scales in the dtype that the model runs in
     scale = layer.inputs.get("scales") or layer.inputs.get("weight_scale")
-    return scale.dtype if scale is not None and scale.dtype != target.dtype else ""
+    is_rounded = (
+        layer.action in ("repack", "as stored") and stored.numbers == "integers"
+        and target.dtype == "BF16" and scale is not None and scale.dtype != target.dtype
+    )  # fmt: skip
+    if not is_rounded or scale is None:
+        return []
+    name = _DTYPES[scale.dtype]
+    text = f"its codes are kept, its {name} scales are rounded to bfloat16, up to 0.2% each"
+    return [(text, "start with --dtype float16 to keep them" if scale.dtype == "F16" else "")]
 
 
 def find_shard_losses(layers: Sequence[PlannedLayer], target: Target) -> list[tuple[str, str]]:

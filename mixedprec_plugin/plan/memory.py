@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.families.config import text_config
+from mixedprec_plugin.families.config import Config, num_kv_ranks
 from mixedprec_plugin.families.names import parallel_kind
-from mixedprec_plugin.families.record import Family
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -16,33 +14,25 @@ from mixedprec_plugin.plan.model import PlannedLayer
 _SPLIT_KINDS = ("linear", "expert", "embedding", "lm_head")
 
 
-def rank_bytes(layers: Iterable[PlannedLayer], tp_size: int, config: Mapping[str, Any]) -> int:
+def rank_bytes(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> int:
     """Return the bytes of weights that each tensor-parallel rank holds.
 
     Linear layers, experts, embeddings and `lm_head` are split; key and value heads are repeated
     where there are fewer than ranks; all else is on every rank, and layers for a draft model on
     none.
-
-    Args:
-        config: the model's config.json.
     """
-    family = family_of(config)
-    num_heads = int(text_config(config).get("num_key_value_heads") or tp_size)
-    return sum(
-        -(-layer.bytes_after // _num_parts(layer, tp_size, num_heads, family))
-        for layer in layers
-        if layer.kind != "draft"
-    )
+    family, kv_ranks = family_of(config), num_kv_ranks(config, tp_size)
+
+    def num_parts(layer: PlannedLayer) -> int:
+        is_whole = layer.kind == "linear" and parallel_kind(layer.name, family) == "replicated"
+        if layer.kind not in _SPLIT_KINDS or is_whole:
+            return 1
+        return kv_ranks if layer.shard in ("k", "v") else tp_size
+
+    return sum(-(-x.bytes_after // num_parts(x)) for x in layers if x.kind != "draft")
 
 
-def _num_parts(layer: PlannedLayer, tp_size: int, num_heads: int, family: Family) -> int:
-    is_whole = layer.kind == "linear" and parallel_kind(layer.name, family) == "replicated"
-    if layer.kind not in _SPLIT_KINDS or is_whole:
-        return 1
-    return min(tp_size, num_heads) if layer.shard in ("k", "v") else tp_size
-
-
-def memory_line(layers: Iterable[PlannedLayer], target: Target, config: Mapping[str, Any]) -> str:
+def memory_line(layers: Iterable[PlannedLayer], target: Target, config: Config) -> str:
     """One line: what a rank's weights take of its GPU; empty where that is not known."""
     if target.gpu is None or not target.gpu.memory_bytes:
         return ""
@@ -54,24 +44,23 @@ def memory_line(layers: Iterable[PlannedLayer], target: Target, config: Mapping[
 
 
 def why_not_in_memory(
-    layers: Iterable[PlannedLayer], target: Target, config: Mapping[str, Any]
+    layers: Sequence[PlannedLayer], target: Target, config: Config
 ) -> list[Problem]:
     """Find whether the weights alone are more than the GPU of a rank holds."""
     if target.gpu is None or not target.gpu.memory_bytes:
         return []
-    layers = tuple(layers)
     held, memory = rank_bytes(layers, target.tp_size, config), target.gpu.memory_bytes
     if held <= memory:
         return []
-    sizes = (size for size in (2, 4, 8, 16, 32) if size > target.tp_size)
-    fitting = next((size for size in sizes if rank_bytes(layers, size, config) <= memory), None)
+    remedy = "use methods of fewer bits"
+    for size in (2, 4, 8, 16, 32):
+        if size > target.tp_size and rank_bytes(layers, size, config) <= memory:
+            remedy += f", or --tp {size}"
+            break
     what = (
         f"the weights do not fit: {_gigabytes(held)} a rank on {target.gpu.name} of "
         f"{_gigabytes(memory)}"
     )
-    remedy = "use methods of fewer bits"
-    if fitting is not None:
-        remedy += f", or --tp {fitting}"
     return [Problem("--gpu", what, remedy, "memory")]
 
 

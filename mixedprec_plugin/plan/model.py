@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
@@ -137,12 +136,10 @@ class Plan:
         modules: dict[str, list[PlannedLayer]] = {}
         for layer in self.layers:
             modules.setdefault(layer.module, []).append(layer)
-        return MappingProxyType(
-            {
-                name: tuple(sorted(layers, key=lambda layer: shard_order(layer.shard)))
-                for name, layers in modules.items()
-            }
-        )
+        return {
+            name: tuple(sorted(layers, key=lambda layer: shard_order(layer.shard)))
+            for name, layers in modules.items()
+        }
 
     @functools.cached_property
     def expert_groups(self) -> Mapping[str, tuple[ExpertGroup, ...]]:
@@ -153,22 +150,20 @@ class Plan:
                 groups = found.setdefault(layer.module, {})
                 _, experts = groups.setdefault(layer.scheme.identity, (layer.scheme, set()))
                 experts.add(layer.shard.expert)
-        return MappingProxyType(
-            {
-                module: tuple(
-                    sorted(
-                        (ExpertGroup(s, tuple(sorted(ids))) for s, ids in groups.values()),
-                        key=lambda group: group.experts,
-                    )
+        return {
+            module: tuple(
+                sorted(
+                    (ExpertGroup(scheme, tuple(sorted(ids))) for scheme, ids in groups.values()),
+                    key=lambda group: group.experts,
                 )
-                for module, groups in found.items()
-            }
-        )
+            )
+            for module, groups in found.items()
+        }
 
     @functools.cached_property
     def by_name(self) -> Mapping[str, PlannedLayer]:
         """Layer name -> layer."""
-        return MappingProxyType({layer.name: layer for layer in self.layers})
+        return {layer.name: layer for layer in self.layers}
 
     @property
     def errors(self) -> tuple[Problem, ...]:

@@ -36,7 +36,7 @@ from mixedprec_plugin.families.names import last_component
 from mixedprec_plugin.families.wiring import producers
 from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.stored import StoredFormat
-from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import PlannedLayer
 
 if TYPE_CHECKING:
@@ -71,10 +71,11 @@ class RowScales:
         )
 
 
+@dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Compares producers between sources, each pair once.
+    """Compares the rows of producers between sources.
 
-    Args:
+    Attributes:
         layers: layer name -> layer, as planned.
         sources: name -> checkpoint.
         norms: layer name -> the norm whose output it reads.
@@ -82,25 +83,13 @@ class Pairs:
         trusted: whether a producer that cannot be compared counts as the same.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, PlannedLayer],
-        sources: Mapping[str, Source],
-        norms: Mapping[str, str],
-        offset: float,
-        values: Values,
-        formats: FormatCache,
-        *,
-        trusted: bool = False,
-    ) -> None:
-        self._layers = layers
-        self._sources = sources
-        self._norms = norms
-        self._offset = offset
-        self._values = values
-        self._formats = formats
-        self._trusted = trusted
-        self._measured: dict[tuple[str, frozenset[str]], RowScales | str] = {}
+    layers: Mapping[str, PlannedLayer]
+    sources: Mapping[str, Source]
+    norms: Mapping[str, str]
+    offset: float
+    values: Values
+    formats: FormatCache
+    trusted: bool
 
     def check(self) -> list[Problem]:
         """Find consumers that are right only behind the producer of their own source.
@@ -108,51 +97,37 @@ class Pairs:
         Raises:
             CheckpointError: a layer cannot be read.
         """
-        errors: dict[tuple[str, str], list[str]] = {}
-        for producer, consumer in producers(self._layers, self._sources["model"].config):
-            made, reads = self._layers[producer].source, self._layers[consumer].source
-            if made == reads or self._sources[made].path == self._sources[reads].path:
+        problems = []
+        for producer, consumer in producers(self.layers, self.sources["model"].config):
+            made, reads = self.layers[producer].source, self.layers[consumer].source
+            if made == reads or self.sources[made].path == self.sources[reads].path:
                 continue
-            reason = self._why_wrong(producer, made, reads)
-            if reason:
+            if reason := self._why_wrong(producer, made, reads):
                 first, last = last_component(producer), last_component(consumer)
                 what = (
                     f"comes from {reads!r} and is right only behind its own {first}, which comes "
                     f"from {made!r}: {reason}"
                 )
                 remedy = f"take {first} and {last} from one source"
-                errors.setdefault((what, remedy), []).append(consumer)
-        return [
-            Problem(", ".join(fold_names(names)), what, remedy, "coupled-layers")
-            for (what, remedy), names in errors.items()
-        ]
+                problems.append(Problem(consumer, what, remedy, "coupled-layers"))
+        return fold_problems(problems)
 
     def _why_wrong(self, producer: str, first: str, second: str) -> str:
-        found = self.measure(producer, first, second)
+        found = self._compare(producer, first, second)
         if isinstance(found, str):
-            return "" if self._trusted else found
+            return "" if self.trusted else found
         if not found.is_related:
             return "their weights are unrelated"
         return "the rows of the two are scaled differently" if found.is_folded else ""
 
-    def measure(self, producer: str, first: str, second: str) -> RowScales | str:
-        """Compare a layer's rows between two sources, each behind its own norm.
-
-        Returns:
-            the scales, or why they cannot be told.
-        """
-        key = (producer, frozenset({first, second}))
-        if key not in self._measured:
-            self._measured[key] = self._compare(producer, first, second)
-        return self._measured[key]
-
     def _compare(self, producer: str, first: str, second: str) -> RowScales | str:
+        """The scales between a layer's rows, each behind its own norm; or why nothing tells."""
         matrices = []
         for source in (first, second):
             stored = self._stored(producer, source)
             if isinstance(stored, str):
                 return stored
-            matrices.append(_dequantize(self._sources[source], producer, stored))
+            matrices.append(_dequantize(self.sources[source], producer, stored))
         one, other = matrices
         if len(one) != len(other):
             return f"it has {len(one)} and {len(other)} rows"
@@ -172,21 +147,21 @@ class Pairs:
         """
         import torch
 
-        norm = self._norms.get(producer, "")
-        tensors = [self._sources[s].layers.get(norm, {}).get("weight") for s in (first, second)]
+        norm = self.norms.get(producer, "")
+        tensors = [self.sources[s].layers.get(norm, {}).get("weight") for s in (first, second)]
         if tensors[0] is None or tensors[1] is None:
             return None
-        one = np.abs(self._values.of(tensors[0]) + self._offset)
-        other = np.abs(self._values.of(tensors[1]) + self._offset)
+        one = np.abs(self.values.of(tensors[0]) + self.offset)
+        other = np.abs(self.values.of(tensors[1]) + self.offset)
         if one.shape != other.shape or np.array_equal(one, other):
             return None
         ratio = np.divide(one, other, out=np.zeros_like(one), where=other != 0)
         return torch.from_numpy(np.sqrt(ratio))
 
     def _stored(self, producer: str, source: str) -> StoredFormat | str:
-        if producer not in self._sources[source].layers:
+        if producer not in self.sources[source].layers:
             return f"{source!r} holds no {last_component(producer)} to compare"
-        stored = self._formats.of(self._sources[source], producer)
+        stored = self.formats.of(self.sources[source], producer)
         if stored is None or not stored.is_readable:
             return f"{source!r} stores its {last_component(producer)} in a format we do not read"
         return stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import ExpertShard, sglang_name
 from mixedprec_plugin.families.record import Family
 from mixedprec_plugin.families.table import family_of
-from mixedprec_plugin.plan.families import shared_experts_line
+from mixedprec_plugin.plan.family_checks import shared_experts_line
 from mixedprec_plugin.plan.folding import fold_names, fold_numbers
 from mixedprec_plugin.plan.memory import memory_line
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
@@ -55,28 +54,34 @@ def group_modules(plan: Plan) -> list[Group]:
     """Fold the plan's modules into rows: alike but for a number, same scheme, same action."""
     buckets: dict[tuple[str, ...], dict[str, tuple[PlannedLayer, ...]]] = {}
     for module, layers in _units(plan):
-        shape = ",".join(f"{x.stored.N}x{x.stored.K}" if x.stored else "" for x in layers)
+        stored = [layer.stored for layer in layers if layer.stored]
         scheme = layers[0].scheme
-        label = scheme.label if scheme else "-"
-        identity = repr(scheme.identity) if scheme else ""
-        folded = fold_names([module])[0] if not any(c.isdigit() for c in module) else _shape(module)
-        key = (folded, label, _sources(layers), identity, _actions(layers), _stored(layers), shape)
+        key = (
+            ".".join("#" if part.isdigit() else part for part in module.split(".")),
+            scheme.label if scheme else "-",
+            _listed(layer.source for layer in layers),
+            repr(scheme.identity) if scheme else "",
+            _listed(_action(layer) for layer in layers),
+            _listed(each.description for each in stored),
+            ",".join(f"{x.stored.N}x{x.stored.K}" if x.stored else "" for x in layers),
+        )
         buckets.setdefault(key, {})[module] = layers
     groups = []
     family = family_of(plan.source.config)
-    for (_, label, source, _, action, stored, _), modules in buckets.items():
+    for (_, label, source, _, action, described, _), modules in buckets.items():
         layers = tuple(layer for group in modules.values() for layer in group)
+        scheme = layers[0].scheme
         name = ", ".join(fold_names(modules))
         other = ", ".join(fold_names(sglang_name(module, family) for module in modules))
         groups.append(
             Group(
                 name=name,
-                sglang=other if other != name and layers[0].scheme is not None else "",
+                sglang=other if other != name and scheme is not None else "",
                 scheme=label,
-                method=layers[0].scheme.summary if layers[0].scheme else "",
+                method=scheme.summary if scheme else "",
                 source=source,
                 action=action,
-                stored=stored,
+                stored=described,
                 num_modules=len(modules),
                 bytes_before=sum(layer.bytes_before for layer in layers),
                 bytes_after=sum(layer.bytes_after for layer in layers),
@@ -94,20 +99,14 @@ def _units(plan: Plan) -> Iterator[tuple[str, tuple[PlannedLayer, ...]]]:
             yield module, layers
         for group in groups:
             ids = set(group.experts)
-            members = tuple(
-                layer
-                for layer in layers
-                if isinstance(layer.shard, ExpertShard) and layer.shard.expert in ids
-            )
-            yield f"{module}.{fold_numbers(ids)}", members
+            members = [
+                x for x in layers if isinstance(x.shard, ExpertShard) and x.shard.expert in ids
+            ]
+            yield f"{module}.{fold_numbers(ids)}", tuple(members)
 
 
-def _shape(name: str) -> str:
-    return ".".join("#" if part.isdigit() else part for part in name.split("."))
-
-
-def _actions(layers: tuple[PlannedLayer, ...]) -> str:
-    return ", ".join(dict.fromkeys(_action(layer) for layer in layers))
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words))
 
 
 def _action(layer: PlannedLayer) -> str:
@@ -116,17 +115,9 @@ def _action(layer: PlannedLayer) -> str:
     return f"{layer.action} ({notes})" if notes else layer.action
 
 
-def _sources(layers: tuple[PlannedLayer, ...]) -> str:
-    return ", ".join(dict.fromkeys(layer.source for layer in layers))
-
-
 def _has_sources(plan: Plan) -> bool:
     """Whether layers come from more than the model's own checkpoint."""
     return any(layer.source != plan.source.name for layer in plan.layers)
-
-
-def _stored(layers: tuple[PlannedLayer, ...]) -> str:
-    return ", ".join(dict.fromkeys(x.stored.description for x in layers if x.stored))
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
@@ -141,11 +132,12 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "tied": dict(plan.tied),
         "target": dataclasses.asdict(plan.target),
         "totals": totals(plan),
-        "problems": [problem_as_dict(problem) for problem in plan.problems],
+        "problems": [dataclasses.asdict(problem) for problem in plan.problems],
     }
 
 
 def _layer_as_dict(layer: PlannedLayer, family: Family) -> dict[str, Any]:
+    stored, rescale = layer.stored, layer.rescale
     return {
         "name": layer.name,
         "module": layer.module,
@@ -155,33 +147,23 @@ def _layer_as_dict(layer: PlannedLayer, family: Family) -> dict[str, Any]:
         "method": layer.method,
         "arguments": dict(layer.scheme.arguments) if layer.scheme else {},
         "source": layer.source,
-        "stored": layer.stored.description if layer.stored else None,
+        "stored": stored.description if stored else None,
         "action": layer.action,
-        "rescaled": _rescale_as_dict(layer),
+        # the norms that columns are multiplied and divided by
+        "rescaled": rescale
+        and {
+            "norm": rescale.own.name,
+            "times": layer.source,
+            "over": rescale.source,
+            "offset": rescale.offset,
+        },
         "note": layer.note,
-        "shape": [layer.stored.N, layer.stored.K] if layer.stored else None,
+        "shape": [stored.N, stored.K] if stored else None,
         "bytes_before": layer.bytes_before,
         "bytes": layer.bytes_after,
         "bits_per_weight": round(layer.bits_per_weight, 4),
         "rule": layer.rule.index if layer.rule else None,
     }
-
-
-def _rescale_as_dict(layer: PlannedLayer) -> dict[str, Any] | None:
-    """The norms that columns are multiplied and divided by; None where they are not."""
-    if layer.rescale is None:
-        return None
-    return {
-        "norm": layer.rescale.own.name,
-        "times": layer.source,
-        "over": layer.rescale.source,
-        "offset": layer.rescale.offset,
-    }
-
-
-def problem_as_dict(problem: Problem) -> dict[str, str]:
-    """A problem as plain data for JSON."""
-    return dataclasses.asdict(problem)
 
 
 def totals(plan: Plan) -> dict[str, Any]:
@@ -247,8 +229,10 @@ def summary_lines(plan: Plan) -> list[str]:
     lines = [f"mixedprec: {plan.preset.path} over {plan.source.path}"]
     for group in group_modules(plan):
         bits = f"{group.bits_per_weight:5.2f} bits" if group.bits_per_weight else ""
+        # the label alone where it says as much
+        method = f" ({group.method})" if group.method not in ("", group.scheme) else ""
         lines.append(
-            f"mixedprec:   {group.name}  {_scheme_and_method(group)}  "
+            f"mixedprec:   {group.name}  {group.scheme}{method}  "
             f"{group.source + '  ' if _has_sources(plan) else ''}{group.action}  "
             f"{format_bytes(group.bytes_after)}  {bits}".rstrip()
         )
@@ -257,13 +241,6 @@ def summary_lines(plan: Plan) -> list[str]:
         lines.append(f"mixedprec: {line}")
     lines.extend(f"mixedprec: {p.severity}: {p}" for p in plan.problems)
     return lines
-
-
-def _scheme_and_method(group: Group) -> str:
-    """`mlp (awq 4-bit g128)`; the label alone where it says as much."""
-    if group.method in ("", group.scheme):
-        return group.scheme
-    return f"{group.scheme} ({group.method})"
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.garbage import gc_paused
-from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import (
     NEVER_QUANTIZED,
     Kind,
-    Shard,
     draft_layers,
     fused_module,
+    last_component,
     layer_kind,
     scheme_unit,
     shard_order,
@@ -23,31 +21,18 @@ from mixedprec_plugin.families.names import (
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.recognition import FormatCache
-from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.names import nearest, without_numbers
 from mixedprec_plugin.plan import checks
 from mixedprec_plugin.plan.auto import find_mixed_experts, find_mixed_modules
-from mixedprec_plugin.plan.conversion import Conversion, Conversions
-from mixedprec_plugin.plan.families import check_config_shapes
+from mixedprec_plugin.plan.conversion import Asked, Conversions
+from mixedprec_plugin.plan.family_checks import check_config_shapes
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import check_expert_ids, settle_fused_modules
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.mixing import settle_sources
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.schemes import SchemeChooser
-from mixedprec_plugin.preset.model import Preset, Rule, Scheme
-
-# buffers that some old checkpoints carry and every model computes by itself
-_COMPUTED = ("rotary_emb",)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Taken:
-    """Where one layer comes from."""
-
-    source: Source
-    tensors: Mapping[str, StoredTensor]
-    stored: StoredFormat | None
+from mixedprec_plugin.preset.model import Preset, Rule
 
 
 @gc_paused()
@@ -67,44 +52,55 @@ def resolve_plan(
     Returns:
         the plan; what is wrong is in its `problems`, nothing is raised for it.
     """
-    sources = {model.name: model, **others}
-    names = [name for name in sorted(model.layers, key=natural_key) if not name.endswith(_COMPUTED)]
+    sources, family = {model.name: model, **others}, family_of(model.config)
+    names = sorted(model.layers.keys(), key=natural_key)
+    names = [name for name in names if last_component(name) not in family.computed]
     formats = FormatCache()
     kinds = _kinds(model, names, formats)
     tied = _tied_layers(model, kinds)
     drafts = {name for name, kind in kinds.items() if kind == "draft"}
     matches = match_rules(preset.rules, (*names, *tied), uncounted=drafts)
     rules = matches.deciding
-    taken, problems = _take(names, rules, kinds, sources, formats)
-    asking = SchemeChooser(target)
-    asked = {name: asking.of(rules.get(name), taken[name].stored, kinds[name]) for name in names}
-    family = family_of(model.config)
+    taken, problems = _take(names, rules, kinds, sources)
+    stored = {name: formats.of(taken[name], name) for name in names}
+    chooser = SchemeChooser(target)
+    asked = {name: chooser.of(rules.get(name), stored[name], kinds[name]) for name in names}
     fused = {name: fused_module(name, model.layers.keys(), family) for name in names}
     units: dict[str, list[str]] = {}
     for name, (module, shard) in sorted(fused.items(), key=lambda item: shard_order(item[1][1])):
         units.setdefault(scheme_unit(module, shard), []).append(name)
-    held = {name: (taken[name].source.name, taken[name].stored) for name in names}
+    held = {name: (taken[name].name, stored[name]) for name in names}
     mixed, mixtures = find_mixed_modules(units, rules, held)
     settled = {unit: shards for unit, shards in units.items() if unit not in mixed}
     schemes, conflicts = settle_fused_modules(preset, settled, asked, rules)
     problems += mixtures + conflicts
     problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
-    conversions = Conversions(target)
-    planned = [
-        _planned_layer(
-            name,
-            *fused[name],
-            kinds[name],
-            schemes[name],
-            rules.get(name),
-            taken[name],
-            conversions.of(
-                schemes[name], rules.get(name), taken[name].stored, taken[name].tensors, kinds[name]
-            ),
+    conversions, planned = Conversions(target, family), []
+    for name in names:
+        module, shard = fused[name]
+        tensors = taken[name].layers[name]
+        to_do = Asked(schemes[name], rules.get(name), stored[name], tensors, kinds[name])
+        conversion = conversions.of(to_do)
+        planned.append(
+            PlannedLayer(
+                name=name,
+                module=module,
+                shard=shard,
+                kind=kinds[name],
+                scheme=schemes[name],
+                rule=rules.get(name),
+                source=taken[name].name,
+                stored=stored[name],
+                action=conversion.action,
+                inputs=tensors,
+                outputs=conversion.outputs,
+                bytes_before=conversion.bytes_before,
+                bytes_after=conversion.bytes_after,
+                note="left to a draft model" if kinds[name] == "draft" else "",
+                reasons=conversion.reasons,
+            )
         )
-        for name in names
-    ]
     problems += find_mixed_experts(
         layer for layer in planned if scheme_unit(layer.module, layer.shard) not in mixed
     )
@@ -141,13 +137,12 @@ def _take(
     rules: Mapping[str, Rule],
     kinds: Mapping[str, Kind],
     sources: Mapping[str, Source],
-    formats: FormatCache,
-) -> tuple[dict[str, _Taken], list[Problem]]:
+) -> tuple[dict[str, Source], list[Problem]]:
     """Find every layer in the source that its rule names.
 
     Layers that no method quantizes follow a rule to its source where that holds them, too.
     """
-    taken: dict[str, _Taken] = {}
+    taken: dict[str, Source] = {}
     missing: dict[tuple[str, str], list[str]] = {}
     for name in names:
         rule = rules.get(name)
@@ -156,7 +151,7 @@ def _take(
             if rule is not None and kinds[name] not in NEVER_QUANTIZED:
                 missing.setdefault((source.name, str(rule.location)), []).append(name)
             source = sources["model"]
-        taken[name] = _Taken(source, source.layers[name], formats.of(source, name))
+        taken[name] = source
     problems = [
         Problem(
             where,
@@ -180,32 +175,3 @@ def _tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
         return {}
     embedding = next((name for name, kind in kinds.items() if kind == "embedding"), "")
     return {"lm_head": embedding} if embedding else {}
-
-
-def _planned_layer(
-    name: str,
-    module: str,
-    shard: Shard,
-    kind: Kind,
-    scheme: Scheme | None,
-    rule: Rule | None,
-    taken: _Taken,
-    conversion: Conversion,
-) -> PlannedLayer:
-    return PlannedLayer(
-        name=name,
-        module=module,
-        shard=shard,
-        kind=kind,
-        scheme=scheme,
-        rule=rule,
-        source=taken.source.name,
-        stored=taken.stored,
-        action=conversion.action,
-        inputs=taken.tensors,
-        outputs=conversion.outputs,
-        bytes_before=conversion.bytes_before,
-        bytes_after=conversion.bytes_after,
-        note="left to a draft model" if kind == "draft" else "",
-        reasons=conversion.reasons,
-    )

@@ -6,10 +6,10 @@ import dataclasses
 
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.interface import Arguments, Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
 from mixedprec_plugin.methods.stored import StoredFormat
-from mixedprec_plugin.plan.auto import auto_scheme
+from mixedprec_plugin.plan.auto import described
 from mixedprec_plugin.preset.model import Rule, Scheme
 
 
@@ -36,17 +36,22 @@ class SchemeChooser:
 
     def _made(self, rule: Rule | None, stored: StoredFormat) -> Scheme:
         if rule is None:
-            return _as_stored(stored)
-        if rule.scheme.method == AUTO:
-            return auto_scheme(rule.scheme, stored, self._target.device)
+            return Scheme("as stored", *_as_stored(stored, stored.arguments))
         scheme = rule.scheme
-        arguments = METHODS[scheme.method].complete(scheme.arguments, stored)
-        if arguments == scheme.arguments:
-            return scheme
-        return dataclasses.replace(scheme, arguments=arguments)
+        if scheme.method != AUTO:
+            arguments = METHODS[scheme.method].complete(scheme.arguments, stored)
+            same = arguments == scheme.arguments
+            return scheme if same else dataclasses.replace(scheme, arguments=arguments)
+        if self._target.device == "cuda" and not stored.is_float:
+            # layers of different sources and formats are different schemes
+            arguments = {"source": scheme.source, "stored": described(stored)}
+            return dataclasses.replace(scheme, arguments=arguments)
+        whole = {"group_size": stored.K} if stored.is_one_group else {}
+        method, arguments = _as_stored(stored, {**stored.arguments, **whole})
+        return dataclasses.replace(scheme, method=method, arguments=arguments)
 
 
-def _as_stored(stored: StoredFormat) -> Scheme:
+def _as_stored(stored: StoredFormat, arguments: Arguments) -> tuple[str, Arguments]:
     if stored.is_float or not stored.method:
-        return Scheme("as stored", *registry.bind(UNQUANTIZED, {"dtype": None}))
-    return Scheme("as stored", *registry.bind(stored.method, stored.arguments))
+        return registry.bind(UNQUANTIZED, {"dtype": None})
+    return registry.bind(stored.method, arguments)

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.loading import check_expert_part, load_expert_tensor
-from mixedprec_plugin.families.names import ExpertShard, scheme_unit
+from mixedprec_plugin.families.names import ExpertShard, last_component, scheme_unit
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.registry import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -70,7 +71,8 @@ def _absorb(model: torch.nn.Module, config: MixedPrecisionConfig) -> None:
     Source: `DeepseekV2WeightLoaderMixin.post_load_weights`
     (models/deepseek_common/deepseek_weight_loader.py:585).
     """
-    if any(module.endswith(".kv_b_proj") for module in config.built):
+    absorbed = family_of(config.plan.source.config).absorbed
+    if any(last_component(module) == absorbed for module in config.built):
         model.post_load_weights()  # type: ignore[operator]
 
 

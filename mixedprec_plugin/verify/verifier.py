@@ -19,6 +19,7 @@ import torch
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.compose.stream import Tensors, compose_layer, in_file_order, plain_defaults
+from mixedprec_plugin.families.config import sizes
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import coupled_units, producers
 from mixedprec_plugin.methods import registry
@@ -195,7 +196,7 @@ class Verifier:
     def _spread(self, factors: torch.Tensor, K: int) -> Columns | None:
         """Factors of v's rows for o's columns: every key-value head serves several query heads."""
         if len(factors) != K:
-            num_heads = int(self.plan.source.config.get("num_key_value_heads") or 0)
+            num_heads = int(sizes(self.plan.source.config).get("num_key_value_heads", 0))
             if not num_heads or len(factors) % num_heads or K % len(factors):
                 return None
             heads = factors.view(num_heads, -1).repeat_interleave(K // len(factors), dim=0)

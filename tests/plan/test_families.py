@@ -9,7 +9,7 @@ import pytest
 
 from mixedprec_plugin.methods.cards import find_gpu
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.families import why_not_family
+from mixedprec_plugin.plan.family_checks import why_not_family
 from tests import published
 from tests.presets import plan, problem_texts
 

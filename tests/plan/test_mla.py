@@ -11,7 +11,7 @@ import torch
 
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.stored import TensorSpec
-from mixedprec_plugin.plan.families import mla_faults
+from mixedprec_plugin.plan.family_checks import mla_faults
 from tests.checkpoint.peers import quantization_config
 from tests.checkpoints import write_checkpoint
 from tests.headers import write_headers

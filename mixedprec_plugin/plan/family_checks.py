@@ -15,7 +15,7 @@ from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
-from mixedprec_plugin.plan.folding import fold_names, natural_key
+from mixedprec_plugin.plan.folding import fold_names, fold_problems, natural_key
 from mixedprec_plugin.plan.model import PlannedLayer
 
 # SGLang's own kernel for tokens that are routed by groups of experts (environ.py:1485)
@@ -185,14 +185,14 @@ def shared_experts_line(config: Config, layers: Iterable[PlannedLayer]) -> str:
     """
     if config.get("n_shared_experts") != 1 or not family_of(config).fuses_shared_experts(config):
         return ""
-    names = {
+    names = [
         layer.module
         for layer in layers
         if ".mlp.shared_experts." in layer.name and layer.kind != "draft"
-    }
+    ]
     if not names:
         return ""
-    where = ", ".join(fold_names(sorted(names, key=natural_key)))
+    where = ", ".join(fold_names(sorted(set(names), key=natural_key)))
     return f"{where}: not fused into the routed experts, they follow their own rules"
 
 
@@ -202,25 +202,20 @@ def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[
     if family.shapes:
         heads = ("num_attention_heads", "num_key_value_heads")
         said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
-    found: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    problems = []
     for layer in layers:
         last, weight, stored = last_component(layer.name), layer.inputs.get("weight"), layer.stored
         got = weight.shape if weight is not None else None
         if layer.kind not in NEVER_QUANTIZED:
             got = (stored.N, stored.K) if stored is not None and stored.method else None
-        if got is not None and last in family.shapes:
-            want = tuple([int(said[key]) for key in family.shapes[last]])
-            if got != want:
-                found.setdefault((last, got, want), []).append(layer.name)
-    return [
-        Problem(
-            ", ".join(fold_names(names)),
-            f"its weight is {list(got)} (expected {list(want)} by config.json)",
-            "config.json and weights are of different models, or a file is damaged",
-            "config-shape",
-        )
-        for (_, got, want), names in found.items()
-    ]
+        if got is None or last not in family.shapes:
+            continue
+        want = tuple([int(said[key]) for key in family.shapes[last]])
+        if got != want:
+            text = f"its weight is {list(got)} (expected {list(want)} by config.json)"
+            remedy = "config.json and weights are of different models, or a file is damaged"
+            problems.append(Problem(layer.name, text, remedy, "config-shape"))
+    return fold_problems(problems)
 
 
 def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int], ...]:
@@ -246,12 +241,12 @@ def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int],
 
 def why_not_stored_fused(layer: PlannedLayer, config: Config) -> str:
     """Return why a layer that is stored fused cannot be split; empty if it can, or is not."""
-    shards = stored_shards(layer, config)
-    expected = sum(size for _, size in shards)
-    if not shards or layer.stored is None or expected == layer.stored.N:
+    sizes_of = dict(stored_shards(layer, config))
+    expected = sum(sizes_of.values())
+    if not sizes_of or layer.stored is None or expected == layer.stored.N:
         return ""
-    parts = " + ".join(str(size) for _, size in shards)
+    parts = " + ".join(map(str, sizes_of.values()))
     return (
         f"is stored fused with {layer.stored.N} rows (expected {parts} = {expected} for "
-        f"{', '.join(name for name, _ in shards)} by config.json)"
+        f"{', '.join(sizes_of)} by config.json)"
     )
