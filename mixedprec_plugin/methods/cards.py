@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
 
 from mixedprec_plugin.errors import Problem, UsageError
 
@@ -14,59 +12,22 @@ from mixedprec_plugin.errors import Problem, UsageError
 LEAST_CAPABILITY = 75
 _BF16_CAPABILITY = 80
 
-# name -> compute capability, and memory in GB; of several sizes the usual one first. Source:
+# compute capability -> names and memory in GB; of several sizes the usual one first. Source:
 # NVIDIA, "CUDA GPU Compute Capability", and the products' data sheets.
-_KNOWN: Mapping[str, tuple[int, tuple[int, ...]]] = MappingProxyType(
-    {
-        "V100": (70, (32, 16)),
-        "T4": (75, (16,)),
-        "RTX 2080": (75, (8,)),
-        "RTX 2080 Ti": (75, (11,)),
-        "Titan RTX": (75, (24,)),
-        "RTX 6000": (75, (24,)),
-        "RTX 8000": (75, (48,)),
-        "A30": (80, (24,)),
-        "A100": (80, (80, 40)),
-        "A800": (80, (80, 40)),
-        "A10": (86, (24,)),
-        "A10G": (86, (24,)),
-        "A16": (86, (16,)),
-        "A40": (86, (48,)),
-        "RTX 3060": (86, (12, 8)),
-        "RTX 3080": (86, (10, 12)),
-        "RTX 3090": (86, (24,)),
-        "RTX 3090 Ti": (86, (24,)),
-        "RTX A4000": (86, (16,)),
-        "RTX A5000": (86, (24,)),
-        "RTX A6000": (86, (48,)),
-        "L4": (89, (24,)),
-        "L20": (89, (48,)),
-        "L40": (89, (48,)),
-        "L40S": (89, (48,)),
-        "RTX 4060 Ti": (89, (16, 8)),
-        "RTX 4070": (89, (12,)),
-        "RTX 4080": (89, (16,)),
-        "RTX 4090": (89, (24,)),
-        "RTX 4000 Ada": (89, (20,)),
-        "RTX 5000 Ada": (89, (32,)),
-        "RTX 6000 Ada": (89, (48,)),
-        "H20": (90, (96, 141)),
-        "H100": (90, (80, 94)),
-        "H100 NVL": (90, (94,)),
-        "H200": (90, (141,)),
-        "H800": (90, (80,)),
-        "GH200": (90, (96, 144)),
-        "B200": (100, (180, 192)),
-        "GB200": (100, (186, 192)),
-        "B300": (103, (288, 270)),
-        "GB300": (103, (288, 279)),
-        "RTX 5070 Ti": (120, (16,)),
-        "RTX 5080": (120, (16,)),
-        "RTX 5090": (120, (32,)),
-        "RTX PRO 6000": (120, (96,)),
-        "GB10": (121, (128,)),
-    }
-)
+_BY_CAPABILITY = {
+    70: "V100 32/16",
+    75: "T4 16, RTX 2080 8, RTX 2080 Ti 11, Titan RTX 24, RTX 6000 24, RTX 8000 48",
+    80: "A30 24, A100 80/40, A800 80/40",
+    86: "A10 24, A10G 24, A16 16, A40 48, RTX 3060 12/8, RTX 3080 10/12, RTX 3090 24, "
+    "RTX 3090 Ti 24, RTX A4000 16, RTX A5000 24, RTX A6000 48",
+    89: "L4 24, L20 48, L40 48, L40S 48, RTX 4060 Ti 16/8, RTX 4070 12, RTX 4080 16, RTX 4090 24, "
+    "RTX 4000 Ada 20, RTX 5000 Ada 32, RTX 6000 Ada 48",
+    90: "H20 96/141, H100 80/94, H100 NVL 94, H200 141, H800 80, GH200 96/144",
+    100: "B200 180/192, GB200 186/192",
+    103: "B300 288/270, GB300 288/279",
+    120: "RTX 5070 Ti 16, RTX 5080 16, RTX 5090 32, RTX PRO 6000 96",
+    121: "GB10 128",
+}
 # what drivers and sellers put around a name
 _DECORATION = re.compile(
     r"\b(?:nvidia|geforce|tesla|quadro|generation|blackwell|hopper|server|workstation|edition"
@@ -116,7 +77,8 @@ def _by_name(text: str) -> Gpu:
     plain = text.lower().replace("-", " ").replace("_", " ")
     size = _SIZE.search(plain)
     wanted = _key(_SIZE.sub(" ", plain))
-    by_key = {_key(name): name for name in _KNOWN}
+    known = _known()
+    by_key = {_key(name): name for name in known}
     name = by_key.get(wanted) or by_key.get(f"rtx{wanted}")
     if name is None:
         near = [by_key[key] for key in difflib.get_close_matches(wanted, by_key)]
@@ -124,16 +86,26 @@ def _by_name(text: str) -> Gpu:
         what = f"{text!r} is not known (expected a name such as H100, or a compute capability)"
         remedy += "a compute capability such as 9.0 serves for any GPU"
         raise UsageError(Problem("--gpu", what, remedy, "gpu"))
-    capability, sizes = _KNOWN[name]
+    capability, sizes = known[name]
     gigabytes = int(size[1]) if size else sizes[0]
     if gigabytes not in sizes:
-        listed = ", ".join(f"{known} GB" for known in sizes)
+        listed = ", ".join(f"{one} GB" for one in sizes)
         raise UsageError(Problem("--gpu", f"{name} has no {gigabytes} GB (expected {listed})"))
     return Gpu(name, capability, gigabytes * 10**9)
 
 
+def _known() -> dict[str, tuple[int, list[int]]]:
+    """Name -> compute capability, and sizes of memory in GB."""
+    found = {}
+    for capability, listed in _BY_CAPABILITY.items():
+        for entry in listed.split(", "):
+            name, sizes = entry.rsplit(" ", 1)
+            found[name] = capability, [int(size) for size in sizes.split("/")]
+    return found
+
+
 def _key(name: str) -> str:
-    return re.sub(r"[\s]+", "", _DECORATION.sub(" ", name.lower()))
+    return "".join(_DECORATION.sub(" ", name.lower()).split())
 
 
 def served_dtype(dtype: str, capability: int) -> str:

@@ -50,7 +50,6 @@ def config_key(spec: Method, platform: str, capability: int | None) -> str:
     """Return the key of `config_classes` for a platform: old GPUs may have a class of their own.
 
     Args:
-        spec: the method.
         platform: `cuda`, `cpu` or a key itself.
         capability: major * 10 + minor of the GPU; None if there is none.
     Raises:
@@ -82,11 +81,7 @@ def load_class(spec: Method, key: str) -> type[QuantizationConfig]:
     Raises:
         MethodError: the installed SGLang has not got it.
     """
-    lazy = spec.config_classes[key]
-    try:
-        config_class: type[QuantizationConfig] = pkgutil.resolve_name(lazy)
-    except (ImportError, AttributeError) as error:
-        raise MethodError(_not_imported(spec, lazy, error)) from error
+    config_class: type[QuantizationConfig] = _imported(spec, spec.config_classes[key])
     return config_class
 
 
@@ -105,54 +100,50 @@ def offered(method: str, name: str, default: Any = None) -> Any:
         MethodError: its module cannot be imported with the installed SGLang.
     """
     spec = METHODS[method]
-    if not spec.sglang:
-        return default
+    return getattr(_imported(spec, spec.sglang), name, default) if spec.sglang else default
+
+
+def _imported(spec: Method, lazy: str) -> Any:
+    """The class, or the module, that a method names."""
     try:
-        module = importlib.import_module(spec.sglang)
-    except ImportError as error:
-        raise MethodError(_not_imported(spec, spec.sglang, error)) from error
-    return getattr(module, name, default)
-
-
-def _not_imported(spec: Method, lazy: str, error: Exception) -> Problem:
-    what = f"{lazy} cannot be imported with SGLang {sglang_version()}: {error}"
-    remedy = "install a release that mixedprec-plugin supports"
-    return Problem(spec.name, what, remedy, rule="no-config-class")
+        return pkgutil.resolve_name(lazy)
+    except (ImportError, AttributeError) as error:
+        what = f"{lazy} cannot be imported with SGLang {sglang_version()}: {error}"
+        remedy = "install a release that mixedprec-plugin supports"
+        raise MethodError(Problem(spec.name, what, remedy, "no-config-class")) from error
 
 
 def check_signature(config_class: type, keywords: Mapping[str, Any], method: str = "") -> None:
     """Check that a constructor takes exactly the arguments that a builder made.
 
     Args:
-        config_class: the class whose constructor is asked.
-        keywords: keyword arguments for it.
         method: the method's name, for the messages.
     Raises:
         MethodError: for every argument that it does not take, and every one that it needs and is
             not given; each says what it does take.
     """
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(config_class).parameters.items()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY)
-    }
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
-    required = [name for name in named if parameters[name].default is inspect.Parameter.empty]
+    parameters = inspect.signature(config_class).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    texts = [
+        f"does not take the argument {name!r}"
+        for name in keywords
+        if name not in named and not takes_any
+    ]
+    texts += [
+        f"needs the argument {name!r}, which the method does not make"
+        for name, p in named.items()
+        if p.default is p.empty and name not in keywords
+    ]
     class_name = f"{config_class.__name__} of SGLang {sglang_version()}"
     accepted = f"(expected {', '.join(named)})"
-    unknown = [name for name in keywords if name not in named and not takes_any]
-    texts = [f"{class_name} does not take the argument {name!r} {accepted}" for name in unknown]
-    texts += [
-        f"{class_name} needs the argument {name!r}, which the method does not make {accepted}"
-        for name in required
-        if name not in keywords
+    remedy = "install a release that mixedprec-plugin supports, and run 'mixedprec doctor'"
+    problems = [
+        Problem(method, f"{class_name} {text} {accepted}", remedy, "constructor-argument")
+        for text in texts
     ]
-    if texts:
-        remedy = "install a release that mixedprec-plugin supports, and run 'mixedprec doctor'"
-        raise MethodError(
-            [Problem(method, text, remedy, rule="constructor-argument") for text in texts]
-        )
+    if problems:
+        raise MethodError(problems)
 
 
 def sglang_version() -> str:

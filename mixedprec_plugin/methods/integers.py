@@ -7,25 +7,27 @@ from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor
-from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, Tensors, said_keys
+from mixedprec_plugin.methods.interface import choice
+from mixedprec_plugin.methods.stored import (
+    FLOAT_DTYPES,
+    StoredFormat,
+    Tensors,
+    said_keys,
+    unusable,
+)
 
-Pair = tuple[int, int]
-
-GROUP_SIZE_SCHEMA: Mapping[str, Any] = {
-    "description": "Input features (along K) that share a scale; must divide K, and K per rank "
+PACKED = ("qweight", "qzeros", "scales")
+GROUP_SIZE_SCHEMA = choice(
+    "Input features (along K) that share a scale; must divide K, and K per rank "
     "under tensor parallelism. -1 makes each output feature one group. Smaller groups are more "
     "precise and cost more bits a weight.",
-    "enum": [128, 64, 32, -1],
-    "default": 128,
-}
-CLIP_SEARCH_SCHEMA: Mapping[str, Any] = {
-    "description": "Quantizing only: search the clip ratio of every group for the least squared "
+    [128, 64, 32, -1],
+)
+CLIP_SEARCH_SCHEMA = choice(
+    "Quantizing only: search the clip ratio of every group for the least squared "
     "error instead of using its full range. Slower to load.",
-    "type": "boolean",
-    "enum": [False, True],
-    "default": False,
-}
+    [False, True],
+)
 GROUP_SIZES = tuple({"group_size": size} for size in (128, 64, 32, -1))
 
 _NORMAL = NormalDist()
@@ -46,6 +48,11 @@ def limit(bits: int, group_size: Any, of_4_bits: float = _LIMIT) -> float:
     if bits == 8:
         return _LIMIT_OF_8_BITS
     return _LIMIT_OF_COLUMNS if group_size == -1 else of_4_bits
+
+
+def elements(group_size: int, K: int) -> int:
+    """Return the input features of a group."""
+    return K if group_size == -1 else group_size
 
 
 def symmetric_error(bits: int, group: int) -> float:
@@ -85,36 +92,29 @@ def why_not_integers(stored: StoredFormat, arguments: Mapping[str, Any]) -> str 
         return None
     if not stored.codec:
         return f"this release does not read {stored.description}"
-    K, own = stored.K, stored.how["group_size"]
-    bits = stored.how.get("bits", 4)
+    K, size, bits = stored.K, stored.how["group_size"], stored.how.get("bits", 4)
     if bits != arguments["bits"]:
         return f"it has {bits} bits"
-    groups = [K if size == -1 else size for size in (own, arguments["group_size"])]
-    if groups[0] != groups[1]:
-        return f"it has groups of {own}"
+    if elements(size, K) != elements(arguments["group_size"], K):
+        return f"it has groups of {size}"
     if stored.N % (32 // bits) or K % (32 // bits):
         return f"[{stored.N}, {K}] does not fill whole words"
     return ""
 
 
-def packed_shapes(
-    tensors: Tensors,
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None:
+def packed_shapes(tensors: Tensors) -> tuple[tuple[int, ...], ...] | None:
     """The shapes of a "qweight" int32, "qzeros" int32 and "scales"; None where they are no such."""
-    found = [tensors.get(suffix) for suffix in ("qweight", "qzeros", "scales")]
-    if any(tensor is None or len(tensor.shape) != 2 for tensor in found):
+    found = [tensors[suffix] for suffix in PACKED if suffix in tensors]
+    is_packed = [tensor.dtype for tensor in found[:2]] == ["I32", "I32"] and len(found) == 3
+    if not is_packed or found[2].dtype not in FLOAT_DTYPES:
         return None
-    qweight, qzeros, scales = (tensor for tensor in found if tensor is not None)
-    if not qweight.dtype == qzeros.dtype == "I32" or scales.dtype not in FLOAT_DTYPES:
-        return None
-    return _pair(qweight), _pair(qzeros), _pair(scales)
+    shapes = tuple(tensor.shape for tensor in found)
+    return shapes if all(len(shape) == 2 for shape in shapes) else None
 
 
-def _pair(tensor: StoredTensor) -> Pair:
-    rows, columns = tensor.shape
-    return rows, columns
-
-
-def ragged(label: str, K: int, groups: int) -> str:
-    """Describe a layer whose groups do not divide K."""
-    return f"{label} with {groups} groups that do not divide K = {K}"
+def ragged(
+    tensors: Tensors, label: str, N: int, K: int, groups: int, encoding: str
+) -> StoredFormat:
+    """Name a layer whose groups do not divide K."""
+    text = f"{label} with {groups} groups that do not divide K = {K}"
+    return unusable(tensors, text, N, K, encoding=encoding)

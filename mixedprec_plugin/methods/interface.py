@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.methods.cards import Gpu
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
@@ -73,6 +73,12 @@ class Fault(NamedTuple):
 AS_STORED_REMEDY = "name a method for the experts, or take them from another source"
 
 
+def choice(description: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Return the JSON Schema of an argument that takes some values, the first by default."""
+    kind = {"type": "boolean"} if all(isinstance(value, bool) for value in values) else {}
+    return {"description": description, **kind, "enum": list(values), "default": values[0]}
+
+
 class Alternative(NamedTuple):
     """What to try where a method refuses a layer.
 
@@ -103,24 +109,24 @@ class Rounding:
     error: Callable[[int, int], float] = lambda _N, _K: 0.0
 
 
-class Format(Protocol):
-    """A way to store layers: every method has one, and some are only read."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """A way to store layers: every method is one, and some are only read.
 
-    @property
-    def name(self) -> str:
-        """What it is called."""
+    Attributes:
+        name: what it is called; of a method, the registry key.
+        recognize: (tensors, what config.json says) -> how a layer is stored; None if it is not so.
+        read_config: lower-case `quant_method` of config.json -> reader of what it says of a layer.
+        faults_as_stored: (stored, layer shape, target) -> why SGLang's own class, under `method:
+            auto`, does not serve an expert, or computes it wrongly; None for a method's `faults`.
+    """
 
-    @property
-    def read_config(self) -> Mapping[str, Callable[[Mapping[str, Any], str], Said]]:
-        """Lower-case `quant_method` -> reader of what such a config.json says of a layer."""
-
-    @property
-    def recognize(self) -> Callable[[Tensors, Said], StoredFormat | None]:
-        """(Tensors, what config.json says) -> how a layer is stored; None if it is not so."""
-
-    @property
-    def faults_as_stored(self) -> Callable[[StoredFormat, LayerShape, Target], list[Fault]] | None:
-        """See `Method`."""
+    name: str
+    recognize: Callable[[Tensors, Said], StoredFormat | None] = lambda _tensors, _said: None
+    read_config: Mapping[str, Callable[[Mapping[str, Any], str], Said]] = dataclasses.field(
+        default_factory=dict
+    )
+    faults_as_stored: Callable[[StoredFormat, LayerShape, Target], list[Fault]] | None = None
 
 
 def _no_reason(_arguments: Arguments) -> str:
@@ -133,14 +139,13 @@ def _not_repacked(
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(Format):
     """A quantization method: its arguments, its stored form and the SGLang classes that run it.
 
     Other packages offer theirs in the entry-point group `mixedprec.methods`.
 
     Attributes:
-        name: the registry key.
         title: what it is, in one line, for people.
         description: what its weights and activations become, in a sentence, for the schema.
         aliases: other names that people type -> the arguments that the name implies.
@@ -152,8 +157,6 @@ class Method:
             constructor; pure.
         stored: (arguments, N, K, dtype) -> parameter suffix -> its dtype and shape, exactly what
             the codec makes and what a checkpoint must hold; dtype is that of the running model.
-        recognize: (tensors, what config.json says) -> how a layer is stored, if it is stored so.
-        read_config: lower-case `quant_method` of config.json -> reader of what it says of a layer.
         declare: arguments -> what config.json's `quantization_config` says of such a checkpoint;
             `read_config` reads it back.
         faults: (arguments, layer shape, target) -> why SGLang does not serve the layer: ranks,
@@ -169,8 +172,6 @@ class Method:
             two have nothing in common. Where only values can tell, it may, unless a second rounding
             is allowed, which is right whatever they are.
         complete: (arguments, stored) -> arguments, with what a preset leaves to the source.
-        faults_as_stored: (stored, layer shape, target) -> why SGLang's own class, under `method:
-            auto`, does not serve an expert, or computes it wrongly; None for `faults`.
         conflict: arguments -> why they contradict each other; empty if they do not.
         sglang: lazy `package.module` of what SGLang needs of the method, empty if nothing; imported
             where a model is built. Each of these names may be in it:
@@ -192,14 +193,11 @@ class Method:
             so; empty if it can.
     """
 
-    name: str
     title: str
     description: str
     aliases: Mapping[str, Arguments]
     schema: Mapping[str, Mapping[str, Any]]
     stored: Callable[[Arguments, int, int, str], dict[str, TensorSpec]]
-    recognize: Callable[[Tensors, Said], StoredFormat | None]
-    read_config: Mapping[str, Callable[[Mapping[str, Any], str], Said]]
     declare: Callable[[Arguments], dict[str, Any]]
     faults: Callable[[Arguments, LayerShape, Target], list[Fault]]
     rounding: Callable[[Arguments], Rounding]
@@ -211,7 +209,6 @@ class Method:
     fallback_below: int = 0
     why_not_repack: Callable[[StoredFormat, Arguments, Tensors, bool], str | None] = _not_repacked
     complete: Callable[[Arguments, StoredFormat], Arguments] = lambda arguments, _stored: arguments
-    faults_as_stored: Callable[[StoredFormat, LayerShape, Target], list[Fault]] | None = None
     conflict: Callable[[Arguments], str] = _no_reason
     why_not_quantize: Callable[[Arguments], str] = _no_reason
     sglang: str = ""
@@ -227,21 +224,3 @@ class Method:
     def names(self) -> tuple[str, ...]:
         """The name and the aliases."""
         return (self.name, *self.aliases)
-
-
-@dataclasses.dataclass(frozen=True)
-class ForeignFormat:
-    """A format that other tools write and no method here is named after.
-
-    Attributes:
-        name: what it is called.
-        recognize, read_config: as of `Method`.
-        faults_as_stored: as of `Method`.
-    """
-
-    name: str
-    recognize: Callable[[Tensors, Said], StoredFormat | None]
-    read_config: Mapping[str, Callable[[Mapping[str, Any], str], Said]] = dataclasses.field(
-        default_factory=dict
-    )
-    faults_as_stored: Callable[[StoredFormat, LayerShape, Target], list[Fault]] | None = None

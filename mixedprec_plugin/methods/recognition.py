@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mixedprec_plugin.checkpoint.source import Source
@@ -84,12 +84,8 @@ def said_of(config: Mapping[str, Any], name: str) -> Said:
         CheckpointError: one of its patterns is no regular expression.
     """
     reader = _readers().get(str(config.get("quant_method", "")).lower())
-    said = (
-        dataclasses.replace(reader(config, name), config=config) if reader else Said(config=config)
-    )
-    if said.encoding is None or _is_passed_over(name):
-        return dataclasses.replace(said, encoding=None)
-    ignored = _is_ignored(said, name)
+    said = dataclasses.replace(reader(config, name) if reader else Said(), config=config)
+    ignored = None if said.encoding is None or _is_passed_over(name) else _is_ignored(said, name)
     if ignored is False:
         return said
     return dataclasses.replace(said, encoding=FLOAT if ignored else None)
@@ -157,10 +153,9 @@ class FormatCache:
     def of(self, source: Source, name: str) -> StoredFormat | None:
         """The format of one layer of a source; see `recognize`."""
         known = self._known.setdefault(source.name, {})
-        if name in known:
-            return known[name]
-        found = known[name] = self._find(source, name)
-        return found
+        if name not in known:
+            known[name] = self._find(source, name)
+        return known[name]
 
     def _find(self, source: Source, name: str) -> StoredFormat | None:
         tensors, config = source.layers[name], source.quantization_config_of(name)
@@ -183,23 +178,14 @@ def _tells_layers_apart(config: Mapping[str, Any]) -> bool:
     # the names of groups themselves, `group_0`, say nothing of layers
     groups = config.get("config_groups")
     sections = [config.get(key) for key in keys]
-    sections += list(groups.values()) if isinstance(groups, Mapping) else []
-    return any(
-        character.isdigit() or character in "\\["
-        for section in sections
-        for text in _texts(section)
-        for character in text
-    )
+    sections += groups.values() if isinstance(groups, Mapping) else []
+    return any(re.search(r"[\d\\\[]", text) for text in _texts(sections))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any) -> list[str]:
     """Every string in a value of config.json, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
+    if isinstance(value, Mapping):
+        return _texts([*value, *value.values()])
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.methods import auto, awq, bf16, blockwise_int8, fp8, fp8_channel, gptq
@@ -36,14 +37,11 @@ class MethodTable(Mapping[str, Method]):
 
     def __init__(self, built_in: Mapping[str, Method]) -> None:
         self._built_in = built_in
-        self._complete: Mapping[str, Method] | None = None
 
-    @property
+    @functools.cached_property
     def _methods(self) -> Mapping[str, Method]:
-        if self._complete is None:
-            points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-            self._complete = MappingProxyType(add_entry_points(self._built_in, points))
-        return self._complete
+        points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+        return add_entry_points(self._built_in, points)
 
     def __getitem__(self, name: str) -> Method:
         return self._methods[name]
@@ -74,42 +72,35 @@ def add_entry_points(
     complete = dict(methods)
     problems = []
     for point in points:
-        spec, what = _load(point)
-        if spec is not None:
-            what = _clash(spec, point.name, complete)
-        if what:
-            package = point.dist.name if point.dist else "unknown package"
-            where = f"{package}: entry point '{point.name} = {point.value}' of {ENTRY_POINT_GROUP}"
-            remedy = f"repair or uninstall {package}"
-            problems.append(Problem(where, what, remedy, rule="method-entry-point"))
-        elif spec is not None:
-            complete[spec.name] = spec
+        found = _load(point, complete)
+        if isinstance(found, Method):
+            complete[found.name] = found
+            continue
+        package = point.dist.name if point.dist else "unknown package"
+        where = f"{package}: entry point '{point.name} = {point.value}' of {ENTRY_POINT_GROUP}"
+        remedy = f"repair or uninstall {package}"
+        problems.append(Problem(where, found, remedy, rule="method-entry-point"))
     if problems:
         raise MethodError(problems)
     return complete
 
 
-def _load(point: importlib.metadata.EntryPoint) -> tuple[Method | None, str]:
-    """The spec behind an entry point, or why there is none."""
+def _load(point: importlib.metadata.EntryPoint, methods: Mapping[str, Method]) -> Method | str:
+    """The method behind an entry point, or why it cannot join the table."""
     try:
         loaded = point.load()
     # Importing foreign code may raise anything, and whatever it is becomes the error.
     except Exception as error:  # noqa: BLE001
-        return None, f"cannot be loaded: {type(error).__name__}: {error}"
+        return f"cannot be loaded: {type(error).__name__}: {error}"
     if not isinstance(loaded, Method):
-        return None, f"is a {type(loaded).__name__} (expected a mixedprec_plugin Method)"
-    return loaded, ""
-
-
-def _clash(spec: Method, point_name: str, methods: Mapping[str, Method]) -> str:
-    """Why a foreign spec cannot join the table; empty if it can."""
-    if spec.name != point_name:
-        return f"names its method {spec.name!r} (expected {point_name!r}, as the entry point)"
+        return f"is a {type(loaded).__name__} (expected a mixedprec_plugin Method)"
+    if loaded.name != point.name:
+        return f"names its method {loaded.name!r} (expected {point.name!r}, as the entry point)"
     taken = {name: other.name for other in methods.values() for name in other.names}
-    for name in spec.names:
+    for name in loaded.names:
         if name in taken:
             return f"the name {name!r} is taken by the method {taken[name]}"
-    return ""
+    return loaded
 
 
 def method_names() -> tuple[str, ...]:
@@ -133,10 +124,11 @@ def bind(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     spec = next((spec for spec in METHODS.values() if name in spec.names), None)
     if spec is None:
-        raise MethodError(_unknown_name(name))
+        raise MethodError(_unknown("", "method", name, method_names()))
     given = {key: _plain(value) for key, value in arguments.items()}
     implied = dict(spec.aliases.get(name, {}))
-    problems = [_unknown_argument(name, key, spec) for key in given if key not in spec.defaults]
+    defaults = spec.defaults
+    problems = [_unknown(name, "argument", key, defaults) for key in given if key not in defaults]
     problems += [
         Problem(
             name,
@@ -149,7 +141,7 @@ def bind(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     ]
     if problems:
         raise MethodError(problems)
-    bound = {key: _plain(value) for key, value in {**spec.defaults, **implied, **given}.items()}
+    bound = {key: _plain(value) for key, value in {**defaults, **implied, **given}.items()}
     if conflict := spec.conflict(bound):
         raise MethodError(Problem(name, conflict, rule="argument-conflict"))
     return spec.name, bound
@@ -160,16 +152,10 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def _unknown_name(name: str) -> Problem:
-    names = method_names()
-    near = nearest(name, names)
+def _unknown(
+    where: str, kind: Literal["method", "argument"], name: str, known: Iterable[str]
+) -> Problem:
+    near = nearest(name, known)
     remedy = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    what = f"unknown method {name!r} (expected {', '.join(names)})"
-    return Problem("", what, remedy, rule="unknown-method")
-
-
-def _unknown_argument(name: str, key: str, spec: Method) -> Problem:
-    near = nearest(key, spec.defaults)
-    remedy = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    what = f"unknown argument {key!r} (expected {', '.join(spec.defaults)})"
-    return Problem(name, what, remedy, rule="unknown-argument")
+    what = f"unknown {kind} {name!r} (expected {', '.join(known)})"
+    return Problem(where, what, remedy, f"unknown-{kind}")

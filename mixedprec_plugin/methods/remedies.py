@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.interface import Arguments, Fault, LayerShape, Method, Target
@@ -19,99 +20,94 @@ def find_faults(
     """Return everything that keeps a layer from being served in a method, with remedies.
 
     Args:
-        method: canonical name.
-        arguments: all its arguments, as `registry.bind` returns them.
-        shape: a linear layer's or an expert's.
-        target: what is planned for.
+        arguments: all the method's arguments, as `registry.bind` returns them.
     """
-    spec = METHODS[method]
+    attempt = _Attempt(METHODS[method], arguments, shape, target)
     return [
-        fault
-        if fault.remedy
-        else fault._replace(remedy=_remedy(fault, spec, arguments, shape, target))
-        for fault in dict.fromkeys(_faults(spec, arguments, shape, target))
+        fault._replace(remedy=fault.remedy or attempt.remedy(fault))
+        for fault in dict.fromkeys(attempt.faults())
     ]
 
 
-def _faults(spec: Method, arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
-    """A method's own faults, and the one that every method has where the GPU is too old."""
-    if split := split_faults(shape):
-        remedy = "use a tensor-parallel size that divides it"
-        return [Fault("shape", text, remedy) for text in split]
-    found = spec.faults(arguments, shape, target)
-    gpu = target.gpu
-    if gpu is None or not spec.config_classes or gpu.capability >= spec.min_capability:
-        return found
-    text = (
-        f"{spec.name} does not run on this GPU, whose compute capability is "
-        f"{version(gpu.capability)} (expected {version(spec.min_capability)} or more)"
-    )
-    return [*(fault for fault in found if fault.rule == "shape"), Fault("gpu", text)]
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """To serve a layer in a method."""
 
+    spec: Method
+    arguments: Arguments
+    shape: LayerShape
+    target: Target
 
-def _runs(spec: Method, arguments: Arguments, shape: LayerShape, target: Target) -> bool:
-    return not _faults(spec, arguments, shape, target)
+    def faults(self) -> list[Fault]:
+        """The method's own, and the one that every method has where the GPU is too old."""
+        spec, gpu = self.spec, self.target.gpu
+        if split := split_faults(self.shape):
+            remedy = "use a tensor-parallel size that divides it"
+            return [Fault("shape", text, remedy) for text in split]
+        found = spec.faults(self.arguments, self.shape, self.target)
+        if gpu is None or not spec.config_classes or gpu.capability >= spec.min_capability:
+            return found
+        text = (
+            f"{spec.name} does not run on this GPU, whose compute capability is "
+            f"{version(gpu.capability)} (expected {version(spec.min_capability)} or more)"
+        )
+        return [*(fault for fault in found if fault.rule == "shape"), Fault("gpu", text)]
 
+    def runs(self, **changes: Any) -> bool:
+        """Whether the layer is served with something else in place."""
+        return not dataclasses.replace(self, **changes).faults()
 
-def _remedy(
-    fault: Fault, spec: Method, arguments: Arguments, shape: LayerShape, target: Target
-) -> str:
-    if fault.rule == "gpu":
-        return _other_for_gpu(spec, arguments, shape, target)
-    ways = list(_alternatives(spec, arguments, shape, target))
-    ways += _fewer_ranks(spec, arguments, shape, target)
-    return ", or ".join(ways) or f"use method: {_UNQUANTIZED}"
+    def remedy(self, fault: Fault) -> str:
+        """What works instead, tried."""
+        if fault.rule == "gpu":
+            return self._other_for_gpu()
+        ways = [*self._alternatives(), *self._fewer_ranks()]
+        return ", or ".join(ways) or f"use method: {_UNQUANTIZED}"
 
+    def _other_for_gpu(self) -> str:
+        if self.runs(shape=dataclasses.replace(self.shape, dtype="F16")):
+            return "start with --dtype float16"
+        if "group_size" in self.arguments and self.runs(
+            arguments={**self.arguments, "group_size": 128}
+        ):
+            return "use group_size: 128"
+        others = [METHODS[name] for name, _ in self.spec.alternatives if name != self.spec.name]
+        names = [one.name for one in others if self.runs(spec=one, arguments=one.defaults)]
+        return f"use method: {' or '.join((*names, _UNQUANTIZED))}"
 
-def _other_for_gpu(spec: Method, arguments: Arguments, shape: LayerShape, target: Target) -> str:
-    """What the GPU does run."""
-    if _runs(spec, arguments, dataclasses.replace(shape, dtype="F16"), target):
-        return "start with --dtype float16"
-    if "group_size" in arguments and _runs(spec, {**arguments, "group_size": 128}, shape, target):
-        return "use group_size: 128"
-    others = [METHODS[name] for name, _ in spec.alternatives if name != spec.name]
-    names = [other.name for other in others if _runs(other, other.defaults, shape, target)]
-    return f"use method: {' or '.join((*names, _UNQUANTIZED))}"
+    def _alternatives(self) -> Iterator[str]:
+        """What the layer runs in instead, up to the first method that is another one."""
+        for name, settings in self.spec.alternatives:
+            other = METHODS[name]
+            is_own = other is self.spec
+            base = self.arguments if is_own else other.defaults
+            works = [s for s in settings if self.runs(spec=other, arguments={**base, **s})]
+            if works:
+                yield _written(other, works[0], is_own=is_own)
+            if works and not is_own:
+                return
 
-
-def _alternatives(
-    spec: Method, arguments: Arguments, shape: LayerShape, target: Target
-) -> Iterator[str]:
-    """Yield what the layer runs in instead, up to the first method that is another one."""
-    for name, settings in spec.alternatives:
-        other = METHODS[name]
-        base = arguments if other is spec else other.defaults
-        works = [s for s in settings if _runs(other, {**base, **s}, shape, target)]
-        if works:
-            yield _written(other, works[0], is_own=other is spec)
-        if works and other is not spec:
-            return
+    def _fewer_ranks(self) -> list[str]:
+        shape = self.shape
+        for size in range(shape.tp_size - 1, 0, -1):
+            # key and value shards are repeated on no more ranks than before
+            ranks = tuple(min(count, size) for count in shape.shard_ranks)
+            fewer = dataclasses.replace(shape, tp_size=size, shard_ranks=ranks)
+            if shape.tp_size % size == 0 and self.runs(shape=fewer):
+                return [f"serve with --tp {size}"]
+        return []
 
 
 def _written(other: Method, settings: Arguments, *, is_own: bool) -> str:
     """Settings as the reader would type them; defaults of another method are left out."""
-    if is_own:
-        for alias, implied in other.aliases.items():
-            if implied == settings:
-                return f"use method: {alias}"
-    defaults = other.defaults
+    for alias, implied in other.aliases.items() if is_own else ():
+        if implied == settings:
+            return f"use method: {alias}"
     typed = ", ".join(
         f"{key}: {'null' if value is None else value}"
         for key, value in settings.items()
-        if is_own or defaults[key] != value
+        if is_own or other.defaults[key] != value
     )
     if is_own:
         return f"use {typed}"
-    return f"use method: {other.name} with {typed}" if typed else f"use method: {other.name}"
-
-
-def _fewer_ranks(
-    spec: Method, arguments: Arguments, shape: LayerShape, target: Target
-) -> list[str]:
-    for size in range(shape.tp_size - 1, 0, -1):
-        # key and value shards are repeated on no more ranks than before
-        ranks = tuple(min(count, size) for count in shape.shard_ranks)
-        fewer = dataclasses.replace(shape, tp_size=size, shard_ranks=ranks)
-        if shape.tp_size % size == 0 and _runs(spec, arguments, fewer, target):
-            return [f"serve with --tp {size}"]
-    return []
+    return f"use method: {other.name}" + (f" with {typed}" if typed else "")

@@ -7,10 +7,9 @@ The name of the scale says nothing of its direction: DeepSeek's `weight_scale_in
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixedprec_plugin.methods.stored import (
     FLOAT_DTYPES,
@@ -29,12 +28,10 @@ CODES = {
     "F8_E5M2": ("fp8", "fp8 e5m2", 0.0625),
     "I8": ("int8", "int8", 0.05),
 }
-_INPUT_SUFFIXES = frozenset({"input_scale", "input_zero_point"})
 _USUAL_BLOCK_SIZES = (128, 64, 32, 256)
 
 
-@dataclasses.dataclass(frozen=True)
-class ScaleGrid:
+class ScaleGrid(NamedTuple):
     """Which elements share a scale.
 
     Attributes:
@@ -78,16 +75,14 @@ def recognize_scaled(tensors: Tensors, said: Said) -> StoredFormat | None:
     if reason or grid is None:
         return unusable(tensors, f"{label} {reason}", N, K, encoding=encoding)
     has_zeros = "weight_zero_point" in tensors
-    notes = [
-        "asymmetric" if has_zeros else "",
-        "reciprocal scales" if divides else "",
-        said.label,
-    ]
-    noted = ", ".join(filter(None, notes))
+    notes = {"asymmetric": has_zeros, "reciprocal scales": divides, said.label: said.label}
+    noted = ", ".join(note for note, is_so in notes.items() if is_so)
     facts: dict[str, Any] = {"bits": 8, "strategy": grid.strategy, "symmetric": not has_zeros}
-    facts |= {"block": list(grid.block)} if grid.strategy == "block" else {}
-    facts |= {"group_size": grid.block[1]} if grid.strategy == "group" else {}
-    matrix = {"weight", "weight_zero_point", suffix} | _INPUT_SUFFIXES
+    if grid.strategy == "block":
+        facts["block"] = list(grid.block)
+    elif grid.strategy == "group":
+        facts["group_size"] = grid.block[1]
+    matrix = {"weight", "weight_zero_point", suffix, "input_scale", "input_zero_point"}
     return StoredFormat(
         "",
         {},
@@ -97,9 +92,15 @@ def recognize_scaled(tensors: Tensors, said: Said) -> StoredFormat | None:
         encoding=encoding,
         numbers="scaled",
         facts=facts,
-        suffixes=frozenset(matrix) & frozenset(tensors),
+        suffixes=frozenset(matrix & tensors.keys()),
         codec=CODEC,
-        how=how_to_read(suffix, grid.block, codes="weight", reciprocal=divides),
+        how={
+            "codes": "weight",
+            "scale": suffix,
+            "zero_point": "weight_zero_point",
+            "block": list(grid.block),
+            "reciprocal": divides,
+        },
         limit=limit,
     )
 
@@ -110,25 +111,9 @@ def recognize_served(tensors: Tensors, said: Said, dtype: str, suffix: str) -> S
     if weight is None or weight.dtype != dtype:
         return None
     found = recognize_scaled(tensors, said)
-    is_plain = (
-        found is not None and not found.how.get("reciprocal") and found.facts.get("symmetric")
-    )
-    return found if is_plain and found is not None and found.how["scale"] == suffix else None
-
-
-def how_to_read(
-    scale: str,
-    block: tuple[int, int],
-    *,
-    codes: str,
-    zero_point: str = "weight_zero_point",
-    reciprocal: bool = False,
-) -> dict[str, Any]:
-    """The arguments of `quantize.scaled.read`."""
-    return {
-        "codes": codes, "scale": scale, "zero_point": zero_point, "block": list(block),
-        "reciprocal": reciprocal,
-    }  # fmt: skip
+    if found is None or found.how.get("scale") != suffix or found.how["reciprocal"]:
+        return None
+    return found if found.facts["symmetric"] else None
 
 
 def _why_unusable(tensors: Tensors, suffix: str, grid: ScaleGrid | None, said: Said) -> str:
@@ -143,12 +128,11 @@ def _why_unusable(tensors: Tensors, suffix: str, grid: ScaleGrid | None, said: S
         return "with both weight_scale and weight_scale_inv"
     if direction not in (None, "inverse"):
         return f"with weight_scale_semantics {direction!r}"
-    # DeepSeek's blocks, and the scalars that transformers writes as `quant_method: fp8`, multiply
-    multiplies = grid.strategy == "block" or (
-        grid.strategy == "tensor" and said.config.get("quant_method") == "fp8"
-    )
-    is_gptqmodels = "weight_scale_method" in said.config
-    if suffix == "weight_scale_inv" and direction is None and (is_gptqmodels or not multiplies):
+    # DeepSeek's blocks, and the scalars that transformers writes as `quant_method: fp8`, multiply;
+    # gptqmodel, which says its method, may mean either
+    known = ("block", "tensor") if said.config.get("quant_method") == "fp8" else ("block",)
+    multiplies = grid.strategy in known and "weight_scale_method" not in said.config
+    if suffix == "weight_scale_inv" and direction is None and not multiplies:
         return f"{grid} with a weight_scale_inv of unknown direction"
     if "weight_g_idx" in tensors:
         return f"{grid} with weight_g_idx"
@@ -181,13 +165,11 @@ def scale_grid(
 
 
 def _usual_block(shape: tuple[int, ...], N: int, K: int) -> ScaleGrid | None:
-    rows, columns = _usual_size(N, shape[0]), _usual_size(K, shape[1])
+    rows, columns = (
+        next((size for size in _USUAL_BLOCK_SIZES if -(-length // size) == count), 0)
+        for length, count in zip((N, K), shape, strict=True)
+    )
     return ScaleGrid("block", (rows, columns)) if rows and columns else None
-
-
-def _usual_size(length: int, count: int) -> int:
-    """The usual block size that cuts `length` into `count` blocks; 0 if there is none."""
-    return next((size for size in _USUAL_BLOCK_SIZES if -(-length // size) == count), 0)
 
 
 def has_same_codes(stored: StoredFormat, tensors: Tensors, dtype: str) -> bool:
@@ -199,13 +181,16 @@ def has_same_codes(stored: StoredFormat, tensors: Tensors, dtype: str) -> bool:
 
 
 def why_not_scaled(
-    stored: StoredFormat, arguments: Mapping[str, Any], tensors: Tensors, dtype: str
+    dtype: str,
+    stored: StoredFormat,
+    arguments: Mapping[str, Any],
+    tensors: Tensors,
+    _may_round: bool,
 ) -> str | None:
     """Say why a layer's codes and scales cannot be those of a method with tensor or block scales.
 
     Args:
-        arguments: the method's `weight_block_size` and `activation_scheme`.
-        dtype: of its codes.
+        dtype: of the method's codes; the rest is as of `Method.why_not_repack`.
     Returns:
         empty if they can; None if not.
     """

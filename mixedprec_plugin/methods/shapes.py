@@ -80,23 +80,15 @@ def block_faults(block_size: Sequence[int], shape: LayerShape) -> list[str]:
     shards, and down's inputs are quantized in groups (fp8.py:1588, blockwise_int8.py:284).
     """
     block_n, block_k = block_size
-    found = []
-    K = inputs_per_rank(shape)
-    if K % block_k:
-        found.append(
-            f"K = {K}{per_rank(shape, 'row')} is not a multiple of {block_k}, the block size"
-            " along K and the group of its activations"
-        )
+    why = "the block size along K and the group of its activations"
+    found = _uneven_inputs(shape, block_k, why)
     if len(shape.shard_sizes) > 1 or (shape.parallel == "column" and shape.tp_size > 1):
         sizes = outputs_per_rank(shape)
         # replicated shards are laid end to end in one layer: its last rows may be a partial block
         begun = sizes[:-1] if shape.parallel == "replicated" else sizes
         owner = "a shard of its fused module" if len(shape.shard_sizes) > 1 else "the layer"
-        found += [
-            f"N = {N}{per_rank(shape, 'column')} of {owner} is not a multiple of {block_n},"
-            " the block size along N"
-            for N in sorted({N for N in begun if N % block_n})
-        ]
+        where = f"{per_rank(shape, 'column')} of {owner}"
+        found += _uneven_outputs(begun, where, block_n, "the block size along N")
     return found
 
 
@@ -126,19 +118,12 @@ def group_faults(group_size: int, pack_N: int, pack_K: int, shape: LayerShape) -
     (gptq/schemes/gptq_marlin.py:86, 90, 113), so that stored tensors do not fit. The loaders of a
     fused module divide each shard's offset by the packed values (layers/parameter.py).
     """
-    found = []
-    K = inputs_per_rank(shape)
-    where = per_rank(shape, "row")
-    if group_size != -1 and K % group_size:
-        found.append(f"group_size {group_size} does not divide K = {K}{where}")
-    if K % pack_K:
-        found.append(f"K = {K}{where} is not a multiple of {pack_K}, the values packed in a word")
-    where = per_rank(shape, "column")
-    found += [
-        f"N = {N}{where} is not a multiple of {pack_N}, the values packed in a word"
-        for N in sorted({N for N in outputs_per_rank(shape) if N % pack_N})
+    why, where = "the values packed in a word", per_rank(shape, "column")
+    return [
+        *_uneven_groups(shape, group_size),
+        *_uneven_inputs(shape, pack_K, why),
+        *_uneven_outputs(outputs_per_rank(shape), where, pack_N, why),
     ]
-    return found
 
 
 def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
@@ -153,21 +138,32 @@ def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
     (kernels/jit/csrc/gemm/marlin_moe/moe_wna16_marlin.cuh:140, 265), and so says
     `check_moe_marlin_supports_layer` (marlin_utils.py:227).
     """
-    found = []
     unit_N, unit_K = (EXPERT_N, EXPERT_K) if shape.is_expert else (MIN_THREAD_N, MIN_THREAD_K)
-    kernels = "Marlin kernels for experts" if shape.is_expert else "Marlin kernels"
-    N, K = sum(outputs_per_rank(shape)), inputs_per_rank(shape)
-    if N % unit_N:
-        where = per_rank(shape, "column")
-        if shape.is_expert and len(shape.shard_sizes) > 1:
-            where += " of gate and up together"
-        found.append(f"N = {N}{where} is not a multiple of {unit_N}, which {kernels} need")
-    where = per_rank(shape, "row")
-    if K % unit_K:
-        found.append(f"K = {K}{where} is not a multiple of {unit_K}, which {kernels} need")
-    if group_size < shape.K and K % group_size:
-        found.append(f"group_size {group_size} does not divide K = {K}{where}")
-    return found
+    why = f"which Marlin kernels{' for experts' if shape.is_expert else ''} need"
+    where = per_rank(shape, "column")
+    if shape.is_expert and len(shape.shard_sizes) > 1:
+        where += " of gate and up together"
+    return [
+        *_uneven_outputs([sum(outputs_per_rank(shape))], where, unit_N, why),
+        *_uneven_inputs(shape, unit_K, why),
+        *(_uneven_groups(shape, group_size) if group_size < shape.K else []),
+    ]
+
+
+def _uneven_outputs(sizes: Iterable[int], where: str, unit: int, why: str) -> list[str]:
+    uneven = sorted({N for N in sizes if N % unit})
+    return [f"N = {N}{where} is not a multiple of {unit}, {why}" for N in uneven]
+
+
+def _uneven_inputs(shape: LayerShape, unit: int, why: str) -> list[str]:
+    K, where = inputs_per_rank(shape), per_rank(shape, "row")
+    return [f"K = {K}{where} is not a multiple of {unit}, {why}"] if K % unit else []
+
+
+def _uneven_groups(shape: LayerShape, group_size: int) -> list[str]:
+    K, where = inputs_per_rank(shape), per_rank(shape, "row")
+    is_even = group_size == -1 or K % group_size == 0
+    return [] if is_even else [f"group_size {group_size} does not divide K = {K}{where}"]
 
 
 def fp8_marlin_fault(N: int, K: int) -> str:

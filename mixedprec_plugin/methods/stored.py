@@ -167,14 +167,8 @@ def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
         CheckpointError: it is no regular expression.
     """
     try:
-        found = re.fullmatch(pattern, name) if whole else re.match(pattern, name)
+        return (re.fullmatch if whole else re.match)(pattern, name) is not None
     except re.error as error:
-        raise CheckpointError(
-            Problem(
-                "config.json: quantization_config",
-                f"{pattern!r} is no regular expression ({error})",
-                "correct the pattern",
-                "config-pattern",
-            )
-        ) from error
-    return found is not None
+        where, what = "config.json: quantization_config", f"{pattern!r} is no regular expression"
+        problem = Problem(where, f"{what} ({error})", "correct the pattern", "config-pattern")
+        raise CheckpointError(problem) from error

@@ -10,7 +10,6 @@ import torch
 from mixedprec_plugin.errors import Problem, ShapeError
 from mixedprec_plugin.quantize.chunks import row_chunks
 
-_KEEP = "check the checkpoint's file, or keep this layer in bf16"
 _OTHER_METHOD = "check that the layer is stored by this method"
 
 
@@ -19,11 +18,6 @@ def refuse(where: str, what: str, remedy: str, rule: str) -> NoReturn:
 
     Args:
         where: tensor suffix (`weight`, `qzeros`); callers that know the layer put its name before.
-        what: what is wrong, with what was expected in brackets.
-        remedy: what the reader can do.
-        rule: stable identifier of the check.
-    Raises:
-        ShapeError: always.
     """
     raise ShapeError(Problem(where, what, remedy, rule))
 
@@ -56,8 +50,6 @@ def resolve_group_size(K: int, group_size: int, pack_factor: int) -> int:
     """Return how many elements along K share a scale, with -1 resolved to K.
 
     Args:
-        K: input features.
-        group_size: elements along K that share a scale; -1 means all of them.
         pack_factor: codes of an int32 word along K; 1 where words run along N.
     Raises:
         ShapeError: the group size does not divide K, or the words do not.
@@ -71,26 +63,20 @@ def resolve_group_size(K: int, group_size: int, pack_factor: int) -> int:
             f"use group_size {', '.join([*fitting, '-1'])}, or keep this layer in bf16",
             "group-size",
         )
-    if K % pack_factor:
-        refuse(
-            "weight",
-            f"K = {K} does not fill int32 words (expected a multiple of {pack_factor})",
-            "keep this layer in bf16",
-            "pack-factor",
-        )
+    require_packable(K, pack_factor, "K")
     return resolved
 
 
-def require_packable(N: int, pack_factor: int) -> None:
-    """Check that codes packed along N fill whole words.
+def require_packable(size: int, pack_factor: int, name: str = "N") -> None:
+    """Check that codes packed along a dimension fill whole words.
 
     Raises:
-        ShapeError: N is not a multiple of the pack factor.
+        ShapeError: its size is not a multiple of the pack factor.
     """
-    if N % pack_factor:
+    if size % pack_factor:
         refuse(
             "weight",
-            f"N = {N} does not fill int32 words (expected a multiple of {pack_factor})",
+            f"{name} = {size} does not fill int32 words (expected a multiple of {pack_factor})",
             "keep this layer in bf16",
             "pack-factor",
         )
@@ -115,7 +101,7 @@ def require_finite(scales: torch.Tensor, weight: torch.Tensor) -> None:
             "weight",
             f"{count} of {weight.numel()} values are not finite, the first "
             f"{weight[row, column].item()!r} at [{row}, {column}] (expected finite values)",
-            _KEEP,
+            "check the checkpoint's file, or keep this layer in bf16",
             "not-finite",
         )
     refuse(
@@ -157,9 +143,6 @@ def take_matrix(
     """Return a stored matrix after checking its dtype; its shape tells N and K.
 
     Args:
-        tensors: tensor suffix -> tensor.
-        suffix: which of them.
-        dtype: what it must be.
         layout: its shape for the message, such as `[K, N/8]`.
     Raises:
         ShapeError: it is missing, no matrix, or of another dtype.

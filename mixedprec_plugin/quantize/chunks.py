@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -14,8 +15,6 @@ def row_chunks(num_rows: int, row_length: int, multiple: int = 1) -> Iterator[sl
     """Cut rows into slices whose float32 copy takes about `CHUNK_BYTES`.
 
     Args:
-        num_rows: rows of the matrix.
-        row_length: elements of a row.
         multiple: every slice but the last starts and ends at a multiple of this many rows.
     Yields:
         Slices that cover 0..num_rows in order, each of at least `multiple` rows (the last may be
@@ -24,24 +23,6 @@ def row_chunks(num_rows: int, row_length: int, multiple: int = 1) -> Iterator[sl
     rows = max(CHUNK_BYTES // (4 * max(row_length, 1)) // multiple, 1) * multiple
     for start in range(0, num_rows, rows):
         yield slice(start, min(start + rows, num_rows))
-
-
-def block_chunks(N: int, K: int, block_n: int, block_k: int) -> Iterator[tuple[slice, slice]]:
-    """Cut an [N, K] matrix into (rows, columns) slices of whole blocks, one block high.
-
-    Args:
-        N: rows of the matrix.
-        K: columns of the matrix.
-        block_n: rows of a block; every slice of rows is one block high, the last may be ragged.
-        block_k: columns of a block; every slice of columns but the last is whole blocks wide.
-    Yields:
-        Slices that cover the matrix, whose float32 copies take about `CHUNK_BYTES` each or, where a
-        single block is larger than that, one block.
-    """
-    columns = list(row_chunks(K, block_n, multiple=block_k))
-    for start in range(0, N, block_n):
-        for column in columns:
-            yield slice(start, min(start + block_n, N)), column
 
 
 def float_chunks(weight: torch.Tensor, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -57,13 +38,10 @@ def float_chunks(weight: torch.Tensor, multiple: int = 1) -> Iterator[tuple[slic
         The slice of rows, and their values, float32 [rows, K], which may be overwritten and are
         valid until the next step.
     """
-    N, K = weight.shape
-    buffer = torch.empty(0)
-    for rows in row_chunks(N, K, multiple):
-        num_rows = rows.stop - rows.start
-        if len(buffer) < num_rows:
-            buffer = torch.empty((num_rows, K), device=weight.device)
-        yield rows, buffer[:num_rows].copy_(weight[rows])
+    pieces = (
+        (rows, slice(None)) for rows in row_chunks(weight.shape[0], weight.shape[1], multiple)
+    )
+    return ((rows, values) for rows, _, values in _copies(weight, pieces))
 
 
 def float_block_chunks(
@@ -73,14 +51,23 @@ def float_block_chunks(
 
     Args:
         weight: [N, K], any floating dtype; not modified.
-        block_n: as for `block_chunks`.
-        block_k: as for `block_chunks`.
+        block_n: rows of a block; every piece is one block high, the last may be ragged.
+        block_k: columns of a block; every piece but the last of a row is whole blocks wide.
     Yields:
-        The slices of rows and columns, and their values, float32, as `float_chunks` does.
+        The slices of rows and columns, and their values, float32, as `float_chunks` does; about
+        `CHUNK_BYTES` each or, where a single block is larger than that, one block.
     """
     N, K = weight.shape
+    columns = list(row_chunks(K, block_n, multiple=block_k))
+    rows = [slice(start, min(start + block_n, N)) for start in range(0, N, block_n)]
+    return _copies(weight, itertools.product(rows, columns))
+
+
+def _copies(
+    weight: torch.Tensor, pieces: Iterable[tuple[slice, slice]]
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     buffer = torch.empty(0)
-    for rows, columns in block_chunks(N, K, block_n, block_k):
+    for rows, columns in pieces:
         chunk = weight[rows, columns]
         if buffer.numel() < chunk.numel():
             buffer = torch.empty(chunk.numel(), device=weight.device)

@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
+TensorDict: TypeAlias = dict[str, torch.Tensor]
+Arguments: TypeAlias = Mapping[str, Any]
 
 
 class Numbers(Protocol):
@@ -26,33 +28,38 @@ class Codec(Protocol):
     """
 
     def quantize(
-        self, weight: torch.Tensor, arguments: Mapping[str, Any], dtype: torch.dtype
-    ) -> dict[str, torch.Tensor]:
-        """Quantize a weight [N, K]; `dtype` is what the model runs in.
+        self, weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype
+    ) -> TensorDict:
+        """Quantize a weight, rounding to nearest.
 
+        Args:
+            weight: [N, K], floating point, any device.
+            arguments: the method's, as `registry.bind` returns them.
+            dtype: the running model's.
+        Returns:
+            the tensors of `Method.stored`, contiguous, on the weight's device.
         Raises:
-            ShapeError, MethodError: it cannot be, with the reason.
+            ShapeError: no matrix of floats, not finite, or of a shape that the method cannot hold.
+            MethodError: the arguments ask for what a weight alone cannot give.
         """
 
-    def read(self, tensors: Tensors, arguments: Mapping[str, Any]) -> Numbers:
+    def read(self, tensors: Tensors, arguments: Arguments) -> Numbers:
         """Tell the numbers of stored tensors (by parameter suffix).
 
+        Args:
+            arguments: `StoredFormat.how`, or the method's.
         Raises:
             ShapeError: a tensor is missing, or of another shape or dtype.
         """
 
-    def write(
-        self, numbers: Numbers, arguments: Mapping[str, Any], dtype: torch.dtype
-    ) -> dict[str, torch.Tensor]:
+    def write(self, numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
         """Store the same numbers as this method does; nothing is rounded.
 
         Raises:
             NotTheSameNumbersError: it cannot hold them.
         """
 
-    def take_stored(
-        self, tensors: Tensors, arguments: Mapping[str, Any], *, checks: bool
-    ) -> dict[str, torch.Tensor]:
+    def take_stored(self, tensors: Tensors, arguments: Arguments, *, checks: bool) -> TensorDict:
         """Return stored tensors as they are served, with those that follow from the rest; optional.
 
         Args:
@@ -78,9 +85,5 @@ class NotTheSameNumbersError(ValueError):
 
 @functools.cache
 def load_codec(lazy: str) -> Codec:
-    """Import a codec.
-
-    Args:
-        lazy: name of the module.
-    """
+    """Import a codec by the name of its module."""
     return cast(Codec, importlib.import_module(lazy))

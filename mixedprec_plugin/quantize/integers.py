@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
-from mixedprec_plugin.quantize.checks import refuse
-from mixedprec_plugin.quantize.chunks import row_chunks
-from mixedprec_plugin.quantize.codec import NotTheSameNumbersError
+from mixedprec_plugin.quantize.checks import (
+    refuse,
+    require_finite,
+    require_packable,
+    resolve_group_size,
+    weight_shape,
+)
+from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
+from mixedprec_plugin.quantize.codec import Arguments, NotTheSameNumbersError, TensorDict
+from mixedprec_plugin.quantize.rounding import Grid, round_groups
+
+# as many rows fill words of 4 and of 8 bits, whichever way they run
+WHOLE_WORDS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +79,7 @@ class Integers:
         """
         order, zeros, scales = self.order, self.zeros.float(), self.scales.float()
         weight = torch.empty((self.N, self.K), device=scales.device)
-        # whole words, in every packing
-        for rows in row_chunks(self.N, self.K, multiple=8):
+        for rows in row_chunks(self.N, self.K, multiple=WHOLE_WORDS):
             chunk = weight[rows].copy_(self.codes(rows))
             if order is None:
                 grouped = chunk.view(len(chunk), -1, self.group_size)
@@ -95,6 +105,76 @@ class Integers:
                     "start with --dtype bfloat16",
                 )
         return made.t().contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """How codes lie in int32 words, "qweight" along N or K and "qzeros" along N.
+
+    Attributes:
+        bits: of a code.
+        along_k: input features in a word of "qweight"; 1 where its words are along N.
+        pack: codes uint8 [R, K] -> columns of "qweight".
+        pack_zeros: zero points [R, K/G] -> [K/G, R * bits / 32], columns of "qzeros".
+    """
+
+    bits: int
+    along_k: int
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    pack_zeros: Callable[[torch.Tensor], torch.Tensor]
+
+    def quantize(self, weight: torch.Tensor, arguments: Arguments, grid: Grid) -> TensorDict:
+        """Round a weight to groups; "scales" [K/G, N] are beside the words.
+
+        Args:
+            arguments: "group_size" (divides K; -1 for all of K), "clip_search".
+        Raises:
+            ShapeError: not a matrix of floats, not finite, too large for the scales' dtype, K no
+                multiple of the group size, or N or K no whole words.
+        """
+        N, K = weight_shape(weight)
+        require_packable(N, 32 // self.bits)
+        group_size = resolve_group_size(K, arguments["group_size"], self.along_k)
+        clip_search = bool(arguments.get("clip_search", False))
+        scales = torch.empty((K // group_size, N), dtype=grid.scale_dtype, device=weight.device)
+
+        def rounded() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+            for rows, values in float_chunks(weight, multiple=WHOLE_WORDS):
+                codes, scale, zeros = round_groups(values, group_size, grid, clip_search)
+                scales[:, rows] = scale.t()
+                yield rows, codes, zeros
+
+        made = self._packed(rounded(), K, scales)
+        require_finite(scales, weight)
+        return made
+
+    def write(self, numbers: Integers, dtype: torch.dtype) -> TensorDict:
+        """Store the same numbers; "scales" [K/G, N] of a dtype are beside the words.
+
+        Raises:
+            NotTheSameNumbersError: the dtype does not hold the scales.
+        """
+        chunks = row_chunks(numbers.N, numbers.K, multiple=WHOLE_WORDS)
+        pieces = ((rows, numbers.codes(rows), numbers.zeros[rows]) for rows in chunks)
+        return self._packed(pieces, numbers.K, numbers.scales_in(dtype))
+
+    def _packed(
+        self,
+        pieces: Iterable[tuple[slice, torch.Tensor, torch.Tensor]],
+        K: int,
+        scales: torch.Tensor,
+    ) -> TensorDict:
+        """Pack the codes and zero points of some rows after the other."""
+        num_groups, N = scales.shape
+        along_n = 1 if self.along_k > 1 else 32 // self.bits
+        empty = partial(torch.empty, dtype=torch.int32, device=scales.device)
+        qweight = empty((K // self.along_k, N // along_n))
+        qzeros = empty((num_groups, N * self.bits // 32))
+        for rows, codes, zeros in pieces:
+            qweight[:, rows.start // along_n : rows.stop // along_n] = self.pack(codes)
+            first, last = rows.start * self.bits // 32, rows.stop * self.bits // 32
+            qzeros[:, first:last] = self.pack_zeros(zeros)
+        return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
 
 
 def plain_order(K: int, group_size: int, device: torch.device | None = None) -> torch.Tensor:

@@ -114,9 +114,7 @@ def round_groups(
     R, K = values.shape
     grouped = values.view(R, K // group_size, group_size)
     low, high = grouped.amin(-1), grouped.amax(-1)
-    scale, zero = grid.fit(low, high)
-    if clip_search:
-        scale, zero = _search_clip(grouped, low, high, grid, scale, zero)
+    scale, zero = _search_clip(grouped, low, high, grid) if clip_search else grid.fit(low, high)
     codes = _encode(grouped, scale, zero, grid, out=grouped)
     # Casting to int8 is several times faster than to uint8: shift 0..255 to -128..127 and back.
     if grid.bits == 8:
@@ -134,15 +132,11 @@ def _encode(
 
 
 def _search_clip(
-    values: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    grid: Grid,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
+    values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each group's scale and zero of least squared error; those given are the first try."""
+    """Return each group's scale and zero of least squared error; the plain ones are tried first."""
     scratch = torch.empty_like(values)
+    scale, zero = grid.fit(low, high)
     least = _squared_error(values, scale, zero, grid, scratch)
     for ratio in grid.clip_ratios:
         next_scale, next_zero = grid.fit(low, high, ratio)

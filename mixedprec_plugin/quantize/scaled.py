@@ -10,19 +10,18 @@ torchao `Float8Tensor.dequantize` and `IntxUnpackedToInt8Tensor.dequantize`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from mixedprec_plugin.quantize.checks import refuse, require_finite, take, weight_shape
+from mixedprec_plugin.quantize.checks import refuse, require_finite, take, take_matrix, weight_shape
 from mixedprec_plugin.quantize.chunks import float_block_chunks, row_chunks
-from mixedprec_plugin.quantize.codec import Tensors
+from mixedprec_plugin.quantize.codec import Arguments, TensorDict, Tensors
 
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = torch.finfo(E4M3).max
+_LARGEST_CODE = {E4M3: torch.finfo(E4M3).max, torch.int8: 127.0}
 # Below the smallest normal number a quotient would lose the half-a-step bound, or divide by zero.
-SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
+_SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Scaled:
         return weight
 
 
-def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Scaled:
+def read(tensors: Tensors, arguments: Arguments) -> Scaled:
     """Tell the codes and scales of a layer.
 
     Args:
@@ -100,11 +99,20 @@ def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Scaled:
     )
 
 
-def read_codes(tensors: Tensors, scale: str, block: tuple[int, ...]) -> Scaled:
-    """Tell the numbers of symmetric codes "weight", multiplied by scales of that suffix."""
-    how = {
-        "codes": "weight", "scale": scale, "zero_point": "", "block": block, "reciprocal": False
-    }  # fmt: skip
+def read_codes(
+    tensors: Tensors, dtype: torch.dtype, scale: str, block: Sequence[int | None]
+) -> Scaled:
+    """Tell the numbers of symmetric codes "weight" [N, K], multiplied by scales of that suffix.
+
+    Args:
+        dtype: of the codes.
+        block: [bn, bk]; None stands for all of N, or of K.
+    Raises:
+        ShapeError: a tensor is missing, or of another shape or dtype.
+    """
+    codes = take_matrix(tensors, "weight", dtype, "[N, K]")
+    tile = [size or whole for size, whole in zip(block, codes.shape, strict=True)]
+    how = {"codes": "weight", "scale": scale, "zero_point": "", "block": tile, "reciprocal": False}
     return read(tensors, how)
 
 
@@ -130,37 +138,42 @@ def _spread(grid: torch.Tensor, rows: slice, block: tuple[int, int], K: int) -> 
     return chosen.repeat_interleave(block[1], dim=1)[:, :K]
 
 
-def quantize_blocks(
-    weight: torch.Tensor,
-    block: tuple[int, int],
-    largest: float,
-    encode: Callable[[torch.Tensor, torch.Tensor], object],
-    code_dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """Scale every tile of a weight so that its largest magnitude becomes `largest`, and encode it.
+def scales_for(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the scales that make the largest magnitudes the largest code, float32.
+
+    No clamping is needed afterwards: they are exact to half a unit in the last place, so that no
+    quotient rounds past the largest code.
+    """
+    return (largest.float() / _LARGEST_CODE[dtype]).clamp_(min=_SMALLEST_SCALE)
+
+
+def encode(scaled: torch.Tensor, codes: torch.Tensor) -> None:
+    """Round to the nearest code, ties to even; a float32 chunk, overwritten, to its codes."""
+    codes.copy_(scaled if codes.dtype.is_floating_point else scaled.round_())
+
+
+def quantize_blocks(weight: torch.Tensor, block: Sequence[int], dtype: torch.dtype) -> TensorDict:
+    """Scale every tile of a weight so that its largest magnitude is the largest code; encode it.
 
     Args:
         weight: [N, K], floating point; not modified.
-        block: (block_n, block_k).
-        largest: the largest magnitude that a code can stand for.
-        encode: writes a scaled float32 chunk, which it may overwrite, to a chunk of codes.
-        code_dtype: dtype of the codes.
+        block: [block_n, block_k].
+        dtype: of the codes.
     Returns:
-        "weight" [N, K] of `code_dtype`, "weight_scale_inv" float32 [ceil(N/bn), ceil(K/bk)],
-        weight ~= q * scale_inv. No clamping is needed: scale_inv is the tile's largest magnitude
-        over `largest` to half a unit in the last place, so that no quotient rounds past `largest`.
+        "weight" [N, K] of `dtype`, "weight_scale_inv" float32 [ceil(N/bn), ceil(K/bk)],
+        weight ~= q * scale_inv.
     Raises:
         ShapeError: not a matrix of floats, or not finite.
     """
     N, K = weight_shape(weight)
     block_n, block_k = block
-    codes = torch.empty((N, K), dtype=code_dtype, device=weight.device)
-    scales = torch.empty(grid_shape(N, K, block), device=weight.device)
+    codes = torch.empty((N, K), dtype=dtype, device=weight.device)
+    scales = torch.empty(grid_shape(N, K, (block_n, block_k)), device=weight.device)
     for rows, columns, values in float_block_chunks(weight, block_n, block_k):
         tops = torch.maximum(values.amax(0), -values.amin(0))
         ragged = -len(tops) % block_k
         tops = torch.nn.functional.pad(tops, (0, ragged)).view(-1, block_k).amax(1)
-        scale = (tops / largest).clamp_(min=SMALLEST_SCALE)
+        scale = scales_for(tops, dtype)
         first = columns.start // block_k
         scales[rows.start // block_n, first : first + len(scale)] = scale
         spread = scale.repeat_interleave(block_k)[: values.shape[1]]

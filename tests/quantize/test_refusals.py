@@ -125,4 +125,4 @@ def test_group_index_out_of_range_is_refused() -> None:
     tensors = gptq.quantize(torch.ones(16, 128))
     tensors["g_idx"] = tensors["g_idx"] * 2
     with pytest.raises(ShapeError, match=r"^g_idx: groups 0\.\.2 \(expected 0\.\.1\); check group"):
-        gptq.read(tensors).dequantize()
+        gptq.dequantize(tensors)

@@ -69,7 +69,7 @@ def test_fp8_error_is_at_most_half_a_step(weight: torch.Tensor, block: list[int]
     # Three mantissa bits: half a step is 2**-4 of the binade's lower end, and 2**-10 scales below
     # the smallest normal number, 2**-6.
     half_step = torch.maximum(weight.double().abs() * 2.0**-4, scale * 2.0**-10)
-    assert_within(weight, fp8.read(tensors).dequantize(), half_step * (1 + SLACK))
+    assert_within(weight, fp8.dequantize(tensors), half_step * (1 + SLACK))
 
 
 @given(weights())
@@ -92,7 +92,7 @@ def test_awq_error_is_at_most_half_a_step(
     u = torch.finfo(dtype).eps / 2
     step = spread_groups(tensors["scales"], weight.shape[1])
     bound = step * (0.5 + 15 * u / (1 - u) + SLACK)
-    assert_within(weight, awq.read(tensors).dequantize(), bound)
+    assert_within(weight, awq.dequantize(tensors), bound)
 
 
 @given(
@@ -110,7 +110,7 @@ def test_gptq_error_is_at_most_half_a_step(
     step = spread_groups(tensors["scales"], weight.shape[1]).abs()
     ends = 2 ** (bits - 1) + 0.5
     bound = step * (0.5 + ends * u / (1 - u) + SLACK)
-    assert_within(weight, gptq.read(tensors).dequantize(), bound)
+    assert_within(weight, gptq.dequantize(tensors), bound)
 
 
 @given(weights(), st.sampled_from(SCALE_DTYPES))
@@ -171,7 +171,7 @@ def test_awq_returns_a_weight_on_its_grid_unchanged(
 ) -> None:
     weight = grid_weight(codes, zero, scale, low=0, high=15)
     awq = case("awq", group_size=32)
-    assert torch.equal(awq.read(awq.quantize(weight, torch.bfloat16)).dequantize(), weight)
+    assert torch.equal(awq.dequantize(awq.quantize(weight, torch.bfloat16)), weight)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -183,7 +183,7 @@ def test_gptq_with_clip_search_returns_a_weight_on_its_grid_unchanged(
     codes = data.draw(codes_below(largest))
     weight = grid_weight(codes, 2 ** (bits - 1), sign * scale, low=0, high=largest // 2)
     gptq = case("gptq", bits=bits, group_size=32, clip_search=True)
-    assert torch.equal(gptq.read(gptq.quantize(weight, torch.bfloat16)).dequantize(), weight)
+    assert torch.equal(gptq.dequantize(gptq.quantize(weight, torch.bfloat16)), weight)
 
 
 @given(codes_below(254), st.integers(-60, 20))
@@ -207,7 +207,7 @@ def test_fp8_returns_a_weight_on_its_grid_unchanged(
     fp8 = case("fp8", weight_block_size=block)
     tensors = fp8.quantize(weight)
     assert torch.equal(tensors["weight"].view(torch.uint8), torch.from_numpy(codes))
-    assert torch.equal(fp8.read(tensors).dequantize(), weight)
+    assert torch.equal(fp8.dequantize(tensors), weight)
 
 
 def test_fp8_dequantize_reads_all_256_codes() -> None:

@@ -17,8 +17,6 @@ METHOD = Method(
     aliases={},
     schema={},
     stored=lambda _arguments, _N, _K, _dtype: {},
-    recognize=lambda _tensors, _said: None,
-    read_config={},
     declare=lambda _arguments: {},
     # SGLang's class says what it refuses when it builds the layer
     faults=lambda _arguments, _shape, _target: [],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.methods import integers
+from mixedprec_plugin.methods import integers, shapes
 from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.interface import (
     Alternative,
@@ -15,14 +15,7 @@ from mixedprec_plugin.methods.interface import (
     Method,
     Rounding,
     Target,
-)
-from mixedprec_plugin.methods.shapes import (
-    group_faults,
-    group_size_of,
-    marlin_faults,
-    num_groups,
-    outputs_per_rank,
-    shape_faults,
+    choice,
 )
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec, unusable
 
@@ -32,8 +25,6 @@ CODEC = "mixedprec_plugin.methods.awq.codec"
 _BITS, _PACK_FACTOR = 4, 8
 # AWQ rounds to nearest, beside folded scales
 _LIMIT = 0.25
-_CONFIG = "sglang.srt.layers.quantization.awq.awq:AWQConfig"
-_MARLIN_CONFIG = "sglang.srt.layers.quantization.awq.awq:AWQMarlinConfig"
 _MARLIN_CAPABILITY = 80
 
 
@@ -43,15 +34,14 @@ def config_arguments(arguments: Arguments, platform: str) -> dict[str, Any]:
     `AWQMarlinConfig` makes an `AWQConfig` from `full_config` for a layer that Marlin does not fit
     (awq/awq.py:368), and a `MoeWNA16Config` for such experts (awq.py:383).
     """
+    declared = declare(arguments)
     flat = {
-        "weight_bits": arguments["bits"],
-        "group_size": arguments["group_size"],
-        "zero_point": arguments["zero_point"],
-        "modules_to_not_convert": None,
+        "weight_bits": declared["bits"],
+        **{key: declared[key] for key in ("group_size", "zero_point", "modules_to_not_convert")},
     }
     if platform != "cuda":
         return flat
-    return {**flat, "lm_head_quantized": False, "full_config": declare(arguments)}
+    return {**flat, "lm_head_quantized": False, "full_config": declared}
 
 
 def declare(arguments: Arguments) -> dict[str, Any]:
@@ -83,7 +73,7 @@ def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, Tensor
 
     Source: `AWQLinearScheme.create_weights` (awq/schemes/awq_linear.py:54-89).
     """
-    groups, words = num_groups(K, arguments["group_size"]), N // _PACK_FACTOR
+    groups, words = shapes.num_groups(K, arguments["group_size"]), N // _PACK_FACTOR
     return {
         "qweight": TensorSpec("I32", (K, words)),
         "qzeros": TensorSpec("I32", (groups, words)),
@@ -93,19 +83,18 @@ def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, Tensor
 
 def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     """Take a `qweight` whose words run along N; the dtype of the scales says nothing."""
-    shapes = integers.packed_shapes(tensors)
-    if shapes is None:
+    found = integers.packed_shapes(tensors)
+    if found is None:
         return None
     version_name = str(said.config.get("version") or "gemm").lower()
     if said.encoding == NAME and version_name != "gemm":
         return unusable(tensors, f"awq {version_name}", encoding=NAME)
-    (K, words), qzeros, (groups, N) = shapes
+    (K, words), qzeros, (groups, N) = found
     if words * _PACK_FACTOR != N or qzeros != (groups, words):
         return None
-    group_size = group_size_of(K, groups)
+    group_size = shapes.group_size_of(K, groups)
     if group_size is None:
-        text = integers.ragged("awq 4-bit", K, groups)
-        return unusable(tensors, text, N, K, encoding=NAME)
+        return integers.ragged(tensors, "awq 4-bit", N, K, groups, NAME)
     return StoredFormat(
         NAME,
         {"bits": _BITS, "group_size": group_size, "zero_point": True},
@@ -115,7 +104,7 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
         encoding=NAME,
         numbers="integers",
         facts={"bits": _BITS, "group_size": group_size},
-        suffixes=frozenset({"qweight", "qzeros", "scales"}),
+        suffixes=frozenset(integers.PACKED),
         codec=CODEC,
         how={"group_size": group_size},
         like=NAME,
@@ -142,9 +131,9 @@ def fits_marlin(arguments: Arguments, shape: LayerShape) -> bool:
     Source: `check_marlin_supports_layer` (marlin_utils.py:211), asked at awq/awq.py:368.
     """
     ranks = shape.tp_size if shape.parallel == "column" else 1
-    N = sum(outputs_per_rank(shape)) * ranks
+    N = sum(shapes.outputs_per_rank(shape)) * ranks
     whole = LayerShape(N=N, K=shape.K, shard_sizes=(N,), parallel="replicated")
-    return not marlin_faults(arguments["group_size"], whole)
+    return not shapes.marlin_faults(arguments["group_size"], whole)
 
 
 def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
@@ -164,18 +153,18 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
     parameters are laid out otherwise; a column is never one group (awq/schemes/awq_moe.py:80).
     """
     group_size = arguments["group_size"]
-    found = group_faults(group_size, _PACK_FACTOR, 1, shape)
+    found = shapes.group_faults(group_size, _PACK_FACTOR, 1, shape)
     on_cuda = target.device == "cuda"
     if shape.is_expert and group_size == -1:
         found.append("group_size -1 is not served for experts, SGLang divides by it")
     elif shape.is_expert:
-        found += marlin_faults(group_size, shape) if on_cuda else []
+        found += shapes.marlin_faults(group_size, shape) if on_cuda else []
     else:
         if group_size == -1 and shape.parallel == "row" and shape.tp_size > 1:
             found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
         if on_cuda and (group_size == -1 or fits_marlin(arguments, shape)):
-            found += marlin_faults(group_size, shape)
-    return shape_faults(found) + _without_marlin(arguments, shape, target)
+            found += shapes.marlin_faults(group_size, shape)
+    return shapes.shape_faults(found) + _without_marlin(arguments, shape, target)
 
 
 def _without_marlin(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
@@ -203,7 +192,7 @@ def rounding(arguments: Arguments) -> Rounding:
     return Rounding(
         rank=4.5 + integers.group_rank(size),
         limit=integers.limit(_BITS, size, _LIMIT),
-        error=lambda _N, K: integers.asymmetric_error(_BITS, K if size == -1 else size),
+        error=lambda _N, K: integers.asymmetric_error(_BITS, integers.elements(size, K)),
     )
 
 
@@ -213,24 +202,15 @@ METHOD = Method(
     description="4-bit integers with zero points in groups along K, in AWQ's layout. Weight-only: "
     "activations stay in 16 bits.",
     aliases={
-        "awq_int4": {"bits": 4},
-        "awq_4bit": {"bits": 4},
-        "int4_awq": {"bits": 4},
+        **{alias: {"bits": 4} for alias in ("awq_int4", "awq_4bit", "int4_awq")},
         "awq_marlin": {},
     },
     schema={
-        "bits": {
-            "description": "Bits a weight; SGLang serves AWQ in 4 only.",
-            "enum": [4],
-            "default": 4,
-        },
+        "bits": choice("Bits a weight; SGLang serves AWQ in 4 only.", [4]),
         "group_size": integers.GROUP_SIZE_SCHEMA,
-        "zero_point": {
-            "description": "Each group has a zero point; SGLang's AWQ kernels always read one.",
-            "type": "boolean",
-            "enum": [True],
-            "default": True,
-        },
+        "zero_point": choice(
+            "Each group has a zero point; SGLang's AWQ kernels always read one.", [True]
+        ),
         "clip_search": integers.CLIP_SEARCH_SCHEMA,
     },
     stored=stored,
@@ -246,13 +226,12 @@ METHOD = Method(
         Alternative("blockwise_int8"),
     ),
     config_classes={
-        "cuda": _MARLIN_CONFIG,
-        "cuda_fallback": _CONFIG,
+        "cuda": "sglang.srt.layers.quantization.awq.awq:AWQMarlinConfig",
+        "cuda_fallback": "sglang.srt.layers.quantization.awq.awq:AWQConfig",
         "cpu": "mixedprec_plugin.methods.awq.sglang:CpuAWQConfig",
     },
     config_arguments=config_arguments,
     codec=CODEC,
-    min_capability=75,
     fallback_below=_MARLIN_CAPABILITY,
     why_not_repack=why_not_repack,
     # SGLang's class asks, and has another kernel for what Marlin does not take (awq.py:383)

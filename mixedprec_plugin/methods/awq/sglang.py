@@ -41,7 +41,6 @@ class AWQExpertsConfig(AWQMarlinConfig):
     """
 
     def get_moe_scheme(self, layer: torch.nn.Module) -> RepairedAWQMoEScheme:
-        """The scheme that `AWQMoEMethod` runs."""
         return RepairedAWQMoEScheme(self)
 
 
@@ -63,15 +62,12 @@ class _Words(PackedScheme):
     """Nibbles in AWQ's order along N, int32 [K, N/8]."""
 
     def read(self, words: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Codes of some rows, uint8 [rows, K], out of the words of one weight."""
         return unpack_awq(words[:, rows.start // AWQ_PACK_FACTOR : rows.stop // AWQ_PACK_FACTOR])
 
     def write(self, codes: torch.Tensor) -> torch.Tensor:
-        """Undo `read` for all rows."""
         return pack_awq(codes).contiguous()
 
     def zero_points(self, stored: Stored) -> torch.Tensor:
-        """Zero points of one weight, uint8 [N, K/G]."""
         return unpack_awq(stored["qzeros"])
 
 
@@ -90,14 +86,11 @@ class CpuAWQLinearScheme(_Words, PackedLinear, AWQLinearScheme):
         if self.quant_config.group_size == -1:
             input_size = kwargs.get("input_size", input_size_per_partition)
             if input_size != input_size_per_partition:
-                raise ShapeError(
-                    Problem(
-                        where="",
-                        what=f"AWQ group size -1 with K = {input_size} split over ranks "
-                        f"(expected a group size that divides {input_size_per_partition})",
-                        remedy="use group size 128, or tensor parallel 1",
-                    )
+                what = (
+                    f"AWQ group size -1 with K = {input_size} split over ranks "
+                    f"(expected a group size that divides {input_size_per_partition})"
                 )
+                raise ShapeError(Problem("", what, "use group size 128, or tensor parallel 1"))
             self.quant_config = copy.copy(self.quant_config)
             self.quant_config.group_size = input_size
         super().create_weights(layer, input_size_per_partition, *args, **kwargs)
@@ -124,7 +117,6 @@ class CpuAWQConfig(PackedConfig, AWQConfig):
     schemes = (CpuAWQLinearScheme, CpuAWQMoEScheme)
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Dtypes that a model may run in."""
         return [torch.float16, torch.bfloat16]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -9,6 +9,7 @@ from mixedprec_plugin.methods.interface import (
     Method,
     Rounding,
     Target,
+    choice,
 )
 from mixedprec_plugin.methods.stored import (
     FLOAT,
@@ -66,17 +67,15 @@ METHOD = Method(
         "none": {"dtype": None},
     },
     schema={
-        "dtype": {
-            "description": "Dtype of the weights; must be the one that the model runs in. null "
+        "dtype": choice(
+            "Dtype of the weights; must be the one that the model runs in. null "
             "stands for whatever that is. The method's names imply it: bf16 means bfloat16, fp16 "
             "float16, unquantized null.",
-            "enum": ["bfloat16", "float16", None],
-            "default": "bfloat16",
-        }
+            ["bfloat16", "float16", None],
+        )
     },
     stored=stored,
     recognize=recognize,
-    read_config={},
     declare=lambda _arguments: {},
     faults=faults,
     rounding=lambda _arguments: Rounding(rank=16.0, limit=_LIMIT),

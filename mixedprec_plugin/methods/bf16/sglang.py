@@ -21,7 +21,6 @@ class UnquantizedFusedMoEMethod(LoopedExperts, unquant.UnquantizedFusedMoEMethod
     preset_name = "bf16"
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
-        """Activations -> their products with gate and up weights, and with down weights."""
         return partial(_prepare, layer.w13_weight.data), partial(_prepare, layer.w2_weight.data)
 
 

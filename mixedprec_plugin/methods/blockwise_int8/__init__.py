@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from mixedprec_plugin.methods import scaled
@@ -17,6 +18,7 @@ from mixedprec_plugin.methods.interface import (
     Method,
     Rounding,
     Target,
+    choice,
 )
 from mixedprec_plugin.methods.shapes import block_faults, grid, shape_faults
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
@@ -24,7 +26,6 @@ from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorS
 NAME = "blockwise_int8"
 CODES = "I8"
 
-_CLASS = "sglang.srt.layers.quantization.blockwise_int8:BlockInt8Config"
 # a step is 2 * top / 255, and top / RMS is 4 to 20 for a block of a real layer
 _LIMIT = 0.05
 
@@ -67,13 +68,6 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     return dataclasses.replace(found, method=NAME, arguments=arguments, like=NAME)
 
 
-def why_not_repack(
-    stored: StoredFormat, arguments: Arguments, tensors: Tensors, _may_round: bool
-) -> str | None:
-    """Say whether the codes and scales are this method's under another tool's names."""
-    return scaled.why_not_scaled(stored, arguments, tensors, CODES)
-
-
 def faults(arguments: Arguments, shape: LayerShape, _target: Target) -> list[Fault]:
     """Return what SGLang's block INT8 methods refuse of a layer."""
     return shape_faults(block_faults(arguments["weight_block_size"], shape))
@@ -96,18 +90,15 @@ METHOD = Method(
     "at run time, in groups as long as the block.",
     aliases={"int8": {}, "int8_block": {}, "int8_blockwise": {}, "block_int8": {}},
     schema={
-        "weight_block_size": {
-            "description": "[N, K] tile of the weight that shares a scale. Smaller blocks fit more "
+        "weight_block_size": choice(
+            "[N, K] tile of the weight that shares a scale. Smaller blocks fit more "
             "shapes and are more precise.",
-            "enum": [[128, 128], [64, 64]],
-            "default": [128, 128],
-        },
-        "activation_scheme": {
-            "description": "dynamic: activation scales are computed as tokens come; SGLang has no "
-            "other.",
-            "enum": ["dynamic"],
-            "default": "dynamic",
-        },
+            [[128, 128], [64, 64]],
+        ),
+        "activation_scheme": choice(
+            "dynamic: activation scales are computed as tokens come; SGLang has no other.",
+            ["dynamic"],
+        ),
     },
     stored=stored,
     recognize=recognize,
@@ -122,13 +113,13 @@ METHOD = Method(
         Alternative("awq"),
     ),
     config_classes={
-        "cuda": _CLASS,
+        "cuda": "sglang.srt.layers.quantization.blockwise_int8:BlockInt8Config",
         "cpu": "mixedprec_plugin.methods.blockwise_int8.sglang:CpuBlockInt8Config",
     },
     config_arguments=config_arguments,
     codec="mixedprec_plugin.methods.blockwise_int8.codec",
     min_capability=80,
-    why_not_repack=why_not_repack,
+    why_not_repack=partial(scaled.why_not_scaled, CODES),
     sglang="mixedprec_plugin.methods.blockwise_int8.sglang",
     moe_kernels="triton",
     moe_backends=frozenset({"triton"}),

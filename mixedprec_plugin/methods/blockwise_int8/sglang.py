@@ -19,7 +19,6 @@ class BlockInt8LinearMethod(QuantizedLinear, blockwise_int8.BlockInt8LinearMetho
     """SGLang's `BlockInt8LinearMethod` with torch arithmetic."""
 
     def multiply(self, layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
-        """[T, K] -> [T, N] in the dtype of rows."""
         block_size = self.quant_config.weight_block_size
         return multiply_blocks(layer, quantize_int8_groups, block_size, rows)
 
@@ -30,12 +29,10 @@ class BlockInt8MoEMethod(LoopedExperts, blockwise_int8.BlockInt8MoEMethod):
     preset_name = "blockwise_int8"
 
     def block_size(self) -> tuple[int, int]:
-        """The block, (BN, BK), that shares a scale."""
         block_n, block_k = self.quant_config.weight_block_size
         return block_n, block_k
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
-        """Activations -> their products with gate and up weights, and with down weights."""
         return prepare_blocks(layer, quantize_int8_groups, self.block_size())
 
 

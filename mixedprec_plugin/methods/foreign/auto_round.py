@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixedprec_plugin.methods import awq, gptq, integers
-from mixedprec_plugin.methods.interface import ForeignFormat
+from mixedprec_plugin.methods.interface import Format
 from mixedprec_plugin.methods.stored import FLOAT, Said, matches, strings
 
 _ENCODINGS = {"auto_round:auto_awq": awq.NAME, "auto_round:auto_gptq": gptq.NAME}
@@ -31,8 +31,7 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
     return Said(_ENCODINGS.get(packing), facts, packing)
 
 
-FORMAT = ForeignFormat(
+FORMAT = Format(
     name="auto-round",
-    recognize=lambda _tensors, _said: None,
     read_config=dict.fromkeys(("auto-round", "auto_round", "intel/auto-round"), read_config),
 )

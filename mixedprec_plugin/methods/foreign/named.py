@@ -9,7 +9,7 @@ from mixedprec_plugin.methods import blockwise_int8, fp8, scaled
 from mixedprec_plugin.methods.interface import (
     AS_STORED_REMEDY,
     Fault,
-    ForeignFormat,
+    Format,
     LayerShape,
     Target,
 )
@@ -43,16 +43,11 @@ _LIKE = {"fp8": fp8.NAME, "int8": blockwise_int8.NAME}
 
 
 def _by_signature(tensors: Tensors, said: Said) -> StoredFormat | None:
-    if "qweight" in tensors:
-        return _unknown_packing(tensors, said)
-    name = next((name for suffix, name in _SIGNATURES.items() if suffix in tensors), None)
-    return unusable(tensors, name) if name else None
-
-
-def _unknown_packing(tensors: Tensors, said: Said) -> StoredFormat:
-    """A `qweight` that is neither AWQ's nor GPTQ's."""
-    missing = [suffix for suffix in ("scales", "qzeros") if suffix not in tensors]
-    if missing:
+    """Take a suffix that one format has, or a `qweight` that is neither AWQ's nor GPTQ's."""
+    if "qweight" not in tensors:
+        name = next((name for suffix, name in _SIGNATURES.items() if suffix in tensors), None)
+        return unusable(tensors, name) if name else None
+    if missing := [suffix for suffix in ("scales", "qzeros") if suffix not in tensors]:
         return incomplete(tensors, "a qweight", missing, said.encoding or "")
     qweight, qzeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
     if qweight.dtype == qzeros.dtype == "I32" and len(scales.shape) == 2:
@@ -103,9 +98,9 @@ def _without_buffers(tensors: Tensors) -> Tensors:
     return {suffix: tensor for suffix, tensor in tensors.items() if suffix not in _BUFFERS}
 
 
-NAMED = ForeignFormat(name="known by name only", recognize=_by_signature)
-EIGHT_BITS = ForeignFormat(
+NAMED = Format(name="known by name only", recognize=_by_signature)
+EIGHT_BITS = Format(
     name="8-bit codes beside a scale", recognize=_eight_bits, faults_as_stored=_eight_bit_faults
 )
-UNKNOWN_WEIGHT = ForeignFormat(name="unknown weight", recognize=_unknown_weight)
-UNRECOGNIZED = ForeignFormat(name="unrecognized", recognize=_unrecognized)
+UNKNOWN_WEIGHT = Format(name="unknown weight", recognize=_unknown_weight)
+UNRECOGNIZED = Format(name="unrecognized", recognize=_unrecognized)

@@ -8,7 +8,7 @@ Source: pytorch/ao `flatten_tensor_state_dict` (torchao/prototype/safetensors).
 from __future__ import annotations
 
 from mixedprec_plugin.methods import scaled
-from mixedprec_plugin.methods.interface import ForeignFormat
+from mixedprec_plugin.methods.interface import Format
 from mixedprec_plugin.methods.stored import (
     FLOAT_DTYPES,
     Said,
@@ -55,9 +55,15 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
         facts={"strategy": grid.strategy},
         suffixes=frozenset(own),
         codec=scaled.CODEC,
-        how=scaled.how_to_read(_SCALE, grid.block, codes=_CODES, zero_point=_ZEROS),
+        how={
+            "codes": _CODES,
+            "scale": _SCALE,
+            "zero_point": _ZEROS,
+            "block": list(grid.block),
+            "reciprocal": False,
+        },
         limit=_LIMIT,
     )
 
 
-FORMAT = ForeignFormat(name=_NAME, recognize=recognize)
+FORMAT = Format(name=_NAME, recognize=recognize)

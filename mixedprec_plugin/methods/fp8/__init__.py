@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from mixedprec_plugin.methods import scaled
+from mixedprec_plugin.methods import scaled, shapes
 from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.integers import GROUP_SIZES
 from mixedprec_plugin.methods.interface import (
@@ -17,14 +18,7 @@ from mixedprec_plugin.methods.interface import (
     Method,
     Rounding,
     Target,
-)
-from mixedprec_plugin.methods.shapes import (
-    block_faults,
-    fp8_marlin_fault,
-    grid,
-    inputs_per_rank,
-    outputs_per_rank,
-    shape_faults,
+    choice,
 )
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 
@@ -35,7 +29,6 @@ ERROR = 0.026
 # 2**-4 for a weight at most
 LIMIT = 0.0625
 
-_CLASS = "sglang.srt.layers.quantization.fp8:Fp8Config"
 _STRATEGIES = {"row": "channel", "tensor": "tensor", "block": "block"}
 # e4m3 arithmetic; below it `can_auto_enable_marlin_fp8` (fp8_utils.py:2794) is true from 80 on
 _FP8_CAPABILITY = 89
@@ -77,11 +70,10 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
     (layers/quantization/fp8.py:658-714).
     """
     tensors = {"weight": TensorSpec(CODES, (N, K))}
-    block_size = arguments["weight_block_size"]
-    if block_size is None:
-        tensors["weight_scale"] = TensorSpec("F32", ())
+    if block_size := arguments["weight_block_size"]:
+        tensors["weight_scale_inv"] = TensorSpec("F32", shapes.grid(N, K, block_size))
     else:
-        tensors["weight_scale_inv"] = TensorSpec("F32", grid(N, K, block_size))
+        tensors["weight_scale"] = TensorSpec("F32", ())
     if arguments["activation_scheme"] == "static":
         tensors["input_scale"] = TensorSpec("F32", ())
     return tensors
@@ -103,18 +95,10 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     return dataclasses.replace(found, method=NAME, arguments=arguments, like=NAME)
 
 
-def why_not_repack(
-    stored: StoredFormat, arguments: Arguments, tensors: Tensors, _may_round: bool
-) -> str | None:
-    """Say whether the codes and scales are this method's under another tool's names."""
-    return scaled.why_not_scaled(stored, arguments, tensors, CODES)
-
-
 def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
     """Return what SGLang's FP8 methods refuse of a layer."""
-    block_size = arguments["weight_block_size"]
-    if block_size is not None:
-        found = shape_faults(block_faults(block_size, shape))
+    if block_size := arguments["weight_block_size"]:
+        found = shapes.shape_faults(shapes.block_faults(block_size, shape))
     else:
         found = whole_scale_faults(shape, target)
     return found + _faults_without_units(shape, target)
@@ -130,8 +114,8 @@ def whole_scale_faults(shape: LayerShape, target: Target) -> list[Fault]:
     """
     if target.device != "cuda" or shape.is_expert:
         return []
-    sizes = {"K": inputs_per_rank(shape), "N": sum(outputs_per_rank(shape))}
-    return shape_faults(
+    sizes = {"K": shapes.inputs_per_rank(shape), "N": sum(shapes.outputs_per_rank(shape))}
+    return shapes.shape_faults(
         f"{name} = {size} is not a multiple of 16, which FP8 matmuls need"
         for name, size in sizes.items()
         if size % 16
@@ -150,7 +134,9 @@ def _faults_without_units(shape: LayerShape, target: Target) -> list[Fault]:
         )
     else:
         # the shards of a fused module are one matrix
-        text = fp8_marlin_fault(sum(outputs_per_rank(shape)), inputs_per_rank(shape))
+        text = shapes.fp8_marlin_fault(
+            sum(shapes.outputs_per_rank(shape)), shapes.inputs_per_rank(shape)
+        )
     return [Fault("gpu", text)] if text else []
 
 
@@ -178,27 +164,25 @@ METHOD = Method(
     "time.",
     aliases={
         "fp8_e4m3": {},
-        "fp8_tensor": {"weight_block_size": None},
-        "fp8_per_tensor": {"weight_block_size": None},
-        "fp8_block": {"weight_block_size": [128, 128]},
-        "fp8_blockwise": {"weight_block_size": [128, 128]},
-        "block_fp8": {"weight_block_size": [128, 128]},
+        **{alias: {"weight_block_size": None} for alias in ("fp8_tensor", "fp8_per_tensor")},
+        **{
+            alias: {"weight_block_size": [128, 128]}
+            for alias in ("fp8_block", "fp8_blockwise", "block_fp8")
+        },
     },
     schema={
-        "weight_block_size": {
-            "description": "[N, K] tile of the weight that shares a scale, with activations "
+        "weight_block_size": choice(
+            "[N, K] tile of the weight that shares a scale, with activations "
             "quantized in groups of 128; null: one scale for the whole weight, and one for each "
             "token's activations.",
-            "enum": [None, [128, 128]],
-            "default": None,
-        },
-        "activation_scheme": {
-            "description": "dynamic: activation scales are computed as tokens come. static: one "
+            [None, [128, 128]],
+        ),
+        "activation_scheme": choice(
+            "dynamic: activation scales are computed as tokens come. static: one "
             "scale a layer is taken from the source, which must hold input_scale; without blocks "
             "only.",
-            "enum": ["dynamic", "static"],
-            "default": "dynamic",
-        },
+            ["dynamic", "static"],
+        ),
     },
     stored=stored,
     recognize=recognize,
@@ -216,11 +200,14 @@ METHOD = Method(
         Alternative("blockwise_int8"),
         Alternative("awq"),
     ),
-    config_classes={"cuda": _CLASS, "cpu": "mixedprec_plugin.methods.fp8.sglang:CpuFp8Config"},
+    config_classes={
+        "cuda": "sglang.srt.layers.quantization.fp8:Fp8Config",
+        "cpu": "mixedprec_plugin.methods.fp8.sglang:CpuFp8Config",
+    },
     config_arguments=config_arguments,
     codec="mixedprec_plugin.methods.fp8.codec",
     min_capability=80,
-    why_not_repack=why_not_repack,
+    why_not_repack=partial(scaled.why_not_scaled, CODES),
     conflict=conflict,
     why_not_quantize=why_not_quantize,
     sglang="mixedprec_plugin.methods.fp8.sglang",

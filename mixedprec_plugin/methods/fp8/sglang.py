@@ -40,7 +40,6 @@ class Fp8LinearMethod(QuantizedLinear, fp8.Fp8LinearMethod):
         layer.token_scale = layer.input_scale.data.max() if static else None
 
     def multiply(self, layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
-        """[T, K] -> [T, N] in the dtype of rows."""
         if not self.block_quant:
             return multiply_channels(layer, layer.channel_scales, layer.token_scale, rows)
         block_size = self.quant_config.weight_block_size
@@ -73,7 +72,6 @@ class Fp8MoEMethod(LoopedExperts, fp8.Fp8MoEMethod):
         layer.down_scale = layer.w2_input_scale.data.max() if is_static else None
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
-        """Activations -> their products with gate and up weights, and with down weights."""
         if block_size := self.block_size():
             return prepare_blocks(layer, quantize_fp8_groups, block_size)
         return (

@@ -61,12 +61,7 @@ METHOD = Method(
     description="8-bit floating point (e4m3) weights with a scale for each output channel, and "
     "activations quantized to FP8 at run time with a scale for each token. There is nothing to "
     "choose, so there are no arguments.",
-    aliases={
-        "fp8_per_channel": {},
-        "fp8_channelwise": {},
-        "fp8_dynamic": {},
-        "w8a8_fp8": {},
-    },
+    aliases={"fp8_per_channel": {}, "fp8_channelwise": {}, "fp8_dynamic": {}, "w8a8_fp8": {}},
     schema={},
     stored=stored,
     recognize=recognize,

@@ -64,7 +64,6 @@ class W8A8FP8MoEMethod(LoopedExperts, w8a8_fp8.W8A8FP8MoEMethod):
     preset_name = "fp8_channel"
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
-        """Activations -> their products with gate and up weights, and with down weights."""
         prepare = partial(prepare_channels, quantize_fp8_tokens)
         return (
             partial(prepare, layer.w13_weight.data, layer.w13_weight_scale.data),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.methods import integers
+from mixedprec_plugin.methods import integers, shapes
 from mixedprec_plugin.methods.interface import (
     AS_STORED_REMEDY,
     Alternative,
@@ -16,13 +16,7 @@ from mixedprec_plugin.methods.interface import (
     Method,
     Rounding,
     Target,
-)
-from mixedprec_plugin.methods.shapes import (
-    group_faults,
-    group_size_of,
-    marlin_faults,
-    num_groups,
-    shape_faults,
+    choice,
 )
 from mixedprec_plugin.methods.stored import (
     FLOAT,
@@ -51,14 +45,13 @@ def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
 
     `dynamic` stays empty: the plan decides layer by layer.
     """
+    declared = declare(arguments)
     return {
-        "weight_bits": arguments["bits"],
-        "group_size": arguments["group_size"],
-        "desc_act": has_order(arguments),
-        "is_sym": arguments["sym"],
-        "lm_head_quantized": False,
-        "dynamic": {},
-        "full_config": declare(arguments),
+        "weight_bits": declared["bits"],
+        "is_sym": declared["sym"],
+        "lm_head_quantized": declared["lm_head"],
+        "full_config": declared,
+        **{key: declared[key] for key in ("group_size", "desc_act", "dynamic")},
     }
 
 
@@ -87,17 +80,20 @@ def declare(arguments: Arguments) -> dict[str, Any]:
 
 def read_config(config: Mapping[str, Any], name: str) -> Said:
     """Read what config.json says of a layer, gptqmodel's `dynamic` overrides applied."""
-    whole = facts = integers.config_facts(config) | said_keys(config, desc_act="desc_act")
+    whole = facts = _facts(config)
     dynamic = config.get("dynamic")
     for pattern, override in dynamic.items() if isinstance(dynamic, Mapping) else ():
         if matches(re.sub(r"^\+:|^-:", "", pattern), name):
             if pattern.startswith("-:"):
                 return Said(FLOAT, facts)
             if isinstance(override, Mapping):
-                own = integers.config_facts(override) | said_keys(override, desc_act="desc_act")
-                facts = {**whole, **own, _WHOLE: whole}
+                facts = {**whole, **_facts(override), _WHOLE: whole}
             break
     return Said(NAME, facts)
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    return integers.config_facts(config) | said_keys(config, desc_act="desc_act")
 
 
 def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:
@@ -109,7 +105,7 @@ def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, Tensor
     Source: `GPTQMarlinLinearScheme.create_weights` (gptq/schemes/gptq_marlin.py:88-150).
     """
     packed = 32 // arguments["bits"]
-    groups = num_groups(K, arguments["group_size"])
+    groups = shapes.num_groups(K, arguments["group_size"])
     return {
         "qweight": TensorSpec("I32", (K // packed, N)),
         "qzeros": TensorSpec("I32", (groups, N // packed)),
@@ -124,61 +120,54 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     Headers do not tell the zero convention (v1 stores zero - 1, v2 the zero), whether zeros are all
     the middle of the range, and the order of groups.
     """
-    shapes = integers.packed_shapes(tensors)
-    if shapes is None:
+    found = integers.packed_shapes(tensors)
+    if found is None:
         return None
-    (rows, columns), (zero_rows, words), (groups, N) = shapes
+    (rows, columns), (zero_rows, words), (groups, N) = found
     if columns != N or zero_rows != groups or not words:
         return None
     bits, rest = divmod(32 * words, N)
     packing = str(said.config.get("checkpoint_format") or said.config.get("packing_format") or "")
     K = rows * 32 // bits if bits else 0
     label = f"gptq {bits}-bit"
-    group_size = group_size_of(K, groups)
-    g_idx = tensors.get("g_idx")
+    group_size = shapes.group_size_of(K, groups)
+    g_idx, desc_act = tensors.get("g_idx"), bool(said.facts.get("desc_act"))
     if rest or bits not in _BITS:
         return unusable(tensors, label, N, K, encoding=NAME)
     if packing not in {*_V1_PACKINGS, _V2}:
         return unusable(tensors, f"{label} packed as {packing}", N, K, encoding=NAME)
     if group_size is None:
-        text = integers.ragged(label, K, groups)
-        return unusable(tensors, text, N, K, encoding=NAME)
+        return integers.ragged(tensors, label, N, K, groups, NAME)
     if g_idx is not None and g_idx.shape != (K,):
         text = f"its g_idx is {list(g_idx.shape)} (expected {[K]})"
         return unusable(tensors, label, N, K, encoding=NAME, disagreements=(text,))
-    if said.facts.get("desc_act") and g_idx is None:
+    if desc_act and g_idx is None:
         return incomplete(tensors, f"{label} with act order", ["g_idx"], NAME)
-    return _readable(tensors, said, (N, K), bits, group_size, is_v2=packing == _V2)
-
-
-def _readable(
-    tensors: Tensors, said: Said, shape: tuple[int, int], bits: int, group_size: int, *, is_v2: bool
-) -> StoredFormat:
-    symmetric = bool(said.facts.get("symmetric", True))
-    desc_act = bool(said.facts.get("desc_act", False))
+    is_symmetric, is_v2 = bool(said.facts.get("symmetric", True)), packing == _V2
     notes = {
-        "asymmetric": not symmetric,
+        f"{label} group {group_size}": True,
+        "asymmetric": not is_symmetric,
         "act order": desc_act,
         "v2": is_v2,
-        "without g_idx": "g_idx" not in tensors,
+        "without g_idx": g_idx is None,
     }
-    is_served = symmetric and not is_v2
+    is_served = is_symmetric and not is_v2
     arguments = {"bits": bits, "group_size": group_size, "sym": True, "desc_act": desc_act}
-    described = [f"gptq {bits}-bit group {group_size}", *(n for n, is_so in notes.items() if is_so)]
     return StoredFormat(
         NAME if is_served else "",
         arguments if is_served else {},
-        *shape,
-        " ".join(described),
+        N,
+        K,
+        " ".join(note for note, is_so in notes.items() if is_so),
         encoding=NAME,
         numbers="integers",
         facts={"bits": bits, "group_size": group_size},
-        suffixes=frozenset({"qweight", "qzeros", "scales", "g_idx"}) & frozenset(tensors),
+        suffixes=frozenset({*integers.PACKED, "g_idx"} & tensors.keys()),
         codec=CODEC,
         how={"bits": bits, "group_size": group_size, "checkpoint_format": _V2 if is_v2 else NAME},
         like=NAME,
         limit=integers.limit(bits, group_size),
-        filled={} if "g_idx" in tensors else {"g_idx": TensorSpec("I32", (shape[1],))},
+        filled={"g_idx": TensorSpec("I32", (K,))} if g_idx is None else {},
     )
 
 
@@ -217,14 +206,14 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
     act order, a rank has the scales of its own columns and needs all (gptq_moe.py:198).
     """
     packed = 32 // arguments["bits"]
-    found = group_faults(arguments["group_size"], packed, packed, shape)
+    found = shapes.group_faults(arguments["group_size"], packed, packed, shape)
     if arguments["desc_act"] and shape.is_expert and shape.tp_size > 1:
         found.append(f"act order of experts cannot be split over {shape.tp_size} ranks")
     if target.device == "cuda":
-        found += marlin_faults(arguments["group_size"], shape)
+        found += shapes.marlin_faults(arguments["group_size"], shape)
         if has_order(arguments) and arguments["group_size"] == shape.K:
             found.append(f"act order needs more than one group along K = {shape.K}")
-    return shape_faults(found)
+    return shapes.shape_faults(found)
 
 
 def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
@@ -235,18 +224,14 @@ def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) ->
     found = faults(arguments, shape, target)
     whole = stored.said.get(_WHOLE, {})
     # one group has no order
-    keys = (
-        ("bits", "group_size")
-        if whole.get("group_size") == -1
-        else ("bits", "group_size", "desc_act")
-    )
+    order = () if whole.get("group_size") == -1 else ("desc_act",)
     texts = [
         f"config.json's dynamic says {key} {stored.said[key]} of its experts, and SGLang does not "
         f"ask it for experts: it would run them with {key} {whole.get(key)}"
-        for key in keys
+        for key in ("bits", "group_size", *order)
         if whole and stored.said.get(key) != whole.get(key)
     ]
-    return [fault._replace(remedy=AS_STORED_REMEDY) for fault in found + shape_faults(texts)]
+    return [fault._replace(remedy=AS_STORED_REMEDY) for fault in found + shapes.shape_faults(texts)]
 
 
 def rounding(arguments: Arguments) -> Rounding:
@@ -255,7 +240,7 @@ def rounding(arguments: Arguments) -> Rounding:
     return Rounding(
         rank=(8.3 if bits == 8 else 4.4) + integers.group_rank(size),
         limit=integers.limit(bits, size),
-        error=lambda _N, K: integers.symmetric_error(bits, K if size == -1 else size),
+        error=lambda _N, K: integers.symmetric_error(bits, integers.elements(size, K)),
     )
 
 
@@ -272,31 +257,23 @@ METHOD = Method(
     description="Symmetric 4- or 8-bit integers in groups along K, in GPTQ's layout. Weight-only: "
     "activations stay in 16 bits.",
     aliases={
-        "gptq_int4": {"bits": 4},
-        "gptq_4bit": {"bits": 4},
-        "int4_gptq": {"bits": 4},
-        "gptq_int8": {"bits": 8},
-        "gptq_8bit": {"bits": 8},
-        "int8_gptq": {"bits": 8},
+        **{alias: {"bits": 4} for alias in ("gptq_int4", "gptq_4bit", "int4_gptq")},
+        **{alias: {"bits": 8} for alias in ("gptq_int8", "gptq_8bit", "int8_gptq")},
         "gptq_marlin": {},
     },
     schema={
-        "bits": {"description": "Bits a weight.", "enum": [4, 8], "default": 4},
+        "bits": choice("Bits a weight.", [4, 8]),
         "group_size": integers.GROUP_SIZE_SCHEMA,
-        "sym": {
-            "description": "The zero point is the middle of the range; SGLang's GPTQ kernels take "
-            "no other.",
-            "type": "boolean",
-            "enum": [True],
-            "default": True,
-        },
-        "desc_act": {
-            "description": "Act order: columns were quantized in the order of their activations' "
+        "sym": choice(
+            "The zero point is the middle of the range; SGLang's GPTQ kernels take no other.",
+            [True],
+        ),
+        "desc_act": choice(
+            "Act order: columns were quantized in the order of their activations' "
             "size. null: as the source stores it, and without where a layer is quantized at load. "
             "true needs a source that has it.",
-            "enum": [None, False, True],
-            "default": None,
-        },
+            [None, False, True],
+        ),
         "clip_search": integers.CLIP_SEARCH_SCHEMA,
     },
     stored=stored,

@@ -8,70 +8,51 @@ Source: AutoGPTQ and GPTQModel `QuantLinear.pack` and `dequantize_weight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
-from mixedprec_plugin.quantize.checks import (
-    require_finite,
-    require_packable,
-    resolve_group_size,
-    take,
-    take_matrix,
-    weight_shape,
+from mixedprec_plugin.quantize.checks import resolve_group_size, take, take_matrix
+from mixedprec_plugin.quantize.codec import (
+    Arguments,
+    NotTheSameNumbersError,
+    Numbers,
+    TensorDict,
+    Tensors,
 )
-from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
-from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, Numbers, Tensors
-from mixedprec_plugin.quantize.integers import Integers, plain_order
+from mixedprec_plugin.quantize.integers import Integers, Words, plain_order
 from mixedprec_plugin.quantize.packing import pack, unpack
-from mixedprec_plugin.quantize.rounding import Grid, round_groups
+from mixedprec_plugin.quantize.rounding import Grid
 
 
-def quantize(
-    weight: torch.Tensor, arguments: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _words(bits: int) -> Words:
+    def pack_zeros(zeros: torch.Tensor) -> torch.Tensor:
+        # `contiguous` would keep the strides of a single row, which cannot be viewed as words
+        rows = (zeros - 1).to(torch.uint8).t().clone(memory_format=torch.contiguous_format)
+        return pack(rows, bits)
+
+    return Words(bits, 32 // bits, lambda codes: pack(codes, bits).t(), pack_zeros)
+
+
+def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
     """Quantize a weight to group-wise unsigned integers, symmetric, GPTQ v1 layout.
 
-    Args:
-        weight: [N, K], floating point, any device; not modified.
-        arguments: "bits" (4 or 8), "group_size" (divides K; -1 for all of K), "clip_search".
-        dtype: the running model's dtype, which scales are stored in.
     Returns:
         "qweight" int32 [K/(32/bits), N], "qzeros" int32 [K/G, N/(32/bits)] holding zero - 1,
         "scales" [K/G, N] of `dtype`, some of them negative, "g_idx" int32 [K], the group of every
         input feature; weight ~= (q - 2**(bits-1)) * scale.
     Raises:
-        ShapeError: not a matrix of floats, not finite, too large for `dtype`, K no multiple of the
-            group size, or N or K no multiple of 32 / bits.
+        ShapeError: as `Words.quantize`.
         MethodError: zero points or an activation order were asked for, which a weight cannot give.
     """
     _require_plain(arguments)
     bits = int(arguments["bits"])
-    pack_factor = 32 // bits
-    N, K = weight_shape(weight)
-    require_packable(N, pack_factor)
-    group_size = resolve_group_size(K, arguments["group_size"], pack_factor)
-    num_groups = K // group_size
     grid = Grid(bits=bits, symmetric=True, scale_dtype=dtype)
-    qweight = torch.empty((K // pack_factor, N), dtype=torch.int32, device=weight.device)
-    scales = torch.empty((num_groups, N), dtype=dtype, device=weight.device)
-    clip_search = bool(arguments.get("clip_search", False))
-    for rows, values in float_chunks(weight):
-        codes, scale, _ = round_groups(values, group_size, grid, clip_search)
-        qweight[:, rows] = pack(codes, bits).t()
-        scales[:, rows] = scale.t()
-    require_finite(scales, weight)
-    return {
-        "qweight": qweight,
-        "qzeros": _middle_zeros(scales.shape, bits, weight.device),
-        "scales": scales,
-        "g_idx": plain_order(K, group_size, weight.device),
-    }
+    made = _words(bits).quantize(weight, arguments, grid)
+    K = weight.shape[1]
+    return {**made, "g_idx": plain_order(K, K // len(made["scales"]), weight.device)}
 
 
-def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Integers:
+def read(tensors: Tensors, arguments: Arguments) -> Integers:
     """Tell the numbers of any GPTQ layer: symmetric or not, v1 or v2, in any order of groups.
 
     Args:
@@ -104,21 +85,17 @@ def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Integers:
     )
 
 
-def write(
-    numbers: Numbers, arguments: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Store integers in groups of any packing.
+def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
+    """Store integers in groups of any packing, as `quantize` does.
 
     Args:
         arguments: "bits", "desc_act".
-    Returns:
-        as `quantize`.
     Raises:
         NotTheSameNumbersError: their groups are in an act order that was not asked for, a zero
             point is not the middle of the range, or `dtype` does not hold the scales.
     """
     assert isinstance(numbers, Integers)
-    scales, bits = numbers.scales_in(dtype), int(arguments["bits"])
+    bits = int(arguments["bits"])
     if not arguments["desc_act"] and numbers.order is not None:
         remedy = "write desc_act: true" if numbers.keeps_order else ""
         raise NotTheSameNumbersError("its groups are in act order", remedy)
@@ -130,22 +107,13 @@ def write(
             "served symmetric only"
         )
         raise NotTheSameNumbersError(what, can_round=True)
-    qweight = torch.empty((numbers.K * bits // 32, numbers.N), dtype=torch.int32)
-    for rows in row_chunks(numbers.N, numbers.K, multiple=8):
-        qweight[:, rows] = pack(numbers.codes(rows), bits).t()
     g_idx = numbers.g_idx if arguments["desc_act"] else None
-    plain = plain_order(numbers.K, numbers.group_size)
-    return {
-        "qweight": qweight,
-        "qzeros": _middle_zeros(scales.shape, bits, scales.device),
-        "scales": scales,
-        "g_idx": plain if g_idx is None else g_idx.to(torch.int32),
-    }
+    if g_idx is None:
+        g_idx = plain_order(numbers.K, numbers.group_size)
+    return {**_words(bits).write(numbers, dtype), "g_idx": g_idx.to(torch.int32)}
 
 
-def take_stored(
-    tensors: Tensors, arguments: Mapping[str, Any], *, checks: bool
-) -> dict[str, torch.Tensor]:
+def take_stored(tensors: Tensors, arguments: Arguments, *, checks: bool) -> TensorDict:
     """Return a stored layer's tensors with a "g_idx" int32 [K], the group of every input feature.
 
     SGLang's kernels read no zero points (all are the middle of the range) and, without act order,
@@ -186,13 +154,7 @@ def _why_not_plain(
     return ""
 
 
-def _middle_zeros(shape: torch.Size, bits: int, device: torch.device) -> torch.Tensor:
-    """Packed zero points of a symmetric layer, int32 [K/G, N/(32/bits)], as v1 stores them."""
-    zero = (1 << (bits - 1)) - 1
-    return pack(torch.full(shape, zero, dtype=torch.uint8, device=device), bits)
-
-
-def _require_plain(arguments: Mapping[str, Any]) -> None:
+def _require_plain(arguments: Arguments) -> None:
     """Refuse what rounding to nearest cannot make."""
     for name, plain in (("sym", True), ("desc_act", False)):
         value = arguments.get(name)

@@ -51,9 +51,27 @@ class _RepairedParameters(GPTQMarlinMoEScheme):
         Raises:
             MethodError: the layer needs what Marlin's experts do not compute.
         """
-        _check_marlin_experts(layer, self.quant_config)
+        config, ranks = self.quant_config, layer.moe_tp_size
+        unserved = {
+            # a rank has the scales of its own columns and needs all
+            f"act order (desc_act) over {ranks} ranks": config.desc_act and ranks > 1,
+            # Marlin ignores it
+            "the router weight on the input": layer.moe_runner_config.apply_router_weight_on_input,
+        }
+        if found := [text for text, is_asked in unserved.items() if is_asked]:
+            what = f"SGLang's GPTQ experts do not compute {', '.join(found)}"
+            remedy = "give the experts another method"
+            raise MethodError(Problem(layer.layer_name, what, remedy, rule="experts-form"))
         super().create_weights(layer, *args, params_dtype=params_dtype, **kwargs)
-        _repair_parameters(layer, self.quant_config, params_dtype)
+        for part in ("w13_", "w2_"):
+            scales = getattr(layer, f"{part}scales")
+            scales.data = scales.data.to(params_dtype)
+            indices = getattr(layer, f"{part}g_idx_sort_indices")
+            indices.data = indices.data[:, :0].clone()
+        if config.group_size != -1:
+            num_groups = layer.intermediate_size_per_partition // config.group_size
+            for parameter in (layer.w2_scales, layer.w2_qzeros):
+                parameter.data = parameter.data[:, :num_groups].clone()
 
 
 class RepairedGPTQMarlinMoEScheme(ScalesInOrder, _RepairedParameters):
@@ -67,7 +85,6 @@ class GPTQExpertsConfig(GPTQMarlinConfig):
     """
 
     def get_moe_scheme(self, layer: FusedMoE) -> RepairedGPTQMarlinMoEScheme:
-        """The scheme that `GPTQMarlinMoEMethod` runs."""
         return RepairedGPTQMarlinMoEScheme(self)
 
 
@@ -80,48 +97,6 @@ def repaired(config: QuantizationConfig) -> QuantizationConfig:
     return own
 
 
-def _repair_parameters(
-    layer: FusedMoE, config: GPTQMarlinConfig, params_dtype: torch.dtype
-) -> None:
-    """Give the parameters that SGLang just created the dtype and shape that its kernels want."""
-    for name in ("w13_scales", "w2_scales"):
-        parameter = getattr(layer, name)
-        parameter.data = parameter.data.to(params_dtype)
-    if config.group_size != -1:
-        num_groups = layer.intermediate_size_per_partition // config.group_size
-        for name in ("w2_scales", "w2_qzeros"):
-            parameter = getattr(layer, name)
-            parameter.data = parameter.data[:, :num_groups].clone()
-    for name in ("w13_g_idx_sort_indices", "w2_g_idx_sort_indices"):
-        parameter = getattr(layer, name)
-        parameter.data = parameter.data[:, :0].clone()
-
-
-def _check_marlin_experts(layer: FusedMoE, config: GPTQMarlinConfig) -> None:
-    """Refuse what `GPTQMarlinMoEMethod` would take and compute wrongly.
-
-    Raises:
-        MethodError: act order under tensor parallelism (a rank has the scales of its own columns
-            and needs all), or a router weight on the input, which Marlin ignores.
-    """
-    found = {
-        f"act order (desc_act) over {layer.moe_tp_size} ranks": (
-            config.desc_act and layer.moe_tp_size > 1
-        ),
-        "the router weight on the input": layer.moe_runner_config.apply_router_weight_on_input,
-    }
-    texts = [text for text, present in found.items() if present]
-    if texts:
-        raise MethodError(
-            Problem(
-                where=layer.layer_name,
-                what=f"SGLang's GPTQ experts do not compute {', '.join(texts)}",
-                remedy="give the experts another method",
-                rule="experts-form",
-            )
-        )
-
-
 class _Words(PackedScheme):
     """Codes along K, int32 [K/(32/bits), N].
 
@@ -129,15 +104,12 @@ class _Words(PackedScheme):
     """
 
     def read(self, words: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Codes of some rows, uint8 [rows, K], out of the words of one weight."""
         return unpack(words[:, rows].t(), self.quant_config.weight_bits)
 
     def write(self, codes: torch.Tensor) -> torch.Tensor:
-        """Undo `read` for all rows."""
         return pack(codes, self.quant_config.weight_bits).t().contiguous()
 
     def zero_points(self, stored: Stored) -> int:
-        """One for all."""
         return int(2 ** (self.quant_config.weight_bits - 1))
 
 
@@ -151,7 +123,6 @@ class CpuGPTQMoEScheme(_Words, PackedExperts, _RepairedParameters):
     preset_name = "gptq"
 
     def unit(self) -> tuple[str, tuple[int]]:
-        """What must divide the sizes of an expert: its name, and how many elements it is."""
         if self.quant_config.group_size == -1:
             return "pack factor", (self.quant_config.pack_factor,)
         return super().unit()

@@ -22,7 +22,7 @@ from mixedprec_plugin.methods import gptq, integers
 from mixedprec_plugin.methods.interface import (
     AS_STORED_REMEDY,
     Fault,
-    ForeignFormat,
+    Format,
     LayerShape,
     Target,
 )
@@ -57,13 +57,9 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
         return Said()
     label = str(group.get("format") or config.get("format") or "")
     kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
-    encodings = {
-        PACKED: PACKED,
-        FLOAT_QUANTIZED: "fp8",
-        "int-quantized": "int8",
-        "naive-quantized": {"float8": "fp8", "int8": "int8"}.get(kind),
-        "dense": FLOAT,
-    }
+    naive = {"float8": "fp8", "int8": "int8"}.get(kind)
+    encodings = {PACKED: PACKED, FLOAT_QUANTIZED: "fp8", "int-quantized": "int8", "dense": FLOAT}
+    encodings |= {"naive-quantized": naive} if naive else {}
     strategy, block = weights.get("strategy"), block_of(weights.get("block_structure"))
     facts = said_keys(weights, bits="num_bits", symmetric="symmetric", strategy="strategy")
     if strategy == "group":
@@ -119,32 +115,31 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     if len(scale.shape) != 2 or scale.shape[0] != N:
         text = f"its weight_scale is {list(scale.shape)} (expected [{N}, groups])"
         return unusable(tensors, PACKED, N, K, encoding=PACKED, disagreements=(text,))
-    group_size = group_size_of(K, scale.shape[1])
+    groups, label = scale.shape[1], f"{PACKED} {bits}-bit"
+    group_size = group_size_of(K, groups)
     if group_size is None:
-        name = integers.ragged(f"{PACKED} {bits}-bit", K, scale.shape[1])
-        return unusable(tensors, name, N, K, encoding=PACKED)
-    return _packed(tensors, N, K, int(bits), group_size)
-
-
-def _packed(tensors: Tensors, N: int, K: int, bits: int, group_size: int) -> StoredFormat:
-    zeros, groups = tensors.get("weight_zero_point"), tensors["weight_scale"].shape[1]
+        return integers.ragged(tensors, label, N, K, groups, PACKED)
+    zeros = tensors.get("weight_zero_point")
     layouts = {("I32", (-(-N * bits // 32), groups)), ("I8", (N, groups))}
     if zeros is not None and (zeros.dtype, zeros.shape) not in layouts:
         text = f"its weight_zero_point is {zeros.dtype} {list(zeros.shape)}"
         return unusable(tensors, PACKED, N, K, encoding=PACKED, disagreements=(text,))
-    notes = {"asymmetric": zeros is not None, "act order": "weight_g_idx" in tensors}
-    described = [f"{PACKED} {bits}-bit group {group_size}", *(n for n, so in notes.items() if so)]
+    notes = {
+        f"{label} group {group_size}": True,
+        "asymmetric": zeros is not None,
+        "act order": "weight_g_idx" in tensors,
+    }
     matrix = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
     return StoredFormat(
         "",
         {},
         N,
         K,
-        " ".join(described),
+        " ".join(note for note, is_so in notes.items() if is_so),
         encoding=PACKED,
         numbers="integers",
         facts={"group_size": group_size, "symmetric": zeros is None},
-        suffixes=frozenset(matrix | {"input_scale", "input_zero_point"}) & frozenset(tensors),
+        suffixes=frozenset((matrix | {"input_scale", "input_zero_point"}) & tensors.keys()),
         codec=CODEC,
         how={"bits": bits, "group_size": group_size},
         like=gptq.NAME,
@@ -190,8 +185,7 @@ def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
         stored: as one of our methods serves it.
     """
     if stored.numbers == "scaled":
-        is_integer = stored.encoding != "fp8"
-        return "SGLang reads no INT8 in blocks there" if is_integer else ""
+        return "" if stored.encoding == "fp8" else "SGLang reads no INT8 in blocks there"
     if stored.said.get("desc_act"):
         return "its groups are in act order"
     if is_expert and not is_written_symmetric(stored):
@@ -214,13 +208,9 @@ def written(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str,
     N, K = stored.N, stored.K
     if stored.numbers == "scaled":
         scale = served[stored.how["scale"]]
-        tensors = {
-            "weight": served["weight"],
-            "weight_scale": scale._replace(shape=scale.shape or (1,)),
-        }
-        if "input_scale" in served:
-            tensors["input_scale"] = TensorSpec("F32", (1,))
-        return tensors
+        scale = scale._replace(shape=scale.shape or (1,))
+        inputs = {"input_scale": TensorSpec("F32", (1,))} if "input_scale" in served else {}
+        return {"weight": served["weight"], "weight_scale": scale, **inputs}
     bits = stored.facts["bits"]
     groups = served["scales"].shape[0]
     tensors = {
@@ -261,13 +251,10 @@ def group_for(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[st
 
 def _arguments(**given: Any) -> dict[str, Any]:
     """compressed-tensors' `QuantizationArgs`, as far as readers look at them."""
-    defaults = {
-        "symmetric": True, "group_size": None, "block_structure": None, "dynamic": False,
-        "actorder": None,
-    }  # fmt: skip
-    return {**defaults, **given}
+    unset = dict.fromkeys(("group_size", "block_structure", "actorder"))
+    return {"symmetric": True, "dynamic": False, **unset, **given}
 
 
-FORMAT = ForeignFormat(
+FORMAT = Format(
     name=NAME, recognize=recognize, read_config={NAME: read_config}, faults_as_stored=faults
 )

@@ -6,20 +6,17 @@ Source: compressed-tensors `PackedQuantizationCompressor` and `pack_to_int32`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from mixedprec_plugin.quantize.checks import refuse, resolve_group_size, take, take_matrix
 from mixedprec_plugin.quantize.chunks import row_chunks
-from mixedprec_plugin.quantize.codec import Numbers, Tensors
+from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
 from mixedprec_plugin.quantize.integers import Integers
 from mixedprec_plugin.quantize.packing import pack, unpack
 from mixedprec_plugin.quantize.scaled import Scaled
 
 
-def read(tensors: Tensors, arguments: Mapping[str, Any]) -> Integers:
+def read(tensors: Tensors, arguments: Arguments) -> Integers:
     """Tell the numbers of a pack-quantized weight, symmetric or not, in any order of groups.
 
     Args:
@@ -73,9 +70,7 @@ def _zeros(tensors: Tensors, bits: int, shape: tuple[int, int]) -> torch.Tensor:
     return unpack(words.t(), bits).t()[: shape[0]].to(torch.int16)
 
 
-def write(
-    numbers: Numbers, arguments: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
     """Store numbers as `methods.foreign.compressed_tensors.written` says.
 
     Args:
