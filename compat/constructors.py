@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -43,16 +42,10 @@ def constructions(ours: Sources) -> Iterator[Construction]:
         label = " ".join([name, *(f"{key}={value}" for key, value in given.items())])
         for platform, lazy in spec.config_classes.items():
             keywords = spec.config_arguments(arguments, platform)
-            where = _builder(ours, spec.config_arguments.__module__, spec.config_arguments.__name__)
+            builder = spec.config_arguments
+            where = f"{ours.path(builder.__module__)}:{builder.__code__.co_firstlineno}"
             dotted = lazy.replace(":", ".")
             yield Construction(where, method, label, platform, dotted, keywords)
-
-
-def _builder(ours: Sources, module: str, name: str) -> str:
-    tree = ours.tree(module)
-    assert tree is not None
-    lines = [n.lineno for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
-    return f"{ours.path(module)}:{lines[0]}"
 
 
 def construction_fault(construction: Construction, sources: Sources) -> str:

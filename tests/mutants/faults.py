@@ -48,9 +48,9 @@ def _change(
     module: Any, write: Callable[[Tensors], Tensors], read: Callable[[Tensors], Tensors]
 ) -> None:
     """Store what `write` makes of a method's tensors, and read what `read` makes of stored ones."""
-    quantize, dequantize = module.quantize, module.dequantize
+    quantize, read_stored = module.quantize, module.read
     module.quantize = lambda *args: write(quantize(*args))
-    module.dequantize = lambda tensors, arguments: dequantize(read(tensors), arguments)
+    module.read = lambda tensors, *args: read_stored(read(tensors), *args)
 
 
 def _shift_zeros(module: Any) -> None:
