@@ -52,14 +52,14 @@ _CHANGES = [
         f"{_QUANTIZATION}.fp8",
         "        weight_block_size: List[int] = None,\n",
         "        block_shape: List[int] = None,\n",
-        ("fp8", "def build(", "does not take weight_block_size (takes"),
+        ("fp8", "def config_arguments(", "does not take weight_block_size (takes"),
         id="constructor argument renamed",
     ),
     pytest.param(
         f"{_QUANTIZATION}.blockwise_int8",
         "class BlockInt8Config(",
         "class Int8BlockConfig(",
-        ("blockwise_int8", "def build(", "no BlockInt8Config in"),
+        ("blockwise_int8", "def config_arguments(", "no BlockInt8Config in"),
         id="config class renamed",
     ),
     pytest.param(

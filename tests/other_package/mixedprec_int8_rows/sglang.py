@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.layers.linear import LinearBase, LinearMethodBase, set_weight_attrs
-from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
+from sglang.srt.utils import set_weight_attrs
 
 
 class RowsConfig(QuantizationConfig):
