@@ -17,7 +17,7 @@ from compat.signatures import call_signature, misfit, signature
 from compat.sources import Sources
 
 # importing SGLang warns, and what it imports does
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.sglang, pytest.mark.filterwarnings("ignore")]
 
 
 def resolved(dotted: str) -> object:

@@ -17,7 +17,7 @@ from mixedprec_plugin.resources import preset_dir
 from tests import published
 from tests.presets import problem_texts
 
-Open = Callable[[str], Source]
+Open = Callable[..., Source]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,11 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
     folder = tmp_path_factory.mktemp("published")
     known: dict[str, Source] = {}
 
-    def open_once(name: str) -> Source:
-        if name not in known:
-            known[name] = open_source(getattr(published, name)().write(folder / name))
-        return known[name]
+    def open_once(name: str, **shape: int) -> Source:
+        key = f"{name} {shape}"
+        if key not in known:
+            known[key] = open_source(getattr(published, name)(**shape).write(folder / key))
+        return known[key]
 
     return open_once
 
@@ -137,14 +138,14 @@ GENERIC = ["moe-experts-int4", "moe-experts-awq", "moe-finer-first-shared", "moe
 @pytest.mark.parametrize("preset", GENERIC)
 @pytest.mark.parametrize("model", ["qwen3_30b_a3b", "mixtral_8x7b", "glm_4_5_air"])
 def test_generic_preset_fits_every_unquantized_model(opened: Open, preset: str, model: str) -> None:
-    assert resolve(preset, opened(model)).problems == ()
+    assert resolve(preset, opened(model, num_layers=8)).problems == ()
 
 
 @pytest.mark.parametrize("preset", GENERIC)
 def test_generic_preset_asks_before_it_rounds_deepseeks_experts_twice(
     opened: Open, preset: str
 ) -> None:
-    made = resolve(preset, opened("deepseek_v3"))
+    made = resolve(preset, opened("deepseek_v3", num_layers=8))
     assert {p.rule for p in made.errors} == {"stored-format"}
     assert all("or requantize: true" in p.remedy for p in made.errors)
 
