@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 from compat.sources import Sources
@@ -208,6 +209,7 @@ def _depth_first(sources: Sources, owner: Definition) -> Iterator[Definition]:
             yield Definition(found.within, None)
 
 
+@functools.lru_cache(maxsize=512)
 def own_members(node: ast.ClassDef) -> dict[str, ast.AST]:
     """What a class's body binds, and what its methods set on self."""
     own: dict[str, ast.AST] = {}

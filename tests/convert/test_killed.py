@@ -24,6 +24,7 @@ from tests.commands import run
 from tests.convert.folders import contents, passes_for_whole
 from tests.presets import write_preset
 
+pytestmark = pytest.mark.slow
 NUM_KILLS = 20
 NUM_LAYERS = 4
 ROOT = Path(__file__).resolve().parents[2]
