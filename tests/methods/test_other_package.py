@@ -16,15 +16,19 @@ from tests.presets import write_preset
 
 PACKAGE = Path(__file__).resolve().parents[1] / "other_package"
 RULE = 'match: "*_proj", method: int8_rows_narrow'
+TEXT = (
+    "The tides are caused by the gravity of the Moon and the Sun. Where the water of the oceans "
+    "is pulled towards them it rises, and twice a day the sea comes in and goes out again."
+)
 SERVE = """
 import json, sys
 import sglang
 
 if __name__ == "__main__":
-    folder, out = sys.argv[1:]
+    folder, ids, out = sys.argv[1:]
     engine = sglang.Engine(model_path=folder, load_format="mixedprec", log_level="error")
     answer = engine.generate(
-        input_ids=[list(range(5, 45))], sampling_params={"max_new_tokens": 1},
+        input_ids=[json.loads(ids)], sampling_params={"max_new_tokens": 1},
         return_logprob=True, logprob_start_len=0,
     )
     found = [entry[0] for entry in answer[0]["meta_info"]["input_token_logprobs"][1:]]
@@ -150,25 +154,30 @@ def test_engine_serves_it_as_its_dequantized_weights(
     shell: Shell, converted: Path, tmp_path: Path
 ) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    ids = AutoTokenizer.from_pretrained(converted)(TEXT)["input_ids"]
     script, out = tmp_path / "serve.py", tmp_path / "logprobs.json"
     script.write_text(SERVE)
-    shell.run(str(script), str(converted), str(out))
+    shell.run(str(script), str(converted), json.dumps(ids), str(out))
+    found = np.array(json.loads(out.read_text()))
+
     tensors = load_file(converted / "model.safetensors")
     for name in [n for n in tensors if n.endswith(".row_codes")]:
         layer = name.removesuffix(".row_codes")
         scale = tensors.pop(f"{layer}.row_scale")
-        tensors[f"{layer}.weight"] = tensors.pop(name).float() * scale
+        tensors[f"{layer}.weight"] = (tensors.pop(name).float() * scale).bfloat16()
     config = json.loads((converted / "config.json").read_text())
     config.pop("quantization_config")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).float()
-    model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    ids = torch.arange(5, 45)[None]
-    with torch.no_grad():
-        logits = model(ids).logits[0, :-1].log_softmax(-1)
-    expected = logits.gather(1, ids[0, 1:, None])[:, 0].numpy()
-    found = np.array(json.loads(out.read_text()))
-    # bfloat16 arithmetic alone
-    assert np.abs(found - expected).mean() < 0.08
+
+    def expected(dtype: torch.dtype) -> np.ndarray:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).to(dtype)
+        model.load_state_dict(tensors, strict=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        return logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+
+    exact = expected(torch.float32)
+    rounding = np.abs(expected(torch.bfloat16) - exact).mean()
+    assert np.abs(found - exact).mean() < 2 * rounding
