@@ -130,7 +130,7 @@ def test_report_is_plain_text_where_there_is_no_terminal() -> None:
 def with_method(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Put a changed `fp8` into the table, as another SGLang release would make ours look."""
     changed = {**METHODS, "fp8": dataclasses.replace(METHODS["fp8"], **changes)}
-    monkeypatch.setattr(METHODS, "_complete", MappingProxyType(changed))
+    monkeypatch.setattr(METHODS, "_methods", MappingProxyType(changed))
 
 
 def test_argument_that_sglang_does_not_take_fails(monkeypatch: pytest.MonkeyPatch) -> None:
