@@ -126,7 +126,7 @@ class MixedPrecisionConfig(QuantizationConfig):
         if planned.method == AUTO:
             child = self._child_under_auto(planned)
             with refusals(prefix, type(child).__name__):
-                return guard(experts_method_under_auto(child, layer, prefix, planned), prefix)
+                return guard(experts_method_under_auto(child, layer, prefix), prefix)
         groups = [
             ExpertGroup(
                 group.experts,
