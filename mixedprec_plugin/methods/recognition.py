@@ -14,11 +14,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mixedprec_plugin.checkpoint.fused_experts import is_fused
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component, layer_kind
 from mixedprec_plugin.families.table import DECODER
 from mixedprec_plugin.methods.foreign import FOREIGN
-from mixedprec_plugin.methods.foreign.named import UNRECOGNIZED, unrecognized
+from mixedprec_plugin.methods.foreign.named import is_coded, unrecognized
 from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Method, Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.remedies import find_faults
@@ -57,16 +58,20 @@ def recognize(
                 disagreements=(*found.disagreements, *_contradictions(found, said)),
                 format=one.name,
             )
-    # a projection has a matrix, whatever its tensors are called
-    if name.endswith("_proj") and ".experts" not in name:
-        return dataclasses.replace(unrecognized(tensors), format=UNRECOGNIZED.name)
+    # a projection has a matrix, whatever its tensors are called; of experts in one tensor that
+    # cannot be sliced the plan says why
+    if (is_coded(tensors) or name.endswith("_proj")) and not is_fused(name, tensors):
+        method = quantization_config.get("quant_method")
+        return dataclasses.replace(
+            unrecognized(tensors), said={"quant_method": method} if method else {}
+        )
     return None
 
 
 def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
     """Return what keeps SGLang's own class from an expert under `auto`, with remedies."""
-    one = next(one for one in formats() if one.name == stored.format)
-    if one.faults_as_stored is not None:
+    one = next((one for one in formats() if one.name == stored.format), None)
+    if one is not None and one.faults_as_stored is not None:
         return one.faults_as_stored(stored, shape, target)
     if not isinstance(one, Method):
         return []

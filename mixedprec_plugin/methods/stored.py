@@ -82,7 +82,7 @@ class StoredFormat:
         limit: as of `interface.Rounding`.
         filled: tensors that the method needs, that are not stored and that follow from the rest.
         disagreements: where the tensors contradict config.json or each other.
-        format: name of the `interface.Format` that recognized it.
+        format: name of the `interface.Format` that recognized it; empty where none did.
     """
 
     method: str

@@ -201,7 +201,12 @@ def _reasons(
             yield Reason("stored-format", text, "take a checkpoint that does not quantize it")
         return
     if is_auto(rule) and not stored.is_float:
-        if target.device == "cuda" and stored.disagreements:
+        if target.device == "cuda" and not stored.format:
+            # SGLang has classes that are not known here, where config.json names one
+            if not stored.said:
+                text = f"{described}, and config.json names no quant_method that could read it"
+                yield Reason("stored-format", text, "take a checkpoint in another format")
+        elif target.device == "cuda" and stored.disagreements:
             text = f"{stored.disagreements[0]}, which method: auto would go by"
             yield Reason("auto-config", text, "correct config.json, or name the layer's method")
         elif target.device == "cpu" and not stored.is_readable:

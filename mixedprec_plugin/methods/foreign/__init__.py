@@ -10,5 +10,4 @@ FOREIGN: tuple[Format, ...] = (
     named.EIGHT_BITS,
     auto_round.FORMAT,
     named.UNKNOWN_WEIGHT,
-    named.UNRECOGNIZED,
 )

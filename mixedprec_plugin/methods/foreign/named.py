@@ -75,15 +75,14 @@ def _unknown_weight(tensors: Tensors, _said: Said) -> StoredFormat | None:
     return unusable(tensors, f"{weight.dtype} weights with {', '.join(sorted(tensors))}")
 
 
-def _unrecognized(tensors: Tensors, _said: Said) -> StoredFormat | None:
-    """Codes, or what is beside codes, of no format that is known."""
+def is_coded(tensors: Tensors) -> bool:
+    """Whether a layer's tensors look like codes, or like what is beside codes."""
     held = _without_buffers(tensors)
-    codes = [t for t in held.values() if t.dtype in _CODE_DTYPES and t.shape]
-    beside = [s for s, t in held.items() if _BESIDE_CODES.search(s) and len(t.shape) > 1]
-    # of experts in one tensor the plan says why they cannot be sliced
-    if not (codes or beside) or any(suffix.startswith("gate_up_proj") for suffix in held):
-        return None
-    return unrecognized(tensors)
+    return any(
+        (tensor.shape and tensor.dtype in _CODE_DTYPES)
+        or (len(tensor.shape) > 1 and _BESIDE_CODES.search(suffix))
+        for suffix, tensor in held.items()
+    )
 
 
 def unrecognized(tensors: Tensors) -> StoredFormat:
@@ -103,4 +102,3 @@ EIGHT_BITS = Format(
     name="8-bit codes beside a scale", recognize=_eight_bits, faults_as_stored=_eight_bit_faults
 )
 UNKNOWN_WEIGHT = Format(name="unknown weight", recognize=_unknown_weight)
-UNRECOGNIZED = Format(name="unrecognized", recognize=_unrecognized)
