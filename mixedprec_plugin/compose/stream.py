@@ -38,7 +38,7 @@ class VirtualCheckpoint:
         plan: a plan without errors.
         wanted: which of its layers to read.
     Raises (while iterating):
-        CheckpointError: a file cannot be read, or a weight is NaN or infinite.
+        CheckpointError: a file cannot be read or changed meanwhile, or a weight is NaN or infinite.
     """
 
     def __init__(
@@ -54,12 +54,14 @@ class VirtualCheckpoint:
         )
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        with Reader(self._how) as reader:
+        with self.plan.preset.concealing(), Reader(self._how) as reader:
             for layer in self.layers:
                 outputs = compose_layer(layer, self.plan.target, reader)
                 for suffix in list(outputs):
                     # handed over: what is placed is gone before the next is made
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, outputs.pop(suffix)
+            for source in self.plan.sources.values():
+                source.check_unchanged()
 
     def __len__(self) -> int:
         return sum(len(layer.outputs) for layer in self.layers)
