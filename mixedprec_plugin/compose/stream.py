@@ -206,11 +206,17 @@ def round_to_nearest(layer: PlannedLayer, weight: torch.Tensor, target: Target) 
         PlanError: its scheme asks for calibration, which takes a conversion.
     """
     assert layer.scheme is not None
-    if layer.scheme.arguments.get("rounding") == "calibrated":
+    if asks_for_calibration(layer):
         raise PlanError(not_calibrated(layer))
     codec = load_codec(METHODS[layer.scheme.method].codec)
     with _naming(f"{layer.name}.weight"):
         return codec.quantize(weight, layer.scheme.arguments, TORCH_DTYPES[target.dtype])
+
+
+def asks_for_calibration(layer: PlannedLayer) -> bool:
+    """Whether a layer is to be rounded as only a conversion can."""
+    asked = layer.scheme is not None and layer.scheme.arguments.get("rounding")
+    return asked == "calibrated" and layer.action in ("quantize", "requantize")
 
 
 def not_calibrated(layer: PlannedLayer) -> Problem:
