@@ -21,7 +21,7 @@ from mixedprec_plugin.calibrate.sweep import Sweep, save_whole
 from mixedprec_plugin.calibrate.text import read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
-from mixedprec_plugin.compose.stream import Tensors, asks_for_calibration, round_to_nearest
+from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
@@ -64,7 +64,7 @@ class Calibration:
         self, plan: Plan, options: Options, progress: Progress, *, everything: bool
     ) -> None:
         self._plan, self._options, self._progress = plan, options, progress
-        layers = [layer for layer in plan.layers if everything or asks_for_calibration(layer)]
+        layers = [layer for layer in plan.layers if everything or layer.asks_for_calibration]
         self._names = {layer.name for layer in layers if is_rounded_so(layer)}
         if not self._names:
             what = "no layer of the plan is rounded to integers in groups (awq, gptq)"

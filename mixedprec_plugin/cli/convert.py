@@ -103,9 +103,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _calibration(args: argparse.Namespace, plan: Plan, bar: Progress) -> Calibration | None:
-    from mixedprec_plugin.compose.stream import asks_for_calibration
-
-    if not args.calibrate and not any(map(asks_for_calibration, plan.layers)):
+    if not args.calibrate and not plan.not_calibrated():
         if args.text is not None:
             raise UsageError(Problem("--text", "is for calibration", "add --calibrate"))
         return None

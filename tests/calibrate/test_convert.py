@@ -126,7 +126,7 @@ def test_scheme_that_asks_for_it_is_calibrated_and_not_rounded_while_loading(
     write_model(model)
     code, _, err = command("eval", "--device", "cpu", "--model", model, "--preset", preset)
     assert code == 1
-    assert "mixedprec convert --calibrate" in err
+    assert f"run mixedprec convert --model {model} --preset {preset} --out DIR" in err
     convert(model, preset, tmp_path / "out", "--windows", 8)
     assert (tmp_path / "out" / "mixedprec_calibration.json").exists()
     assert command("plan", "--device", "cpu", "--model", tmp_path / "out")[0] == 0
