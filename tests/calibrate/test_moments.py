@@ -39,21 +39,6 @@ def test_shrunk_is_closer_to_the_truth(count: int) -> None:
     assert sum(shrunk_errors) < sum(plain_errors)
 
 
-def test_amount_is_better_than_far_less_or_more() -> None:
-    """The expected error over many samples, at other amounts than the estimated one."""
-    count, ratios = 64, (0.25, 1.0, 3.0)
-    errors = dict.fromkeys(ratios, 0.0)
-    for seed in range(40):
-        x = tokens(count, seed)
-        plain = x.t() @ x / count
-        _, amount = second_moment(x, torch.ones(count))
-        for ratio in ratios:
-            part = min(ratio * amount, 1.0)
-            made = (1 - part) * plain + part * torch.diag(plain.diagonal())
-            errors[ratio] += float(in_correlations(made - TRUE).square().sum())
-    assert errors[1.0] == min(errors.values())
-
-
 def test_weighs_tokens() -> None:
     x = tokens(200, 0)
     weights = torch.rand(200, generator=torch.Generator().manual_seed(1))
