@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor, file_error, read_bytes
+from mixedprec_plugin.checkpoint.files import file_error
+from mixedprec_plugin.checkpoint.headers import StoredTensor, read_bytes
 from mixedprec_plugin.checkpoint.hub import is_remote, read_remote
 
 Array: TypeAlias = npt.NDArray[np.float32]
