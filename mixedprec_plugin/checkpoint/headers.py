@@ -132,6 +132,11 @@ def lay_out(entries: Iterable[tuple[Any, Any, Any]], path: Path) -> dict[str, St
     return tensors
 
 
+def unreadable(tensors: Iterable[StoredTensor]) -> list[str]:
+    """Dtypes of some tensors that are none of torch's, each once."""
+    return sorted({tensor.dtype for tensor in tensors} - TORCH_NAMES.keys())
+
+
 def _refusal(path: Path, error: SafetensorError) -> str:
     """The library's words, or by how much the file is too short or too long."""
     reason = str(error).removeprefix("Error while deserializing header: ")
