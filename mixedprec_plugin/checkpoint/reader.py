@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mixedprec_plugin.checkpoint.files import file_error
+from mixedprec_plugin.checkpoint.files import file_error, open_plain
 from mixedprec_plugin.checkpoint.finite import check_finite
 from mixedprec_plugin.checkpoint.headers import (
     CHANGED,
@@ -82,7 +82,7 @@ class Reader:
         self._files.clear()
         while self._paths and self._how.drops_cache:
             path = self._paths.pop()
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            with contextlib.suppress(OSError), open_plain(path) as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
@@ -129,7 +129,10 @@ class Reader:
         if self._mapped_bytes > _MAPPED_BYTES:
             self._files.clear()
             self._mapped_bytes = tensor.num_bytes
-        key = tensor.path, tensor.path.stat().st_size if tensor.path.exists() else 0
+        try:
+            key = tensor.path, tensor.path.stat().st_size
+        except OSError as error:
+            raise file_error(tensor.path, f"cannot be read ({error.strerror})", CHANGED) from error
         if key not in self._files:
             self._files[key] = open_tensors(tensor.path, "pt", CHANGED)
         return self._files[key]

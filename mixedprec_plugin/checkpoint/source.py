@@ -14,7 +14,12 @@ from typing import Any
 from mixedprec_plugin.checkpoint import hub
 from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
 from mixedprec_plugin.checkpoint.files import check_place, file_error, read_json
-from mixedprec_plugin.checkpoint.fused_experts import is_fused, split_experts, why_not_split
+from mixedprec_plugin.checkpoint.fused_experts import (
+    MAX_EXPERTS,
+    is_fused,
+    split_experts,
+    why_not_split,
+)
 from mixedprec_plugin.checkpoint.garbage import gc_paused
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.checkpoint.records import read_config
@@ -49,8 +54,13 @@ class Source:
         for name, tensor in self.tensors.items():
             layer, _, suffix = name.rpartition(".")
             layers.setdefault(layer, {})[suffix] = tensor
+        experts = 0
         for name in [name for name, tensors in layers.items() if is_fused(name, tensors)]:
             if not why_not_split(layers[name], self.config):
+                experts += layers[name]["gate_up_proj"].shape[0]
+                if experts > MAX_EXPERTS:
+                    what = f"hold {experts:,} experts and more (expected up to {MAX_EXPERTS:,})"
+                    raise file_error(self.path, f"its files {what}")
                 layers.update(split_experts(name, layers.pop(name)))
         return MappingProxyType(layers)
 
