@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.errors import CheckpointError, Problem
@@ -35,12 +36,13 @@ def embedded_preset(quantization_config: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def configs_by_layer(
-    quantization_config: Mapping[str, Any], max_layers: int
+    quantization_config: Mapping[str, Any], max_layers: int, path: Path
 ) -> dict[str, Mapping[str, Any]]:
     """Layer name -> the `quantization_config` of a checkpoint that is wholly stored as it is.
 
     Args:
         max_layers: how many layers the checkpoint can have.
+        path: its config.json, for the message.
     Raises:
         CheckpointError: it speaks of more.
     """
@@ -49,7 +51,7 @@ def configs_by_layer(
         for name in entry["names"]:
             max_layers -= sum(map(len, _ranges(name)))
             if max_layers < 0:
-                where = f"config.json: quantization_config.{LAYERS_KEY}"
+                where = f"{path}: quantization_config.{LAYERS_KEY}"
                 what = f"{name!r:.200} names more layers than the checkpoint holds tensors"
                 raise CheckpointError(Problem(where, what, "download it again", "record"))
             configs.update(dict.fromkeys(unfold(name), entry["config"]))

@@ -81,7 +81,8 @@ class Source:
         if not is_converted(config):
             return None
         # every layer has a tensor at least
-        return MappingProxyType(configs_by_layer(config, len(self.tensors)))
+        path = self.path / "config.json"
+        return MappingProxyType(configs_by_layer(config, len(self.tensors), path))
 
 
 def open_source(path: str | Path, name: str = "model", revision: str | None = None) -> Source:
