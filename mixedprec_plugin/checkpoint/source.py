@@ -136,6 +136,8 @@ def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
         if others:
             what = f"names files that are not there ({_listed(absent)}) and none of those that are"
             remedy = "remove the stale index if these are the whole model, or download the others"
+            if hub.repository_of(folder) is not None:
+                remedy = f"download it with 'hf download --local-dir' and there {remedy}"
             what = f"{what} ({_listed(others)})"
             raise file_error(folder / INDEX_NAME, what, remedy)
     if problems:
