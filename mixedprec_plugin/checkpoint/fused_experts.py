@@ -27,6 +27,8 @@ _PARTS = {
     for end, suffix in _SUFFIXES.items()
 }
 _PROJECTIONS = tuple(_HALVES)
+# of all layers together; the largest models have 50,000
+MAX_EXPERTS = 1 << 18
 _OWN_LAYERS = tuple(f".experts.{projection}" for projection in _HALVES)
 
 Tensors = Mapping[str, StoredTensor]
@@ -51,7 +53,7 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
         return f"its experts are stored in {', '.join(sorted(tensors))}"
     gate_up, down = tensors["gate_up_proj"].shape, tensors["down_proj"].shape
     hidden = text_config(config).get("hidden_size")
-    if len(gate_up) != 3 or len(down) != 3:
+    if len(gate_up) != 3 or len(down) != 3 or 0 in (*gate_up, *down):
         return f"its experts are stored as {list(gate_up)} and {list(down)}"
     num_experts, inner = gate_up[0], down[2]
     if gate_up == (num_experts, 2 * inner, hidden) and down == (num_experts, hidden, inner):

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixedprec_plugin.checkpoint.converted import embedded_preset
-from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.headers import StoredTensor, unreadable
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind, layer_kind
@@ -57,8 +57,19 @@ class InspectedLayer:
         return self.stored.N * self.stored.K if self.stored else 0
 
     @property
+    def description(self) -> str:
+        """How it is stored, for people; without a weight matrix, its dtypes that are not read."""
+        return self.stored.description if self.stored else ", ".join(self._unreadable)
+
+    @property
+    def _unreadable(self) -> list[str]:
+        return unreadable(self.tensors.values())
+
+    @property
     def use(self) -> str:
         """What a plan can do with the layer."""
+        if self._unreadable:
+            return "neither"
         is_quantizable = self.kind not in NEVER_QUANTIZED
         if self.stored is None or self.stored.is_float:
             return (
@@ -152,7 +163,7 @@ def _layer_as_dict(layer: InspectedLayer) -> dict[str, Any]:
     return {
         "name": layer.name,
         "kind": layer.kind,
-        "stored": stored.description if stored else None,
+        "stored": layer.description or None,
         "encoding": stored.encoding if stored else None,
         "shape": [stored.N, stored.K] if stored and layer.num_weights else None,
         "bits_per_weight": round(_bits([layer]), 4),
@@ -180,7 +191,7 @@ def _print(layers: Sequence[InspectedLayer], problems: Sequence[Problem], consol
         first, bits = alike[0], _bits(alike)
         table.add_row(
             Text(", ".join(fold_names(layer.name for layer in alike))),
-            Text(first.stored.description if first.stored else ""),
+            Text(first.description),
             f"{bits:.2f}" if bits else "",
             format_bytes(sum(layer.num_bytes for layer in alike)),
             first.use,
@@ -199,7 +210,6 @@ def _groups(layers: Sequence[InspectedLayer]) -> list[list[InspectedLayer]]:
     for layer in layers:
         stored = layer.stored
         shape = (stored.N, stored.K) if stored else (0, 0)
-        description = stored.description if stored else ""
-        key = (_NUMBER.sub("#", layer.name), description, *shape)
+        key = (_NUMBER.sub("#", layer.name), layer.description, *shape)
         groups.setdefault(key, []).append(layer)
     return list(groups.values())

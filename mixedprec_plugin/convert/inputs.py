@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin import __version__
+from mixedprec_plugin.checkpoint.files import check_place
 from mixedprec_plugin.checkpoint.hub import fetch_if_missing
 from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, file_digest, reading
-from mixedprec_plugin.checkpoint.source import facts_of, not_linked_away
+from mixedprec_plugin.checkpoint.source import facts_of
 from mixedprec_plugin.convert.folder import CONFIG_NAME
 from mixedprec_plugin.convert.parts import Part
 from mixedprec_plugin.convert.provenance import LAYERS, are_unchanged, tensors_read
@@ -46,8 +47,8 @@ def copied_files(model: Path) -> list[Path]:
         CheckpointError: one is a link out of the folder, or the folder cannot be read.
     """
     with reading(model):
-        return [
-            not_linked_away(path)
+        found = [
+            path
             for path in sorted(model.iterdir())
             if (path.is_file() or (path.is_symlink() and not path.exists()))
             and path.suffix not in _LEFT_OUT_SUFFIXES
@@ -55,6 +56,9 @@ def copied_files(model: Path) -> list[Path]:
             and not path.name.startswith(".")
             and not path.name.endswith(".index.json")
         ]
+    for path in found:
+        check_place(path)
+    return found
 
 
 def file_digests(paths: Iterable[Path]) -> dict[str, str]:

@@ -44,17 +44,21 @@ def num_kv_ranks(config: Config, tp_size: int) -> int:
 
 
 def sizes(config: Config) -> dict[str, Any]:
-    """What two checkpoints of one model have in common, as far as it is said or follows."""
+    """What two checkpoints of one model have in common, as far as it is said or follows.
+
+    What is said layer by layer, in a list, is left out.
+    """
     said = dict(text_config(config))
     rope = said.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         said.setdefault("rope_theta", rope["rope_theta"])
     heads, hidden = said.get("num_attention_heads"), said.get("hidden_size")
-    if heads and hidden and not said.get("head_dim"):
+    if isinstance(heads, int) and heads and hidden and not said.get("head_dim"):
         said["head_dim"] = hidden // heads
     if heads and said.get("num_key_value_heads") is None:
         said["num_key_value_heads"] = heads
-    return {key: said[key] for key in _SIZES if said.get(key) is not None}
+    plain = {key: said.get(key) for key in _SIZES}
+    return {key: value for key, value in plain.items() if isinstance(value, int | float | str)}
 
 
 def model_dtype(config: Config, dtype: str = "auto") -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
-from mixedprec_plugin.errors import CheckpointError, Problem
+from mixedprec_plugin.checkpoint.patterns import matches as matches
 
 FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 FLOAT = "float"
@@ -158,17 +157,3 @@ def block_of(value: Any) -> list[int] | None:
     """A [rows, columns] of config.json; None where it is none."""
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     return list(value) if is_pair and all(isinstance(n, int) and n > 0 for n in value) else None
-
-
-def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
-    """Match a pattern of config.json as the tools do: from the start of a name, or all of it.
-
-    Raises:
-        CheckpointError: it is no regular expression.
-    """
-    try:
-        return (re.fullmatch if whole else re.match)(pattern, name) is not None
-    except re.error as error:
-        where, what = "config.json: quantization_config", f"{pattern!r} is no regular expression"
-        problem = Problem(where, f"{what} ({error})", "correct the pattern", "config-pattern")
-        raise CheckpointError(problem) from error

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, why_not_split
+from mixedprec_plugin.checkpoint.headers import unreadable
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.config import Config, num_kv_ranks
 from mixedprec_plugin.families.names import (
@@ -89,6 +90,10 @@ def check_layers(layers: Sequence[PlannedLayer], target: Target, config: Config)
             remedy = "take a checkpoint that stores them one by one"
             text = why_not_split(layer.inputs, config)
             problems.append(Problem(layer.name, text, remedy, "fused-experts"))
+        if (dtypes := unreadable(layer.inputs.values())) and not layer.reasons:
+            text = f"holds tensors of {', '.join(dtypes)}, which this release does not read"
+            remedy = "take a checkpoint in another format"
+            problems.append(Problem(layer.name, text, remedy, "stored-format"))
         if layer.stored is None:
             continue
         key = (

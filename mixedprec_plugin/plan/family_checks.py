@@ -201,16 +201,17 @@ def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[
     family, said = family_of(source.config), sizes(source.config)
     if family.shapes:
         heads = ("num_attention_heads", "num_key_value_heads")
-        said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
+        if {*heads, "head_dim"} <= said.keys():
+            said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
     problems = []
     for layer in layers:
         last, weight, stored = last_component(layer.name), layer.inputs.get("weight"), layer.stored
         got = weight.shape if weight is not None else None
         if layer.kind not in NEVER_QUANTIZED:
             got = (stored.N, stored.K) if stored is not None and stored.method else None
-        if got is None or last not in family.shapes:
+        if got is None or not said.keys() >= set(family.shapes.get(last, ("",))):
             continue
-        want = tuple([int(said[key]) for key in family.shapes[last]])
+        want = tuple([said[key] for key in family.shapes[last]])
         if got != want:
             text = f"its weight is {list(got)} (expected {list(want)} by config.json)"
             remedy = "config.json and weights are of different models, or a file is damaged"

@@ -13,7 +13,14 @@ from mixedprec_plugin.methods.interface import (
     LayerShape,
     Target,
 )
-from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, incomplete, unusable
+from mixedprec_plugin.methods.stored import (
+    FLOAT,
+    Said,
+    StoredFormat,
+    Tensors,
+    incomplete,
+    unusable,
+)
 
 # a suffix that no other format has -> the format that writes it
 _SIGNATURES = {
@@ -48,7 +55,8 @@ def _by_signature(tensors: Tensors, said: Said) -> StoredFormat | None:
         name = next((name for suffix, name in _SIGNATURES.items() if suffix in tensors), None)
         return unusable(tensors, name) if name else None
     if missing := [suffix for suffix in ("scales", "qzeros") if suffix not in tensors]:
-        return incomplete(tensors, "a qweight", missing, said.encoding or "")
+        encoding = "" if said.encoding == FLOAT else said.encoding or ""
+        return incomplete(tensors, "a qweight", missing, encoding)
     qweight, qzeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
     if qweight.dtype == qzeros.dtype == "I32" and len(scales.shape) == 2:
         return unusable(tensors, "a qweight in an unknown packing", scales.shape[1])
