@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, damage, file_digest, reading
-from mixedprec_plugin.checkpoint.source import INDEX_NAME, open_source
+from mixedprec_plugin.checkpoint.source import INDEX_NAME
 from mixedprec_plugin.compose.stream import in_file_order
 from mixedprec_plugin.convert import folder
 from mixedprec_plugin.convert.form import Form
@@ -229,22 +229,14 @@ def _publish(job: _Job, journal: Journal) -> None:
     folder.publish(job.out, written)
 
 
-def _check_sources(
-    job: _Job, copies: Mapping[str, str], layers: Sequence[Mapping[str, Any]]
-) -> None:
-    plan = job.plan
-    sources = {name: open_source(source.path, name) for name, source in plan.sources.items()}
-    now = dataclasses.replace(plan, sources=sources)
-    differences = changed(
-        job.inputs, input_facts(now, job.form.name, job.parts, copies), layers, plan
-    )
-    for name, source in plan.sources.items():
-        if sources[name].tensors != source.tensors:
-            differences.append(f"the tensors of {name!r}")
-    if differences:
+def _check_sources(job: _Job, copies: Mapping[str, str], layers: Sequence[dict[str, Any]]) -> None:
+    remedy = "run it again with --overwrite once nothing writes to it"
+    for source in job.plan.sources.values():
+        source.check_unchanged(remedy, exact=True)
+    now = input_facts(job.plan, job.form.name, job.parts, copies)
+    if differences := changed(job.inputs, now, layers, job.plan):
         what = f"changed while it was read: {', '.join(differences)}"
-        remedy = "run it again with --overwrite once nothing writes to the sources"
-        raise CheckpointError(Problem(str(plan.source.path), what, remedy, "changed"))
+        raise CheckpointError(Problem(str(job.plan.source.path), what, remedy, "changed"))
 
 
 def _index(parts: tuple[Part, ...]) -> dict[str, Any]:

@@ -19,7 +19,11 @@ _PART = {"file": {"type": "string"}, "num_bytes": {"type": "integer"}, "sha256":
 _LINE = {
     "type": "object",
     "oneOf": [
-        {"required": ["inputs"], "properties": {"inputs": INPUTS}},
+        {
+            "required": ["inputs"],
+            "properties": {"inputs": INPUTS},
+            "additionalProperties": False,
+        },
         {
             "required": [*_PART, "provenance"],
             "properties": {**_PART, "provenance": LAYERS},
