@@ -57,7 +57,7 @@ class SourceReference:
 
 
 # arguments that say how we read and quantize, and that no SGLang config knows
-_OURS = frozenset({"clip_search", "dtype"})
+_OURS = frozenset({"rounding", "dtype"})
 
 
 @dataclasses.dataclass(frozen=True)
