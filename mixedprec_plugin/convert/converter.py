@@ -169,9 +169,7 @@ def _take_up(job: _Job, journal: Journal) -> None:
 def _is_whole(part: Part, out: Path, journal: Journal) -> bool:
     """Whether an earlier run finished a part and it is still what it was."""
     finished, path = journal.finished.get(part.file), folder.find_part(out, part.file)
-    if finished is None or path is None or path.stat().st_size != finished.num_bytes:
-        return False
-    return file_digest(path) == finished.sha256
+    return bool(finished and path and file_digest(path) == finished.sha256)
 
 
 def _write_parts(job: _Job, kept: set[str], journal: Journal, progress: Progress) -> None:
@@ -191,7 +189,7 @@ def _write_parts(job: _Job, kept: set[str], journal: Journal, progress: Progress
         temporary = path.with_name(f"{part.file}.tmp")
         layers = write_part(part, job.plan, job.form, temporary, advance)
         advance(len(part.header))
-        finished = FinishedPart(part.file, part.num_bytes, file_digest(temporary), layers)
+        finished = FinishedPart(part.file, file_digest(temporary), layers)
         temporary.rename(path)
         journal.finish(finished)
 
@@ -249,16 +247,20 @@ def _index(parts: tuple[Part, ...]) -> dict[str, Any]:
 
 def _config(plan: Plan, form: Form) -> dict[str, Any]:
     """The model's config.json for the written weights."""
-    config = {
-        key: value for key, value in plan.source.config.items() if key != "compression_config"
-    }
-    for key in ("torch_dtype", "dtype"):
-        if key in config:
-            config[key] = _TORCH_NAMES[plan.target.dtype]
+    config = _of_written(plan.source.config, _TORCH_NAMES[plan.target.dtype])
     if "dtype" not in config:
         config["torch_dtype"] = _TORCH_NAMES[plan.target.dtype]
-    config["quantization_config"] = form.quantization_config(plan)
-    return config
+    return config | {"quantization_config": form.quantization_config(plan)}
+
+
+def _of_written(said: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """What config.json, or a section of it, says: not of how the weights were stored before."""
+    kept = {
+        key: _of_written(value, dtype) if isinstance(value, Mapping) else value
+        for key, value in said.items()
+        if key not in ("quantization_config", "compression_config")
+    }
+    return kept | {key: dtype for key in ("torch_dtype", "dtype") if key in kept}
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
