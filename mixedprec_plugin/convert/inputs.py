@@ -19,6 +19,7 @@ from mixedprec_plugin.plan.model import Plan
 
 # raised whenever the same inputs would give other files
 LAYOUT_VERSION = 1
+CALIBRATION_NAME = "mixedprec_calibration.json"
 INPUTS = {"type": "object", "additionalProperties": {"type": "string"}}
 # of a finished conversion's provenance
 RECORDED = {
@@ -33,7 +34,7 @@ _LEFT_OUT_SUFFIXES = frozenset(
 _LEFT_OUT_NAMES = frozenset(
     {
         CONFIG_NAME, "quantize_config.json", "quantization_config.json", "quant_config.json",
-        "hf_quant_config.json", PROVENANCE_NAME,
+        "hf_quant_config.json", PROVENANCE_NAME, CALIBRATION_NAME,
     }
 )  # fmt: skip
 _SOURCES = "the sources' files"
@@ -67,7 +68,7 @@ def file_digests(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def input_facts(
-    plan: Plan, form: str, parts: Sequence[Part], copied: Mapping[str, str]
+    plan: Plan, form: str, parts: Sequence[Part], copied: Mapping[str, str], rounding: str
 ) -> dict[str, str]:
     """Everything that decides a byte of the output, each kind of it as one digest.
 
@@ -75,6 +76,7 @@ def input_facts(
 
     Args:
         copied: name -> SHA-256 of the files that are copied.
+        rounding: what else decides codes.
     Returns:
         what it is, in words -> digest; two conversions are the same if all are.
     Raises:
@@ -89,6 +91,7 @@ def input_facts(
         "config.json": _digest(_configs(plan)),
         _SOURCES: _digest([_identity(path) for path in paths]),
         "the model's other files": _digest(copied),
+        "the calibration": rounding,
         "the size of parts": _digest([[part.file, len(part.tensors)] for part in parts]),
         "the plan": _digest([part.header.decode("latin-1") for part in parts]),
     }
@@ -115,7 +118,7 @@ def _digest(value: Any) -> str:
 def changed(
     before: Mapping[str, str],
     now: Mapping[str, str],
-    layers: Iterable[Mapping[str, Any]],
+    layers: Iterable[Mapping[str, Any]] | None,
     plan: Plan,
 ) -> list[str]:
     """What differs between two conversions, in words.
@@ -124,9 +127,11 @@ def changed(
     the rest is the same: only other bytes are a difference.
 
     Args:
-        layers: what is there of the one before, as `layer_provenance` makes it.
+        layers: what is there of the one before, as `layer_provenance` makes it; None where that
+            is not known, and nothing is read.
     Raises:
         CheckpointError: a file cannot be read.
     """
     found = [key for key in now if before.get(key) != now[key]]
-    return [] if found == [_SOURCES] and are_unchanged(layers, plan) else found
+    is_read = found == [_SOURCES] and layers is not None
+    return [] if is_read and are_unchanged(layers or (), plan) else found
