@@ -58,9 +58,10 @@ def parse_record(text: bytes, schema: Mapping[str, Any]) -> Any:
 
     try:
         value = json.loads(text)
+        found = best_match(Draft202012Validator(schema).iter_errors(value))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error})") from error
-    if found := best_match(Draft202012Validator(schema).iter_errors(value)):
+    if found:
         raise ValueError(f"is none of ours ({found.json_path}: {found.message[:200]})")
     return value
 

@@ -66,7 +66,9 @@ class Source:
     tensors: Mapping[str, StoredTensor]
     facts: Mapping[Path, Facts] = dataclasses.field(default_factory=dict)
 
-    def check_unchanged(self, *, exact: bool = False) -> None:
+    def check_unchanged(
+        self, remedy: str = "run it again once nothing writes to it", *, exact: bool = False
+    ) -> None:
         """See that the files are still those that were opened.
 
         Args:
@@ -83,7 +85,6 @@ class Source:
             with reading(path):
                 now = facts_of(path)
             if now[:count] != self.facts[path][:count]:
-                remedy = "run it again once nothing writes to it"
                 problems.append(Problem(str(path), "changed while it was read", remedy, "changed"))
         if problems:
             raise CheckpointError(problems)

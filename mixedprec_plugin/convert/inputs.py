@@ -20,6 +20,7 @@ from mixedprec_plugin.plan.model import Plan
 
 # raised whenever the same inputs would give other files
 LAYOUT_VERSION = 1
+CALIBRATION_NAME = "mixedprec_calibration.json"
 INPUTS = {"type": "object", "additionalProperties": {"type": "string"}}
 # of a finished conversion's provenance
 RECORDED = {
@@ -34,7 +35,7 @@ _LEFT_OUT_SUFFIXES = frozenset(
 _LEFT_OUT_NAMES = frozenset(
     {
         CONFIG_NAME, "quantize_config.json", "quantization_config.json", "quant_config.json",
-        "hf_quant_config.json", PROVENANCE_NAME,
+        "hf_quant_config.json", PROVENANCE_NAME, CALIBRATION_NAME,
     }
 )  # fmt: skip
 _SOURCES = "the sources' files"
@@ -121,7 +122,7 @@ def _digest(value: Any) -> str:
 def changed(
     before: Mapping[str, str],
     now: Mapping[str, str],
-    layers: Iterable[Mapping[str, Any]],
+    layers: Iterable[Mapping[str, Any]] | None,
     plan: Plan,
 ) -> list[str]:
     """What differs between two conversions, in words.
@@ -130,9 +131,11 @@ def changed(
     the rest is the same: only other bytes are a difference.
 
     Args:
-        layers: what is there of the one before, as `layer_provenance` makes it.
+        layers: what is there of the one before, as `layer_provenance` makes it; None where that
+            is not known, and nothing is read.
     Raises:
         CheckpointError: a file cannot be read.
     """
     found = [key for key in now if before.get(key) != now[key]]
-    return [] if found == [_SOURCES] and are_unchanged(layers, plan) else found
+    is_read = found == [_SOURCES] and layers is not None
+    return [] if is_read and are_unchanged(layers or (), plan) else found

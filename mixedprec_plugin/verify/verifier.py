@@ -19,12 +19,17 @@ import torch
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import damage
 from mixedprec_plugin.checkpoint.source import Source, open_source
-from mixedprec_plugin.compose.stream import Tensors, compose_layer, in_file_order, plain_defaults
+from mixedprec_plugin.compose.stream import (
+    Tensors,
+    compose_layer,
+    in_file_order,
+    plain_defaults,
+    served_floats,
+)
 from mixedprec_plugin.errors import CheckpointError
 from mixedprec_plugin.families.config import sizes
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import coupled_units, producers
-from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.quantize.codec import load_codec
@@ -237,13 +242,9 @@ class Verifier:
 
     def _served(self, layer: PlannedLayer, outputs: Tensors) -> torch.Tensor | None:
         """What a layer is served as, as floats [N, K]."""
-        if layer.scheme is None or layer.is_unquantized:
-            weight = outputs.get("weight")
-            return weight if weight is not None and weight.dtype.itemsize > 1 else None
-        lazy, arguments = registry.METHODS[layer.method].codec, layer.scheme.arguments
-        if not lazy and layer.stored is not None:
-            lazy, arguments = layer.stored.codec, layer.stored.how
-        return load_codec(lazy).read(outputs, arguments).dequantize() if lazy else None
+        weight = served_floats(layer, outputs).get("weight")
+        is_read = weight is not None and weight.is_floating_point() and weight.itemsize > 1
+        return weight if is_read else None
 
     def _reference(self, name: str) -> torch.Tensor | None:
         """The reference's weight as floats [N, K]."""

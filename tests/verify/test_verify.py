@@ -166,6 +166,7 @@ def test_threshold_of_a_method_can_be_chosen(reference: Path, tmp_path: Path) ->
     [
         ("gptq", "--threshold: 'gptq' is no threshold (expected METHOD=VALUE, such as gptq=0.3)"),
         ("gptq=-1", "--threshold: 'gptq=-1' is no threshold"),
+        ("gptq=nan", "--threshold: 'gptq=nan' is no threshold"),
         ("gptk=1", "--threshold: unknown method 'gptk' (expected bf16, "),
     ],
 )
