@@ -9,6 +9,7 @@ where the two contradict each other, the format says so in its `disagreements`.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -90,10 +91,8 @@ def said_of(config: Mapping[str, Any], name: str) -> Said:
     """
     reader = _readers().get(str(config.get("quant_method", "")).lower())
     said = dataclasses.replace(reader(config, name) if reader else Said(), config=config)
-    ignored = None if said.encoding is None or _is_passed_over(name) else _is_ignored(said, name)
-    if ignored is False:
-        return said
-    return dataclasses.replace(said, encoding=FLOAT if ignored else None)
+    is_ignored = None if _is_passed_over(name) else _is_ignored(said, name)
+    return dataclasses.replace(said, is_ignored=is_ignored)
 
 
 @functools.cache
@@ -111,22 +110,24 @@ def _is_passed_over(name: str) -> bool:
 def _is_ignored(said: Said, name: str) -> bool | None:
     """Whether a list leaves the layer out; None where tools read the entry differently."""
     entries = [entry for key in _IGNORE_KEYS for entry in strings(said.config.get(key))]
+    below = "" if said.ignores == "named" else "*"
     for entry in entries:
         if entry.startswith("re:"):
             if matches(entry[3:], name):
                 return True
-        elif f".{entry}." in f".{name}.":
+        elif fnmatch.fnmatchcase(f".{name}.", f"*.{entry}.{below}"):
             return True
-    is_told = not (said.ignores_within_names and any(entry in name for entry in entries))
+    is_told = not (said.ignores == "within" and any(entry in name for entry in entries))
     return False if is_told else None
 
 
 def _contradictions(found: StoredFormat, said: Said) -> tuple[str, ...]:
     """Where config.json says something else of a layer than its tensors do."""
-    if said.encoding is None or not found.encoding:
+    if said.encoding is None or said.is_ignored is None or not found.encoding:
         return ()
-    if said.encoding != found.encoding:
-        is_float = said.encoding == FLOAT
+    encoding = FLOAT if said.is_ignored else said.encoding
+    if encoding != found.encoding:
+        is_float = encoding == FLOAT
         says = "leaves it unquantized" if is_float else f"says {said.label or said.encoding}"
         return (f"is stored as {found.description}, config.json {says}",)
     return tuple(

@@ -40,15 +40,18 @@ class Said:
         facts: as `StoredFormat.said`; only what is said.
         label: the format's own name for people, such as `float-quantized`; may be empty.
         config: the whole `quantization_config`.
-        ignores_within_names: whether tools look for an ignored entry anywhere in a name (`gate` in
-            `gate_proj`), and not for whole components alone.
+        ignores: what an entry of an ignore list leaves out: the layer that it names, or whose name
+            ends so; what is `below` that, too; or whatever has it anywhere `within` its name
+            (`gate` in `gate_proj`).
+        is_ignored: whether a list leaves the layer out; None where tools read it differently.
     """
 
     encoding: str | None = None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ignores_within_names: bool = False
+    ignores: Literal["named", "below", "within"] = "below"
+    is_ignored: bool | None = False
 
     def of(self, encoding: str) -> Mapping[str, Any]:
         """The facts, where config.json speaks of this encoding; else none."""

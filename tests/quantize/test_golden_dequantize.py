@@ -108,14 +108,35 @@ def test_gptq_v2_stores_the_zero_itself(layer: str) -> None:
     assert_as_reference(weight, folder, layer)
 
 
-def test_gptq_v1_reads_a_stored_15_as_zero_16() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_v1_keeps_a_zero_point_of_zero_within_its_bits(bits: int) -> None:
+    # GPTQModel's `_shift_gptq_qzeros`: (stored + 1) & (2**bits - 1)
     tensors = {
-        "qweight": torch.zeros(4, 8, dtype=torch.int32),
-        "qzeros": torch.full((1, 1), -1, dtype=torch.int32),
+        "qweight": torch.full((4 * bits // 4, 8), -1, dtype=torch.int32),
+        "qzeros": torch.full((1, bits // 4), -1, dtype=torch.int32),
         "scales": torch.ones(1, 8),
     }
-    weight = gptq.read(tensors, {"bits": 4, "group_size": 32}).dequantize()
-    assert torch.equal(weight, torch.full((8, 32), -16.0))
+    weight = gptq.read(tensors, {"bits": bits, "group_size": 32}).dequantize()
+    assert torch.equal(weight, torch.full((8, 32), float(2**bits - 1)))
+
+
+@pytest.mark.parametrize("folder", [f for f in GPTQ if "asym" not in f])
+@pytest.mark.parametrize("wrong", ["gptq", "gptq_v2"])
+def test_symmetric_zero_points_tell_the_format_that_config_json_does_not(
+    folder: str, wrong: str
+) -> None:
+    tensors = torch_layer(folder, LAYERS[0])
+    if wrong == "gptq":
+        tensors = {**tensors, "qzeros": tensors["qzeros"] + 0x11111111}
+    arguments = {**config(folder), "checkpoint_format": wrong}
+    assert_as_reference(gptq.read(tensors, arguments).dequantize(), folder, LAYERS[0])
+
+
+def test_zero_points_that_no_quantizer_has_made_are_refused() -> None:
+    tensors = {**torch_layer(GPTQ[0], LAYERS[0])}
+    tensors["qzeros"] = torch.zeros_like(tensors["qzeros"])
+    with pytest.raises(ShapeError, match=r"qzeros: all are 0 \(expected 7, or 8 in gptq_v2"):
+        gptq.read(tensors, config(GPTQ[0]))
 
 
 def swap_nibbles(tensors: Tensors) -> Tensors:
@@ -124,7 +145,10 @@ def swap_nibbles(tensors: Tensors) -> Tensors:
 
 
 def zeros_off_by_one(tensors: Tensors) -> Tensors:
-    return {**tensors, "qzeros": tensors["qzeros"] + 0x11111111}
+    # of every other group: those of a whole symmetric layer would tell what they are
+    qzeros = tensors["qzeros"].clone()
+    qzeros[::2] += 0x11111111
+    return {**tensors, "qzeros": qzeros}
 
 
 def groups_reversed(tensors: Tensors) -> Tensors:

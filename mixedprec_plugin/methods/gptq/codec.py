@@ -2,8 +2,9 @@
 
 Only the form is GPTQ's: weights are rounded to nearest, not calibrated.
 `qzeros` hold zero - 1 in format v1 (the usual one, and what is written here) and zero in v2
-(`checkpoint_format: gptq_v2`). A stored 15 in v1 reads as 16.
-Source: AutoGPTQ and GPTQModel `QuantLinear.pack` and `dequantize_weight`.
+(`checkpoint_format: gptq_v2`), each within its bits: a stored 15 in v1 is a zero point of 0.
+Source: AutoGPTQ and GPTQModel `QuantLinear.pack` and `dequantize_weight`, GPTQModel
+`_shift_gptq_qzeros`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
-from mixedprec_plugin.quantize.checks import resolve_group_size, take, take_matrix
+from mixedprec_plugin.quantize.checks import refuse, resolve_group_size, take, take_matrix
 from mixedprec_plugin.quantize.codec import (
     Arguments,
     NotTheSameNumbersError,
@@ -22,6 +23,10 @@ from mixedprec_plugin.quantize.codec import (
 from mixedprec_plugin.quantize.integers import Integers, Words, plain_order
 from mixedprec_plugin.quantize.packing import pack, unpack
 from mixedprec_plugin.quantize.rounding import Grid
+
+_V2 = "gptq_v2"
+# zero points that are not alike by chance
+_ENOUGH = 32
 
 
 def _words(bits: int) -> Words:
@@ -70,19 +75,39 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     group_size = resolve_group_size(K, arguments["group_size"], pack_factor)
     num_groups = K // group_size
     scales = take(tensors, "scales", (num_groups, N)).t()
-    zeros = unpack(take(tensors, "qzeros", (num_groups, N // pack_factor)), bits).t()
-    is_v1 = arguments.get("checkpoint_format") != "gptq_v2"
+    qzeros = take(tensors, "qzeros", (num_groups, N // pack_factor))
+    is_v1 = arguments.get("checkpoint_format") != _V2
     g_idx = take(tensors, "g_idx", (K,)) if "g_idx" in tensors else None
     return Integers(
         N,
         K,
         group_size,
         lambda rows: unpack(qweight[:, rows].t(), bits),
-        zeros.to(torch.int16) + int(is_v1),
+        _zero_points(qzeros, bits, is_v1=is_v1).t(),
         scales,
         g_idx,
         keeps_order=True,
     )
+
+
+def _zero_points(qzeros: torch.Tensor, bits: int, *, is_v1: bool) -> torch.Tensor:
+    """The zero points, int16 [K/G, N], in the convention that config.json says or values tell.
+
+    Where all are alike they are the middle of the range, as no quantizer has another one for every
+    group: there are checkpoints of v2 zeros that say v1 (https://github.com/vllm-project/vllm/pull/
+    38966).
+
+    Raises:
+        ShapeError: they are alike, and the middle in neither convention.
+    """
+    stored, middle = unpack(qzeros, bits).to(torch.int16), 1 << (bits - 1)
+    first = int(stored[0, 0])
+    if stored.numel() >= _ENOUGH and bool((stored == first).all()):
+        if first not in (middle - 1, middle):
+            what = f"all are {first} (expected {middle - 1}, or {middle} in {_V2}, or several)"
+            refuse("qzeros", what, "take the layer from another source", "zero-points")
+        return torch.full_like(stored, middle)
+    return (stored + int(is_v1)) & ((1 << bits) - 1)
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
@@ -129,19 +154,25 @@ def take_stored(tensors: Tensors, arguments: Arguments, *, checks: bool) -> Tens
     bits = int(arguments["bits"])
     K = tensors["qweight"].shape[0] * 32 // bits
     plain = plain_order(K, resolve_group_size(K, arguments["group_size"], 32 // bits))
-    g_idx = tensors.get("g_idx", plain)
-    if checks and (reason := _why_not_plain(tensors, g_idx, plain, bits, arguments["desc_act"])):
+    served = {"g_idx": plain, **tensors}
+    is_v1, most = arguments.get("checkpoint_format") != _V2, (1 << bits) - 1
+    if not checks:
+        if is_v1 and bool((unpack(tensors["qzeros"], bits) == most).any()):
+            raise NotTheSameNumbersError(f"has zero points of 0, which SGLang reads as {most + 1}")
+        return served
+    if reason := _why_not_plain(served, plain, bits, arguments["desc_act"], is_v1=is_v1):
         raise NotTheSameNumbersError(reason)
-    return {**tensors, "g_idx": g_idx}
+    stored_zero = most >> 1
+    word = sum(stored_zero << shift for shift in range(0, 32, bits))
+    return {**served, "qzeros": torch.full_like(tensors["qzeros"], word)}
 
 
 def _why_not_plain(
-    tensors: Tensors, g_idx: torch.Tensor, plain: torch.Tensor, bits: int, desc_act: bool
+    tensors: Tensors, plain: torch.Tensor, bits: int, desc_act: bool, *, is_v1: bool
 ) -> str:
-    stored_zero = (1 << (bits - 1)) - 1
-    word = sum(stored_zero << shift for shift in range(0, 32, bits))
-    if bool((tensors["qzeros"] != word).any()):
-        return f"its zero points are not all {stored_zero + 1}, as a symmetric layer's are"
+    middle, g_idx = 1 << (bits - 1), tensors["g_idx"]
+    if bool((_zero_points(tensors["qzeros"], bits, is_v1=is_v1) != middle).any()):
+        return f"its zero points are not all {middle}, as a symmetric layer's are"
     if not desc_act and not torch.equal(g_idx, plain):
         return "its g_idx is not in order, which it is where desc_act is false"
     least, most, num_groups = int(g_idx.min()), int(g_idx.max()), tensors["scales"].shape[0]
