@@ -19,7 +19,7 @@ from mixedprec_plugin.plan.model import Plan, PlannedLayer, Rescale
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.load import load_preset
-from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, Numbers, load_codec
+from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, load_codec
 
 Tensors = dict[str, torch.Tensor]
 
@@ -119,7 +119,8 @@ def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
 
 def _compute(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
     stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
-    if layer.action in ("dequantize", "requantize"):
+    has_factor = layer.stored is not None and layer.stored.factor
+    if layer.action in ("dequantize", "requantize") or has_factor:
         stored = _dequantize(layer, stored)
     if layer.rescale is not None:
         stored["weight"] = _rescale(stored["weight"], layer.rescale, target, reader)
@@ -169,15 +170,10 @@ def _rescale(
     return weight.float() * ratio.float()
 
 
-def _numbers(layer: PlannedLayer, stored: Tensors) -> Numbers:
-    assert layer.stored is not None
-    return load_codec(layer.stored.codec).read(stored, layer.stored.how)
-
-
 def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
     assert layer.stored is not None
     with _naming(layer.name):
-        weight = _numbers(layer, stored).dequantize()
+        weight = layer.stored.dequantize(stored)
     if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         what = f"its {layer.stored.description} weights dequantize to NaN or infinite values"
         remedy = "the checkpoint is damaged; download it again"
@@ -195,7 +191,8 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
     rest = {suffix: t for suffix, t in stored.items() if suffix not in layer.stored.suffixes}
     try:
         with _naming(layer.name):
-            return codec.write(_numbers(layer, stored), scheme.arguments, dtype) | rest
+            numbers = load_codec(layer.stored.codec).read(stored, layer.stored.how)
+            return codec.write(numbers, scheme.arguments, dtype) | rest
     except NotTheSameNumbersError as error:
         remedy = error.remedy or "match it with method: bf16 to dequantize it"
         if error.can_round and not scheme.requantize:

@@ -31,12 +31,13 @@ _SIGNATURES = {
     "B": "marlin",
     "qweight_type": "gguf",
     "weight_blocks": "mxfp4",
+    "bitmask": "compressed-tensors sparse bitmask",
     "gate_up_proj_blocks": "mxfp4",
 }
 _CODE_DTYPES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"} | {"F8_E4M3", "F8_E5M2"})
 _BESIDE_CODES = re.compile(r"scales?\d*$|zeros?(?:_?points?)?$|codes?$|packed|quant|absmax|lut$")
 # masks and positions that models compute by themselves, and old checkpoints carry
-_BUFFERS = frozenset(
+BUFFERS = frozenset(
     {"position_ids", "bias", "masked_bias", "relative_position_index", "num_batches_tracked"}
 )
 _LIKE = {"fp8": fp8.NAME, "int8": blockwise_int8.NAME}
@@ -94,7 +95,7 @@ def unrecognized(tensors: Tensors) -> StoredFormat:
 
 
 def _without_buffers(tensors: Tensors) -> Tensors:
-    return {suffix: tensor for suffix, tensor in tensors.items() if suffix not in _BUFFERS}
+    return {suffix: tensor for suffix, tensor in tensors.items() if suffix not in BUFFERS}
 
 
 NAMED = Format(name="known by name only", recognize=_by_signature)
