@@ -15,6 +15,7 @@ from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.conversion import to_dequantize
 from mixedprec_plugin.plan.model import Plan, PlannedLayer, Rescale
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
@@ -133,7 +134,7 @@ def _compute(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
         return stored | _quantize(layer, stored.pop("weight"), target)
     if layer.action == "repack":
         return _repack(layer, stored, target)
-    return _take_as_stored(layer, stored)
+    return _take_as_stored(layer, stored, target)
 
 
 @contextlib.contextmanager
@@ -194,9 +195,10 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
             numbers = load_codec(layer.stored.codec).read(stored, layer.stored.how)
             return codec.write(numbers, scheme.arguments, dtype) | rest
     except NotTheSameNumbersError as error:
-        remedy = error.remedy or "match it with method: bf16 to dequantize it"
+        bf16 = f"{to_dequantize(target.dtype)} to dequantize it"
+        remedy = error.remedy or f"match it with {bf16}"
         if error.can_round and not scheme.requantize:
-            remedy = "write requantize: true to round it anew, or method: bf16 to dequantize it"
+            remedy = f"write requantize: true to round it anew, or {bf16}"
         what = (
             f"is stored as {layer.stored.description} and was to be repacked as {scheme.method}, "
             f"but {error}"
@@ -204,7 +206,7 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
         raise CheckpointError(Problem(layer.name, what, remedy, "repack")) from error
 
 
-def _take_as_stored(layer: PlannedLayer, stored: Tensors) -> Tensors:
+def _take_as_stored(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
     """Add what the method needs and the tensors imply; refuse what its kernels would not read."""
     if layer.scheme is None or layer.stored is None or not layer.stored.codec:
         return stored
@@ -216,7 +218,7 @@ def _take_as_stored(layer: PlannedLayer, stored: Tensors) -> Tensors:
         # under `auto`, SGLang's class says what it takes of a layer that no method serves
         taken: Tensors = take(stored, arguments, checks=bool(layer.stored.method))
     except NotTheSameNumbersError as error:
-        remedy = "write method: bf16 to dequantize it"
+        remedy = f"write {to_dequantize(target.dtype)} to dequantize it"
         raise CheckpointError(Problem(layer.name, str(error), remedy, "stored-values")) from error
     return taken
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -104,9 +105,9 @@ def _with_what_is_beside(
             obstacle=why_transformed(config, name),
         )
     obstacle = f"this release does not know what {' and '.join(unknown)} beside it do"
-    return dataclasses.replace(
-        found, obstacle=obstacle if unknown else why_transformed(config, name) if is_served else ""
-    )
+    if not unknown:
+        obstacle = found.obstacle or (why_transformed(config, name) if is_served else "")
+    return dataclasses.replace(found, obstacle=obstacle)
 
 
 def _is_harmless(suffix: str, found: StoredFormat) -> bool:
@@ -162,11 +163,14 @@ def _is_ignored(said: Said, name: str) -> bool | None:
     """Whether a list leaves the layer out; None where tools read the entry differently."""
     entries = [entry for key in _IGNORE_KEYS for entry in strings(said.config.get(key))]
     below = "" if said.ignores == "named" else "*"
-    for entry in entries:
+    parent, _, last = name.rpartition(".")
+    fused = [module for module, shards in DECODER.fused_modules.items() if last in shards]
+    for entry, spelled in itertools.product(entries, (last, *fused)):
+        spelling = f"{parent}.{spelled}" if parent else spelled
         if entry.startswith("re:"):
-            if matches(entry[3:], name):
+            if matches(entry[3:], spelling):
                 return True
-        elif fnmatch.fnmatchcase(f".{name}.", f"*.{entry}.{below}"):
+        elif fnmatch.fnmatchcase(f".{spelling}.", f"*.{entry}.{below}"):
             return True
     is_told = not (said.ignores == "within" and any(entry in name for entry in entries))
     return False if is_told else None

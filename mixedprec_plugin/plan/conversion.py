@@ -37,7 +37,11 @@ _FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 # SGLang keeps some routers in float32 (models/glm4_moe.py:391, models/deepseek_v2.py:520), and a
 # draft model is loaded from what is stored
 _UNCAST = frozenset({"router", "draft"})
-_DEQUANTIZE = "match it with method: bf16 to dequantize it"
+
+
+def to_dequantize(dtype: str) -> str:
+    """What a rule says for a layer to be dequantized, where a model runs in a dtype."""
+    return f"method: {'bf16' if dtype == 'BF16' else 'unquantized'}"
 
 
 class Asked(NamedTuple):
@@ -199,13 +203,15 @@ def _reasons(
 ) -> Iterator[Reason]:
     scheme, rule, _, tensors, kind = asked
     described = f"is stored as {stored.description}"
+    bf16 = f"{to_dequantize(target.dtype)} to dequantize it"
     if stored.obstacle:
         remedy = "take it from another source"
         yield Reason("stored-format", f"{described}, and {stored.obstacle}", remedy)
         return
     if scheme is None:
         if not stored.is_float:
-            remedy = _DEQUANTIZE if stored.is_readable else "take a checkpoint in another format"
+            other = "take a checkpoint in another format"
+            remedy = f"match it with {bf16}" if stored.is_readable else other
             yield Reason("stored-format", f"{described}: {NEVER_QUANTIZED[kind]}", remedy)
         return
     why_not_auto = None if stored.is_float else _why_not_auto(stored, target, described)
@@ -229,12 +235,11 @@ def _reasons(
     elif not stored.method and (action == "impossible" or rule is None):
         reason = _why_not_repack(scheme, stored, tensors)
         text = f"{described}, which no method serves as it is{f': {reason}' if reason else ''}"
-        bf16 = _DEQUANTIZE.removeprefix("match it with " if auto else "")
         again = "" if rule is None else ", or write requantize: true"
-        otherwise = f"{'or ' if auto and not again else ''}{bf16}"
-        yield Reason("stored-format", text, f"{auto}{otherwise}{again}")
+        ways = (auto or "match it with ") + f"{'or ' if auto and not again else ''}{bf16}"
+        yield Reason("stored-format", text, f"{ways}{again}")
     elif action == "impossible":
-        yield _mismatch(scheme, stored, tensors, described)
+        yield _mismatch(scheme, stored, tensors, described, bf16)
     elif action in ("quantize", "requantize"):
         spec = METHODS[scheme.method]
         if not spec.codec:
@@ -251,7 +256,8 @@ def _why_not_auto(stored: StoredFormat, target: Target, described: str) -> Reaso
         remedy = "name another method or source for it to try the rest"
         text = f"{described}, which the CPU platform does not read"
         return None if stored.is_readable else Reason("stored-format", text, remedy)
-    otherwise = f", or {_DEQUANTIZE}" if stored.is_readable else ""
+    bf16 = f"match it with {to_dequantize(target.dtype)} to dequantize it"
+    otherwise = f", or {bf16}" if stored.is_readable else ""
     if not stored.method_said:
         # SGLang has classes that are not known here, where config.json names one
         text = f"{described}, and config.json names no quant_method that could read it"
@@ -262,17 +268,19 @@ def _why_not_auto(stored: StoredFormat, target: Target, described: str) -> Reaso
         return Reason("auto-config", text, "correct config.json, or name the layer's method")
     if stored.factor:
         text = f"{described}, which SGLang's class would leave out"
-        return Reason("auto-config", text, _DEQUANTIZE)
+        return Reason("auto-config", text, bf16)
     return None
 
 
-def _mismatch(scheme: Scheme, stored: StoredFormat, tensors: Tensors, described: str) -> Reason:
+def _mismatch(
+    scheme: Scheme, stored: StoredFormat, tensors: Tensors, described: str, bf16: str
+) -> Reason:
     if stored.method != scheme.method:
         reason = _why_not_repack(scheme, stored, tensors)
         text = f"{described}, not as {scheme.label} asks ({scheme.method})"
         remedy = (
-            f"write {_as_written(stored)}, bf16 to dequantize it, or requantize: true to have it "
-            f"in {scheme.label} with a second rounding"
+            f"write {_as_written(stored)}, {bf16}, or requantize: true to have it in "
+            f"{scheme.label} with a second rounding"
         )
         return Reason("stored-format", f"{text}: {reason}" if reason else text, remedy)
     different = _different_arguments(stored, scheme)

@@ -203,6 +203,11 @@ class TestAgainstTheConfig:
         if "k_" in entry:
             assert detect(stored_layer("bf16"), other).disagreements
 
+    def test_fused_module_on_an_ignore_list_leaves_its_shards_out(self) -> None:
+        config = quantization_config("llmcompressor-fp8-dynamic")
+        config["ignore"] = ["model.layers.0.self_attn.qkv_proj"]
+        assert detect(stored_layer("bf16"), config).disagreements == ()
+
     def test_broken_pattern_is_an_error(self) -> None:
         config = {**quantization_config("llmcompressor-w8a8-int8"), "ignore": ["re:("]}
         with pytest.raises(CheckpointError, match=r"quantization_config: '\(' is no regular"):
@@ -327,6 +332,13 @@ class TestConventions:
          "gptq 4-bit packed as marlin"),
         (tensors(qweight=("I32", (N, 72)), qzeros=("I32", (N, 2)), scales=("F16", (N, 16))),
          {"quant_method": "awq", "version": "gemv"}, "awq gemv"),
+        (tensors(weight=("I8", (N, K // 2)), weight_scale=("F32", (N, 9))),
+         {"quant_method": "w4afp8"}, "w4afp8"),
+        (tensors(weight_packed=("I32", (N, 72)), weight_scale=("BF16", (N, 9))),
+         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"x": {
+             "targets": ["Linear"],
+             "weights": {"num_bits": 8, "strategy": "group", "group_size": 64}}}},
+         "pack-quantized 8-bit in groups of 32, not 64, or in other bits"),
         (tensors(_weight_qdata=("I8", (N, K // 2)), _weight_scale=("BF16", (9, N))),
          {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}},
          "torchao I8 [192, 288]"),

@@ -212,6 +212,46 @@ def test_layers_of_two_rotations_are_not_mixed(
     )
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+class TestRemediesOfAnotherFormat:
+    def errors(self, model: Path, rule: str, dtype: str) -> list[str]:
+        made = plan(model, f'match: "*_proj", {rule}', target=Target(dtype=dtype))
+        return [str(problem) for problem in made.errors]
+
+    def test_what_no_method_serves(self, tmp_path: Path, dtype: str) -> None:
+        model = peer_checkpoint(tmp_path / "model", INT8)
+        (text,) = self.errors(model, "method: fp8", dtype)
+        bf16 = {"BF16": "method: bf16", "F16": "method: unquantized"}[dtype]
+        assert text.endswith(
+            "which no method serves as it is; match it with method: auto to serve it as it is, "
+            f"{bf16} to dequantize it, or write requantize: true"
+        )
+        for rule in ("method: auto", bf16, "method: fp8, requantize: true"):
+            assert self.errors(model, rule, dtype) == []
+
+    def test_another_method(self, tmp_path: Path, dtype: str) -> None:
+        model = peer_checkpoint(tmp_path / "model", AWQ)
+        (text,) = self.errors(model, "method: fp8", dtype)
+        bf16 = {"BF16": "method: bf16", "F16": "method: unquantized"}[dtype]
+        assert text.endswith(
+            f"write method: awq with group_size: 64, {bf16} to dequantize it, or requantize: true "
+            "to have it in fp8 with a second rounding"
+        )
+        for rule in ("method: awq, group_size: 64", bf16, "method: fp8, requantize: true"):
+            assert self.errors(model, rule, dtype) == []
+
+
+class TestScaledActivations:
+    """AutoAWQ's `ScaledActivation` divides what down_proj reads by its `scales`."""
+
+    def test_are_refused_by_name(self, tmp_path: Path) -> None:
+        config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "awq"}}
+        name = "model.layers.0.mlp.act"
+        model = write_checkpoint(tmp_path / "model", config, {f"{name}.scales": torch.ones(64)})
+        (problem,) = plan(model, 'match: "*", method: auto').errors
+        assert str(problem).startswith(f"{name}: is stored as scales, and an activation is divided")
+
+
 class TestLayersThatAreNeverQuantized:
     HEAD = "lm_head"
 

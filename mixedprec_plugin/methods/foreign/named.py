@@ -45,6 +45,13 @@ _LIKE = {"fp8": fp8.NAME, "int8": blockwise_int8.NAME}
 
 def _by_signature(tensors: Tensors, said: Said) -> StoredFormat | None:
     """Take a suffix that one format has, or a `qweight` that is neither AWQ's nor GPTQ's."""
+    method = said.config.get("quant_method")
+    if method == "awq" and tensors.keys() == {"scales"}:
+        # AutoAWQ's `ScaledActivation`: what the next layer reads is divided by them
+        found = unusable(tensors, "scales")
+        return dataclasses.replace(found, obstacle="an activation is divided by them as it runs")
+    if method == "w4afp8" and "weight" in tensors:
+        return unusable(tensors, "w4afp8") if tensors["weight"].dtype == "I8" else None
     if "qweight" not in tensors:
         name = next((name for suffix, name in _SIGNATURES.items() if suffix in tensors), None)
         return unusable(tensors, name) if name else None

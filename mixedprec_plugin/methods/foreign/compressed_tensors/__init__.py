@@ -139,6 +139,11 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     group_size = group_size_of(K, groups)
     if group_size is None:
         return integers.ragged(tensors, label, N, K, groups, PACKED)
+    said_size = said.of(PACKED).get("group_size", group_size)
+    if "weight_shape" not in tensors and said_size not in (group_size, K, -1):
+        # one of the two is wrong, and nothing else tells K
+        text = f"{label} in groups of {group_size}, not {said_size}, or in other bits"
+        return unusable(tensors, text, N, encoding=PACKED)
     zeros = tensors.get("weight_zero_point")
     layouts = {("I32", (-(-N * bits // 32), groups)), ("I8", (N, groups))}
     if zeros is not None and (zeros.dtype, zeros.shape) not in layouts:
