@@ -85,7 +85,8 @@ def _rotations(value: Any, path: str = "") -> Iterator[str]:
             where = f"{path}.{key}" if path else str(key)
             is_off = not inner or str(inner).lower() in _OFF
             names = str(inner) if key in _NAMING and isinstance(inner, str) else str(key)
-            if key != TRANSFORMS and not is_off and _ROTATION.search(names):
+            # a layer's name is no key of the tool's
+            if key != TRANSFORMS and not is_off and "." not in names and _ROTATION.search(names):
                 yield where
             elif key != TRANSFORMS:
                 yield from _rotations(inner, where)
