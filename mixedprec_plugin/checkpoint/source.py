@@ -19,7 +19,7 @@ from mixedprec_plugin.errors import CheckpointError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
 # of config.json, what may describe the language model of a larger one
-LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
+_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Source:
         It may stand with the language model of a larger one. Source: SGLang's
         model_loader/checkpoint_quantization.py:50; its configs of such models move it up.
         """
-        parts = [self.config, *(self.config.get(part) for part in LANGUAGE_PARTS)]
+        parts = [self.config, *(self.config.get(part) for part in _LANGUAGE_PARTS)]
         said = [part.get("quantization_config") for part in parts if isinstance(part, Mapping)]
         said.append(self.config.get("compression_config"))
         return next((config for config in said if isinstance(config, Mapping) and config), {})

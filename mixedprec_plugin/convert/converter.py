@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixedprec_plugin.checkpoint.source import INDEX_NAME, LANGUAGE_PARTS
+from mixedprec_plugin.checkpoint.source import INDEX_NAME
 from mixedprec_plugin.compose.stream import in_file_order
 from mixedprec_plugin.convert import folder
 from mixedprec_plugin.convert.form import Form
@@ -204,10 +204,6 @@ def _config(plan: Plan, form: Form) -> dict[str, Any]:
     config = {
         key: value for key, value in plan.source.config.items() if key != "compression_config"
     }
-    for key in LANGUAGE_PARTS:
-        # it would go before the whole model's in some of SGLang's own configs
-        if isinstance(part := config.get(key), Mapping):
-            config[key] = {k: v for k, v in part.items() if k != "quantization_config"}
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = _TORCH_NAMES[plan.target.dtype]

@@ -32,7 +32,7 @@ _LEFT_OUT_SUFFIXES = frozenset(
 _LEFT_OUT_NAMES = frozenset(
     {
         CONFIG_NAME, "quantize_config.json", "quantization_config.json", "quant_config.json",
-        "hf_quant_config.json", "quant_model_description.json", PROVENANCE_NAME,
+        "hf_quant_config.json", PROVENANCE_NAME,
     }
 )  # fmt: skip
 

@@ -242,12 +242,16 @@ class FormatCache:
 def _layers_below(source: Source) -> Mapping[str, str]:
     """Layer -> one that is below it: an adapter, a rotation, a quantizer's state."""
     found: dict[str, str] = {}
+    above: dict[str, list[str]] = {}
     for name in source.layers:
-        parent = name.rpartition(".")[0]
-        while parent:
-            if parent in source.layers:
-                found.setdefault(parent, name)
-            parent = parent.rpartition(".")[0]
+        parent = rest = name.rpartition(".")[0]
+        if parent not in above:
+            above[parent] = []
+            while rest:
+                above[parent] += [rest] if rest in source.layers else []
+                rest = rest.rpartition(".")[0]
+        for layer in above[parent]:
+            found.setdefault(layer, name)
     return found
 
 

@@ -15,6 +15,7 @@ of the range, a g_idx that is in order) is checked when they are read.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -285,15 +286,26 @@ def _mismatch(
         return Reason("stored-format", f"{text}: {reason}" if reason else text, remedy)
     different = _different_arguments(stored, scheme)
     asked = ", ".join(f"{key}: {scheme.arguments[key]}" for key in different)
-    remedy = "write " + ", ".join(f"{key}: {value}" for key, value in different.items())
+    # a name such as fp8_block would contradict what it implies
+    implied = {key for given in METHODS[scheme.method].aliases.values() for key in given}
+    own = _settings(different)
+    remedy = f"write {_as_written(stored) if implied & different.keys() else own}"
     return Reason("stored-format", f"{described}, not with {asked}", remedy)
 
 
 def _as_written(stored: StoredFormat) -> str:
     """The method that takes a layer as it is, with the arguments that its defaults are not."""
     defaults = METHODS[stored.method].defaults
-    given = [f"{k}: {v}" for k, v in stored.arguments.items() if v != defaults[k]]
-    return f"method: {stored.method}" + (f" with {', '.join(given)}" if given else "")
+    given = _settings({k: v for k, v in stored.arguments.items() if v != defaults[k]})
+    return f"method: {stored.method}" + (f" with {given}" if given else "")
+
+
+def _settings(arguments: Mapping[str, Any]) -> str:
+    """Arguments as a preset writes them."""
+    return ", ".join(
+        f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in arguments.items()
+    )
 
 
 def _misfits(

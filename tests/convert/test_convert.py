@@ -204,17 +204,6 @@ def test_dtype_of_the_config_is_the_one_converted_for(
     assert tensors(tmp_path / "out")["model.norm.weight"].dtype == torch.float16
 
 
-def test_quantization_of_a_language_model_within_is_not_said_twice(tmp_path: Path) -> None:
-    said = {"quantization_config": {"quant_method": "awq", "bits": 4}, "hidden_size": 256}
-    config = llama_config(text_config=said)
-    model = write_checkpoint(tmp_path / "model", config, llama_tensors(config))
-    preset = write_preset(tmp_path / "presets", 'match: "*_proj", method: fp8')
-    assert convert(model, preset, tmp_path / "out")[0] == 0
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["text_config"] == {"hidden_size": 256}
-    assert written["quantization_config"]["quant_method"] == "mixedprec"
-
-
 def test_plan_with_errors_is_not_converted(model: Path, tmp_path: Path) -> None:
     broken = write_preset(tmp_path / "broken", 'match: "nothing", method: fp8')
     code, _, err = convert(model, broken, tmp_path / "out")

@@ -241,6 +241,35 @@ class TestRemediesOfAnotherFormat:
             assert self.errors(model, rule, dtype) == []
 
 
+@pytest.mark.parametrize(
+    ("peer", "rule", "remedy", "way"),
+    [
+        (AWQ, "method: awq", "write group_size: 64", "method: awq, group_size: 64"),
+        (GPTQ, "method: gptq_int8, group_size: 64", "write method: gptq with group_size: 64, "
+         "desc_act: false", "method: gptq, group_size: 64, desc_act: false"),
+    ],
+)  # fmt: skip
+def test_other_arguments_are_told_as_a_preset_takes_them(
+    tmp_path: Path, peer: str, rule: str, remedy: str, way: str
+) -> None:
+    model = peer_checkpoint(tmp_path / "model", peer)
+    cpu = Target(device="cpu")
+    (problem,) = plan(model, f'match: "*_proj", {rule}', target=cpu).errors
+    assert str(problem).endswith(f"; {remedy}")
+    assert plan(model, f'match: "*_proj", {way}', target=cpu).errors == ()
+
+
+def test_one_scale_is_no_block_and_its_remedy_is_yaml(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "bf16")
+    weight = torch.zeros(192, 576).to(torch.float8_e4m3fn)
+    save_file({f"{NAME}.weight": weight, f"{NAME}.weight_scale": torch.ones(())},
+              model / "other.safetensors")  # fmt: skip
+    (model / "other.safetensors").replace(model / "model.safetensors")
+    (problem,) = plan(model, 'match: "*_proj", method: fp8_block').errors
+    assert str(problem).endswith("not with weight_block_size: [128, 128]; write method: fp8")
+    assert plan(model, 'match: "*_proj", method: fp8').errors == ()
+
+
 class TestScaledActivations:
     """AutoAWQ's `ScaledActivation` divides what down_proj reads by its `scales`."""
 
