@@ -280,8 +280,8 @@ def _mismatch(
         reason = _why_not_repack(scheme, stored, tensors)
         text = f"{described}, not as {scheme.label} asks ({scheme.method})"
         remedy = (
-            f"write {_as_written(stored)}, {bf16}, or requantize: true to have it in "
-            f"{scheme.label} with a second rounding"
+            f"write {_as_written(stored)}, {bf16.removeprefix('method: ')}, or requantize: true to "
+            f"have it in {scheme.label} with a second rounding"
         )
         return Reason("stored-format", f"{text}: {reason}" if reason else text, remedy)
     different = _different_arguments(stored, scheme)

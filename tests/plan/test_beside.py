@@ -234,8 +234,8 @@ class TestRemediesOfAnotherFormat:
         (text,) = self.errors(model, "method: fp8", dtype)
         bf16 = {"BF16": "method: bf16", "F16": "method: unquantized"}[dtype]
         assert text.endswith(
-            f"write method: awq with group_size: 64, {bf16} to dequantize it, or requantize: true "
-            "to have it in fp8 with a second rounding"
+            f"write method: awq with group_size: 64, {bf16.removeprefix('method: ')} to dequantize it, "
+            "or requantize: true to have it in fp8 with a second rounding"
         )
         for rule in ("method: awq, group_size: 64", bf16, "method: fp8, requantize: true"):
             assert self.errors(model, rule, dtype) == []
