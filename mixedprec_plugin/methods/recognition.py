@@ -104,7 +104,7 @@ def _with_what_is_beside(
             factor=_FACTOR,
             obstacle=why_transformed(config, name),
         )
-    obstacle = f"this release does not know what {' and '.join(unknown)} beside it do"
+    obstacle = f"this release does not know the {' and '.join(unknown)} beside it"
     if not unknown:
         obstacle = found.obstacle or (why_transformed(config, name) if is_served else "")
     return dataclasses.replace(found, obstacle=obstacle)
@@ -235,7 +235,7 @@ class FormatCache:
         is_served = layer_kind(name, has_matrix=True, family=DECODER) in _SERVED
         if found is None or below is None or not is_served:
             return found
-        text = f"this release does not know what {below.removeprefix(name)[1:]} below it does"
+        text = f"this release does not know the {below.removeprefix(name)[1:]} below it"
         return dataclasses.replace(found, obstacle=text)
 
 

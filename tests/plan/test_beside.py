@@ -54,8 +54,8 @@ def test_a_tensor_that_nobody_knows_is_refused_by_name(
     for rule in RULES:
         (text,) = errors(model, rule)
         assert text.startswith(f"{NAME}: is stored as ")
-        assert f"this release does not know what {suffix} beside it do" in text
-    assert f"{NAME}: this release does not know what {suffix}" in run("inspect", model)[1]
+        assert f"this release does not know the {suffix} beside it" in text
+    assert f"{NAME}: this release does not know the {suffix}" in run("inspect", model)[1]
 
 
 @pytest.mark.parametrize(("peer", "suffix"), [(AWQ, "g_idx"), (GPTQ, "weight"), (FP8, "g_idx")])
@@ -71,7 +71,7 @@ def test_a_tensor_of_another_format_is_refused_by_name(
 def test_a_layer_below_a_layer_is_refused_by_name(tmp_path: Path, peer: str, below: str) -> None:
     model = with_tensors(tmp_path / "model", peer, **{below: torch.ones(8, 576)})
     texts = errors(model, "method: bf16")
-    assert f"does not know what {below.replace('__', '.').rpartition('.')[0]} below it" in texts[0]
+    assert f"does not know the {below.replace('__', '.').rpartition('.')[0]} below it" in texts[0]
 
 
 @pytest.mark.parametrize("peer", ["bf16", GPTQ, FP8])
@@ -124,7 +124,7 @@ class TestPreQuantScale:
 
     def test_of_another_shape_is_refused(self, tmp_path: Path) -> None:
         model = with_tensors(tmp_path / "model", FP8, pre_quant_scale=torch.ones(192))
-        assert "what pre_quant_scale beside it do" in errors(model, "method: bf16")[0]
+        assert "the pre_quant_scale beside it" in errors(model, "method: bf16")[0]
 
 
 def transform(*locations: str, target: str = "re:.*k_proj$", **more: Any) -> dict[str, Any]:
@@ -234,8 +234,8 @@ class TestRemediesOfAnotherFormat:
         (text,) = self.errors(model, "method: fp8", dtype)
         bf16 = {"BF16": "method: bf16", "F16": "method: unquantized"}[dtype]
         assert text.endswith(
-            f"write method: awq with group_size: 64, {bf16.removeprefix('method: ')} to dequantize it, "
-            "or requantize: true to have it in fp8 with a second rounding"
+            f"write method: awq with group_size: 64, {bf16.removeprefix('method: ')} to dequantize "
+            "it, or requantize: true to have it in fp8 with a second rounding"
         )
         for rule in ("method: awq, group_size: 64", bf16, "method: fp8, requantize: true"):
             assert self.errors(model, rule, dtype) == []
