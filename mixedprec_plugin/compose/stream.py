@@ -135,7 +135,7 @@ def compose_floats(layer: PlannedLayer, target: Target, reader: Reader) -> Tenso
     """
     with plain_defaults():
         stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
-        if layer.stored is not None and not layer.stored.is_float:
+        if layer.stored is not None and not layer.stored.is_plain:
             rest = {s: t for s, t in stored.items() if s not in layer.stored.suffixes}
             stored = rest | {"weight": _dequantize(layer, stored)["weight"]}
         if layer.rescale is not None:

@@ -122,6 +122,11 @@ class StoredFormat:
         return self.encoding == FLOAT
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the stored "weight" is the layer's."""
+        return self.is_float and not self.factor
+
+    @property
     def is_readable(self) -> bool:
         """Whether the weight's values can be had, as they are stored or dequantized."""
         return not self.obstacle and (self.is_float or bool(self.codec))

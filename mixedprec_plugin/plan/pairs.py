@@ -203,7 +203,7 @@ def _dequantize(source: Source, name: str, stored: StoredFormat) -> torch.Tensor
         tensors = _leading_columns(tensors, stored)
     with Reader() as reader:
         read = {suffix: reader.read(tensors[suffix]) for suffix in tensors if suffix != "bias"}
-    if stored.is_float and not stored.factor:
+    if stored.is_plain:
         return read["weight"][:, :_NUM_COLUMNS].float()
     try:
         return stored.dequantize(read)

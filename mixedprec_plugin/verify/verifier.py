@@ -251,7 +251,7 @@ class Verifier:
         if stored is None or not stored.is_readable:
             return None
         tensors = self.reference.layers[name]
-        if stored.is_float and not stored.factor:
+        if stored.is_plain:
             return self.reader.read(tensors["weight"])
         return stored.dequantize({s: self.reader.read(tensors[s]) for s in stored.suffixes})
 
