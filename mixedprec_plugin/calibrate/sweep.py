@@ -13,8 +13,9 @@ the layers that make such states multiply what is left by as much.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ from mixedprec_plugin.plan.model import PlannedLayer
 # tokens that are computed at once
 _BATCH_TOKENS = 2048
 
-Rounding = Callable[[PlannedLayer, Seen, int], tuple[dict[str, torch.Tensor], dict[str, Any]]]
+# layers, what each saw, tokens of the text -> each layer's tensors and record
+Rounding = Callable[
+    [Sequence[PlannedLayer], dict[str, Seen], int],
+    Iterable[tuple[PlannedLayer, dict[str, torch.Tensor], dict[str, Any]]],
+]
 
 
 class Sweep:
@@ -39,6 +44,7 @@ class Sweep:
         tokens: int64 [windows, length].
         folder: where hidden states, gradients and rounded layers are kept.
         seed: of the labels.
+        gradients: whether tokens are weighed by them; without, all count alike.
     """
 
     def __init__(
@@ -47,11 +53,14 @@ class Sweep:
         tokens: torch.Tensor,
         folder: Path,
         seed: int = 0,
+        *,
+        gradients: bool = True,
     ) -> None:
         self._network, self._tokens, self._folder, self._seed = network, tokens, folder, seed
         size = max(_BATCH_TOKENS // tokens.shape[1], 1)
         self._batches = [slice(i, i + size) for i in range(0, len(tokens), size)]
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._gradients = gradients
 
     def run(
         self, to_round: set[str], rounding: Rounding, progress: Callable[[float], None]
@@ -63,6 +72,9 @@ class Sweep:
         Raises:
             CheckpointError: a source is damaged, or a layer's products are not seen.
         """
+        if not self._gradients:
+            self.forward(progress, round_inputs=(to_round, rounding))
+            return
         count = len(self._network.layers)
         start = min((i for i in range(count + 1) if self._path("gradient", i).exists()), default=-1)
         if start < 0:
@@ -73,7 +85,7 @@ class Sweep:
         for index in reversed(range(start)):
             with self._network.loaded(index) as layers:
                 wanted = {layer.name: layer for layer in layers if layer.name in to_round}
-                capture = Capture(self._network, wanted.keys())
+                capture = Capture(self._network, wanted.keys(), gradients=True)
                 gradient = self._go_backward(index, capture)
             loss = self._round(index, wanted, capture, rounding)
             self._save("gradient", index, gradient)
@@ -91,12 +103,17 @@ class Sweep:
         return load_file(self._path(kind, index))[kind]
 
     def forward(
-        self, progress: Callable[[float], None], *, keeps_all: bool = False
+        self,
+        progress: Callable[[float], None],
+        *,
+        keeps_all: bool = False,
+        round_inputs: tuple[set[str], Rounding] | None = None,
     ) -> torch.Tensor:
         """The states behind the last decoder layer, [windows, length, hidden size].
 
         Args:
             keeps_all: whether those in front of each decoder layer stay on disk.
+            round_inputs: names of layers to round by their inputs alone, and what rounds them.
         """
         network = self._network
         self._calls, hidden = self._record()
@@ -106,11 +123,17 @@ class Sweep:
             self._save("hidden", 0, hidden)
         for index in range(max(kept, default=0), count):
             hidden = self._load("hidden", index)
-            with network.loaded(index), torch.no_grad():
-                outputs = [
-                    self._call(index, number, self._input(hidden, batch))
-                    for number, batch in enumerate(self._batches)
-                ]
+            with network.loaded(index) as layers, torch.no_grad():
+                names = round_inputs[0] if round_inputs else ()
+                wanted = {layer.name: layer for layer in layers if layer.name in names}
+                capture = Capture(network, wanted.keys(), gradients=False)
+                with capture:
+                    outputs = [
+                        self._call(index, number, self._input(hidden, batch))
+                        for number, batch in enumerate(self._batches)
+                    ]
+            if round_inputs:
+                self._round(index, wanted, capture, round_inputs[1])
             self._save("hidden", index + 1, torch.cat(outputs))
             if not keeps_all:
                 self._path("hidden", index).unlink()
@@ -189,14 +212,12 @@ class Sweep:
     ) -> float:
         tensors: dict[str, torch.Tensor] = {}
         records: list[dict[str, Any]] = []
-        for name, layer in wanted.items():
-            made, record = rounding(
-                layer, capture.seen.pop(name, Seen([], [])), self._tokens.numel()
-            )
-            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in made.items()}
-            records.append({"layer": name, **record})
+        count = self._tokens.numel()
+        for layer, made, record in rounding([*wanted.values()], capture.seen, count):
+            tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in made.items()}
+            records.append({"layer": layer.name, **record})
         save_whole(tensors, self._path("rounded", index), {"records": json.dumps(records)})
-        return float(sum(record["loss"] for record in records))
+        return math.fsum(record["loss"] or 0.0 for record in records)
 
 
 def _gradient(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import TextIO
 from rich.console import Console
 
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
+from mixedprec_plugin.errors import PlanError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             recorded of it.
     """
     plan = make_plan(args).check()
+    if problems := plan.not_calibrated():
+        raise PlanError(problems)
     # the verbs that only read run without torch
     from mixedprec_plugin.checkpoint.reader import Reader, Reading
     from mixedprec_plugin.verify.report import comparison_as_dict, print_comparisons, worst_first
