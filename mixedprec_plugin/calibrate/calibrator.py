@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from mixedprec_plugin.calibrate.network import Network
+from mixedprec_plugin.calibrate.ranks import Ranks
 from mixedprec_plugin.calibrate.rounding import LayerRounding, is_rounded_so
-from mixedprec_plugin.calibrate.sweep import Sweep, save_whole
+from mixedprec_plugin.calibrate.sweep import Sweep, rounded_paths, save_whole
 from mixedprec_plugin.calibrate.text import read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
@@ -69,6 +70,8 @@ class Calibration:
         if not self._names:
             what = "no layer of the plan is rounded to integers in groups (awq, gptq)"
             raise PlanError(Problem("--calibrate", what, "leave it out", "calibrate"))
+        self._ranks = Ranks()
+        self._is_begun = False
         self._files: dict[str, Path] = {}
         self._records: list[dict[str, Any]] = []
 
@@ -91,11 +94,13 @@ class Calibration:
             CheckpointError: a source is damaged, or transformers does not have the model's class.
         """
         folder.mkdir(exist_ok=True)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not self.is_helper:
+            self._is_begun = True
+            self._ranks.share(str(folder))
         with Reader() as reader:
-            network = Network(self._plan, reader, torch.float32, device)
+            network = Network(self._plan, reader, torch.float32, self._ranks.device)
             count = len(network.layers)
-            if not self._index(folder, count):
+            if not min(self._ranks.everyone(self._index(folder, count))):
                 tokens = self._tokens(network, folder)
                 passes = 2 if self._options.gradients else 1
                 task = self._progress.add_task("calibrating", total=passes * count)
@@ -107,16 +112,34 @@ class Calibration:
                     text = f"calibrating, KL so far {total:.4f}" if total else "calibrating"
                     self._progress.update(task, advance=1, description=text)
 
-                rounding = LayerRounding(self._plan.target, reader, device)
+                rounding = LayerRounding(self._plan.target, reader, self._ranks.device)
                 options = self._options
-                sweep = Sweep(network, tokens, folder, options.seed, gradients=options.gradients)
+                sweep = Sweep(
+                    network, tokens, folder, options.seed,
+                    gradients=options.gradients, ranks=self._ranks,
+                )  # fmt: skip
                 sweep.run(self._names, rounding, advance)
                 self._progress.remove_task(task)
                 self._index(folder, count)
 
+    @property
+    def is_helper(self) -> bool:
+        """Whether another process writes the checkpoint, and this one only calibrates."""
+        return self._ranks.rank > 0
+
+    def help(self) -> None:
+        """Calibrate with rank 0, if it does."""
+        if folder := self._ranks.share(None):
+            self.prepare(Path(folder))
+
+    def dismiss(self) -> None:
+        """Let the other ranks go where nothing was left to calibrate."""
+        if not self._is_begun:
+            self._ranks.share(None)
+
     def _tokens(self, network: Network, folder: Path) -> torch.Tensor:
         options, path = self._options, folder / _TEXT
-        if not path.exists():
+        if self._ranks.rank == 0 and not path.exists():
             tokenizer = AutoTokenizer.from_pretrained(self._plan.source.path)
             if options.text is not None:
                 made = read_text(options.text, tokenizer, options.windows, options.length)
@@ -125,11 +148,13 @@ class Calibration:
                 made = write_text(network, tokenizer, options.windows, options.length, options.seed)
                 self._progress.remove_task(task)
             save_whole({"tokens": made}, path)
+        self._ranks.everyone(None)
         return load_file(path)["tokens"]
 
     def _index(self, folder: Path, count: int) -> bool:
         """Find the rounded layers; whether all of them are there."""
-        paths = [folder / f"rounded-{index}.safetensors" for index in range(count)]
+        of = self._ranks.count
+        paths = [path for index in range(count) for path in rounded_paths(folder, index, of)]
         if not all(path.exists() for path in paths):
             return False
         for path in paths:

@@ -9,9 +9,9 @@ import torch
 
 from mixedprec_plugin.calibrate.capture import Seen
 from mixedprec_plugin.calibrate.moments import second_moment
+from mixedprec_plugin.calibrate.sweep import unit_of
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES, Reader
 from mixedprec_plugin.compose.stream import Tensors, compose_floats
-from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -60,7 +60,7 @@ class LayerRounding:
         pools = self._pools(layers, seen)
         for layer in layers:
             own = seen.pop(layer.name, Seen([], []))
-            yield layer, *self._round(layer, own, pools.get(_pool_of(layer)), num_tokens)
+            yield layer, *self._round(layer, own, pools.get(unit_of(layer)), num_tokens)
 
     def _pools(
         self, layers: Sequence[PlannedLayer], seen: Mapping[str, Seen]
@@ -68,8 +68,8 @@ class LayerRounding:
         """Of experts that read the same states: the mean over experts of the sum of w x x'."""
         members: dict[object, list[PlannedLayer]] = {}
         for layer in layers:
-            if _pool_of(layer) is not None:
-                members.setdefault(_pool_of(layer), []).append(layer)
+            if unit_of(layer) != layer.name:
+                members.setdefault(unit_of(layer), []).append(layer)
         pools = {}
         for pool, experts in members.items():
             tokens = [seen[layer.name] for layer in experts if layer.name in seen]
@@ -109,13 +109,6 @@ class LayerRounding:
         numbers = Integers(N, K, group_size, lambda rows: codes[rows], zeros, scales.to(dtype))
         record = {"loss": loss if len(x) else None, "tokens": len(x), "shrunk": shrunk}
         return codec.write(numbers, arguments, dtype), record
-
-
-def _pool_of(layer: PlannedLayer) -> object:
-    """What experts whose inputs are alike have in common; None for all other layers."""
-    if not isinstance(layer.shard, ExpertShard) or layer.shard.projection == "w2":
-        return None
-    return layer.module, layer.shard.projection
 
 
 def _joined(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:

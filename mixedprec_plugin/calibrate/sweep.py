@@ -24,7 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.calibrate.capture import Capture, Seen
 from mixedprec_plugin.calibrate.network import Network
+from mixedprec_plugin.calibrate.ranks import Ranks
 from mixedprec_plugin.errors import CheckpointError, Problem
+from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.model import PlannedLayer
 
 # tokens that are computed at once
@@ -45,6 +47,7 @@ class Sweep:
         folder: where hidden states, gradients and rounded layers are kept.
         seed: of the labels.
         gradients: whether tokens are weighed by them; without, all count alike.
+        ranks: the processes that share the work; this one alone if None.
     """
 
     def __init__(
@@ -55,10 +58,16 @@ class Sweep:
         seed: int = 0,
         *,
         gradients: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._network, self._tokens, self._folder, self._seed = network, tokens, folder, seed
+        self._ranks = ranks or Ranks()
+        own = self._ranks.windows(len(tokens))
+        self._first_window, self._num_tokens = own.start, tokens.numel()
+        self._network, self._tokens, self._folder, self._seed = network, tokens[own], folder, seed
+        self._own = folder / f"rank-{self._ranks.rank}-of-{self._ranks.count}"
+        self._own.mkdir(exist_ok=True)
         size = max(_BATCH_TOKENS // tokens.shape[1], 1)
-        self._batches = [slice(i, i + size) for i in range(0, len(tokens), size)]
+        self._batches = [slice(i, i + size) for i in range(0, len(self._tokens), size)]
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._gradients = gradients
 
@@ -76,8 +85,10 @@ class Sweep:
             self.forward(progress, round_inputs=(to_round, rounding))
             return
         count = len(self._network.layers)
-        start = min((i for i in range(count + 1) if self._path("gradient", i).exists()), default=-1)
-        if start < 0:
+        kept = [i for i in range(count + 1) if self._path("gradient", i).exists()]
+        # of the rank that is least far; the others have kept what they had one layer before
+        start = max(self._ranks.everyone(min(kept, default=count + 1)))
+        if start > count:
             self._start_backward(self.forward(progress, keeps_all=True))
             start = count
         elif start:
@@ -89,12 +100,12 @@ class Sweep:
                 gradient = self._go_backward(index, capture)
             loss = self._round(index, wanted, capture, rounding)
             self._save("gradient", index, gradient)
-            self._path("gradient", index + 1).unlink()
-            self._path("hidden", index + 1).unlink(missing_ok=True)
+            for kind in ("gradient", "hidden"):
+                self._path(kind, index + 2).unlink(missing_ok=True)
             progress(loss)
 
     def _path(self, kind: str, index: int) -> Path:
-        return self._folder / f"{kind}-{index}.safetensors"
+        return self._own / f"{kind}-{index}.safetensors"
 
     def _save(self, kind: str, index: int, value: torch.Tensor) -> None:
         save_whole({kind: value.float().cpu()}, self._path(kind, index))
@@ -121,7 +132,10 @@ class Sweep:
         kept = [i for i in range(count + 1) if self._path("hidden", i).exists()]
         if not kept:
             self._save("hidden", 0, hidden)
-        for index in range(max(kept, default=0), count):
+        start = max(kept, default=0)
+        if round_inputs:
+            start = min(self._ranks.everyone(start))
+        for index in range(start, count):
             hidden = self._load("hidden", index)
             with network.loaded(index) as layers, torch.no_grad():
                 names = round_inputs[0] if round_inputs else ()
@@ -136,7 +150,7 @@ class Sweep:
                 self._round(index, wanted, capture, round_inputs[1])
             self._save("hidden", index + 1, torch.cat(outputs))
             if not keeps_all:
-                self._path("hidden", index).unlink()
+                self._path("hidden", index - 1).unlink(missing_ok=True)
             progress(0.0)
         return self._load("hidden", count)
 
@@ -193,7 +207,9 @@ class Sweep:
 
     def _draw(self, window: int, logits: torch.Tensor) -> torch.Tensor:
         """Draw a label for every position of a window, the same whatever is in its batch: [L]."""
-        generator = torch.Generator(logits.device).manual_seed(self._seed * 1_000_003 + window)
+        generator = torch.Generator(logits.device).manual_seed(
+            self._seed * 1_000_003 + self._first_window + window
+        )
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
     def _go_backward(self, index: int, capture: Capture) -> torch.Tensor:
@@ -212,12 +228,35 @@ class Sweep:
     ) -> float:
         tensors: dict[str, torch.Tensor] = {}
         records: list[dict[str, Any]] = []
-        count = self._tokens.numel()
-        for layer, made, record in rounding([*wanted.values()], capture.seen, count):
+        ranks = self._ranks
+        units: dict[object, int] = {}
+        owners = {
+            name: units.setdefault(unit_of(layer), len(units)) % ranks.count
+            for name, layer in wanted.items()
+        }
+        seen = ranks.exchange(capture.seen, owners, [*wanted])
+        own = [layer for name, layer in wanted.items() if owners[name] == ranks.rank]
+        for layer, made, record in rounding(own, seen, self._num_tokens):
             tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in made.items()}
             records.append({"layer": layer.name, **record})
-        save_whole(tensors, self._path("rounded", index), {"records": json.dumps(records)})
-        return math.fsum(record["loss"] or 0.0 for record in records)
+        path = rounded_paths(self._folder, index, ranks.count)[ranks.rank]
+        save_whole(tensors, path, {"records": json.dumps(records)})
+        loss = math.fsum(record["loss"] or 0.0 for record in records)
+        return math.fsum(ranks.everyone(loss))
+
+
+def unit_of(layer: PlannedLayer) -> object:
+    """What one rank rounds together: experts of a layer that read the same states, or one layer."""
+    if not isinstance(layer.shard, ExpertShard) or layer.shard.projection == "w2":
+        return layer.name
+    return layer.module, layer.shard.projection
+
+
+def rounded_paths(folder: Path, index: int, num_ranks: int) -> list[Path]:
+    """Where each rank writes what it rounded of a decoder layer."""
+    return [
+        folder / f"rounded-{index}-{rank}-of-{num_ranks}.safetensors" for rank in range(num_ranks)
+    ]
 
 
 def _gradient(tensor: torch.Tensor) -> torch.Tensor:

@@ -87,12 +87,19 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     size = parse_size(args.max_shard_size)
     with plan.preset.concealing(), _progress(sys.stderr) as bar:
         calibration = _calibration(args, plan, bar)
+        if calibration is not None and calibration.is_helper:
+            calibration.help()
+            return 0
         task = bar.add_task("converting", total=None)
-        done = convert(
-            plan, _form(args.format), Path(args.out), size, overwrite=args.overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            calibration=calibration,
-        )  # fmt: skip
+        try:
+            done = convert(
+                plan, _form(args.format), Path(args.out), size, overwrite=args.overwrite,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                calibration=calibration,
+            )  # fmt: skip
+        finally:
+            if calibration is not None:
+                calibration.dismiss()
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
     print(f"{args.out}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
