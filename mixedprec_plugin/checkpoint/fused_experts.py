@@ -26,6 +26,8 @@ _PARTS = {
     for projection in _HALVES
     for end, suffix in _SUFFIXES.items()
 }
+# rows that share a scale, as tools choose them; no two make as many blocks of several
+_BLOCK_ROWS = (1, 128, 64, 32, 256)
 _PROJECTIONS = tuple(_HALVES)
 # of all layers together; the largest models have 50,000
 MAX_EXPERTS = 1 << 18
@@ -62,6 +64,10 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
             if len(tensor.shape) < 2 or tensor.shape[0] != num_experts or tensor.shape[1] % count:
                 shape = list(tensor.shape)
                 return f"{suffix} {shape} cannot be split over its {num_experts} experts"
+            rows = tensors[_PARTS[suffix][0]].shape[1]
+            if suffix.endswith("_scale_inv") and not _is_aligned(rows, tensor.shape[1], count):
+                shape = list(tensor.shape)
+                return f"no block of {suffix} {shape} ends where gate does, at row {rows // count}"
         return ""
     if gate_up[1] == hidden and down[2] == hidden:
         return (
@@ -72,6 +78,12 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
         f"its experts are stored as {list(gate_up)} and {list(down)} (expected [E, 2I, {hidden}] "
         f"and [E, {hidden}, I])"
     )
+
+
+def _is_aligned(rows: int, num_blocks: int, num_parts: int) -> bool:
+    """Whether blocks of rows, one scale each, end where each part of the rows does."""
+    block = next((size for size in _BLOCK_ROWS if -(-rows // size) == num_blocks), 0)
+    return num_parts == 1 or (block > 0 and rows // num_parts % block == 0)
 
 
 def split_experts(name: str, tensors: Tensors) -> Iterator[tuple[str, dict[str, StoredTensor]]]:

@@ -27,6 +27,8 @@ from mixedprec_plugin.checkpoint.records import read_config
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
+# of config.json, what may describe the language model of a larger one
+_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
 
 class Facts(NamedTuple):
@@ -111,9 +113,15 @@ class Source:
 
     @functools.cached_property
     def quantization_config(self) -> Mapping[str, Any]:
-        """What config.json says of the quantization; empty where it says nothing."""
-        config = self.config.get("quantization_config") or self.config.get("compression_config")
-        return config if isinstance(config, Mapping) else {}
+        """What config.json says of the quantization; empty where it says nothing.
+
+        It may stand with the language model of a larger one. Source: SGLang's
+        model_loader/checkpoint_quantization.py:50; its configs of such models move it up.
+        """
+        parts = [self.config, *(self.config.get(part) for part in _LANGUAGE_PARTS)]
+        said = [part.get("quantization_config") for part in parts if isinstance(part, Mapping)]
+        said.append(self.config.get("compression_config"))
+        return next((config for config in said if isinstance(config, Mapping) and config), {})
 
     def quantization_config_of(self, layer: str) -> Mapping[str, Any]:
         """What config.json says of one layer's quantization: of our own checkpoints, its own."""

@@ -21,7 +21,7 @@ from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind, layer_kind
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.methods.recognition import recognize
+from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.conversion import action_of
 from mixedprec_plugin.plan.folding import fold_names, fold_problems, natural_key
@@ -71,16 +71,18 @@ class InspectedLayer:
         if self._unreadable:
             return "neither"
         is_quantizable = self.kind not in NEVER_QUANTIZED
+        if self.stored is not None and not self.stored.is_readable:
+            return "neither"
         if self.stored is None or self.stored.is_float:
             return (
                 "serve as stored, quantize" if self.stored and is_quantizable else "serve as stored"
             )
         if not is_quantizable:
-            return "neither"
+            return "dequantize"
         if self.stored.method:
             return f"serve as {self.stored.method}, dequantize"
         others = "".join(f"repack as {method}, " for method in self._repacked_as())
-        return f"{others}dequantize" if self.stored.codec else "neither"
+        return f"{others}dequantize"
 
     def _repacked_as(self) -> list[str]:
         """Methods whose own format holds the same numbers, some arguments given."""
@@ -128,10 +130,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def inspect_layers(source: Source) -> list[InspectedLayer]:
     """Tell the format of every layer, in natural order of their names."""
-    family = family_of(source.config)
+    family, formats = family_of(source.config), FormatCache()
     layers = []
     for name, tensors in sorted(source.layers.items(), key=_by_name):
-        stored = recognize(tensors, source.quantization_config_of(name), name)
+        stored = formats.of(source, name)
         kind = layer_kind(name, stored is not None, family)
         layers.append(InspectedLayer(name, kind, stored, tensors))
     return layers
@@ -146,7 +148,8 @@ def disagreements(layers: Sequence[InspectedLayer]) -> list[Problem]:
     return fold_problems(
         Problem(layer.name, text, rule="stored-disagreement", severity="warning")
         for layer in layers
-        for text in (layer.stored.disagreements if layer.stored else ())
+        for text in ((*layer.stored.disagreements, layer.stored.obstacle) if layer.stored else ())
+        if text
     )
 
 
@@ -170,7 +173,7 @@ def _layer_as_dict(layer: InspectedLayer) -> dict[str, Any]:
         "bytes": layer.num_bytes,
         "method": (stored.method or None) if stored else None,
         "arguments": dict(stored.arguments) if stored else {},
-        "dequantize": bool(stored and stored.codec),
+        "dequantize": bool(stored and stored.codec and stored.is_readable),
         "use": layer.use,
     }
 

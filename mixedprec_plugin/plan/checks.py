@@ -122,7 +122,7 @@ def _faults(
         yield Problem(name, text, remedy, "stored-disagreement", "warning")
     for rule, text, remedy in layer.reasons:
         yield Problem(name, text, remedy, rule)
-    if layer.reasons or layer.scheme is None:
+    if layer.reasons or layer.scheme is None or layer.kind in NEVER_QUANTIZED:
         return
     if text := why_not_stored_fused(layer, config):
         yield Problem(name, text, "config.json and weights are of different models", "config-shape")

@@ -249,15 +249,12 @@ class Verifier:
     def _reference(self, name: str) -> torch.Tensor | None:
         """The reference's weight as floats [N, K]."""
         stored = self._formats.of(self.reference, name)
-        if stored is None:
+        if stored is None or not stored.is_readable:
             return None
         tensors = self.reference.layers[name]
-        if stored.is_float:
+        if stored.is_plain:
             return self.reader.read(tensors["weight"])
-        read = {s: self.reader.read(t) for s, t in tensors.items() if s in stored.suffixes}
-        if not stored.codec:
-            return None
-        return load_codec(stored.codec).read(read, stored.how).dequantize()
+        return stored.dequantize({s: self.reader.read(tensors[s]) for s in stored.suffixes})
 
 
 def _shapes(weight: torch.Tensor, reference: torch.Tensor) -> str:
