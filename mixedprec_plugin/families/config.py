@@ -29,7 +29,7 @@ def architecture(config: Config) -> str:
 
 def is_language_model(config: Config) -> bool:
     """Whether it is a whole language model, and no draft model, encoder or part of one."""
-    return architecture(config).endswith(("ForCausalLM", "ForConditionalGeneration"))
+    return architecture(config).endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"))
 
 
 def text_config(config: Config) -> Config:
@@ -49,8 +49,8 @@ def count_of(section: Config, *keys: str) -> int:
     return next((n for n in counts if isinstance(n, int) and not isinstance(n, bool)), 0)
 
 
-# the key of a number -> whether block i is of another kind than others by it; models' config classes
-# in transformers, and models/{deepseek_v2,qwen2_moe,llama4,ernie4,gemma3n_causal}.py in SGLang
+# key of a number -> of which of two kinds block i of so many is by it; as SGLang's
+# models/{deepseek_v2,qwen2_moe,llama4,ernie4,gemma3n_causal}.py read them
 _KINDS_BY_NUMBER: Mapping[str, Callable[[int, int, int], bool]] = {
     **dict.fromkeys(
         ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_hash_layers"),

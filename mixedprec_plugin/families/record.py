@@ -41,9 +41,9 @@ class Family:
         draft_prefixes: how names of layers start that only a draft model runs.
         embeddings, lm_heads: such layers.
         routers, experts: patterns of the names of routers, and of what belongs to routed experts.
-        float32: pattern of the tensors that SGLang's models keep in float32 whatever they run in:
-            biases that choose experts, decays and states of linear attention and Mamba
-            (models/nemotron_h.py:273, models/qwen3_next.py:218, layers/attention/mamba/mamba.py:409).
+        float32: pattern of the tensors that models keep in float32 whatever they run in: biases
+            that choose experts, decays and states of linear attention and Mamba. In SGLang:
+            models/nemotron_h.py:273, models/qwen3_next.py:218, layers/attention/mamba/mamba.py:409.
         computed: layers that old checkpoints carry and every model computes by itself.
         expert_shards: projection of one expert -> the shard id that SGLang's FusedMoE takes.
         parts: what goes together in a module, see `families.parts`.
@@ -76,9 +76,7 @@ class Family:
     })  # fmt: skip
     lm_heads: Set[str] = _usual({"lm_head", "embed_out"})
     routers: str = r"(?:^|\.)(?:(?:gate|\w*router)(?:\.\w+)*|shared_expert_gate)$"
-    experts: str = (
-        r"\.experts(?:\.\d+)?(?:\.|$)|\.block_sparse_moe\.(?:in|out)put_linear$"
-    )
+    experts: str = r"\.experts(?:\.\d+)?(?:\.|$)|\.block_sparse_moe\.(?:in|out)put_linear$"
     float32: str = (
         r"(?:^|\.)(?:A_log|D|dt_bias|sinks|attn_sink|hc_\w+|balancing_biases|"
         r"\w*(?:expert|correction|router)_bias|(?:linear_attn|mamba|mixer|self_attn|"

@@ -141,9 +141,7 @@ class Conversions:
             reasons,
         )
 
-    def _outputs(
-        self, action: Action, asked: Asked, kept: frozenset[str]
-    ) -> dict[str, TensorSpec]:
+    def _outputs(self, action: Action, asked: Asked, kept: frozenset[str]) -> dict[str, TensorSpec]:
         """The method's tensors, then those beside the matrix (biases)."""
         scheme, _, stored, tensors, _ = asked
         dtype = self._target.dtype

@@ -219,21 +219,31 @@ def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[
 
 
 def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int], ...]:
-    """Return (shard id, output features) of a layer that is stored fused, as Phi-3's are.
+    """Return (shard id, output features) of a layer that is stored fused, as Phi-3's are, or of a
+    shard that is, as Qwen3.5's in_proj_qkv.
 
     SGLang splits them by its own sizes when it loads them (`_load_fused_module_from_checkpoint`,
     layers/linear.py:897, 1197), so that shape rules hold for each shard.
     """
-    if layer.kind != "linear" or layer.shard is not None or layer.stored is None:
+    is_one = layer.shard is None or isinstance(layer.shard, tuple)
+    if layer.kind != "linear" or not is_one or layer.stored is None:
         return ()
     last, N = last_component(layer.name), layer.stored.N
     if last == "gate_up_proj":
         return (("gate", N // 2), ("up", N // 2))
     if last == "qkv":  # of vision towers, whose heads are all alike
         return tuple((shard, N // 3) for shard in "qkv")
+    said = sizes(config)
+    if last in ("in_proj_qkv", "in_proj_qkvz") and "linear_num_key_heads" in said:
+        key, value = (
+            said[f"linear_num_{part}_heads"] * said[f"linear_{part}_head_dim"]
+            for part in ("key", "value")
+        )
+        return tuple(zip("0123", (key, key, value, *[value] * last.endswith("z")), strict=False))
+    if last == "in_proj_ba":
+        return (("0", N // 2), ("1", N // 2))
     if last != "qkv_proj":
         return ()
-    said = sizes(config)
     num_heads, head = said.get("num_attention_heads", 0), said.get("head_dim", 0)
     kv = said.get("num_key_value_heads", num_heads) * head
     return (("q", num_heads * head), ("k", kv), ("v", kv))

@@ -17,19 +17,27 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.families.config import Config, block_kind, count_of, is_language_model, text_config
+from mixedprec_plugin.families.config import (
+    Config,
+    block_kind,
+    count_of,
+    is_language_model,
+    text_config,
+)
 from mixedprec_plugin.families.names import last_component
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.names import without_numbers
 from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import PlannedLayer
 
-# what holds scales beside a weight is a matter of its format, and of the KV cache's
+# scales beside a weight are a matter of its format, or of the KV cache's
 _SCALES = re.compile(r"scales?$|zero_points?$|_scale_")
 # beside a matrix of another name: `gate.e_score_correction_bias`, `experts.gate_up_proj_bias`
 _BIASES = re.compile(r"(?:correction|expert|router|proj)_bias$")
-_NUMBERED = re.compile(r"\.(\d+)\.")
+_EXPERTS = re.compile(r"(?:^|\.)experts(?=\.\d+\.)")
+_NUMBERED = re.compile(r"\.(\d{1,9})\.")
 _BESIDE = re.compile(r"visi|visual|audio|vit\b|mtp")
+_WEIGHT = frozenset({"weight"})
 _REMEDY = "download the checkpoint again, or take one that is whole"
 Missing = Iterator[tuple[str, str]]
 
@@ -42,7 +50,11 @@ def check_whole(
     Args:
         layers: of the whole model, from whatever source.
         tied: tied layer name -> the layer whose weight it shares.
+    Returns:
+        an error for each kind of layer; none of what is no whole language model by config.json.
     """
+    if not is_language_model(config):
+        return []
     model = _Model(layers, config)
     missing = dict([*_ends(model, tied), *_said(model), *_unlike_siblings(model)])
     for name, why in _without_companions(model):
@@ -67,50 +79,69 @@ class _Model:
 
     def __init__(self, layers: Iterable[PlannedLayer], config: Config) -> None:
         self.config, self.family = config, family_of(config)
-        self.is_known = self.family.is_known and is_language_model(config)
+        self.is_known = self.family.is_known
         self.said = text_config(config)
         self.children: dict[str, set[str]] = {"": set()}
         self.stacks: dict[str, dict[int, set[str]]] = {}
         self.floats = {x.name for x in layers if x.stored is None or x.stored.is_float}
+        places: dict[str, list[tuple[set[str], str]]] = {}
         for layer in layers:
             for module, child in _parts_of(layer):
-                self._add(module, child)
-                name = f"{module}.{child}"
-                for match in _NUMBERED.finditer(name):
-                    blocks = self.stacks.setdefault(name[: match.start()], {})
-                    blocks.setdefault(int(match[1]), set()).add(name[match.end() :])
+                if module not in places:
+                    places[module] = self._places(module)
+                for held, before in places[module]:
+                    held.add(before + child)
         outermost = [s for s in self.stacks if not _NUMBERED.search(f"{s}.")]
         own = [stack for stack in outermost if not _BESIDE.search(stack)]
         self.decoder = max(own, key=self._size, default="")
         towers = [stack for stack in outermost if "vis" in stack]
         self.tower = max(towers, key=self._size, default="")
         self.spelled = Counter(
-            (last_component(module), name) for module, held in self.children.items() for name in held
+            (last_component(module), name)
+            for module, held in self.children.items()
+            for name in held
         )
 
     def _size(self, stack: str) -> int:
         return sum(map(len, self.stacks[stack].values()))
 
-    def _add(self, module: str, child: str) -> None:
-        while child and child not in self.children.setdefault(module, set()):
-            self.children[module].add(child)
-            module, _, child = module.rpartition(".")
+    def _places(self, module: str) -> list[tuple[set[str], str]]:
+        """Where the names in a module count, and what stands before them there."""
+        places = [(self.children.setdefault(module, set()), "")]
+        outer = module
+        while outer:
+            outer, _, child = outer.rpartition(".")
+            self.children.setdefault(outer, set()).add(child)
+        for match in _NUMBERED.finditer(text := f"{module}."):
+            blocks = self.stacks.setdefault(text[: match.start()], {})
+            block, inside = blocks.setdefault(int(match[1]), set()), text[match.end() :]
+            # experts are compared with each other
+            if experts := _EXPERTS.search(inside):
+                block.add(inside[: experts.end()])
+            else:
+                places.append((block, inside))
+        return places
 
     def count(self, name: str) -> int:
         """How often modules of its module's name hold one of a name."""
         module, _, child = name.rpartition(".")
         return self.spelled[last_component(module), child]
 
-    def below(self, module: str, child: str) -> list[str]:
-        """What is in a module of a module, `merger.norm`."""
-        if child.isdecimal():
-            return []
-        return [f"{child}.{x}" for x in self.children.get(f"{module}.{child}".strip("."), ())]
+    def names_in(self, module: str) -> frozenset[str]:
+        """What is in a module, and in the modules in it, `merger.norm`."""
+        held = self.children[module]
+        before = f"{module}." if module else ""
+        inner = [(x, self.children[before + x]) for x in held if before + x in self.children]
+        return frozenset(held).union(
+            f"{child}.{x}" for child, names in inner if not child.isdecimal() for x in names
+        )
 
     def hint(self, name: str) -> str:
         """What it holds in its place, by a name that is a letter off."""
         module, _, child = name.rpartition(".")
+        known = set(re.split(r"[ &|]+", " ".join(self.family.parts)))
         held = [x for x in self.children.get(module, ()) if _is_a_letter_off(x, child)]
+        held = [x for x in held if x not in known]
         return f" (it holds {held[0]})" if held else ""
 
 
@@ -122,18 +153,21 @@ def _parts_of(layer: PlannedLayer) -> Iterator[tuple[str, str]]:
         last = f"{before}.{last}"
     stored = layer.stored
     is_float = stored is None or stored.is_float or not stored.suffixes
-    for suffix in layer.inputs:
-        if _is_a_letter_off(suffix, "weight"):
-            continue
-        if suffix in (stored.suffixes if stored else ("weight",)):
-            yield module, last
-        elif suffix == "bias" and is_float:  # tools that quantize write zeros
+    matrix = (stored.suffixes if stored else _WEIGHT) & layer.inputs.keys()
+    if "weight" in matrix or not all(map(_is_no_matrix, matrix)):
+        yield module, last
+    for suffix in layer.inputs.keys() - matrix:
+        if suffix == "bias" and is_float:  # tools that quantize write zeros
             yield module, f"{last}.bias"
         elif _BIASES.search(suffix):
             yield module, f"{last}.{suffix}"
-        elif is_float and not _SCALES.search(suffix):
-            if suffix != "bias":
-                yield layer.name, suffix
+        elif is_float and suffix != "bias" and not _is_no_matrix(suffix):
+            yield layer.name, suffix
+
+
+def _is_no_matrix(suffix: str) -> bool:
+    """Whether it is a scale without its weight, or one of a wrong name."""
+    return _SCALES.search(suffix) is not None or _is_a_letter_off(suffix, "weight")
 
 
 def _is_a_letter_off(name: str, other: str) -> bool:
@@ -151,9 +185,9 @@ def _ends(model: _Model, tied: Mapping[str, str]) -> Missing:
     if not any(name.endswith(("norm", "norm_f", "ln_f")) for name in held):
         yield f"{root}.norm", "there is one behind the last block"
     blocks = model.stacks[model.decoder].values()
-    if any("input_layernorm.bias" in names for names in blocks):
-        if not any(name.endswith("norm.bias") for name in held):
-            yield f"{root}.norm.bias", "other norms have one"
+    has_biases = any("input_layernorm.bias" in names for names in blocks)
+    if has_biases and not any(name.endswith("norm.bias") for name in held):
+        yield f"{root}.norm.bias", "other norms have one"
     said = [section.get("tie_word_embeddings", True) for section in (model.config, model.said)]
     if not tied and not any(said):
         heads = model.family.lm_heads
@@ -167,7 +201,7 @@ def _said(model: _Model) -> Missing:
     blocks = count_of(model.said, "num_hidden_layers")
     yield from _numbered(model, model.decoder, blocks, "num_hidden_layers is {}")
     vision = model.config.get("vision_config")
-    if isinstance(vision, Mapping):
+    if isinstance(vision, Mapping) and model.is_known:
         depth = count_of(vision, "depth", "num_hidden_layers")
         yield from _numbered(model, model.tower, depth, "vision_config has {} blocks")
     experts = count_of(model.said, "num_experts", "num_local_experts", "n_routed_experts")
@@ -194,9 +228,12 @@ def _said(model: _Model) -> Missing:
 
 def _numbered(model: _Model, stack: str, count: int, why: str) -> Missing:
     """Yield the members of a stack that are not there, of as many as config.json says."""
-    if stack:
-        for number in sorted(set(range(count)) - model.stacks[stack].keys()):
-            yield f"{stack}.{number}", f"{why.format(count)} in config.json"
+    before = -1
+    for number in [*sorted(n for n in model.stacks.get(stack, ()) if n < count), count]:
+        if stack in model.stacks and number > before + 1:
+            run = str(before + 1) if number == before + 2 else f"{before + 1}-{number - 1}"
+            yield f"{stack}.{run}", f"{why.format(count)} in config.json"
+        before = number
 
 
 def _unlike_siblings(model: _Model) -> Missing:
@@ -254,8 +291,7 @@ def _without_companions(model: _Model) -> Missing:
         for name in children:
             if name.endswith(".bias") and name.removesuffix(".bias") not in children:
                 yield f"{module}.{name.removesuffix('.bias')}", "it has a bias"
-        held = frozenset(children).union(*map(functools.partial(model.below, module), children))
-        for index, lacking in lacking_of(held):
+        for index, lacking in lacking_of(model.names_in(module)):
             found.setdefault((without_numbers(module), index), {})[module] = lacking
     for modules in found.values():
         lacking_modules = {module: names for module, names in modules.items() if names}
