@@ -234,9 +234,9 @@ def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int],
     if last == "qkv":  # of vision towers, whose heads are all alike
         return tuple((shard, N // 3) for shard in "qkv")
     said = sizes(config)
-    if last in ("in_proj_qkv", "in_proj_qkvz") and "linear_num_key_heads" in said:
+    if last in ("in_proj_qkv", "in_proj_qkvz"):
         key, value = (
-            said[f"linear_num_{part}_heads"] * said[f"linear_{part}_head_dim"]
+            said.get(f"linear_num_{part}_heads", 0) * said.get(f"linear_{part}_head_dim", 0)
             for part in ("key", "value")
         )
         return tuple(zip("0123", (key, key, value, *[value] * last.endswith("z")), strict=False))
