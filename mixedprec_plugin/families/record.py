@@ -38,6 +38,8 @@ class Family:
         has_joint_head_norms: whether the norms of q and k are as wide as all heads of q, so that
             ranks cannot split the heads, nor k have fewer.
         dtype_readers: end of a module's name -> what in SGLang looks at the dtype of its weight.
+        asked_for_weight: modules of which SGLang's class wants a tensor `weight` when it builds
+            them, and which it fills from one stored tensor.
         draft_prefixes: how names of layers start that only a draft model runs.
         embeddings, lm_heads: such layers.
         routers, experts: patterns of the names of routers, and of what belongs to routed experts.
@@ -69,6 +71,7 @@ class Family:
     has_biased_router: bool = False
     has_joint_head_norms: bool = False
     dtype_readers: Mapping[str, str] = _usual({})
+    asked_for_weight: Set[str] = frozenset()
     draft_prefixes: tuple[str, ...] = ("mtp.",)  # models/qwen3_next.py:1186
     embeddings: Set[str] = _usual({
         "embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings",

@@ -92,9 +92,16 @@ FAMILIES = (
     Family(
         model_types=(
             "gemma", "gemma2", "gemma3_text", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
-            "qwen3_5_text", "qwen3_next",
+            "qwen3_5_text",
         ),
         norm_offset=1.0,
+    ),
+    # models/qwen3_next.py:311, :338
+    Family(
+        ("Qwen3NextForCausalLM",),
+        ("qwen3_next",),
+        norm_offset=1.0,
+        asked_for_weight=frozenset({"in_proj_qkvz", "in_proj_ba"}),
     ),
     # and of these that they have other parts, too
     Family(

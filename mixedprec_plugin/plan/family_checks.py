@@ -43,6 +43,15 @@ def why_not_family(
             kind = _storage(unread[0].outputs)
             text = f"SGLang's {reader} looks at the dtype of their weight, and {kind} has none"
             found.append((where, text, _instead_of_packed()))
+    fp8, asked = " or ".join(_methods("FP8")), []
+    for layer in layers:
+        kind = _storage(layer.outputs)
+        is_asked = last_component(layer.module) in family.asked_for_weight
+        if is_asked and kind not in ("floats", "FP8", "INT8"):
+            text = (
+                f"SGLang's {name} fills it from one tensor `weight`, and cannot in {layer.method}"
+            )
+            asked.append(Problem(layer.name, text, f"use method: {fp8}", "family"))
     num_heads = config.get("num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads") or num_heads
     if family.has_joint_head_norms and target.tp_size > 1:
@@ -61,7 +70,7 @@ def why_not_family(
         if names := [layer.name for layer in layers if re.match(pattern, layer.name)]:
             text = f"SGLang's {name} does not load tensors that are called so"
             found.append((", ".join(fold_names(names)[:3]), text, f"{remedy} in the checkpoint"))
-    return [Problem(*problem, "family") for problem in found]
+    return [Problem(*problem, "family") for problem in found] + fold_problems(asked)
 
 
 def _routing_problems(config: Config, target: Target) -> Iterator[tuple[str, str, str]]:

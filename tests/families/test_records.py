@@ -157,6 +157,19 @@ _MODELS_OF_OTHER_PARTS = {
         {**_ATTENTION, "mlp.up_proj": "mlp.up_proj", "mlp.down_proj": "mlp.down_proj"},
         {"input_layernorm": _QKV, "post_attention_layernorm": ["mlp.up_proj"]},
     ),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": Row(
+        _names("Qwen3NextForCausalLM", "qwen3_next"),
+        {
+            "linear_attn.in_proj_qkvz": "linear_attn.in_proj_qkvz",
+            "linear_attn.in_proj_ba": "linear_attn.in_proj_ba",
+            "linear_attn.out_proj": "linear_attn.out_proj",
+            **_ROUTED,
+        },
+        {
+            "input_layernorm": ["linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"],
+            "post_attention_layernorm": _inputs(_ROUTED),
+        },
+    ),
     "Qwen/Qwen2-VL-7B-Instruct": Row(
         _names("Qwen2VLForConditionalGeneration", "qwen2_vl"),
         _DENSE,

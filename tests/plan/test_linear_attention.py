@@ -65,6 +65,26 @@ def test_projection_of_another_size_than_its_heads_is_refused(tmp_path: Path) ->
     assert any("is stored fused with 10240 rows" in str(problem) for problem in made.errors)
 
 
+@pytest.mark.parametrize(
+    ("method", "is_refused"),
+    [("awq", True), ("gptq", True), ("fp8", True), ("fp8_block", False), ("fp8_channel", False)],
+)
+def test_packed_and_single_scales_of_qwen3_next_are_refused(
+    tmp_path: Path, method: str, is_refused: bool
+) -> None:
+    """models/qwen3_next.py:311 reads `module.weight`, :338 wants a tensor of its whole shape."""
+    config = {**SIZES, "model_type": "qwen3_next", "torch_dtype": "bfloat16",
+              "architectures": ["Qwen3NextForCausalLM"]}  # fmt: skip
+    name = "model.layers.0.linear_attn.in_proj_qkvz"
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {f"{name}.weight": ("BF16", (16384, 5120))}
+    model = write_headers(tmp_path / "model", config, tensors)
+    errors = plan(model, f'match: "*.in_proj_qkvz", method: {method}').errors
+    told = [problem for problem in errors if problem.rule == "family"]
+    assert [problem.where for problem in told] == [name] * is_refused
+    if told:
+        assert told[0].remedy == "use method: fp8_block or fp8_channel"
+
+
 FLOAT32 = {
     f"{GDN}A_log": 48, f"{GDN}norm.weight": 128, f"{BLOCK}mixer.D": 8, f"{BLOCK}mixer.dt_bias": 8,
     f"{BLOCK}mlp.gate.e_score_correction_bias": 4, f"{BLOCK}mlp.expert_bias": 4,
@@ -116,11 +136,13 @@ def test_routers_stay_unquantized_under_whatever_name(tmp_path: Path, router: st
     }
     model = write_headers(tmp_path / "model", {"model_type": "granitemoe"}, tensors)
     made = plan(model, 'match: "model.layers.*", method: fp8_channel')
-    assert not made.errors
+    (problem,) = made.errors
+    assert (problem.where, problem.rule) == (
+        f"{moe}input_linear, {moe}output_linear",
+        "fused-experts",
+    )
     actions = {layer.name.removeprefix(moe): (layer.kind, layer.action) for layer in made.layers}
     assert actions == {
         router: ("router", "as stored"), "input_linear": ("other", "as stored"),
         "output_linear": ("other", "as stored"), "shared_mlp.gate_proj": ("linear", "quantize"),
     }  # fmt: skip
-    (problem,) = plan(model, 'match: "*.input_linear", method: fp8_channel').errors
-    assert problem.rule == "never-quantized"
