@@ -53,7 +53,8 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
     """
     unknown = sorted(tensors.keys() - _PARTS.keys())
     if unknown or not tensors.keys() >= _HALVES.keys():
-        return f"its experts are stored in {', '.join(sorted(tensors.keys() - {'weight'})) or 'one tensor'}"
+        named = ", ".join(sorted(tensors.keys() - {"weight"}))
+        return f"its experts are stored in {named or 'one tensor'}"
     gate_up, down = tensors["gate_up_proj"].shape, tensors["down_proj"].shape
     hidden = text_config(config).get("hidden_size")
     if len(gate_up) != 3 or len(down) != 3:
