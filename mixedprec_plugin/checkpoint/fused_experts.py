@@ -31,7 +31,12 @@ _BLOCK_ROWS = (1, 128, 64, 32, 256)
 _PROJECTIONS = tuple(_HALVES)
 # of all layers together; the largest models have 50,000
 MAX_EXPERTS = 1 << 18
-_OWN_LAYERS = tuple(f".experts.{projection}" for projection in _HALVES)
+# and GraniteMoE's
+_OWN_LAYERS = (
+    *(f".experts.{projection}" for projection in _HALVES),
+    ".block_sparse_moe.input_linear",
+    ".block_sparse_moe.output_linear",
+)
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -52,7 +57,8 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
     """
     unknown = sorted(tensors.keys() - _PARTS.keys())
     if unknown or not tensors.keys() >= _HALVES.keys():
-        return f"its experts are stored in {', '.join(sorted(tensors))}"
+        named = ", ".join(sorted(tensors.keys() - {"weight"}))
+        return f"its experts are stored in {named or 'one tensor'}"
     gate_up, down = tensors["gate_up_proj"].shape, tensors["down_proj"].shape
     hidden = text_config(config).get("hidden_size")
     if len(gate_up) != 3 or len(down) != 3 or 0 in (*gate_up, *down):

@@ -32,7 +32,6 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import coupled_units, producers
 from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-from mixedprec_plugin.quantize.codec import load_codec
 from mixedprec_plugin.verify.distance import Columns, Distance, distance, row_factors
 from mixedprec_plugin.verify.thresholds import threshold_of
 
