@@ -223,6 +223,39 @@ def test_preset_of_a_checkpoint_may_not_read_the_environment(
     assert str(caught.value) == f"{CARRIED}: description: {message}"
 
 
+def test_override_beside_it_gives_a_checkpoints_preset_no_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MIXEDPREC_TEST_SECRET", "awq")
+    schemes = {"a": {"method": "awq"}, "b": {"method": "${oc.env:MIXEDPREC_TEST_SECRET}"}}
+    rules = [{"match": "*", "scheme": "a"}]
+    with pytest.raises(PresetError, match=r"schemes\.b\.method: .* reads the environment"):
+        load_resolved(
+            {"version": 1, "schemes": schemes, "rules": rules}, CARRIED, ["schemes.a.group_size=64"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("extends", "awq"), ("sources", {"a": {"path": "/home"}})]
+)
+def test_preset_of_a_checkpoint_names_no_files(key: str, value: Any) -> None:
+    rules = [
+        {"match": "*", "method": "awq", "source": "a"}
+        if key == "sources"
+        else {"match": "*", "method": "awq"}
+    ]
+    with pytest.raises(PresetError) as caught:
+        load_resolved({"version": 1, key: value, "rules": rules}, CARRIED)
+    what = "reads other files, which a checkpoint's own preset may not; name a preset of your own"
+    assert str(caught.value) == f"{CARRIED}: {key}: {what}"
+
+
+def test_override_gives_a_checkpoints_preset_a_source() -> None:
+    carried = {"version": 1, "rules": [{"match": "*", "method": "awq"}]}
+    overrides = ["sources.a.path=/home", "rules.0.source=a"]
+    assert load_resolved(carried, CARRIED, overrides).sources["a"].path == "/home"
+
+
 def test_override_of_a_checkpoints_preset_may_read_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -251,9 +284,8 @@ def test_resolved_preset_names_variables_and_holds_no_value(
         "x/${oc.env:MIXEDPREC_TEST_SECRET}: no such folder"
     )
     assert "hunter2" not in str({k: v for k, v in preset.resolved.items() if k != "rules"})
-    assert load_resolved(preset.resolved, "again").description == (
-        "by ${oc.env:MIXEDPREC_TEST_SECRET}"
-    )
+    again = load_preset(write("again.json", json.dumps(preset.resolved)))
+    assert again.description == "by ${oc.env:MIXEDPREC_TEST_SECRET}"
 
 
 @pytest.mark.parametrize("reference", ["scheme: t{}", "method: '${{schemes.t{}.method}}'"])
