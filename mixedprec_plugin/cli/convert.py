@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
+from mixedprec_plugin.errors import printable
 from mixedprec_plugin.plan.render import format_bytes
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         )  # fmt: skip
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
-    print(f"{args.out}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
+    print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
     return 0
 
 

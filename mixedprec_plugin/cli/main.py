@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -38,6 +39,9 @@ def main(
         the exit code.
     """
     out, err = out or sys.stdout, err or sys.stderr
+    for stream in (out, err):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     try:
         args = parser.parse_args(argv)
