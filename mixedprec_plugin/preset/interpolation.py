@@ -174,6 +174,7 @@ class _Resolver:
 
     Attributes:
         pending: the paths of all texts with interpolations.
+        below: the path of a mapping or a list -> those of them that lie in it.
         lists: name -> what is written for a list within text.
         configs: the preset with the values of environment variables, and with their names.
         depths: path of what is resolved -> how many references lie one behind another in it.
@@ -182,6 +183,10 @@ class _Resolver:
     def __init__(self, document: Document) -> None:
         self.document = document
         self.pending = {path: 0 for path, value in document.parts() if is_interpolated(value)}
+        self.below: dict[Path, list[Path]] = {}
+        for path in self.pending:
+            for length in range(len(path)):
+                self.below.setdefault(path[:length], []).append(path)
         lists = document.data.get("lists")
         entries = lists.items() if isinstance(lists, dict) else ()
         self.lists = {name: _alternatives(items) for name, items in entries}
@@ -273,8 +278,7 @@ class _Resolver:
             depth = max(depth, self._resolve(target) if target in self.pending else 0)
             node = node[target[-1]]
         if isinstance(node, Container):
-            below = [link for link in self.pending if link[: len(target)] == target != link]
-            depth = max([depth, *map(self._resolve, below)])
+            depth = max([depth, *map(self._resolve, self.below.get(target, ()))])
             if not is_whole:
                 what = f"{reference.text} is not text and stands within text"
                 self._fail(path, what, "let it stand alone", "interpolation-type")

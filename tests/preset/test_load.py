@@ -18,7 +18,7 @@ from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.preset.load import load_preset, load_resolved
 from mixedprec_plugin.preset.model import Location, Preset
 from mixedprec_plugin.resources import preset_dir, preset_names
-from tests.preset.conftest import Write
+from tests.preset.conftest import Refuse, Write
 
 LLAMA = [
     f"model.layers.{layer}.{name}"
@@ -300,6 +300,26 @@ def test_thousands_of_mistakes_are_told_in_little_time(write: Write, reference: 
     assert time.process_time() - start < 15
     assert len(caught.value.problems) == len(names)
     assert len(str(caught.value)) < 300 * len(names)
+
+
+def test_long_names_are_compared_in_little_time(write: Write) -> None:
+    names = [f"{a}{b}{c}" * 20 for a in "abcdef" for b in "ghijk" for c in "lmnop"] * 5
+    schemes = "".join(f"  {name}{n}x: {{method: fp8}}\n" for n, name in enumerate(names))
+    rules = "".join(f"  - {{match: '*', scheme: {name}y}}\n" for name in names)
+    path = write("p.yaml", f"version: 1\nschemes:\n{schemes}rules:\n{rules}")
+    start = time.process_time()
+    with pytest.raises(PresetError, match="did you mean 'aglaglagl"):
+        load_preset(path)
+    assert time.process_time() - start < 15
+
+
+def test_ranges_of_a_whole_preset_are_limited(refuse: Refuse) -> None:
+    pattern = "x{}.{{{{0..4999}},{{0..4990}}}}"
+    rules = "".join(f"  - {{match: '{pattern.format(n)}', method: fp8}}\n" for n in range(60))
+    assert refuse(f"version: 1\nrules:\n{rules}") == [
+        "p.yaml:53: rules[50].match: the ranges up to here list more than 500000 numbers; "
+        "write '*' or shorter ranges"
+    ]
 
 
 def test_reading_presets_imports_neither_torch_nor_sglang() -> None:
