@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 what was asked does not fit, 2 the command line is wrong.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import io
 import sys
@@ -59,6 +60,7 @@ def main(
         return 0
 
 
+@functools.cache
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixedprec", description="Mixed-precision serving with SGLang by editing a YAML file."
