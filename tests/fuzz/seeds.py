@@ -33,7 +33,7 @@ PRESETS = (
     "extends: [parent, fp8-channel]\n"
     "lists: {hot: [0, '1..2', 7], names: ['*.q_proj', '*.k_proj']}\n"
     "schemes:\n"
-    "  a: {method: awq, group_size: 32, clip_search: true}\n"
+    "  a: {method: awq, group_size: 32}\n"
     "  b: ${schemes.a}\n"
     "  c: {method: gptq, bits: 8, group_size: -1, desc_act: false, sym: true}\n"
     "sources: {other: {path: model}}\n"
