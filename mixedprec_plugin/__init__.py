@@ -5,6 +5,8 @@
     experts       experts of one layer in several methods
     convert       plan x sources -> a checkpoint on disk
     verify        plan x sources x reference -> how far each layer is from it
+    evaluate      plans x text -> what each costs in predictions
+    calibrate     plan x text -> the codes that cost least
     compose       plan x sources -> the tensors of the mixed checkpoint
     plan          rules x sources x model -> scheme, source and conversion of every layer
     preset        a YAML file -> the ordered rules

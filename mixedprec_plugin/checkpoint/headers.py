@@ -139,8 +139,9 @@ def read_bytes(tensor: StoredTensor, start: int, num_bytes: int) -> npt.NDArray[
             file.seek(header_bytes + tensor.start + start)
             data = np.empty(num_bytes, dtype=np.uint8)
             count = file.readinto(cast("Buffer", data))
-    except OSError as error:
-        what = f"{tensor.name!r} cannot be read ({error.strerror})"
+    except (OSError, OverflowError) as error:
+        # the length of a header that changed may be no place in a file
+        what = f"{tensor.name!r} cannot be read ({getattr(error, 'strerror', error)})"
         remedy = "check the disk, and download the file again"
         raise file_error(tensor.path, what, remedy) from error
     if count < num_bytes:

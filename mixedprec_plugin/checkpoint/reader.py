@@ -25,6 +25,7 @@ from mixedprec_plugin.checkpoint.headers import (
     read_bytes,
 )
 from mixedprec_plugin.checkpoint.hub import fetch_if_missing
+from mixedprec_plugin.checkpoint.recorded import reading
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Reader:
         self._files.clear()
         while self._paths and self._how.drops_cache:
             path = self._paths.pop()
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            with contextlib.suppress(OSError), path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
@@ -134,7 +135,8 @@ class Reader:
         if self._mapped_bytes > _MAPPED_BYTES:
             self._files.clear()
             self._mapped_bytes = tensor.num_bytes
-        key = tensor.path, tensor.path.stat().st_size if tensor.path.exists() else 0
+        with reading(tensor.path):
+            key = tensor.path, tensor.path.stat().st_size
         if key not in self._files:
             self._files[key] = open_tensors(tensor.path, "pt", CHANGED)
         return self._files[key]

@@ -8,16 +8,36 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixedprec_plugin.checkpoint import hub
 from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, split_experts, why_not_split
 from mixedprec_plugin.checkpoint.garbage import gc_paused
 from mixedprec_plugin.checkpoint.headers import StoredTensor, file_error, read_header
+from mixedprec_plugin.checkpoint.recorded import damage, reading
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
+
+
+class Facts(NamedTuple):
+    """What the file system says of a file; all of it changes wherever its bytes do."""
+
+    num_bytes: int
+    changed_ns: int
+    status_changed_ns: int
+    inode: int
+
+
+def facts_of(path: Path) -> Facts:
+    """Ask the file system for a file, or for what it links to.
+
+    Raises:
+        OSError: there is none.
+    """
+    stat = path.stat()
+    return Facts(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +49,36 @@ class Source:
         path: the folder.
         config: the parsed config.json.
         tensors: tensor name -> where it lies; the index decides which file is right.
+        facts: file -> what the file system said of it before it was read.
     """
 
     name: str
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    facts: Mapping[Path, Facts] = dataclasses.field(default_factory=dict)
+
+    def check_unchanged(self, *, exact: bool = False) -> None:
+        """See that the files are still those that were opened.
+
+        Args:
+            exact: whether more counts than the size and the time of the last change, which can be
+                set: a file that was only renamed, linked or given away is another one then.
+        Raises:
+            CheckpointError: some are not.
+        """
+        count = len(Facts._fields) if exact else 2
+        read = {self.path / "config.json", self.path / INDEX_NAME}
+        read.update(tensor.path for tensor in self.tensors.values())
+        problems = []
+        for path in sorted(read & self.facts.keys()):
+            with reading(path):
+                now = facts_of(path)
+            if now[:count] != self.facts[path][:count]:
+                remedy = "run it again once nothing writes to it"
+                problems.append(Problem(str(path), "changed while it was read", remedy, "changed"))
+        if problems:
+            raise CheckpointError(problems)
 
     @functools.cached_property
     def layers(self) -> Mapping[str, Mapping[str, StoredTensor]]:
@@ -89,12 +133,20 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
         what = f"is a folder, which has no revision {revision!r}"
         remedy = "remove revision, or write the Hugging Face id"
         raise CheckpointError(Problem(str(path), what, remedy, "file"))
+    facts = _facts(folder)
     config = _read_json(folder / "config.json")
     has_index = (folder / INDEX_NAME).is_file()
     with gc_paused():
         tensors = _read_indexed(folder) if has_index else _read_folder(folder)
         tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].path, item[1].start)))
-    return Source(name, folder, MappingProxyType(config), MappingProxyType(tensors))
+    if problems := damage(folder):
+        raise CheckpointError(problems)
+    return Source(name, folder, MappingProxyType(config), MappingProxyType(tensors), facts)
+
+
+def _facts(folder: Path) -> dict[Path, Facts]:
+    with reading(folder):
+        return {path: facts_of(path) for path in folder.glob("*") if path.is_file()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -135,10 +187,10 @@ def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_folder(folder: Path) -> dict[str, StoredTensor]:
-    files = [_not_linked_away(file) for file in sorted(folder.glob("*.safetensors"))]
+    files = [not_linked_away(file) for file in sorted(folder.glob("*.safetensors"))]
     if hub.repository_of(folder) is not None:
         # the one name that a checkpoint without an index has
-        files = [_not_linked_away(folder / "model.safetensors")]
+        files = [not_linked_away(folder / "model.safetensors")]
     if not files:
         remedy = "only safetensors checkpoints are read; convert .bin files first"
         raise file_error(folder, "holds no safetensors file", remedy)
@@ -172,11 +224,15 @@ def _inside(folder: Path, file_name: str) -> Path:
     if Path(file_name).name != file_name or not file_name.isprintable():
         what = f"names {file_name!r}, which is outside the folder"
         raise file_error(folder / INDEX_NAME, what, "an index may only name files beside it")
-    return _not_linked_away(folder / file_name)
+    return not_linked_away(folder / file_name)
 
 
-def _not_linked_away(path: Path) -> Path:
-    """The path itself, unless it is a link out of its folder; the Hub's cache keeps files so."""
+def not_linked_away(path: Path) -> Path:
+    """The path itself, unless it is a link out of its folder; the Hub's cache keeps files so.
+
+    Raises:
+        CheckpointError: it is.
+    """
     roots = [path.parent.resolve()]
     if hub.repository_of(path.parent) is not None:
         roots.append((path.parent.parent.parent / "blobs").resolve())

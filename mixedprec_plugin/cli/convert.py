@@ -12,7 +12,6 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -61,11 +60,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from mixedprec_plugin.convert.converter import convert
     from mixedprec_plugin.convert.parts import parse_size
 
-    form = _form(args.format)
-    with _ProgressBar(sys.stderr) as bar:
+    size = parse_size(args.max_shard_size)
+    with plan.preset.concealing(), _progress(sys.stderr) as bar:
+        task = bar.add_task("", total=None)
         done = convert(
-            plan, form, Path(args.out), parse_size(args.max_shard_size),
-            overwrite=args.overwrite, watcher=bar,
+            plan, _form(args.format), Path(args.out), size, overwrite=args.overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
@@ -83,32 +83,14 @@ def _form(name: str) -> Form:
     return MixedForm()
 
 
-class _ProgressBar:
+def _progress(err: TextIO) -> Progress:
     """Bytes, speed and time left; nothing where `err` is no terminal."""
-
-    def __init__(self, err: TextIO) -> None:
-        self._progress = Progress(
-            TextColumn("converting"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=err),
-            disable=not err.isatty(),
-        )
-        self._task = TaskID(0)
-
-    def __enter__(self) -> _ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def start(self, num_bytes: int) -> None:
-        """Begin with the bytes of all parts."""
-        self._task = self._progress.add_task("", total=num_bytes)
-
-    def advance(self, num_bytes: int) -> None:
-        """Count more bytes as done."""
-        self._progress.advance(self._task, num_bytes)
+    return Progress(
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=err),
+        disable=not err.isatty(),
+    )

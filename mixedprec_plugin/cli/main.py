@@ -22,6 +22,7 @@ _VERBS = {
     "inspect": ("mixedprec_plugin.cli.inspect", "how every layer of a checkpoint is stored"),
     "convert": ("mixedprec_plugin.cli.convert", "write the mixed checkpoint to disk"),
     "verify": ("mixedprec_plugin.cli.verify", "is the mixed checkpoint still the model"),
+    "eval": ("mixedprec_plugin.cli.eval", "what presets cost in quality"),
     "presets": ("mixedprec_plugin.cli.presets", "the presets that ship"),
     "doctor": ("mixedprec_plugin.cli.doctor", "is everything registered and does it fit SGLang"),
 }

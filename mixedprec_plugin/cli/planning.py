@@ -18,23 +18,27 @@ from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.model import Preset
 
 
-def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that name model, preset and target."""
+def add_planning_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Declare the arguments that name model, preset (or `several` of them) and target."""
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="checkpoint folder, or a Hugging Face id"
     )
-    parser.add_argument(
-        "--preset", default="", metavar="PRESET",
-        help="YAML file, or a packaged preset's name; may be left out for a checkpoint that "
-        "mixedprec convert wrote",
-    )  # fmt: skip
+    named = (
+        "YAML file, or a packaged preset's name; may be left out for a checkpoint that "
+        "mixedprec convert wrote"
+    )
+    if several:
+        parser.add_argument(
+            "--preset", dest="presets", metavar="PRESET", action="append",
+            help=f"{named}; repeatable",
+        )  # fmt: skip
+    else:
+        parser.add_argument("--preset", default="", metavar="PRESET", help=named)
     parser.add_argument(
         "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
         default=[], help="override a key of the preset; repeatable",
     )  # fmt: skip
-    parser.add_argument(
-        "--tp", type=_positive, default=1, metavar="N", help="tensor-parallel ranks"
-    )
+    parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel ranks")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float16, as SGLang's")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="what to plan for"
@@ -45,7 +49,8 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a number of at least 1 from the command line."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")

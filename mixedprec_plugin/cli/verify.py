@@ -30,19 +30,25 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         0, or 1 where a layer is further from its reference than its method explains, or could not
         be compared.
     Raises:
-        UsageError, PresetError, CheckpointError, PlanError: before the work.
+        UsageError, PresetError, PlanError: before the work.
+        CheckpointError: a file is damaged or changed meanwhile, or is not what `mixedprec convert`
+            recorded of it.
     """
     plan = make_plan(args).check()
     # the verbs that only read run without torch
-    from mixedprec_plugin.checkpoint.reader import Reader
+    from mixedprec_plugin.checkpoint.reader import Reader, Reading
     from mixedprec_plugin.verify.report import comparison_as_dict, print_comparisons, worst_first
     from mixedprec_plugin.verify.thresholds import parse_thresholds
-    from mixedprec_plugin.verify.verifier import Verifier, reference_of
+    from mixedprec_plugin.verify.verifier import Verifier, check_recorded, reference_of
 
     limits = parse_thresholds(args.threshold)
-    with Reader() as reader:
-        verifier = Verifier(plan, reference_of(args.reference, plan), limits, reader)
-        found = verifier.compare_all()
+    # no mapping: what is cut off while it is compared would end the process
+    with plan.preset.concealing(), Reader(Reading(may_map=False)) as reader:
+        reference = reference_of(args.reference, plan)
+        check_recorded(plan, reference)
+        found = Verifier(plan, reference, limits, reader).compare_all()
+        for source in (*plan.sources.values(), reference):
+            source.check_unchanged()
     if args.json:
         layers = [comparison_as_dict(one) for one in worst_first(found)]
         print_json({"layers": layers}, out)

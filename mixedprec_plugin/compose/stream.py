@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYPES, Reader, Reading
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
+from mixedprec_plugin.errors import CheckpointError, PlanError, Problem, ShapeError
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
@@ -22,6 +22,7 @@ from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, Numbers, load_codec
 
 Tensors = dict[str, torch.Tensor]
+Quantize = Callable[[PlannedLayer, torch.Tensor, Target], Tensors]
 
 # above, a layer is read while the model's memory is still empty: it is there twice
 _LARGE_BYTES = 32 << 20
@@ -37,7 +38,7 @@ class VirtualCheckpoint:
         plan: a plan without errors.
         wanted: which of its layers to read.
     Raises (while iterating):
-        CheckpointError: a file cannot be read, or a weight is NaN or infinite.
+        CheckpointError: a file cannot be read or changed meanwhile, or a weight is NaN or infinite.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class VirtualCheckpoint:
         )
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        with Reader(self._how) as reader:
+        with self.plan.preset.concealing(), Reader(self._how) as reader:
             for layer in self.layers:
                 outputs = compose_layer(layer, self.plan.target, reader)
                 for suffix in list(outputs):
                     # handed over: what is placed is gone before the next is made
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, outputs.pop(suffix)
+            for source in self.plan.sources.values():
+                source.check_unchanged()
 
     def __len__(self) -> int:
         return sum(len(layer.outputs) for layer in self.layers)
@@ -102,34 +105,83 @@ def in_reading_order(layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
     return sorted(in_file_order(layers), key=size, reverse=True)
 
 
-def compose_layer(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
+def compose_layer(
+    layer: PlannedLayer, target: Target, reader: Reader, quantize: Quantize | None = None
+) -> Tensors:
     """Read one layer and make of it what the plan says.
 
+    Args:
+        quantize: makes a method's tensors of a weight [N, K]; `round_to_nearest` if None.
     Returns:
         parameter suffix -> tensor, with the dtypes and shapes of `layer.outputs`.
     Raises:
         CheckpointError: a weight is NaN or infinite, or does not fit the model's dtype.
     """
     with plain_defaults():
-        outputs = _compute(layer, target, reader)
+        outputs = _compute(layer, target, reader, quantize or round_to_nearest)
     return {
         suffix: _fit(outputs[suffix], spec, layer, suffix) for suffix, spec in layer.outputs.items()
     }
 
 
-def _compute(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
+def compose_floats(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
+    """Read one layer as it is before it is rounded, whatever the plan makes of it.
+
+    Returns:
+        parameter suffix -> tensor; "weight" [N, K] is float32 where it was quantized or rescaled.
+    Raises:
+        CheckpointError: as `compose_layer`, or the layer's format is only served.
+    """
+    with plain_defaults():
+        stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
+        if layer.stored is not None and not layer.stored.is_float:
+            rest = {s: t for s, t in stored.items() if s not in layer.stored.suffixes}
+            stored = rest | {"weight": _dequantize(layer, stored)["weight"]}
+        if layer.rescale is not None:
+            stored["weight"] = _rescale(stored["weight"], layer.rescale, target, reader)
+    return stored
+
+
+def compose_served(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
+    """Compose a layer and give the floats that its served tensors stand for.
+
+    Returns:
+        parameter suffix -> tensor; "weight" is float32 [N, K] where it is quantized.
+    Raises:
+        CheckpointError: as `compose_layer`, or the layer's format is only served.
+    """
+    return served_floats(layer, compose_layer(layer, target, reader))
+
+
+def served_floats(layer: PlannedLayer, outputs: Tensors) -> Tensors:
+    """The floats that a layer's served tensors stand for; see `compose_served`."""
+    if layer.scheme is None or layer.is_unquantized:
+        return outputs
+    lazy, arguments = METHODS[layer.method].codec, layer.scheme.arguments
+    own: Collection[str] = METHODS[layer.method].stored(arguments, 128, 128, "BF16")
+    if not lazy:
+        assert layer.stored is not None
+        lazy, arguments, own = layer.stored.codec, layer.stored.how, layer.stored.suffixes
+    if not lazy:
+        return outputs
+    with plain_defaults(), _naming(layer.name):
+        weight = load_codec(lazy).read(outputs, arguments).dequantize()
+    return {s: t for s, t in outputs.items() if s not in own} | {"weight": weight}
+
+
+def _compute(layer: PlannedLayer, target: Target, reader: Reader, quantize: Quantize) -> Tensors:
     stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
     if layer.action in ("dequantize", "requantize"):
         stored = _dequantize(layer, stored)
     if layer.rescale is not None:
         stored["weight"] = _rescale(stored["weight"], layer.rescale, target, reader)
     if layer.action == "quantize":
-        return _quantize(layer, stored.pop("weight"), target) | stored
+        return quantize(layer, stored.pop("weight"), target) | stored
     if layer.action == "dequantize":
         return stored
     if layer.action == "requantize":
         # last: both formats may have tensors of one name
-        return stored | _quantize(layer, stored.pop("weight"), target)
+        return stored | quantize(layer, stored.pop("weight"), target)
     if layer.action == "repack":
         return _repack(layer, stored, target)
     return _take_as_stored(layer, stored)
@@ -147,11 +199,28 @@ def plain_defaults() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _quantize(layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:
+def round_to_nearest(layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:
+    """Quantize a weight [N, K] as its scheme says, each weight to the nearest code.
+
+    Raises:
+        PlanError: its scheme asks for calibration, which takes a conversion.
+    """
     assert layer.scheme is not None
+    if layer.scheme.arguments.get("rounding") == "calibrated":
+        raise PlanError(not_calibrated(layer))
     codec = load_codec(METHODS[layer.scheme.method].codec)
     with _naming(f"{layer.name}.weight"):
         return codec.quantize(weight, layer.scheme.arguments, TORCH_DTYPES[target.dtype])
+
+
+def not_calibrated(layer: PlannedLayer) -> Problem:
+    """Why a layer cannot be rounded while it is loaded."""
+    what = "its scheme says rounding: calibrated, which is not done while a model is loaded"
+    remedy = (
+        "run mixedprec convert --calibrate with this model and preset, and serve its --out; or "
+        "write rounding: nearest"
+    )
+    return Problem(layer.name, what, remedy, "not-calibrated")
 
 
 def _rescale(

@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from mixedprec_plugin.checkpoint.source import INDEX_NAME
+from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, damage, file_digest, reading
+from mixedprec_plugin.checkpoint.source import INDEX_NAME, open_source
 from mixedprec_plugin.compose.stream import in_file_order
 from mixedprec_plugin.convert import folder
 from mixedprec_plugin.convert.form import Form
-from mixedprec_plugin.convert.inputs import changed, input_facts
+from mixedprec_plugin.convert.inputs import (
+    RECORDED,
+    changed,
+    copied_files,
+    file_digests,
+    input_facts,
+)
 from mixedprec_plugin.convert.journal import FinishedPart, Journal
 from mixedprec_plugin.convert.parts import Part, plan_parts
-from mixedprec_plugin.convert.provenance import PROVENANCE_NAME, sources_provenance
-from mixedprec_plugin.convert.writing import HashingReader, file_digest, weight_map, write_part
-from mixedprec_plugin.errors import ConvertError, PlanError, Problem
+from mixedprec_plugin.convert.provenance import sources_provenance
+from mixedprec_plugin.convert.writing import write_part
+from mixedprec_plugin.errors import CheckpointError, ConvertError, PlanError, Problem
 from mixedprec_plugin.plan.model import Plan
 
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}
 
-
-class Watcher(Protocol):
-    """Is told how far a conversion is."""
-
-    def start(self, num_bytes: int) -> None:
-        """Before the first part, with the bytes of all."""
-
-    def advance(self, num_bytes: int) -> None:
-        """After each tensor, or each part that was already there."""
-
-
-class SilentWatcher:
-    """Watches and says nothing."""
-
-    def start(self, num_bytes: int) -> None:
-        """Say nothing."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Say nothing."""
+# is told how many bytes of how many are written
+Progress = Callable[[int, int], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +49,18 @@ class Converted:
     num_kept: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is written, where, and of what."""
+
+    plan: Plan
+    form: Form
+    out: Path
+    overwrite: bool
+    parts: tuple[Part, ...]
+    inputs: dict[str, str]
+
+
 def convert(
     plan: Plan,
     form: Form,
@@ -65,98 +68,102 @@ def convert(
     max_part_bytes: int,
     *,
     overwrite: bool = False,
-    watcher: Watcher | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Converted:
     """Write a plan's virtual checkpoint to a folder, one layer in memory at a time.
 
     What it writes depends on plan, form and part size alone. Killed at any moment it leaves
-    nothing that passes for a whole checkpoint, and the same call continues where it was.
+    nothing that passes for a whole checkpoint, and the same call continues where it was. Before
+    anything is put into place, the sources are held against what was planned with and read.
 
     Args:
         out: a new or empty folder, or one that the same call left unfinished.
-        overwrite: replace what another conversion wrote there.
+        overwrite: replace what another conversion wrote there, or what is damaged.
     Raises:
         PlanError: the plan has errors, or layers that the form cannot hold.
         ConvertError: the folder is in the way, or cannot be written.
-        CheckpointError, ShapeError: a source is damaged.
+        CheckpointError, ShapeError: a source is damaged, or changed meanwhile.
     """
     plan.check()
     if problems := form.problems(plan):
         raise PlanError(problems)
-    watcher = watcher or SilentWatcher()
     folder.check_apart(out, plan)
+    for source in plan.sources.values():
+        source.check_unchanged(exact=True)
     outputs = {layer.name: form.outputs(layer) for layer in plan.layers}
     parts = plan_parts(in_file_order(plan.layers), outputs, max_part_bytes)
-    inputs = input_facts(plan, form.name, parts)
-    done = Converted(sum(part.num_bytes for part in parts), len(parts), len(parts))
+    copied = copied_files(plan.source.path)
+    inputs = input_facts(plan, form.name, parts, file_digests(copied))
+    job = _Job(plan, form, out, overwrite, parts, inputs)
+    kept = {part.file for part in parts}
     with folder.write_errors(out):
-        if _is_done(out, inputs, overwrite):
-            return done
-        (out / folder.WORK_NAME).mkdir(parents=True, exist_ok=True)
-        journal = Journal(out / folder.WORK_NAME)
-        try:
-            if folder.is_published(out, inputs):
-                folder.clear_work(out)
-                return done
-            _take_up(journal, inputs, out, overwrite)
-            num_kept = _write_parts(plan, form, parts, out, journal, watcher)
-            _publish(plan, form, parts, out, journal)
-        finally:
-            journal.close()
-    return dataclasses.replace(done, num_kept=num_kept)
+        if not _is_done(job):
+            with Journal(folder.open_work(out)) as journal:
+                if _is_in_place(job):
+                    folder.clear_work(out)
+                else:
+                    _take_up(job, journal)
+                    kept = {part.file for part in parts if _is_whole(part, out, journal)}
+                    with reading(plan.source.path):
+                        size = sum(path.stat().st_size for path in copied)
+                    size += sum(part.num_bytes for part in parts if part.file not in kept)
+                    folder.require_space(out, size)
+                    _write_parts(job, kept, journal, progress)
+                    _publish(job, journal)
+    return Converted(sum(part.num_bytes for part in parts), len(parts), len(kept))
 
 
-def _is_done(out: Path, inputs: dict[str, str], overwrite: bool) -> bool:
-    """Whether the very same output is there.
+def _is_done(job: _Job) -> bool:
+    """Whether the very same output is there, and whole.
 
     Raises:
         ConvertError: something else is.
     """
-    state = folder.state_of(out)
+    state = folder.state_of(job.out)
     if state == "foreign":
         text = "is not empty, and no conversion wrote it"
-        raise ConvertError(Problem(str(out), text, "name a new folder", "out-foreign"))
+        raise ConvertError(Problem(str(job.out), text, "name a new folder", "out-foreign"))
     if state != "complete":
         return False
-    differences = changed(folder.recorded_inputs(out), inputs)
-    if differences and not overwrite:
+    recorded = folder.record(job.out / PROVENANCE_NAME, RECORDED)
+    differences = changed(recorded["inputs"], job.inputs, recorded["layers"], job.plan)
+    if differences and not job.overwrite:
         text = f"holds a conversion of other inputs ({', '.join(differences)} changed)"
         remedy = "add --overwrite to replace it, or name another folder"
-        raise ConvertError(Problem(str(out), text, remedy, "out-complete"))
-    return not differences
+        raise ConvertError(Problem(str(job.out), text, remedy, "out-complete"))
+    problems = damage(job.out, digests=job.overwrite)
+    if problems and not job.overwrite:
+        remedy = "add --overwrite to write all anew"
+        raise ConvertError([dataclasses.replace(p, remedy=remedy) for p in problems])
+    return not differences and not problems
 
 
-def _take_up(journal: Journal, inputs: dict[str, str], out: Path, overwrite: bool) -> None:
-    """Continue what the journal tells of, or begin."""
-    differences = changed(journal.inputs, inputs) if journal.inputs else []
-    if differences and not overwrite:
-        text = f"holds an unfinished conversion of other inputs ({', '.join(differences)} changed)"
+def _is_in_place(job: _Job) -> bool:
+    """Whether all of these inputs' output is there, and only the cleaning up was stopped."""
+    if folder.is_replaced(job.out) or not (job.out / folder.CONFIG_NAME).exists():
+        return False
+    recorded = folder.record(job.out / PROVENANCE_NAME, RECORDED)
+    return recorded["inputs"] == job.inputs and not damage(job.out, digests=job.overwrite)
+
+
+def _take_up(job: _Job, journal: Journal) -> None:
+    """Continue what the journal tells of, or begin.
+
+    Raises:
+        ConvertError: it is damaged, or of another conversion.
+    """
+    differences: list[str] = []
+    if journal.inputs and not journal.damage:
+        layers = [entry for part in journal.finished.values() for entry in part.provenance]
+        differences = changed(journal.inputs, job.inputs, layers, job.plan)
+    text = f"holds an unfinished conversion of other inputs ({', '.join(differences)} changed)"
+    where, text = (journal.path, journal.damage) if journal.damage else (job.out, text)
+    if (differences or journal.damage) and not job.overwrite:
         remedy = "add --overwrite to start anew, or name another folder"
-        raise ConvertError(Problem(str(out), text, remedy, "out-partial"))
-    if differences or not journal.inputs:
-        for path in journal.path.parent.glob("*.safetensors*"):
-            path.unlink()
-        journal.start(inputs)
-
-
-def _write_parts(
-    plan: Plan, form: Form, parts: tuple[Part, ...], out: Path, journal: Journal, watcher: Watcher
-) -> int:
-    work = out / folder.WORK_NAME
-    watcher.start(sum(part.num_bytes for part in parts))
-    kept = {part.file for part in parts if _is_whole(part, out, journal)}
-    missing = [part for part in parts if part.file not in kept]
-    watcher.advance(sum(part.num_bytes for part in parts if part.file in kept))
-    folder.require_space(out, sum(part.num_bytes for part in missing))
-    with HashingReader() as reader:
-        for part in missing:
-            temporary = work / f"{part.file}.tmp"
-            watcher.advance(len(part.header))
-            layers = write_part(part, plan, form, temporary, reader, watcher.advance)
-            finished = FinishedPart(part.file, part.num_bytes, file_digest(temporary), layers)
-            temporary.rename(work / part.file)
-            journal.finish(finished)
-    return len(kept)
+        raise ConvertError(Problem(str(where), text, remedy, "out-partial"))
+    if differences or journal.damage or not journal.inputs:
+        folder.empty_work(journal.path.parent)
+        journal.start(job.inputs)
 
 
 def _is_whole(part: Part, out: Path, journal: Journal) -> bool:
@@ -167,35 +174,84 @@ def _is_whole(part: Part, out: Path, journal: Journal) -> bool:
     return file_digest(path) == finished.sha256
 
 
-def _publish(plan: Plan, form: Form, parts: tuple[Part, ...], out: Path, journal: Journal) -> None:
-    copied = folder.copied_files(plan.source.path)
-    finished = [journal.finished[part.file] for part in parts]
+def _write_parts(job: _Job, kept: set[str], journal: Journal, progress: Progress) -> None:
+    total = sum(part.num_bytes for part in job.parts)
+    done = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(done, total)
+
+    for part in job.parts:
+        if part.file in kept:
+            advance(part.num_bytes)
+            continue
+        path = journal.path.with_name(part.file)
+        temporary = path.with_name(f"{part.file}.tmp")
+        layers = write_part(part, job.plan, job.form, temporary, advance)
+        advance(len(part.header))
+        finished = FinishedPart(part.file, part.num_bytes, file_digest(temporary), layers)
+        temporary.rename(path)
+        journal.finish(finished)
+
+
+def _publish(job: _Job, journal: Journal) -> None:
+    """Put everything into place, if the sources are still what was planned with and read.
+
+    Raises:
+        CheckpointError: they changed meanwhile.
+    """
+    finished = [journal.finished[part.file] for part in job.parts]
+    layers = [entry for part in finished for entry in part.provenance]
+    copies = folder.copy_staged(job.out, copied_files(job.plan.source.path))
+    _check_sources(job, copies, layers)
     written: dict[str, bytes] = {}
-    if len(parts) > 1:
-        written[INDEX_NAME] = _json(_index(parts))
-    files = [*(part.file for part in parts), *written, *(path.name for path in copied)]
-    written[PROVENANCE_NAME] = _json(_provenance(plan, journal.inputs, finished, files))
-    written[folder.CONFIG_NAME] = _json(_config(plan, form))
-    folder.publish(out, written, copied)
+    if len(finished) > 1:
+        written[INDEX_NAME] = _json(_index(job.parts))
+    written[PROVENANCE_NAME] = _json(
+        {
+            "sources": sources_provenance(job.plan),
+            "layers": layers,
+            "parts": {
+                part.file: {
+                    "bytes": part.num_bytes,
+                    "sha256": journal.finished[part.file].sha256,
+                    "header_sha256": hashlib.sha256(part.header).hexdigest(),
+                }
+                for part in job.parts
+            },
+            "files": [*(part.file for part in job.parts), *written, *copies],
+            "inputs": job.inputs,
+        }
+    )
+    written[folder.CONFIG_NAME] = _json(_config(job.plan, job.form))
+    folder.publish(job.out, written)
+
+
+def _check_sources(
+    job: _Job, copies: Mapping[str, str], layers: Sequence[Mapping[str, Any]]
+) -> None:
+    plan = job.plan
+    sources = {name: open_source(source.path, name) for name, source in plan.sources.items()}
+    now = dataclasses.replace(plan, sources=sources)
+    differences = changed(
+        job.inputs, input_facts(now, job.form.name, job.parts, copies), layers, plan
+    )
+    for name, source in plan.sources.items():
+        if sources[name].tensors != source.tensors:
+            differences.append(f"the tensors of {name!r}")
+    if differences:
+        what = f"changed while it was read: {', '.join(differences)}"
+        remedy = "run it again with --overwrite once nothing writes to the sources"
+        raise CheckpointError(Problem(str(plan.source.path), what, remedy, "changed"))
 
 
 def _index(parts: tuple[Part, ...]) -> dict[str, Any]:
     total = sum(tensor.num_bytes for part in parts for tensor in part.tensors.values())
     return {
         "metadata": {"total_size": total},
-        "weight_map": dict(sorted(weight_map(parts).items())),
-    }
-
-
-def _provenance(
-    plan: Plan, inputs: Mapping[str, str], finished: list[FinishedPart], files: list[str]
-) -> dict[str, Any]:
-    return {
-        "sources": sources_provenance(plan),
-        "layers": [entry for part in finished for entry in part.provenance],
-        "parts": {part.file: {"bytes": part.num_bytes, "sha256": part.sha256} for part in finished},
-        "files": files,
-        "inputs": dict(inputs),
+        "weight_map": dict(sorted((name, part.file) for part in parts for name in part.tensors)),
     }
 
 

@@ -2,39 +2,41 @@
 
 Files are written in a folder of their own inside it and renamed into place when all are finished,
 config.json last: whatever lacks a config.json is no checkpoint, for us, SGLang and transformers.
+Links in it are not ours, and are neither followed nor published.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from mixedprec_plugin.convert.journal import JOURNAL_NAME
-from mixedprec_plugin.convert.provenance import PROVENANCE_NAME
-from mixedprec_plugin.convert.writing import write_file
+from mixedprec_plugin.checkpoint.recorded import (
+    FILE_NAME,
+    PROVENANCE_NAME,
+    parse_record,
+    read_chunks,
+)
 from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.plan.model import Plan
 
 WORK_NAME = ".mixedprec-partial"
 CONFIG_NAME = "config.json"
+JOURNAL_NAME = "journal.jsonl"
 _STALE_NAME = "stale.json"
+# small files and copies of the model's, in the work folder
+_STAGED_NAME = "files"
 # what file systems put into a fresh mount
 _NOT_OURS = frozenset({"lost+found"})
-# a model's files that say nothing of its weights are copied; these do, or are weights
-_LEFT_OUT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt"}
-)
-_LEFT_OUT_NAMES = frozenset(
-    {
-        CONFIG_NAME, "quantize_config.json", "quantization_config.json", "quant_config.json",
-        "hf_quant_config.json", PROVENANCE_NAME,
-    }
-)  # fmt: skip
+
+_NAMES = {"type": "array", "items": FILE_NAME}
+_REPLACED = {"type": "object", "required": ["files"], "properties": {"files": _NAMES}}
 
 State = Literal["empty", "partial", "complete", "foreign"]
 
@@ -57,72 +59,121 @@ def check_apart(out: Path, plan: Plan) -> None:
     Raises:
         ConvertError: it does.
     """
-    own = out.resolve()
+    own = _with_parents(out)
     for name, source in plan.sources.items():
-        folder = source.path.resolve()
-        if own == folder or folder in own.parents or own in folder.parents:
+        theirs = _with_parents(source.path)
+        if theirs[0] in own or own[0] in theirs:
             text = f"is, holds or lies in the source {name!r} ({source.path})"
             raise ConvertError(Problem(str(out), text, "name a folder elsewhere", "out-in-source"))
 
 
-def recorded_inputs(out: Path) -> dict[str, str]:
-    """What a complete output says that it was made of."""
+def _with_parents(folder: Path) -> list[object]:
+    """What tells a folder and each one around it from others, by whatever path it is reached."""
+    # realpath takes links that go in a circle, which resolve does not
+    path = Path(os.path.realpath(folder))
+    found: list[object] = []
+    for each in (path, *path.parents):
+        try:
+            how = each.stat()
+            found.append((how.st_dev, how.st_ino))
+        except OSError:
+            found.append(each)
+    return found
+
+
+def open_work(out: Path) -> Path:
+    """Make the folder of an unfinished conversion, or find it.
+
+    Raises:
+        ConvertError: something in it is a link, also a hard one, or a pipe.
+    """
+    work = out / WORK_NAME
+    if not work.is_symlink():
+        work.mkdir(parents=True, exist_ok=True)
+    for path in (work, *work.rglob("*")):
+        try:
+            how = path.lstat()
+        except FileNotFoundError:  # another process finished it
+            continue
+        if not (stat.S_ISDIR(how.st_mode) or (stat.S_ISREG(how.st_mode) and how.st_nlink == 1)):
+            text = "is a link or no file (expected what a conversion wrote)"
+            raise ConvertError(Problem(str(path), text, "remove it", "out-link"))
+    return work
+
+
+def empty_work(work: Path) -> None:
+    """Forget all parts of an unfinished conversion; what an older output left stays to be done."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (JOURNAL_NAME, _STALE_NAME):
+            path.unlink()
+
+
+def record(path: Path, schema: Mapping[str, Any], remedy: str = "name another folder") -> Any:
+    """Read a record of an earlier conversion.
+
+    Raises:
+        ConvertError: it is damaged, or there is none.
+    """
     try:
-        inputs: dict[str, str] = json.loads((out / PROVENANCE_NAME).read_text())["inputs"]
-    except (ValueError, KeyError, TypeError) as error:
-        text = "is damaged"
-        raise ConvertError(
-            Problem(str(out / PROVENANCE_NAME), text, "name another folder", "provenance")
-        ) from error
-    return inputs
-
-
-def is_published(out: Path, inputs: dict[str, str]) -> bool:
-    """Whether all of these inputs' output is in place, and only the cleaning up was stopped."""
-    if not (out / CONFIG_NAME).exists() or (out / WORK_NAME / _STALE_NAME).exists():
-        return False
-    return recorded_inputs(out) == inputs
-
-
-def copied_files(model: Path) -> list[Path]:
-    """The model's files that go with any weights: tokenizer, templates, code, licence."""
-    return [
-        path
-        for path in sorted(model.iterdir())
-        if path.is_file()
-        and path.suffix not in _LEFT_OUT_SUFFIXES
-        and path.name not in _LEFT_OUT_NAMES
-        and not path.name.startswith(".")
-        and not path.name.endswith(".index.json")
-    ]
+        # a pipe would be waited for
+        return parse_record(path.read_bytes() if path.is_file() else b"", schema)
+    except (ValueError, OSError) as error:
+        raise ConvertError(Problem(str(path), str(error), remedy, "record")) from error
 
 
 def find_part(out: Path, file: str) -> Path | None:
     """A part, being worked on or already renamed into place; None where there is neither."""
     work = out / WORK_NAME
-    if (work / file).is_file():
-        return work / file
     is_publishing = not (out / CONFIG_NAME).exists() and not (work / _STALE_NAME).exists()
-    return out / file if is_publishing and (out / file).is_file() else None
+    places = [work / file, out / file] if is_publishing else [work / file]
+    return next((path for path in places if path.is_file() and not path.is_symlink()), None)
 
 
-def publish(out: Path, written: Mapping[str, bytes], copied: Iterable[Path]) -> None:
+def is_replaced(out: Path) -> bool:
+    """Whether an older output is being taken away."""
+    return (out / WORK_NAME / _STALE_NAME).exists()
+
+
+def create(path: Path) -> BinaryIO:
+    """Open a new file in the place of whatever was there; a link there is not followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def copy_staged(out: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Copy files of the model to where they wait for being published.
+
+    Returns:
+        name -> SHA-256 of what was copied.
+    Raises:
+        CheckpointError: one cannot be read.
+        OSError: one cannot be written.
+    """
+    staged = out / WORK_NAME / _STAGED_NAME
+    if staged.exists():
+        shutil.rmtree(staged)
+    staged.mkdir()
+    return {path.name: _write(staged / path.name, read_chunks(path)) for path in files}
+
+
+def publish(out: Path, written: Mapping[str, bytes]) -> None:
     """Put everything into place and clean up; can be repeated wherever it was stopped.
 
     Args:
         written: small files -> content, in order; config.json is the last.
-        copied: files of the model.
     """
     work = out / WORK_NAME
     _remove_stale(out, work)
-    for path in sorted(work.glob("*.safetensors")):
+    for path in sorted((*work.glob("*.safetensors"), *(work / _STAGED_NAME).iterdir())):
         path.rename(out / path.name)
-    for path in copied:
-        _place(out, path.name, path.read_bytes())
     # the parts' names must be on disk before config.json makes a checkpoint of them
     _sync(out)
     for name, content in written.items():
-        _place(out, name, content)
+        staged = work / _STAGED_NAME / name
+        _write(staged, [content])
+        staged.rename(out / name)
         _sync(out)
     clear_work(out)
 
@@ -131,22 +182,31 @@ def _remove_stale(out: Path, work: Path) -> None:
     """Take away the output that is being replaced, its config.json first."""
     listed = work / _STALE_NAME
     if (out / CONFIG_NAME).exists() and not listed.exists():
-        old: dict[str, Any] = json.loads((out / PROVENANCE_NAME).read_text())
+        old = record(out / PROVENANCE_NAME, _REPLACED)
         names = [CONFIG_NAME, *old["files"], PROVENANCE_NAME]
-        write_file(work / f"{_STALE_NAME}.tmp", json.dumps(names).encode())
+        _write(work / f"{_STALE_NAME}.tmp", [json.dumps(names).encode()])
         (work / f"{_STALE_NAME}.tmp").rename(listed)
         _sync(work)
     if listed.exists():
-        for name in json.loads(listed.read_text()):
-            (out / Path(name).name).unlink(missing_ok=True)
+        for name in record(listed, _NAMES):
+            (out / name).unlink(missing_ok=True)
             _sync(out)
         listed.unlink()
 
 
-def _place(out: Path, name: str, content: bytes) -> None:
-    temporary = out / WORK_NAME / f"{name}.tmp"
-    write_file(temporary, content)
-    temporary.rename(out / name)
+def _write(path: Path, content: Iterable[bytes]) -> str:
+    """Write a file and see it to the disk; return its SHA-256."""
+    digest = hashlib.sha256()
+    with create(path) as file:
+        for chunk in content:
+            digest.update(chunk)
+            if chunk.count(0) < len(chunk):
+                file.write(chunk)
+            else:  # of nothing but zeros a hole is enough
+                file.seek(len(chunk), os.SEEK_CUR)
+        file.truncate()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def clear_work(out: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from mixedprec_plugin import __version__
 from mixedprec_plugin.checkpoint.converted import LAYERS_KEY, PRESET_KEY, QUANT_METHOD, fold_layers
-from mixedprec_plugin.convert.provenance import PROVENANCE_NAME
+from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.stored import TensorSpec

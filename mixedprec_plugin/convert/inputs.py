@@ -1,58 +1,104 @@
-"""What a conversion is made of, so that only the same one is continued."""
+"""What a conversion is made of, so that only the same one is continued and published."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin import __version__
-from mixedprec_plugin.checkpoint.headers import CHANGED, StoredTensor
 from mixedprec_plugin.checkpoint.hub import fetch_if_missing
+from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, file_digest, reading
+from mixedprec_plugin.checkpoint.source import facts_of, not_linked_away
+from mixedprec_plugin.convert.folder import CONFIG_NAME
 from mixedprec_plugin.convert.parts import Part
-from mixedprec_plugin.errors import CheckpointError, Problem
-from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.convert.provenance import LAYERS, are_unchanged, tensors_read
+from mixedprec_plugin.plan.model import Plan
 
 # raised whenever the same inputs would give other files
 LAYOUT_VERSION = 1
+INPUTS = {"type": "object", "additionalProperties": {"type": "string"}}
+# of a finished conversion's provenance
+RECORDED = {
+    "type": "object",
+    "required": ["inputs", "layers"],
+    "properties": {"inputs": INPUTS, "layers": LAYERS},
+}
+# a model's files that say nothing of its weights are copied; these do, or are weights
+_LEFT_OUT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt"}
+)
+_LEFT_OUT_NAMES = frozenset(
+    {
+        CONFIG_NAME, "quantize_config.json", "quantization_config.json", "quant_config.json",
+        "hf_quant_config.json", PROVENANCE_NAME,
+    }
+)  # fmt: skip
+_SOURCES = "the sources' files"
 
 
-def input_facts(plan: Plan, form: str, parts: Sequence[Part]) -> dict[str, str]:
+def copied_files(model: Path) -> list[Path]:
+    """The model's files that go with any weights: tokenizer, templates, code, licence.
+
+    Raises:
+        CheckpointError: one is a link out of the folder, or the folder cannot be read.
+    """
+    with reading(model):
+        return [
+            not_linked_away(path)
+            for path in sorted(model.iterdir())
+            if (path.is_file() or (path.is_symlink() and not path.exists()))
+            and path.suffix not in _LEFT_OUT_SUFFIXES
+            and path.name not in _LEFT_OUT_NAMES
+            and not path.name.startswith(".")
+            and not path.name.endswith(".index.json")
+        ]
+
+
+def file_digests(paths: Iterable[Path]) -> dict[str, str]:
+    """Name -> SHA-256 of files.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    return {path.name: file_digest(path) for path in paths}
+
+
+def input_facts(
+    plan: Plan, form: str, parts: Sequence[Part], copied: Mapping[str, str]
+) -> dict[str, str]:
     """Everything that decides a byte of the output, each kind of it as one digest.
 
-    Files of the sources are known by size and time of their last change, not by their bytes.
+    Weights are known by what the file system says of their files; see `changed`.
 
+    Args:
+        copied: name -> SHA-256 of the files that are copied.
     Returns:
         what it is, in words -> digest; two conversions are the same if all are.
+    Raises:
+        CheckpointError: a file cannot be had.
     """
-    paths = sorted({tensor.path for layer in plan.layers for tensor in _read(layer)})
+    paths = sorted({tensor.path for layer in plan.layers for tensor in tensors_read(layer)})
     return {
         "the release": f"{__version__} layout {LAYOUT_VERSION}",
         "the format": form,
         "the dtype": plan.target.dtype,
         "the preset": _digest(plan.preset.resolved),
         "config.json": _digest(_configs(plan)),
-        "the sources' files": _digest([_identity(path) for path in paths]),
+        _SOURCES: _digest([_identity(path) for path in paths]),
+        "the model's other files": _digest(copied),
         "the size of parts": _digest([[part.file, len(part.tensors)] for part in parts]),
         "the plan": _digest([part.header.decode("latin-1") for part in parts]),
     }
 
 
 def _identity(path: Path) -> list[object]:
-    """A source's file, downloaded if the cache has not got it.
-
-    Raises:
-        CheckpointError: it cannot be had.
-    """
+    """A source's file, downloaded if the cache has not got it."""
     fetch_if_missing(path)
-    try:
-        stat = path.stat()
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise CheckpointError(Problem(str(path), what, CHANGED, "file")) from error
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    with reading(path):
+        return [str(path.resolve()), *facts_of(path)]
 
 
 def _configs(plan: Plan) -> list[object]:
@@ -61,16 +107,26 @@ def _configs(plan: Plan) -> list[object]:
     return [dict(plan.source.config), said]
 
 
-def _read(layer: PlannedLayer) -> list[StoredTensor]:
-    norms = [layer.rescale.own, layer.rescale.served] if layer.rescale else []
-    return [*layer.inputs.values(), *norms]
-
-
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What differs between two conversions, in words."""
-    return [key for key in now if before.get(key) != now[key]]
+def changed(
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    layers: Iterable[Mapping[str, Any]],
+    plan: Plan,
+) -> list[str]:
+    """What differs between two conversions, in words.
+
+    Files of the sources that differ in what the file system says of them are read again where all
+    the rest is the same: only other bytes are a difference.
+
+    Args:
+        layers: what is there of the one before, as `layer_provenance` makes it.
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    found = [key for key in now if before.get(key) != now[key]]
+    return [] if found == [_SOURCES] and are_unchanged(layers, plan) else found

@@ -9,9 +9,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mixedprec_plugin.checkpoint.recorded import SHA256, parse_record
+from mixedprec_plugin.convert.folder import JOURNAL_NAME
+from mixedprec_plugin.convert.inputs import INPUTS
+from mixedprec_plugin.convert.provenance import LAYERS
 from mixedprec_plugin.errors import ConvertError, Problem
 
-JOURNAL_NAME = "journal.jsonl"
+_PART = {"file": {"type": "string"}, "num_bytes": {"type": "integer"}, "sha256": SHA256}
+_LINE = {
+    "type": "object",
+    "oneOf": [
+        {"required": ["inputs"], "properties": {"inputs": INPUTS}},
+        {
+            "required": [*_PART, "provenance"],
+            "properties": {**_PART, "provenance": LAYERS},
+            "additionalProperties": False,
+        },
+    ],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +47,9 @@ class Journal:
     """One line for the inputs, then one for each finished part; each is on disk when it counts.
 
     Only one process can hold it open.
+
+    Attributes:
+        damage: what is wrong with the file; empty where it is as it was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +63,17 @@ class Journal:
             raise ConvertError(Problem(str(folder.parent), text, "wait for it", "busy")) from error
         self.inputs: dict[str, str] = {}
         self.finished: dict[str, FinishedPart] = {}
-        self._read()
+        self.damage = ""
+        try:
+            self._read()
+        except ValueError as error:
+            self.damage = str(error)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let other processes have it."""
@@ -53,22 +81,17 @@ class Journal:
 
     def _read(self) -> None:
         self._file.seek(0)
-        for line in self._file.read().split(b"\n")[:-1]:
-            entry = json.loads(line)
+        *lines, torn = self._file.read().split(b"\n")
+        for line in lines:
+            entry = parse_record(line, _LINE)
             if "inputs" in entry:
                 self.inputs = entry["inputs"]
             else:
                 part = FinishedPart(**entry)
                 self.finished[part.file] = part
-        self._drop_torn_line()
-
-    def _drop_torn_line(self) -> None:
-        """Cut off a line that a kill left without its end."""
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            self._file.truncate(whole)
+        if torn:
+            # a kill left it without its end
+            self._file.truncate(sum(len(line) + 1 for line in lines))
 
     def start(self, inputs: dict[str, str]) -> None:
         """Forget all and begin for these inputs."""

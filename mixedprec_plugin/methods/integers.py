@@ -23,10 +23,10 @@ GROUP_SIZE_SCHEMA = choice(
     "precise and cost more bits a weight.",
     [128, 64, 32, -1],
 )
-CLIP_SEARCH_SCHEMA = choice(
-    "Quantizing only: search the clip ratio of every group for the least squared "
-    "error instead of using its full range. Slower to load.",
-    [False, True],
+ROUNDING_SCHEMA = choice(
+    "Quantizing only: to the nearest code while the model is loaded; or so that the predictions "
+    "change least, which `mixedprec convert` does beforehand.",
+    ["nearest", "calibrated"],
 )
 GROUP_SIZES = tuple({"group_size": size} for size in (128, 64, 32, -1))
 

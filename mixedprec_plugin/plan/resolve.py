@@ -113,7 +113,7 @@ def resolve_plan(
         MappingProxyType(sources),
         target,
         tuple(planned),
-        tuple(problems),
+        tuple(map(preset.conceal, problems)),
         MappingProxyType(dict(tied)),
     )
 

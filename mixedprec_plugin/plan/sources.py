@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
@@ -23,9 +24,8 @@ def open_other_sources(preset: Preset) -> Mapping[str, Source]:
         try:
             sources[name] = open_source(reference.path, name, reference.revision)
         except CheckpointError as error:
-            for p in error.problems:
-                where, what, remedy = map(reference.conceal, (p.where, p.what, p.remedy))
-                problems.append(Problem(f"{reference.location}: {where}", what, remedy, p.rule))
+            for p in map(preset.conceal, error.problems):
+                problems.append(dataclasses.replace(p, where=f"{reference.location}: {p.where}"))
     if problems:
         raise CheckpointError(problems)
     return sources

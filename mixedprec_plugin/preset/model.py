@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.errors import MixedPrecisionError, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,19 @@ class SourceReference:
 
     def conceal(self, text: str) -> str:
         """Write the names of environment variables in place of their values."""
-        text = text.replace(self.path, self.shown_path)
-        return text.replace(self.revision, self.shown_revision or "") if self.revision else text
+        if self.path != self.shown_path:
+            path = Path(self.path).expanduser()
+            # the last is how the Hub's cache spells an id
+            spellings = {*map(str, (self.path, path, path.resolve())), self.path.replace("/", "--")}
+            for spelling in sorted(spellings, key=len, reverse=True):
+                text = text.replace(spelling, self.shown_path)
+        if self.revision and self.revision != self.shown_revision:
+            text = text.replace(self.revision, self.shown_revision or "")
+        return text
 
 
 # arguments that say how we read and quantize, and that no SGLang config knows
-_OURS = frozenset({"clip_search", "dtype"})
+_OURS = frozenset({"rounding", "dtype"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +152,19 @@ class Preset:
     resolved: Mapping[str, Any]
     warnings: tuple[Problem, ...] = ()
     draft: Preset | None = None
+
+    def conceal(self, problem: Problem) -> Problem:
+        """A problem of the sources with the names of environment variables for their values."""
+        for source in self.sources.values():
+            where, what, remedy = map(source.conceal, (problem.where, problem.what, problem.remedy))
+            problem = dataclasses.replace(problem, where=where, what=what, remedy=remedy)
+        return problem
+
+    @contextlib.contextmanager
+    def concealing(self) -> Iterator[None]:
+        """Do so with whatever error is raised."""
+        try:
+            yield
+        except MixedPrecisionError as error:
+            # what it came of may hold them, too
+            raise type(error)(map(self.conceal, error.problems)) from None

@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 
+from mixedprec_plugin.quantize.rounding import Grid
+
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 TensorDict: TypeAlias = dict[str, torch.Tensor]
 Arguments: TypeAlias = Mapping[str, Any]
@@ -57,6 +59,12 @@ class Codec(Protocol):
 
         Raises:
             NotTheSameNumbersError: it cannot hold them.
+        """
+
+    def grid(self, arguments: Arguments, dtype: torch.dtype) -> Grid:
+        """What the codes of integers in groups stand for; optional.
+
+        Layers of a method that has it can be calibrated: `write` stores what is rounded on it.
         """
 
     def take_stored(self, tensors: Tensors, arguments: Arguments, *, checks: bool) -> TensorDict:

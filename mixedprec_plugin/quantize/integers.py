@@ -127,7 +127,7 @@ class Words:
         """Round a weight to groups; "scales" [K/G, N] are beside the words.
 
         Args:
-            arguments: "group_size" (divides K; -1 for all of K), "clip_search".
+            arguments: "group_size" (divides K; -1 for all of K).
         Raises:
             ShapeError: not a matrix of floats, not finite, too large for the scales' dtype, K no
                 multiple of the group size, or N or K no whole words.
@@ -135,12 +135,11 @@ class Words:
         N, K = weight_shape(weight)
         require_packable(N, 32 // self.bits)
         group_size = resolve_group_size(K, arguments["group_size"], self.along_k)
-        clip_search = bool(arguments.get("clip_search", False))
         scales = torch.empty((K // group_size, N), dtype=grid.scale_dtype, device=weight.device)
 
         def rounded() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
             for rows, values in float_chunks(weight, multiple=WHOLE_WORDS):
-                codes, scale, zeros = round_groups(values, group_size, grid, clip_search)
+                codes, scale, zeros = round_groups(values, group_size, grid)
                 scales[:, rows] = scale.t()
                 yield rows, codes, zeros
 

@@ -19,9 +19,6 @@ import dataclasses
 
 import torch
 
-# Multiples of the plain scale that a clip search tries.
-CLIP_RATIOS = tuple(1.05 - step / 40 for step in range(15))
-
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
@@ -42,27 +39,12 @@ class Grid:
         """The largest code."""
         return (1 << self.bits) - 1
 
-    @property
-    def clip_ratios(self) -> tuple[float, ...]:
-        """The ratios that a clip search tries.
-
-        On a symmetric grid one of them makes the scale larger / half, which gives a weight that is
-        on such a grid already, and uses its lowest code, back unchanged.
-        """
-        if not self.symmetric:
-            return CLIP_RATIOS
-        half = 1 << (self.bits - 1)
-        return ((half + 0.5) / half, *CLIP_RATIOS)
-
-    def fit(
-        self, low: torch.Tensor, high: torch.Tensor, ratio: float = 1.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def fit(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and zero point for groups that range from `low` to `high`.
 
         Args:
             low: float32, least value of each group; not modified.
             high: float32, largest value of each group; not modified.
-            ratio: the ranges are multiplied by this first.
         Returns:
             scale, float32 but representable in `scale_dtype`, and zero, float32 of whole numbers in
             0..largest_code; both of the shape of `low`. NaN or Inf where the group holds any.
@@ -70,10 +52,10 @@ class Grid:
         if self.symmetric:
             half = 1 << (self.bits - 1)
             larger, smaller = torch.maximum(high, -low), torch.minimum(high, -low)
-            magnitude = torch.maximum(larger / (half + 0.5), smaller / (half - 0.5)) * ratio
+            magnitude = torch.maximum(larger / (half + 0.5), smaller / (half - 0.5))
             scale = store_scale(magnitude, self.scale_dtype)
             return torch.where(high > -low, -scale, scale), torch.full_like(scale, half)
-        low, high = low.clamp(max=0) * ratio, high.clamp(min=0) * ratio
+        low, high = low.clamp(max=0), high.clamp(min=0)
         scale = store_scale((high - low) / self.largest_code, self.scale_dtype)
         return scale, (-low / scale).round_().clamp_(0, self.largest_code)
 
@@ -97,7 +79,7 @@ def store_scale(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def round_groups(
-    values: torch.Tensor, group_size: int, grid: Grid, clip_search: bool
+    values: torch.Tensor, group_size: int, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round a few rows of a weight to a grid of codes.
 
@@ -105,8 +87,6 @@ def round_groups(
         values: [R, K], float32, contiguous; overwritten.
         group_size: elements along K that share a scale; divides K.
         grid: what the codes stand for.
-        clip_search: take for every group the one of the grid's clip ratios, or 1, that has the
-            least squared error, instead of 1.
     Returns:
         codes uint8 [R, K], scale float32 [R, K/G] representable in the grid's dtype, zero float32
         [R, K/G].
@@ -114,44 +94,11 @@ def round_groups(
     R, K = values.shape
     grouped = values.view(R, K // group_size, group_size)
     low, high = grouped.amin(-1), grouped.amax(-1)
-    scale, zero = _search_clip(grouped, low, high, grid) if clip_search else grid.fit(low, high)
-    codes = _encode(grouped, scale, zero, grid, out=grouped)
+    scale, zero = grid.fit(low, high)
+    codes = grouped.div_(scale[..., None]).round_().add_(zero[..., None])
+    codes.clamp_(0, grid.largest_code)
     # Casting to int8 is several times faster than to uint8: shift 0..255 to -128..127 and back.
     if grid.bits == 8:
         shifted = codes.sub_(128).to(torch.int8).view(torch.uint8)
         return shifted.bitwise_xor_(128).view(R, K), scale, zero
     return codes.to(torch.int8).view(torch.uint8).view(R, K), scale, zero
-
-
-def _encode(
-    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, out: torch.Tensor
-) -> torch.Tensor:
-    """Write the codes of values [R, K/G, G], as floats, to `out`."""
-    torch.div(values, scale[..., None], out=out)
-    return out.round_().add_(zero[..., None]).clamp_(0, grid.largest_code)
-
-
-def _search_clip(
-    values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each group's scale and zero of least squared error; the plain ones are tried first."""
-    scratch = torch.empty_like(values)
-    scale, zero = grid.fit(low, high)
-    least = _squared_error(values, scale, zero, grid, scratch)
-    for ratio in grid.clip_ratios:
-        next_scale, next_zero = grid.fit(low, high, ratio)
-        error = _squared_error(values, next_scale, next_zero, grid, scratch)
-        better = error < least
-        least = torch.where(better, error, least)
-        scale = torch.where(better, next_scale, scale)
-        zero = torch.where(better, next_zero, zero)
-    return scale, zero
-
-
-def _squared_error(
-    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, out: torch.Tensor
-) -> torch.Tensor:
-    """Return the squared error of every group, in squared units of the weight."""
-    codes = _encode(values, scale, zero, grid, out=out)
-    decoded = codes.sub_(zero[..., None]).mul_(scale[..., None])
-    return decoded.sub_(values).square_().sum(-1)

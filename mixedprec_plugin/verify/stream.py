@@ -12,7 +12,7 @@ from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, printable
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.verify.report import problems, worst_first
-from mixedprec_plugin.verify.verifier import Comparison, Verifier
+from mixedprec_plugin.verify.verifier import Comparison, Verifier, check_recorded
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,12 @@ def verified(weights: Weights, plan: Plan, reference: Source) -> Weights:
 
     Raises (while iterating, after the last tensor):
         LoadError: with every layer that is too far from its reference, the worst first.
+        CheckpointError: a converted checkpoint is not what was written, or the reference changed.
     """
     held: dict[str, dict[str, torch.Tensor]] = {}
     found: list[Comparison] = []
-    with Reader() as reader:
+    with plan.preset.concealing(), Reader() as reader:
+        check_recorded(plan, reference)
         verifier = Verifier(plan, reference, {}, reader)
         for name, tensor in weights:
             layer_name, _, suffix = name.rpartition(".")
@@ -36,6 +38,7 @@ def verified(weights: Weights, plan: Plan, reference: Source) -> Weights:
             if len(held[layer_name]) == len(layer.outputs):
                 found.extend(verifier.compare(layer, held.pop(layer_name)))
             yield name, tensor
+    reference.check_unchanged()
     if errors := problems(found):
         raise LoadError(errors)
     if found:
@@ -43,5 +46,5 @@ def verified(weights: Weights, plan: Plan, reference: Source) -> Weights:
         assert worst.distance is not None
         logger.info(
             "mixedprec: %d layers compared with %s; the worst is %s with a relative error of %.3g",
-            len(found), reference.path, printable(worst.layer), worst.distance.relative_error,
+            len(found), reference.name, printable(worst.layer), worst.distance.relative_error,
         )  # fmt: skip

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from mixedprec_plugin.checkpoint.reader import Reader
+from mixedprec_plugin.checkpoint.recorded import damage
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.compose.stream import Tensors, compose_layer, in_file_order, plain_defaults
+from mixedprec_plugin.errors import CheckpointError
 from mixedprec_plugin.families.config import sizes
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import coupled_units, producers
@@ -65,6 +67,17 @@ def reference_of(named: str, plan: Plan) -> Source:
     if named in plan.sources and not Path(named).is_dir():
         return plan.sources[named]
     return open_source(named, "reference")
+
+
+def check_recorded(plan: Plan, reference: Source) -> None:
+    """Hold every byte of converted checkpoints against the digests that they carry.
+
+    Raises:
+        CheckpointError: with every file that is not what was written.
+    """
+    folders = {source.path: None for source in (*plan.sources.values(), reference)}
+    if problems := [p for folder in folders for p in damage(folder, digests=True)]:
+        raise CheckpointError(problems)
 
 
 class Verifier:

@@ -18,7 +18,7 @@ from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, wri
 from tests.presets import plan, write_preset
 from tests.reference import dequantize as independent
 
-AWQ = {"bits": 4, "group_size": 128, "zero_point": True, "clip_search": False}
+AWQ = {"bits": 4, "group_size": 128, "zero_point": True, "rounding": "nearest"}
 
 
 def test_stream_yields_exactly_what_the_plan_says(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_dequantized_layer_is_what_independent_code_reads(tmp_path: Path) -> Non
 def test_layers_taken_as_stored_are_the_stored_bytes(tmp_path: Path) -> None:
     config = llama_config()
     tensors = llama_tensors(config)
-    arguments = {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "clip_search": False}
+    arguments = {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "rounding": "nearest"}
     name = "model.layers.1.mlp.down_proj"
     stored = gptq.quantize(tensors.pop(f"{name}.weight"), arguments, torch.bfloat16)
     tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}

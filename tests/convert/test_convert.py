@@ -132,7 +132,7 @@ def test_act_order_is_remembered(tmp_path: Path) -> None:
     config = llama_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64,
                                                "desc_act": True, "sym": True})  # fmt: skip
     all_tensors = llama_tensors(config)
-    arguments = {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "clip_search": False}
+    arguments = {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "rounding": "nearest"}
     name = "model.layers.1.mlp.down_proj"
     stored = gptq.quantize(all_tensors.pop(f"{name}.weight"), arguments, torch.bfloat16)
     stored["g_idx"] = stored["g_idx"].flip(0).contiguous()

@@ -43,7 +43,7 @@ def _stored(case: Case, sizes: tuple[int, ...], seed: int = 0) -> list[dict[str,
         for index, size in enumerate(sizes)
     ]
     quantize = QUANTIZERS[case.method].quantize
-    arguments = {"zero_point": True, "sym": True, "desc_act": None, "clip_search": False}
+    arguments = {"zero_point": True, "sym": True, "desc_act": None, "rounding": "nearest"}
     return [quantize(weight, {**arguments, **case.arguments}, torch.bfloat16) for weight in weights]
 
 

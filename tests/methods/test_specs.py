@@ -73,12 +73,12 @@ def test_unquantized_stores_its_dtype_or_the_models(name: str, dtype: str) -> No
     assert stored(name, {}, 3, 5) == {"weight": (dtype, (3, 5))}
 
 
-def test_clip_search_never_reaches_a_constructor() -> None:
+def test_rounding_never_reaches_a_constructor() -> None:
     for name in ("awq", "gptq"):
         spec = METHODS[name]
         for platform in spec.config_classes:
-            assert "clip_search" not in spec.config_arguments(
-                bind(name, {"clip_search": True})[1], platform
+            assert "rounding" not in spec.config_arguments(
+                bind(name, {"rounding": "calibrated"})[1], platform
             )
 
 

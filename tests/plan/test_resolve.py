@@ -188,7 +188,7 @@ class TestStoredFormats:
         tensors = llama_tensors(config)
         for name in [n for n in tensors if ".mlp." in n]:
             arguments = {"bits": 4, "group_size": 64, "sym": True, "desc_act": False,
-                         "clip_search": False}  # fmt: skip
+                         "rounding": "nearest"}  # fmt: skip
             weight = tensors.pop(name)
             for suffix, tensor in gptq.quantize(weight, arguments, torch.float16).items():
                 tensors[name.removesuffix("weight") + suffix] = tensor

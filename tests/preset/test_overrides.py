@@ -28,7 +28,7 @@ TEXT = (
         ["rules[1].method=gptq", "rules.1.bits=8"],
         ["rules.1.match.0=*.v"],
         ["rules.1.match=[x,y]"],
-        ["schemes.a={clip_search: true}"],
+        ["schemes.a={rounding: calibrated}"],
         ["schemes.c={method: fp8, weight_block_size: [128, 128]}", "rules.0.scheme=c"],
         ["sources.s.path=/x", "schemes.a.source=s"],
         ["trust_sources=true", "on_fused_conflict=highest"],
@@ -84,7 +84,7 @@ def test_pattern_needs_no_quotes(write: Write) -> None:
         (
             "schemes.a.gruop_size=64",
             "unknown key 'gruop_size' (expected method, source, requantize, bits, group_size, sym, "
-            "desc_act, clip_search); did you mean 'group_size'?",
+            "desc_act, rounding); did you mean 'group_size'?",
         ),
         ("rules.0.scheme=x", "unknown scheme 'x' (expected a, b)"),
         (

@@ -155,7 +155,7 @@ REJECTED = [
         "version: 1\nschemes: {a: {method: awq, gruop_size: 64}}\n" + RULES,
         [
             "p.yaml:2: schemes.a.gruop_size: unknown key 'gruop_size' (expected method, source, "
-            "requantize, bits, group_size, zero_point, clip_search); did you mean 'group_size'?"
+            "requantize, bits, group_size, zero_point, rounding); did you mean 'group_size'?"
         ],
     ),
     # rules
@@ -241,8 +241,8 @@ REJECTED = [
         ["p.yaml:2: rules[0].bits: 8 is not 4"],
     ),
     (
-        "version: 1\nrules: [{match: '*', method: awq, clip_search: 1}]\n",
-        ["p.yaml:2: rules[0].clip_search: 1 is a number (expected true or false)"],
+        "version: 1\nrules: [{match: '*', method: awq, zero_point: 1}]\n",
+        ["p.yaml:2: rules[0].zero_point: 1 is a number (expected true or false)"],
     ),
     (
         "version: 1\nrules: [{match: '*', method: fp8, weight_block_size: [128]}]\n",

@@ -62,11 +62,8 @@ CASES = (
     case("fp8_channel"),
     case("blockwise_int8"),
     case("awq", group_size=32),
-    case("awq", group_size=64, clip_search=True),
     case("awq", group_size=-1),
     case("gptq", bits=4, group_size=32),
-    case("gptq", bits=4, group_size=64, clip_search=True),
     case("gptq", bits=4, group_size=-1),
     case("gptq", bits=8, group_size=32),
-    case("gptq", bits=8, group_size=64, clip_search=True),
 )

@@ -105,11 +105,9 @@ def test_int8_is_that_of_llmcompressor_to_one_step(layer: str) -> None:
     ("module", "arguments", "folder"),
     [
         (awq, G64, "llmcompressor-w4a16-asym-g64"),
-        (awq, {**G64, "clip_search": True}, "autoround-awq-asym-g64"),
         (gptq, {**G64, "bits": 4}, "llmcompressor-w4a16-g64"),
         (gptq, {**G64, "bits": 4}, "autoround-gptq-g64"),
         (gptq, {**G64, "bits": 4}, "gptqmodel-gptq-g64"),
-        (gptq, {**G64, "bits": 4, "clip_search": True}, "autoround-native-g64"),
         (gptq, {**G64, "bits": 8}, "llmcompressor-w8a8-int8"),
         (fp8, {"weight_block_size": [128, 128]}, "llmcompressor-fp8-block"),
         (fp8_channel, {}, "llmcompressor-fp8-dynamic"),

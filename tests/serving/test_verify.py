@@ -16,7 +16,7 @@ from tests.presets import write_preset
 
 LoadModel = Callable[..., Any]
 NAME = "model.layers.1.mlp.down_proj"
-ARGUMENTS = {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "clip_search": False}
+ARGUMENTS = {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "rounding": "nearest"}
 
 
 @pytest.fixture

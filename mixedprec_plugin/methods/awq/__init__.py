@@ -211,7 +211,7 @@ METHOD = Method(
         "zero_point": choice(
             "Each group has a zero point; SGLang's AWQ kernels always read one.", [True]
         ),
-        "clip_search": integers.CLIP_SEARCH_SCHEMA,
+        "rounding": integers.ROUNDING_SCHEMA,
     },
     stored=stored,
     recognize=recognize,

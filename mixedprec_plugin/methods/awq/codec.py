@@ -49,7 +49,12 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
                 "zero-point",
             )
         )
-    return _WORDS.quantize(weight, arguments, Grid(bits=4, symmetric=False, scale_dtype=dtype))
+    return _WORDS.quantize(weight, arguments, grid(arguments, dtype))
+
+
+def grid(_arguments: Arguments, dtype: torch.dtype) -> Grid:
+    """What codes stand for; see `Codec.grid`."""
+    return Grid(bits=4, symmetric=False, scale_dtype=dtype)
 
 
 def read(tensors: Tensors, arguments: Arguments) -> Integers:

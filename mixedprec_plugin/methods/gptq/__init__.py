@@ -274,7 +274,7 @@ METHOD = Method(
             "true needs a source that has it.",
             [None, False, True],
         ),
-        "clip_search": integers.CLIP_SEARCH_SCHEMA,
+        "rounding": integers.ROUNDING_SCHEMA,
     },
     stored=stored,
     recognize=recognize,

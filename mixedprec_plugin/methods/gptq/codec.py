@@ -46,10 +46,14 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
     """
     _require_plain(arguments)
     bits = int(arguments["bits"])
-    grid = Grid(bits=bits, symmetric=True, scale_dtype=dtype)
-    made = _words(bits).quantize(weight, arguments, grid)
+    made = _words(bits).quantize(weight, arguments, grid(arguments, dtype))
     K = weight.shape[1]
     return {**made, "g_idx": plain_order(K, K // len(made["scales"]), weight.device)}
+
+
+def grid(arguments: Arguments, dtype: torch.dtype) -> Grid:
+    """What codes stand for; see `Codec.grid`."""
+    return Grid(bits=int(arguments["bits"]), symmetric=True, scale_dtype=dtype)
 
 
 def read(tensors: Tensors, arguments: Arguments) -> Integers:

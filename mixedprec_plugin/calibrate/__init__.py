@@ -1,0 +1,10 @@
+"""Rounding by what a layer's inputs and outputs are worth to the model's predictions.
+
+network      transformers' class of the model, a decoder layer in memory at a time
+text         what is calibrated on: the model writes it, or the user names a file
+capture      each layer's inputs, and how much its outputs matter
+moments      both as one matrix, H
+sweep        forward and backward over the whole model, kept on disk
+rounding     one layer: H and its weight -> codes
+calibrator   all of it: a plan -> the codes of its layers
+"""

@@ -1,0 +1,149 @@
+"""Calibrating a plan: text, statistics and codes, kept in a folder until they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from mixedprec_plugin.calibrate.network import Network
+from mixedprec_plugin.calibrate.rounding import LayerRounding, is_rounded_so
+from mixedprec_plugin.calibrate.sweep import Sweep, save_whole
+from mixedprec_plugin.calibrate.text import read_text, write_text
+from mixedprec_plugin.checkpoint.reader import Reader
+from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
+from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+
+_TEXT = "text.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is calibrated on.
+
+    Attributes:
+        text: a file, or None for text that the model writes.
+        windows: number of windows; fewer where the file is shorter.
+        length: tokens of a window.
+        seed: of the text and of the labels.
+    """
+
+    text: Path | None = None
+    windows: int = 112
+    length: int = 128
+    seed: int = 0
+
+
+class Calibration:
+    """The codes of a plan's layers, once `prepare` made them.
+
+    Args:
+        plan: a plan without errors.
+        progress: shows how far it is.
+    Raises:
+        PlanError: no layer of the plan is rounded to integers in groups.
+        UsageError: the text cannot be read.
+    """
+
+    def __init__(self, plan: Plan, options: Options, progress: Progress) -> None:
+        self._plan, self._options, self._progress = plan, options, progress
+        self._names = {layer.name for layer in plan.layers if is_rounded_so(layer)}
+        if not self._names:
+            what = "no layer of the plan is rounded to integers in groups (awq, gptq)"
+            raise PlanError(Problem("--calibrate", what, "leave it out", "calibrate"))
+        self._files: dict[str, Path] = {}
+
+    def facts(self) -> dict[str, Any]:
+        """What the codes depend on, beside the plan."""
+        packages = ("torch", "transformers")
+        return {
+            **dataclasses.asdict(self._options),
+            "text": str(self._options.text) if self._options.text else None,
+            "versions": {name: version(name) for name in packages},
+        }
+
+    def prepare(self, folder: Path) -> None:
+        """Round every layer, or go on where that was stopped.
+
+        Args:
+            folder: where the work is kept; made if it is not there.
+        Raises:
+            CheckpointError: a source is damaged, or transformers does not have the model's class.
+        """
+        folder.mkdir(exist_ok=True)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with Reader() as reader:
+            network = Network(self._plan, reader, torch.float32, device)
+            count = len(network.layers)
+            if not self._index(folder, count):
+                tokens = self._tokens(network, folder)
+                task = self._progress.add_task("calibrating", total=2 * count)
+                total = 0.0
+
+                def advance(loss: float) -> None:
+                    nonlocal total
+                    total += loss
+                    text = f"calibrating, KL so far {total:.4f}" if total else "calibrating"
+                    self._progress.update(task, advance=1, description=text)
+
+                rounding = LayerRounding(self._plan.target, reader, device)
+                sweep = Sweep(network, tokens, folder, self._options.seed)
+                sweep.run(self._names, rounding, advance)
+                self._progress.remove_task(task)
+                self._index(folder, count)
+
+    def _tokens(self, network: Network, folder: Path) -> torch.Tensor:
+        options, path = self._options, folder / _TEXT
+        if not path.exists():
+            tokenizer = AutoTokenizer.from_pretrained(self._plan.source.path)
+            if options.text is not None:
+                made = read_text(options.text, tokenizer, options.windows, options.length)
+            else:
+                task = self._progress.add_task("writing text", total=None)
+                made = write_text(network, tokenizer, options.windows, options.length, options.seed)
+                self._progress.remove_task(task)
+            save_whole({"tokens": made}, path)
+        return load_file(path)["tokens"]
+
+    def _index(self, folder: Path, count: int) -> bool:
+        """Find the rounded layers; whether all of them are there."""
+        paths = [folder / f"rounded-{index}.safetensors" for index in range(count)]
+        if not all(path.exists() for path in paths):
+            return False
+        self._files = {record["layer"]: path for path in paths for record in _records(path)}
+        return True
+
+    def quantize(self, layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:
+        """The tensors that a layer was rounded to; to the nearest code, if it is none of ours."""
+        if layer.name not in self._names:
+            return round_to_nearest(layer, weight, target)
+        with safe_open(self._files[layer.name], framework="pt") as file:
+            prefix = f"{layer.name}."
+            names = [name for name in file.offset_keys() if name.rpartition(".")[0] == layer.name]
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+    def record(self) -> dict[str, Any]:
+        """What was calibrated on, and each layer's predicted loss in nats a token."""
+        layers = [one for path in sorted(set(self._files.values())) for one in _records(path)]
+        return {
+            **self.facts(),
+            "predicted_loss": sum(one["loss"] for one in layers),
+            "layers": layers,
+        }
+
+
+def _records(path: Path) -> Iterable[dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        records: list[dict[str, Any]] = json.loads(file.metadata()["records"])
+    return records

@@ -1,0 +1,90 @@
+"""What every linear layer reads, and how much its outputs matter, of a network that is run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from mixedprec_plugin.calibrate.network import Network
+from mixedprec_plugin.families.names import ExpertShard, shard_order
+from mixedprec_plugin.plan.model import PlannedLayer
+
+
+class Seen(NamedTuple):
+    """Tokens that a layer saw.
+
+    Attributes:
+        x: pieces of its inputs, bfloat16 [T, K].
+        weights: for each piece, the mean over outputs of the squared gradient, float32 [T].
+    """
+
+    x: list[torch.Tensor]
+    weights: list[torch.Tensor]
+
+
+class Capture(TorchFunctionMode):
+    """Keeps the inputs and the gradients of `torch.nn.functional.linear` while it is entered.
+
+    Layers that read the same tensor share its copy. Of experts in one parameter, each product is
+    told by where its matrix begins.
+
+    Args:
+        network: its parameters are looked at once, as they are loaded now.
+        wanted: names of the layers to keep tokens of.
+    """
+
+    def __init__(self, network: Network, wanted: Collection[str]) -> None:
+        super().__init__()
+        self.seen: dict[str, Seen] = {}
+        self._owners: dict[int, list[PlannedLayer]] = {}
+        for name, parameter in network.model.named_parameters():
+            parts = [part for part in network.layer_of(name) if part.name in wanted]
+            if parts and not parameter.is_meta:
+                self._owners[parameter.untyped_storage().data_ptr()] = parts
+        self._last: tuple[Any, torch.Tensor] = (None, torch.empty(0))
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call the function; of a product, keep its inputs, and its gradient once that is known."""
+        result = func(*args, **(kwargs or {}))
+        if func is functional.linear and result.requires_grad:
+            x, weight = args[0], args[1]
+            parts = self._owners.get(weight.untyped_storage().data_ptr(), [])
+            if parts := _of_product(parts, weight):
+                self._keep(parts, x, result)
+        return result
+
+    def _keep(self, parts: list[PlannedLayer], x: torch.Tensor, result: torch.Tensor) -> None:
+        if self._last[0] is not x:
+            self._last = (x, x.detach().reshape(-1, x.shape[-1]).bfloat16())
+        inputs = self._last[1]
+
+        def keep(gradient: torch.Tensor) -> None:
+            flat, first = gradient.reshape(-1, gradient.shape[-1]), 0
+            for part in parts:
+                assert part.stored is not None
+                rows = flat[:, first : first + part.stored.N]
+                first += part.stored.N
+                seen = self.seen.setdefault(part.name, Seen([], []))
+                seen.x.append(inputs)
+                seen.weights.append(rows.float().square().mean(1))
+
+        result.register_hook(keep)  # type: ignore[no-untyped-call]
+
+
+def _of_product(parts: list[PlannedLayer], weight: torch.Tensor) -> list[PlannedLayer]:
+    """The layers whose rows a matrix [N, K] is, in their order; all but experts are alone."""
+    if not parts or not isinstance(parts[0].shard, ExpertShard):
+        return parts
+    index = weight.storage_offset() // weight.numel()
+    own = [p for p in parts if isinstance(p.shard, ExpertShard) and p.shard.expert == index]
+    return sorted(own, key=lambda part: shard_order(part.shard))

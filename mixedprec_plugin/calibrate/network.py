@@ -1,0 +1,218 @@
+"""transformers' class of a model, filled from a plan's sources, a decoder layer at a time.
+
+Its weights are floats: those that a plan is made of before anything is rounded, or those that it
+serves, dequantized. What is not loaded takes no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from mixedprec_plugin.checkpoint.reader import Reader
+from mixedprec_plugin.compose.stream import compose_floats
+from mixedprec_plugin.errors import CheckpointError, Problem
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Network:
+    """A causal language model whose parameters come and go.
+
+    Args:
+        plan: a plan without errors; its model's config.json names the class.
+        reader: reads the sources.
+        dtype: of its parameters and its arithmetic.
+        device: where it computes.
+        compose: gives the floats of a layer of the plan.
+    Raises:
+        CheckpointError: transformers has no such class, or one without a plain list of layers.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        reader: Reader,
+        dtype: torch.dtype,
+        device: torch.device,
+        compose: Callable[[PlannedLayer, Target, Reader], Tensors] = compose_floats,
+    ) -> None:
+        self._plan, self._reader, self.device, self._compose = plan, reader, device, compose
+        self.model = _empty_model(plan, dtype, device)
+        mapping: list[Any] = [*get_model_conversion_mapping(self.model)]
+        self._loading = LoadStateDictConfig(
+            dtype=dtype, device_map={"": device}, weight_mapping=mapping
+        )
+        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        known = self.model.state_dict()
+        #: parameter of transformers' model -> the layers of the plan that it is made of
+        self.parts: dict[str, list[PlannedLayer]] = {}
+        self._names: dict[str, str] = {}
+        for layer in plan.layers:
+            for suffix in _float_suffixes(layer):
+                key = f"{layer.name}.{suffix}" if layer.name else suffix
+                name, _ = rename_source_key(
+                    key, renamings, converters, self.model.base_model_prefix, known
+                )
+                if layer.kind != "draft" and name in known:
+                    self.parts.setdefault(name, []).append(layer)
+                    self._names[layer.name] = name
+        self.path, self.layers = self._decoder_layers()
+
+    def _decoder_layers(self) -> tuple[str, torch.nn.ModuleList]:
+        decoder = self.model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, torch.nn.ModuleList):
+            raise _unsupported(self._plan, f"{type(decoder).__name__} has no list of layers")
+        path = next(name for name, module in self.model.named_modules() if module is layers)
+        return path, layers
+
+    def planned(self, index: int | None) -> list[PlannedLayer]:
+        """The layers of the plan that a decoder layer is made of; of no decoder layer for None."""
+
+        def is_inside(name: str) -> bool:
+            prefix = f"{self.path}." if index is None else f"{self.path}.{index}."
+            return name.startswith(prefix) is (index is not None)
+
+        found = {
+            id(layer): layer
+            for name, layers in self.parts.items()
+            if is_inside(name)
+            for layer in layers
+        }
+        return list(found.values())
+
+    @contextlib.contextmanager
+    def loaded(self, index: int | None) -> Iterator[list[PlannedLayer]]:
+        """Hold the weights of one decoder layer, or of all that is in none (None).
+
+        Yields:
+            its layers, as planned.
+        Raises:
+            CheckpointError: a source is damaged, or parameters are left without a tensor.
+        """
+        layers = self.planned(index)
+        held: Tensors = {}
+        for layer in layers:
+            made = self._compose(layer, self._plan.target, self._reader)
+            held |= {f"{layer.name}.{s}" if layer.name else s: t for s, t in made.items()}
+        convert_and_load_state_dict_in_model(self.model, held, self._loading)
+        held.clear()
+        self.model.tie_weights()
+        self.model.requires_grad_(False)
+        module = self.model if index is None else self.layers[index]
+        prefix = "" if index is None else f"{self.path}.{index}."
+        own = {prefix + name: p for name, p in module.named_parameters()}
+        inside = f"{self.path}."
+        missing = [
+            name
+            for name, parameter in own.items()
+            if parameter.is_meta and not (index is None and name.startswith(inside))
+        ]
+        if missing:
+            raise _unsupported(self._plan, f"no tensor of the checkpoint is its {missing[0]}")
+        try:
+            yield layers
+        finally:
+            for name in own:
+                if index is not None or not name.startswith(inside):
+                    _drop(self.model, name)
+
+    def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The predictions that follow from the states behind the last decoder layer.
+
+        Args:
+            tokens: int64 [B, T].
+            hidden: [B, T, hidden size].
+        Returns:
+            [B, T, vocabulary], in the network's dtype.
+        """
+
+        def give(index: int, before: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return hidden if index == len(self.layers) - 1 else before
+
+        with self.without_layers(give):
+            made: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return made
+
+    def layer_of(self, parameter: str) -> Sequence[PlannedLayer]:
+        """The layers of the plan that a parameter is made of."""
+        return self.parts.get(parameter, ())
+
+    @contextlib.contextmanager
+    def without_layers(self, replacement: Callable[..., Any]) -> Iterator[None]:
+        """Have `replacement(index, hidden_states, **kwargs)` called for each decoder layer."""
+        for index, layer in enumerate(self.layers):
+
+            def forward(
+                hidden: torch.Tensor, *args: Any, _index: int = index, **kwargs: Any
+            ) -> Any:
+                return replacement(_index, hidden, *args, **kwargs)
+
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+
+def _float_suffixes(layer: PlannedLayer) -> list[str]:
+    """The parameters of a layer once it is dequantized."""
+    if layer.stored is None or layer.stored.is_float:
+        return list(layer.inputs)
+    beside = [suffix for suffix in layer.inputs if suffix not in layer.stored.suffixes]
+    return ["weight", *beside]
+
+
+def _empty_model(plan: Plan, dtype: torch.dtype, device: torch.device) -> Any:
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        config = AutoConfig.from_pretrained(plan.source.path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+            )
+    except (ValueError, KeyError, OSError) as error:
+        raise _unsupported(plan, str(error)) from error
+    # what no checkpoint holds (frequencies of rotary embeddings) the classes compute themselves
+    for module in model.modules():
+        buffers = {n for n in module._buffers if n in module._non_persistent_buffers_set}
+        for name in buffers:
+            if (buffer := module._buffers[name]) is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+        if buffers:
+            with torch.no_grad():
+                model._init_weights(module)
+    return model.eval()
+
+
+def _unsupported(plan: Plan, why: str) -> CheckpointError:
+    where = str(plan.source.path / "config.json")
+    what = f"transformers cannot run this model: {why}"
+    return CheckpointError(Problem(where, what, "leave out --calibrate", "calibrate-model"))
+
+
+def _drop(model: Any, name: str) -> None:
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    empty = torch.empty_like(module._parameters[last], device="meta")
+    module._parameters[last] = torch.nn.Parameter(empty, requires_grad=False)

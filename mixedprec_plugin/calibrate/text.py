@@ -1,0 +1,78 @@
+"""The text that is calibrated on: written by the model itself, or the user's."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixedprec_plugin.calibrate.network import Network
+from mixedprec_plugin.errors import Problem, UsageError
+
+# documents begin after these, beside the tokenizer's own beginning of a text
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "</s>", "<eos>")
+
+
+def starts(tokenizer: Any) -> list[int]:
+    """Tokens that texts of different kinds begin with, each once; a space where none is known.
+
+    The beginning of a chat or of prose, and of what follows the end of another text: web and code.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ends = [vocabulary[text] for text in _ENDS_OF_TEXT if text in vocabulary]
+    found = [tokenizer.bos_token_id, *ends[:1], tokenizer.eos_token_id]
+    known = list(dict.fromkeys(token for token in found if token is not None))
+    return known[:2] or [int(tokenizer(" ", add_special_tokens=False).input_ids[0])]
+
+
+def write_text(
+    network: Network, tokenizer: Any, num_windows: int, length: int, seed: int
+) -> torch.Tensor:
+    """Let a model write windows of text at temperature 1, in turns from each kind of start.
+
+    All of its weights are in memory meanwhile.
+
+    Returns:
+        int64 [num_windows, length].
+    """
+    kinds = torch.tensor(starts(tokenizer))
+    first = kinds[torch.arange(num_windows) % len(kinds)][:, None].to(network.device)
+    torch.manual_seed(seed)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for index in (None, *range(len(network.layers))):
+            stack.enter_context(network.loaded(index))
+        made = network.model.generate(
+            first,
+            attention_mask=torch.ones_like(first),
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0,
+        )  # fmt: skip
+    return torch.as_tensor(made).cpu()
+
+
+def read_text(path: Path, tokenizer: Any, num_windows: int | None, length: int) -> torch.Tensor:
+    """Cut a file into windows that begin as the tokenizer begins a text.
+
+    Args:
+        num_windows: at most so many, spread over the file; None for all.
+    Returns:
+        int64 [windows, length].
+    Raises:
+        UsageError: the file cannot be read, or is shorter than one window.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(Problem("--text", f"{path} cannot be read ({error})")) from error
+    begin = list(tokenizer("").input_ids)
+    size = length - len(begin)
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    if len(tokens) < size:
+        what = f"{path} is {len(tokens):,} tokens (expected {size:,} or more)"
+        raise UsageError(Problem("--text", what, "name a longer text, or give a smaller --length"))
+    windows = [begin + tokens[at : at + size] for at in range(0, len(tokens) - size + 1, size)]
+    if num_windows is not None and num_windows < len(windows):
+        windows = [windows[i * len(windows) // num_windows] for i in range(num_windows)]
+    return torch.tensor(windows)

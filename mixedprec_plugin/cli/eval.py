@@ -1,0 +1,76 @@
+"""`mixedprec eval`: what presets cost, as the divergence from the unquantized model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, positive, print_json
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.render import console_for
+
+if TYPE_CHECKING:
+    from mixedprec_plugin.evaluate.report import Row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    add_planning_arguments(parser, several=True)
+    parser.add_argument(
+        "--reference", default="", metavar="MODEL",
+        help="the unquantized model, if --model is not it: folder or Hugging Face id",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help="UTF-8 text to predict; without it, the reference writes some",
+    )  # fmt: skip
+    parser.add_argument("--windows", type=positive, default=8, metavar="N", help="of text (8)")
+    parser.add_argument(
+        "--length", type=positive, default=512, metavar="N", help="tokens of a window (512)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the written text")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw divergence against bits")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Compare the predictions of presets, or of one converted folder, with the unquantized model's.
+
+    Returns:
+        0.
+    Raises:
+        UsageError, PresetError, CheckpointError, PlanError: before the work.
+    """
+    plans = {name or args.model: _plan(args, name) for name in args.presets or [""]}
+    # the verbs that only read run without torch
+    from mixedprec_plugin.evaluate.report import as_dict, draw, evaluate, print_rows
+
+    reference = open_source(args.reference or args.model)
+    with (
+        tempfile.TemporaryDirectory(prefix="mixedprec-eval-") as folder,
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
+            console=Console(file=sys.stderr), disable=not sys.stderr.isatty(),
+        ) as bar,
+    ):  # fmt: skip
+        rows: list[Row] = evaluate(
+            plans, reference, args.text, args.windows, args.length, args.seed, Path(folder), bar
+        )
+    if args.plot:
+        draw(rows, args.plot)
+    if args.json:
+        print_json(as_dict(rows, args), out)
+    else:
+        print_rows(rows, args.text, console_for(out))
+    return 0
+
+
+def _plan(args: argparse.Namespace, preset: str) -> Plan:
+    return make_plan(argparse.Namespace(**{**vars(args), "preset": preset})).check()

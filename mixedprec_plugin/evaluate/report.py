@@ -1,0 +1,168 @@
+"""Evaluating several plans, and printing what was found."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoTokenizer
+
+from mixedprec_plugin.calibrate.network import Network
+from mixedprec_plugin.calibrate.text import read_text, write_text
+from mixedprec_plugin.checkpoint.reader import Reader
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.compose.stream import compose_served
+from mixedprec_plugin.errors import Problem, UsageError, printable
+from mixedprec_plugin.evaluate.divergence import Divergence, Mean, divergences
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.render import add_row, new_table
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import load_resolved
+
+UNQUANTIZED = "(unquantized)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one preset costs.
+
+    Attributes:
+        bits: of a weight of the layers that can be quantized, scales counted.
+        num_bytes: of all that is served.
+    """
+
+    name: str
+    bits: float
+    num_bytes: int
+    found: Divergence
+
+
+def evaluate(
+    plans: Mapping[str, Plan],
+    reference: Source,
+    text: Path | None,
+    num_windows: int,
+    length: int,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> list[Row]:
+    """Evaluate plans against an unquantized model, which is the first row.
+
+    Args:
+        text: a file; None has the reference write the text.
+        folder: an empty one for hidden states.
+    Raises:
+        UsageError: the reference is quantized itself, or the text too short.
+        CheckpointError: a source is damaged, or of a class that transformers does not have.
+    """
+    own = _unquantized(reference, plans)
+    tokenizer = AutoTokenizer.from_pretrained(reference.path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with Reader() as reader:
+        network = Network(own, reader, torch.float32, device)
+        if text is None:
+            task = progress.add_task("text", total=None)
+            tokens = write_text(network, tokenizer, num_windows, length, seed)
+            progress.remove_task(task)
+        else:
+            tokens = read_text(text, tokenizer, num_windows, length)
+        networks = {
+            name: Network(plan, reader, torch.float32, device, compose_served)
+            for name, plan in plans.items()
+        }
+        total = sum(len(one.layers) for one in (network, *networks.values()))
+        task = progress.add_task("layers", total=total)
+        found = divergences(network, networks, tokens, folder, lambda: progress.advance(task))
+    rows = {UNQUANTIZED: own, **plans}
+    return [
+        Row(name, _bits(plan), plan.bytes_after, one)
+        for (name, plan), one in zip(rows.items(), found.values(), strict=True)
+    ]
+
+
+def _unquantized(reference: Source, plans: Mapping[str, Plan]) -> Plan:
+    """The reference as it is stored."""
+    target = next(iter(plans.values())).target
+    preset = load_resolved({"version": 1, "rules": [{"match": "*", "method": "auto"}]}, "reference")
+    plan = resolve_plan(preset, reference, target)
+    quantized = [x.name for x in plan.layers if x.stored is not None and not x.stored.is_float]
+    if quantized:
+        what = f"{reference.path} is quantized itself ({len(quantized)} layers)"
+        remedy = "name the unquantized model with --reference"
+        raise UsageError(Problem("--reference", what, remedy))
+    return plan
+
+
+def _bits(plan: Plan) -> float:
+    """Served bits a weight of linear layers and experts, scales counted."""
+    layers = [layer for layer in plan.layers if layer.kind in ("linear", "expert")]
+    num_weights = sum(layer.num_weights for layer in layers)
+    return 8 * sum(layer.bytes_after for layer in layers) / num_weights if num_weights else 0.0
+
+
+def _with_error(mean: Mean, digits: int) -> str:
+    error = "" if math.isnan(mean.error) else f" ± {mean.error:.{digits}f}"
+    return f"{mean.value:.{digits}f}{error}"
+
+
+def print_rows(rows: Sequence[Row], text: Path | None, console: Console) -> None:
+    """Print a table of what was found."""
+    numbers = ("bits", "KL, nats a token", "perplexity", "top-1 agreement")
+    table = new_table(("preset", False), *((title, True) for title in numbers))
+    for row in rows:
+        found = row.found
+        perplexity = math.exp(found.log_likelihood.value)
+        add_row(
+            table, row.name, f"{row.bits:.2f}", _with_error(found.kl, 4),
+            _with_error(Mean(perplexity, perplexity * found.log_likelihood.error), 2),
+            _with_error(found.top1, 4),
+        )  # fmt: skip
+    console.print(table)
+    read = printable(str(text)) if text else "text that the unquantized model wrote"
+    count = len(rows[0].found.windows)
+    console.print(
+        f"On {read}, {count} windows; ± is the standard error over windows. Weights are as served, "
+        "activations are not quantized.", highlight=False, markup=False,
+    )  # fmt: skip
+
+
+def as_dict(rows: Sequence[Row], args: argparse.Namespace) -> dict[str, Any]:
+    """What was found, for JSON."""
+    text = str(args.text) if args.text else None
+    return {
+        "text": text, "windows": len(rows[0].found.windows), "length": args.length,
+        "seed": args.seed, "rows": [dataclasses.asdict(row) for row in rows],
+    }  # fmt: skip
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw divergence against bits, in the format that the file's name says.
+
+    Raises:
+        UsageError: matplotlib is not installed, or does not know the format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        remedy = "pip install 'mixedprec-plugin[plot]'"
+        raise UsageError(Problem("--plot", "matplotlib is not installed", remedy)) from error
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows[1:]:
+        kl = row.found.kl
+        axes.errorbar(row.bits, kl.value, yerr=0 if math.isnan(kl.error) else kl.error, fmt="o")
+        axes.annotate(row.name, (row.bits, kl.value), xytext=(5, 5), textcoords="offset points")
+    axes.set(xlabel="bits a weight", ylabel="KL, nats a token", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise UsageError(Problem("--plot", f"{path} cannot be written ({error})")) from error
