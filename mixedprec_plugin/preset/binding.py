@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mixedprec_plugin.errors import MethodError
@@ -102,7 +103,7 @@ class Binder:
             return None
         self.used.add(name)
         if name not in self.schemes:
-            self._unknown(path, "scheme", list(self.schemes))
+            self._unknown(path, "scheme", self.schemes)
         return self.schemes.get(name)
 
     def _scheme(self, label: str, entry: Any, path: Path) -> Scheme | None:
@@ -125,10 +126,10 @@ class Binder:
         requantize = entry.get("requantize", False)
         return Scheme(label, method, arguments, source, requantize) if source in names else None
 
-    def _unknown(self, path: Path, kind: str, names: list[str]) -> None:
+    def _unknown(self, path: Path, kind: str, names: Collection[str]) -> None:
         name = at(self.shown, path)
         more = f", … {len(names)} in all" if len(names) > _NUM_SHOWN else ""
-        expected = f"expected {', '.join(names[:_NUM_SHOWN])}{more}"
+        expected = f"expected {', '.join(itertools.islice(names, _NUM_SHOWN))}{more}"
         expected = expected if names else f"the preset has no '{kind}s'"
         what = f"unknown {kind} {name!r} ({expected})"
         remedy = self.document.findings.suggest(name, names)

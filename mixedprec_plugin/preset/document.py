@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from typing import Any
 
 from mixedprec_plugin.errors import Problem, Severity
@@ -47,9 +47,9 @@ class Findings:
         found.sort(key=lambda pair: (order.get(pair[0].file, len(order)), pair[0].line))
         return tuple(problem for _, problem in found)
 
-    def suggest(self, name: str, names: Iterable[str]) -> str:
+    def suggest(self, name: str, names: Collection[str]) -> str:
         """The remedy that names what was meant; empty where nothing is near."""
-        near = self._nearest.find(name, list(names))
+        near = self._nearest.find(name, names)
         return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

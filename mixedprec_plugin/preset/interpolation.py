@@ -268,7 +268,7 @@ class _Resolver:
         node = _walk(self.configs[0], target)
         depth = 0
         for number, key in enumerate(reference.keys, start=1):
-            names = list(node) if isinstance(node, DictConfig) else []
+            names: Any = node.keys() if isinstance(node, DictConfig) else ()
             is_index = isinstance(node, ListConfig) and key.isdecimal()
             if not (int(key[:9]) < len(node) if is_index else key in names):
                 missing = f"there is no {'.'.join(reference.keys[:number])!r}"

@@ -13,7 +13,13 @@ import time
 from pathlib import Path
 
 from tests.fuzz.case import Case, Outcome, run_case
-from tests.fuzz.mutations import change_bytes, change_head, change_json, change_yaml
+from tests.fuzz.mutations import (
+    change_bytes,
+    change_head,
+    change_json,
+    change_tensors,
+    change_yaml,
+)
 from tests.fuzz.seeds import ARGUMENTS, PARENT, presets, seeds
 
 MAX_KEPT = 2000
@@ -43,7 +49,8 @@ class Campaign:
     def __post_init__(self) -> None:
         self.seeds = seeds(self.folder)
         self.presets = presets()
-        self.kept: list[Case] = []
+        # by exit code: what is right can be changed further than what is wrong already
+        self.kept: dict[int, list[Case]] = {0: [], 1: [], 2: []}
         self._words: set[str] = set()
         self._peak = 0
 
@@ -70,16 +77,17 @@ class Campaign:
             self.findings.setdefault(outcome.finding, (case, outcome))
         elif outcome.words - self._words:
             self._words |= outcome.words
-            if len(self.kept) < MAX_KEPT:
-                self.kept.append(case)
+            kept = self.kept[outcome.code]
+            if len(kept) < MAX_KEPT:
+                kept.append(case)
             else:
-                self.kept[self.rng.randrange(MAX_KEPT)] = case
+                kept[self.rng.randrange(MAX_KEPT)] = case
 
     def chosen(self) -> Case:
         """A valid input, or one that was kept."""
         rng = self.rng
-        if self.kept and rng.randrange(2):
-            return rng.choice(self.kept)
+        if rng.randrange(2) and (kept := self.kept[rng.choice((0, 0, 1))]):
+            return rng.choice(kept)
         files = dict(rng.choice(self.seeds))
         # presets take longest of all to read
         preset = rng.choice(self.presets if rng.randrange(4) == 0 else self.presets[:4])
@@ -106,11 +114,7 @@ class Campaign:
             name = rng.choice(sorted(files))
             pieces = files[name]
             if name.endswith(".safetensors"):
-                head = change_head(rng, pieces[0])
-                data = (
-                    pieces[1:] if rng.randrange(50) else (change_bytes(rng, b"".join(pieces[1:])),)
-                )
-                files[name] = (head, *data)
+                files[name] = changed_weights(rng, pieces[0], b"".join(pieces[1:]))
             elif name.endswith(".yaml"):
                 files[name] = (change_yaml(rng, pieces[0]),)
             elif name.endswith(".json"):
@@ -123,6 +127,17 @@ class Campaign:
             if rng.randrange(100) == 0:
                 files[changed_name(rng, name)] = files.pop(name)
         return Case(case.argv, files)
+
+
+def changed_weights(rng: random.Random, head: bytes, data: bytes) -> tuple[bytes, bytes]:
+    """A safetensors file with a tensor, its header or, seldom, its data changed."""
+    if rng.randrange(50) == 0:
+        return head, change_bytes(rng, data)
+    if rng.randrange(3):
+        # it may be none any longer
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return change_tensors(rng, head, data)
+    return change_head(rng, head), data
 
 
 def changed_name(rng: random.Random, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 from typing import Any
 
@@ -235,6 +236,59 @@ def change_yaml(rng: random.Random, raw: bytes) -> bytes:
     tree = change_tree(rng, tree)
     text = json.dumps(tree) if rng.randrange(2) else yaml.safe_dump(tree)
     return text.encode("utf-8", "replace")
+
+
+_SIZES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "BOOL": 1, "BF16": 2, "F16": 2, "I16": 2,
+          "F32": 4, "I32": 4, "I64": 8, "F64": 8}  # fmt: skip
+
+
+def change_tensors(rng: random.Random, raw: bytes, data: bytes) -> tuple[bytes, bytes]:
+    """A safetensors file with one tensor changed, and all offsets right.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
+    header = json.loads(raw[8:])
+    names = [name for name in header if name != "__metadata__"]
+    name = rng.choice(names)
+    entry = dict(header[name])
+    shape = list(entry["shape"])
+    match rng.randrange(8):
+        case 0:
+            del header[name]
+        case 1 | 2:
+            header[changed_text(rng, name)] = header.pop(name)
+        case 3:
+            header[changed_text(rng, name)] = entry
+        case 4:
+            header[f"{name.rpartition('.')[0]}.{rng.choice(_SUFFIXES)}"] = entry
+        case 5:
+            entry["dtype"] = rng.choice(list(_SIZES))
+        case 6:
+            entry["shape"] = rng.choice((shape[::-1], [*shape, 1], shape[1:], [1, *shape], [], [0]))
+        case _ if shape:
+            at = rng.randrange(len(shape))
+            shape[at] = max(0, rng.choice((shape[at] + 1, shape[at] - 1, shape[at] * 2, 1, 0, 3)))
+            entry["shape"] = shape
+    if name in header:
+        header[name] = entry
+    return _laid_out(header, data)
+
+
+def _laid_out(header: dict[str, Any], data: bytes) -> tuple[bytes, bytes]:
+    """Put tensors one behind another; of those whose size has changed, the bytes are repeated."""
+    pieces: list[bytes] = []
+    end = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            size = math.prod(entry["shape"]) * _SIZES[entry["dtype"]]
+            first, last = entry["data_offsets"]
+            old = data[first:last] or b"\x80\x3c"
+            pieces.append((old * (size // len(old) + 1))[: min(size, 1 << 22)])
+            header[name] = {**entry, "data_offsets": [end, end + size]}
+            end += size
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text, b"".join(pieces)
 
 
 def change_head(rng: random.Random, raw: bytes) -> bytes:
