@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import resource
@@ -19,8 +20,10 @@ from tests.fuzz.mutations import (
     change_json,
     change_tensors,
     change_yaml,
+    changed_text,
+    odd_value,
 )
-from tests.fuzz.seeds import ARGUMENTS, PARENT, presets, seeds
+from tests.fuzz.seeds import ARGUMENTS, OVERRIDES, PARENT, presets, seeds
 
 MAX_KEPT = 2000
 # that one input may add to what was ever in use
@@ -101,11 +104,14 @@ class Campaign:
         named = ("--model", "model", "--preset", "preset.yaml")
         is_converted = any("provenance" in name for name in files)
         if rng.randrange(100) < (CONVERTED if "out" not in "".join(files) else 50):
-            return ("convert", *named, "--device", "cpu", "--out", "out")
+            if "out" in "".join(files) or rng.randrange(3):
+                return ("convert", *named, "--device", "cpu", "--out", "out")
+            return ("verify", *named, "--device", "cpu", "--reference", "model", *as_json)
         if rng.randrange(3) == 0:
             return ("inspect", "model", *as_json)
         named = named[:2] if is_converted and rng.randrange(2) else named
-        return ("plan", *named, *rng.choice(ARGUMENTS), *as_json)
+        more = rng.choice(ARGUMENTS) if rng.randrange(4) else ("--set", override(rng))
+        return ("plan", *named, *more, *as_json)
 
     def changed(self, case: Case) -> Case:
         """The input with one to three things changed."""
@@ -127,6 +133,29 @@ class Campaign:
             if rng.randrange(100) == 0:
                 files[changed_name(rng, name)] = files.pop(name)
         return Case(case.argv, files)
+
+
+def reduced(case: Case, outcome: Outcome, folder: Path) -> Case:
+    """The same finding with fewer files, and with nothing in weights that does not matter."""
+    for name, pieces in case.files.items():
+        files = dict(case.files)
+        del files[name]
+        zeros = (pieces[0], bytes(sum(map(len, pieces[1:]))))
+        for fewer in (files, {**case.files, name: zeros}):
+            smaller = Case(case.argv, fewer)
+            if run_case(smaller, folder).finding == outcome.finding:
+                case = smaller
+                break
+    return case
+
+
+def override(rng: random.Random) -> str:
+    """A text for `--set`."""
+    key, value = rng.choice(OVERRIDES).split("=", 1)
+    key = changed_text(rng, key) if rng.randrange(3) == 0 else key
+    if rng.randrange(2):
+        return f"{key}={json.dumps(odd_value(rng), ensure_ascii=False)}"
+    return f"{key}={changed_text(rng, value)}"
 
 
 def changed_weights(rng: random.Random, head: bytes, data: bytes) -> tuple[bytes, bytes]:
@@ -161,8 +190,8 @@ def work(seconds: float, seed: int) -> tuple[dict[int, int], dict[str, tuple[str
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30),) * 2)
         campaign.run(seconds)
-    found = {
-        finding: (case.as_text(), outcome.details, campaign.repeated[finding])
-        for finding, (case, outcome) in campaign.findings.items()
-    }
+        found = {}
+        for finding, (case, outcome) in campaign.findings.items():
+            text = reduced(case, outcome, campaign.folder).as_text()
+            found[finding] = text, outcome.details, campaign.repeated[finding]
     return dict(campaign.counts), found

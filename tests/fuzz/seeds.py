@@ -225,6 +225,12 @@ ARGUMENTS = (
     (), (), ("--tp", "2"), ("--device", "cpu"), ("--dtype", "float16"), ("--gpu", "H100"),
     ("--gpu", "8.0"), ("--set", "rules.0.method=awq"), ("--draft-model", "model"),
 )  # fmt: skip
+OVERRIDES = (
+    "rules.0.method=awq", "rules[0].match=*.mlp.*", "rules.0.group_size=64", "schemes.a.bits=8",
+    "schemes.a={method: fp8}", "schemes.b=${schemes.a}", "lists.hot=[1, 2]", "sources.s.path=model",
+    "rules.0.source=s", "description=${oc.env:HOME}", "version=1", "on_fused_conflict=highest",
+    "draft.rules.0.method=awq", "rules=[]", "extends=awq",
+)  # fmt: skip
 
 
 def seeds(folder: Path) -> list[Files]:
