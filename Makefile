@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo quick test test-gpu lint format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed
+.PHONY: help install demo quick test test-gpu lint format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed bench-rounding
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
@@ -50,10 +50,13 @@ format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: quality memory experts tp plan-speed composite-speed loading
+bench: quality memory experts tp plan-speed composite-speed loading bench-rounding
 
 quality: $(INSTALLED)
 	@$(RUN) -m benchmarks.quality --out docs/quality.md
+
+bench-rounding: $(INSTALLED)
+	@$(RUN) -m benchmarks.calibration --out docs/calibration.md
 
 memory: $(INSTALLED)
 	@$(RUN) -m benchmarks.memory --out docs/memory.md

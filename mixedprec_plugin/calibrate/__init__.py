@@ -3,6 +3,7 @@
 network      transformers' class of the model, a decoder layer in memory at a time
 text         what is calibrated on: the model writes it, or the user names a file
 capture      each layer's inputs, and how much its outputs matter
+ranks        several processes, each with some windows and some layers
 moments      both as one matrix, H
 sweep        forward and backward over the whole model, kept on disk
 rounding     one layer: H and its weight -> codes

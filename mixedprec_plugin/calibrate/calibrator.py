@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from mixedprec_plugin.calibrate.network import Network
+from mixedprec_plugin.calibrate.ranks import Ranks
 from mixedprec_plugin.calibrate.rounding import LayerRounding, is_rounded_so
-from mixedprec_plugin.calibrate.sweep import Sweep, save_whole
+from mixedprec_plugin.calibrate.sweep import Sweep, rounded_paths, save_whole
 from mixedprec_plugin.calibrate.text import read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
+from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.methods.interface import Target
@@ -37,12 +39,14 @@ class Options:
         windows: number of windows; fewer where the file is shorter.
         length: tokens of a window.
         seed: of the text and of the labels.
+        gradients: whether tokens are weighed by the gradient of the model's own predictions.
     """
 
     text: Path | None = None
     windows: int = 112
     length: int = 128
     seed: int = 0
+    gradients: bool = True
 
 
 class Calibration:
@@ -50,26 +54,34 @@ class Calibration:
 
     Args:
         plan: a plan without errors.
+        everything: whether all layers are calibrated that can be, or those whose scheme asks.
         progress: shows how far it is.
     Raises:
         PlanError: no layer of the plan is rounded to integers in groups.
         UsageError: the text cannot be read.
     """
 
-    def __init__(self, plan: Plan, options: Options, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, options: Options, progress: Progress, *, everything: bool
+    ) -> None:
         self._plan, self._options, self._progress = plan, options, progress
-        self._names = {layer.name for layer in plan.layers if is_rounded_so(layer)}
+        layers = [layer for layer in plan.layers if everything or layer.asks_for_calibration]
+        self._names = {layer.name for layer in layers if is_rounded_so(layer)}
         if not self._names:
             what = "no layer of the plan is rounded to integers in groups (awq, gptq)"
             raise PlanError(Problem("--calibrate", what, "leave it out", "calibrate"))
+        self._ranks = Ranks()
+        self._is_begun = False
         self._files: dict[str, Path] = {}
+        self._records: list[dict[str, Any]] = []
 
     def facts(self) -> dict[str, Any]:
         """What the codes depend on, beside the plan."""
         packages = ("torch", "transformers")
+        text = self._options.text
         return {
             **dataclasses.asdict(self._options),
-            "text": str(self._options.text) if self._options.text else None,
+            "text": file_digest(text) if text else "written by the model",
             "versions": {name: version(name) for name in packages},
         }
 
@@ -82,13 +94,16 @@ class Calibration:
             CheckpointError: a source is damaged, or transformers does not have the model's class.
         """
         folder.mkdir(exist_ok=True)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not self.is_helper:
+            self._is_begun = True
+            self._ranks.share(str(folder))
         with Reader() as reader:
-            network = Network(self._plan, reader, torch.float32, device)
+            network = Network(self._plan, reader, torch.float32, self._ranks.device)
             count = len(network.layers)
-            if not self._index(folder, count):
+            if not min(self._ranks.everyone(self._index(folder, count))):
                 tokens = self._tokens(network, folder)
-                task = self._progress.add_task("calibrating", total=2 * count)
+                passes = 2 if self._options.gradients else 1
+                task = self._progress.add_task("calibrating", total=passes * count)
                 total = 0.0
 
                 def advance(loss: float) -> None:
@@ -97,15 +112,34 @@ class Calibration:
                     text = f"calibrating, KL so far {total:.4f}" if total else "calibrating"
                     self._progress.update(task, advance=1, description=text)
 
-                rounding = LayerRounding(self._plan.target, reader, device)
-                sweep = Sweep(network, tokens, folder, self._options.seed)
+                rounding = LayerRounding(self._plan.target, reader, self._ranks.device)
+                options = self._options
+                sweep = Sweep(
+                    network, tokens, folder, options.seed,
+                    gradients=options.gradients, ranks=self._ranks,
+                )  # fmt: skip
                 sweep.run(self._names, rounding, advance)
                 self._progress.remove_task(task)
                 self._index(folder, count)
 
+    @property
+    def is_helper(self) -> bool:
+        """Whether another process writes the checkpoint, and this one only calibrates."""
+        return self._ranks.rank > 0
+
+    def help(self) -> None:
+        """Calibrate with rank 0, if it does."""
+        if folder := self._ranks.share(None):
+            self.prepare(Path(folder))
+
+    def dismiss(self) -> None:
+        """Let the other ranks go where nothing was left to calibrate."""
+        if not self._is_begun:
+            self._ranks.share(None)
+
     def _tokens(self, network: Network, folder: Path) -> torch.Tensor:
         options, path = self._options, folder / _TEXT
-        if not path.exists():
+        if self._ranks.rank == 0 and not path.exists():
             tokenizer = AutoTokenizer.from_pretrained(self._plan.source.path)
             if options.text is not None:
                 made = read_text(options.text, tokenizer, options.windows, options.length)
@@ -114,14 +148,20 @@ class Calibration:
                 made = write_text(network, tokenizer, options.windows, options.length, options.seed)
                 self._progress.remove_task(task)
             save_whole({"tokens": made}, path)
+        self._ranks.everyone(None)
         return load_file(path)["tokens"]
 
     def _index(self, folder: Path, count: int) -> bool:
         """Find the rounded layers; whether all of them are there."""
-        paths = [folder / f"rounded-{index}.safetensors" for index in range(count)]
+        of = self._ranks.count
+        paths = [path for index in range(count) for path in rounded_paths(folder, index, of)]
         if not all(path.exists() for path in paths):
             return False
-        self._files = {record["layer"]: path for path in paths for record in _records(path)}
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                records = json.loads(file.metadata()["records"])
+            self._records += records
+            self._files |= {record["layer"]: path for record in records}
         return True
 
     def quantize(self, layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:
@@ -133,17 +173,17 @@ class Calibration:
             names = [name for name in file.offset_keys() if name.rpartition(".")[0] == layer.name]
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
+    @property
+    def predicted_loss(self) -> float | None:
+        """KL in nats a token that H predicts; None before, or without gradients."""
+        if not self._files or not self._options.gradients:
+            return None
+        return float(self.record()["predicted_loss"])
+
     def record(self) -> dict[str, Any]:
         """What was calibrated on, and each layer's predicted loss in nats a token."""
-        layers = [one for path in sorted(set(self._files.values())) for one in _records(path)]
         return {
             **self.facts(),
-            "predicted_loss": sum(one["loss"] for one in layers),
-            "layers": layers,
+            "predicted_loss": math.fsum(one["loss"] or 0.0 for one in self._records),
+            "layers": self._records,
         }
-
-
-def _records(path: Path) -> Iterable[dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
-        records: list[dict[str, Any]] = json.loads(file.metadata()["records"])
-    return records

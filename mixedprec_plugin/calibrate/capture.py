@@ -35,10 +35,12 @@ class Capture(TorchFunctionMode):
     Args:
         network: its parameters are looked at once, as they are loaded now.
         wanted: names of the layers to keep tokens of.
+        gradients: whether tokens are weighed by them, or all count alike.
     """
 
-    def __init__(self, network: Network, wanted: Collection[str]) -> None:
+    def __init__(self, network: Network, wanted: Collection[str], *, gradients: bool) -> None:
         super().__init__()
+        self._gradients = gradients
         self.seen: dict[str, Seen] = {}
         self._owners: dict[int, list[PlannedLayer]] = {}
         for name, parameter in network.model.named_parameters():
@@ -56,7 +58,7 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Call the function; of a product, keep its inputs, and its gradient once that is known."""
         result = func(*args, **(kwargs or {}))
-        if func is functional.linear and result.requires_grad:
+        if func is functional.linear and self._owners:
             x, weight = args[0], args[1]
             parts = self._owners.get(weight.untyped_storage().data_ptr(), [])
             if parts := _of_product(parts, weight):
@@ -78,7 +80,10 @@ class Capture(TorchFunctionMode):
                 seen.x.append(inputs)
                 seen.weights.append(rows.float().square().mean(1))
 
-        result.register_hook(keep)  # type: ignore[no-untyped-call]
+        if self._gradients:
+            result.register_hook(keep)  # type: ignore[no-untyped-call]
+        else:
+            keep(torch.ones_like(result))
 
 
 def _of_product(parts: list[PlannedLayer], weight: torch.Tensor) -> list[PlannedLayer]:

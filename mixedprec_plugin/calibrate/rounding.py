@@ -1,22 +1,26 @@
-"""One layer: what it saw of the text -> its codes."""
+"""What layers saw of the text -> their codes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mixedprec_plugin.calibrate.capture import Seen
 from mixedprec_plugin.calibrate.moments import second_moment
+from mixedprec_plugin.calibrate.sweep import unit_of
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES, Reader
-from mixedprec_plugin.compose.stream import compose_floats
+from mixedprec_plugin.compose.stream import Tensors, compose_floats
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.quantize.checks import resolve_group_size
 from mixedprec_plugin.quantize.codec import load_codec
-from mixedprec_plugin.quantize.feedback import round_with_feedback
+from mixedprec_plugin.quantize.feedback import Rounded, round_with_feedback
 from mixedprec_plugin.quantize.integers import Integers
+
+Record = dict[str, Any]
 
 # above, a layer's inputs are taken in blocks between which nothing is fed back
 _MAX_INPUTS = 16384
@@ -42,50 +46,107 @@ class LayerRounding:
         self._target, self._reader, self._device = target, reader, device
 
     def __call__(
-        self, layer: PlannedLayer, seen: Seen, num_tokens: int
-    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Round a layer.
+        self, layers: Sequence[PlannedLayer], seen: dict[str, Seen], num_tokens: int
+    ) -> Iterator[tuple[PlannedLayer, Tensors, Record]]:
+        """Round the layers of a decoder layer.
 
         Args:
+            seen: layer name -> tokens, each taken out once it was used.
             num_tokens: of the whole text.
-        Returns:
-            the tensors of its method; and its record: "loss" in nats a token, "tokens" that it saw,
-            how far correlations were shrunk, and in how many blocks.
+        Yields:
+            the tensors of each one's method, and its record: "loss" in nats a token, "tokens" that
+            it saw, how far correlations were shrunk in each block of its inputs.
         """
+        pools = self._pools(layers, seen)
+        for layer in layers:
+            own = seen.pop(layer.name, Seen([], []))
+            yield layer, *self._round(layer, own, pools.get(unit_of(layer)), num_tokens)
+
+    def _pools(
+        self, layers: Sequence[PlannedLayer], seen: Mapping[str, Seen]
+    ) -> dict[object, torch.Tensor]:
+        """Of experts that read the same states: the mean over experts of the sum of w x x'."""
+        members: dict[object, list[PlannedLayer]] = {}
+        for layer in layers:
+            if unit_of(layer) != layer.name:
+                members.setdefault(unit_of(layer), []).append(layer)
+        pools = {}
+        for pool, experts in members.items():
+            tokens = [seen[layer.name] for layer in experts if layer.name in seen]
+            x, weights = _joined(
+                Seen(
+                    [x for one in tokens for x in one.x], [w for one in tokens for w in one.weights]
+                )
+            )
+            if len(x):
+                H, _ = second_moment(x.to(self._device), weights.to(self._device))
+                pools[pool] = H.mul_(len(x) / len(experts))
+        return pools
+
+    def _round(
+        self, layer: PlannedLayer, seen: Seen, pool: torch.Tensor | None, num_tokens: int
+    ) -> tuple[Tensors, Record]:
         assert layer.scheme is not None
         codec, dtype = load_codec(METHODS[layer.method].codec), TORCH_DTYPES[self._target.dtype]
         arguments = layer.scheme.arguments
         weight = compose_floats(layer, self._target, self._reader)["weight"].to(dtype).float()
+        weight = weight.to(self._device)
         N, K = weight.shape
         group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)
-        grid = codec.grid(arguments, dtype)
-        x = torch.cat(seen.x) if seen.x else torch.ones(0, K)
-        weights = torch.cat(seen.weights) if seen.x else torch.ones(0)
-        weight = weight.to(self._device)
+        x, weights = (part.to(self._device) for part in _joined(seen))
         pieces, loss, shrunk = [], 0.0, []
-        blocks = _blocks(K, group_size)
-        for columns in blocks:
-            H, amount = self._moment(x[:, columns], weights, columns)
-            piece = round_with_feedback(weight[:, columns], H, group_size, grid)
+        for columns in _blocks(K, group_size):
+            H, amount = _moment(x[:, columns], weights, columns, pool)
+            own = weight[:, columns]
+            piece = round_with_feedback(own, H, group_size, codec.grid(arguments, dtype))
             pieces.append(piece)
-            loss += 0.5 * piece.loss * len(x) / num_tokens
+            loss += 0.5 * _loss(piece, own, H, amount) / num_tokens
             shrunk.append(round(amount, 4))
-        codes = torch.cat([piece.codes for piece in pieces], 1).cpu()
-        zeros, scales = (
+        codes, scales, zeros = (
             torch.cat([getattr(piece, key) for piece in pieces], 1).cpu()
-            for key in ("zeros", "scales")
+            for key in ("codes", "scales", "zeros")
         )
         numbers = Integers(N, K, group_size, lambda rows: codes[rows], zeros, scales.to(dtype))
-        record: dict[str, Any] = {"loss": loss, "tokens": len(x), "shrunk": shrunk}
+        record = {"loss": loss if len(x) else None, "tokens": len(x), "shrunk": shrunk}
         return codec.write(numbers, arguments, dtype), record
 
-    def _moment(
-        self, x: torch.Tensor, weights: torch.Tensor, columns: slice
-    ) -> tuple[torch.Tensor, float]:
-        size = columns.stop - columns.start
-        if len(x) == 0 or not float(weights.sum()) > 0:
-            return torch.eye(size, device=self._device), 1.0
-        return second_moment(x.to(self._device), weights.to(self._device))
+
+def _joined(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+    if not seen.x:
+        return torch.empty(0, 0), torch.empty(0)
+    return torch.cat(seen.x), torch.cat(seen.weights)
+
+
+def _moment(
+    x: torch.Tensor, weights: torch.Tensor, columns: slice, pool: torch.Tensor | None
+) -> tuple[torch.Tensor, float]:
+    """Sum of w x x', its correlations shrunk, and by how much they were.
+
+    An expert borrows from all others where it saw few tokens for its number of inputs. One that saw
+    none, and can borrow from none, is rounded as if its inputs were independent and alike.
+    """
+    count, size = len(x), columns.stop - columns.start
+    if count and float(weights.sum()) > 0:
+        H, amount = second_moment(x, weights)
+        H.mul_(count)
+    else:
+        H, amount = torch.zeros(size, size, device=x.device), 1.0
+    if pool is not None:
+        few = size / 4
+        H.add_(pool[columns, columns], alpha=few / (few + count))
+        return H, 0.0
+    return (H, amount) if float(H.diagonal().sum()) > 0 else (H.fill_diagonal_(1), 1.0)
+
+
+def _loss(piece: Rounded, weight: torch.Tensor, H: torch.Tensor, amount: float) -> float:
+    """tr(E H E') of what was rounded, for H as the tokens have it: shrunk, it counts too much."""
+    if amount >= 1:
+        return piece.loss
+    N, K = weight.shape
+    codes = piece.codes.view(N, piece.scales.shape[1], -1).float()
+    rounded = (codes - piece.zeros[..., None]) * piece.scales[..., None]
+    on_diagonal = float(((rounded.view(N, K) - weight).square() @ H.diagonal()).sum())
+    return (piece.loss - amount * on_diagonal) / (1 - amount)
 
 
 def _blocks(K: int, group_size: int) -> list[slice]:

@@ -13,8 +13,9 @@ the layers that make such states multiply what is left by as much.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,19 @@ from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.calibrate.capture import Capture, Seen
 from mixedprec_plugin.calibrate.network import Network
+from mixedprec_plugin.calibrate.ranks import Ranks
 from mixedprec_plugin.errors import CheckpointError, Problem
+from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.model import PlannedLayer
 
 # tokens that are computed at once
 _BATCH_TOKENS = 2048
 
-Rounding = Callable[[PlannedLayer, Seen, int], tuple[dict[str, torch.Tensor], dict[str, Any]]]
+# layers, what each saw, tokens of the text -> each layer's tensors and record
+Rounding = Callable[
+    [Sequence[PlannedLayer], dict[str, Seen], int],
+    Iterable[tuple[PlannedLayer, dict[str, torch.Tensor], dict[str, Any]]],
+]
 
 
 class Sweep:
@@ -39,6 +46,8 @@ class Sweep:
         tokens: int64 [windows, length].
         folder: where hidden states, gradients and rounded layers are kept.
         seed: of the labels.
+        gradients: whether tokens are weighed by them; without, all count alike.
+        ranks: the processes that share the work; this one alone if None.
     """
 
     def __init__(
@@ -47,11 +56,20 @@ class Sweep:
         tokens: torch.Tensor,
         folder: Path,
         seed: int = 0,
+        *,
+        gradients: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._network, self._tokens, self._folder, self._seed = network, tokens, folder, seed
+        self._ranks = ranks or Ranks()
+        own = self._ranks.windows(len(tokens))
+        self._first_window, self._num_tokens = own.start, tokens.numel()
+        self._network, self._tokens, self._folder, self._seed = network, tokens[own], folder, seed
+        self._own = folder / f"rank-{self._ranks.rank}-of-{self._ranks.count}"
+        self._own.mkdir(exist_ok=True)
         size = max(_BATCH_TOKENS // tokens.shape[1], 1)
-        self._batches = [slice(i, i + size) for i in range(0, len(tokens), size)]
+        self._batches = [slice(i, i + size) for i in range(0, len(self._tokens), size)]
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._gradients = gradients
 
     def run(
         self, to_round: set[str], rounding: Rounding, progress: Callable[[float], None]
@@ -63,9 +81,14 @@ class Sweep:
         Raises:
             CheckpointError: a source is damaged, or a layer's products are not seen.
         """
+        if not self._gradients:
+            self.forward(progress, round_inputs=(to_round, rounding))
+            return
         count = len(self._network.layers)
-        start = min((i for i in range(count + 1) if self._path("gradient", i).exists()), default=-1)
-        if start < 0:
+        kept = [i for i in range(count + 1) if self._path("gradient", i).exists()]
+        # of the rank that is least far; the others have kept what they had one layer before
+        start = max(self._ranks.everyone(min(kept, default=count + 1)))
+        if start > count:
             self._start_backward(self.forward(progress, keeps_all=True))
             start = count
         elif start:
@@ -73,16 +96,16 @@ class Sweep:
         for index in reversed(range(start)):
             with self._network.loaded(index) as layers:
                 wanted = {layer.name: layer for layer in layers if layer.name in to_round}
-                capture = Capture(self._network, wanted.keys())
+                capture = Capture(self._network, wanted.keys(), gradients=True)
                 gradient = self._go_backward(index, capture)
             loss = self._round(index, wanted, capture, rounding)
             self._save("gradient", index, gradient)
-            self._path("gradient", index + 1).unlink()
-            self._path("hidden", index + 1).unlink(missing_ok=True)
+            for kind in ("gradient", "hidden"):
+                self._path(kind, index + 2).unlink(missing_ok=True)
             progress(loss)
 
     def _path(self, kind: str, index: int) -> Path:
-        return self._folder / f"{kind}-{index}.safetensors"
+        return self._own / f"{kind}-{index}.safetensors"
 
     def _save(self, kind: str, index: int, value: torch.Tensor) -> None:
         save_whole({kind: value.float().cpu()}, self._path(kind, index))
@@ -91,12 +114,17 @@ class Sweep:
         return load_file(self._path(kind, index))[kind]
 
     def forward(
-        self, progress: Callable[[float], None], *, keeps_all: bool = False
+        self,
+        progress: Callable[[float], None],
+        *,
+        keeps_all: bool = False,
+        round_inputs: tuple[set[str], Rounding] | None = None,
     ) -> torch.Tensor:
         """The states behind the last decoder layer, [windows, length, hidden size].
 
         Args:
             keeps_all: whether those in front of each decoder layer stay on disk.
+            round_inputs: names of layers to round by their inputs alone, and what rounds them.
         """
         network = self._network
         self._calls, hidden = self._record()
@@ -104,16 +132,25 @@ class Sweep:
         kept = [i for i in range(count + 1) if self._path("hidden", i).exists()]
         if not kept:
             self._save("hidden", 0, hidden)
-        for index in range(max(kept, default=0), count):
+        start = max(kept, default=0)
+        if round_inputs:
+            start = min(self._ranks.everyone(start))
+        for index in range(start, count):
             hidden = self._load("hidden", index)
-            with network.loaded(index), torch.no_grad():
-                outputs = [
-                    self._call(index, number, self._input(hidden, batch))
-                    for number, batch in enumerate(self._batches)
-                ]
+            with network.loaded(index) as layers, torch.no_grad():
+                names = round_inputs[0] if round_inputs else ()
+                wanted = {layer.name: layer for layer in layers if layer.name in names}
+                capture = Capture(network, wanted.keys(), gradients=False)
+                with capture:
+                    outputs = [
+                        self._call(index, number, self._input(hidden, batch))
+                        for number, batch in enumerate(self._batches)
+                    ]
+            if round_inputs:
+                self._round(index, wanted, capture, round_inputs[1])
             self._save("hidden", index + 1, torch.cat(outputs))
             if not keeps_all:
-                self._path("hidden", index).unlink()
+                self._path("hidden", index - 1).unlink(missing_ok=True)
             progress(0.0)
         return self._load("hidden", count)
 
@@ -170,7 +207,9 @@ class Sweep:
 
     def _draw(self, window: int, logits: torch.Tensor) -> torch.Tensor:
         """Draw a label for every position of a window, the same whatever is in its batch: [L]."""
-        generator = torch.Generator(logits.device).manual_seed(self._seed * 1_000_003 + window)
+        generator = torch.Generator(logits.device).manual_seed(
+            self._seed * 1_000_003 + self._first_window + window
+        )
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
     def _go_backward(self, index: int, capture: Capture) -> torch.Tensor:
@@ -189,14 +228,35 @@ class Sweep:
     ) -> float:
         tensors: dict[str, torch.Tensor] = {}
         records: list[dict[str, Any]] = []
-        for name, layer in wanted.items():
-            made, record = rounding(
-                layer, capture.seen.pop(name, Seen([], [])), self._tokens.numel()
-            )
-            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in made.items()}
-            records.append({"layer": name, **record})
-        save_whole(tensors, self._path("rounded", index), {"records": json.dumps(records)})
-        return float(sum(record["loss"] for record in records))
+        ranks = self._ranks
+        units: dict[object, int] = {}
+        owners = {
+            name: units.setdefault(unit_of(layer), len(units)) % ranks.count
+            for name, layer in wanted.items()
+        }
+        seen = ranks.exchange(capture.seen, owners, [*wanted])
+        own = [layer for name, layer in wanted.items() if owners[name] == ranks.rank]
+        for layer, made, record in rounding(own, seen, self._num_tokens):
+            tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in made.items()}
+            records.append({"layer": layer.name, **record})
+        path = rounded_paths(self._folder, index, ranks.count)[ranks.rank]
+        save_whole(tensors, path, {"records": json.dumps(records)})
+        loss = math.fsum(record["loss"] or 0.0 for record in records)
+        return math.fsum(ranks.everyone(loss))
+
+
+def unit_of(layer: PlannedLayer) -> object:
+    """What one rank rounds together: experts of a layer that read the same states, or one layer."""
+    if not isinstance(layer.shard, ExpertShard) or layer.shard.projection == "w2":
+        return layer.name
+    return layer.module, layer.shard.projection
+
+
+def rounded_paths(folder: Path, index: int, num_ranks: int) -> list[Path]:
+    """Where each rank writes what it rounded of a decoder layer."""
+    return [
+        folder / f"rounded-{index}-{rank}-of-{num_ranks}.safetensors" for rank in range(num_ranks)
+    ]
 
 
 def _gradient(tensor: torch.Tensor) -> torch.Tensor:

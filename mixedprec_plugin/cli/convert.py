@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
-from mixedprec_plugin.errors import printable
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, positive
+from mixedprec_plugin.errors import Problem, UsageError, printable
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes
 
 if TYPE_CHECKING:
+    from mixedprec_plugin.calibrate.calibrator import Calibration
     from mixedprec_plugin.convert.form import Form
 
 _FORMATS = ("mixedprec", "compressed-tensors")
@@ -45,6 +46,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace what another conversion wrote to DIR"
     )
 
+    calibrated = parser.add_argument_group(
+        "calibration", "round to 4- and 8-bit integers so that predictions change least"
+    )
+    calibrated.add_argument(
+        "--calibrate", action="store_true",
+        help="all layers that awq and gptq round; without it, those whose scheme says so",
+    )  # fmt: skip
+    calibrated.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help="UTF-8 text to calibrate on; without it, the model writes some",
+    )  # fmt: skip
+    for name, value, what in (
+        ("windows", 112, "pieces of text"), ("length", 128, "tokens of a piece"),
+    ):  # fmt: skip
+        calibrated.add_argument(
+            f"--{name}", type=positive, default=value, metavar="N", help=f"{what} ({value})"
+        )
+    calibrated.add_argument(
+        "--no-gradients", action="store_true",
+        help="weigh all tokens alike: half the time, for models that cannot be differentiated",
+    )  # fmt: skip
+    calibrated.add_argument("--seed", type=int, default=0, metavar="N", help="of the text (0)")
+
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Write the checkpoint; progress goes to standard error where that is a terminal.
@@ -62,15 +86,38 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     size = parse_size(args.max_shard_size)
     with plan.preset.concealing(), _progress(sys.stderr) as bar:
-        task = bar.add_task("", total=None)
-        done = convert(
-            plan, _form(args.format), Path(args.out), size, overwrite=args.overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+        calibration = _calibration(args, plan, bar)
+        if calibration is not None and calibration.is_helper:
+            calibration.help()
+            return 0
+        task = bar.add_task("converting", total=None)
+        try:
+            done = convert(
+                plan, _form(args.format), Path(args.out), size, overwrite=args.overwrite,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                calibration=calibration,
+            )  # fmt: skip
+        finally:
+            if calibration is not None:
+                calibration.dismiss()
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
     print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
+    if calibration is not None and calibration.predicted_loss is not None:
+        loss = calibration.predicted_loss
+        print(f"predicted KL on the text it was calibrated on: {loss:.4f} nats a token", file=out)
     return 0
+
+
+def _calibration(args: argparse.Namespace, plan: Plan, bar: Progress) -> Calibration | None:
+    if not args.calibrate and not plan.not_calibrated():
+        if args.text is not None:
+            raise UsageError(Problem("--text", "is for calibration", "add --calibrate"))
+        return None
+    from mixedprec_plugin.calibrate.calibrator import Calibration, Options
+
+    options = Options(args.text, args.windows, args.length, args.seed, not args.no_gradients)
+    return Calibration(plan, options, bar, everything=args.calibrate)
 
 
 def _form(name: str) -> Form:
@@ -84,12 +131,11 @@ def _form(name: str) -> Form:
 
 
 def _progress(err: TextIO) -> Progress:
-    """Bytes, speed and time left; nothing where `err` is no terminal."""
+    """What is done, how much of it and the time left; nothing where `err` is no terminal."""
     return Progress(
-        TextColumn("converting"),
+        TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        TaskProgressColumn(),
         TimeRemainingColumn(),
         console=Console(file=err),
         disable=not err.isatty(),

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, positive, print_json
+from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import console_for
 
@@ -73,4 +74,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _plan(args: argparse.Namespace, preset: str) -> Plan:
-    return make_plan(argparse.Namespace(**{**vars(args), "preset": preset})).check()
+    plan = make_plan(argparse.Namespace(**{**vars(args), "preset": preset})).check()
+    if problems := plan.not_calibrated():
+        raise PlanError(problems)
+    return plan

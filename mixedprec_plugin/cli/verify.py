@@ -6,6 +6,7 @@ import argparse
 from typing import TextIO
 
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, print_json
+from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.plan.render import console_for
 
 
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             recorded of it.
     """
     plan = make_plan(args).check()
+    if problems := plan.not_calibrated():
+        raise PlanError(problems)
     # the verbs that only read run without torch
     from mixedprec_plugin.checkpoint.reader import Reader, Reading
     from mixedprec_plugin.verify.report import comparison_as_dict, print_comparisons, worst_first

@@ -10,7 +10,7 @@ import torch
 
 from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYPES, Reader, Reading
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.errors import CheckpointError, PlanError, Problem, ShapeError
+from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
@@ -200,27 +200,11 @@ def plain_defaults() -> Iterator[None]:
 
 
 def round_to_nearest(layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:
-    """Quantize a weight [N, K] as its scheme says, each weight to the nearest code.
-
-    Raises:
-        PlanError: its scheme asks for calibration, which takes a conversion.
-    """
+    """Quantize a weight [N, K] as its scheme says, each weight to the nearest code."""
     assert layer.scheme is not None
-    if layer.scheme.arguments.get("rounding") == "calibrated":
-        raise PlanError(not_calibrated(layer))
     codec = load_codec(METHODS[layer.scheme.method].codec)
     with _naming(f"{layer.name}.weight"):
         return codec.quantize(weight, layer.scheme.arguments, TORCH_DTYPES[target.dtype])
-
-
-def not_calibrated(layer: PlannedLayer) -> Problem:
-    """Why a layer cannot be rounded while it is loaded."""
-    what = "its scheme says rounding: calibrated, which is not done while a model is loaded"
-    remedy = (
-        "run mixedprec convert --calibrate with this model and preset, and serve its --out; or "
-        "write rounding: nearest"
-    )
-    return Problem(layer.name, what, remedy, "not-calibrated")
 
 
 def _rescale(

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, damage, file_digest, reading
 from mixedprec_plugin.checkpoint.source import INDEX_NAME, open_source
@@ -28,6 +28,10 @@ from mixedprec_plugin.convert.writing import write_part
 from mixedprec_plugin.errors import CheckpointError, ConvertError, PlanError, Problem
 from mixedprec_plugin.plan.model import Plan
 
+if TYPE_CHECKING:
+    from mixedprec_plugin.calibrate.calibrator import Calibration
+
+CALIBRATION_NAME = "mixedprec_calibration.json"
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}
 
 # is told how many bytes of how many are written
@@ -59,6 +63,7 @@ class _Job:
     overwrite: bool
     parts: tuple[Part, ...]
     inputs: dict[str, str]
+    calibration: Calibration | None
 
 
 def convert(
@@ -69,6 +74,7 @@ def convert(
     *,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
+    calibration: Calibration | None = None,
 ) -> Converted:
     """Write a plan's virtual checkpoint to a folder, one layer in memory at a time.
 
@@ -79,6 +85,7 @@ def convert(
     Args:
         out: a new or empty folder, or one that the same call left unfinished.
         overwrite: replace what another conversion wrote there, or what is damaged.
+        calibration: rounds layers; the others are rounded to the nearest code.
     Raises:
         PlanError: the plan has errors, or layers that the form cannot hold.
         ConvertError: the folder is in the way, or cannot be written.
@@ -93,8 +100,8 @@ def convert(
     outputs = {layer.name: form.outputs(layer) for layer in plan.layers}
     parts = plan_parts(in_file_order(plan.layers), outputs, max_part_bytes)
     copied = copied_files(plan.source.path)
-    inputs = input_facts(plan, form.name, parts, file_digests(copied))
-    job = _Job(plan, form, out, overwrite, parts, inputs)
+    inputs = input_facts(plan, form.name, parts, file_digests(copied), _rounding(calibration))
+    job = _Job(plan, form, out, overwrite, parts, inputs, calibration)
     kept = {part.file for part in parts}
     with folder.write_errors(out):
         if not _is_done(job):
@@ -108,9 +115,15 @@ def convert(
                         size = sum(path.stat().st_size for path in copied)
                     size += sum(part.num_bytes for part in parts if part.file not in kept)
                     folder.require_space(out, size)
+                    if calibration is not None:
+                        calibration.prepare(journal.path.with_name("calibration"))
                     _write_parts(job, kept, journal, progress)
                     _publish(job, journal)
     return Converted(sum(part.num_bytes for part in parts), len(parts), len(kept))
+
+
+def _rounding(calibration: Calibration | None) -> str:
+    return json.dumps(calibration.facts()) if calibration else "none"
 
 
 def _is_done(job: _Job) -> bool:
@@ -189,7 +202,8 @@ def _write_parts(job: _Job, kept: set[str], journal: Journal, progress: Progress
             continue
         path = journal.path.with_name(part.file)
         temporary = path.with_name(f"{part.file}.tmp")
-        layers = write_part(part, job.plan, job.form, temporary, advance)
+        quantize = job.calibration.quantize if job.calibration else None
+        layers = write_part(part, job.plan, job.form, temporary, advance, quantize)
         advance(len(part.header))
         finished = FinishedPart(part.file, part.num_bytes, file_digest(temporary), layers)
         temporary.rename(path)
@@ -209,6 +223,8 @@ def _publish(job: _Job, journal: Journal) -> None:
     written: dict[str, bytes] = {}
     if len(finished) > 1:
         written[INDEX_NAME] = _json(_index(job.parts))
+    if job.calibration is not None:
+        written[CALIBRATION_NAME] = _json(job.calibration.record())
     written[PROVENANCE_NAME] = _json(
         {
             "sources": sources_provenance(job.plan),
@@ -236,7 +252,10 @@ def _check_sources(
     sources = {name: open_source(source.path, name) for name, source in plan.sources.items()}
     now = dataclasses.replace(plan, sources=sources)
     differences = changed(
-        job.inputs, input_facts(now, job.form.name, job.parts, copies), layers, plan
+        job.inputs,
+        input_facts(now, job.form.name, job.parts, copies, _rounding(job.calibration)),
+        layers,
+        plan,
     )
     for name, source in plan.sources.items():
         if sources[name].tensors != source.tensors:

@@ -67,7 +67,7 @@ def file_digests(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def input_facts(
-    plan: Plan, form: str, parts: Sequence[Part], copied: Mapping[str, str]
+    plan: Plan, form: str, parts: Sequence[Part], copied: Mapping[str, str], rounding: str
 ) -> dict[str, str]:
     """Everything that decides a byte of the output, each kind of it as one digest.
 
@@ -75,6 +75,7 @@ def input_facts(
 
     Args:
         copied: name -> SHA-256 of the files that are copied.
+        rounding: what else decides codes.
     Returns:
         what it is, in words -> digest; two conversions are the same if all are.
     Raises:
@@ -89,6 +90,7 @@ def input_facts(
         "config.json": _digest(_configs(plan)),
         _SOURCES: _digest([_identity(path) for path in paths]),
         "the model's other files": _digest(copied),
+        "the calibration": rounding,
         "the size of parts": _digest([[part.file, len(part.tensors)] for part in parts]),
         "the plan": _digest([part.header.decode("latin-1") for part in parts]),
     }

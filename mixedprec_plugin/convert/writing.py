@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.checkpoint.headers import read_header
-from mixedprec_plugin.compose.stream import compose_layer
+from mixedprec_plugin.compose.stream import Quantize, compose_layer
 from mixedprec_plugin.convert.folder import create
 from mixedprec_plugin.convert.form import Form
 from mixedprec_plugin.convert.parts import Part, tensor_name
@@ -22,13 +22,19 @@ from mixedprec_plugin.plan.model import Plan
 
 
 def write_part(
-    part: Part, plan: Plan, form: Form, path: Path, advance: Callable[[int], None]
+    part: Part,
+    plan: Plan,
+    form: Form,
+    path: Path,
+    advance: Callable[[int], None],
+    quantize: Quantize | None = None,
 ) -> list[dict[str, Any]]:
     """Write one file, with one layer in memory at a time, and see it to the disk.
 
     Args:
         path: the file, replaced if it is there.
         advance: called with the number of bytes after each tensor.
+        quantize: as for `compose_layer`.
     Returns:
         the provenance of its layers.
     Raises:
@@ -39,7 +45,7 @@ def write_part(
     with create(path) as file, HashingReader() as reader:
         file.write(part.header)
         for layer in part.layers:
-            tensors = form.tensors(layer, compose_layer(layer, plan.target, reader))
+            tensors = form.tensors(layer, compose_layer(layer, plan.target, reader, quantize))
             for suffix, tensor in tensors.items():
                 place, data = part.tensors[tensor_name(layer.name, suffix)], bytes_of(tensor)
                 assert data.nbytes == place.num_bytes, (place, tensor.dtype, tensor.shape)

@@ -14,6 +14,7 @@ from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import UNQUANTIZED
 from mixedprec_plugin.methods.stored import StoredFormat, TensorSpec
 from mixedprec_plugin.plan.conversion import Action, Reason
+from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
 
@@ -88,6 +89,12 @@ class PlannedLayer:
     def is_unquantized(self) -> bool:
         """Whether it runs in floats."""
         return self.method == UNQUANTIZED
+
+    @property
+    def asks_for_calibration(self) -> bool:
+        """Whether it is to be rounded as only a conversion can."""
+        asked = self.scheme is not None and self.scheme.arguments.get("rounding")
+        return asked == "calibrated" and self.action in ("quantize", "requantize")
 
     @property
     def bits_per_weight(self) -> float:
@@ -179,6 +186,16 @@ class Plan:
     def bytes_after(self) -> int:
         """Bytes of all served tensors, over all ranks."""
         return sum(layer.bytes_after for layer in self.layers)
+
+    def not_calibrated(self) -> list[Problem]:
+        """What keeps it from being composed without a calibration: layers that ask for one."""
+        names = [layer.name for layer in self.layers if layer.asks_for_calibration]
+        what = "rounding: calibrated is not done while a model is loaded"
+        remedy = (
+            f"run mixedprec convert --model {self.source.path} --preset {self.preset.path} "
+            "--out DIR and serve DIR, or write rounding: nearest"
+        )
+        return fold_problems(Problem(name, what, remedy, "not-calibrated") for name in names)
 
     def check(self) -> Plan:
         """Return the plan itself if it can be carried out.

@@ -81,6 +81,8 @@ def round_with_feedback(
     gradient = H @ state.errors
     for _ in range(num_sweeps):
         _descend(state, gradient, H, grid, group_size)
+    # what was added to the diagonal is no loss
+    gradient.add_(state.errors, alpha=-_DAMPING)
     loss = mean * float((state.errors * gradient).sum(dtype=torch.float64))
     return _in_order(state, order, group_size, loss)
 

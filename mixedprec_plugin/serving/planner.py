@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ class Planner:
             is_same = (plan.preset, plan.target, dict(plan.sources)) == (preset, target, sources)
             if is_same and planned_state == state:
                 return plan
-        plan = resolve_plan(preset, model, target, others)
+        plan = _plan(preset, model, target, others)
         self._last = plan, state
         return plan
 
@@ -117,7 +118,13 @@ def make_draft_plan(
     """
     source = open_source(model_path)
     target = _target(source, dtype, tp_size, device)
-    return resolve_plan(preset, source, target, open_other_sources(preset))
+    return _plan(preset, source, target, open_other_sources(preset))
+
+
+def _plan(preset: Preset, model: Source, target: Target, others: Mapping[str, Source]) -> Plan:
+    """A plan that can be served as it is loaded, or says why it cannot."""
+    plan = resolve_plan(preset, model, target, others)
+    return dataclasses.replace(plan, problems=(*plan.problems, *plan.not_calibrated()))
 
 
 def _target(source: Source, dtype: str, tp_size: int, device: Device) -> Target:

@@ -62,11 +62,7 @@ def test_halves_the_loss_of_rounding_to_nearest(grid: Grid, group_size: int) -> 
 def test_tells_its_own_loss(grid: Grid) -> None:
     weight, H = weight_of(24, 128), correlated(128)
     made = round_with_feedback(weight, H, 64, grid)
-    found = loss(weight, dequantize(made, 64), H)
-    # what is told has the damping in it: 0.2% of the mean of the diagonal
-    error = (dequantize(made, 64) - weight).double().square().sum()
-    expected = found + 0.002 * float(H.diagonal().mean()) * float(error)
-    assert made.loss == pytest.approx(expected, rel=1e-3)
+    assert made.loss == pytest.approx(loss(weight, dequantize(made, 64), H), rel=1e-3)
 
 
 def test_is_as_good_as_the_best_codes_of_all() -> None:
@@ -87,7 +83,8 @@ def test_is_as_good_as_the_best_codes_of_all() -> None:
 def test_descent_never_raises_the_loss(grid: Grid) -> None:
     weight, H = weight_of(16, 128), correlated(128)
     losses = [round_with_feedback(weight, H, 32, grid, n).loss for n in range(5)]
-    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses))
+    # 0.2% of the mean of the diagonal is added to what is made less
+    assert all(b <= a * (1 + 1e-3) for a, b in itertools.pairwise(losses))
     assert losses[3] < losses[0]
 
 
