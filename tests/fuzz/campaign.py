@@ -61,9 +61,9 @@ class Campaign:
         """Try inputs for some time, or some of them."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.counts.total() < num:
-            # what nests too deeply to be changed is left as it is
+            # what is too deep or too large to be changed is left as it is
             case = self.chosen()
-            with contextlib.suppress(RecursionError):
+            with contextlib.suppress(RecursionError, OverflowError):
                 case = self.changed(case)
             self.try_one(case)
 

@@ -285,7 +285,8 @@ def _laid_out(header: dict[str, Any], data: bytes) -> tuple[bytes, bytes]:
             size = math.prod(entry["shape"]) * _SIZES[entry["dtype"]]
             first, last = entry["data_offsets"]
             old = data[first:last] or b"\x80\x3c"
-            pieces.append((old * (size // len(old) + 1))[: min(size, 1 << 22)])
+            num = min(size, 1 << 22)
+            pieces.append((old * (num // len(old) + 1))[:num])
             header[name] = {**entry, "data_offsets": [end, end + size]}
             end += size
     text = json.dumps(header).encode()
