@@ -16,6 +16,7 @@ help:
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
 	@echo "make compat   see which SGLang releases the plugin fits (docs/compat.md)"
 	@echo "make unchanged compare what BEFORE=revision and this checkout convert and serve, byte for byte"
+	@echo "make fuzz     ten minutes of faulty presets and checkpoints: each is read or refused"
 	@echo "make clean    remove build products; 'rm -r $(VENV)' removes the environment"
 
 install: $(INSTALLED)
@@ -100,6 +101,10 @@ third-party: $(INSTALLED)
 .PHONY: families
 families: $(INSTALLED)
 	@nice -n 5 $(RUN) -W ignore -m benchmarks.families --out docs/families.md
+
+.PHONY: fuzz
+fuzz: $(INSTALLED)
+	@nice -n 5 $(RUN) -m tests.fuzz
 
 .PHONY: unchanged
 unchanged: $(INSTALLED)

@@ -23,6 +23,16 @@ from typing import Literal
 Severity = Literal["error", "warning"]
 
 
+def printable(text: str) -> str:
+    """Write what a terminal would obey, or cannot show, as escapes: line breaks, too.
+
+    Names of tensors and files are anybody's. What a text quotes by `repr` is as safe.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One thing that is wrong: where, what, and how to cure it.
@@ -43,7 +53,7 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}; {self.remedy}" if self.remedy else text
+        return printable(f"{text}; {self.remedy}" if self.remedy else text)
 
 
 class MixedPrecisionError(Exception):

@@ -25,6 +25,8 @@ MAX_PATTERN_LENGTH = 4096
 MAX_ALTERNATIVES = 10_000
 MAX_DEPTH = 8
 MAX_TESTS = 128
+# of characters with characters, in one search for near names or in several: about two seconds
+MAX_COMPARED = 10_000_000
 
 _ENDS = r"[-+]?\d{1,18}\.\.[-+]?\d{1,18}|[a-z]\.\.[a-z]|[A-Z]\.\.[A-Z]"
 _RANGE = re.compile(rf"({_ENDS})(\.\.[-+]?\d{{1,18}})?", re.ASCII)
@@ -79,22 +81,27 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     _check(pattern, shown)
     groups: list[_Group] = []
     text = pattern
-    try:
-        while braces := _BRACES.search(text):
-            groups.append(_group(braces[1], groups, shown))
-            read = chr(_FIRST + len(groups) - 1)
-            text = f"{text[: braces.start()]}{read}{text[braces.end() :]}"
-        if sum(group.num_words for group in groups) > MAX_ALTERNATIVES:
-            raise bracex.ExpansionLimitException
-    except bracex.ExpansionLimitException:
+    num_words = num_in_ranges(pattern)
+    while num_words <= MAX_ALTERNATIVES and (braces := _BRACES.search(text)):
+        groups.append(_group(braces[1], groups, shown))
+        num_words = max(num_words, sum(group.num_words for group in groups))
+        text = f"{text[: braces.start()]}{chr(_FIRST + len(groups) - 1)}{text[braces.end() :]}"
+    if num_words > MAX_ALTERNATIVES:
         what = f"the braces of {shown} list more than {MAX_ALTERNATIVES} alternatives"
-        raise PatternError(f"{what}; use '*' or a shorter range") from None
+        raise PatternError(f"{what}; use '*' or a shorter range")
     _refuse("{},", text, shown)
     if sum(group.num_tests for group in groups) > MAX_TESTS:
         what = f"{shown} has more than {MAX_TESTS} braces, or wildcards within them"
         raise PatternError(f"{what}; write several patterns")
     parts = _parts(text, groups)
     return lambda name: len(name) in _ends(parts, name, (0,))
+
+
+def num_in_ranges(pattern: str) -> int:
+    """How many numbers the ranges of a pattern list."""
+    ranges = [text.split("..") for text in _BRACES.findall(pattern) if _RANGE.fullmatch(text)]
+    numbers = [list(map(int, ends)) for ends in ranges if not ends[0].isalpha()]
+    return sum(abs(last - first) // (abs(*step or [1]) or 1) + 1 for first, last, *step in numbers)
 
 
 def _check(pattern: str, shown: str) -> None:
@@ -148,7 +155,7 @@ def _group(content: str, groups: Sequence[_Group], shown: str) -> _Group:
         what = f"'{ranges[0]}' in {shown} is no range beside a ','"
         raise PatternError(f"{what} (expected '{{{ranges[0]}}}' there)")
     if ranges:
-        words = bracex.expand(f"{{{content}}}", limit=MAX_ALTERNATIVES)
+        words = bracex.expand(f"{{{content}}}", limit=0)
     elif len(words) == 1:
         text = _shortened.repr(f"{{{re.sub(_READ, '{…}', content)}}}")
         if ".." in content and not inner:
@@ -224,26 +231,47 @@ def _fixed(text: str) -> _Part:
     return ends
 
 
-def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """Find the candidates that someone who typed `name` may have meant.
+class Nearest:
+    """Finds the names that were meant, until much has been compared.
 
-    Candidates that differ in their numbers only count as one, so a model of 90,000 layers is
-    compared by its few dozen distinct shapes, and the answer never lists one layer in 30 copies.
-
-    Args:
-        name: what was typed: a layer name, a glob, or a key.
-        candidates: what there is.
-        n: how many to return at most.
-    Returns:
-        Candidates, best first; empty where nothing is close.
+    Nothing takes longer than comparing: of thousands of unknown names the last ones get no answer.
     """
-    shapes: dict[str, list[str]] = {}
-    for candidate in candidates:
-        shapes.setdefault(without_numbers(candidate), []).append(candidate)
-    wanted, numbers = _shape(name), _NUMBER.findall(name)
-    best = sorted((-_likeness(wanted, shape), shape) for shape in shapes)[:n]
-    alike = [shapes[shape] for likeness, shape in best if likeness <= -0.6]
-    return [next((c for c in some if _NUMBER.findall(c) == numbers), some[0]) for some in alike]
+
+    def __init__(self) -> None:
+        self._left = MAX_COMPARED
+
+    def find(self, name: str, candidates: Collection[str], n: int = 3) -> list[str]:
+        """Find the candidates that someone who typed `name` may have meant.
+
+        Candidates that differ in their numbers only count as one, so a model of 90,000 layers is
+        compared by its few dozen distinct shapes, and the answer never lists one layer in 30
+        copies.
+
+        Args:
+            name: what was typed: a layer name, a glob, or a key.
+            candidates: what there is.
+            n: how many to return at most.
+        Returns:
+            Candidates, best first; empty where nothing is close.
+        """
+        self._left -= len(name) + 4 * len(candidates)
+        if self._left < 0:
+            return []
+        shapes: dict[str, list[str]] = {}
+        for candidate in candidates:
+            shapes.setdefault(without_numbers(candidate), []).append(candidate)
+        wanted, numbers = _shape(name), _NUMBER.findall(name)
+        self._left -= len(wanted) * sum(map(len, shapes))
+        if self._left < 0:
+            return []
+        best = sorted((-_likeness(wanted, shape), shape) for shape in shapes)[:n]
+        alike = [shapes[shape] for likeness, shape in best if likeness <= -0.6]
+        return [next((c for c in some if _NUMBER.findall(c) == numbers), some[0]) for some in alike]
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+    """Find near names once, as `Nearest` does."""
+    return Nearest().find(name, list(candidates), n)
 
 
 def without_numbers(name: str) -> str:

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, positive
-from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.errors import Problem, UsageError, printable
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes
 
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
                 calibration.dismiss()
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
-    print(f"{args.out}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
+    print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
     if calibration is not None and calibration.predicted_loss is not None:
         loss = calibration.predicted_loss
         print(f"predicted KL on the text it was calibrated on: {loss:.4f} nats a token", file=out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -13,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, positive
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, positive, print_json
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.render import console_for
 
 if TYPE_CHECKING:
     from mixedprec_plugin.evaluate.report import Row
@@ -67,9 +67,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.plot:
         draw(rows, args.plot)
     if args.json:
-        print(json.dumps(as_dict(rows, args), indent=1), file=out)
+        print_json(as_dict(rows, args), out)
     else:
-        print_rows(rows, args.text, Console(file=out, width=None if out.isatty() else 160))
+        print_rows(rows, args.text, console_for(out))
     return 0
 
 

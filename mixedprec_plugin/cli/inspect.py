@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mixedprec_plugin.checkpoint.converted import embedded_preset
 from mixedprec_plugin.checkpoint.headers import StoredTensor, unreadable
 from mixedprec_plugin.checkpoint.source import Source, open_source
+from mixedprec_plugin.cli.planning import print_json
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind, layer_kind
 from mixedprec_plugin.families.table import family_of
@@ -25,7 +23,7 @@ from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.conversion import action_of
 from mixedprec_plugin.plan.folding import fold_names, fold_problems, natural_key
-from mixedprec_plugin.plan.render import format_bytes
+from mixedprec_plugin.plan.render import add_row, console_for, format_bytes, new_table
 from mixedprec_plugin.preset.model import Scheme
 
 _NUMBER = re.compile(r"\d+")
@@ -118,9 +116,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     layers = inspect_layers(source)
     problems = disagreements(layers)
     if args.json:
-        print(json.dumps(_as_dict(layers, problems), indent=1), file=out)
+        print_json(_as_dict(layers, problems), out)
     else:
-        _print(layers, problems, Console(file=out, width=None if out.isatty() else 160))
+        _print(layers, problems, console_for(out))
         if embedded_preset(source.quantization_config) is not None:
             print(
                 "written by mixedprec convert; carries the preset that it was made with", file=out
@@ -185,16 +183,15 @@ def _bits(layers: Sequence[InspectedLayer]) -> float:
 
 
 def _print(layers: Sequence[InspectedLayer], problems: Sequence[Problem], console: Console) -> None:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title, right in (
+    table = new_table(
         ("layers", False), ("stored", False), ("bits", True), ("bytes", True), ("a plan can", False)
-    ):  # fmt: skip
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    )  # fmt: skip
     for alike in _groups(layers):
         first, bits = alike[0], _bits(alike)
-        table.add_row(
-            Text(", ".join(fold_names(layer.name for layer in alike))),
-            Text(first.description),
+        add_row(
+            table,
+            ", ".join(fold_names(layer.name for layer in alike)),
+            first.description,
             f"{bits:.2f}" if bits else "",
             format_bytes(sum(layer.num_bytes for layer in alike)),
             first.use,

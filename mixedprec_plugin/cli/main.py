@@ -6,7 +6,9 @@ Exit codes: 0 fine, 1 what was asked does not fit, 2 the command line is wrong.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -39,6 +41,9 @@ def main(
         the exit code.
     """
     out, err = out or sys.stdout, err or sys.stderr
+    for stream in (out, err):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     try:
         args = parser.parse_args(argv)
@@ -56,6 +61,7 @@ def main(
         return 0
 
 
+@functools.cache
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixedprec", description="Mixed-precision serving with SGLang by editing a YAML file."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TextIO
 
-from rich.console import Console
-
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_draft_plan, make_plan
-from mixedprec_plugin.plan.render import plan_as_dict, print_plan
+from mixedprec_plugin.cli.planning import (
+    add_planning_arguments,
+    make_draft_plan,
+    make_plan,
+    print_json,
+)
+from mixedprec_plugin.plan.render import console_for, plan_as_dict, print_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +38,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     draft = make_draft_plan(args, plan) if args.draft_model else None
     if args.json:
         made = plan_as_dict(plan) | ({"draft": plan_as_dict(draft)} if draft else {})
-        print(json.dumps(made, indent=1), file=out)
+        print_json(made, out)
         return 1 if plan.errors or (draft and draft.errors) else 0
-    console = Console(file=out, width=None if out.isatty() else 160, soft_wrap=False)
+    console = console_for(out)
     print_plan(plan, console)
     if draft is not None:
         console.print("\nThe draft model:")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any, TextIO
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.errors import Problem, UsageError
@@ -53,6 +55,11 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
+
+
+def print_json(value: Any, out: TextIO) -> None:
+    """Print plain data as JSON, which has no control character in it."""
+    print(json.dumps(value, indent=1).replace("\x7f", "\\u007f"), file=out)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TextIO
 
-from rich.console import Console
-
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, print_json
 from mixedprec_plugin.errors import PlanError
+from mixedprec_plugin.plan.render import console_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             source.check_unchanged()
     if args.json:
         layers = [comparison_as_dict(one) for one in worst_first(found)]
-        print(json.dumps({"layers": layers}, indent=1), file=out)
+        print_json({"layers": layers}, out)
     else:
-        print_comparisons(found, Console(file=out, width=None if out.isatty() else 160))
+        print_comparisons(found, console_for(out))
     return 1 if any(one.is_too_far or one.distance is None for one in found) else 0

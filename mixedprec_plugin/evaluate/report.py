@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from transformers import AutoTokenizer
 
 from mixedprec_plugin.calibrate.network import Network
@@ -21,9 +19,10 @@ from mixedprec_plugin.calibrate.text import read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.compose.stream import compose_served
-from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.errors import Problem, UsageError, printable
 from mixedprec_plugin.evaluate.divergence import Divergence, Mean, divergences
 from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.render import add_row, new_table
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_resolved
 
@@ -116,24 +115,22 @@ def _with_error(mean: Mean, digits: int) -> str:
 
 def print_rows(rows: Sequence[Row], text: Path | None, console: Console) -> None:
     """Print a table of what was found."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    titles = ("preset", "bits", "KL, nats a token", "perplexity", "top-1 agreement")
-    for title in titles:
-        table.add_column(title, justify="left" if title == "preset" else "right", overflow="fold")
+    numbers = ("bits", "KL, nats a token", "perplexity", "top-1 agreement")
+    table = new_table(("preset", False), *((title, True) for title in numbers))
     for row in rows:
         found = row.found
         perplexity = math.exp(found.log_likelihood.value)
-        table.add_row(
-            row.name, f"{row.bits:.2f}", _with_error(found.kl, 4),
+        add_row(
+            table, row.name, f"{row.bits:.2f}", _with_error(found.kl, 4),
             _with_error(Mean(perplexity, perplexity * found.log_likelihood.error), 2),
             _with_error(found.top1, 4),
         )  # fmt: skip
     console.print(table)
-    read = str(text) if text else "text that the unquantized model wrote"
+    read = printable(str(text)) if text else "text that the unquantized model wrote"
     count = len(rows[0].found.windows)
     console.print(
         f"On {read}, {count} windows; ± is the standard error over windows. Weights are as served, "
-        "activations are not quantized.", highlight=False,
+        "activations are not quantized.", highlight=False, markup=False,
     )  # fmt: skip
 
 

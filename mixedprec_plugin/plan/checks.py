@@ -20,7 +20,7 @@ from mixedprec_plugin.families.names import (
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
-from mixedprec_plugin.names import nearest
+from mixedprec_plugin.names import Nearest
 from mixedprec_plugin.plan.auto import faults_of, find_auto_notes
 from mixedprec_plugin.plan.family_checks import (
     mla_faults,
@@ -43,11 +43,12 @@ def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> 
         kinds: name of every layer, tied ones too -> its kind.
     """
     problems = []
+    names_near = Nearest()
     decided = {rule.index for rule in matches.deciding.values()}
     for rule in preset.rules:
         where, matched = str(rule.location), matches.matched[rule.index]
         if not matched and not rule.optional:
-            near = nearest(rule.patterns[0], list(kinds))
+            near = names_near.find(rule.patterns[0], kinds)
             hint = f"did you mean {', '.join(near)}? " if near else ""
             what = f"{', '.join(map(repr, rule.shown))} matches no layer of the model"
             remedy = f"{hint}write optional: true if that is meant"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mixedprec_plugin.errors import MethodError
 from mixedprec_plugin.methods.registry import bind
-from mixedprec_plugin.names import PatternError, compile_pattern
+from mixedprec_plugin.names import MAX_ALTERNATIVES, PatternError, compile_pattern, num_in_ranges
 from mixedprec_plugin.preset.document import Document, Path, at
 from mixedprec_plugin.preset.model import Rule, Scheme, SourceReference
 from mixedprec_plugin.preset.schema import SCHEME_KEYS
@@ -17,6 +18,7 @@ MODEL = "model"
 # keys of a rule or a scheme that are no arguments of its method
 _OTHER_KEYS = ("match", "optional", *SCHEME_KEYS)
 _NUM_SHOWN = 20
+MAX_NUMBERS = 500_000
 
 
 class Binder:
@@ -34,6 +36,7 @@ class Binder:
         self.shown = shown
         self.document = document
         self.used: set[str] = set()
+        self._num_numbers = 0
         self.sources = self._sources()
         self.schemes = self._schemes()
         self.rules = self._rules(("rules",))
@@ -81,12 +84,18 @@ class Binder:
             place = (*path, "match", index) if isinstance(match, list) else (*path, "match")
             if not isinstance(pattern, str) or not pattern or not self.document.is_sound(place):
                 continue
+            if self._num_numbers > MAX_NUMBERS:
+                break
+            self._num_numbers += min(num_in_ranges(pattern), MAX_ALTERNATIVES)
             try:
                 compile_pattern(pattern)
             except PatternError as error:
                 shown = at(self.shown, place)
                 what = str(error) if shown == pattern else f"{shown!r} stands for no pattern"
                 self.document.report(place, what, rule="pattern")
+            if self._num_numbers > MAX_NUMBERS:
+                what = f"the ranges up to here list more than {MAX_NUMBERS} numbers"
+                self.document.report(place, what, "write '*' or shorter ranges", "pattern")
         return _listed(match)
 
     def _named_scheme(self, name: Any, path: Path) -> Scheme | None:
@@ -94,7 +103,7 @@ class Binder:
             return None
         self.used.add(name)
         if name not in self.schemes:
-            self._unknown(path, "scheme", list(self.schemes))
+            self._unknown(path, "scheme", self.schemes)
         return self.schemes.get(name)
 
     def _scheme(self, label: str, entry: Any, path: Path) -> Scheme | None:
@@ -117,10 +126,10 @@ class Binder:
         requantize = entry.get("requantize", False)
         return Scheme(label, method, arguments, source, requantize) if source in names else None
 
-    def _unknown(self, path: Path, kind: str, names: list[str]) -> None:
+    def _unknown(self, path: Path, kind: str, names: Collection[str]) -> None:
         name = at(self.shown, path)
         more = f", … {len(names)} in all" if len(names) > _NUM_SHOWN else ""
-        expected = f"expected {', '.join(names[:_NUM_SHOWN])}{more}"
+        expected = f"expected {', '.join(itertools.islice(names, _NUM_SHOWN))}{more}"
         expected = expected if names else f"the preset has no '{kind}s'"
         what = f"unknown {kind} {name!r} ({expected})"
         remedy = self.document.findings.suggest(name, names)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from typing import Any
 
 from mixedprec_plugin.errors import Problem, Severity
-from mixedprec_plugin.names import nearest
+from mixedprec_plugin.names import Nearest
 from mixedprec_plugin.preset.model import Location
-
-MAX_COMPARED = 100_000
 
 Scalar = str | int | float | bool | None
 Path = tuple[str | int, ...]
@@ -25,7 +23,7 @@ class Findings:
 
     def __init__(self) -> None:
         self._found: dict[tuple[Location, str], Problem] = {}
-        self._num_compared = 0
+        self._nearest = Nearest()
 
     def add(
         self,
@@ -49,14 +47,9 @@ class Findings:
         found.sort(key=lambda pair: (order.get(pair[0].file, len(order)), pair[0].line))
         return tuple(problem for _, problem in found)
 
-    def suggest(self, name: str, names: Iterable[str]) -> str:
-        """The remedy that names what was meant; empty where nothing is near.
-
-        Comparing takes longest of all: of thousands of unknown names the last ones get none.
-        """
-        names = list(names)
-        self._num_compared += len(names)
-        near = nearest(name, names) if self._num_compared <= MAX_COMPARED else []
+    def suggest(self, name: str, names: Collection[str]) -> str:
+        """The remedy that names what was meant; empty where nothing is near."""
+        near = self._nearest.find(name, names)
         return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

@@ -134,11 +134,18 @@ def _escaped(_path: Path, value: Scalar) -> Scalar:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def resolve(document: Document, untrusted: str = "") -> tuple[Any, Any]:
+def refuse_environment(document: Document) -> None:
+    """Refuse every text that reads an environment variable: the preset may be anybody's."""
+    for path, text in document.parts():
+        parts = check_text(text)[0] if is_interpolated(text) else ()
+        if variable := next((part for part in parts if isinstance(part, _Variable)), None):
+            what = f"{variable.text} reads the environment, which a checkpoint's own preset may not"
+            document.report(path, what, "name a preset of your own", "environment")
+
+
+def resolve(document: Document) -> tuple[Any, Any]:
     """Resolve every interpolation of a merged preset.
 
-    Args:
-        untrusted: the file whose texts may not read environment variables.
     Returns:
         Plain data, in which null stands for every value that could not be resolved; and the same
         for messages and files, with `${oc.env:NAME}` in place of that variable's value. Both are
@@ -147,7 +154,7 @@ def resolve(document: Document, untrusted: str = "") -> tuple[Any, Any]:
     if not any(is_interpolated(value) for _, value in document.parts()):
         return document.data, document.data
     try:
-        return _Resolver(document, untrusted).resolve()
+        return _Resolver(document).resolve()
     except _TooLongError:
         what = f"interpolations make the preset longer than {MAX_SIZE} characters"
         document.report((), what, "refer to less", "interpolation-bomb")
@@ -167,15 +174,19 @@ class _Resolver:
 
     Attributes:
         pending: the paths of all texts with interpolations.
+        below: the path of a mapping or a list -> those of them that lie in it.
         lists: name -> what is written for a list within text.
         configs: the preset with the values of environment variables, and with their names.
         depths: path of what is resolved -> how many references lie one behind another in it.
     """
 
-    def __init__(self, document: Document, untrusted: str) -> None:
+    def __init__(self, document: Document) -> None:
         self.document = document
-        self.untrusted = untrusted
         self.pending = {path: 0 for path, value in document.parts() if is_interpolated(value)}
+        self.below: dict[Path, list[Path]] = {}
+        for path in self.pending:
+            for length in range(len(path)):
+                self.below.setdefault(path[:length], []).append(path)
         lists = document.data.get("lists")
         entries = lists.items() if isinstance(lists, dict) else ()
         self.lists = {name: _alternatives(items) for name, items in entries}
@@ -242,9 +253,6 @@ class _Resolver:
             written = "" if is_whole else self._list(part)
             self._count(len(written))
             return 1 if written else self._refer(path, part, is_whole) + 1
-        if self.document.locate(path).file == self.untrusted:
-            what = f"{part.text} reads the environment, which a checkpoint's own preset may not"
-            self._fail(path, what, "name a preset of your own", "environment")
         value = os.environ.get(part.name)
         if value is None and not part.has_default:
             what = f"the environment variable {part.name} is not set"
@@ -260,7 +268,7 @@ class _Resolver:
         node = _walk(self.configs[0], target)
         depth = 0
         for number, key in enumerate(reference.keys, start=1):
-            names = list(node) if isinstance(node, DictConfig) else []
+            names: Any = node.keys() if isinstance(node, DictConfig) else ()
             is_index = isinstance(node, ListConfig) and key.isdecimal()
             if not (int(key[:9]) < len(node) if is_index else key in names):
                 missing = f"there is no {'.'.join(reference.keys[:number])!r}"
@@ -270,8 +278,7 @@ class _Resolver:
             depth = max(depth, self._resolve(target) if target in self.pending else 0)
             node = node[target[-1]]
         if isinstance(node, Container):
-            below = [link for link in self.pending if link[: len(target)] == target != link]
-            depth = max([depth, *map(self._resolve, below)])
+            depth = max([depth, *map(self._resolve, self.below.get(target, ()))])
             if not is_whole:
                 what = f"{reference.text} is not text and stands within text"
                 self._fail(path, what, "let it stand alone", "interpolation-type")

@@ -14,7 +14,12 @@ from omegaconf import OmegaConf
 from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.preset.binding import Binder
 from mixedprec_plugin.preset.document import Document, Findings, Path, RefusedError, at, join_path
-from mixedprec_plugin.preset.interpolation import escape, is_interpolated, resolve
+from mixedprec_plugin.preset.interpolation import (
+    escape,
+    is_interpolated,
+    refuse_environment,
+    resolve,
+)
 from mixedprec_plugin.preset.model import Location, Preset
 from mixedprec_plugin.preset.parents import find_preset, merge, read_with_parents
 from mixedprec_plugin.preset.reader import MAX_DEPTH, read_data, read_value
@@ -49,7 +54,7 @@ def load_resolved(resolved: Mapping[str, Any], where: str, overrides: Sequence[s
 
     Args:
         resolved: the whole preset, parents merged in, as `Preset.resolved`; not modified. It may
-            not read environment variables: it may be anybody's.
+            not read environment variables, files or other checkpoints: it may be anybody's.
         where: what errors call it.
         overrides: as for `load_preset`.
     Raises:
@@ -57,12 +62,16 @@ def load_resolved(resolved: Mapping[str, Any], where: str, overrides: Sequence[s
     """
     findings = Findings()
     document = read_data(dict(resolved), where, findings)
-    return _load([document], overrides, findings, untrusted=where)
+    if document.data is not None:
+        refuse_environment(document)
+        for key in ("extends", "sources"):
+            if document.data.get(key):
+                what = "reads other files, which a checkpoint's own preset may not"
+                document.report((key,), what, "name a preset of your own", "other-files")
+    return _load([document], overrides, findings)
 
 
-def _load(
-    documents: list[Document], overrides: Sequence[str], findings: Findings, untrusted: str = ""
-) -> Preset:
+def _load(documents: list[Document], overrides: Sequence[str], findings: Findings) -> Preset:
     files = [document.file for document in documents]
     readable = [document for document in documents if document.data is not None]
     for document in readable:
@@ -72,7 +81,7 @@ def _load(
         document = merge(documents)
         _override_all(document, overrides)
         _check_given(document)
-        data, shown = resolve(document, untrusted)
+        data, shown = resolve(document)
         if data is not None:
             check_preset(data, shown, document)
             bound = Binder(data, shown, document)

@@ -138,6 +138,9 @@ class _Reader:
             self._problem((), line, what, "remove it", "syntax")
         except yaml.MarkedYAMLError as error:
             self._report_syntax(error)
+        except (ValueError, OverflowError):  # the scanner's, of chr()
+            what = "is not YAML: an escape names no character (expected \\U0010FFFF at most)"
+            self._problem((), self.loader.line + 1, what, "remove it", "syntax")
         except _TooDeepError as error:
             self._problem((), error.args[0], *_TOO_DEEP)
         return False
@@ -250,7 +253,7 @@ class _Reader:
         new = next((make(text) for known, make in _CORE if re.fullmatch(known, text)), text)
         try:
             old = self.loader.construct_object(yaml.ScalarNode(f"{_TAG}{kind}", text))
-        except (ValueError, yaml.YAMLError):  # such as 0x_, or 2024-13-01
+        except (ValueError, OverflowError, yaml.YAMLError):  # such as 0x_, or 2024-13-01
             old = None if new is not None else text
         shown = text if len(text) < 40 else f"{text[:20]}…"
         quoted = f"'\"{shown}\"'"

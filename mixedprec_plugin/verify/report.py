@@ -6,12 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.plan.render import add_row, new_table
 from mixedprec_plugin.verify.verifier import Comparison
 
 NUM_SHOWN = 20
@@ -69,22 +67,20 @@ def _finite(value: float) -> float | None:
 
 def print_comparisons(found: Sequence[Comparison], console: Console) -> None:
     """Print the worst layers, then how many of all are too far."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title, right in (
+    table = new_table(
         ("layer", False), ("method", False), ("source", False), ("relative error", True),
         ("limit", True), ("cosine", True), ("compared", False),
-    ):  # fmt: skip
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    )  # fmt: skip
     ordered = worst_first(found)
     shown = [one for one in ordered if one.is_too_far or one.distance is None]
     shown = shown or ordered[:NUM_SHOWN]
     for one in shown:
         far = one.distance
-        table.add_row(
-            Text(one.layer), one.method, one.source,
+        add_row(
+            table, one.layer, one.method, one.source,
             f"{far.relative_error:.4f}" if far else "-",
             f"{one.limit:g}" if math.isfinite(one.limit) else "",
-            f"{far.cosine:.5f}" if far else "-", Text(one.note),
+            f"{far.cosine:.5f}" if far else "-", one.note,
             style="bold red" if one.is_too_far or far is None else "",
         )  # fmt: skip
     console.print(table)

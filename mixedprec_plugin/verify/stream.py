@@ -9,7 +9,7 @@ import torch
 
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
-from mixedprec_plugin.errors import LoadError
+from mixedprec_plugin.errors import LoadError, printable
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.verify.report import problems, worst_first
 from mixedprec_plugin.verify.verifier import Comparison, Verifier, check_recorded
@@ -46,5 +46,5 @@ def verified(weights: Weights, plan: Plan, reference: Source) -> Weights:
         assert worst.distance is not None
         logger.info(
             "mixedprec: %d layers compared with %s; the worst is %s with a relative error of %.3g",
-            len(found), reference.name, worst.layer, worst.distance.relative_error,
+            len(found), reference.name, printable(worst.layer), worst.distance.relative_error,
         )  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mixedprec_plugin.errors import PresetError
-from mixedprec_plugin.preset.load import load_preset, load_resolved
+from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 
 TEXT = """
@@ -55,9 +56,9 @@ def test_preset_without_the_section_has_no_draft(tmp_path: Path) -> None:
 def test_resolved_draft_is_the_same_preset(tmp_path: Path) -> None:
     draft = load(tmp_path, TEXT).draft
     assert draft is not None
-    again = load_resolved(draft.resolved, "again")
+    again = load(tmp_path, yaml.safe_dump(draft.resolved))
     assert [rule.scheme for rule in again.rules] == [rule.scheme for rule in draft.rules]
-    whole = load_resolved(load(tmp_path, TEXT).resolved, "again")
+    whole = load(tmp_path, yaml.safe_dump(load(tmp_path, TEXT).resolved))
     assert whole.draft is not None
     assert [rule.patterns for rule in whole.draft.rules] == [r.patterns for r in draft.rules]
 

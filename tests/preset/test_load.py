@@ -18,7 +18,7 @@ from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.preset.load import load_preset, load_resolved
 from mixedprec_plugin.preset.model import Location, Preset
 from mixedprec_plugin.resources import preset_dir, preset_names
-from tests.preset.conftest import Write
+from tests.preset.conftest import Refuse, Write
 
 LLAMA = [
     f"model.layers.{layer}.{name}"
@@ -223,6 +223,39 @@ def test_preset_of_a_checkpoint_may_not_read_the_environment(
     assert str(caught.value) == f"{CARRIED}: description: {message}"
 
 
+def test_override_beside_it_gives_a_checkpoints_preset_no_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MIXEDPREC_TEST_SECRET", "awq")
+    schemes = {"a": {"method": "awq"}, "b": {"method": "${oc.env:MIXEDPREC_TEST_SECRET}"}}
+    rules = [{"match": "*", "scheme": "a"}]
+    with pytest.raises(PresetError, match=r"schemes\.b\.method: .* reads the environment"):
+        load_resolved(
+            {"version": 1, "schemes": schemes, "rules": rules}, CARRIED, ["schemes.a.group_size=64"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("extends", "awq"), ("sources", {"a": {"path": "/home"}})]
+)
+def test_preset_of_a_checkpoint_names_no_files(key: str, value: Any) -> None:
+    rules = [
+        {"match": "*", "method": "awq", "source": "a"}
+        if key == "sources"
+        else {"match": "*", "method": "awq"}
+    ]
+    with pytest.raises(PresetError) as caught:
+        load_resolved({"version": 1, key: value, "rules": rules}, CARRIED)
+    what = "reads other files, which a checkpoint's own preset may not; name a preset of your own"
+    assert str(caught.value) == f"{CARRIED}: {key}: {what}"
+
+
+def test_override_gives_a_checkpoints_preset_a_source() -> None:
+    carried = {"version": 1, "rules": [{"match": "*", "method": "awq"}]}
+    overrides = ["sources.a.path=/home", "rules.0.source=a"]
+    assert load_resolved(carried, CARRIED, overrides).sources["a"].path == "/home"
+
+
 def test_override_of_a_checkpoints_preset_may_read_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -251,9 +284,8 @@ def test_resolved_preset_names_variables_and_holds_no_value(
         "x/${oc.env:MIXEDPREC_TEST_SECRET}: no such folder"
     )
     assert "hunter2" not in str({k: v for k, v in preset.resolved.items() if k != "rules"})
-    assert load_resolved(preset.resolved, "again").description == (
-        "by ${oc.env:MIXEDPREC_TEST_SECRET}"
-    )
+    again = load_preset(write("again.json", json.dumps(preset.resolved)))
+    assert again.description == "by ${oc.env:MIXEDPREC_TEST_SECRET}"
 
 
 @pytest.mark.parametrize("reference", ["scheme: t{}", "method: '${{schemes.t{}.method}}'"])
@@ -268,6 +300,26 @@ def test_thousands_of_mistakes_are_told_in_little_time(write: Write, reference: 
     assert time.process_time() - start < 15
     assert len(caught.value.problems) == len(names)
     assert len(str(caught.value)) < 300 * len(names)
+
+
+def test_long_names_are_compared_in_little_time(write: Write) -> None:
+    names = [f"{a}{b}{c}" * 20 for a in "abcdef" for b in "ghijk" for c in "lmnop"] * 5
+    schemes = "".join(f"  {name}{n}x: {{method: fp8}}\n" for n, name in enumerate(names))
+    rules = "".join(f"  - {{match: '*', scheme: {name}y}}\n" for name in names)
+    path = write("p.yaml", f"version: 1\nschemes:\n{schemes}rules:\n{rules}")
+    start = time.process_time()
+    with pytest.raises(PresetError, match="did you mean 'aglaglagl"):
+        load_preset(path)
+    assert time.process_time() - start < 15
+
+
+def test_ranges_of_a_whole_preset_are_limited(refuse: Refuse) -> None:
+    pattern = "x{}.{{{{0..4999}},{{0..4990}}}}"
+    rules = "".join(f"  - {{match: '{pattern.format(n)}', method: fp8}}\n" for n in range(60))
+    assert refuse(f"version: 1\nrules:\n{rules}") == [
+        "p.yaml:53: rules[50].match: the ranges up to here list more than 500000 numbers; "
+        "write '*' or shorter ranges"
+    ]
 
 
 def test_reading_presets_imports_neither_torch_nor_sglang() -> None:

@@ -37,6 +37,8 @@ ALIAS_REMEDY = "point at the value with an interpolation such as ${schemes.NAME}
         (".inf", 3, ".inf is not a plain decimal number; write it as in 0.5, or '\".inf\"'"),
         ("=", 3, "= is special in YAML 1.1 and text in YAML 1.2; write '\"=\"'"),
         ("0x_", 3, "0x_ is special in YAML 1.1 and text in YAML 1.2; write '\"0x_\"'"),
+        ("1" + ":59" * 400 + ".5", 3, "1:59:59:59:59:59:59:… is special in YAML 1.1 and text in "
+         "YAML 1.2; write '\"1:59:59:59:59:59:59:…\"'"),
         ("-0b_", 3, "-0b_ is special in YAML 1.1 and text in YAML 1.2; write '\"-0b_\"'"),
         *((digits, 3, f"{digits[:20]}… has more than 18 digits; write a smaller number")
           for digits in ("9" * 30, "1_" + "1" * 5000, "0x" + "f" * 5000, "0" + "7" * 6000,
@@ -128,6 +130,14 @@ def test_keys_and_documents_are_checked(refuse: Refuse, text: str, message: str)
             "schemes:\n  a: {b: ${schemes.c}}\n",
             "p.yaml:2: is not YAML: expected ',' or '}', but got '{'; "
             'within { } or [ ] put interpolations in quotes: "${schemes.NAME}"',
+        ),
+        *(
+            (
+                f'\na: "\\U{code}"\n',
+                "p.yaml:2: is not YAML: an escape names no character (expected "
+                "\\U0010FFFF at most); remove it",
+            )
+            for code in ("FFFFFFFF", "00110000")
         ),
         ("a: b: c\n", "p.yaml:1: is not YAML: mapping values are not allowed here"),
         ("a: \x01\n", "p.yaml:1: the character U+0001 is not allowed in YAML; remove it"),
