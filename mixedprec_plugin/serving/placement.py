@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +32,19 @@ GROUP_INDICES = ("g_idx", "weight_g_idx")
 Orders = dict[tuple[str, bool], tuple[str, torch.Tensor]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Filling:
+    """What became of the tensors of a plan.
+
+    Attributes:
+        problems: tensors that found no parameter.
+        recorder: of what was written.
+    """
+
+    problems: tuple[Problem, ...]
+    recorder: WriteRecorder
+
+
 def load_weights(
     model: torch.nn.Module,
     config: MixedPrecisionConfig,
@@ -40,10 +54,6 @@ def load_weights(
 ) -> None:
     """Fill a model with the tensors of its plan.
 
-    Linear layers and experts of the plan go straight to their parameters' weight loaders: module,
-    parameter and shard are known, so no name matching of the model's can lose or rename them. The
-    rest (embeddings, norms, routers) goes through `model.load_weights`.
-
     Args:
         model: built with `config`.
         weights: (tensor name, tensor) of the virtual checkpoint.
@@ -51,18 +61,28 @@ def load_weights(
     Raises:
         LoadError: a tensor found no parameter, or a parameter was not filled; all are named.
     """
+    filling = fill(model, config, weights)
+    problems = filling.problems or (() if partial else unfilled(model, filling))
+    if problems:
+        raise LoadError(problems)
+
+
+def fill(model: torch.nn.Module, config: MixedPrecisionConfig, weights: Weights) -> Filling:
+    """Hand every tensor to what takes it.
+
+    Linear layers and experts of the plan go straight to their parameters' weight loaders: module,
+    parameter and shard are known, so no name matching of the model's can lose or rename them. The
+    rest (embeddings, norms, routers) goes through `model.load_weights`.
+    """
     recorder = WriteRecorder()
     # the class's own: the model's is closed to others, see `close_to_unquantized`
     load = functools.partial(type(model).load_weights, model)  # type: ignore[attr-defined]
     rest: list[str] = []
+    problems: list[Problem] = []
     with recorder:
-        load(_place(model, config, weights, recorder, rest))
+        load(_place(model, config, weights, recorder, rest, problems))
         _absorb(model, config)
-    problems = _dropped(model, config, rest, recorder)
-    if not partial:
-        problems += _unfilled(model, recorder)
-    if problems:
-        raise LoadError(problems)
+    return Filling((*problems, *_dropped(model, config, rest, recorder)), recorder)
 
 
 def _absorb(model: torch.nn.Module, config: MixedPrecisionConfig) -> None:
@@ -102,6 +122,7 @@ def _place(
     weights: Weights,
     recorder: WriteRecorder,
     rest: list[str],
+    problems: list[Problem],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     stream = iter(weights)
     orders: Orders = {}
@@ -119,12 +140,15 @@ def _place(
             if suffix in GROUP_INDICES and layer.shard is not None:
                 _check_act_order(orders, layer, tensor)
             module = config.built[layer.module]
-            with _naming(layer, module, suffix):
-                if isinstance(module, ReplicatedLinear) and layer.shard is not None:
-                    shards = config.plan.modules[layer.module]
-                    _lay_end_to_end(module, shards, layer, suffix, tensor)
-                else:
-                    _place_tensor(module, layer, suffix, tensor)
+            try:
+                with _naming(layer, module, suffix):
+                    if isinstance(module, ReplicatedLinear) and layer.shard is not None:
+                        shards = config.plan.modules[layer.module]
+                        _lay_end_to_end(module, shards, layer, suffix, tensor)
+                    else:
+                        _place_tensor(module, layer, suffix, tensor)
+            except LoadError as error:
+                problems += error.problems
         else:
             recorder.follow(name, tensor)
             rest.append(name)
@@ -254,11 +278,15 @@ def _dropped(
     ]
 
 
-def _unfilled(model: torch.nn.Module, recorder: WriteRecorder) -> list[Problem]:
+def unfilled(
+    model: torch.nn.Module, filling: Filling, but: Collection[torch.nn.Module] = ()
+) -> list[Problem]:
+    """The parameters that were not filled whole; those of some modules are left out."""
+    left_out = {id(parameter) for module in but for parameter in module.parameters()}
     found: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
-        written = recorder.written.get(storage_id(parameter.data), 0)
-        if written < parameter.numel():
+        written = filling.recorder.written.get(storage_id(parameter.data), 0)
+        if written < parameter.numel() and id(parameter) not in left_out:
             share = f"{written:,} of {parameter.numel():,} elements"
             found.setdefault(share, []).append(name)
     return [
