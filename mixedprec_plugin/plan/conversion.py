@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS
+from mixedprec_plugin.families.kv_scales import KV_SUFFIXES
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.families.record import Family
 from mixedprec_plugin.methods.cards import served_dtype
@@ -137,7 +138,8 @@ class Conversions:
                 outputs |= stored.filled
         for suffix, tensor in tensors.items():
             if suffix not in replaced and suffix not in outputs:
-                is_kept = kind in _UNCAST or suffix == self._family.router_bias
+                kept = KV_SUFFIXES | {self._family.router_bias}
+                is_kept = kind in _UNCAST or suffix in kept
                 is_cast = tensor.dtype in _FLOATS and not is_kept
                 outputs[suffix] = TensorSpec(dtype if is_cast else tensor.dtype, tensor.shape)
         return outputs

@@ -10,6 +10,7 @@ from sglang.srt.model_loader.utils import get_model_architecture, set_default_to
 from sglang.srt.runtime_context import get_exec, get_parallel
 
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.kv_scales import add_kv_scales
 from mixedprec_plugin.serving.stages import Stage
 
 
@@ -32,6 +33,7 @@ def build_model(
     unfused = get_exec().moe.override(disable_shared_experts_fusion=True)
     with set_default_torch_dtype(model_config.dtype), device, unfused:
         model: torch.nn.Module = _initialize_model(model_config, load_config, config)
+        add_kv_scales(model, config)
     stages = get_parallel().pp_group
     return model, Stage(
         model, config.plan.tied, num_stages=stages.world_size, is_last=stages.is_last_rank

@@ -18,6 +18,7 @@ from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.composite import experts_method
 from mixedprec_plugin.experts.groups import ExpertGroup
+from mixedprec_plugin.families.kv_scales import kv_scale
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.construct import build_config, offered
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
@@ -42,6 +43,8 @@ class MixedPrecisionConfig(QuantizationConfig):
         plan: what every layer runs as.
         built: module name, as the plan spells it -> the module that the model built for it; filled
             while it is built.
+        attentions: attention layer that has scales of the KV cache -> the modules that take them;
+            filled once it is built.
         others: name that the plan does not know -> the planned module that each layer of this name
             is, in the order that SGLang builds them; None for one that stays unquantized. See
             `outline`.
@@ -58,6 +61,11 @@ class MixedPrecisionConfig(QuantizationConfig):
         self.built: dict[str, torch.nn.Module] = {}
         family = family_of(plan.source.config)
         self._names = ModuleNames(plan.modules, family)
+        self.attentions: dict[str, list[torch.nn.Module]] = {}
+        tensors = (f"{layer.name}.{suffix}" for layer in plan.layers for suffix in layer.outputs)
+        scales = filter(None, map(kv_scale, tensors))
+        scaled = {name for scale in scales for name in scale.attentions}
+        self._attention_names = ModuleNames(scaled, family)
         self.packed_modules_mapping = {
             module: list(shards) for module, shards in family.fused_modules.items()
         }
@@ -96,6 +104,7 @@ class MixedPrecisionConfig(QuantizationConfig):
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: NameMapper) -> None:
         """Take into account how a model renames the checkpoint's modules."""
         self._names.apply(hf_to_sglang_mapper)
+        self._attention_names.apply(hf_to_sglang_mapper)
 
     def module_of(self, prefix: str) -> str | None:
         """The planned module that SGLang calls `prefix`; None if there is none.
@@ -104,6 +113,10 @@ class MixedPrecisionConfig(QuantizationConfig):
             LoadError: several planned modules could be meant.
         """
         return self._names.find(prefix)
+
+    def attention_of(self, prefix: str) -> str | None:
+        """The attention layer that SGLang calls `prefix`, if the checkpoint has scales for it."""
+        return self._attention_names.find(prefix)
 
     def can_fuse_shared_expert(self) -> bool:
         """Never: a shared expert is a layer of its own, in a scheme of its own.

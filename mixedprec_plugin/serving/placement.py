@@ -22,6 +22,7 @@ from mixedprec_plugin.methods.registry import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.kv_scales import place_kv_scale
 from mixedprec_plugin.serving.recorder import WriteRecorder, storage_id
 from mixedprec_plugin.serving.source_configs import refusals
 
@@ -135,6 +136,8 @@ def _place(
         name, tensor = item
         layer_name, _, suffix = name.rpartition(".")
         layer = config.plan.by_name.get(layer_name)
+        if config.attentions and _is_kv_scale(config, name, tensor, recorder, problems):
+            continue
         if layer is not None and layer.module in config.built:
             recorder.forget(tensor)
             if suffix in GROUP_INDICES and layer.shard is not None:
@@ -155,6 +158,22 @@ def _place(
             yield name, tensor
         # or it would be there while the next one is made
         del item, tensor
+
+
+def _is_kv_scale(
+    config: MixedPrecisionConfig,
+    name: str,
+    tensor: torch.Tensor,
+    recorder: WriteRecorder,
+    problems: list[Problem],
+) -> bool:
+    """Fill what a tensor is the KV cache's scale of, if it is one."""
+    recorder.forget(tensor)
+    try:
+        return place_kv_scale(config, name, tensor)
+    except LoadError as error:
+        problems += error.problems
+        return True
 
 
 def _check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) -> None:

@@ -160,9 +160,9 @@ def test_stray_tensor_is_named_before_a_weight_is_read(
     tensors = llama_tensors(llama_config())
     # which reading would find
     tensors["model.layers.0.mlp.up_proj.weight"][:] = torch.nan
-    tensors["model.layers.0.self_attn.attn.k_scale"] = torch.tensor(0.5)
+    tensors["model.layers.0.self_attn.sinks"] = torch.ones(4)
     path = write_checkpoint(tmp_path / "model", llama_config(), tensors)
-    with pytest.raises(PlanError, match=r"attn\.k_scale: is in the checkpoint, but LlamaFor"):
+    with pytest.raises(PlanError, match=r"attn\.sinks: is in the checkpoint, but LlamaFor"):
         load_model(path, write_preset(tmp_path, FP8))
 
 
