@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS
 from mixedprec_plugin.families.config import Config, is_half_precision
+from mixedprec_plugin.families.kv_scales import KV_SUFFIXES
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import served_dtype
@@ -165,7 +166,7 @@ class Conversions:
                 outputs |= stored.filled
         for suffix, tensor in tensors.items():
             if suffix not in replaced and suffix not in outputs:
-                is_cast = tensor.dtype in _FLOATS and suffix not in kept
+                is_cast = tensor.dtype in _FLOATS and suffix not in kept | KV_SUFFIXES
                 outputs[suffix] = TensorSpec(dtype if is_cast else tensor.dtype, tensor.shape)
         return outputs
 
