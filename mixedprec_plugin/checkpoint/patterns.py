@@ -29,6 +29,11 @@ _REPETITION = re.compile(r"[*+?{]")
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
 
 
+# a dot still stands for any character
+_PLAIN = re.compile(r"[^*+?{}()\[\]\\|^$]*")
+MAX_PATTERNS = 2048
+
+
 class _Step(NamedTuple):
     """One step of a pattern.
 
@@ -49,13 +54,22 @@ def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
     Raises:
         CheckpointError: it is no regular expression, or none that is matched in bounded time.
     """
+    if is_plain(pattern):
+        part = name if whole else name[: len(pattern)]
+        is_long = len(part) == len(pattern)
+        return is_long and all(p in (c, ".") for p, c in zip(pattern, part, strict=True))
     read = _read(pattern)
     if isinstance(read, re.Pattern):
         return (read.fullmatch if whole else read.match)(name) is not None
     return _follow(read, name, 0, {}, whole=whole)
 
 
-@functools.lru_cache(maxsize=1024)
+def is_plain(pattern: str) -> bool:
+    """Whether a pattern has no wildcard but the dot."""
+    return _PLAIN.fullmatch(pattern) is not None
+
+
+@functools.lru_cache(maxsize=MAX_PATTERNS)
 def _read(pattern: str) -> re.Pattern[str] | tuple[_Step, ...]:
     """A pattern for `re`, where that is fast, or its steps."""
     try:

@@ -20,6 +20,7 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import extend
 
 from mixedprec_plugin.checkpoint.files import read_json
+from mixedprec_plugin.checkpoint.patterns import MAX_PATTERNS, is_plain
 from mixedprec_plugin.errors import CheckpointError, Problem
 from mixedprec_plugin.resources import schema_path
 
@@ -38,6 +39,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     config = read_json(path)
     check_record(config, path, "")
+    for section in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            _check_patterns(section.get(key), f"{path}: {key}")
     return config
 
 
@@ -54,6 +58,21 @@ def check_record(record: Mapping[str, Any], path: Path, kind: str) -> None:
     problems = {_problem(error, path): None for error in errors}
     if problems:
         raise CheckpointError(problems)
+
+
+def _check_patterns(said: Any, where: str) -> None:
+    """Refuse more patterns than are held against every layer's name in bounded time."""
+    waiting, count = [said], 0
+    for value in waiting:
+        if isinstance(value, dict):
+            waiting += [part for key in value if key != "preset" for part in (key, value[key])]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and not is_plain(value):
+            count += 1
+    if count > MAX_PATTERNS:
+        what = f"holds {count:,} patterns (expected up to {MAX_PATTERNS:,})"
+        raise CheckpointError(Problem(where, what, "write several as one", "record"))
 
 
 def _problem(error: ValidationError, path: Path) -> Problem:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from mixedprec_plugin.checkpoint.files import open_plain
 from mixedprec_plugin.preset.document import Document, Findings, Path, RefusedError, Scalar, rewrite
 from mixedprec_plugin.preset.interpolation import check_text, is_interpolated
 from mixedprec_plugin.preset.model import Location
@@ -57,7 +58,9 @@ def read_file(path: FilePath, findings: Findings) -> Document:
             what = f"has {size} bytes (expected {MAX_FILE_BYTES} at most)"
             document.report((), what, "a preset is a few kilobytes of rules", "file")
         else:
-            return read_text(path.read_bytes().decode("utf-8-sig"), str(path), findings)
+            with open_plain(path) as file:
+                data = file.read(MAX_FILE_BYTES)
+            return read_text(data.decode("utf-8-sig"), str(path), findings)
     except FileNotFoundError:
         document.report((), "no such file (expected a preset)", rule="file")
     except OSError as error:

@@ -188,6 +188,13 @@ def test_what_other_writers_mean_passes(config: dict[str, Any]) -> None:
     check_record(config, Path("config.json"), "")
 
 
+def test_patterns_without_number_are_refused(tmp_path: Path) -> None:
+    said = {"quant_method": "compressed-tensors", "ignore": [f"re:(a+)+{i}" for i in range(3000)]}
+    folder = write_llama(tmp_path, quantization_config=said)
+    with pytest.raises(CheckpointError, match=r"quantization_config: holds 3,000 patterns"):
+        open_source(folder)
+
+
 def test_stale_index_is_named_and_the_remedy_works(tmp_path: Path) -> None:
     folder = write_llama(tmp_path, parts=2)
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00003.safetensors"}}

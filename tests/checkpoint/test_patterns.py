@@ -87,7 +87,7 @@ def test_patterns_with_ways_without_end_are_soon_done(pattern: str) -> None:
     ("pattern", "message"),
     [
         ("(", "missing "),
-        ("a" * 100_000, "longer than"),
+        ("a*" * 100_000, "longer than"),
         ("(" * 5000 + ")" * 5000, "recursion"),
         ("a{99999999999999}", "repetition number is too large"),
         ("(?:(?:(?:a{900}){900}){900}){900}", "more than 2048 steps"),
