@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from mixedprec_plugin.calibrate import calibrator
 from mixedprec_plugin.cli.main import main
+from mixedprec_plugin.convert import converter
 from tests.calibrate.models import VOCABULARY, write_model
 
 PRESET = "version: 1\nrules:\n  - {match: '*_proj', method: METHOD, group_size: 32}\n"
@@ -111,6 +112,26 @@ def test_killed_it_goes_on_and_ends_the_same(
     for name in ("model.safetensors", "mixedprec_calibration.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_codes_of_a_source_that_changed_since_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, preset, out = tmp_path / "model", preset_of(tmp_path), tmp_path / "out"
+    write_model(model)
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(converter, "write_part", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(model, preset, out, "--calibrate", "--windows", 8)
+    os.utime(model / "model.safetensors")
+    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", out)
+    code, _, err = command("convert", *words, "--calibrate", "--windows", 8)
+    assert code == 1
+    assert "holds an unfinished conversion of other inputs (the sources' files changed)" in err
 
 
 def test_other_options_are_another_conversion(tmp_path: Path) -> None:
