@@ -12,10 +12,10 @@ from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYP
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
 from mixedprec_plugin.families.config import model_dtype
+from mixedprec_plugin.methods.cards import to_dequantize
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
-from mixedprec_plugin.plan.conversion import to_dequantize
 from mixedprec_plugin.plan.model import Plan, PlannedLayer, Rescale
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.stored import TensorSpec
-from mixedprec_plugin.plan.conversion import spec_bytes
 from mixedprec_plugin.plan.model import PlannedLayer
 
 DEFAULT_PART_SIZE = "5GB"
@@ -89,7 +88,7 @@ def plan_parts(
     groups: list[list[PlannedLayer]] = []
     filled = 0
     for layer in layers:
-        size = sum(spec_bytes(spec) for spec in outputs[layer.name].values())
+        size = sum(spec.num_bytes for spec in outputs[layer.name].values())
         if not groups or filled + size > max_bytes:
             groups.append([])
             filled = 0
@@ -113,7 +112,7 @@ def _part(
     tensors: dict[str, PlacedTensor] = {}
     start = 0
     for name, spec in _in_aligned_order(layers, outputs):
-        tensors[name] = PlacedTensor(spec, start, spec_bytes(spec))
+        tensors[name] = PlacedTensor(spec, start, spec.num_bytes)
         start += tensors[name].num_bytes
     return Part(file, tuple(layers), tensors, _header(tensors))
 
@@ -129,7 +128,7 @@ def _in_aligned_order(
     rest: list[tuple[str, TensorSpec]] = []
     for layer in layers:
         named = [(tensor_name(layer.name, s), spec) for s, spec in outputs[layer.name].items()]
-        size = sum(spec_bytes(spec) for _, spec in named)
+        size = sum(spec.num_bytes for _, spec in named)
         (rest if size % _ALIGNMENT else whole).extend(_widest_first(named))
     return whole + _widest_first(rest)
 

@@ -24,10 +24,10 @@ _HEAD_TOKENS = 512
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A mean over windows of text, with its standard error (NaN for a single window)."""
+    """A mean over windows of text, with its standard error (None for a single window)."""
 
     value: float
-    error: float
+    error: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
@@ -35,7 +35,7 @@ class Mean:
         count = len(values)
         mean = math.fsum(values) / count
         if count < 2:
-            return cls(mean, math.nan)
+            return cls(mean, None)
         variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
         return cls(mean, math.sqrt(variance / count))
 

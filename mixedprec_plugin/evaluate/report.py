@@ -109,7 +109,7 @@ def _bits(plan: Plan) -> float:
 
 
 def _with_error(mean: Mean, digits: int) -> str:
-    error = "" if math.isnan(mean.error) else f" ± {mean.error:.{digits}f}"
+    error = "" if mean.error is None else f" ± {mean.error:.{digits}f}"
     return f"{mean.value:.{digits}f}{error}"
 
 
@@ -119,10 +119,10 @@ def print_rows(rows: Sequence[Row], text: Path | None, console: Console) -> None
     table = new_table(("preset", False), *((title, True) for title in numbers))
     for row in rows:
         found = row.found
-        perplexity = math.exp(found.log_likelihood.value)
+        perplexity, error = math.exp(found.log_likelihood.value), found.log_likelihood.error
         add_row(
             table, row.name, f"{row.bits:.2f}", _with_error(found.kl, 4),
-            _with_error(Mean(perplexity, perplexity * found.log_likelihood.error), 2),
+            _with_error(Mean(perplexity, error and perplexity * error), 2),
             _with_error(found.top1, 4),
         )  # fmt: skip
     console.print(table)
@@ -158,7 +158,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes = figure.add_subplot()
     for row in rows[1:]:
         kl = row.found.kl
-        axes.errorbar(row.bits, kl.value, yerr=0 if math.isnan(kl.error) else kl.error, fmt="o")
+        axes.errorbar(row.bits, kl.value, yerr=kl.error or 0, fmt="o")
         axes.annotate(row.name, (row.bits, kl.value), xytext=(5, 5), textcoords="offset points")
     axes.set(xlabel="bits a weight", ylabel="KL, nats a token", ylim=(0, None))
     axes.grid(alpha=0.3)

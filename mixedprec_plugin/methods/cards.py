@@ -123,3 +123,8 @@ def served_dtype(dtype: str, capability: int) -> str:
 def version(capability: int) -> str:
     """89 -> "8.9"."""
     return f"{capability // 10}.{capability % 10}"
+
+
+def to_dequantize(dtype: str) -> str:
+    """What a rule says for a layer to be dequantized, where a model runs in a dtype."""
+    return f"method: {'bf16' if dtype == 'BF16' else 'unquantized'}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
 from mixedprec_plugin.checkpoint.patterns import matches as matches
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class TensorSpec(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length in a file."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclasses.dataclass(frozen=True)

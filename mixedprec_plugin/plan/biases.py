@@ -16,7 +16,6 @@ from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.stored import Tensors, TensorSpec
-from mixedprec_plugin.plan.conversion import spec_bytes
 from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import PlannedLayer
 
@@ -64,7 +63,9 @@ def _changed(
     stored = sum(x.num_bytes for x in inputs.values()) - sum(
         x.num_bytes for x in layer.inputs.values()
     )
-    served = sum(map(spec_bytes, outputs.values())) - sum(map(spec_bytes, layer.outputs.values()))
+    served = sum(spec.num_bytes for spec in outputs.values()) - sum(
+        spec.num_bytes for spec in layer.outputs.values()
+    )
     return dataclasses.replace(
         layer,
         inputs=inputs,

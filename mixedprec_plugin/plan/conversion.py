@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from mixedprec_plugin.checkpoint.headers import DTYPE_BITS
 from mixedprec_plugin.families.config import Config, is_half_precision
 from mixedprec_plugin.families.kv_scales import KV_SUFFIXES
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
 from mixedprec_plugin.families.table import family_of
-from mixedprec_plugin.methods.cards import served_dtype
+from mixedprec_plugin.methods.cards import served_dtype, to_dequantize
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
 from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, Tensors, TensorSpec
@@ -41,11 +39,6 @@ _FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 # SGLang keeps some routers in float32 (models/glm4_moe.py:391, models/deepseek_v2.py:520), and a
 # draft model is loaded from what is stored
 _UNCAST = frozenset({"router", "draft"})
-
-
-def to_dequantize(dtype: str) -> str:
-    """What a rule says for a layer to be dequantized, where a model runs in a dtype."""
-    return f"method: {'bf16' if dtype == 'BF16' else 'unquantized'}"
 
 
 class Asked(NamedTuple):
@@ -120,9 +113,9 @@ class Conversions:
         if asked.kind in _UNCAST:
             return frozenset(asked.tensors)
         if asked.kind in ("linear", "expert"):
-            return frozenset()
+            return KV_SUFFIXES
         is_bare = asked.stored is None and self._is_half
-        return frozenset(
+        return KV_SUFFIXES | frozenset(
             suffix
             for suffix, tensor in asked.tensors.items()
             if self._float32.search(tensor.name)
@@ -144,7 +137,7 @@ class Conversions:
             "impossible" if reasons else action,
             MappingProxyType(outputs),
             sum(tensor.num_bytes for tensor in tensors.values()),
-            sum(map(spec_bytes, outputs.values())) if kind != "draft" else 0,
+            sum(spec.num_bytes for spec in outputs.values()) if kind != "draft" else 0,
             reasons,
         )
 
@@ -166,7 +159,7 @@ class Conversions:
                 outputs |= stored.filled
         for suffix, tensor in tensors.items():
             if suffix not in replaced and suffix not in outputs:
-                is_cast = tensor.dtype in _FLOATS and suffix not in kept | KV_SUFFIXES
+                is_cast = tensor.dtype in _FLOATS and suffix not in kept
                 outputs[suffix] = TensorSpec(dtype if is_cast else tensor.dtype, tensor.shape)
         return outputs
 
@@ -354,8 +347,3 @@ def _misfits(
                 f"(expected {expected.dtype} {list(expected.shape)})"
             )
             yield Reason("stored-tensor", text, "the checkpoint is damaged")
-
-
-def spec_bytes(spec: TensorSpec) -> int:
-    """Bytes of a tensor."""
-    return math.prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8
