@@ -27,7 +27,12 @@ _PARTS = {
     for end, suffix in _SUFFIXES.items()
 }
 _PROJECTIONS = tuple(_HALVES)
-_OWN_LAYERS = tuple(f".experts.{projection}" for projection in _HALVES)
+# and GraniteMoE's
+_OWN_LAYERS = (
+    *(f".experts.{projection}" for projection in _HALVES),
+    ".block_sparse_moe.input_linear",
+    ".block_sparse_moe.output_linear",
+)
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -48,7 +53,8 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
     """
     unknown = sorted(tensors.keys() - _PARTS.keys())
     if unknown or not tensors.keys() >= _HALVES.keys():
-        return f"its experts are stored in {', '.join(sorted(tensors))}"
+        named = ", ".join(sorted(tensors.keys() - {"weight"}))
+        return f"its experts are stored in {named or 'one tensor'}"
     gate_up, down = tensors["gate_up_proj"].shape, tensors["down_proj"].shape
     hidden = text_config(config).get("hidden_size")
     if len(gate_up) != 3 or len(down) != 3:

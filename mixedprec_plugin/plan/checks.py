@@ -150,9 +150,12 @@ def _layer_shape(
 ) -> LayerShape:
     assert layer.stored is not None
     kv_ranks = num_kv_ranks(config, target.tp_size)
-    shards = stored_shards(layer, config) or tuple(
-        (str(s.shard), s.stored.N) for s in siblings if s.stored is not None
-    )
+    shards = [
+        part
+        for s in siblings
+        if s.stored is not None
+        for part in stored_shards(s, config) or ((str(s.shard), s.stored.N),)
+    ]
     return LayerShape(
         N=layer.stored.N,
         K=layer.stored.K,

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS
+from mixedprec_plugin.families.config import Config, is_half_precision
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
-from mixedprec_plugin.families.record import Family
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import served_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
@@ -82,11 +84,12 @@ class Conversion:
 
 
 class Conversions:
-    """What each layer becomes; layers that are alike share it."""
+    """What each layer of a model becomes; layers that are alike share it."""
 
-    def __init__(self, target: Target, family: Family) -> None:
+    def __init__(self, target: Target, config: Config) -> None:
         self._target = target
-        self._family = family
+        self._float32 = re.compile(family_of(config).float32)
+        self._is_half = is_half_precision(config)
         self._known: dict[object, Conversion] = {}
 
     def of(self, asked: Asked) -> Conversion:
@@ -95,12 +98,31 @@ class Conversions:
         alike: object = id(asked.stored)
         if asked.stored is None:
             alike = tuple([(suffix, t.dtype, t.shape) for suffix, t in asked.tensors.items()])
-        key = (id(asked.scheme), alike, asked.kind, asked.rule is None, is_auto(asked.rule))
+        kept = self._kept(asked)
+        key = (id(asked.scheme), alike, asked.kind, asked.rule is None, is_auto(asked.rule), kept)
         if key not in self._known:
-            self._known[key] = self._decide(asked)
+            self._known[key] = self._decide(asked, kept)
         return self._known[key]
 
-    def _decide(self, asked: Asked) -> Conversion:
+    def _kept(self, asked: Asked) -> frozenset[str]:
+        """The tensors that are not cast, which those of matrices and usual norms always are.
+
+        What else is float32 in a checkpoint of 16 bits is meant to be, and weight loaders cast it
+        where SGLang's parameter is narrower.
+        """
+        if asked.kind in _UNCAST:
+            return frozenset(asked.tensors)
+        if asked.kind in ("linear", "expert"):
+            return frozenset()
+        is_bare = asked.stored is None and self._is_half
+        return frozenset(
+            suffix
+            for suffix, tensor in asked.tensors.items()
+            if self._float32.search(tensor.name)
+            or (is_bare and tensor.dtype == "F32" and not tensor.name.endswith("norm.weight"))
+        )
+
+    def _decide(self, asked: Asked, kept: frozenset[str]) -> Conversion:
         scheme, _, stored, tensors, kind = asked
         action: Action = "as stored"
         reasons: tuple[Reason, ...] = ()
@@ -108,7 +130,7 @@ class Conversions:
             if scheme is not None:
                 action = action_of(scheme, stored, tensors, self._target.dtype)
             reasons = tuple(_reasons(action, asked, stored, self._target))
-        outputs = self._outputs(action, asked)
+        outputs = self._outputs(action, asked, kept)
         if not reasons and action == "as stored" and scheme is not None and stored is not None:
             reasons = tuple(_misfits(scheme, stored, tensors, outputs))
         return Conversion(
@@ -119,9 +141,9 @@ class Conversions:
             reasons,
         )
 
-    def _outputs(self, action: Action, asked: Asked) -> dict[str, TensorSpec]:
+    def _outputs(self, action: Action, asked: Asked, kept: frozenset[str]) -> dict[str, TensorSpec]:
         """The method's tensors, then those beside the matrix (biases)."""
-        scheme, _, stored, tensors, kind = asked
+        scheme, _, stored, tensors, _ = asked
         dtype = self._target.dtype
         outputs: dict[str, TensorSpec] = {}
         replaced: frozenset[str] = frozenset()
@@ -137,8 +159,7 @@ class Conversions:
                 outputs |= stored.filled
         for suffix, tensor in tensors.items():
             if suffix not in replaced and suffix not in outputs:
-                is_kept = kind in _UNCAST or suffix == self._family.router_bias
-                is_cast = tensor.dtype in _FLOATS and not is_kept
+                is_cast = tensor.dtype in _FLOATS and suffix not in kept
                 outputs[suffix] = TensorSpec(dtype if is_cast else tensor.dtype, tensor.shape)
         return outputs
 

@@ -211,8 +211,9 @@ def _output_size(built: LinearBase, shard: Shard) -> int:
         num_heads = built.total_num_heads if shard == "q" else built.total_num_kv_heads
         head = built.v_head_size if shard == "v" else built.head_size
         return int(num_heads * head)
-    if isinstance(built, MergedColumnParallelLinear) and isinstance(shard, int):
-        return int(built.output_sizes[shard])
+    if isinstance(built, MergedColumnParallelLinear) and isinstance(shard, int | tuple):
+        numbers = shard if isinstance(shard, tuple) else (shard,)
+        return sum(int(built.output_sizes[number]) for number in numbers)
     if isinstance(built, QKVParallelLinear):
         heads = built.total_num_heads + built.total_num_kv_heads
         return int(heads * built.head_size + built.total_num_kv_heads * built.v_head_size)
