@@ -110,7 +110,7 @@ def test_deepseeks_blocks_run_by_fp8s_own_class(results: tuple[str, Mapping[str,
     [
         ("ignored by its config", "config.json leaves it unquantized, which method: auto would go"),
         ("unknown quant_method", r"block\.fc1: SGLang .*'none_such' of source 'model': Invalid"),
-        ("no quant_method", "config.json of source 'model' names no quant_method"),
+        ("no quant_method", "config.json names no quant_method"),
         ("config_groups of another type", "'compressed-tensors' of source 'model': 'int' object"),
     ],
 )
