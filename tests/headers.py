@@ -10,7 +10,10 @@ from typing import Any
 
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
-_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "I32": 4}
+_BITS = {
+    "BF16": 16, "F16": 16, "F32": 32, "F8_E4M3": 8, "I8": 8, "I32": 32, "F4": 4, "F6_E2M3": 6,
+    "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "C64": 64, "U16": 16,
+}  # fmt: skip
 
 
 def write_headers(folder: Path, config: Mapping[str, Any], tensors: Header, parts: int = 1) -> Path:
@@ -41,7 +44,7 @@ def _write_file(path: Path, tensors: Header) -> None:
     header: dict[str, Any] = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * _BYTES[dtype]
+        start, end = end, end + math.prod(shape) * _BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     raw = json.dumps(header).encode()
     with path.open("wb") as file:

@@ -1,8 +1,8 @@
 """`make families`: which family runs in which method, on one rank and two.
 
-python -m benchmarks.families [--out FILE] [--cell FAMILY/METHOD ...]
+python -m benchmarks.families [--out FILE] [--cell FAMILY/METHOD ...] [--newer FAMILY ...]
 
-Single cells are written into the file beside those that are there.
+Single cells and families are written into the file beside those that are there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from benchmarks.families import engine
 from benchmarks.families.architectures import ARCHITECTURES, Architecture
 from benchmarks.families.cells import Cell, Runner
 from benchmarks.families.methods import COLUMNS, has_cell
+from benchmarks.families.newer import NEWER, Newer
+from benchmarks.families.outcomes import Outcome, outcome_of
 from benchmarks.families.processes import forked
 from benchmarks.families.report import as_markdown, entry_of
+from benchmarks.families.served import entry_of as served_entry_of
 
 _HOURS = 4 * 3600.0
 Wanted = tuple[Architecture, str]
@@ -41,35 +44,83 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FAMILY/METHOD",
         help="run this one, such as 'Phi-3/gptq' or 'OLMo*/*'; repeatable",
     )
+    parser.add_argument(
+        "--newer",
+        action="append",
+        default=[],
+        metavar="FAMILY",
+        help="run this one of the newer families, such as 'Qwen3.5*'; repeatable",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="families at a time (default 2)")
     options = parser.parse_args(arguments)
     # one thread: what has threads cannot be forked
     os.environ["OMP_NUM_THREADS"] = "1"
     engine.warm_up()
+    is_whole = not options.cell and not options.newer
     wanted = [
         (architecture, column)
         for architecture, column in itertools.product(ARCHITECTURES, COLUMNS)
         if has_cell(architecture, column)
         and any(
             fnmatch.fnmatchcase(f"{architecture.name}/{column}", cell)
-            for cell in options.cell or ["*"]
+            for cell in options.cell or (["*"] if is_whole else [])
         )
     ]
     cells = run(wanted, options.jobs)
+    newer = [
+        newer
+        for newer in NEWER
+        if any(
+            fnmatch.fnmatchcase(newer.architecture.name, name)
+            for name in options.newer or (["*"] if is_whole else [])
+        )
+    ]
+    outcomes = run_newer(newer)
     if options.out:
-        _write(options.out, [entry_of(cell) for cell in cells], is_whole=not options.cell)
-    return 0 if all(cell.is_green for cell in cells) else 1
+        numbers = _merged(options.out.with_suffix(".json"), cells, outcomes, is_whole=is_whole)
+        options.out.write_text(as_markdown(*numbers), encoding="utf-8")
+    is_right = all(cell.is_green for cell in cells) and not any(o.failures for o in outcomes)
+    return 0 if is_right else 1
 
 
-def _write(page: Path, entries: list[dict[str, Any]], *, is_whole: bool) -> None:
-    """Write the page and its numbers; of single cells, into those that are there."""
-    path = page.with_suffix(".json")
-    known = [] if is_whole or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
-    merged = {(entry["family"], entry["method"]): entry for entry in (*known, *entries)}
+def _merged(
+    path: Path, cells: Sequence[Cell], outcomes: Sequence[Outcome], *, is_whole: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write all numbers; those of single cells and families into those that are there."""
+    newer_path = path.with_name(f"{path.stem}_newer.json")
     order = [(architecture.name, column) for architecture in ARCHITECTURES for column in COLUMNS]
-    ordered = [merged[place] for place in order if place in merged]
-    path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    page.write_text(as_markdown(ordered), encoding="utf-8")
+    known = [] if is_whole else _read(path)
+    entries = (*known, *map(entry_of, cells))
+    table = {(entry["family"], entry["method"]): entry for entry in entries}
+    known = [] if is_whole else _read(newer_path)
+    served = {entry["family"]: entry for entry in (*known, *map(served_entry_of, outcomes))}
+    names = [newer.architecture.name for newer in NEWER]
+    made = (
+        [table[place] for place in order if place in table],
+        [served[name] for name in names if name in served],
+    )
+    for file, numbers in zip((path, newer_path), made, strict=True):
+        file.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    return made
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def run_newer(wanted: Sequence[Newer]) -> list[Outcome]:
+    """Find out what becomes of newer families, one after the other."""
+    outcomes = []
+    with tempfile.TemporaryDirectory() as name:
+        for newer in wanted:
+            outcomes.append(outcome_of(newer, Path(name)))
+            made = outcomes[-1]
+            print(
+                f"{made.family:18} {made.seconds:5.1f} s  {made.method} {made.status}", flush=True
+            )
+            for failure in made.failures:
+                print(f"  FAILED: {failure[-1500:]}", flush=True)
+    return outcomes
 
 
 def run(wanted: Sequence[Wanted], num_jobs: int) -> list[Cell]:

@@ -9,14 +9,14 @@ from typing import Any
 VOCAB_SIZE = 512
 NUM_EXPERTS = 8
 
-_DENSE = {
+DENSE = {
     "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": VOCAB_SIZE,
     "max_position_embeddings": 512, "initializer_range": 0.05, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-_HEADS = {"head_dim": 64}
-_EXPERTS = {"moe_intermediate_size": 256, "num_experts_per_tok": 2}
+HEADS = {"head_dim": 64}
+EXPERTS = {"moe_intermediate_size": 256, "num_experts_per_tok": 2}
 _DEEPSEEK = {
     "num_key_value_heads": 8, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64,
     "v_head_dim": 64, "n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1,
@@ -51,15 +51,17 @@ class Architecture:
     unquantized: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _dense(name: str, config_class: str, **settings: Any) -> Architecture:
-    return Architecture(name, config_class, {**_DENSE, **settings})
+def dense(name: str, config_class: str, **settings: Any) -> Architecture:
+    """A model without experts."""
+    return Architecture(name, config_class, {**DENSE, **settings})
 
 
-def _mixture(name: str, config_class: str, **settings: Any) -> Architecture:
+def mixture(name: str, config_class: str, **settings: Any) -> Architecture:
+    """A model with experts."""
     return Architecture(
         name,
         config_class,
-        {**_DENSE, **_EXPERTS, **settings},
+        {**DENSE, **EXPERTS, **settings},
         experts="model.layers.*.mlp.experts.{}.*",
     )
 
@@ -68,35 +70,35 @@ def _deepseek(
     name: str, config_class: str, extra: Mapping[str, Any], **settings: Any
 ) -> Architecture:
     return dataclasses.replace(
-        _mixture(name, config_class, **{**_DEEPSEEK, **settings}),
+        mixture(name, config_class, **{**_DEEPSEEK, **settings}),
         extra={"moe_layer_freq": 1, **extra},
         unquantized={"*": "*.kv_b_proj"},
     )
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    _dense("Llama", "LlamaConfig", **_HEADS),
-    _dense("Mistral", "MistralConfig", **_HEADS, sliding_window=None),
-    _dense("Qwen2", "Qwen2Config"),
-    _dense("Qwen3", "Qwen3Config", **_HEADS),
-    _dense(
-        "Gemma 3 (text)", "Gemma3TextConfig", **_HEADS, tie_word_embeddings=True,
+    dense("Llama", "LlamaConfig", **HEADS),
+    dense("Mistral", "MistralConfig", **HEADS, sliding_window=None),
+    dense("Qwen2", "Qwen2Config"),
+    dense("Qwen3", "Qwen3Config", **HEADS),
+    dense(
+        "Gemma 3 (text)", "Gemma3TextConfig", **HEADS, tie_word_embeddings=True,
         sliding_window=16, query_pre_attn_scalar=64, _sliding_window_pattern=2,
     ),
-    _dense("Phi-3", "Phi3Config", original_max_position_embeddings=512),
-    _dense("OLMo 2", "Olmo2Config"),
+    dense("Phi-3", "Phi3Config", original_max_position_embeddings=512),
+    dense("OLMo 2", "Olmo2Config"),
     dataclasses.replace(
-        _mixture(
-            "Mixtral", "MixtralConfig", **_HEADS, num_local_experts=NUM_EXPERTS,
+        mixture(
+            "Mixtral", "MixtralConfig", **HEADS, num_local_experts=NUM_EXPERTS,
             sliding_window=None,
         ),
         experts="model.layers.*.block_sparse_moe.experts.{}.*",
     ),
-    _mixture(
+    mixture(
         "Qwen2-MoE", "Qwen2MoeConfig", num_experts=NUM_EXPERTS,
         shared_expert_intermediate_size=256,
     ),
-    _mixture("Qwen3-MoE", "Qwen3MoeConfig", **_HEADS, num_experts=NUM_EXPERTS, norm_topk_prob=True),
+    mixture("Qwen3-MoE", "Qwen3MoeConfig", **HEADS, num_experts=NUM_EXPERTS, norm_topk_prob=True),
     _deepseek(
         "DeepSeek-V2", "DeepseekV2Config", {"scoring_func": "softmax"}, q_lora_rank=None,
         n_group=1, topk_group=1,
@@ -115,20 +117,20 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
     ),
     dataclasses.replace(
-        _mixture(
-            "GLM-4-MoE", "Glm4MoeConfig", **_HEADS, n_routed_experts=NUM_EXPERTS,
+        mixture(
+            "GLM-4-MoE", "Glm4MoeConfig", **HEADS, n_routed_experts=NUM_EXPERTS,
             n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1, use_qk_norm=True,
             attention_bias=True,
         ),
         unquantized=dict.fromkeys(("gptq", "gptq_int8"), "*.shared_experts.{gate,up}_proj"),
     ),
-    _mixture("OLMoE", "OlmoeConfig", num_experts=NUM_EXPERTS, num_key_value_heads=8),
+    mixture("OLMoE", "OlmoeConfig", num_experts=NUM_EXPERTS, num_key_value_heads=8),
     Architecture(
         "Qwen2.5-VL (text)",
         "Qwen2_5_VLConfig",
         {
             "text_config": {
-                **_DENSE,
+                **DENSE,
                 "rope_parameters": {
                     "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12],
                 },

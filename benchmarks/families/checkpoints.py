@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ _SEED = 2026
 PROMPT_LENGTH = 24
 # so that the first expert of a token outweighs those that rounding lets change places
 _ROUTER_SCALE = 3.0
+_ROUTERS = ("mlp.gate.weight", "router.layer.weight", "router.weight", "mlp.gate.wg.weight")
+# what published checkpoints of linear attention and Mamba hold in float32
+_IN_FLOAT32 = (".A_log", ".dt_bias", ".D", ".linear_attn.norm.weight")
 
 
 def make_checkpoint(architecture: Architecture, folder: Path) -> Path:
@@ -32,11 +36,24 @@ def make_checkpoint(architecture: Architecture, folder: Path) -> Path:
     is_auto = architecture.model_class.startswith("Auto")
     model = (model_class.from_config if is_auto else model_class)(config)
     _randomize_vectors(model)
-    model.to(torch.bfloat16).save_pretrained(path)
+    model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith(_IN_FLOAT32):
+            parameter.data = parameter.data.float()
+    model.save_pretrained(path)
     said = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    text = json.dumps({**said, **architecture.extra}, indent=1)
+    text = json.dumps(_merged(said, architecture.extra), indent=1)
     (path / "config.json").write_text(text, encoding="utf-8")
     return path
+
+
+def _merged(said: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says with what is said beside; of sections, too, and None takes a key away."""
+    made = {
+        key: _merged(said.get(key, {}), value) if isinstance(value, Mapping) else value
+        for key, value in extra.items()
+    }
+    return {key: value for key, value in {**said, **made}.items() if made.get(key, 0) is not None}
 
 
 def prompt() -> list[int]:
@@ -51,7 +68,7 @@ def _randomize_vectors(model: Any) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(_ROUTERS):
                 parameter.mul_(_ROUTER_SCALE)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -12,6 +12,7 @@ import transformers
 from benchmarks.families.cells import Cell
 from benchmarks.families.comparison import LIMIT, Distance, Held
 from benchmarks.families.methods import COLUMNS
+from benchmarks.families.served import section
 
 _HEAD = """# Model families
 
@@ -51,11 +52,12 @@ are not the reference's; each of them by less than the distance explains, but fo
 Entry = Mapping[str, Any]
 
 
-def as_markdown(entries: Sequence[Entry]) -> str:
+def as_markdown(entries: Sequence[Entry], newer: Sequence[Entry] = ()) -> str:
     """Write the page.
 
     Args:
         entries: of `entry_of`.
+        newer: of `served.entry_of`.
     """
     notes: dict[str, int] = {}
     rows = _rows(entries, lambda entry: _text(entry, notes))
@@ -68,6 +70,7 @@ def as_markdown(entries: Sequence[Entry]) -> str:
         ),
         "\n".join(rows),
         "\n".join(f"{number}. {text}" for text, number in notes.items()),
+        section(newer),
         _alone(entries),
         _on_cuda(entries),
     ]

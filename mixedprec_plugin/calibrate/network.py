@@ -175,7 +175,7 @@ class Network:
 
 def _float_suffixes(layer: PlannedLayer) -> list[str]:
     """The parameters of a layer once it is dequantized."""
-    if layer.stored is None or layer.stored.is_float:
+    if layer.stored is None or layer.stored.is_plain:
         return list(layer.inputs)
     beside = [suffix for suffix in layer.inputs if suffix not in layer.stored.suffixes]
     return ["weight", *beside]

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+from mixedprec_plugin.errors import CheckpointError, Problem
 
 QUANT_METHOD = "mixedprec"
 PRESET_KEY = "preset"
 LAYERS_KEY = "layers"
 
 _NUMBER = re.compile(r"\d+")
-_NUMBERS = re.compile(r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*")
+# no layer has more digits
+_NUMBERS = re.compile(r"\d{1,9}(?:-\d{1,9})?(?:,\d{1,9}(?:-\d{1,9})?)*")
 
 
 def is_converted(quantization_config: Mapping[str, Any]) -> bool:
@@ -27,15 +31,29 @@ def is_converted(quantization_config: Mapping[str, Any]) -> bool:
 
 def embedded_preset(quantization_config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The resolved preset that a converted checkpoint carries; None where there is none."""
-    preset = quantization_config.get(PRESET_KEY) if is_converted(quantization_config) else None
-    return preset if isinstance(preset, Mapping) else None
+    preset: Mapping[str, Any] | None = quantization_config.get(PRESET_KEY)
+    return preset if is_converted(quantization_config) else None
 
 
-def configs_by_layer(quantization_config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Layer name -> the `quantization_config` of a checkpoint that is wholly stored as it is."""
+def configs_by_layer(
+    quantization_config: Mapping[str, Any], max_layers: int, path: Path
+) -> dict[str, Mapping[str, Any]]:
+    """Layer name -> the `quantization_config` of a checkpoint that is wholly stored as it is.
+
+    Args:
+        max_layers: how many layers the checkpoint can have.
+        path: its config.json, for the message.
+    Raises:
+        CheckpointError: it speaks of more.
+    """
     configs: dict[str, Mapping[str, Any]] = {}
     for entry in quantization_config.get(LAYERS_KEY) or ():
         for name in entry["names"]:
+            max_layers -= sum(map(len, _ranges(name)))
+            if max_layers < 0:
+                where = f"{path}: quantization_config.{LAYERS_KEY}"
+                what = f"{name!r:.200} names more layers than the checkpoint holds tensors"
+                raise CheckpointError(Problem(where, what, "download it again", "record"))
             configs.update(dict.fromkeys(unfold(name), entry["config"]))
     return configs
 
@@ -63,11 +81,15 @@ def unfold(name: str) -> list[str]:
     match = _NUMBERS.search(name)
     if match is None:
         return [name]
-    numbers: list[int] = []
-    for run in match.group().split(","):
-        first, _, last = run.partition("-")
-        numbers.extend(range(int(first), int(last or first) + 1))
-    return [f"{name[: match.start()]}{number}{name[match.end() :]}" for number in numbers]
+    before, after = name[: match.start()], name[match.end() :]
+    return [f"{before}{number}{after}" for numbers in _ranges(name) for number in numbers]
+
+
+def _ranges(name: str) -> list[range]:
+    """The numbers that a folded name stands for; one where it stands for itself."""
+    match = _NUMBERS.search(name)
+    runs = [run.partition("-") for run in match.group().split(",")] if match else [("0", "", "")]
+    return [range(int(first), int(last or first) + 1) for first, _, last in runs]
 
 
 def _runs(numbers: Iterable[int]) -> str:

@@ -26,8 +26,17 @@ _PARTS = {
     for projection in _HALVES
     for end, suffix in _SUFFIXES.items()
 }
+# rows that share a scale, as tools choose them; no two make as many blocks of several
+_BLOCK_ROWS = (1, 128, 64, 32, 256)
 _PROJECTIONS = tuple(_HALVES)
-_OWN_LAYERS = tuple(f".experts.{projection}" for projection in _HALVES)
+# of all layers together; the largest models have 50,000
+MAX_EXPERTS = 1 << 18
+# and GraniteMoE's
+_OWN_LAYERS = (
+    *(f".experts.{projection}" for projection in _HALVES),
+    ".block_sparse_moe.input_linear",
+    ".block_sparse_moe.output_linear",
+)
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -48,10 +57,11 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
     """
     unknown = sorted(tensors.keys() - _PARTS.keys())
     if unknown or not tensors.keys() >= _HALVES.keys():
-        return f"its experts are stored in {', '.join(sorted(tensors))}"
+        named = ", ".join(sorted(tensors.keys() - {"weight"}))
+        return f"its experts are stored in {named or 'one tensor'}"
     gate_up, down = tensors["gate_up_proj"].shape, tensors["down_proj"].shape
     hidden = text_config(config).get("hidden_size")
-    if len(gate_up) != 3 or len(down) != 3:
+    if len(gate_up) != 3 or len(down) != 3 or 0 in (*gate_up, *down):
         return f"its experts are stored as {list(gate_up)} and {list(down)}"
     num_experts, inner = gate_up[0], down[2]
     if gate_up == (num_experts, 2 * inner, hidden) and down == (num_experts, hidden, inner):
@@ -60,6 +70,10 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
             if len(tensor.shape) < 2 or tensor.shape[0] != num_experts or tensor.shape[1] % count:
                 shape = list(tensor.shape)
                 return f"{suffix} {shape} cannot be split over its {num_experts} experts"
+            rows = tensors[_PARTS[suffix][0]].shape[1]
+            if suffix.endswith("_scale_inv") and not _is_aligned(rows, tensor.shape[1], count):
+                shape = list(tensor.shape)
+                return f"no block of {suffix} {shape} ends where gate does, at row {rows // count}"
         return ""
     if gate_up[1] == hidden and down[2] == hidden:
         return (
@@ -70,6 +84,12 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
         f"its experts are stored as {list(gate_up)} and {list(down)} (expected [E, 2I, {hidden}] "
         f"and [E, {hidden}, I])"
     )
+
+
+def _is_aligned(rows: int, num_blocks: int, num_parts: int) -> bool:
+    """Whether blocks of rows, one scale each, end where each part of the rows does."""
+    block = next((size for size in _BLOCK_ROWS if -(-rows // size) == num_blocks), 0)
+    return num_parts == 1 or (block > 0 and rows // num_parts % block == 0)
 
 
 def split_experts(name: str, tensors: Tensors) -> Iterator[tuple[str, dict[str, StoredTensor]]]:

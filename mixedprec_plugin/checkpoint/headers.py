@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 
-from mixedprec_plugin.errors import CheckpointError, Problem
+from mixedprec_plugin.checkpoint.files import MAX_BYTES, check_size, file_error, open_plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,18 @@ DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
+
+# of these `reader` makes torch's dtypes; of the others torch has none, or `check_finite` does not
+# know what is not a number
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F16": "float16", "BF16": "bfloat16",
+    "F32": "float32", "F64": "float64",
+}  # fmt: skip
+
+# of torch and numpy
+_MAX_DIMENSIONS = 64
+_MAX_NAME = 1024
 
 CHANGED = "it changed while it was read; download it again"
 
@@ -60,8 +72,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the file is missing, truncated, or no safetensors file.
     """
-    with open_tensors(path, "numpy") as file:
-        pieces = ((name, file.get_slice(name)) for name in file.offset_keys())
+    try:
+        with open_plain(path) as file:
+            check_size(file.read(min(int.from_bytes(file.read(8), "little"), MAX_BYTES)), path)
+    except OSError:
+        pass  # said below
+    with open_tensors(path, "numpy") as tensors:
+        pieces = ((name, tensors.get_slice(name)) for name in tensors.offset_keys())
         return lay_out(((name, x.get_dtype(), x.get_shape()) for name, x in pieces), path)
 
 
@@ -74,43 +91,58 @@ def open_tensors(path: Path, framework: str, remedy: str = "download the file ag
         CheckpointError: as `read_header` does.
     """
     try:
-        # the library says of every file that it cannot open that there is none
-        with path.open("rb"):
+        # the library says of every file that it cannot open that there is none, and waits for pipes
+        with open_plain(path):
             return safe_open(path, framework=framework)
     except OSError as error:
         raise file_error(path, f"cannot be read ({error.strerror})", remedy) from error
     except SafetensorError as error:
+        if "unknown variant" in str(error):
+            remedy = f"{remedy}, or install a release of safetensors that knows it"
         raise file_error(path, _refusal(path, error), remedy) from error
 
 
-def lay_out(
-    entries: Iterable[tuple[str, str, Sequence[int]]], path: Path
-) -> dict[str, StoredTensor]:
+def lay_out(entries: Iterable[tuple[Any, Any, Any]], path: Path) -> dict[str, StoredTensor]:
     """Tell where tensors lie whose bytes follow each other without a gap, as the format demands.
 
     Args:
-        entries: name, dtype and shape, in the order of the file.
+        entries: name, dtype and shape, in the order of the file; as a header has them, of any type.
     Raises:
-        CheckpointError: a dtype is unknown, or a tensor ends within a byte.
+        CheckpointError: a name is no text, a dtype or a shape is none, or a tensor ends within a
+            byte.
     """
     tensors: dict[str, StoredTensor] = {}
     start = 0
     for name, dtype, shape in entries:
-        num_bytes, rest = divmod(math.prod(shape) * DTYPE_BITS.get(dtype, 0), 8)
-        if rest or dtype not in DTYPE_BITS:
-            what = f"{name!r} is {dtype!r} {list(shape)} (expected whole bytes of a known dtype)"
+        if not name.isprintable() or len(name) > _MAX_NAME:
+            what = f"names a tensor {name[:_MAX_NAME]!r} (expected {_MAX_NAME} printable characters"
+            raise file_error(path, f"{what} at most)", remedy="")
+        is_shape = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
+        if not is_shape or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape):
+            what = f"{name!r} does not span the bytes of its dtype and shape"
+            limit = f"expected up to {_MAX_DIMENSIONS} lengths"
+            raise file_error(path, f"its header is malformed: {what} {shape!r:.80} ({limit})")
+        bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
+        num_bytes, rest = divmod(math.prod(shape) * (bits or 0), 8)
+        if rest or not bits:
+            what = f"{name!r} is {dtype!r:.80} {shape} (expected whole bytes of a known dtype)"
             raise file_error(path, what)
         tensors[name] = StoredTensor(name, dtype, tuple(shape), path, start, num_bytes)
         start += num_bytes
     return tensors
 
 
+def unreadable(tensors: Iterable[StoredTensor]) -> list[str]:
+    """Dtypes of some tensors that are none of torch's, each once."""
+    return sorted({tensor.dtype for tensor in tensors} - TORCH_NAMES.keys())
+
+
 def _refusal(path: Path, error: SafetensorError) -> str:
     """The library's words, or by how much the file is too short or too long."""
     reason = str(error).removeprefix("Error while deserializing header: ")
     if "not fully covered" not in reason:
-        return f"safetensors refuses its header ({reason})"
-    with path.open("rb") as file:
+        return f"safetensors refuses its header ({repr(reason)[1:-1][:400]})"
+    with open_plain(path) as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
     entries.pop("__metadata__", None)
@@ -118,11 +150,6 @@ def _refusal(path: Path, error: SafetensorError) -> str:
     end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     state = "truncated" if size < end else "longer than its header says"
     return f"it is {state}: {size:,} bytes (expected {end:,})"
-
-
-def file_error(path: Path, what: str, remedy: str = "download the file again") -> CheckpointError:
-    """The error of a file that is not what it should be."""
-    return CheckpointError(Problem(str(path), what, remedy, "file"))
 
 
 def read_bytes(tensor: StoredTensor, start: int, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -134,7 +161,7 @@ def read_bytes(tensor: StoredTensor, start: int, num_bytes: int) -> npt.NDArray[
     import numpy as np
 
     try:
-        with tensor.path.open("rb") as file:
+        with open_plain(tensor.path) as file:
             header_bytes = 8 + int.from_bytes(file.read(8), "little")
             file.seek(header_bytes + tensor.start + start)
             data = np.empty(num_bytes, dtype=np.uint8)

@@ -8,11 +8,13 @@ file; weights come later, and only the files that some planned layer lies in.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor, file_error, lay_out
+from mixedprec_plugin.checkpoint.files import file_error
+from mixedprec_plugin.checkpoint.headers import CHANGED, StoredTensor, lay_out
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -39,6 +41,20 @@ def snapshot_folder(repo_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_SMALL_FILES))
 
 
+def file_names(folder: Path) -> list[str]:
+    """List the files of the repository that a folder of the cache is a snapshot of.
+
+    Raises:
+        CheckpointError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    repo_id, commit = _repository(folder / "model.safetensors")
+    with _reaching(repo_id, commit):
+        info = HfApi().model_info(repo_id, revision=commit)
+    return [file.rfilename for file in info.siblings or ()]
+
+
 def repository_of(folder: Path) -> tuple[str, str] | None:
     """Tell what a folder of the cache is a snapshot of.
 
@@ -54,7 +70,7 @@ def repository_of(folder: Path) -> tuple[str, str] | None:
 
 def is_remote(path: Path) -> bool:
     """Whether a file is one of a snapshot that the cache has not got yet."""
-    return repository_of(path.parent) is not None and not path.exists()
+    return repository_of(path.parent) is not None and not os.path.exists(path)
 
 
 def read_remote_header(path: Path) -> dict[str, StoredTensor]:
@@ -69,18 +85,17 @@ def read_remote_header(path: Path) -> dict[str, StoredTensor]:
     from huggingface_hub.errors import SafetensorsParsingError
 
     repo_id, commit = _repository(path)
-    try:
-        with _reaching(f"{repo_id}/{path.name}", commit):
+    with _reaching(f"{repo_id}/{path.name}", commit):
+        try:
             said = HfApi().parse_safetensors_file_metadata(repo_id, path.name, revision=commit)
-        entries = sorted(said.tensors.items(), key=lambda item: item[1].data_offsets)
-        header = lay_out(((name, x.dtype, x.shape) for name, x in entries), path)
-    except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:
-        # only the first of these is huggingface_hub's word for it
-        raise file_error(path, f"its header is malformed ({error})") from error
+            entries = sorted(said.tensors.items(), key=lambda item: item[1].data_offsets)
+        except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:
+            # only the first of these is huggingface_hub's word for it
+            raise file_error(path, f"its header is malformed ({error})") from error
+    header = lay_out(((name, x.dtype, x.shape) for name, x in entries), path)
     for name, entry in entries:
         # of a file that it has not got, safetensors checks nothing
-        span = (header[name].start, header[name].start + header[name].num_bytes)
-        if entry.data_offsets != span or any(type(n) is not int or n < 0 for n in entry.shape):
+        if entry.data_offsets != (header[name].start, header[name].start + header[name].num_bytes):
             raise file_error(path, f"{name!r} does not span the bytes of its dtype and shape")
     return header
 
@@ -89,7 +104,7 @@ def read_remote(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
     """Read some bytes of a tensor over the network; `start` counts from its first.
 
     Raises:
-        CheckpointError: the file cannot be reached.
+        CheckpointError: the file cannot be reached, or ends early.
     """
     from huggingface_hub import HfFileSystem
 
@@ -99,7 +114,10 @@ def read_remote(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
         HfFileSystem().open(f"{repo_id}@{commit}/{tensor.path.name}", cache_type="none") as file,
     ):
         file.seek(8 + int.from_bytes(file.read(8), "little") + tensor.start + start)
-        return bytes(file.read(num_bytes))
+        data = bytes(file.read(num_bytes))
+    if len(data) < num_bytes:
+        raise file_error(tensor.path, f"ends inside {tensor.name!r}", CHANGED)
+    return data
 
 
 def fetch_if_missing(path: Path) -> None:
@@ -125,12 +143,15 @@ def _repository(path: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _reaching(where: str, revision: str | None) -> Iterator[None]:
-    """Say of what is asked of the Hub why it cannot be had; a lost connection is httpx's error."""
-    from httpx import HTTPError
+    """Say of what is asked of the Hub why it cannot be had; a lost connection is httpx's error.
+
+    A RuntimeError is httpx's of a stream, or that of hf_xet, which is not written in Python.
+    """
+    from httpx import HTTPError, InvalidURL
 
     try:
         yield
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, InvalidURL, OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().partition("\n")[0]
         at = f" at revision {revision!r}" if revision else ""
         what = f"cannot be had from the Hugging Face Hub{at} ({type(error).__name__}: {first_line})"

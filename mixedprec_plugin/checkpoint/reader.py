@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mixedprec_plugin.checkpoint.files import file_error, open_plain
 from mixedprec_plugin.checkpoint.finite import check_finite
 from mixedprec_plugin.checkpoint.headers import (
     CHANGED,
+    TORCH_NAMES,
     StoredTensor,
-    file_error,
     open_tensors,
     read_bytes,
 )
@@ -31,13 +32,7 @@ from mixedprec_plugin.errors import CheckpointError, Problem
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# of the format's others torch has no dtype, or `check_finite` does not know what is not a number
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
+TORCH_DTYPES: dict[str, torch.dtype] = {n: getattr(torch, d) for n, d in TORCH_NAMES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # of mappings, before they are given up
@@ -88,7 +83,7 @@ class Reader:
         self._files.clear()
         while self._paths and self._how.drops_cache:
             path = self._paths.pop()
-            with contextlib.suppress(OSError), path.open("rb") as file:
+            with contextlib.suppress(OSError), open_plain(path) as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:

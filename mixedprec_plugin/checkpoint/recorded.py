@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mixedprec_plugin.checkpoint.headers import CHANGED, file_error
+from mixedprec_plugin.checkpoint.files import file_error, open_plain
+from mixedprec_plugin.checkpoint.headers import CHANGED
 from mixedprec_plugin.checkpoint.hub import fetch_if_missing, is_remote
 from mixedprec_plugin.errors import Problem
 
@@ -57,9 +58,10 @@ def parse_record(text: bytes, schema: Mapping[str, Any]) -> Any:
 
     try:
         value = json.loads(text)
+        found = best_match(Draft202012Validator(schema).iter_errors(value))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error})") from error
-    if found := best_match(Draft202012Validator(schema).iter_errors(value)):
+    if found:
         raise ValueError(f"is none of ours ({found.json_path}: {found.message[:200]})")
     return value
 
@@ -124,7 +126,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    with reading(path), path.open("rb", buffering=0) as file:
+    with reading(path), open_plain(path) as file:
         while chunk := file.read(_CHUNK):
             yield chunk
 

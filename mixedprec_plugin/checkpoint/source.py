@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mixedprec_plugin.checkpoint import hub
 from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
-from mixedprec_plugin.checkpoint.fused_experts import is_fused, split_experts, why_not_split
+from mixedprec_plugin.checkpoint.files import check_place, file_error, read_json
+from mixedprec_plugin.checkpoint.fused_experts import (
+    MAX_EXPERTS,
+    is_fused,
+    split_experts,
+    why_not_split,
+)
 from mixedprec_plugin.checkpoint.garbage import gc_paused
-from mixedprec_plugin.checkpoint.headers import StoredTensor, file_error, read_header
+from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.checkpoint.recorded import damage, reading
+from mixedprec_plugin.checkpoint.records import read_config
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 INDEX_NAME = "model.safetensors.index.json"
+# of config.json, what may describe the language model of a larger one
+_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
 
 class Facts(NamedTuple):
@@ -58,7 +68,9 @@ class Source:
     tensors: Mapping[str, StoredTensor]
     facts: Mapping[Path, Facts] = dataclasses.field(default_factory=dict)
 
-    def check_unchanged(self, *, exact: bool = False) -> None:
+    def check_unchanged(
+        self, remedy: str = "run it again once nothing writes to it", *, exact: bool = False
+    ) -> None:
         """See that the files are still those that were opened.
 
         Args:
@@ -75,7 +87,6 @@ class Source:
             with reading(path):
                 now = facts_of(path)
             if now[:count] != self.facts[path][:count]:
-                remedy = "run it again once nothing writes to it"
                 problems.append(Problem(str(path), "changed while it was read", remedy, "changed"))
         if problems:
             raise CheckpointError(problems)
@@ -90,16 +101,27 @@ class Source:
         for name, tensor in self.tensors.items():
             layer, _, suffix = name.rpartition(".")
             layers.setdefault(layer, {})[suffix] = tensor
+        experts = 0
         for name in [name for name, tensors in layers.items() if is_fused(name, tensors)]:
             if not why_not_split(layers[name], self.config):
+                experts += layers[name]["gate_up_proj"].shape[0]
+                if experts > MAX_EXPERTS:
+                    what = f"hold {experts:,} experts and more (expected up to {MAX_EXPERTS:,})"
+                    raise file_error(self.path, f"its files {what}")
                 layers.update(split_experts(name, layers.pop(name)))
         return MappingProxyType(layers)
 
     @functools.cached_property
     def quantization_config(self) -> Mapping[str, Any]:
-        """What config.json says of the quantization; empty where it says nothing."""
-        config = self.config.get("quantization_config") or self.config.get("compression_config")
-        return config if isinstance(config, Mapping) else {}
+        """What config.json says of the quantization; empty where it says nothing.
+
+        It may stand with the language model of a larger one. Source: SGLang's
+        model_loader/checkpoint_quantization.py:50; its configs of such models move it up.
+        """
+        parts = [self.config, *(self.config.get(part) for part in _LANGUAGE_PARTS)]
+        said = [part.get("quantization_config") for part in parts if isinstance(part, Mapping)]
+        said.append(self.config.get("compression_config"))
+        return next((config for config in said if isinstance(config, Mapping) and config), {})
 
     def quantization_config_of(self, layer: str) -> Mapping[str, Any]:
         """What config.json says of one layer's quantization: of our own checkpoints, its own."""
@@ -109,7 +131,11 @@ class Source:
     @functools.cached_property
     def _configs_by_layer(self) -> Mapping[str, Mapping[str, Any]] | None:
         config = self.quantization_config
-        return MappingProxyType(configs_by_layer(config)) if is_converted(config) else None
+        if not is_converted(config):
+            return None
+        # every layer has a tensor at least
+        path = self.path / "config.json"
+        return MappingProxyType(configs_by_layer(config, len(self.tensors), path))
 
 
 def open_source(path: str | Path, name: str = "model", revision: str | None = None) -> Source:
@@ -123,8 +149,8 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
         CheckpointError: with every problem found: missing files, damaged headers, a tensor that
             the index promises and its file lacks.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(path))
+    if not os.path.isdir(folder):
         if not hub.is_id(str(path)):
             remedy = "give a local checkpoint folder or a Hugging Face id"
             raise CheckpointError(Problem(str(path), "no such folder", remedy, "file"))
@@ -134,8 +160,8 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
         remedy = "remove revision, or write the Hugging Face id"
         raise CheckpointError(Problem(str(path), what, remedy, "file"))
     facts = _facts(folder)
-    config = _read_json(folder / "config.json")
-    has_index = (folder / INDEX_NAME).is_file()
+    config = read_config(folder / "config.json")
+    has_index = os.path.lexists(folder / INDEX_NAME)
     with gc_paused():
         tensors = _read_indexed(folder) if has_index else _read_folder(folder)
         tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].path, item[1].start)))
@@ -149,53 +175,83 @@ def _facts(folder: Path) -> dict[Path, Facts]:
         return {path: facts_of(path) for path in folder.glob("*") if path.is_file()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise file_error(path, f"cannot be read ({error.strerror})", "download it") from error
-    except (ValueError, RecursionError) as error:
-        raise file_error(path, f"is not JSON ({error})", "download it again") from error
-    if not isinstance(value, dict):
-        raise file_error(path, "is not a JSON object", remedy="")
-    return value
-
-
 def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
-    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise file_error(folder / INDEX_NAME, "has no weight_map", "download it again")
-    # what is no text is no file's name either
-    weight_map = {name: str(file_name) for name, file_name in weight_map.items()}
+    promised = _promised(folder / INDEX_NAME)
     problems: list[Problem] = []
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    for file_name in sorted(set(weight_map.values())):
+    tensors: dict[str, StoredTensor] = {}
+    absent: list[str] = []
+    for file_name, names in sorted(promised.items()):
+        path = folder / file_name
+        absent += [] if os.path.exists(path) else [file_name]
         try:
-            headers[file_name] = _header(_inside(folder, file_name))
+            header = _header(path)
         except CheckpointError as error:
             problems.extend(error.problems)
-    tensors: dict[str, StoredTensor] = {}
-    for name, file_name in weight_map.items():
-        if name in headers.get(file_name, ()):
-            tensors[name] = headers[file_name][name]
-        elif file_name in headers:
-            what = f"lacks {name!r}, which {INDEX_NAME} promises"
-            problems.append(Problem(str(folder / file_name), what, "download both again", "file"))
+            continue
+        tensors |= {name: header[name] for name in names if name in header}
+        if lacking := [name for name in names if name not in header]:
+            what = f"lacks {_listed(lacking)}, which {INDEX_NAME} promises"
+            problems.append(Problem(str(path), what, "download both again", "file"))
+    if absent and problems:
+        others = [file.name for file in _weight_files(folder) if file.name not in promised]
+        if others:
+            what = f"names files that are not there ({_listed(absent)}) and none of those that are"
+            remedy = "remove the stale index if these are the whole model, or download the others"
+            if hub.repository_of(folder) is not None:
+                remedy = f"download it with 'hf download --local-dir' and there {remedy}"
+            what = f"{what} ({_listed(others)})"
+            raise file_error(folder / INDEX_NAME, what, remedy)
     if problems:
         raise CheckpointError(problems)
     return tensors
 
 
+def _promised(index: Path) -> dict[str, list[str]]:
+    """What an index says: file -> names of its tensors."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise file_error(index, "has no weight_map", "download it again")
+    promised: dict[str, list[str]] = {}
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str):
+            what = f"weight_map[{name!r}] is {reprlib.repr(file_name)} (expected a file's name)"
+            raise file_error(index, what, "download it again")
+        promised.setdefault(file_name, []).append(name)
+    for file_name in promised:
+        # names that no file can have hold NUL or halves of characters
+        if Path(file_name).name != file_name or not file_name.isprintable():
+            what = f"names {file_name!r}, which is outside the folder"
+            raise file_error(index, what, "an index may only name files beside it")
+    return promised
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(f"{name!r:.200}" for name in names[:4]) + more
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that are a checkpoint without an index.
+
+    Of a repository on the Hub the cache may have some files or none.
+    """
+    whole = folder / "model.safetensors"
+    files = [file for file in folder.glob("*.safetensors") if not file.name.startswith(".")]
+    if whole not in files and hub.repository_of(folder) is not None:
+        try:
+            files = [folder / name for name in hub.file_names(folder)]
+        except CheckpointError:
+            if not files:
+                raise
+    found = [file for file in files if file.suffix == ".safetensors" and file.parent == folder]
+    return [whole] if whole in found else sorted(found)
+
+
 def _read_folder(folder: Path) -> dict[str, StoredTensor]:
-    files = [not_linked_away(file) for file in sorted(folder.glob("*.safetensors"))]
-    if hub.repository_of(folder) is not None:
-        # the one name that a checkpoint without an index has
-        files = [not_linked_away(folder / "model.safetensors")]
+    files = _weight_files(folder)
     if not files:
         remedy = "only safetensors checkpoints are read; convert .bin files first"
         raise file_error(folder, "holds no safetensors file", remedy)
-    if len(files) > 1 and (folder / "model.safetensors") in files:
-        files = [folder / "model.safetensors"]
     problems: list[Problem] = []
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -204,9 +260,9 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
         except CheckpointError as error:
             problems.extend(error.problems)
             continue
-        remedy = f"remove the stale file, or add {INDEX_NAME}"
-        for name in header.keys() & tensors.keys():
-            what = f"{name!r} is also in {tensors[name].path.name}"
+        if twice := sorted(header.keys() & tensors.keys()):
+            what = f"{_listed(twice)} is also in {tensors[twice[0]].path.name}"
+            remedy = f"remove the stale file, or add {INDEX_NAME}"
             problems.append(Problem(str(file), what, remedy, "file"))
         tensors.update(header)
     if problems:
@@ -215,29 +271,5 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
+    check_place(path)
     return hub.read_remote_header(path) if hub.is_remote(path) else read_header(path)
-
-
-def _inside(folder: Path, file_name: str) -> Path:
-    """The file beside an index that the index names, if it is one that lies there."""
-    # names that no file can have hold NUL or halves of characters
-    if Path(file_name).name != file_name or not file_name.isprintable():
-        what = f"names {file_name!r}, which is outside the folder"
-        raise file_error(folder / INDEX_NAME, what, "an index may only name files beside it")
-    return not_linked_away(folder / file_name)
-
-
-def not_linked_away(path: Path) -> Path:
-    """The path itself, unless it is a link out of its folder; the Hub's cache keeps files so.
-
-    Raises:
-        CheckpointError: it is.
-    """
-    roots = [path.parent.resolve()]
-    if hub.repository_of(path.parent) is not None:
-        roots.append((path.parent.parent.parent / "blobs").resolve())
-    target = path.resolve()
-    if not any(target.is_relative_to(root) for root in roots):
-        what = f"is a link out of its folder, to {str(target)!r}"
-        raise file_error(path, what, "copy the file, or name the folder that it lies in")
-    return path

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor, file_error, read_bytes
+from mixedprec_plugin.checkpoint.files import file_error
+from mixedprec_plugin.checkpoint.headers import StoredTensor, read_bytes
 from mixedprec_plugin.checkpoint.hub import is_remote, read_remote
 
 Array: TypeAlias = npt.NDArray[np.float32]
@@ -22,6 +23,8 @@ _DTYPES: dict[str, Any] = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
     "BOOL": np.bool_,
 }  # fmt: skip
+# of routers, the largest that are read, a model of 1,000 experts has 64 MiB
+_MAX_BYTES = 256 << 20
 # largest relative error of a rounding: half a unit in the last place
 _ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}
 # float16 rounds smaller numbers to multiples of this
@@ -63,6 +66,9 @@ class Values:
         key = (tensor, rows)
         if key not in self._read:
             size = tensor.num_bytes // tensor.shape[0] if rows else tensor.num_bytes
+            if size > _MAX_BYTES:
+                what = f"{tensor.name!r} has {size:,} bytes (expected up to {_MAX_BYTES:,})"
+                raise file_error(tensor.path, f"{what}, for what the plan reads whole", remedy="")
             data = b"".join(_bytes(tensor, row * size, size) for row in rows or (0,))
             self._read[key] = _decoded(data, tensor)
         return self._read[key]

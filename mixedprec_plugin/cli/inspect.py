@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from mixedprec_plugin.checkpoint.converted import embedded_preset
-from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.headers import StoredTensor, unreadable
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.planning import print_json
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind, layer_kind
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.methods.recognition import recognize
+from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.conversion import action_of
 from mixedprec_plugin.plan.folding import fold_names, fold_problems, natural_key
@@ -55,19 +55,32 @@ class InspectedLayer:
         return self.stored.N * self.stored.K if self.stored else 0
 
     @property
+    def description(self) -> str:
+        """How it is stored, for people; without a weight matrix, its dtypes that are not read."""
+        return self.stored.description if self.stored else ", ".join(self._unreadable)
+
+    @property
+    def _unreadable(self) -> list[str]:
+        return unreadable(self.tensors.values())
+
+    @property
     def use(self) -> str:
         """What a plan can do with the layer."""
+        if self._unreadable:
+            return "neither"
         is_quantizable = self.kind not in NEVER_QUANTIZED
+        if self.stored is not None and not self.stored.is_readable:
+            return "neither"
         if self.stored is None or self.stored.is_float:
             return (
                 "serve as stored, quantize" if self.stored and is_quantizable else "serve as stored"
             )
         if not is_quantizable:
-            return "neither"
+            return "dequantize"
         if self.stored.method:
             return f"serve as {self.stored.method}, dequantize"
         others = "".join(f"repack as {method}, " for method in self._repacked_as())
-        return f"{others}dequantize" if self.stored.codec else "neither"
+        return f"{others}dequantize"
 
     def _repacked_as(self) -> list[str]:
         """Methods whose own format holds the same numbers, some arguments given."""
@@ -115,10 +128,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def inspect_layers(source: Source) -> list[InspectedLayer]:
     """Tell the format of every layer, in natural order of their names."""
-    family = family_of(source.config)
+    family, formats = family_of(source.config), FormatCache()
     layers = []
     for name, tensors in sorted(source.layers.items(), key=_by_name):
-        stored = recognize(tensors, source.quantization_config_of(name), name)
+        stored = formats.of(source, name)
         kind = layer_kind(name, stored is not None, family)
         layers.append(InspectedLayer(name, kind, stored, tensors))
     return layers
@@ -133,7 +146,8 @@ def disagreements(layers: Sequence[InspectedLayer]) -> list[Problem]:
     return fold_problems(
         Problem(layer.name, text, rule="stored-disagreement", severity="warning")
         for layer in layers
-        for text in (layer.stored.disagreements if layer.stored else ())
+        for text in ((*layer.stored.disagreements, layer.stored.obstacle) if layer.stored else ())
+        if text
     )
 
 
@@ -150,14 +164,14 @@ def _layer_as_dict(layer: InspectedLayer) -> dict[str, Any]:
     return {
         "name": layer.name,
         "kind": layer.kind,
-        "stored": stored.description if stored else None,
+        "stored": layer.description or None,
         "encoding": stored.encoding if stored else None,
         "shape": [stored.N, stored.K] if stored and layer.num_weights else None,
         "bits_per_weight": round(_bits([layer]), 4),
         "bytes": layer.num_bytes,
         "method": (stored.method or None) if stored else None,
         "arguments": dict(stored.arguments) if stored else {},
-        "dequantize": bool(stored and stored.codec),
+        "dequantize": bool(stored and stored.codec and stored.is_readable),
         "use": layer.use,
     }
 
@@ -177,7 +191,7 @@ def _print(layers: Sequence[InspectedLayer], problems: Sequence[Problem], consol
         add_row(
             table,
             ", ".join(fold_names(layer.name for layer in alike)),
-            first.stored.description if first.stored else "",
+            first.description,
             f"{bits:.2f}" if bits else "",
             format_bytes(sum(layer.num_bytes for layer in alike)),
             first.use,
@@ -196,7 +210,6 @@ def _groups(layers: Sequence[InspectedLayer]) -> list[list[InspectedLayer]]:
     for layer in layers:
         stored = layer.stored
         shape = (stored.N, stored.K) if stored else (0, 0)
-        description = stored.description if stored else ""
-        key = (_NUMBER.sub("#", layer.name), description, *shape)
+        key = (_NUMBER.sub("#", layer.name), layer.description, *shape)
         groups.setdefault(key, []).append(layer)
     return list(groups.values())

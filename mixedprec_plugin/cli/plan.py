@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TextIO
 
+from mixedprec_plugin.cli.build import with_build
 from mixedprec_plugin.cli.planning import (
     add_planning_arguments,
     make_draft_plan,
@@ -21,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-model", metavar="DIR",
         help="checkpoint of the draft model, to plan the preset's section draft over as well",
     )  # fmt: skip
+    parser.add_argument(
+        "--build", action="store_true",
+        help="build SGLang's model without weights as well, and hold the plan against it",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -33,9 +38,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         UsageError: no preset was named, and the checkpoint carries none; or a draft model was
             named, and the preset has no section for it.
         PresetError, CheckpointError: the files themselves are wrong.
+        LoadError: the process of --build died.
     """
     plan = make_plan(args)
     draft = make_draft_plan(args, plan) if args.draft_model else None
+    if args.build:
+        plan, *drafts = with_build(args, [plan] + ([draft] if draft else []))
+        draft = drafts[0] if drafts else None
     if args.json:
         made = plan_as_dict(plan) | ({"draft": plan_as_dict(draft)} if draft else {})
         print_json(made, out)

@@ -15,11 +15,12 @@ from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.conversion import to_dequantize
 from mixedprec_plugin.plan.model import Plan, PlannedLayer, Rescale
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.load import load_preset
-from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, Numbers, load_codec
+from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, load_codec
 
 Tensors = dict[str, torch.Tensor]
 Quantize = Callable[[PlannedLayer, torch.Tensor, Target], Tensors]
@@ -134,7 +135,7 @@ def compose_floats(layer: PlannedLayer, target: Target, reader: Reader) -> Tenso
     """
     with plain_defaults():
         stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
-        if layer.stored is not None and not layer.stored.is_float:
+        if layer.stored is not None and not layer.stored.is_plain:
             rest = {s: t for s, t in stored.items() if s not in layer.stored.suffixes}
             stored = rest | {"weight": _dequantize(layer, stored)["weight"]}
         if layer.rescale is not None:
@@ -171,7 +172,8 @@ def served_floats(layer: PlannedLayer, outputs: Tensors) -> Tensors:
 
 def _compute(layer: PlannedLayer, target: Target, reader: Reader, quantize: Quantize) -> Tensors:
     stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
-    if layer.action in ("dequantize", "requantize"):
+    has_factor = layer.stored is not None and layer.stored.factor
+    if layer.action in ("dequantize", "requantize") or has_factor:
         stored = _dequantize(layer, stored)
     if layer.rescale is not None:
         stored["weight"] = _rescale(stored["weight"], layer.rescale, target, reader)
@@ -184,7 +186,7 @@ def _compute(layer: PlannedLayer, target: Target, reader: Reader, quantize: Quan
         return stored | quantize(layer, stored.pop("weight"), target)
     if layer.action == "repack":
         return _repack(layer, stored, target)
-    return _take_as_stored(layer, stored)
+    return _take_as_stored(layer, stored, target)
 
 
 @contextlib.contextmanager
@@ -222,15 +224,10 @@ def _rescale(
     return weight.float() * ratio.float()
 
 
-def _numbers(layer: PlannedLayer, stored: Tensors) -> Numbers:
-    assert layer.stored is not None
-    return load_codec(layer.stored.codec).read(stored, layer.stored.how)
-
-
 def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
     assert layer.stored is not None
     with _naming(layer.name):
-        weight = _numbers(layer, stored).dequantize()
+        weight = layer.stored.dequantize(stored)
     if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         what = f"its {layer.stored.description} weights dequantize to NaN or infinite values"
         remedy = "the checkpoint is damaged; download it again"
@@ -248,11 +245,13 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
     rest = {suffix: t for suffix, t in stored.items() if suffix not in layer.stored.suffixes}
     try:
         with _naming(layer.name):
-            return codec.write(_numbers(layer, stored), scheme.arguments, dtype) | rest
+            numbers = load_codec(layer.stored.codec).read(stored, layer.stored.how)
+            return codec.write(numbers, scheme.arguments, dtype) | rest
     except NotTheSameNumbersError as error:
-        remedy = error.remedy or "match it with method: bf16 to dequantize it"
+        bf16 = f"{to_dequantize(target.dtype)} to dequantize it"
+        remedy = error.remedy or f"match it with {bf16}"
         if error.can_round and not scheme.requantize:
-            remedy = "write requantize: true to round it anew, or method: bf16 to dequantize it"
+            remedy = f"write requantize: true to round it anew, or {bf16}"
         what = (
             f"is stored as {layer.stored.description} and was to be repacked as {scheme.method}, "
             f"but {error}"
@@ -260,7 +259,7 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
         raise CheckpointError(Problem(layer.name, what, remedy, "repack")) from error
 
 
-def _take_as_stored(layer: PlannedLayer, stored: Tensors) -> Tensors:
+def _take_as_stored(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
     """Add what the method needs and the tensors imply; refuse what its kernels would not read."""
     if layer.scheme is None or layer.stored is None or not layer.stored.codec:
         return stored
@@ -272,7 +271,7 @@ def _take_as_stored(layer: PlannedLayer, stored: Tensors) -> Tensors:
         # under `auto`, SGLang's class says what it takes of a layer that no method serves
         taken: Tensors = take(stored, arguments, checks=bool(layer.stored.method))
     except NotTheSameNumbersError as error:
-        remedy = "write method: bf16 to dequantize it"
+        remedy = f"write {to_dequantize(target.dtype)} to dequantize it"
         raise CheckpointError(Problem(layer.name, str(error), remedy, "stored-values")) from error
     return taken
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, damage, file_digest, reading
-from mixedprec_plugin.checkpoint.source import INDEX_NAME, open_source
+from mixedprec_plugin.checkpoint.source import INDEX_NAME
 from mixedprec_plugin.compose.stream import in_file_order
 from mixedprec_plugin.convert import folder
 from mixedprec_plugin.convert.form import Form
 from mixedprec_plugin.convert.inputs import (
+    CALIBRATION_NAME,
     RECORDED,
     changed,
     copied_files,
@@ -31,7 +32,6 @@ from mixedprec_plugin.plan.model import Plan
 if TYPE_CHECKING:
     from mixedprec_plugin.calibrate.calibrator import Calibration
 
-CALIBRATION_NAME = "mixedprec_calibration.json"
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}
 
 # is told how many bytes of how many are written
@@ -168,7 +168,9 @@ def _take_up(job: _Job, journal: Journal) -> None:
     differences: list[str] = []
     if journal.inputs and not journal.damage:
         layers = [entry for part in journal.finished.values() for entry in part.provenance]
-        differences = changed(journal.inputs, job.inputs, layers, job.plan)
+        # codes that were calibrated are of all layers, and not only of those that are finished
+        known = None if job.calibration else layers
+        differences = changed(journal.inputs, job.inputs, known, job.plan)
     text = f"holds an unfinished conversion of other inputs ({', '.join(differences)} changed)"
     where, text = (journal.path, journal.damage) if journal.damage else (job.out, text)
     if (differences or journal.damage) and not job.overwrite:
@@ -182,9 +184,7 @@ def _take_up(job: _Job, journal: Journal) -> None:
 def _is_whole(part: Part, out: Path, journal: Journal) -> bool:
     """Whether an earlier run finished a part and it is still what it was."""
     finished, path = journal.finished.get(part.file), folder.find_part(out, part.file)
-    if finished is None or path is None or path.stat().st_size != finished.num_bytes:
-        return False
-    return file_digest(path) == finished.sha256
+    return bool(finished and path and file_digest(path) == finished.sha256)
 
 
 def _write_parts(job: _Job, kept: set[str], journal: Journal, progress: Progress) -> None:
@@ -205,7 +205,7 @@ def _write_parts(job: _Job, kept: set[str], journal: Journal, progress: Progress
         quantize = job.calibration.quantize if job.calibration else None
         layers = write_part(part, job.plan, job.form, temporary, advance, quantize)
         advance(len(part.header))
-        finished = FinishedPart(part.file, part.num_bytes, file_digest(temporary), layers)
+        finished = FinishedPart(part.file, file_digest(temporary), layers)
         temporary.rename(path)
         journal.finish(finished)
 
@@ -245,25 +245,15 @@ def _publish(job: _Job, journal: Journal) -> None:
     folder.publish(job.out, written)
 
 
-def _check_sources(
-    job: _Job, copies: Mapping[str, str], layers: Sequence[Mapping[str, Any]]
-) -> None:
-    plan = job.plan
-    sources = {name: open_source(source.path, name) for name, source in plan.sources.items()}
-    now = dataclasses.replace(plan, sources=sources)
-    differences = changed(
-        job.inputs,
-        input_facts(now, job.form.name, job.parts, copies, _rounding(job.calibration)),
-        layers,
-        plan,
-    )
-    for name, source in plan.sources.items():
-        if sources[name].tensors != source.tensors:
-            differences.append(f"the tensors of {name!r}")
-    if differences:
+def _check_sources(job: _Job, copies: Mapping[str, str], layers: Sequence[dict[str, Any]]) -> None:
+    remedy = "run it again with --overwrite once nothing writes to it"
+    for source in job.plan.sources.values():
+        source.check_unchanged(remedy, exact=True)
+    rounding = _rounding(job.calibration)
+    now = input_facts(job.plan, job.form.name, job.parts, copies, rounding)
+    if differences := changed(job.inputs, now, layers, job.plan):
         what = f"changed while it was read: {', '.join(differences)}"
-        remedy = "run it again with --overwrite once nothing writes to the sources"
-        raise CheckpointError(Problem(str(plan.source.path), what, remedy, "changed"))
+        raise CheckpointError(Problem(str(job.plan.source.path), what, remedy, "changed"))
 
 
 def _index(parts: tuple[Part, ...]) -> dict[str, Any]:
@@ -276,16 +266,20 @@ def _index(parts: tuple[Part, ...]) -> dict[str, Any]:
 
 def _config(plan: Plan, form: Form) -> dict[str, Any]:
     """The model's config.json for the written weights."""
-    config = {
-        key: value for key, value in plan.source.config.items() if key != "compression_config"
-    }
-    for key in ("torch_dtype", "dtype"):
-        if key in config:
-            config[key] = _TORCH_NAMES[plan.target.dtype]
+    config = _of_written(plan.source.config, _TORCH_NAMES[plan.target.dtype])
     if "dtype" not in config:
         config["torch_dtype"] = _TORCH_NAMES[plan.target.dtype]
-    config["quantization_config"] = form.quantization_config(plan)
-    return config
+    return config | {"quantization_config": form.quantization_config(plan)}
+
+
+def _of_written(said: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """What config.json, or a section of it, says: not of how the weights were stored before."""
+    kept = {
+        key: _of_written(value, dtype) if isinstance(value, Mapping) else value
+        for key, value in said.items()
+        if key not in ("quantization_config", "compression_config")
+    }
+    return kept | {key: dtype for key in ("torch_dtype", "dtype") if key in kept}
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

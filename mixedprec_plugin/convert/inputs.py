@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin import __version__
+from mixedprec_plugin.checkpoint.files import check_place
 from mixedprec_plugin.checkpoint.hub import fetch_if_missing
 from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, file_digest, reading
-from mixedprec_plugin.checkpoint.source import facts_of, not_linked_away
+from mixedprec_plugin.checkpoint.source import facts_of
 from mixedprec_plugin.convert.folder import CONFIG_NAME
 from mixedprec_plugin.convert.parts import Part
 from mixedprec_plugin.convert.provenance import LAYERS, are_unchanged, tensors_read
@@ -19,6 +20,7 @@ from mixedprec_plugin.plan.model import Plan
 
 # raised whenever the same inputs would give other files
 LAYOUT_VERSION = 1
+CALIBRATION_NAME = "mixedprec_calibration.json"
 INPUTS = {"type": "object", "additionalProperties": {"type": "string"}}
 # of a finished conversion's provenance
 RECORDED = {
@@ -33,7 +35,7 @@ _LEFT_OUT_SUFFIXES = frozenset(
 _LEFT_OUT_NAMES = frozenset(
     {
         CONFIG_NAME, "quantize_config.json", "quantization_config.json", "quant_config.json",
-        "hf_quant_config.json", PROVENANCE_NAME,
+        "hf_quant_config.json", PROVENANCE_NAME, CALIBRATION_NAME,
     }
 )  # fmt: skip
 _SOURCES = "the sources' files"
@@ -46,8 +48,8 @@ def copied_files(model: Path) -> list[Path]:
         CheckpointError: one is a link out of the folder, or the folder cannot be read.
     """
     with reading(model):
-        return [
-            not_linked_away(path)
+        found = [
+            path
             for path in sorted(model.iterdir())
             if (path.is_file() or (path.is_symlink() and not path.exists()))
             and path.suffix not in _LEFT_OUT_SUFFIXES
@@ -55,6 +57,9 @@ def copied_files(model: Path) -> list[Path]:
             and not path.name.startswith(".")
             and not path.name.endswith(".index.json")
         ]
+    for path in found:
+        check_place(path)
+    return found
 
 
 def file_digests(paths: Iterable[Path]) -> dict[str, str]:
@@ -117,7 +122,7 @@ def _digest(value: Any) -> str:
 def changed(
     before: Mapping[str, str],
     now: Mapping[str, str],
-    layers: Iterable[Mapping[str, Any]],
+    layers: Iterable[Mapping[str, Any]] | None,
     plan: Plan,
 ) -> list[str]:
     """What differs between two conversions, in words.
@@ -126,9 +131,11 @@ def changed(
     the rest is the same: only other bytes are a difference.
 
     Args:
-        layers: what is there of the one before, as `layer_provenance` makes it.
+        layers: what is there of the one before, as `layer_provenance` makes it; None where that
+            is not known, and nothing is read.
     Raises:
         CheckpointError: a file cannot be read.
     """
     found = [key for key in now if before.get(key) != now[key]]
-    return [] if found == [_SOURCES] and are_unchanged(layers, plan) else found
+    is_read = found == [_SOURCES] and layers is not None
+    return [] if is_read and are_unchanged(layers or (), plan) else found

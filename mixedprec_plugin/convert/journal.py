@@ -15,16 +15,12 @@ from mixedprec_plugin.convert.inputs import INPUTS
 from mixedprec_plugin.convert.provenance import LAYERS
 from mixedprec_plugin.errors import ConvertError, Problem
 
-_PART = {"file": {"type": "string"}, "num_bytes": {"type": "integer"}, "sha256": SHA256}
+_PART = {"file": {"type": "string"}, "sha256": SHA256, "provenance": LAYERS}
 _LINE = {
     "type": "object",
     "oneOf": [
-        {"required": ["inputs"], "properties": {"inputs": INPUTS}},
-        {
-            "required": [*_PART, "provenance"],
-            "properties": {**_PART, "provenance": LAYERS},
-            "additionalProperties": False,
-        },
+        {"required": [*each], "properties": each, "additionalProperties": False}
+        for each in ({"inputs": INPUTS}, _PART)
     ],
 }
 
@@ -38,7 +34,6 @@ class FinishedPart:
     """
 
     file: str
-    num_bytes: int
     sha256: str
     provenance: list[dict[str, Any]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +32,6 @@ class PlacedTensor:
         start: offset of its first byte after the header.
     """
 
-    name: str
     spec: TensorSpec
     start: int
     num_bytes: int
@@ -66,12 +66,12 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match.group(2).upper()) if match else None
-    size = int(float(match.group(1)) * unit) if match and unit else 0
-    if size < 1:
+    size = float(match.group(1)) * unit if match and unit else 0
+    if not 1 <= size < math.inf:
         raise UsageError(
             Problem("--max-shard-size", f"{text!r} is no size (expected one such as 5GB or 500MB)")
         )
-    return size
+    return int(size)
 
 
 def plan_parts(
@@ -113,7 +113,7 @@ def _part(
     tensors: dict[str, PlacedTensor] = {}
     start = 0
     for name, spec in _in_aligned_order(layers, outputs):
-        tensors[name] = PlacedTensor(name, spec, start, spec_bytes(spec))
+        tensors[name] = PlacedTensor(spec, start, spec_bytes(spec))
         start += tensors[name].num_bytes
     return Part(file, tuple(layers), tensors, _header(tensors))
 
@@ -141,8 +141,8 @@ def _widest_first(named: list[tuple[str, TensorSpec]]) -> list[tuple[str, Tensor
 def _header(tensors: Mapping[str, PlacedTensor]) -> bytes:
     """Source: https://github.com/huggingface/safetensors#format; padded as the library does."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for tensor in tensors.values():
-        entries[tensor.name] = {
+    for name, tensor in tensors.items():
+        entries[name] = {
             "dtype": tensor.spec.dtype,
             "shape": list(tensor.spec.shape),
             "data_offsets": [tensor.start, tensor.start + tensor.num_bytes],

@@ -115,10 +115,8 @@ def sources_provenance(plan: Plan) -> dict[str, Any]:
 
 def _path(plan: Plan, name: str) -> str:
     """The folder; where the preset takes it from the environment, as written there."""
-    reference = plan.preset.sources.get(name)
-    if reference and reference.shown_path != reference.path:
-        return reference.shown_path
-    return str(plan.sources[name].path.resolve())
+    path, reference = str(plan.sources[name].path.resolve()), plan.preset.sources.get(name)
+    return reference.conceal(path) if reference else path
 
 
 def _revision(plan: Plan, name: str) -> str | None:

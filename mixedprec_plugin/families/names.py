@@ -22,7 +22,8 @@ class ExpertShard(NamedTuple):
     projection: str
 
 
-Shard = str | int | ExpertShard | None
+# several numbers: a layer that is stored fused, and that SGLang cuts further
+Shard = str | int | tuple[int, ...] | ExpertShard | None
 
 NEVER_QUANTIZED: Mapping[str, str] = {
     "lm_head": "SGLang has no quantized kernel for lm_head",
@@ -107,6 +108,8 @@ def shard_order(shard: Shard) -> int:
     """Position of a shard in its fused module, as SGLang lays them out: q, k, v; gate, up."""
     if isinstance(shard, ExpertShard):
         return 3 * shard.expert + ("w1", "w3", "w2").index(shard.projection)
+    if isinstance(shard, tuple):
+        return shard[0]
     return "qkv".index(shard) if isinstance(shard, str) else shard or 0
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+from mixedprec_plugin.families.parts import PARTS
+
 
 def _usual(value: Any) -> Any:
     """A field whose default is a set or a mapping; nobody changes it."""
@@ -36,12 +38,17 @@ class Family:
         has_joint_head_norms: whether the norms of q and k are as wide as all heads of q, so that
             ranks cannot split the heads, nor k have fewer.
         dtype_readers: end of a module's name -> what in SGLang looks at the dtype of its weight.
+        asked_for_weight: modules of which SGLang's class wants a tensor `weight` when it builds
+            them, and which it fills from one stored tensor.
         draft_prefixes: how names of layers start that only a draft model runs.
         embeddings, lm_heads: such layers.
         routers, experts: patterns of the names of routers, and of what belongs to routed experts.
-        router_bias: tensor of a router that keeps its dtype.
+        float32: pattern of the tensors that models keep in float32 whatever they run in: biases
+            that choose experts, decays and states of linear attention and Mamba. In SGLang:
+            models/nemotron_h.py:273, models/qwen3_next.py:218, layers/attention/mamba/mamba.py:409.
         computed: layers that old checkpoints carry and every model computes by itself.
         expert_shards: projection of one expert -> the shard id that SGLang's FusedMoE takes.
+        parts: what goes together in a module, see `families.parts`.
         fused_modules: fused module -> its shards in SGLang's order, with the ids that SGLang's
             weight loaders take (layers/linear.py, `weight_loader_v2`).
         row_parallel, replicated: linear layers that ranks split by inputs, and do not split.
@@ -64,23 +71,32 @@ class Family:
     has_biased_router: bool = False
     has_joint_head_norms: bool = False
     dtype_readers: Mapping[str, str] = _usual({})
+    asked_for_weight: Set[str] = frozenset()
     draft_prefixes: tuple[str, ...] = ("mtp.",)  # models/qwen3_next.py:1186
     embeddings: Set[str] = _usual({
         "embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings",
         "position_embedding",
     })  # fmt: skip
     lm_heads: Set[str] = _usual({"lm_head", "embed_out"})
-    routers: str = r"(?:^|\.)(?:mlp\.gate|block_sparse_moe\.gate|router|shared_expert_gate)$"
-    experts: str = r"\.experts(?:\.\d+)?(?:\.|$)"
-    router_bias: str = "e_score_correction_bias"
+    routers: str = r"(?:^|\.)(?:(?:gate|\w*router)(?:\.\w+)*|shared_expert_gate)$"
+    experts: str = r"\.experts(?:\.\d+)?(?:\.|$)|\.block_sparse_moe\.(?:in|out)put_linear$"
+    float32: str = (
+        r"(?:^|\.)(?:A_log|D|dt_bias|sinks|attn_sink|hc_\w+|balancing_biases|"
+        r"\w*(?:expert|correction|router)_bias|(?:linear_attn|mamba|mixer|self_attn|"
+        r"attention)\.(?:[og]_)?norm\.weight)$"
+    )
     computed: Set[str] = _usual({"rotary_emb"})
     expert_shards: Mapping[str, str] = _usual({
         "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2",
     })  # fmt: skip
-    fused_modules: Mapping[str, Mapping[str, str | int]] = _usual({
+    parts: tuple[str, ...] = PARTS
+    fused_modules: Mapping[str, Mapping[str, str | int | tuple[int, ...]]] = _usual({
         "qkv_proj": {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
         "gate_up_proj": {"gate_proj": 0, "up_proj": 1},
         "fused_qkv_a_proj_with_mqa": {"q_a_proj": 0, "kv_a_proj_with_mqa": 1},
+        # models/qwen3_5.py:2491
+        "in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3},
+        "in_proj_ba": {"in_proj_b": 0, "in_proj_a": 1},
     })  # fmt: skip
     row_parallel: Set[str] = _usual({
         "o_proj", "down_proj", "out_proj", "dense_4h_to_h", "wo", "w2", "c_proj", "fc2",
@@ -110,3 +126,8 @@ class Family:
         "down_proj": ("up_proj", "gate_up_proj"), "w2": ("w3", "w1"), "fc2": ("fc1",),
         "c_proj": ("c_fc", "v_proj"),
     })  # fmt: skip
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is in the table, so that it has the parts that it should have."""
+        return self.norm_offset is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from mixedprec_plugin.families.config import Config, architecture, model_type
+from mixedprec_plugin.families.parts import PARTS, other_parts
 from mixedprec_plugin.families.record import Family
 
 DECODER = Family()
@@ -31,6 +32,22 @@ _SHAPES = {
     "embed_tokens": ("vocab_size", "hidden_size"), "lm_head": ("vocab_size", "hidden_size"),
 }  # fmt: skip
 
+# models/qwen2_5_vl.py:693, :723
+_QWEN_2_5_VL = Family(
+    ("Qwen2_5_VLForConditionalGeneration",),
+    ("qwen2_5_vl",),
+    norm_offset=0.0,
+    renames={
+        r"^model\.language_model\.": "model.",
+        r"^model\.visual\.": "visual.",
+        **_VISION,
+    },
+    not_loaded={
+        r"model\.(language_model|visual)\.": "rename model.language_model.* to model.* and "
+        "model.visual.* to visual.*",
+    },
+)
+
 FAMILIES = (
     Family(
         ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
@@ -41,21 +58,56 @@ FAMILIES = (
     # of these, no more is known than that their norms scale by w
     Family(
         model_types=(
-            "apertus", "arcee", "baichuan", "cohere", "cohere2", "deepseek_v2", "deepseek_v32",
-            "ernie4_5", "ernie4_5_moe", "exaone4", "glm4", "gpt_oss", "granite", "granitemoe",
-            "minicpm", "minimax_m2", "ministral", "ministral3", "olmo2", "olmo3", "phi3", "phimoe",
-            "qwen2_moe", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "seed_oss", "smollm3", "stablelm",
-            "starcoder2",
+            "baichuan", "deepseek_v2", "deepseek_v32", "ernie4_5", "ernie4_5_moe", "glm4",
+            "gpt_oss", "granite", "granitemoe", "minicpm", "minimax_m2", "ministral", "ministral3",
+            "phi3", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text",
+            "seed_oss", "smollm3", "starcoder2",
         ),
         norm_offset=0.0,
+    ),
+    # one norm a block, or with some of StableLM's
+    Family(
+        model_types=("cohere", "cohere2", "stablelm"),
+        norm_offset=0.0,
+        parts=other_parts("input_layernorm", "self_attn input_layernorm|layer_norm1 &mlp"),
+    ),
+    # an MLP without a gate
+    Family(
+        model_types=("apertus", "arcee"),
+        norm_offset=0.0,
+        parts=other_parts(
+            "gate_proj", "up_proj &down_proj", "attention_layernorm feedforward_layernorm"
+        ),
+    ),
+    # norms behind attention and MLP
+    Family(
+        model_types=("exaone4", "olmo2", "olmo3"),
+        norm_offset=0.0,
+        parts=other_parts(
+            "input_layernorm pre_feedforward_layernorm",
+            "post_attention_layernorm post_feedforward_layernorm &self_attn &mlp",
+        ),
     ),
     # and of these that they scale by 1 + w
     Family(
         model_types=(
-            "gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_5", "qwen3_5_moe",
-            "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "t5gemma", "vaultgemma",
+            "gemma", "gemma2", "gemma3_text", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
+            "qwen3_5_text",
         ),
         norm_offset=1.0,
+    ),
+    # models/qwen3_next.py:311, :338
+    Family(
+        ("Qwen3NextForCausalLM",),
+        ("qwen3_next",),
+        norm_offset=1.0,
+        asked_for_weight=frozenset({"in_proj_qkvz", "in_proj_ba"}),
+    ),
+    # and of these that they have other parts, too
+    Family(
+        model_types=("nemotron", "t5gemma", "vaultgemma"),
+        norm_offset=1.0,
+        parts=other_parts("gate_proj input_layernorm pre_feedforward_layernorm"),
     ),
     # models/mixtral.py:303
     Family(
@@ -82,20 +134,12 @@ FAMILIES = (
         has_biased_router=True,
         dtype_readers={".shared_experts.gate_up_proj": "GLM-4-MoE"},
     ),
-    # models/qwen2_5_vl.py:693, :723
-    Family(
-        ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
-        ("qwen2_vl", "qwen2_5_vl"),
-        norm_offset=0.0,
-        renames={
-            r"^model\.language_model\.": "model.",
-            r"^model\.visual\.": "visual.",
-            **_VISION,
-        },
-        not_loaded={
-            r"model\.(language_model|visual)\.": "rename model.language_model.* to model.* and "
-            "model.visual.* to visual.*",
-        },
+    _QWEN_2_5_VL,
+    dataclasses.replace(
+        _QWEN_2_5_VL,
+        architectures=("Qwen2VLForConditionalGeneration",),
+        model_types=("qwen2_vl",),
+        parts=(*PARTS, "merger.ln_q merger.ln_q.bias"),
     ),
     # models/gemma3_mm.py:188, :198
     Family(
@@ -107,6 +151,7 @@ FAMILIES = (
             r"^model\.vision_tower\.": "vision_tower.",
             **_VISION,
         },
+        parts=(*PARTS, "embeddings.patch_embedding.bias post_layernorm.bias post_layernorm"),
         not_loaded={
             r"model\.(language_model|vision_tower|multi_modal_projector)\.": "rename "
             "model.language_model.* to language_model.model.*, and take model. off the rest",
@@ -118,7 +163,7 @@ FAMILIES = (
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 # of SGLang's class for a larger model around a language model, nothing is known
 _BY_MODEL_TYPE = {
-    name: dataclasses.replace(DECODER, norm_offset=family.norm_offset)
+    name: dataclasses.replace(DECODER, norm_offset=family.norm_offset, parts=family.parts)
     for family in FAMILIES
     for name in family.model_types
 }

@@ -9,24 +9,41 @@ where the two contradict each other, the format says so in its `disagreements`.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mixedprec_plugin.checkpoint.fused_experts import is_fused
+from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component, layer_kind
 from mixedprec_plugin.families.table import DECODER
 from mixedprec_plugin.methods.foreign import FOREIGN
-from mixedprec_plugin.methods.foreign.named import is_coded, unrecognized
+from mixedprec_plugin.methods.foreign.named import BUFFERS, is_coded, unrecognized
 from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Method, Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.remedies import find_faults
-from mixedprec_plugin.methods.stored import FLOAT, Said, StoredFormat, Tensors, matches, strings
+from mixedprec_plugin.methods.stored import (
+    FLOAT,
+    FLOAT_DTYPES,
+    Said,
+    StoredFormat,
+    Tensors,
+    matches,
+    strings,
+)
+from mixedprec_plugin.methods.transforms import why_transformed
 from mixedprec_plugin.names import without_numbers
 
 _NOT_IN_BLOCKS = re.compile(r"\D*")
+# ModelOpt's, of AWQ and SmoothQuant: y = W (x * pre_quant_scale) (modelopt_quant.py:2106)
+_FACTOR = "pre_quant_scale"
+# of the key-value cache, and of what layers give
+_OF_ACTIVATIONS = re.compile(r"(?:[kqv]|kv|prob|output)_(?:scale|zero_point)")
+_SERVED = frozenset({"linear", "expert", "lm_head"})
 _IGNORE_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
 
 
@@ -50,22 +67,58 @@ def recognize(
         CheckpointError: a pattern in `quantization_config` is no regular expression.
     """
     said = said_of(quantization_config, name)
+    method = str(quantization_config.get("quant_method") or "")
     for one in formats():
         if found := one.recognize(tensors, said):
-            return dataclasses.replace(
+            found = dataclasses.replace(
                 found,
                 said=said.of(found.encoding) if found.encoding else {},
                 disagreements=(*found.disagreements, *_contradictions(found, said)),
+                method_said=method,
                 format=one.name,
             )
+            return _with_what_is_beside(found, tensors, quantization_config, name)
     # a projection has a matrix, whatever its tensors are called; of experts in one tensor that
     # cannot be sliced the plan says why
     if (is_coded(tensors) or name.endswith("_proj")) and not is_fused(name, tensors):
-        method = quantization_config.get("quant_method")
-        return dataclasses.replace(
-            unrecognized(tensors), said={"quant_method": method} if method else {}
-        )
+        return dataclasses.replace(unrecognized(tensors), method_said=method)
     return None
+
+
+def _with_what_is_beside(
+    found: StoredFormat, tensors: Tensors, config: Mapping[str, Any], name: str
+) -> StoredFormat:
+    """A format with the factor or the obstacle that tensors beside it, or config.json, make."""
+    is_served = layer_kind(name, has_matrix=True, family=DECODER) in _SERVED
+    if found.is_float and not is_served:
+        return found
+    beside = sorted(tensors.keys() - found.suffixes)
+    unknown = [suffix for suffix in beside if not _is_harmless(suffix, found)]
+    factor = tensors.get(_FACTOR)
+    if unknown == [_FACTOR] and factor is not None and _is_factor(factor, found):
+        return dataclasses.replace(
+            found,
+            method=found.method if found.is_float else "",
+            description=f"{found.description} with {_FACTOR}",
+            suffixes=found.suffixes | {_FACTOR},
+            factor=_FACTOR,
+            obstacle=why_transformed(config, name),
+        )
+    obstacle = f"this release does not know the {' and '.join(unknown)} beside it"
+    if not unknown:
+        obstacle = found.obstacle or (why_transformed(config, name) if is_served else "")
+    return dataclasses.replace(found, obstacle=obstacle)
+
+
+def _is_harmless(suffix: str, found: StoredFormat) -> bool:
+    """Whether a tensor beside a weight leaves it what it is."""
+    is_bias = suffix == "bias" or (found.is_float and suffix.endswith("bias"))
+    return is_bias or suffix in BUFFERS or _OF_ACTIVATIONS.fullmatch(suffix) is not None
+
+
+def _is_factor(factor: StoredTensor, found: StoredFormat) -> bool:
+    is_row = bool(found.K) and factor.shape == (found.K,)
+    return is_row and found.is_readable and factor.dtype in FLOAT_DTYPES
 
 
 def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
@@ -90,10 +143,8 @@ def said_of(config: Mapping[str, Any], name: str) -> Said:
     """
     reader = _readers().get(str(config.get("quant_method", "")).lower())
     said = dataclasses.replace(reader(config, name) if reader else Said(), config=config)
-    ignored = None if said.encoding is None or _is_passed_over(name) else _is_ignored(said, name)
-    if ignored is False:
-        return said
-    return dataclasses.replace(said, encoding=FLOAT if ignored else None)
+    is_ignored = None if _is_passed_over(name) else _is_ignored(said, name)
+    return dataclasses.replace(said, is_ignored=is_ignored)
 
 
 @functools.cache
@@ -111,22 +162,27 @@ def _is_passed_over(name: str) -> bool:
 def _is_ignored(said: Said, name: str) -> bool | None:
     """Whether a list leaves the layer out; None where tools read the entry differently."""
     entries = [entry for key in _IGNORE_KEYS for entry in strings(said.config.get(key))]
-    for entry in entries:
+    below = "" if said.ignores == "named" else "*"
+    parent, _, last = name.rpartition(".")
+    fused = [module for module, shards in DECODER.fused_modules.items() if last in shards]
+    for entry, spelled in itertools.product(entries, (last, *fused)):
+        spelling = f"{parent}.{spelled}" if parent else spelled
         if entry.startswith("re:"):
-            if matches(entry[3:], name):
+            if matches(entry[3:], spelling):
                 return True
-        elif f".{entry}." in f".{name}.":
+        elif fnmatch.fnmatchcase(f".{spelling}.", f"*.{entry}.{below}"):
             return True
-    is_told = not (said.ignores_within_names and any(entry in name for entry in entries))
+    is_told = not (said.ignores == "within" and any(entry in name for entry in entries))
     return False if is_told else None
 
 
 def _contradictions(found: StoredFormat, said: Said) -> tuple[str, ...]:
     """Where config.json says something else of a layer than its tensors do."""
-    if said.encoding is None or not found.encoding:
+    if said.encoding is None or said.is_ignored is None or not found.encoding:
         return ()
-    if said.encoding != found.encoding:
-        is_float = said.encoding == FLOAT
+    encoding = FLOAT if said.is_ignored else said.encoding
+    if encoding != found.encoding:
+        is_float = encoding == FLOAT
         says = "leaves it unquantized" if is_float else f"says {said.label or said.encoding}"
         return (f"is stored as {found.description}, config.json {says}",)
     return tuple(
@@ -154,6 +210,7 @@ class FormatCache:
         self._shared: dict[object, StoredFormat | None] = {}
         # by the address of a config: its source, and so it, outlives the plan's making
         self._apart: dict[int, bool] = {}
+        self._below: dict[str, Mapping[str, str]] = {}
 
     def of(self, source: Source, name: str) -> StoredFormat | None:
         """The format of one layer of a source; see `recognize`."""
@@ -171,7 +228,31 @@ class FormatCache:
         key = (source.name, alike, signature, id(config) if config else 0)
         if key not in self._shared:
             self._shared[key] = recognize(tensors, config, name)
-        return self._shared[key]
+        found = self._shared[key]
+        if source.name not in self._below:
+            self._below[source.name] = _layers_below(source)
+        below = self._below[source.name].get(name)
+        is_served = layer_kind(name, has_matrix=True, family=DECODER) in _SERVED
+        if found is None or below is None or not is_served:
+            return found
+        text = f"this release does not know the {below.removeprefix(name)[1:]} below it"
+        return dataclasses.replace(found, obstacle=text)
+
+
+def _layers_below(source: Source) -> Mapping[str, str]:
+    """Layer -> one that is below it: an adapter, a rotation, a quantizer's state."""
+    found: dict[str, str] = {}
+    above: dict[str, list[str]] = {}
+    for name in source.layers:
+        parent = rest = name.rpartition(".")[0]
+        if parent not in above:
+            above[parent] = []
+            while rest:
+                above[parent] += [rest] if rest in source.layers else []
+                rest = rest.rpartition(".")[0]
+        for layer in above[parent]:
+            found.setdefault(layer, name)
+    return found
 
 
 def _tells_layers_apart(config: Mapping[str, Any]) -> bool:

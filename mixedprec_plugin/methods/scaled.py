@@ -28,6 +28,8 @@ CODES = {
     "F8_E5M2": ("fp8", "fp8 e5m2", 0.0625),
     "I8": ("int8", "int8", 0.05),
 }
+# of activations, beside their "input_scale": Mistral's, fbgemm's, compressed-tensors'
+_INPUTS = frozenset({"activation_scale", "input_scale_ub", "input_zero_point"})
 _USUAL_BLOCK_SIZES = (128, 64, 32, 256)
 
 
@@ -82,7 +84,7 @@ def recognize_scaled(tensors: Tensors, said: Said) -> StoredFormat | None:
         facts["block"] = list(grid.block)
     elif grid.strategy == "group":
         facts["group_size"] = grid.block[1]
-    matrix = {"weight", "weight_zero_point", suffix, "input_scale", "input_zero_point"}
+    matrix = {"weight", "weight_zero_point", suffix, "input_scale", *_INPUTS}
     return StoredFormat(
         "",
         {},
@@ -108,7 +110,7 @@ def recognize_scaled(tensors: Tensors, said: Said) -> StoredFormat | None:
 def recognize_served(tensors: Tensors, said: Said, dtype: str, suffix: str) -> StoredFormat | None:
     """The same, where the codes are of a dtype and the scales, named so, multiply; else None."""
     weight = tensors.get("weight")
-    if weight is None or weight.dtype != dtype:
+    if weight is None or weight.dtype != dtype or tensors.keys() & _INPUTS:
         return None
     found = recognize_scaled(tensors, said)
     if found is None or found.how.get("scale") != suffix or found.how["reciprocal"]:

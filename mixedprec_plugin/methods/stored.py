@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
-from mixedprec_plugin.errors import CheckpointError, Problem
+from mixedprec_plugin.checkpoint.patterns import matches as matches
+
+if TYPE_CHECKING:
+    import torch
 
 FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 FLOAT = "float"
@@ -40,15 +42,18 @@ class Said:
         facts: as `StoredFormat.said`; only what is said.
         label: the format's own name for people, such as `float-quantized`; may be empty.
         config: the whole `quantization_config`.
-        ignores_within_names: whether tools look for an ignored entry anywhere in a name (`gate` in
-            `gate_proj`), and not for whole components alone.
+        ignores: what an entry of an ignore list leaves out: the layer that it names, or whose name
+            ends so; what is `below` that, too; or whatever has it anywhere `within` its name
+            (`gate` in `gate_proj`).
+        is_ignored: whether a list leaves the layer out; None where tools read it differently.
     """
 
     encoding: str | None = None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ignores_within_names: bool = False
+    ignores: Literal["named", "below", "within"] = "below"
+    is_ignored: bool | None = False
 
     def of(self, encoding: str) -> Mapping[str, Any]:
         """The facts, where config.json speaks of this encoding; else none."""
@@ -81,6 +86,10 @@ class StoredFormat:
         like: canonical name of the method whose rounding it has; may be empty.
         limit: as of `interface.Rounding`.
         filled: tensors that the method needs, that are not stored and that follow from the rest.
+        factor: tensor [K] that the layer's inputs are multiplied by, and so are the columns of its
+            weight; empty if there is none.
+        obstacle: why the layer computes something else than its weight says; empty if it does not.
+        method_said: `quant_method` of config.json, by which SGLang chooses its own class.
         disagreements: where the tensors contradict config.json or each other.
         format: name of the `interface.Format` that recognized it; empty where none did.
     """
@@ -100,6 +109,9 @@ class StoredFormat:
     like: str = ""
     limit: float = 0.0
     filled: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict)
+    factor: str = ""
+    obstacle: str = ""
+    method_said: str = ""
     disagreements: tuple[str, ...] = ()
     format: str = ""
 
@@ -109,9 +121,30 @@ class StoredFormat:
         return self.encoding == FLOAT
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the stored "weight" is the layer's."""
+        return self.is_float and not self.factor
+
+    @property
     def is_readable(self) -> bool:
         """Whether the weight's values can be had, as they are stored or dequantized."""
-        return self.is_float or bool(self.codec)
+        return not self.obstacle and (self.is_float or bool(self.codec))
+
+    def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the weight, float32 [N, K], of a layer that is readable.
+
+        Args:
+            tensors: parameter suffix -> tensor, at least `suffixes`; not modified.
+        Raises:
+            ShapeError: as `quantize.codec.Codec.read`.
+        """
+        from mixedprec_plugin.quantize.codec import load_codec
+
+        if self.codec:
+            weight = load_codec(self.codec).read(tensors, self.how).dequantize()
+        else:
+            weight = tensors["weight"].float()
+        return weight * tensors[self.factor].float() if self.factor else weight
 
     @property
     def is_one_group(self) -> bool:
@@ -158,17 +191,3 @@ def block_of(value: Any) -> list[int] | None:
     """A [rows, columns] of config.json; None where it is none."""
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     return list(value) if is_pair and all(isinstance(n, int) and n > 0 for n in value) else None
-
-
-def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
-    """Match a pattern of config.json as the tools do: from the start of a name, or all of it.
-
-    Raises:
-        CheckpointError: it is no regular expression.
-    """
-    try:
-        return (re.fullmatch if whole else re.match)(pattern, name) is not None
-    except re.error as error:
-        where, what = "config.json: quantization_config", f"{pattern!r} is no regular expression"
-        problem = Problem(where, f"{what} ({error})", "correct the pattern", "config-pattern")
-        raise CheckpointError(problem) from error

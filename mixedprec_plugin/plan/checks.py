@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, why_not_split
+from mixedprec_plugin.checkpoint.headers import unreadable
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.config import Config, num_kv_ranks
 from mixedprec_plugin.families.names import (
@@ -90,6 +91,10 @@ def check_layers(layers: Sequence[PlannedLayer], target: Target, config: Config)
             remedy = "take a checkpoint that stores them one by one"
             text = why_not_split(layer.inputs, config)
             problems.append(Problem(layer.name, text, remedy, "fused-experts"))
+        if (dtypes := unreadable(layer.inputs.values())) and not layer.reasons:
+            text = f"holds tensors of {', '.join(dtypes)}, which this release does not read"
+            remedy = "take a checkpoint in another format"
+            problems.append(Problem(layer.name, text, remedy, "stored-format"))
         if layer.stored is None:
             continue
         key = (
@@ -118,7 +123,7 @@ def _faults(
         yield Problem(name, text, remedy, "stored-disagreement", "warning")
     for rule, text, remedy in layer.reasons:
         yield Problem(name, text, remedy, rule)
-    if layer.reasons or layer.scheme is None:
+    if layer.reasons or layer.scheme is None or layer.kind in NEVER_QUANTIZED:
         return
     if text := why_not_stored_fused(layer, config):
         yield Problem(name, text, "config.json and weights are of different models", "config-shape")
@@ -151,9 +156,12 @@ def _layer_shape(
 ) -> LayerShape:
     assert layer.stored is not None
     kv_ranks = num_kv_ranks(config, target.tp_size)
-    shards = stored_shards(layer, config) or tuple(
-        (str(s.shard), s.stored.N) for s in siblings if s.stored is not None
-    )
+    shards = [
+        part
+        for s in siblings
+        if s.stored is not None
+        for part in stored_shards(s, config) or ((str(s.shard), s.stored.N),)
+    ]
     return LayerShape(
         N=layer.stored.N,
         K=layer.stored.K,

@@ -12,6 +12,7 @@ and scaling of positions (the model's config.json decides those), and rows that 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from mixedprec_plugin.errors import Problem, Severity
 from mixedprec_plugin.families.config import architecture, sizes
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.recognition import FormatCache
+from mixedprec_plugin.methods.transforms import TRANSFORMS, of_weights
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.preset.model import Preset
@@ -59,6 +61,7 @@ def check_sources(
         source = sources[name]
         differences = [
             *_config_differences(source.config, model.config),
+            *_transform_differences(source, model),
             *_shape_differences(taken[name], source, model, formats),
             *_embedding_differences(layers, source, model, values),
             *_norm_differences(layers, source, model, values),
@@ -83,6 +86,13 @@ def _config_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> l
         for key, size in sizes(theirs).items()
         if key in own and not _is_same(key, size, own[key])
     ]
+
+
+def _transform_differences(source: Source, model: Source) -> list[str]:
+    """Rotations that are wholly in the weights of one; random ones are never alike."""
+    theirs, ours = (of_weights(s.quantization_config) for s in (source, model))
+    is_same = theirs == ours and not re.search(r"random(?!ize': False)", str(theirs))
+    return [] if is_same else [f"{TRANSFORMS} in its config.json rotates its weights"]
 
 
 def _is_same(key: str, got: Any, expected: Any) -> bool:

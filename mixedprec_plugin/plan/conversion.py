@@ -15,14 +15,18 @@ of the range, a g_idx that is in order) is checked when they are read.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.checkpoint.headers import DTYPE_BITS
+from mixedprec_plugin.families.config import Config, is_half_precision
+from mixedprec_plugin.families.kv_scales import KV_SUFFIXES
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
-from mixedprec_plugin.families.record import Family
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import served_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
@@ -37,6 +41,11 @@ _FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 # SGLang keeps some routers in float32 (models/glm4_moe.py:391, models/deepseek_v2.py:520), and a
 # draft model is loaded from what is stored
 _UNCAST = frozenset({"router", "draft"})
+
+
+def to_dequantize(dtype: str) -> str:
+    """What a rule says for a layer to be dequantized, where a model runs in a dtype."""
+    return f"method: {'bf16' if dtype == 'BF16' else 'unquantized'}"
 
 
 class Asked(NamedTuple):
@@ -82,11 +91,12 @@ class Conversion:
 
 
 class Conversions:
-    """What each layer becomes; layers that are alike share it."""
+    """What each layer of a model becomes; layers that are alike share it."""
 
-    def __init__(self, target: Target, family: Family) -> None:
+    def __init__(self, target: Target, config: Config) -> None:
         self._target = target
-        self._family = family
+        self._float32 = re.compile(family_of(config).float32)
+        self._is_half = is_half_precision(config)
         self._known: dict[object, Conversion] = {}
 
     def of(self, asked: Asked) -> Conversion:
@@ -95,12 +105,31 @@ class Conversions:
         alike: object = id(asked.stored)
         if asked.stored is None:
             alike = tuple([(suffix, t.dtype, t.shape) for suffix, t in asked.tensors.items()])
-        key = (id(asked.scheme), alike, asked.kind, asked.rule is None, is_auto(asked.rule))
+        kept = self._kept(asked)
+        key = (id(asked.scheme), alike, asked.kind, asked.rule is None, is_auto(asked.rule), kept)
         if key not in self._known:
-            self._known[key] = self._decide(asked)
+            self._known[key] = self._decide(asked, kept)
         return self._known[key]
 
-    def _decide(self, asked: Asked) -> Conversion:
+    def _kept(self, asked: Asked) -> frozenset[str]:
+        """The tensors that are not cast, which those of matrices and usual norms always are.
+
+        What else is float32 in a checkpoint of 16 bits is meant to be, and weight loaders cast it
+        where SGLang's parameter is narrower.
+        """
+        if asked.kind in _UNCAST:
+            return frozenset(asked.tensors)
+        if asked.kind in ("linear", "expert"):
+            return frozenset()
+        is_bare = asked.stored is None and self._is_half
+        return frozenset(
+            suffix
+            for suffix, tensor in asked.tensors.items()
+            if self._float32.search(tensor.name)
+            or (is_bare and tensor.dtype == "F32" and not tensor.name.endswith("norm.weight"))
+        )
+
+    def _decide(self, asked: Asked, kept: frozenset[str]) -> Conversion:
         scheme, _, stored, tensors, kind = asked
         action: Action = "as stored"
         reasons: tuple[Reason, ...] = ()
@@ -108,7 +137,7 @@ class Conversions:
             if scheme is not None:
                 action = action_of(scheme, stored, tensors, self._target.dtype)
             reasons = tuple(_reasons(action, asked, stored, self._target))
-        outputs = self._outputs(action, asked)
+        outputs = self._outputs(action, asked, kept)
         if not reasons and action == "as stored" and scheme is not None and stored is not None:
             reasons = tuple(_misfits(scheme, stored, tensors, outputs))
         return Conversion(
@@ -119,9 +148,9 @@ class Conversions:
             reasons,
         )
 
-    def _outputs(self, action: Action, asked: Asked) -> dict[str, TensorSpec]:
+    def _outputs(self, action: Action, asked: Asked, kept: frozenset[str]) -> dict[str, TensorSpec]:
         """The method's tensors, then those beside the matrix (biases)."""
-        scheme, _, stored, tensors, kind = asked
+        scheme, _, stored, tensors, _ = asked
         dtype = self._target.dtype
         outputs: dict[str, TensorSpec] = {}
         replaced: frozenset[str] = frozenset()
@@ -137,8 +166,7 @@ class Conversions:
                 outputs |= stored.filled
         for suffix, tensor in tensors.items():
             if suffix not in replaced and suffix not in outputs:
-                is_kept = kind in _UNCAST or suffix == self._family.router_bias
-                is_cast = tensor.dtype in _FLOATS and not is_kept
+                is_cast = tensor.dtype in _FLOATS and suffix not in kept | KV_SUFFIXES
                 outputs[suffix] = TensorSpec(dtype if is_cast else tensor.dtype, tensor.shape)
         return outputs
 
@@ -158,7 +186,8 @@ def action_of(scheme: Scheme, stored: StoredFormat, tensors: Tensors, dtype: str
     if scheme.method == UNQUANTIZED:
         if not stored.is_float:
             return "dequantize"
-        return "as stored" if stored.arguments["dtype"] == FLOAT_DTYPES.get(dtype) else "cast"
+        is_served = stored.arguments["dtype"] == FLOAT_DTYPES.get(dtype) and not stored.factor
+        return "as stored" if is_served else "cast"
     if scheme.method == AUTO:
         return "as stored"
     if stored.is_float:
@@ -171,6 +200,8 @@ def action_of(scheme: Scheme, stored: StoredFormat, tensors: Tensors, dtype: str
 
 
 def _why_not_repack(scheme: Scheme, stored: StoredFormat, tensors: Tensors) -> str | None:
+    if stored.factor:
+        return f"no method multiplies by {stored.factor}"
     method = METHODS[scheme.method]
     return method.why_not_repack(stored, scheme.arguments, tensors, scheme.requantize)
 
@@ -195,25 +226,23 @@ def _reasons(
 ) -> Iterator[Reason]:
     scheme, rule, _, tensors, kind = asked
     described = f"is stored as {stored.description}"
+    bf16 = f"{to_dequantize(target.dtype)} to dequantize it"
+    if stored.obstacle:
+        remedy = "take it from another source"
+        yield Reason("stored-format", f"{described}, and {stored.obstacle}", remedy)
+        return
     if scheme is None:
         if not stored.is_float:
-            text = f"{described}: {NEVER_QUANTIZED[kind]}"
-            yield Reason("stored-format", text, "take a checkpoint that does not quantize it")
+            other = "take a checkpoint in another format"
+            remedy = f"match it with {bf16}" if stored.is_readable else other
+            yield Reason("stored-format", f"{described}: {NEVER_QUANTIZED[kind]}", remedy)
         return
+    why_not_auto = None if stored.is_float else _why_not_auto(stored, target, described)
     if is_auto(rule) and not stored.is_float:
-        if target.device == "cuda" and not stored.format:
-            # SGLang has classes that are not known here, where config.json names one
-            if not stored.said:
-                text = f"{described}, and config.json names no quant_method that could read it"
-                yield Reason("stored-format", text, "take a checkpoint in another format")
-        elif target.device == "cuda" and stored.disagreements:
-            text = f"{stored.disagreements[0]}, which method: auto would go by"
-            yield Reason("auto-config", text, "correct config.json, or name the layer's method")
-        elif target.device == "cpu" and not stored.is_readable:
-            remedy = "name another method or source for it to try the rest"
-            text = f"{described}, which the CPU platform does not read"
-            yield Reason("stored-format", text, remedy)
+        if why_not_auto is not None:
+            yield why_not_auto
         return
+    auto = "" if why_not_auto else "match it with method: auto to serve it as it is, "
     served = FLOAT_DTYPES[target.dtype]
     wanted = scheme.arguments.get("dtype")
     if scheme.method == UNQUANTIZED and wanted not in (None, served):
@@ -224,17 +253,16 @@ def _reasons(
         yield Reason("dtype", text, f"{remedy}write method: unquantized")
     elif not stored.is_readable:
         text = f"{described}, which this release does not read"
-        yield Reason("stored-format", text, "take a checkpoint in another format")
+        otherwise = f"{'or ' if auto else ''}take a checkpoint in another format"
+        yield Reason("stored-format", text, f"{auto}{otherwise}")
     elif not stored.method and (action == "impossible" or rule is None):
         reason = _why_not_repack(scheme, stored, tensors)
         text = f"{described}, which no method serves as it is{f': {reason}' if reason else ''}"
-        remedy = (
-            "match it with method: auto to serve it as it is, method: bf16 to dequantize it, or "
-            "write requantize: true"
-        )
-        yield Reason("stored-format", text, remedy)
+        again = "" if rule is None else ", or write requantize: true"
+        ways = (auto or "match it with ") + f"{'or ' if auto and not again else ''}{bf16}"
+        yield Reason("stored-format", text, f"{ways}{again}")
     elif action == "impossible":
-        yield _mismatch(scheme, stored, tensors, described)
+        yield _mismatch(scheme, stored, tensors, described, bf16)
     elif action in ("quantize", "requantize"):
         spec = METHODS[scheme.method]
         if not spec.codec:
@@ -245,19 +273,61 @@ def _reasons(
             yield Reason("conversion", text, "change that argument")
 
 
-def _mismatch(scheme: Scheme, stored: StoredFormat, tensors: Tensors, described: str) -> Reason:
+def _why_not_auto(stored: StoredFormat, target: Target, described: str) -> Reason | None:
+    """Why a layer cannot run as it is stored; what SGLang's class says is found at load."""
+    if target.device == "cpu":
+        remedy = "name another method or source for it to try the rest"
+        text = f"{described}, which the CPU platform does not read"
+        return None if stored.is_readable else Reason("stored-format", text, remedy)
+    bf16 = f"match it with {to_dequantize(target.dtype)} to dequantize it"
+    otherwise = f", or {bf16}" if stored.is_readable else ""
+    if not stored.method_said:
+        # SGLang has classes that are not known here, where config.json names one
+        text = f"{described}, and config.json names no quant_method that could read it"
+        remedy = "write a quantization_config with the tool's quant_method into it"
+        return Reason("stored-format", text, f"{remedy}{otherwise}")
+    if stored.format and stored.disagreements:
+        text = f"{stored.disagreements[0]}, which method: auto would go by"
+        return Reason("auto-config", text, "correct config.json, or name the layer's method")
+    if stored.factor:
+        text = f"{described}, which SGLang's class would leave out"
+        return Reason("auto-config", text, bf16)
+    return None
+
+
+def _mismatch(
+    scheme: Scheme, stored: StoredFormat, tensors: Tensors, described: str, bf16: str
+) -> Reason:
     if stored.method != scheme.method:
         reason = _why_not_repack(scheme, stored, tensors)
         text = f"{described}, not as {scheme.label} asks ({scheme.method})"
         remedy = (
-            f"write method: {stored.method}, bf16 to dequantize it, or requantize: true to have it "
-            f"in {scheme.label} with a second rounding"
+            f"write {_as_written(stored)}, {bf16.removeprefix('method: ')}, or requantize: true to "
+            f"have it in {scheme.label} with a second rounding"
         )
         return Reason("stored-format", f"{text}: {reason}" if reason else text, remedy)
     different = _different_arguments(stored, scheme)
     asked = ", ".join(f"{key}: {scheme.arguments[key]}" for key in different)
-    remedy = "write " + ", ".join(f"{key}: {value}" for key, value in different.items())
+    # a name such as fp8_block would contradict what it implies
+    implied = {key for given in METHODS[scheme.method].aliases.values() for key in given}
+    own = _settings(different)
+    remedy = f"write {_as_written(stored) if implied & different.keys() else own}"
     return Reason("stored-format", f"{described}, not with {asked}", remedy)
+
+
+def _as_written(stored: StoredFormat) -> str:
+    """The method that takes a layer as it is, with the arguments that its defaults are not."""
+    defaults = METHODS[stored.method].defaults
+    given = _settings({k: v for k, v in stored.arguments.items() if v != defaults[k]})
+    return f"method: {stored.method}" + (f" with {given}" if given else "")
+
+
+def _settings(arguments: Mapping[str, Any]) -> str:
+    """Arguments as a preset writes them."""
+    return ", ".join(
+        f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in arguments.items()
+    )
 
 
 def _misfits(

@@ -43,6 +43,15 @@ def why_not_family(
             kind = _storage(unread[0].outputs)
             text = f"SGLang's {reader} looks at the dtype of their weight, and {kind} has none"
             found.append((where, text, _instead_of_packed()))
+    fp8, asked = " or ".join(_methods("FP8")), []
+    for layer in layers:
+        kind = _storage(layer.outputs)
+        is_asked = last_component(layer.module) in family.asked_for_weight
+        if is_asked and kind not in ("floats", "FP8", "INT8"):
+            text = (
+                f"SGLang's {name} fills it from one tensor `weight`, and cannot in {layer.method}"
+            )
+            asked.append(Problem(layer.name, text, f"use method: {fp8}", "family"))
     num_heads = config.get("num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads") or num_heads
     if family.has_joint_head_norms and target.tp_size > 1:
@@ -61,7 +70,7 @@ def why_not_family(
         if names := [layer.name for layer in layers if re.match(pattern, layer.name)]:
             text = f"SGLang's {name} does not load tensors that are called so"
             found.append((", ".join(fold_names(names)[:3]), text, f"{remedy} in the checkpoint"))
-    return [Problem(*problem, "family") for problem in found]
+    return [Problem(*problem, "family") for problem in found] + fold_problems(asked)
 
 
 def _routing_problems(config: Config, target: Target) -> Iterator[tuple[str, str, str]]:
@@ -201,16 +210,17 @@ def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[
     family, said = family_of(source.config), sizes(source.config)
     if family.shapes:
         heads = ("num_attention_heads", "num_key_value_heads")
-        said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
+        if {*heads, "head_dim"} <= said.keys():
+            said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
     problems = []
     for layer in layers:
         last, weight, stored = last_component(layer.name), layer.inputs.get("weight"), layer.stored
         got = weight.shape if weight is not None else None
         if layer.kind not in NEVER_QUANTIZED:
             got = (stored.N, stored.K) if stored is not None and stored.method else None
-        if got is None or last not in family.shapes:
+        if got is None or not said.keys() >= set(family.shapes.get(last, ("",))):
             continue
-        want = tuple([int(said[key]) for key in family.shapes[last]])
+        want = tuple([said[key] for key in family.shapes[last]])
         if got != want:
             text = f"its weight is {list(got)} (expected {list(want)} by config.json)"
             remedy = "config.json and weights are of different models, or a file is damaged"
@@ -219,21 +229,31 @@ def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[
 
 
 def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int], ...]:
-    """Return (shard id, output features) of a layer that is stored fused, as Phi-3's are.
+    """Return (shard id, output features) of a layer that is stored fused, as Phi-3's are, or of a
+    shard that is, as Qwen3.5's in_proj_qkv.
 
     SGLang splits them by its own sizes when it loads them (`_load_fused_module_from_checkpoint`,
     layers/linear.py:897, 1197), so that shape rules hold for each shard.
     """
-    if layer.kind != "linear" or layer.shard is not None or layer.stored is None:
+    is_one = layer.shard is None or isinstance(layer.shard, tuple)
+    if layer.kind != "linear" or not is_one or layer.stored is None:
         return ()
     last, N = last_component(layer.name), layer.stored.N
     if last == "gate_up_proj":
         return (("gate", N // 2), ("up", N // 2))
     if last == "qkv":  # of vision towers, whose heads are all alike
         return tuple((shard, N // 3) for shard in "qkv")
+    said = sizes(config)
+    if last in ("in_proj_qkv", "in_proj_qkvz"):
+        key, value = (
+            said.get(f"linear_num_{part}_heads", 0) * said.get(f"linear_{part}_head_dim", 0)
+            for part in ("key", "value")
+        )
+        return tuple(zip("0123", (key, key, value, *[value] * last.endswith("z")), strict=False))
+    if last == "in_proj_ba":
+        return (("0", N // 2), ("1", N // 2))
     if last != "qkv_proj":
         return ()
-    said = sizes(config)
     num_heads, head = said.get("num_attention_heads", 0), said.get("head_dim", 0)
     kv = said.get("num_key_value_heads", num_heads) * head
     return (("q", num_heads * head), ("k", kv), ("v", kv))

@@ -196,7 +196,6 @@ def row_scales(first: torch.Tensor, second: torch.Tensor) -> RowScales:
 def _dequantize(source: Source, name: str, stored: StoredFormat) -> torch.Tensor:
     """Read a layer's weight, float32 [N, K]; only leading columns where that is cheaper."""
     from mixedprec_plugin.checkpoint.reader import Reader
-    from mixedprec_plugin.quantize.codec import load_codec
 
     tensors = source.layers[name]
     # these store K first, so that leading columns are leading rows of the file
@@ -204,10 +203,10 @@ def _dequantize(source: Source, name: str, stored: StoredFormat) -> torch.Tensor
         tensors = _leading_columns(tensors, stored)
     with Reader() as reader:
         read = {suffix: reader.read(tensors[suffix]) for suffix in tensors if suffix != "bias"}
-    if not stored.codec:
+    if stored.is_plain:
         return read["weight"][:, :_NUM_COLUMNS].float()
     try:
-        return load_codec(stored.codec).read(read, stored.how).dequantize()
+        return stored.dequantize(read)
     except ShapeError as error:
         raise ShapeError(Problem(name, str(error))) from error
 

@@ -32,6 +32,7 @@ from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.mixing import settle_sources
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.schemes import SchemeChooser
+from mixedprec_plugin.plan.whole import check_whole
 from mixedprec_plugin.preset.model import Preset, Rule
 
 
@@ -76,7 +77,7 @@ def resolve_plan(
     problems += mixtures + conflicts
     problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
-    conversions, planned = Conversions(target, family), []
+    conversions, planned = Conversions(target, model.config), []
     for name in names:
         module, shard = fused[name]
         tensors = taken[name].layers[name]
@@ -108,6 +109,7 @@ def resolve_plan(
     problems += mismatches
     problems += checks.check_layers(planned, target, model.config)
     problems += check_config_shapes(planned, model)
+    problems += check_whole(planned, tied, model.config)
     return Plan(
         preset,
         MappingProxyType(sources),

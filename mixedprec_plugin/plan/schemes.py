@@ -23,11 +23,17 @@ class SchemeChooser:
     def of(self, rule: Rule | None, stored: StoredFormat | None, kind: Kind) -> Scheme | None:
         """The scheme of a layer; None where it has no weight that could be quantized.
 
+        What is never quantized, and is stored so, may be dequantized.
+
         Args:
             rule: the rule that decides; None leaves the layer as it is stored.
             stored: the format of the layer's weight in its source.
         """
-        if kind in NEVER_QUANTIZED or stored is None:
+        is_dequantized = (
+            rule is not None and rule.scheme.method == UNQUANTIZED and kind != "draft"
+            and stored is not None and not stored.is_float
+        )  # fmt: skip
+        if stored is None or (kind in NEVER_QUANTIZED and not is_dequantized):
             return None
         key = (id(rule), id(stored))
         if key not in self._known:

@@ -53,7 +53,7 @@ class Integers:
         """The group of every input feature, int64 [K]; None where groups are in order.
 
         Raises:
-            ShapeError: it names a group that is not there.
+            ShapeError: it names a group that is not there, or groups are of several sizes.
         """
         if self.g_idx is None:
             return None
@@ -69,6 +69,12 @@ class Integers:
                 "check group_size against the checkpoint",
                 "g-idx",
             )
+        sizes = torch.bincount(self.g_idx.flatten().int(), minlength=num_groups)
+        if bool((sizes != self.group_size).any()):
+            what = (
+                f"groups of {int(sizes.min())} to {int(sizes.max())} (expected {self.group_size})"
+            )
+            refuse(self.order_suffix, what, "take the layer from another source", "g-idx")
         return self.g_idx.long()
 
     def dequantize(self) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.composite import experts_method
 from mixedprec_plugin.experts.groups import ExpertGroup
+from mixedprec_plugin.families.kv_scales import kv_scale
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.construct import build_config, offered
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
@@ -26,6 +29,8 @@ from mixedprec_plugin.serving.auto_experts import experts_method_under_auto
 from mixedprec_plugin.serving.late import check_config
 from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
 from mixedprec_plugin.serving.source_configs import config_of_source, guard, refusals
+
+Others = Mapping[str, tuple[str | None, ...]]
 
 
 class MixedPrecisionConfig(QuantizationConfig):
@@ -38,17 +43,29 @@ class MixedPrecisionConfig(QuantizationConfig):
         plan: what every layer runs as.
         built: module name, as the plan spells it -> the module that the model built for it; filled
             while it is built.
+        attentions: attention layer that has scales of the KV cache -> the modules that take them;
+            filled once it is built.
+        others: name that the plan does not know -> the planned module that each layer of this name
+            is, in the order that SGLang builds them; None for one that stays unquantized. See
+            `outline`.
 
     It also has the attributes that methods' kernels ask of it, see `asked_of_model` in
     `Method.sglang`.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, others: Others = MappingProxyType({})) -> None:
         super().__init__()
         self.plan = plan
+        self.others = others
+        self._num_asked: Counter[str] = Counter()
         self.built: dict[str, torch.nn.Module] = {}
         family = family_of(plan.source.config)
         self._names = ModuleNames(plan.modules, family)
+        self.attentions: dict[str, list[torch.nn.Module]] = {}
+        tensors = (f"{layer.name}.{suffix}" for layer in plan.layers for suffix in layer.outputs)
+        scales = filter(None, map(kv_scale, tensors))
+        scaled = {name for scale in scales for name in scale.attentions}
+        self._attention_names = ModuleNames(scaled, family)
         self.packed_modules_mapping = {
             module: list(shards) for module, shards in family.fused_modules.items()
         }
@@ -81,14 +98,30 @@ class MixedPrecisionConfig(QuantizationConfig):
         """No method of ours scales activations."""
         return []
 
+    def get_cache_scale(self, name: str) -> None:
+        """None: scales of the KV cache are no layer's (models/granitemoehybrid.py:656)."""
+
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: NameMapper) -> None:
         """Take into account how a model renames the checkpoint's modules."""
         self._names.apply(hf_to_sglang_mapper)
+        self._attention_names.apply(hf_to_sglang_mapper)
+
+    def module_of(self, prefix: str) -> str | None:
+        """The planned module that SGLang calls `prefix`; None if there is none.
+
+        Raises:
+            LoadError: several planned modules could be meant.
+        """
+        return self._names.find(prefix)
+
+    def attention_of(self, prefix: str) -> str | None:
+        """The attention layer that SGLang calls `prefix`, if the checkpoint has scales for it."""
+        return self._attention_names.find(prefix)
 
     def can_fuse_shared_expert(self) -> bool:
         """Never: a shared expert is a layer of its own, in a scheme of its own.
 
-        GLM-4-MoE's model does not ask; see `MixedPrecisionLoader`.
+        GLM-4-MoE's model does not ask; see `build_model`.
         Source: `quant_blocks_shared_experts_fusion` (models/deepseek_common/utils.py:159).
         """
         return False
@@ -107,7 +140,13 @@ class MixedPrecisionConfig(QuantizationConfig):
         """
         if not isinstance(layer, LinearBase | FusedMoE):
             return None
-        module = self._names.find(prefix)
+        if prefix in self.others:
+            module = self.others[prefix][self._num_asked[prefix]]
+            self._num_asked[prefix] += 1
+            if module is None:
+                return None if isinstance(layer, FusedMoE) else UnquantizedLinearMethod()
+        else:
+            module = self.module_of(prefix)
         if module is None:
             raise LoadError(_unknown_module(layer, prefix))
         self.built[module] = layer

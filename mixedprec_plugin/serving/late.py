@@ -105,7 +105,7 @@ def check_config(plan: Plan, scheme: Scheme, child: QuantizationConfig) -> None:
 
 
 def check_built(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) -> None:
-    """Check that the model built every planned linear layer, in a shape that its kernel takes.
+    """Check that the model built every quantized layer, in a shape that its kernel takes.
 
     Not in the plan: the code of SGLang's model decides which layers it builds, and how large.
 
@@ -118,22 +118,38 @@ def check_built(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) 
         LoadError: a layer that nothing runs, or one of another shape than planned or than this GPU
             takes; all are named.
     """
-    found: dict[tuple[str, str], list[str]] = {}
-    for module, layers in plan.modules.items():
-        if all(layer.kind not in ("linear", "expert") for layer in layers):
-            continue
-        own = built.get(module)
+    found: dict[str, list[str]] = {}
+    for layer in filter(stage.runs, plan.layers):
+        if layer.module not in built and not (layer.is_unquantized or layer.kind == "draft"):
+            found.setdefault(layer.module, []).append(layer.name)
+    problems = [
+        Problem(
+            ", ".join(fold_names(names)),
+            f"is in the checkpoint, but the model builds no {module}",
+            "config.json and weights are of different models",
+            "built-shape",
+        )
+        for module, names in found.items()
+    ]
+    problems = problems or shape_problems(plan, built, stage) or _kernel_problems(built)
+    if problems:
+        raise LoadError(problems)
+
+
+def shape_problems(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) -> list[Problem]:
+    """Planned linear layers and experts that the model built in another shape."""
+    found: dict[str, list[str]] = {}
+    for module, own in built.items():
+        layers = plan.modules[module]
         for layer in filter(stage.runs, layers):
             text = _difference(layer, own, layers)
             if text:
-                found.setdefault((text, module if own is None else ""), []).append(layer.name)
-    problems = [
+                found.setdefault(text, []).append(layer.name)
+    return [
         Problem(folded, text, "config.json and weights are of different models", "built-shape")
-        for (text, _), names in found.items()
+        for text, names in found.items()
         for folded in fold_names(names)
     ]
-    if problems := problems or _kernel_problems(built):
-        raise LoadError(problems)
 
 
 def _kernel_problems(modules: Mapping[str, torch.nn.Module]) -> list[Problem]:
@@ -163,11 +179,7 @@ def _kernel_problems(modules: Mapping[str, torch.nn.Module]) -> list[Problem]:
     ]
 
 
-def _difference(
-    layer: PlannedLayer, built: torch.nn.Module | None, shards: Sequence[PlannedLayer]
-) -> str:
-    if built is None:
-        return f"is in the checkpoint, but the model builds no {layer.module}"
+def _difference(layer: PlannedLayer, built: torch.nn.Module, shards: Sequence[PlannedLayer]) -> str:
     assert layer.stored is not None
     if isinstance(built, FusedMoE):
         return _expert_difference(layer, built)
@@ -211,8 +223,9 @@ def _output_size(built: LinearBase, shard: Shard) -> int:
         num_heads = built.total_num_heads if shard == "q" else built.total_num_kv_heads
         head = built.v_head_size if shard == "v" else built.head_size
         return int(num_heads * head)
-    if isinstance(built, MergedColumnParallelLinear) and isinstance(shard, int):
-        return int(built.output_sizes[shard])
+    if isinstance(built, MergedColumnParallelLinear) and isinstance(shard, int | tuple):
+        numbers = shard if isinstance(shard, tuple) else (shard,)
+        return sum(int(built.output_sizes[number]) for number in numbers)
     if isinstance(built, QKVParallelLinear):
         heads = built.total_num_heads + built.total_num_kv_heads
         return int(heads * built.head_size + built.total_num_kv_heads * built.v_head_size)

@@ -16,10 +16,10 @@ import torch
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
-from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
+from sglang.srt.model_loader.loader import DefaultModelLoader
+from sglang.srt.model_loader.utils import set_default_torch_dtype
 from sglang.srt.model_loader.weight_utils import _prefetch_all_checkpoints
-from sglang.srt.runtime_context import get_exec, get_model, get_parallel
+from sglang.srt.runtime_context import get_model, get_parallel
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
@@ -29,8 +29,10 @@ from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes, plan_as_dict, summary_lines
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
+from mixedprec_plugin.serving.building import build_model
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.late import check_built, check_reloadable
+from mixedprec_plugin.serving.outline import outline_of
 from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.planner import make_draft_plan, planner_of, serving_device
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
@@ -104,19 +106,12 @@ class MixedPrecisionLoader(DefaultModelLoader):
         start = time.perf_counter()
         folder = self._folder(model_config.model_path, model_config.revision)
         plan = self._plan(folder, model_config).check()
-        config = MixedPrecisionConfig(plan)
-        _apply_name_mapper(config, model_config)
+        outline = outline_of(plan, model_config, self.load_config).check()
+        config = MixedPrecisionConfig(plan, outline.others)
         device = torch.device(device_config.device)
         returning = returning_memory() if device.type == "cpu" else contextlib.nullcontext()
-        # can_fuse_shared_expert() of the config is not what every model asks (glm4_moe.py:1012)
-        unfused = get_exec().moe.override(disable_shared_experts_fusion=True)
         with set_default_torch_dtype(model_config.dtype), returning:
-            with device, unfused:
-                model: torch.nn.Module = _initialize_model(model_config, self.load_config, config)
-            stages = get_parallel().pp_group
-            stage = Stage(
-                model, plan.tied, num_stages=stages.world_size, is_last=stages.is_last_rank
-            )
+            model, stage = build_model(model_config, self.load_config, config, device)
             check_built(plan, config.built, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
             weights = self._open(plan, stage)
@@ -258,19 +253,6 @@ def _restore(model: torch.nn.Module) -> None:
         )
         if restore is not None:
             restore(module)
-
-
-def _apply_name_mapper(config: MixedPrecisionConfig, model_config: ModelConfig) -> None:
-    """As SGLang does for the config of a whole model (model_loader/loader.py:273)."""
-    model_class, _ = get_model_architecture(model_config)
-    get_mapper = getattr(model_class, "get_hf_to_sglang_mapper", None)
-    mapper = (
-        get_mapper(model_config.hf_config)
-        if get_mapper is not None
-        else getattr(model_class, "hf_to_sglang_mapper", None)
-    )
-    if mapper is not None:
-        config.apply_weight_name_mapper(mapper)
 
 
 def _check_same_schemes(served: Plan, new: Plan) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from mixedprec_plugin.methods.registry import AUTO
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.kv_scales import place_kv_scale
 from mixedprec_plugin.serving.recorder import WriteRecorder, storage_id
 from mixedprec_plugin.serving.source_configs import refusals
 
@@ -29,6 +31,19 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 GROUP_INDICES = ("g_idx", "weight_g_idx")
 # what has one group index -> the layer whose came first, and that one
 Orders = dict[tuple[str, bool], tuple[str, torch.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Filling:
+    """What became of the tensors of a plan.
+
+    Attributes:
+        problems: tensors that found no parameter.
+        recorder: of what was written.
+    """
+
+    problems: tuple[Problem, ...]
+    recorder: WriteRecorder
 
 
 def load_weights(
@@ -40,10 +55,6 @@ def load_weights(
 ) -> None:
     """Fill a model with the tensors of its plan.
 
-    Linear layers and experts of the plan go straight to their parameters' weight loaders: module,
-    parameter and shard are known, so no name matching of the model's can lose or rename them. The
-    rest (embeddings, norms, routers) goes through `model.load_weights`.
-
     Args:
         model: built with `config`.
         weights: (tensor name, tensor) of the virtual checkpoint.
@@ -51,18 +62,28 @@ def load_weights(
     Raises:
         LoadError: a tensor found no parameter, or a parameter was not filled; all are named.
     """
+    filling = fill(model, config, weights)
+    problems = filling.problems or (() if partial else unfilled(model, filling))
+    if problems:
+        raise LoadError(problems)
+
+
+def fill(model: torch.nn.Module, config: MixedPrecisionConfig, weights: Weights) -> Filling:
+    """Hand every tensor to what takes it.
+
+    Linear layers and experts of the plan go straight to their parameters' weight loaders: module,
+    parameter and shard are known, so no name matching of the model's can lose or rename them. The
+    rest (embeddings, norms, routers) goes through `model.load_weights`.
+    """
     recorder = WriteRecorder()
     # the class's own: the model's is closed to others, see `close_to_unquantized`
     load = functools.partial(type(model).load_weights, model)  # type: ignore[attr-defined]
     rest: list[str] = []
+    problems: list[Problem] = []
     with recorder:
-        load(_place(model, config, weights, recorder, rest))
+        load(_place(model, config, weights, recorder, rest, problems))
         _absorb(model, config)
-    problems = _dropped(model, config, rest, recorder)
-    if not partial:
-        problems += _unfilled(model, recorder)
-    if problems:
-        raise LoadError(problems)
+    return Filling((*problems, *_dropped(model, config, rest, recorder)), recorder)
 
 
 def _absorb(model: torch.nn.Module, config: MixedPrecisionConfig) -> None:
@@ -102,6 +123,7 @@ def _place(
     weights: Weights,
     recorder: WriteRecorder,
     rest: list[str],
+    problems: list[Problem],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     stream = iter(weights)
     orders: Orders = {}
@@ -114,23 +136,44 @@ def _place(
         name, tensor = item
         layer_name, _, suffix = name.rpartition(".")
         layer = config.plan.by_name.get(layer_name)
+        if config.attentions and _is_kv_scale(config, name, tensor, recorder, problems):
+            continue
         if layer is not None and layer.module in config.built:
             recorder.forget(tensor)
             if suffix in GROUP_INDICES and layer.shard is not None:
                 _check_act_order(orders, layer, tensor)
             module = config.built[layer.module]
-            with _naming(layer, module, suffix):
-                if isinstance(module, ReplicatedLinear) and layer.shard is not None:
-                    shards = config.plan.modules[layer.module]
-                    _lay_end_to_end(module, shards, layer, suffix, tensor)
-                else:
-                    _place_tensor(module, layer, suffix, tensor)
+            try:
+                with _naming(layer, module, suffix):
+                    if isinstance(module, ReplicatedLinear) and layer.shard is not None:
+                        shards = config.plan.modules[layer.module]
+                        _lay_end_to_end(module, shards, layer, suffix, tensor)
+                    else:
+                        _place_tensor(module, layer, suffix, tensor)
+            except LoadError as error:
+                problems += error.problems
         else:
             recorder.follow(name, tensor)
             rest.append(name)
             yield name, tensor
         # or it would be there while the next one is made
         del item, tensor
+
+
+def _is_kv_scale(
+    config: MixedPrecisionConfig,
+    name: str,
+    tensor: torch.Tensor,
+    recorder: WriteRecorder,
+    problems: list[Problem],
+) -> bool:
+    """Fill what a tensor is the KV cache's scale of, if it is one."""
+    recorder.forget(tensor)
+    try:
+        return place_kv_scale(config, name, tensor)
+    except LoadError as error:
+        problems += error.problems
+        return True
 
 
 def _check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) -> None:
@@ -254,11 +297,15 @@ def _dropped(
     ]
 
 
-def _unfilled(model: torch.nn.Module, recorder: WriteRecorder) -> list[Problem]:
+def unfilled(
+    model: torch.nn.Module, filling: Filling, but: Collection[torch.nn.Module] = ()
+) -> list[Problem]:
+    """The parameters that were not filled whole; those of some modules are left out."""
+    left_out = {id(parameter) for module in but for parameter in module.parameters()}
     found: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
-        written = recorder.written.get(storage_id(parameter.data), 0)
-        if written < parameter.numel():
+        written = filling.recorder.written.get(storage_id(parameter.data), 0)
+        if written < parameter.numel() and id(parameter) not in left_out:
             share = f"{written:,} of {parameter.numel():,} elements"
             found.setdefault(share, []).append(name)
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.written: dict[int, int] = {}
-        self.arrived: set[str] = set()
-        self._names: dict[int, str] = {}
+        # name of a followed tensor -> the memory that it was written into
+        self.arrived: dict[str, set[int]] = {}
+        self._names: dict[int, frozenset[str]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -29,7 +31,7 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def follow(self, name: str, tensor: torch.Tensor) -> None:
         """Watch for `tensor`, or what is made of it, being written anywhere."""
-        self._names[storage_id(tensor)] = name
+        self._names[storage_id(tensor)] = frozenset((name,))
 
     def forget(self, tensor: torch.Tensor) -> None:
         """Do not take `tensor` for one whose freed memory it may have inherited."""
@@ -43,20 +45,28 @@ class WriteRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if args and isinstance(args[0], torch.Tensor):
                 self._count(args)
         elif self._names and isinstance(result, torch.Tensor):
-            sources = (storage_id(source) for source in args if isinstance(source, torch.Tensor))
-            name = next((self._names[s] for s in sources if s in self._names), None)
-            if name is None:
-                self.forget(result)
+            names = self._followed(args)
+            if names:
+                self._names[storage_id(result)] = names
             else:
-                self.follow(name, result)
+                self.forget(result)
         return result
 
     def _count(self, args: tuple[Any, ...]) -> None:
         target = storage_id(args[0])
         self.written[target] = self.written.get(target, 0) + args[0].numel()
-        for source in args[1:]:
-            if isinstance(source, torch.Tensor) and storage_id(source) in self._names:
-                self.arrived.add(self._names[storage_id(source)])
+        for name in self._followed(args[1:]):
+            self.arrived.setdefault(name, set()).add(target)
+
+    def _followed(self, args: Sequence[Any]) -> frozenset[str]:
+        """The names of the tensors among some arguments, lists of them (torch.cat) included."""
+        names: frozenset[str] = frozenset()
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                names |= self._names.get(storage_id(arg), frozenset())
+            elif isinstance(arg, list | tuple):
+                names |= self._followed(arg)
+        return names
 
 
 def storage_id(tensor: torch.Tensor) -> int:

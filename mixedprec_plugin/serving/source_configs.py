@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.methods.construct import sglang_version
 
 # what SGLang raises at configs, shapes and kernels that it does not have
-_REFUSALS = (
+REFUSALS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -109,13 +110,21 @@ def refusals(where: str, owner: str) -> Iterator[None]:
     """
     try:
         yield
-    except _REFUSALS as error:
-        words = str(error).strip() or type(error).__name__
+    except REFUSALS as error:
         raise LoadError(
             Problem(
                 where,
-                f"SGLang {sglang_version()} does not read it as it is stored ({owner}: {words})",
+                f"SGLang {sglang_version()} does not read it as it is stored "
+                f"({owner}: {words_of(error)})",
                 "name a method for it, or take it from another source",
                 "auto-refused",
             )
         ) from error
+
+
+def words_of(error: Exception) -> str:
+    """What an exception of SGLang's says, in a line; where it says nothing, what raised it."""
+    words = str(error).strip()
+    if not words:
+        words = traceback.extract_tb(error.__traceback__)[-1].line or "no reason given"
+    return words.splitlines()[0]

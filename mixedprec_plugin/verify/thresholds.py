@@ -41,7 +41,7 @@ def parse_thresholds(texts: Iterable[str]) -> dict[str, float]:
             limit = float(value)
         except ValueError:
             limit = -1.0
-        if limit <= 0:
+        if not limit > 0:
             what = f"{text!r} is no threshold (expected METHOD=VALUE, such as gptq=0.3)"
             raise UsageError(Problem("--threshold", what))
         if method not in registry.METHODS:

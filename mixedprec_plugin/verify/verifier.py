@@ -19,15 +19,19 @@ import torch
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import damage
 from mixedprec_plugin.checkpoint.source import Source, open_source
-from mixedprec_plugin.compose.stream import Tensors, compose_layer, in_file_order, plain_defaults
+from mixedprec_plugin.compose.stream import (
+    Tensors,
+    compose_layer,
+    in_file_order,
+    plain_defaults,
+    served_floats,
+)
 from mixedprec_plugin.errors import CheckpointError
 from mixedprec_plugin.families.config import sizes
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import coupled_units, producers
-from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-from mixedprec_plugin.quantize.codec import load_codec
 from mixedprec_plugin.verify.distance import Columns, Distance, distance, row_factors
 from mixedprec_plugin.verify.thresholds import threshold_of
 
@@ -237,26 +241,19 @@ class Verifier:
 
     def _served(self, layer: PlannedLayer, outputs: Tensors) -> torch.Tensor | None:
         """What a layer is served as, as floats [N, K]."""
-        if layer.scheme is None or layer.is_unquantized:
-            weight = outputs.get("weight")
-            return weight if weight is not None and weight.dtype.itemsize > 1 else None
-        lazy, arguments = registry.METHODS[layer.method].codec, layer.scheme.arguments
-        if not lazy and layer.stored is not None:
-            lazy, arguments = layer.stored.codec, layer.stored.how
-        return load_codec(lazy).read(outputs, arguments).dequantize() if lazy else None
+        weight = served_floats(layer, outputs).get("weight")
+        is_read = weight is not None and weight.is_floating_point() and weight.itemsize > 1
+        return weight if is_read else None
 
     def _reference(self, name: str) -> torch.Tensor | None:
         """The reference's weight as floats [N, K]."""
         stored = self._formats.of(self.reference, name)
-        if stored is None:
+        if stored is None or not stored.is_readable:
             return None
         tensors = self.reference.layers[name]
-        if stored.is_float:
+        if stored.is_plain:
             return self.reader.read(tensors["weight"])
-        read = {s: self.reader.read(t) for s, t in tensors.items() if s in stored.suffixes}
-        if not stored.codec:
-            return None
-        return load_codec(stored.codec).read(read, stored.how).dequantize()
+        return stored.dequantize({s: self.reader.read(tensors[s]) for s in stored.suffixes})
 
 
 def _shapes(weight: torch.Tensor, reference: torch.Tensor) -> str:

@@ -162,6 +162,52 @@ class TestAgainstTheConfig:
         config["config_groups"]["group_1"] = {**other, "targets": ["re:.*k_proj$"]}
         assert detect(stored_layer("llmcompressor-w8a8-int8"), config).disagreements == ()
 
+    def test_groups_are_asked_by_name_then_pattern_then_class(self) -> None:
+        # compressed-tensors' `match_targets`: exact names, patterns by the alphabet, classes
+        config = quantization_config("llmcompressor-w4a16-g64")
+        own = config["config_groups"]["group_0"]
+        orders = [
+            (["Linear"], 8), (["re:.*proj$"], 8), (["re:.*k_proj$"], 8), ([NAME], 4)
+        ]  # fmt: skip
+        for targets in (orders, orders[::-1], orders[1:] + orders[:1]):
+            config["config_groups"] = {
+                f"group_{number}": {
+                    **own, "targets": names, "weights": {**own["weights"], "num_bits": bits}
+                }
+                for number, (names, bits) in enumerate(targets)
+            }  # fmt: skip
+            found = detect(stored_layer("llmcompressor-w4a16-g64"), config)
+            assert (found.description, found.K) == ("pack-quantized 4-bit group 64", K)
+
+    def test_container_on_a_compressed_ignore_list_says_nothing_of_its_layers(self) -> None:
+        # SGLang's compressed_tensors/utils.py:91
+        config = quantization_config("llmcompressor-w4a16-g64")
+        for ignored in ("model.layers.0", "model.layers.0.self_attn", "self_attn"):
+            config["ignore"] = ["lm_head", ignored]
+            found = detect(stored_layer("llmcompressor-w4a16-g64"), config)
+            assert (found.description, found.disagreements) == ("pack-quantized 4-bit group 64", ())
+        config["ignore"] = ["self_attn.k_proj"]
+        found = detect(stored_layer("llmcompressor-w4a16-g64"), config)
+        assert found.description == "pack-quantized 4-bit group 64"
+        assert found.disagreements == (
+            "is stored as pack-quantized 4-bit group 64, config.json leaves it unquantized",
+        )
+
+    @pytest.mark.parametrize(
+        "entry", ["model.layers.*.self_attn.k_proj*", "model.layers.0.*", "*k_proj", "re:.*k_proj"]
+    )
+    def test_globs_of_an_ignore_list_leave_layers_out(self, entry: str) -> None:
+        config = {"quant_method": "fp8", "exclude_modules": [entry]}
+        assert detect(stored_layer("bf16"), config).disagreements == ()
+        other = {"quant_method": "fp8", "exclude_modules": [entry.replace("k_", "q_")]}
+        if "k_" in entry:
+            assert detect(stored_layer("bf16"), other).disagreements
+
+    def test_fused_module_on_an_ignore_list_leaves_its_shards_out(self) -> None:
+        config = quantization_config("llmcompressor-fp8-dynamic")
+        config["ignore"] = ["model.layers.0.self_attn.qkv_proj"]
+        assert detect(stored_layer("bf16"), config).disagreements == ()
+
     def test_broken_pattern_is_an_error(self) -> None:
         config = {**quantization_config("llmcompressor-w8a8-int8"), "ignore": ["re:("]}
         with pytest.raises(CheckpointError, match=r"quantization_config: '\(' is no regular"):
@@ -286,6 +332,13 @@ class TestConventions:
          "gptq 4-bit packed as marlin"),
         (tensors(qweight=("I32", (N, 72)), qzeros=("I32", (N, 2)), scales=("F16", (N, 16))),
          {"quant_method": "awq", "version": "gemv"}, "awq gemv"),
+        (tensors(weight=("I8", (N, K // 2)), weight_scale=("F32", (N, 9))),
+         {"quant_method": "w4afp8"}, "w4afp8"),
+        (tensors(weight_packed=("I32", (N, 72)), weight_scale=("BF16", (N, 9))),
+         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"x": {
+             "targets": ["Linear"],
+             "weights": {"num_bits": 8, "strategy": "group", "group_size": 64}}}},
+         "pack-quantized 8-bit in groups of 32, not 64, or in other bits"),
         (tensors(_weight_qdata=("I8", (N, K // 2)), _weight_scale=("BF16", (9, N))),
          {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}},
          "torchao I8 [192, 288]"),
@@ -302,6 +355,16 @@ def test_what_cannot_be_used_is_named(
 def test_missing_scale_is_a_disagreement() -> None:
     found = detect(tensors(weight=("F8_E4M3", (N, K))), {})
     assert found.disagreements == ("lacks weight_scale beside weight",)
+
+
+@pytest.mark.parametrize("how", ["weight_shape", "group_size"])
+def test_bits_that_config_json_does_not_say_follow_from_k(how: str) -> None:
+    layer, config = stored_layer("llmcompressor-w4a16-g64"), {}
+    if how == "group_size":
+        config = quantization_config("llmcompressor-w4a16-g64")
+        del config["config_groups"]["group_0"]["weights"]["num_bits"], layer["weight_shape"]
+    found = detect(layer, config)
+    assert (found.description, found.K) == ("pack-quantized 4-bit group 64", K)
 
 
 def test_wrong_bits_of_pack_quantized_show_in_its_group() -> None:

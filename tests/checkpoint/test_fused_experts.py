@@ -107,6 +107,14 @@ def test_config_of_the_language_model_counts(tmp_path: Path) -> None:
             {"gate_up_proj_scale_inv": torch.zeros(E, 3, 1)},
             "gate_up_proj_scale_inv [3, 3, 1] cannot be split over its 3 experts",
         ),
+        (  # an even number of blocks of 128 rows, the first of which reaches into up
+            {
+                "gate_up_proj": torch.zeros(E, 192, H),
+                "down_proj": torch.zeros(E, H, 96),
+                "gate_up_proj_scale_inv": torch.zeros(E, 2, 1),
+            },
+            "no block of gate_up_proj_scale_inv [3, 2, 1] ends where gate does, at row 96",
+        ),
     ],
 )
 def test_experts_that_cannot_be_sliced_are_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -107,6 +108,17 @@ def test_plan_reads_headers_and_only_the_planned_file_is_downloaded(
     name = "model.layers.0.self_attn.q_proj.weight"
     theirs = load_file(model / "model.safetensors")[name] + 1
     assert torch.equal(load_file(out)[name], theirs)
+
+
+def test_the_one_file_of_a_repository_may_have_any_name(model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").rename(model / "gptq_model-4bit-128g.safetensors")
+    snapshot = tmp_path / "hf/hub/models--someone--tiny-model/snapshots" / COMMIT
+    with serve_hub(REPO, model) as hub:
+        for offline in ("0", "1"):
+            done = run(PLAN, tmp_path, hub, "inspect", REPO, HF_HUB_OFFLINE=offline)
+            assert done.returncode == 0, done.stderr
+            assert "model.layers.0-2.mlp.down_proj" in done.stdout
+            shutil.copy(model / "gptq_model-4bit-128g.safetensors", snapshot)
 
 
 def test_offline_the_cache_serves_what_it_has_and_says_what_it_lacks(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from mixedprec_plugin.checkpoint.source import INDEX_NAME, open_source
 from mixedprec_plugin.errors import CheckpointError
-from tests.checkpoints import llama_config, llama_tensors, write_llama
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 
 
 def test_one_file_and_many_parts_give_the_same_layers(tmp_path: Path) -> None:
@@ -90,3 +91,27 @@ def test_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> Non
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"is a link out of its folder, to .*copy the file"):
         open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"text_config": {"quantization_config": {"bits": 1}}}, 1),
+        ({"llm_config": {"quantization_config": {"bits": 1}}}, 1),
+        ({"language_config": {"quantization_config": {"bits": 1}}}, 1),
+        ({"compression_config": {"bits": 1}}, 1),
+        # the order of SGLang's `_select_hf_quant_metadata`
+        ({"text_config": {"quantization_config": {"bits": 1}},
+          "quantization_config": {"bits": 2}, "compression_config": {"bits": 3}}, 2),
+        ({"text_config": {"quantization_config": {"bits": 1}},
+          "compression_config": {"bits": 3}}, 1),
+        ({"text_config": {"quantization_config": {"bits": 1}}, "quantization_config": {}}, 1),
+        ({"vision_config": {"quantization_config": {"bits": 1}}}, None),
+        ({"text_config": None}, None),
+    ],
+)  # fmt: skip
+def test_quantization_config_is_found_where_writers_put_it(
+    tmp_path: Path, config: dict[str, Any], found: int | None
+) -> None:
+    folder = write_checkpoint(tmp_path, config, {"x.weight": torch.zeros(2, 2)})
+    assert open_source(folder).quantization_config.get("bits") == found

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.methods.awq import codec as awq
 from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
 from mixedprec_plugin.methods.interface import Target
@@ -15,6 +16,7 @@ from tests.checkpoint.peers import FOLDERS, peer_checkpoint
 from tests.checkpoint.test_formats import DETECTED
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.commands import run, run_without_torch
+from tests.headers import write_headers
 from tests.presets import plan
 
 AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
@@ -132,3 +134,24 @@ def test_missing_folder_exits_1_without_a_traceback(tmp_path: Path) -> None:
 def test_inspect_needs_neither_torch_nor_sglang(tmp_path: Path) -> None:
     model = peer_checkpoint(tmp_path / "model", "llmcompressor-w4a16-asym-g64")
     assert run_without_torch("inspect", model)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E4M3FNUZ", "F8_E8M0", "C64", "U16"])
+@pytest.mark.parametrize("layer", ["model.layers.0.mlp.lut", "model.layers.0.self_attn.q_proj"])
+def test_dtypes_that_are_not_read_are_named_and_refused_by_the_plan(
+    tmp_path: Path, dtype: str, layer: str
+) -> None:
+    folder = write_llama(tmp_path / "model")
+    tensors = {f"{layer}.{suffix}": (dtype, (256, 256)) for suffix in ("weight", "table")}
+    kept = open_source(folder).tensors.items()
+    rest = {name: (x.dtype, x.shape) for name, x in kept if name not in tensors}
+    write_headers(folder, llama_config(), {**rest, **tensors})
+    _, out, _ = run("inspect", str(folder))
+    row = next(line for line in rows(out) if line.startswith(layer))
+    assert dtype in row
+    assert "neither" in row
+    preset = tmp_path / "p.yaml"
+    preset.write_text("version: 1\nrules: [{match: '*.up_proj', method: fp8}]\n")
+    code, out, _ = run("plan", "--model", str(folder), "--preset", str(preset))
+    assert code == 1
+    assert any(f"{layer}: " in line and dtype in line for line in out.splitlines())

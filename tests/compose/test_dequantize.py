@@ -68,13 +68,19 @@ def test_missing_g_idx_is_groups_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if DETECTED[f][0] == ""])
 def test_what_no_method_serves_needs_a_rule_to_be_dequantized(tmp_path: Path, folder: str) -> None:
     model = peer_checkpoint(tmp_path / "model", folder)
-    for rule in ('match: "*norm", method: bf16', 'match: "*_proj", method: fp8'):
+    ways = {
+        'match: "*norm", method: bf16': "or method: bf16 to dequantize it",
+        'match: "*_proj", method: fp8': "method: bf16 to dequantize it, or write requantize: true",
+    }
+    for rule, way in ways.items():
         (problem,) = plan(model, rule, target=CPU).errors
         assert str(problem) == (
             f"model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj: is stored as "
             f"{DETECTED[folder][3]}, which no method serves as it is; match it with method: auto "
-            "to serve it as it is, method: bf16 to dequantize it, or write requantize: true"
+            f"to serve it as it is, {way}"
         )
+    for rule in ("method: auto", "method: bf16", "method: fp8, requantize: true"):
+        assert not plan(model, f'match: "*_proj", {rule}', target=CPU).errors
 
 
 def test_gptq_over_awq_is_an_error_that_says_so(tmp_path: Path) -> None:
@@ -152,7 +158,7 @@ def test_quantized_lm_head_is_an_error(tmp_path: Path) -> None:
     (problem,) = plan(model, BF16, target=CPU).errors
     assert str(problem) == (
         "lm_head: is stored as awq 4-bit group 64: SGLang has no quantized kernel for lm_head; "
-        "take a checkpoint that does not quantize it"
+        "match it with method: bf16 to dequantize it"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
-from mixedprec_plugin.errors import PlanError
+from mixedprec_plugin.errors import CheckpointError, PlanError
 from mixedprec_plugin.methods.awq import codec as awq
 from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.interface import Target
@@ -109,3 +110,13 @@ def test_plan_with_errors_is_not_streamed(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "model")
     with pytest.raises(PlanError, match="matches no layer"):
         VirtualCheckpoint(plan(model, 'match: "nothing", method: fp8'))
+
+
+def test_source_that_changes_while_it_is_streamed_is_an_error(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model")
+    preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8')
+    stream = iter(open_virtual_checkpoint(model, preset, Target(device="cpu")))
+    next(stream)
+    os.utime(model / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: changed while it was read"):
+        list(stream)

@@ -222,3 +222,15 @@ def test_damaged_weight_leaves_nothing_that_passes_for_whole(tmp_path: Path) -> 
     assert code == 1
     assert "weights in model.safetensors are NaN or infinite" in err
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_nested_config_says_nothing_of_how_weights_were_stored(
+    model: Path, preset: Path, tmp_path: Path
+) -> None:
+    path = model / "config.json"
+    said = {"quantization_config": {"quant_method": "fp8"}, "dtype": "bfloat16", "hidden_size": 256}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config": said}))
+    assert convert(model, preset, tmp_path / "out", "--dtype", "float16")[0] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text_config"] == {"dtype": "float16", "hidden_size": 256}
+    assert config["quantization_config"]["quant_method"] == "mixedprec"

@@ -63,3 +63,20 @@ def test_message_of_a_source_names_the_variable(tmp_path: Path, secret: str) -> 
     assert code != 0
     assert f"sources.other: {tmp_path}/{SECRET}" in text + err
     assert secret not in text + err
+
+
+@pytest.mark.parametrize("spelling", ["/{}", "/./{}/", "/model/../{}"])
+def test_error_of_the_work_itself_names_the_variable(
+    tmp_path: Path, secret: str, spelling: str
+) -> None:
+    model = write_llama(tmp_path / "model")
+    write_llama(tmp_path / "hunter2")
+    preset = write_preset(
+        tmp_path,
+        'match: "*.mlp.*", method: bf16, source: other',
+        head=f"sources: {{other: {{path: '{tmp_path}{spelling.format(SECRET)}'}}}}\n",
+    )
+    code, text, err = convert(model, preset, tmp_path / "hunter2" / "out")
+    assert code == 1
+    assert f"lies in the source 'other' ({tmp_path}" in err
+    assert secret not in text + err

@@ -104,7 +104,7 @@ def test_second_process_waits_its_turn(model: Path, preset: Path, tmp_path: Path
     assert "another process is converting into this folder" in err
 
 
-@pytest.mark.parametrize("size", ["5XB", "", "0", "GB", "-1GB"])
+@pytest.mark.parametrize("size", ["5XB", "", "0", "GB", "-1GB", "9" * 400 + "GB"])
 def test_size_that_is_none_is_a_usage_error(
     model: Path, preset: Path, tmp_path: Path, size: str
 ) -> None:

@@ -201,7 +201,9 @@ def alike(suffix: str, like: Any, N: int, K: int) -> Any:
     if like.is_floating_point():
         return (torch.rand(shape) + 0.5).to(like.dtype)
     limits = torch.iinfo(like.dtype)
-    return torch.randint(limits.min, limits.max, shape, dtype=like.dtype)
+    codes = torch.randint(limits.min, limits.max, shape, dtype=like.dtype)
+    # GPTQ's zero points of 0 are none that SGLang reads
+    return codes & 0x77777777 if suffix == "qzeros" else codes
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peer_experts import MODULE, NUM_EXPERTS, write_experts
 from tests.checkpoint.peers import FOLDERS
 from tests.checkpoint.test_formats import DETECTED
+from tests.checkpoints import write_checkpoint
 from tests.presets import plan, preset, problem_texts
 
 CPU = Target(device="cpu")
@@ -170,11 +171,12 @@ def _two_sources(tmp_path: Path, rule: str, device: Any) -> Plan:
 
 
 def test_what_is_known_by_name_only_is_refused_on_the_cpu(tmp_path: Path) -> None:
-    model = write_experts(tmp_path / "model", W4A16, config_groups={})
+    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "hqq"}}
+    expert = f"{MODULE}.0.up_proj"
+    tensors = {f"{expert}.W_q": torch.zeros(8, 8, dtype=torch.uint8)}
+    model = write_checkpoint(tmp_path / "model", config, tensors)
     (problem,) = plan(model, AUTO, target=CPU).errors
-    assert "is stored as pack-quantized in bits that config.json does not tell, which" in str(
-        problem
-    )
+    assert str(problem).startswith(f"{expert}: is stored as hqq, which the CPU platform")
     assert "name another method or source for it to try the rest" in str(problem)
     assert not plan(model, AUTO).errors
 

@@ -11,6 +11,7 @@ from mixedprec_plugin.methods.cards import find_gpu
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.family_checks import why_not_family
 from tests import published
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.presets import plan, problem_texts
 
 OLMOE: dict[str, Any] = {
@@ -122,3 +123,19 @@ def test_draft_models_shared_experts_are_not_asked_for(tmp_path: Path) -> None:
     made = plan(folder, 'match: "*.experts.*", method: bf16')
     assert made.by_name[f"{block}up_proj"].kind == "draft"
     assert not [text for text in problem_texts(made) if "GLM" in text]
+
+
+@pytest.mark.parametrize("key", ["head_dim", "hidden_size", "num_attention_heads", "vocab_size"])
+def test_sizes_that_config_json_leaves_out_are_not_held_against_weights(
+    tmp_path: Path, key: str
+) -> None:
+    folder = write_checkpoint(
+        tmp_path / "model", llama_config(**{key: None}), llama_tensors(llama_config())
+    )
+    assert problem_texts(plan(folder, 'match: "*", method: fp8')) == []
+
+
+def test_sizes_by_layer_are_not_held_against_weights(tmp_path: Path) -> None:
+    config = llama_config(intermediate_size=[512, 512, 512], num_attention_heads=[4, 4, 4])
+    folder = write_checkpoint(tmp_path / "model", config, llama_tensors(llama_config()))
+    assert problem_texts(plan(folder, 'match: "*", method: fp8')) == []

@@ -17,7 +17,7 @@ BLOCK = "model.layers.0."
 def phi3(folder: Path, **changes: Any) -> Path:
     """A layer with the sizes of microsoft/Phi-3-medium-4k-instruct."""
     config = {
-        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 5120,
+        "architectures": ["SliceOfPhi3"], "model_type": "phi3", "hidden_size": 5120,
         "num_attention_heads": 40, "num_key_value_heads": 10, "intermediate_size": 17920,
         "num_hidden_layers": 1, "torch_dtype": "bfloat16", **changes,
     }  # fmt: skip

@@ -83,3 +83,15 @@ def test_plan_refuses_an_expert(tmp_path: Path, stored: dict[str, torch.Tensor])
     save_file(tensors, folder / "model.safetensors")
     errors = [str(problem) for problem in plan(folder, 'match: "*", method: fp8').errors]
     assert any(f"{MODULE}.1.up_proj" in text and "is stored as" in text for text in errors), errors
+
+
+@pytest.mark.parametrize("method", ["fp8", "bf16", "auto"])
+def test_half_a_packing_that_config_json_leaves_out_is_refused(tmp_path: Path, method: str) -> None:
+    said = {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*down_proj": {}}}
+    stored = {"qweight": torch.zeros(64, 256, dtype=torch.int32)}
+    made = plan(
+        write(tmp_path / "model", stored, quantization_config=said),
+        f'match: "*.1.mlp.down_proj", method: {method}',
+    )
+    errors = [text for text in problem_texts(made) if text.startswith("error")]
+    assert any("lacks scales and qzeros" in text or "without scales" in text for text in errors)

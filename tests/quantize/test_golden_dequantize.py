@@ -27,6 +27,7 @@ GPTQ = (
     "gptqmodel-asym-g64",
     "gptqmodel-gptq-g64",
 )
+GPTQ_ASYMMETRIC = "gptqmodel-asym-g64"
 BY_CHANNEL: dict[str, Any] = {
     "llmcompressor-w8a8-int8": blockwise_int8,
     "autoround-int8": blockwise_int8,
@@ -108,14 +109,69 @@ def test_gptq_v2_stores_the_zero_itself(layer: str) -> None:
     assert_as_reference(weight, folder, layer)
 
 
-def test_gptq_v1_reads_a_stored_15_as_zero_16() -> None:
+def with_zeros_of_zero(bits: int, num_rows: int) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+    """A v1 layer [num_rows, 128] in groups of 32, some rows positive; its zeros and its weight."""
+    generator = torch.Generator().manual_seed(0)
+    K, middle, most = 128, 1 << (bits - 1), (1 << bits) - 1
+    weight = torch.randn(num_rows, K, generator=generator) * middle / 3
+    zeros = torch.randint(middle - 2, middle + 3, (num_rows, 4), generator=generator)
+    weight[::16], zeros[::16] = weight[::16].abs(), 0
+    codes = (weight.round() + zeros.repeat_interleave(32, 1)).clamp(0, most)
     tensors = {
-        "qweight": torch.zeros(4, 8, dtype=torch.int32),
-        "qzeros": torch.full((1, 1), -1, dtype=torch.int32),
-        "scales": torch.ones(1, 8),
+        "qweight": packing.pack(codes.to(torch.uint8), bits).t().contiguous(),
+        "scales": torch.ones(4, num_rows),
     }
-    weight = gptq.read(tensors, {"bits": 4, "group_size": 32}).dequantize()
-    assert torch.equal(weight, torch.full((8, 32), -16.0))
+    return tensors, zeros, codes - zeros.repeat_interleave(32, 1)
+
+
+# a step of 8 bits is too small to tell words from codes, and to matter
+@pytest.mark.parametrize(("bits", "packed"), [(4, "by code"), (4, "by word"), (8, "by code")])
+def test_gptq_v1_keeps_zero_points_of_zero_whoever_packed_them(bits: int, packed: str) -> None:
+    """GPTQModel's `_shift_gptq_qzeros` and `convert_gptq_v2_to_v1_format_module`."""
+    tensors, zeros, weight = with_zeros_of_zero(bits, 256)
+    shifted = ((zeros - 1) & ((1 << bits) - 1)) if packed == "by code" else zeros
+    qzeros = packing.pack(shifted.t().contiguous().to(torch.uint8), bits)
+    tensors["qzeros"] = qzeros - (0x11111111 if packed == "by word" else 0)
+    arguments = {"bits": bits, "group_size": 32}
+    assert torch.equal(gptq.read(tensors, arguments).dequantize(), weight)
+
+
+def test_zero_points_beside_one_of_zero_that_nothing_tells_are_refused() -> None:
+    tensors, zeros, _ = with_zeros_of_zero(4, 16)
+    shifted = ((zeros - 1) & 15).t().contiguous().to(torch.uint8)
+    tensors["qzeros"] = packing.pack(shifted, 4)
+    with pytest.raises(ShapeError, match="qzeros: nothing tells whether 4 of them are stored one"):
+        gptq.read(tensors, {"bits": 4, "group_size": 32})
+
+
+def test_g_idx_that_was_never_set_is_in_order() -> None:
+    """AutoGPTQ: `(g_idx == 0).all()` is no act order."""
+    tensors = {**torch_layer(GPTQ[1], LAYERS[0])}
+    tensors["g_idx"] = torch.zeros(576, dtype=torch.int32)
+    weight = gptq.read(tensors, config(GPTQ[1])).dequantize()
+    assert_as_reference(weight, GPTQ[1], LAYERS[0])
+    ordered = {**config(GPTQ[1]), "desc_act": True}
+    with pytest.raises(ShapeError, match=r"g_idx: groups of 0 to 576 \(expected 64\)"):
+        gptq.read(tensors, ordered).dequantize()
+
+
+@pytest.mark.parametrize("folder", [f for f in GPTQ if "asym" not in f])
+@pytest.mark.parametrize("wrong", ["gptq", "gptq_v2"])
+def test_symmetric_zero_points_tell_the_format_that_config_json_does_not(
+    folder: str, wrong: str
+) -> None:
+    tensors = torch_layer(folder, LAYERS[0])
+    if wrong == "gptq":
+        tensors = {**tensors, "qzeros": tensors["qzeros"] + 0x11111111}
+    arguments = {**config(folder), "checkpoint_format": wrong}
+    assert_as_reference(gptq.read(tensors, arguments).dequantize(), folder, LAYERS[0])
+
+
+def test_zero_points_that_no_quantizer_has_made_are_refused() -> None:
+    tensors = {**torch_layer(GPTQ[0], LAYERS[0])}
+    tensors["qzeros"] = torch.zeros_like(tensors["qzeros"])
+    with pytest.raises(ShapeError, match=r"qzeros: all are 0 \(expected 7, or 8 in gptq_v2"):
+        gptq.read(tensors, config(GPTQ[0]))
 
 
 def swap_nibbles(tensors: Tensors) -> Tensors:
@@ -124,7 +180,10 @@ def swap_nibbles(tensors: Tensors) -> Tensors:
 
 
 def zeros_off_by_one(tensors: Tensors) -> Tensors:
-    return {**tensors, "qzeros": tensors["qzeros"] + 0x11111111}
+    # of every other group: those of a whole symmetric layer would tell what they are
+    qzeros = tensors["qzeros"].clone()
+    qzeros[::2] += 0x11111111
+    return {**tensors, "qzeros": qzeros}
 
 
 def groups_reversed(tensors: Tensors) -> Tensors:
@@ -158,10 +217,13 @@ def test_another_nibble_order_is_noticed(
     assert not is_expected(weight.numpy(), AWQ[1], LAYERS[0])
 
 
-def test_reading_v1_zeros_as_v2_is_noticed() -> None:
-    arguments = {**config(GPTQ[2]), "checkpoint_format": "gptq_v2"}
-    weight = gptq.read(torch_layer(GPTQ[2], LAYERS[0]), arguments).dequantize()
-    assert not is_expected(weight.numpy(), GPTQ[2], LAYERS[0])
+@pytest.mark.parametrize("wrong", ["gptq", "gptq_v2"])
+def test_codes_tell_the_format_of_asymmetric_zero_points(wrong: str) -> None:
+    tensors = torch_layer(GPTQ_ASYMMETRIC, LAYERS[0])
+    if wrong == "gptq":
+        tensors = {**tensors, "qzeros": tensors["qzeros"] + 0x11111111}
+    arguments = {**config(GPTQ_ASYMMETRIC), "checkpoint_format": wrong}
+    assert_as_reference(gptq.read(tensors, arguments).dequantize(), GPTQ_ASYMMETRIC, LAYERS[0])
 
 
 def test_transposed_block_scales_are_refused() -> None:

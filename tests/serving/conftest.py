@@ -24,6 +24,8 @@ def sglang_context() -> SimpleNamespace:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
+        # all of its models: it passes over those whose imports fail
+        import sglang.srt.models.registry  # noqa: F401
         from sglang.srt.runtime_context import get_context, get_parallel
 
         import mixedprec_plugin.serving.loader  # noqa: F401

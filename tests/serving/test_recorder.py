@@ -29,7 +29,7 @@ def test_writes_are_counted_and_followed_from_the_file_to_the_parameter(tmp_path
     assert torch.equal(target[N:], weights)
     assert torch.equal(other, torch.ones(3))
     assert [recorder.written[storage_id(x)] for x in (target, other)] == [N * K, 3]
-    assert recorder.arrived == {"w", "small"}
+    assert recorder.arrived == {"w": {storage_id(target)}, "small": {storage_id(other)}}
 
 
 def test_weights_that_a_loader_changes_are_placed_as_changed(tmp_path: Path) -> None:

@@ -58,6 +58,13 @@ def one_more(words: torch.Tensor) -> torch.Tensor:
     return ((low + 1).clamp(max=15) | ((high + 1).clamp(max=15) << 4)).view(torch.int32)
 
 
+def some_more(zeros: torch.Tensor) -> torch.Tensor:
+    """Of every other group: those of all would tell that they are stored one higher."""
+    changed = zeros.clone()
+    changed[::2] += 0x33333333
+    return changed
+
+
 def transpose_grid(scales: torch.Tensor) -> torch.Tensor:
     return scales.t().contiguous().reshape(scales.shape)
 
@@ -69,7 +76,7 @@ DAMAGES: list[tuple[str, str, Change]] = [
     ("autoround-gptq-g64", "k_proj.scales", lambda scales: scales.flip(0)),
     ("autoround-gptq-g64", "k_proj.scales", lambda scales: -scales),
     ("autoround-gptq-g64", "k_proj.g_idx", lambda g_idx: g_idx.flip(0)),
-    ("gptqmodel-asym-g64", "k_proj.qzeros", one_more),
+    ("gptqmodel-asym-g64", "k_proj.qzeros", some_more),
     ("gptqmodel-gptq-g64", "k_proj.scales", transpose_grid),
     ("autoawq-g64", "k_proj.qweight", in_order),
     ("autoawq-g64", "k_proj.qzeros", one_more),
@@ -166,6 +173,7 @@ def test_threshold_of_a_method_can_be_chosen(reference: Path, tmp_path: Path) ->
     [
         ("gptq", "--threshold: 'gptq' is no threshold (expected METHOD=VALUE, such as gptq=0.3)"),
         ("gptq=-1", "--threshold: 'gptq=-1' is no threshold"),
+        ("gptq=nan", "--threshold: 'gptq=nan' is no threshold"),
         ("gptk=1", "--threshold: unknown method 'gptk' (expected bf16, "),
     ],
 )

@@ -62,7 +62,7 @@ def read_config(config: Mapping[str, Any], _name: str) -> Said:
     facts = integers.config_facts(config)
     if "symmetric" not in facts and config.get("zero_point") is not None:
         facts["symmetric"] = not config["zero_point"]
-    return Said(NAME, facts, ignores_within_names=True)
+    return Said(NAME, facts, ignores="within")
 
 
 def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:

@@ -62,7 +62,7 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
 def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     """Take int8 codes beside a `weight_scale_inv` a block."""
     found = scaled.recognize_served(tensors, said, CODES, "weight_scale_inv")
-    if found is None or found.facts["strategy"] != "block":
+    if found is None or found.facts["strategy"] != "block" or "input_scale" in tensors:
         return None
     arguments = {"weight_block_size": found.facts["block"]}
     return dataclasses.replace(found, method=NAME, arguments=arguments, like=NAME)

@@ -13,7 +13,14 @@ from mixedprec_plugin.methods.interface import (
     LayerShape,
     Target,
 )
-from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, incomplete, unusable
+from mixedprec_plugin.methods.stored import (
+    FLOAT,
+    Said,
+    StoredFormat,
+    Tensors,
+    incomplete,
+    unusable,
+)
 
 # a suffix that no other format has -> the format that writes it
 _SIGNATURES = {
@@ -31,12 +38,13 @@ _SIGNATURES = {
     "B": "marlin",
     "qweight_type": "gguf",
     "weight_blocks": "mxfp4",
+    "bitmask": "compressed-tensors sparse bitmask",
     "gate_up_proj_blocks": "mxfp4",
 }
 _CODE_DTYPES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"} | {"F8_E4M3", "F8_E5M2"})
 _BESIDE_CODES = re.compile(r"scales?\d*$|zeros?(?:_?points?)?$|codes?$|packed|quant|absmax|lut$")
 # masks and positions that models compute by themselves, and old checkpoints carry
-_BUFFERS = frozenset(
+BUFFERS = frozenset(
     {"position_ids", "bias", "masked_bias", "relative_position_index", "num_batches_tracked"}
 )
 _LIKE = {"fp8": fp8.NAME, "int8": blockwise_int8.NAME}
@@ -44,11 +52,19 @@ _LIKE = {"fp8": fp8.NAME, "int8": blockwise_int8.NAME}
 
 def _by_signature(tensors: Tensors, said: Said) -> StoredFormat | None:
     """Take a suffix that one format has, or a `qweight` that is neither AWQ's nor GPTQ's."""
+    method = said.config.get("quant_method")
+    if method == "awq" and tensors.keys() == {"scales"}:
+        # AutoAWQ's `ScaledActivation`: what the next layer reads is divided by them
+        found = unusable(tensors, "scales")
+        return dataclasses.replace(found, obstacle="an activation is divided by them as it runs")
+    if method == "w4afp8" and "weight" in tensors:
+        return unusable(tensors, "w4afp8") if tensors["weight"].dtype == "I8" else None
     if "qweight" not in tensors:
         name = next((name for suffix, name in _SIGNATURES.items() if suffix in tensors), None)
         return unusable(tensors, name) if name else None
     if missing := [suffix for suffix in ("scales", "qzeros") if suffix not in tensors]:
-        return incomplete(tensors, "a qweight", missing, said.encoding or "")
+        encoding = "" if said.encoding == FLOAT else said.encoding or ""
+        return incomplete(tensors, "a qweight", missing, encoding)
     qweight, qzeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
     if qweight.dtype == qzeros.dtype == "I32" and len(scales.shape) == 2:
         return unusable(tensors, "a qweight in an unknown packing", scales.shape[1])
@@ -94,7 +110,7 @@ def unrecognized(tensors: Tensors) -> StoredFormat:
 
 
 def _without_buffers(tensors: Tensors) -> Tensors:
-    return {suffix: tensor for suffix, tensor in tensors.items() if suffix not in _BUFFERS}
+    return {suffix: tensor for suffix, tensor in tensors.items() if suffix not in BUFFERS}
 
 
 NAMED = Format(name="known by name only", recognize=_by_signature)

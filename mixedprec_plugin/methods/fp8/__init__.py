@@ -82,7 +82,7 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
 def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     """Take e4m3 codes beside one `weight_scale`, or a `weight_scale_inv` a block."""
     if found := scaled.recognize_served(tensors, said, CODES, "weight_scale_inv"):
-        if found.facts["strategy"] != "block":
+        if found.facts["strategy"] != "block" or "input_scale" in tensors:
             return None
         arguments = {"weight_block_size": found.facts["block"], "activation_scheme": "dynamic"}
     elif found := scaled.recognize_served(tensors, said, CODES, "weight_scale"):

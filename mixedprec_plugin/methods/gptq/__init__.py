@@ -127,7 +127,9 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     if columns != N or zero_rows != groups or not words:
         return None
     bits, rest = divmod(32 * words, N)
-    packing = str(said.config.get("checkpoint_format") or said.config.get("packing_format") or "")
+    # GPTQModel writes both; what other methods call their format is none of GPTQ's
+    keys = ("checkpoint_format", "packing_format", *(("format",) if said.encoding == NAME else ()))
+    packing = next((str(said.config[key]) for key in keys if said.config.get(key)), "")
     K = rows * 32 // bits if bits else 0
     label = f"gptq {bits}-bit"
     group_size = shapes.group_size_of(K, groups)
@@ -164,7 +166,12 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
         facts={"bits": bits, "group_size": group_size},
         suffixes=frozenset({*integers.PACKED, "g_idx"} & tensors.keys()),
         codec=CODEC,
-        how={"bits": bits, "group_size": group_size, "checkpoint_format": _V2 if is_v2 else NAME},
+        how={
+            "bits": bits,
+            "group_size": group_size,
+            "desc_act": desc_act,
+            "checkpoint_format": _V2 if is_v2 else NAME,
+        },
         like=NAME,
         limit=integers.limit(bits, group_size),
         filled={"g_idx": TensorSpec("I32", (K,))} if g_idx is None else {},

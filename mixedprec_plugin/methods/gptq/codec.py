@@ -2,8 +2,9 @@
 
 Only the form is GPTQ's: weights are rounded to nearest, not calibrated.
 `qzeros` hold zero - 1 in format v1 (the usual one, and what is written here) and zero in v2
-(`checkpoint_format: gptq_v2`). A stored 15 in v1 reads as 16.
-Source: AutoGPTQ and GPTQModel `QuantLinear.pack` and `dequantize_weight`.
+(`checkpoint_format: gptq_v2`), each within its bits: a stored 15 in v1 is a zero point of 0.
+Source: AutoGPTQ and GPTQModel `QuantLinear.pack` and `dequantize_weight`, GPTQModel
+`_shift_gptq_qzeros`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
-from mixedprec_plugin.quantize.checks import resolve_group_size, take, take_matrix
+from mixedprec_plugin.quantize.checks import refuse, resolve_group_size, take, take_matrix
 from mixedprec_plugin.quantize.codec import (
     Arguments,
     NotTheSameNumbersError,
@@ -22,6 +23,10 @@ from mixedprec_plugin.quantize.codec import (
 from mixedprec_plugin.quantize.integers import Integers, Words, plain_order
 from mixedprec_plugin.quantize.packing import pack, unpack
 from mixedprec_plugin.quantize.rounding import Grid
+
+_V2 = "gptq_v2"
+# zero points that are not alike by chance, and rows whose mean tells something
+_ENOUGH, _SAMPLE, _FEW = 32, 512, 8
 
 
 def _words(bits: int) -> Words:
@@ -74,19 +79,85 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     group_size = resolve_group_size(K, arguments["group_size"], pack_factor)
     num_groups = K // group_size
     scales = take(tensors, "scales", (num_groups, N)).t()
-    zeros = unpack(take(tensors, "qzeros", (num_groups, N // pack_factor)), bits).t()
-    is_v1 = arguments.get("checkpoint_format") != "gptq_v2"
-    g_idx = take(tensors, "g_idx", (K,)) if "g_idx" in tensors else None
+    take(tensors, "qzeros", (num_groups, N // pack_factor))
     return Integers(
         N,
         K,
         group_size,
         lambda rows: unpack(qweight[:, rows].t(), bits),
-        zeros.to(torch.int16) + int(is_v1),
+        _zero_points(tensors, arguments).t(),
         scales,
-        g_idx,
+        _order(tensors, arguments, K),
         keeps_order=True,
     )
+
+
+def _order(tensors: Tensors, arguments: Arguments, K: int) -> torch.Tensor | None:
+    """The stored "g_idx"; None where it is missing or, as AutoGPTQ takes it too, was never set."""
+    g_idx = take(tensors, "g_idx", (K,)) if "g_idx" in tensors else None
+    is_unset = g_idx is not None and not arguments.get("desc_act") and not bool(g_idx.any())
+    return None if is_unset else g_idx
+
+
+def _zero_points(tensors: Tensors, arguments: Arguments) -> torch.Tensor:
+    """The zero points, int16 [K/G, N], in the convention that config.json says or values tell.
+
+    There are checkpoints of v2 zeros that say v1 (https://github.com/vllm-project/vllm/pull/38966).
+    Where all zeros are alike they are the middle of the range, as no quantizer has another one for
+    every group. Others are told by codes whose mean, the zero point of weights that are zero in the
+    mean, is nearer to what the other convention says.
+
+    Raises:
+        ShapeError: they are alike, and the middle in neither convention.
+    """
+    bits, qzeros, qweight = int(arguments["bits"]), tensors["qzeros"], tensors["qweight"]
+    stored, middle = unpack(qzeros, bits).to(torch.int16), 1 << (bits - 1)
+    first = int(stored[0, 0])
+    if stored.numel() >= _ENOUGH and bool((stored == first).all()):
+        if first not in (middle - 1, middle):
+            what = f"all are {first} (expected {middle - 1}, or {middle} in {_V2}, or several)"
+            refuse("qzeros", what, "take the layer from another source", "zero-points")
+        return torch.full_like(stored, middle)
+    is_v1 = arguments.get("checkpoint_format") != _V2
+    rows = stored[:, :_SAMPLE].float()
+    codes = unpack(qweight[:, :_SAMPLE].t(), bits).float()
+    # a v1 zero of 0 is stored as the largest code
+    differences = (codes.mean(1) - rows.mean(0))[(rows < 2 * middle - 1).all(0)]
+    if len(differences) >= _ENOUGH:
+        mean, error = float(differences.mean()), float(differences.std()) / len(differences) ** 0.5
+        if abs(mean - (not is_v1)) < 0.25 and error < 0.1:
+            is_v1 = not is_v1
+    zeros = (stored + int(is_v1)) & (2 * middle - 1)
+    if bits == 4 and is_v1:
+        # as GPTQModel writes and reads v1: a zero of 0 takes one from its neighbour in the word
+        in_words = unpack(qzeros + 0x11111111, bits).to(torch.int16)
+        if _is_nearer(in_words, zeros, qweight, _order(tensors, arguments, qweight.shape[0] * 8)):
+            return in_words
+    return zeros
+
+
+def _is_nearer(
+    ours: torch.Tensor, others: torch.Tensor, qweight: torch.Tensor, g_idx: torch.Tensor | None
+) -> bool:
+    """Whether zero points, one more than others where they differ, are nearer to the codes' mean.
+
+    Raises:
+        ShapeError: that is not clear.
+    """
+    differs = ours != others
+    rows = differs.any(0).nonzero().flatten()
+    if not len(rows):
+        return False
+    codes = unpack(qweight[:, rows].t(), 4).float()
+    if g_idx is not None:
+        codes = codes[:, g_idx.argsort(stable=True)]
+    means = codes.view(len(rows), len(ours), -1).mean(2).t()
+    beyond = (means - others[:, rows])[differs[:, rows]] - 0.5
+    error = float(beyond.std()) / len(beyond) ** 0.5 if len(beyond) > _FEW else float("inf")
+    if abs(float(beyond.mean())) < 2 * error:
+        what = f"nothing tells whether {len(beyond):,} of them are stored one less, beside one of 0"
+        refuse("qzeros", what, "take the layer from another source", "zero-points")
+    return float(beyond.mean()) > 0
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
@@ -133,19 +204,31 @@ def take_stored(tensors: Tensors, arguments: Arguments, *, checks: bool) -> Tens
     bits = int(arguments["bits"])
     K = tensors["qweight"].shape[0] * 32 // bits
     plain = plain_order(K, resolve_group_size(K, arguments["group_size"], 32 // bits))
-    g_idx = tensors.get("g_idx", plain)
-    if checks and (reason := _why_not_plain(tensors, g_idx, plain, bits, arguments["desc_act"])):
+    order = _order(tensors, arguments, K)
+    served = {**tensors, "g_idx": plain if order is None else order}
+    zeros, most = _zero_points(tensors, arguments), (1 << bits) - 1
+    if not checks:
+        # a symmetric layer's are not read
+        is_v1 = arguments.get("checkpoint_format") != _V2
+        said = unpack(tensors["qzeros"], bits).short() + int(is_v1)
+        wrong = int((zeros != said).sum())
+        if wrong and bool((zeros != 1 << (bits - 1)).any()):
+            what = f"SGLang would read {wrong:,} of its {zeros.numel():,} zero points wrongly"
+            raise NotTheSameNumbersError(what)
+        return served
+    if reason := _why_not_plain(served, zeros, plain, bits, arguments["desc_act"]):
         raise NotTheSameNumbersError(reason)
-    return {**tensors, "g_idx": g_idx}
+    stored_zero = most >> 1
+    word = sum(stored_zero << shift for shift in range(0, 32, bits))
+    return {**served, "qzeros": torch.full_like(tensors["qzeros"], word)}
 
 
 def _why_not_plain(
-    tensors: Tensors, g_idx: torch.Tensor, plain: torch.Tensor, bits: int, desc_act: bool
+    tensors: Tensors, zeros: torch.Tensor, plain: torch.Tensor, bits: int, desc_act: bool
 ) -> str:
-    stored_zero = (1 << (bits - 1)) - 1
-    word = sum(stored_zero << shift for shift in range(0, 32, bits))
-    if bool((tensors["qzeros"] != word).any()):
-        return f"its zero points are not all {stored_zero + 1}, as a symmetric layer's are"
+    middle, g_idx = 1 << (bits - 1), tensors["g_idx"]
+    if bool((zeros != middle).any()):
+        return f"its zero points are not all {middle}, as a symmetric layer's are"
     if not desc_act and not torch.equal(g_idx, plain):
         return "its g_idx is not in order, which it is where desc_act is false"
     least, most, num_groups = int(g_idx.min()), int(g_idx.max()), tensors["scales"].shape[0]

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.methods import gptq, integers
 from mixedprec_plugin.methods.interface import (
     AS_STORED_REMEDY,
@@ -46,6 +47,7 @@ NAME = "compressed-tensors"
 PACKED = "pack-quantized"
 FLOAT_QUANTIZED = "float-quantized"
 CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.codec"
+_CODES = "weight_packed"
 
 
 def read_config(config: Mapping[str, Any], name: str) -> Said:
@@ -76,24 +78,42 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
         if isinstance(inputs, Mapping)
         else None
     )
-    return Said(encodings.get(label), facts, label)
+    # the tool writes containers into `ignore`, whose layers are quantized (utils.py:91)
+    return Said(encodings.get(label), facts, label, ignores="named")
 
 
 def _group_of(groups: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """The group of a layer: a target that names it goes before one that names its class."""
-    found = None
+    """The group of a layer: by its name, then by a pattern, then by its class.
+
+    Source: compressed-tensors `match_targets`, which sorts patterns.
+    """
+    found: list[tuple[int, str, Mapping[str, Any]]] = []
     for group in groups.values():
         for target in strings(group.get("targets")) if isinstance(group, Mapping) else ():
-            if target == name or (target.startswith("re:") and matches(target[3:], name)):
-                return group if isinstance(group, Mapping) else None
-            if target == "Linear" and found is None:
-                found = group
-    return found
+            is_pattern = target.startswith("re:")
+            if target == name or (is_pattern and matches(target[3:], name)):
+                found.append((int(is_pattern), target, group))
+            elif target == "Linear":
+                found.append((2, target, group))
+    return min(found, key=lambda entry: entry[:2])[2] if found else None
+
+
+def _bits_of(tensors: Tensors, said: Mapping[str, Any]) -> int | None:
+    """The bits of a code: as config.json says, or as many as K, which is told, leaves."""
+    bits, size, num_words = said.get("bits"), said.get("group_size"), tensors[_CODES].shape[1]
+    if bits is not None:
+        return bits if isinstance(bits, int) else None
+    shape = tensors.get("weight_shape")
+    if shape is not None and shape.shape == (2,) and Values.can_read(shape):
+        K = int(Values().of(shape)[1])
+    else:
+        K = tensors["weight_scale"].shape[-1] * size if isinstance(size, int) else 0
+    return num_words * 32 // K if K > 0 and num_words * 32 % K == 0 else None
 
 
 def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     """Tell how a layer with a `weight_packed` is stored."""
-    packed, scale = tensors.get("weight_packed"), tensors.get("weight_scale")
+    packed, scale = tensors.get(_CODES), tensors.get("weight_scale")
     if packed is None:
         return None
     if "meta" in tensors:
@@ -106,7 +126,7 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     if packed.dtype != "I32" or len(packed.shape) != 2 or scale.dtype not in FLOAT_DTYPES:
         return unusable(tensors, f"{PACKED} {packed.dtype} with scales of {scale.dtype}")
     N, num_words = packed.shape
-    bits = said.of(PACKED).get("bits")
+    bits = _bits_of(tensors, said.of(PACKED))
     if bits is None:
         return unusable(tensors, f"{PACKED} in bits that config.json does not tell", N)
     if bits not in (4, 8):
@@ -119,6 +139,11 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     group_size = group_size_of(K, groups)
     if group_size is None:
         return integers.ragged(tensors, label, N, K, groups, PACKED)
+    said_size = said.of(PACKED).get("group_size", group_size)
+    if "weight_shape" not in tensors and said_size not in (group_size, K, -1):
+        # one of the two is wrong, and nothing else tells K
+        text = f"{label} in groups of {group_size}, not {said_size}, or in other bits"
+        return unusable(tensors, text, N, encoding=PACKED)
     zeros = tensors.get("weight_zero_point")
     layouts = {("I32", (-(-N * bits // 32), groups)), ("I8", (N, groups))}
     if zeros is not None and (zeros.dtype, zeros.shape) not in layouts:
@@ -129,7 +154,7 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
         "asymmetric": zeros is not None,
         "act order": "weight_g_idx" in tensors,
     }
-    matrix = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
+    matrix = {_CODES, "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
     return StoredFormat(
         "",
         {},
@@ -256,5 +281,8 @@ def _arguments(**given: Any) -> dict[str, Any]:
 
 
 FORMAT = Format(
-    name=NAME, recognize=recognize, read_config={NAME: read_config}, faults_as_stored=faults
+    name=NAME,
+    recognize=recognize,
+    read_config=dict.fromkeys((NAME, NAME.replace("-", "_")), read_config),
+    faults_as_stored=faults,
 )
