@@ -110,7 +110,7 @@ class Campaign:
         if rng.randrange(3) == 0:
             return ("inspect", "model", *as_json)
         named = named[:2] if is_converted and rng.randrange(2) else named
-        more = rng.choice(ARGUMENTS) if rng.randrange(4) else ("--set", override(rng))
+        more = rng.choice(ARGUMENTS) if rng.randrange(4) else (f"--set={override(rng)}",)
         return ("plan", *named, *more, *as_json)
 
     def changed(self, case: Case) -> Case:

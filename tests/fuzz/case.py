@@ -55,11 +55,11 @@ class Case:
         """As a file of the corpus."""
         files: dict[str, Any] = {}
         for name, pieces in self.files.items():
-            try:
-                files[name] = b"".join(pieces).decode()
-            except UnicodeDecodeError:
-                packed = zlib.compress(b"".join(pieces), 9)
-                files[name] = {"zlib": base64.b64encode(packed).decode()}
+            raw = b"".join(pieces)
+            files[name] = {"zlib": base64.b64encode(zlib.compress(raw, 9)).decode()}
+            if b"\0" not in raw:
+                with contextlib.suppress(UnicodeDecodeError):
+                    files[name] = raw.decode()
         return json.dumps({"argv": self.argv, "files": files}, indent=1) + "\n"
 
 
