@@ -205,7 +205,7 @@ def test_experts_are_looked_at_whole(tmp_path: Path) -> None:
     lost = "model.layers.1.block_sparse_moe.experts.3.w2"
     without = dataclasses.replace(made, layers=tuple(x for x in made.layers if x.name != lost))
     (problem,) = outline(without).problems
-    assert problem.where == "layers.1.block_sparse_moe.experts.w2_weight"
+    assert problem.where == "model.layers.1.block_sparse_moe.experts.w2_weight"
     assert problem.what == "393,216 of 524,288 elements were filled from the checkpoint"
 
 
