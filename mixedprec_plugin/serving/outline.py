@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from sglang.srt.configs.load_config import LoadConfig
@@ -103,12 +103,14 @@ def _of_floats(plan: Plan, build: Build) -> Outline:
             others = config.resolve(model)
             if problems := shape_problems(plain, config.built, tensors.stage):
                 return Outline(problems=tuple(problems))
+            tensors.left_out = _whole_experts(plain, config).keys()
             filling = fill(model, config, tensors)
     except REFUSALS as error:
         return _refused(plan, tensors, error)
+    left_out = [*_of_unknown_sizes(plain, config), *(config.built[x] for x in tensors.left_out)]
     found = [
         *_apart(plan, model, config, filling.recorder.arrived),
-        *(filling.problems or unfilled(model, filling, but=_of_unknown_sizes(plain, config))),
+        *(filling.problems or unfilled(model, filling, but=left_out)),
     ]
     return Outline(others, tuple(fold_problems(found)))
 
@@ -120,11 +122,15 @@ def _of_methods(plan: Plan, outline: Outline, build: Build) -> Outline:
         with _nowhere():
             model, tensors.stage = build(config)
             check_built(plan, config.built, tensors.stage)
+            # one layer of experts stands for all that are like it
+            experts = _whole_experts(plan, config)
+            tensors.left_out = experts.keys() - {alike: n for n, alike in experts.items()}.values()
             filling = fill(model, config, tensors)
     except REFUSALS as error:
         refused = _refused(plan, tensors, error)
         return dataclasses.replace(refused, others=outline.others)
-    problems = filling.problems or unfilled(model, filling)
+    left_out = [config.built[name] for name in tensors.left_out]
+    problems = filling.problems or unfilled(model, filling, but=left_out)
     return dataclasses.replace(outline, problems=tuple(fold_problems(problems)))
 
 
@@ -189,17 +195,20 @@ class _Tensors:
 
     Attributes:
         stage: of the pipeline, whose layers come.
+        left_out: modules whose tensors do not come.
         last: name of the one that came last.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self.stage: Stage | None = None
+        self.left_out: Collection[str] = ()
         self.last = ""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for layer in self._plan.layers:
-            if layer.kind == "draft" or (self.stage and not self.stage.runs(layer)):
+            is_elsewhere = self.stage is not None and not self.stage.runs(layer)
+            if layer.kind == "draft" or is_elsewhere or layer.module in self.left_out:
                 continue
             for suffix, spec in layer.outputs.items():
                 self.last = f"{layer.name}.{suffix}" if layer.name else suffix
@@ -219,6 +228,21 @@ def _as_floats(layer: PlannedLayer, plan: Plan) -> PlannedLayer:
         if suffix in layer.inputs and suffix not in layer.stored.suffixes
     }
     return dataclasses.replace(layer, scheme=None, outputs=kept | weight if known else kept)
+
+
+def _whole_experts(plan: Plan, config: MixedPrecisionConfig) -> dict[str, object]:
+    """Layers of experts of which the plan has every projection, and what makes them alike.
+
+    There are tens of thousands of projections, and their shapes are checked.
+    """
+    found: dict[str, object] = {}
+    for name, module in config.built.items():
+        layers = plan.modules[name]
+        if isinstance(module, FusedMoE):
+            each = 3 if module.moe_runner_config.is_gated else 2
+            if len({layer.shard for layer in layers}) == each * module.num_experts:
+                found[name] = tuple((x.shard, x.method, *x.outputs.items()) for x in layers)
+    return found
 
 
 def _of_unknown_sizes(plain: Plan, config: _Asked) -> list[torch.nn.Module]:

@@ -56,3 +56,30 @@ def test_what_latent_attention_cannot_absorb_is_refused_in_the_plan(cells: Cells
     cell = cells["DeepSeek-V3/mixed"]
     assert cell["kept_in_bf16"] == "*.kv_b_proj"
     assert "cannot be absorbed in fp8_block" in cell["refused"]["1"][0]
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Cells:
+    """Two of the newer families: one that the CPU engine runs, and one that it does not."""
+    page = tmp_path_factory.mktemp("newer") / "families.md"
+    flags = ["--newer", "Granite 3 MoE", "--newer", "Qwen3-Next"]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.families", "--out", str(page)]
+    done = subprocess.run(
+        [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=590, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| Qwen3-Next | fp8 | **loads right** |" in page.read_text(encoding="utf-8")
+    found = json.loads(page.with_name("families_newer.json").read_text(encoding="utf-8"))
+    return {family["family"]: family for family in found}
+
+
+def test_experts_that_the_plan_does_not_know_are_served_in_floats(newer: Cells) -> None:
+    granite = newer["Granite 3 MoE"]
+    assert granite["outcome"] == "serves and agrees"
+    assert granite["logits"]["bf16"] <= 0.03
+
+
+def test_linear_attention_is_loaded_as_sglang_loads_it(newer: Cells) -> None:
+    qwen = newer["Qwen3-Next"]
+    assert (qwen["outcome"], qwen["failures"]) == ("loads right", [])
+    assert qwen["same"] > 0 < qwen["rounded"]

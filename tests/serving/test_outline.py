@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
-from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_mixtral
 from tests.presets import plan, write_preset
 
 pytestmark = pytest.mark.usefixtures("sglang_context")
@@ -196,3 +196,29 @@ def test_tensor_that_a_methods_parameter_does_not_take_is_found_without_weights(
     assert problem.where == "model.layers.1.mlp.down_proj.weight_scale"
     # on a machine that does not have the methods, the modules alone are looked at
     assert outline(broken, has_methods=False).problems == ()
+
+
+def test_experts_are_looked_at_whole(tmp_path: Path) -> None:
+    path = write_mixtral(tmp_path / "model")
+    made = planned(path, 'match: "*.experts.*", method: fp8_block')
+    assert outline(made).problems == ()
+    lost = "model.layers.1.block_sparse_moe.experts.3.w2"
+    without = dataclasses.replace(made, layers=tuple(x for x in made.layers if x.name != lost))
+    (problem,) = outline(without).problems
+    assert problem.where == "model.layers.1.block_sparse_moe.experts.w2_weight"
+    assert problem.what == "393,216 of 524,288 elements were filled from the checkpoint"
+
+
+def test_scales_that_experts_do_not_take_are_found_in_any_layer(tmp_path: Path) -> None:
+    made = planned(write_mixtral(tmp_path / "model"), 'match: "*.experts.*", method: fp8_block')
+
+    def wider(layer: Any) -> Any:
+        if layer.name != "model.layers.2.block_sparse_moe.experts.0.w1":
+            return layer
+        spec = layer.outputs["weight_scale_inv"]._replace(shape=(3, 5))
+        return dataclasses.replace(layer, outputs={**layer.outputs, "weight_scale_inv": spec})
+
+    (problem,) = outline(
+        dataclasses.replace(made, layers=tuple(map(wider, made.layers)))
+    ).problems  # fmt: skip
+    assert problem.where == "model.layers.2.block_sparse_moe.experts.0.w1.weight_scale_inv"
