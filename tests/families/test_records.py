@@ -201,7 +201,8 @@ def test_nothing_else_in_the_package_names_an_architecture() -> None:
         path
         for path in package.rglob("*.py")
         if re.search(
-            r"\b(?!AutoModel)\w+For(?:CausalLM|ConditionalGeneration)\b|\bmodel_type\b", path.read_text("utf-8")
+            r"\b(?!AutoModel)\w+For(?:CausalLM|ConditionalGeneration)\b|\bmodel_type\b",
+            path.read_text("utf-8"),
         )
     ]
     assert {path.parent.name for path in named} == {"families"}
