@@ -37,10 +37,9 @@ PRESETS = {
     "awq, groups of 64": {"method": "awq", "group_size": GROUP},
     "gptq, groups of 64": {"method": "gptq", "group_size": GROUP},
 }
-ROUNDINGS: dict[str, list[str] | None] = {
-    "nearest": None,
-    "calibrated, no gradients": ["--calibrate", "--no-gradients"],
-    "calibrated": ["--calibrate"],
+ROUNDINGS: dict[str, list[str]] = {
+    "calibrated, no gradients": ["--no-gradients"],
+    "calibrated": [],
 }
 HEAD = """\
 # Calibrated rounding
@@ -51,7 +50,7 @@ the model writes the text itself, from the beginning of a text and from the end 
 and draws the labels from its own predictions. `--text FILE` takes a text of yours instead.
 
     mixedprec convert --model MODEL --preset awq --calibrate --out DIR
-    mixedprec eval --model DIR --reference MODEL --text FILE
+    mixedprec eval --model MODEL --preset awq --preset DIR --text FILE
 
 For each linear layer, tokens are weighed by the gradient that its outputs have (Fisher's
 information), and the second moment of its inputs, so weighed, tells what an error in its weight
@@ -60,11 +59,16 @@ then rounded in turn, each error fed back to those that follow, and codes, scale
 descend to where the loss is least. What is stored is an ordinary AWQ or GPTQ layer. Experts that
 saw few tokens borrow from the others of their layer.
 
-One decoder layer is in memory at a time; hidden states and gradients are on disk, two float32
-numbers a token and hidden feature for each decoder layer. Only the text is written with the whole
+One decoder layer is in memory at a time; hidden states are on disk, a float32 number a token and
+hidden feature for each decoder layer (1 GB for the demo's model, 37 GB for 70B). Only the text is written with the whole
 model in memory: for one that does not fit, give `--text`. A conversion that was stopped goes on
 where it was. `mixedprec_calibration.json` in the output says what was calibrated on, and each
 layer's predicted loss.
+
+`--no-gradients` counts all tokens alike: it needs one pass forward, for models that cannot be
+differentiated. Several GPUs, or processes, share windows and layers:
+
+    torchrun --nproc-per-node 4 -m mixedprec_plugin convert --calibrate --model MODEL ...
 """
 
 
@@ -111,37 +115,42 @@ def texts(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in found}
 
 
-def measure(model: Path, folder: Path, windows: int, length: int) -> list[dict[str, Any]]:
-    """Every preset in every rounding, on every text."""
-    rows = []
-    for title, scheme in PRESETS.items():
+def measure(
+    model: Path, folder: Path, windows: int, length: int, schemes: list[str]
+) -> list[dict[str, Any]]:
+    """Every scheme in every rounding, on every text."""
+    rows: dict[str, dict[str, Any]] = {}
+    for title in schemes:
+        scheme = PRESETS[title]
         preset = folder / f"{scheme['method']}.yaml"
         # JSON is YAML
         rule = {"match": "*_proj", **scheme}
         preset.write_text(json.dumps({"version": 1, "rules": [rule]}), encoding="utf-8")
+        rows[str(preset)] = {"preset": title, "rounding": "nearest"}
         for rounding, options in ROUNDINGS.items():
-            row: dict[str, Any] = {"preset": title, "rounding": rounding}
-            asked: tuple[object, ...] = ("--model", model, "--preset", preset)
-            if options is not None:
-                out = folder / f"{model.name}-{scheme['method']}-{len(options)}"
-                begun = time.process_time()
-                run("convert", "--device", "cpu", *asked, "--out", out, *options)
-                row["seconds"] = time.process_time() - begun
-                asked = ("--model", out, "--reference", model)
-                record = json.loads((out / "mixedprec_calibration.json").read_text())
-                row["predicted"] = record["predicted_loss"] if len(options) == 1 else None
-            for name, text in {**texts(folder), "own text": None}.items():
-                size: tuple[object, ...] = ("--windows", windows, "--length", length)
-                if text is None:
-                    # of another seed than the text that was calibrated on
-                    size = ("--windows", 64, "--length", 128, "--seed", 1)
-                given = ("--text", text) if text else ()
-                printed = run("eval", "--device", "cpu", *asked, *given, *size, "--json")
-                made = json.loads(printed)["rows"][1]
-                row["bits"], row[name] = made["bits"], made["found"]["kl"]
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
-    return rows
+            out = folder / f"{model.name}-{scheme['method']}-{len(options)}"
+            begun = time.process_time()
+            run(
+                "convert", "--device", "cpu", "--model", model, "--preset", preset, "--out", out,
+                "--calibrate", *options,
+            )  # fmt: skip
+            seconds = time.process_time() - begun
+            record = json.loads((out / "mixedprec_calibration.json").read_text())
+            predicted = None if options else record["predicted_loss"]
+            rows[str(out)] = {
+                "preset": title, "rounding": rounding, "seconds": seconds, "predicted": predicted,
+            }  # fmt: skip
+    named = [word for name in rows for word in ("--preset", name)]
+    for name, text in {**texts(folder), "own text": None}.items():
+        size: tuple[object, ...] = ("--text", text, "--windows", windows, "--length", length)
+        if text is None:
+            # of another seed than the text that was calibrated on
+            size = ("--windows", 64, "--length", 128, "--seed", 1)
+        made = json.loads(run("eval", "--device", "cpu", "--model", model, *named, *size, "--json"))
+        for found in made["rows"][1:]:
+            rows[found["name"]] |= {"bits": found["bits"], name: found["found"]["kl"]}
+        print(json.dumps([*rows.values()]), file=sys.stderr, flush=True)
+    return [*rows.values()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -174,12 +183,12 @@ def main() -> None:
         folder = Path(name)
         model = checkpoint("original")
         models = {
-            "SmolLM2-135M-Instruct": model,
-            "Its twin with continuous weights": twin(model, folder / "twin"),
+            "SmolLM2-135M-Instruct": (model, [*PRESETS]),
+            "Its twin with continuous weights": (twin(model, folder / "twin"), [*PRESETS][:1]),
         }
         found = {
-            title: measure(path, folder, args.windows, args.length)
-            for title, path in models.items()
+            title: measure(path, folder, args.windows, args.length, schemes)
+            for title, (path, schemes) in models.items()
         }
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     parts = [

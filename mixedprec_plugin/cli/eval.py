@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Compare the predictions of presets, or of one converted folder, with the unquantized model's.
+    """Compare the predictions of presets and converted folders with the unquantized model's.
 
     Returns:
         0.
@@ -74,7 +74,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _plan(args: argparse.Namespace, preset: str) -> Plan:
-    plan = make_plan(argparse.Namespace(**{**vars(args), "preset": preset})).check()
+    named = {"model": preset, "preset": ""} if Path(preset or "-").is_dir() else {"preset": preset}
+    plan = make_plan(argparse.Namespace(**{**vars(args), **named})).check()
     if problems := plan.not_calibrated():
         raise PlanError(problems)
     return plan

@@ -30,7 +30,7 @@ def add_planning_arguments(parser: argparse.ArgumentParser, *, several: bool = F
     if several:
         parser.add_argument(
             "--preset", dest="presets", metavar="PRESET", action="append",
-            help=f"{named}; repeatable",
+            help=f"{named}; or a folder that it wrote; repeatable",
         )  # fmt: skip
     else:
         parser.add_argument("--preset", default="", metavar="PRESET", help=named)
