@@ -60,10 +60,10 @@ descend to where the loss is least. What is stored is an ordinary AWQ or GPTQ la
 saw few tokens borrow from the others of their layer.
 
 One decoder layer is in memory at a time; hidden states are on disk, a float32 number a token and
-hidden feature for each decoder layer (1 GB for the demo's model, 37 GB for 70B). Only the text is written with the whole
-model in memory: for one that does not fit, give `--text`. A conversion that was stopped goes on
-where it was. `mixedprec_calibration.json` in the output says what was calibrated on, and each
-layer's predicted loss.
+hidden feature for each decoder layer (1 GB for the demo's model, 37 GB for 70B). Only the text is
+written with the whole model in memory: for one that does not fit, give `--text`. A conversion
+that was stopped goes on where it was. `mixedprec_calibration.json` in the output says what was
+calibrated on, and each layer's predicted loss.
 
 `--no-gradients` counts all tokens alike: it needs one pass forward, for models that cannot be
 differentiated. Several GPUs, or processes, share windows and layers:

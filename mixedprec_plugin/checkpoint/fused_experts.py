@@ -31,12 +31,7 @@ _BLOCK_ROWS = (1, 128, 64, 32, 256)
 _PROJECTIONS = tuple(_HALVES)
 # of all layers together; the largest models have 50,000
 MAX_EXPERTS = 1 << 18
-# and GraniteMoE's
-_OWN_LAYERS = (
-    *(f".experts.{projection}" for projection in _HALVES),
-    ".block_sparse_moe.input_linear",
-    ".block_sparse_moe.output_linear",
-)
+_OWN_LAYERS = tuple(f".experts.{projection}" for projection in _HALVES)
 
 Tensors = Mapping[str, StoredTensor]
 

@@ -111,7 +111,6 @@ def test_deepseeks_blocks_run_by_fp8s_own_class(results: tuple[str, Mapping[str,
         ("ignored by its config", "config.json leaves it unquantized, which method: auto would go"),
         ("unknown quant_method", r"block\.fc1: SGLang .*'none_such' of source 'model': Invalid"),
         ("no quant_method", "config.json names no quant_method"),
-        ("config_groups of another type", "'compressed-tensors' of source 'model': 'int' object"),
     ],
 )
 def test_config_that_sglang_does_not_read_is_an_error_that_names_the_layer(
@@ -120,6 +119,13 @@ def test_config_that_sglang_does_not_read_is_an_error_that_names_the_layer(
     _, found = results
     assert found[name].get("refused", "").startswith("block.fc1: ")
     assert re.search(message, found[name]["refused"])
+
+
+def test_config_of_another_type_is_refused_by_its_key(
+    results: tuple[str, Mapping[str, Any]],
+) -> None:
+    refused = results[1]["config_groups of another type"].get("refused", "")
+    assert "config.json: quantization_config.config_groups: 3 (expected an object" in refused
 
 
 def test_shards_that_end_inside_a_block_are_refused(

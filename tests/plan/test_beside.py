@@ -140,7 +140,6 @@ REFUSED = [
     ({"transform_config": transform("input", target=NAME)}, "by 'R4' as it runs (input)"),
     ({"transform_config": transform("elsewhere")}, "by 'R4' as it runs (elsewhere)"),
     ({"transform_config": {"config_groups": {"R1": 7}}}, "by 'R1' as it runs (?)"),
-    ({"transform_config": ["R1"]}, "by 'transform_config' as it runs (?)"),
     ({"rotation": "hadamard"}, "rotation in its quantization_config"),
     ({"meta": {"rotation": "random"}}, "meta.rotation in its quantization_config"),
     ({"algo_config": [{"name": "quarot", "r1": True}]}, "algo_config.name in its"),

@@ -136,11 +136,7 @@ def test_routers_stay_unquantized_under_whatever_name(tmp_path: Path, router: st
     }
     model = write_headers(tmp_path / "model", {"model_type": "granitemoe"}, tensors)
     made = plan(model, 'match: "model.layers.*", method: fp8_channel')
-    (problem,) = made.errors
-    assert (problem.where, problem.rule) == (
-        f"{moe}input_linear, {moe}output_linear",
-        "fused-experts",
-    )
+    assert not made.errors
     actions = {layer.name.removeprefix(moe): (layer.kind, layer.action) for layer in made.layers}
     assert actions == {
         router: ("router", "as stored"), "input_linear": ("other", "as stored"),

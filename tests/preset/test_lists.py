@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from mixedprec_plugin.preset.load import load_preset, load_resolved
@@ -74,11 +72,9 @@ def test_resolved_preset_loads_again(write: Write) -> None:
 
 def test_list_bomb_is_refused_before_it_grows(refuse: Refuse) -> None:
     rules = "".join(f"  - {{match: '{'${lists.hot}' * 700}', method: awq}}\n" for _ in range(25))
-    start = time.process_time()
     assert refuse(text(f"['{'x' * 200_000}', y]", f"rules:\n{rules}")) == [
         "p.yaml:1: interpolations make the preset longer than 2097152 characters; refer to less"
     ]
-    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
