@@ -101,7 +101,7 @@ def group_size_of(K: int, count: int) -> int | None:
     """Return elements along K that share a scale, -1 for all of K; None where groups are ragged."""
     if count == 1:
         return -1
-    return K // count if count and K % count == 0 else None
+    return K // count if count and K and K % count == 0 else None
 
 
 def group_faults(group_size: int, pack_N: int, pack_K: int, shape: LayerShape) -> list[str]:

@@ -76,7 +76,8 @@ def _chunks(
     weight: torch.Tensor, reference: torch.Tensor, columns: Columns | None
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yield some rows, and what both have there, float64, columns multiplied by their factors."""
-    a, b = (x.reshape(-1, x.shape[-1]) for x in torch.atleast_1d(weight, reference))  # type: ignore[no-untyped-call]
+    # some tensors hold nothing, whose rows cannot be counted from their elements
+    a, b = (x.reshape(1, -1) if x.ndim < 2 else x.flatten(0, -2) for x in (weight, reference))
     for chunk in row_chunks(*a.shape):
         one, other = a[chunk].double(), b[chunk].double()
         if columns is not None:
