@@ -9,3 +9,7 @@ sweep        forward and backward over the whole model, kept on disk
 rounding     one layer: H and its weight -> codes
 calibrator   all of it: a plan -> the codes of its layers
 """
+
+# of text, where nobody says how much: pieces, and tokens of one
+WINDOWS = 112
+LENGTH = 128

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from mixedprec_plugin.calibrate import LENGTH, WINDOWS
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
 from mixedprec_plugin.calibrate.rounding import LayerRounding, is_rounded_so
@@ -23,8 +24,9 @@ from mixedprec_plugin.calibrate.text import read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
-from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
 _TEXT = "text.safetensors"
@@ -43,8 +45,8 @@ class Options:
     """
 
     text: Path | None = None
-    windows: int = 112
-    length: int = 128
+    windows: int = WINDOWS
+    length: int = LENGTH
     seed: int = 0
     gradients: bool = True
 
@@ -92,6 +94,7 @@ class Calibration:
             folder: where the work is kept; made if it is not there.
         Raises:
             CheckpointError: a source is damaged, or transformers does not have the model's class.
+        PlanError: a layer that transformers' language model does not have.
         """
         folder.mkdir(exist_ok=True)
         if not self.is_helper:
@@ -100,6 +103,7 @@ class Calibration:
         with Reader() as reader:
             network = Network(self._plan, reader, torch.float32, self._ranks.device)
             count = len(network.layers)
+            self._check_reached(network)
             if not min(self._ranks.everyone(self._index(folder, count))):
                 tokens = self._tokens(network, folder)
                 passes = 2 if self._options.gradients else 1
@@ -149,7 +153,27 @@ class Calibration:
                 self._progress.remove_task(task)
             save_whole({"tokens": made}, path)
         self._ranks.everyone(None)
-        return load_file(path)["tokens"]
+        tokens = load_file(path)["tokens"]
+        if len(tokens) < self._ranks.count:
+            what = f"there are {len(tokens)} (expected one for each of {self._ranks.count} ranks)"
+            raise UsageError(Problem("--windows", what, "take more text, or fewer ranks"))
+        return tokens
+
+    def _check_reached(self, network: Network) -> None:
+        """See that every layer is in a decoder layer, which alone are swept.
+
+        Raises:
+            PlanError: some are not.
+        """
+        indices = range(len(network.layers))
+        reached = {layer.name for index in indices for layer in network.planned(index)}
+        if missed := self._names - reached:
+            what = "transformers' language model has no decoder layer with it (expected one)"
+            remedy = (
+                "leave out --calibrate, and write rounding: calibrated in the schemes of the others"
+            )
+            problems = [Problem(name, what, remedy, "calibrate") for name in sorted(missed)]
+            raise PlanError(fold_problems(problems))
 
     def _index(self, folder: Path, count: int) -> bool:
         """Find the rounded layers; whether all of them are there."""

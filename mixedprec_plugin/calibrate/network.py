@@ -79,9 +79,13 @@ class Network:
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, torch.nn.ModuleList):
-            raise _unsupported(self._plan, f"{type(decoder).__name__} has no list of layers")
+            raise unsupported(self._plan, f"{type(decoder).__name__} has no list of layers")
         path = next(name for name, module in self.model.named_modules() if module is layers)
         return path, layers
+
+    def unsupported(self, why: str) -> CheckpointError:
+        """The error of a model that cannot be run layer by layer."""
+        return unsupported(self._plan, why)
 
     def planned(self, index: int | None) -> list[PlannedLayer]:
         """The layers of the plan that a decoder layer is made of; of no decoder layer for None."""
@@ -126,7 +130,7 @@ class Network:
             if parameter.is_meta and not (index is None and name.startswith(inside))
         ]
         if missing:
-            raise _unsupported(self._plan, f"no tensor of the checkpoint is its {missing[0]}")
+            raise unsupported(self._plan, f"no tensor of the checkpoint is its {missing[0]}")
         try:
             yield layers
         finally:
@@ -192,7 +196,7 @@ def _empty_model(plan: Plan, dtype: torch.dtype, device: torch.device) -> Any:
                 config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
             )
     except (ValueError, KeyError, OSError) as error:
-        raise _unsupported(plan, str(error)) from error
+        raise unsupported(plan, str(error)) from error
     # what no checkpoint holds (frequencies of rotary embeddings) the classes compute themselves
     for module in model.modules():
         buffers = {n for n in module._buffers if n in module._non_persistent_buffers_set}
@@ -205,10 +209,11 @@ def _empty_model(plan: Plan, dtype: torch.dtype, device: torch.device) -> Any:
     return model.eval()
 
 
-def _unsupported(plan: Plan, why: str) -> CheckpointError:
+def unsupported(plan: Plan, why: str) -> CheckpointError:
     where = str(plan.source.path / "config.json")
     what = f"transformers cannot run this model: {why}"
-    return CheckpointError(Problem(where, what, "leave out --calibrate", "calibrate-model"))
+    remedy = "it can be neither calibrated nor evaluated here"
+    return CheckpointError(Problem(where, what, remedy, "transformers"))
 
 
 def _drop(model: Any, name: str) -> None:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.calibrate.capture import Capture, Seen
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
-from mixedprec_plugin.errors import CheckpointError, Problem
+from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.model import PlannedLayer
 
@@ -174,8 +175,8 @@ class Sweep:
                 first.append(hidden)
                 calls.append([])
             if hidden is not first[-1]:
-                what = f"{type(self._network.model).__name__} computes between its decoder layers"
-                raise CheckpointError(Problem("--calibrate", what, "leave it out"))
+                name = type(self._network.model).__name__
+                raise self._network.unsupported(f"{name} computes between its decoder layers")
             calls[-1].append((args, kwargs))
             return hidden
 
@@ -235,6 +236,7 @@ class Sweep:
             for name, layer in wanted.items()
         }
         seen = ranks.exchange(capture.seen, owners, [*wanted])
+        self._check_seen(wanted, set().union(*ranks.everyone(set(seen))))
         own = [layer for name, layer in wanted.items() if owners[name] == ranks.rank]
         for layer, made, record in rounding(own, seen, self._num_tokens):
             tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in made.items()}
@@ -243,6 +245,24 @@ class Sweep:
         save_whole(tensors, path, {"records": json.dumps(records)})
         loss = math.fsum(record["loss"] or 0.0 for record in records)
         return math.fsum(ranks.everyone(loss))
+
+    def _check_seen(self, wanted: dict[str, PlannedLayer], seen: set[str]) -> None:
+        """See that each layer saw tokens; of experts, one of those that read the same states.
+
+        Raises:
+            CheckpointError: transformers does not compute a layer as a product that is known here.
+        """
+
+        def kind(layer: PlannedLayer) -> object:
+            shard = layer.shard
+            if isinstance(shard, ExpertShard):
+                return layer.module, shard.projection
+            return layer.name
+
+        found = {kind(layer) for name, layer in wanted.items() if name in seen}
+        for name, layer in wanted.items():
+            if kind(layer) not in found:
+                raise self._network.unsupported(f"it does not run {name} as a linear layer")
 
 
 def unit_of(layer: PlannedLayer) -> object:
@@ -267,7 +287,16 @@ def _gradient(tensor: torch.Tensor) -> torch.Tensor:
 def save_whole(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        ConvertError: it cannot be written.
+    """
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        remedy = "make room or access, and run the same command again: it continues"
+        what = f"cannot be written ({error})"
+        raise ConvertError(Problem(str(path), what, remedy, "write")) from error

@@ -68,7 +68,7 @@ def read_text(path: Path, tokenizer: Any, num_windows: int | None, length: int) 
         raise UsageError(Problem("--text", f"{path} cannot be read ({error})")) from error
     begin = list(tokenizer("").input_ids)
     size = length - len(begin)
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if len(tokens) < size:
         what = f"{path} is {len(tokens):,} tokens (expected {size:,} or more)"
         raise UsageError(Problem("--text", what, "name a longer text, or give a smaller --length"))

@@ -16,7 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, positive
+from mixedprec_plugin.calibrate import LENGTH, WINDOWS
+from mixedprec_plugin.cli.planning import add_planning_arguments, add_text_arguments, make_plan
 from mixedprec_plugin.errors import Problem, UsageError, printable
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes
@@ -54,20 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all layers that awq and gptq round; without it, those whose scheme says so",
     )  # fmt: skip
     calibrated.add_argument(
-        "--text", type=Path, metavar="FILE",
-        help="UTF-8 text to calibrate on; without it, the model writes some",
-    )  # fmt: skip
-    for name, value, what in (
-        ("windows", 112, "pieces of text"), ("length", 128, "tokens of a piece"),
-    ):  # fmt: skip
-        calibrated.add_argument(
-            f"--{name}", type=positive, default=value, metavar="N", help=f"{what} ({value})"
-        )
-    calibrated.add_argument(
         "--no-gradients", action="store_true",
         help="weigh all tokens alike: half the time, for models that cannot be differentiated",
     )  # fmt: skip
-    calibrated.add_argument("--seed", type=int, default=0, metavar="N", help="of the text (0)")
+    add_text_arguments(calibrated, "calibrate on", "the model", WINDOWS, LENGTH)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -110,13 +101,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _calibration(args: argparse.Namespace, plan: Plan, bar: Progress) -> Calibration | None:
+    given = {name: getattr(args, name) for name in ("text", "windows", "length", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
     if not args.calibrate and not plan.not_calibrated():
-        if args.text is not None:
-            raise UsageError(Problem("--text", "is for calibration", "add --calibrate"))
+        if unused := [f"--{name}" for name in given] + ["--no-gradients"] * args.no_gradients:
+            raise UsageError(Problem(", ".join(unused), "is for calibration", "add --calibrate"))
         return None
     from mixedprec_plugin.calibrate.calibrator import Calibration, Options
 
-    options = Options(args.text, args.windows, args.length, args.seed, not args.no_gradients)
+    options = Options(**given, gradients=not args.no_gradients)
     return Calibration(plan, options, bar, everything=args.calibrate)
 
 

@@ -12,13 +12,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, positive, print_json
+from mixedprec_plugin.cli.planning import (
+    add_planning_arguments,
+    add_text_arguments,
+    make_plan,
+    print_json,
+)
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import console_for
 
 if TYPE_CHECKING:
     from mixedprec_plugin.evaluate.report import Row
+
+
+_WINDOWS, _LENGTH = 8, 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", default="", metavar="MODEL",
         help="the unquantized model, if --model is not it: folder or Hugging Face id",
     )  # fmt: skip
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE",
-        help="UTF-8 text to predict; without it, the reference writes some",
-    )  # fmt: skip
-    parser.add_argument("--windows", type=positive, default=8, metavar="N", help="of text (8)")
-    parser.add_argument(
-        "--length", type=positive, default=512, metavar="N", help="tokens of a window (512)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the written text")
+    add_text_arguments(parser, "predict", "the reference", _WINDOWS, _LENGTH)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw divergence against bits")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -62,12 +62,19 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         ) as bar,
     ):  # fmt: skip
         rows: list[Row] = evaluate(
-            plans, reference, args.text, args.windows, args.length, args.seed, Path(folder), bar
+            plans,
+            reference,
+            args.text,
+            args.windows or _WINDOWS,
+            args.length or _LENGTH,
+            args.seed or 0,
+            Path(folder),
+            bar,
         )
     if args.plot:
         draw(rows, args.plot)
     if args.json:
-        print_json(as_dict(rows, args), out)
+        print_json(as_dict(rows, args.text), out)
     else:
         print_rows(rows, args.text, console_for(out))
     return 0

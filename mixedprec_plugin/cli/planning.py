@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any, TextIO
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
@@ -47,6 +48,27 @@ def add_planning_arguments(parser: argparse.ArgumentParser, *, several: bool = F
         "--gpu", default="", metavar="NAME",
         help="GPU of each rank, as H100, A100-40GB or 8.9: refuse what it does not run or hold",
     )  # fmt: skip
+
+
+def add_text_arguments(
+    parser: argparse._ActionsContainer, what_for: str, writer: str, windows: int, length: int
+) -> None:
+    """Declare the arguments that say which text a model is run on; None where one is not given.
+
+    Args:
+        what_for: what is done with it.
+        writer: who writes it where none is named.
+        windows, length: what is taken where none is given.
+    """
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help=f"UTF-8 text to {what_for}; without it, {writer} writes some",
+    )  # fmt: skip
+    parser.add_argument("--windows", type=positive, metavar="N", help=f"pieces of text ({windows})")
+    parser.add_argument(
+        "--length", type=positive, metavar="N", help=f"tokens of a piece ({length})"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of the written text (0)")
 
 
 def positive(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -61,6 +60,7 @@ def evaluate(
         folder: an empty one for hidden states.
     Raises:
         UsageError: the reference is quantized itself, or the text too short.
+        PlanError: the reference is not whole.
         CheckpointError: a source is damaged, or of a class that transformers does not have.
     """
     own = _unquantized(reference, plans)
@@ -98,7 +98,7 @@ def _unquantized(reference: Source, plans: Mapping[str, Plan]) -> Plan:
         what = f"{reference.path} is quantized itself ({len(quantized)} layers)"
         remedy = "name the unquantized model with --reference"
         raise UsageError(Problem("--reference", what, remedy))
-    return plan
+    return plan.check()
 
 
 def _bits(plan: Plan) -> float:
@@ -134,13 +134,13 @@ def print_rows(rows: Sequence[Row], text: Path | None, console: Console) -> None
     )  # fmt: skip
 
 
-def as_dict(rows: Sequence[Row], args: argparse.Namespace) -> dict[str, Any]:
+def as_dict(rows: Sequence[Row], text: Path | None) -> dict[str, Any]:
     """What was found, for JSON."""
-    text = str(args.text) if args.text else None
     return {
-        "text": text, "windows": len(rows[0].found.windows), "length": args.length,
-        "seed": args.seed, "rows": [dataclasses.asdict(row) for row in rows],
-    }  # fmt: skip
+        "text": str(text) if text else None,
+        "windows": len(rows[0].found.windows),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -24,6 +24,14 @@ def _compiled(function: Any) -> Any:
 
 
 @_compiled
+def _load(tile: Array, source: Array, first: int, n: int) -> None:
+    """Copy `n` columns of [G, N] to the tile; what is beside them is left over and not used."""
+    for j in range(len(tile)):
+        for r in range(n):
+            tile[j, r] = source[j, first + r]
+
+
+@_compiled
 def search(
     targets: Array, importance: Array, scales: Array, zeros: Array, top: int, best: Array
 ) -> None:
@@ -44,9 +52,7 @@ def search(
     loss, least = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
     for first in range(0, N, _TILE):
         n = min(_TILE, N - first)
-        for j in range(G):
-            for r in range(n):
-                tile[j, r] = targets[j, first + r]
+        _load(tile, targets, first, n)
         least[:] = np.float32(np.inf)
         for c in range(len(scales)):
             for r in range(n):
@@ -89,9 +95,7 @@ def round_columns(
     shift, error = np.zeros(_TILE, np.float32), np.zeros(_TILE, np.float32)
     for first in range(0, N, _TILE):
         n = min(_TILE, N - first)
-        for j in range(G):
-            for r in range(n):
-                tile[j, r] = targets[j, first + r]
+        _load(tile, targets, first, n)
         for r in range(n):
             own[r] = scale[first + r]
             inverse[r] = np.float32(1) / own[r]
@@ -129,9 +133,7 @@ def move_codes(
     step = np.zeros(_TILE, np.float32)
     for first in range(0, N, _TILE):
         n = min(_TILE, N - first)
-        for j in range(G):
-            for r in range(n):
-                tile[j, r] = gradient[j, first + r]
+        _load(tile, gradient, first, n)
         for r in range(n):
             own[r] = scale[first + r]
             inverse[r] = np.float32(1) / own[r]

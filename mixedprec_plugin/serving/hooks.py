@@ -79,24 +79,24 @@ def _verify_load_format(original: Callable[[Any], None], load_config: Any) -> No
 
 
 # whether the model config that is being made is for our load format
-_isasked_for: contextvars.ContextVar[bool] = contextvars.ContextVar("mixedprec", default=False)
+_is_asked_for: contextvars.ContextVar[bool] = contextvars.ContextVar("mixedprec", default=False)
 
 
 @contextlib.contextmanager
 def asked_for() -> Iterator[None]:
     """While the model config that is made here is one of our load format."""
-    token = _isasked_for.set(True)
+    token = _is_asked_for.set(True)
     try:
         yield
     finally:
-        _isasked_for.reset(token)
+        _is_asked_for.reset(token)
 
 
 def _verify_quantization(original: Callable[[Any], None], model_config: Any) -> None:
     said = getattr(model_config.hf_config, "quantization_config", None)
     is_ours = isinstance(said, Mapping) and is_converted(said)
     # a draft model is served as SGLang serves it
-    if _isasked_for.get() and (is_ours or not model_config.is_draft_model):
+    if _is_asked_for.get() and (is_ours or not model_config.is_draft_model):
         model_config.quantization = None
         return
     original(model_config)

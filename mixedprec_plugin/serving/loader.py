@@ -107,6 +107,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         folder = self._folder(model_config.model_path, model_config.revision)
         plan = self._plan(folder, model_config).check()
         outline = outline_of(plan, model_config, self.load_config).check()
+        if outline.unchecked:
+            logger.warning("mixedprec: not checked before the load: %s", outline.unchecked)
         config = MixedPrecisionConfig(plan, outline.others)
         device = torch.device(device_config.device)
         returning = returning_memory() if device.type == "cpu" else contextlib.nullcontext()

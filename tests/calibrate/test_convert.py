@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mixedprec_plugin.calibrate import calibrator
+from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.convert import converter
 from tests.calibrate.models import VOCABULARY, write_model
@@ -165,8 +169,65 @@ def test_refuses_what_has_nothing_to_calibrate(tmp_path: Path) -> None:
     words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
     code, _, err = command("convert", *words, "--calibrate")
     assert (code, "no layer of the plan is rounded to integers" in err) == (1, True)
-    code, _, err = command("convert", *words, "--text", preset)
-    assert (code, "add --calibrate" in err) == (2, True)
+    for option in (("--text", preset), ("--windows", 4), ("--seed", 0), ("--no-gradients",)):
+        code, _, err = command("convert", *words, *option)
+        assert (code, f"{option[0]}: is for calibration; add --calibrate" in err) == (2, True)
+
+
+def test_a_layer_that_is_in_no_decoder_layer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a vision tower are, which the language model does not have."""
+    model, preset = tmp_path / "model", preset_of(tmp_path)
+    write_model(model)
+    planned = Network.planned
+    monkeypatch.setattr(
+        Network,
+        "planned",
+        lambda self, i: [x for x in planned(self, i) if not x.name.endswith("1.mlp.up_proj")],
+    )
+    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
+    code, _, err = command("convert", *words, "--calibrate")
+    assert code == 1
+    assert "model.layers.1.mlp.up_proj: transformers' language model has no decoder layer" in err
+
+
+def test_a_layer_that_is_no_linear_one_in_transformers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, preset = tmp_path / "model", preset_of(tmp_path)
+    write_model(model)
+
+    def forward(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        gate = x @ self.gate_proj.weight.t()
+        made: torch.Tensor = self.down_proj(self.act_fn(gate) * self.up_proj(x))
+        return made
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
+    code, _, err = command("convert", *words, "--calibrate", "--windows", 2)
+    assert code == 1
+    assert "does not run model.layers.2.mlp.gate_proj as a linear layer" in err
+
+
+def test_full_disk_is_an_error_that_can_be_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, preset = tmp_path / "model", preset_of(tmp_path)
+    write_model(model)
+    out = tmp_path / "out"
+    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", out)
+    options = ("--calibrate", "--windows", 8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        code, _, err = command("convert", *words, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (code, "run the same command again: it continues" in err) == (1, True), err
+    convert(model, preset, out, *options)
 
 
 def test_eval_refuses_a_quantized_reference(tmp_path: Path) -> None:

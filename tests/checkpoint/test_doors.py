@@ -112,6 +112,7 @@ def converted(*layers: Any) -> dict[str, Any]:
         ({"compression_config": {"ignore": [1]}}, r"compression_config\.ignore\[0\]"),
         ({"quantization_config": {"quant_method": 1}}, r"quantization_config\.quant_method"),
         ({"quantization_config": {"bits": "4"}}, r"quantization_config\.bits"),
+        ({"quantization_config": {"transform_config": ["R1"]}}, r"transform_config: \['R1'\]"),
         ({"quantization_config": {"group_size": -2}}, r"quantization_config\.group_size"),
         ({"quantization_config": {"dynamic": {"+:a.b": 4}}}, r"dynamic\['\+:a\.b'\]"),
         ({"quantization_config": {"extra_config": {"a": {"bits": []}}}}, r"extra_config\.a\.bits"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from mixedprec_plugin.preset.load import load_preset, load_resolved
@@ -72,9 +74,17 @@ def test_resolved_preset_loads_again(write: Write) -> None:
 
 def test_list_bomb_is_refused_before_it_grows(refuse: Refuse) -> None:
     rules = "".join(f"  - {{match: '{'${lists.hot}' * 700}', method: awq}}\n" for _ in range(25))
-    assert refuse(text(f"['{'x' * 200_000}', y]", f"rules:\n{rules}")) == [
+    tracemalloc.start()
+    try:
+        refused = refuse(text(f"['{'x' * 200_000}', y]", f"rules:\n{rules}"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert refused == [
         "p.yaml:1: interpolations make the preset longer than 2097152 characters; refer to less"
     ]
+    # all of it would be 3.5 GB
+    assert peak < 200 << 20
 
 
 @pytest.mark.parametrize(
