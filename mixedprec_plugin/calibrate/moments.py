@@ -46,10 +46,11 @@ def shrinkage(x: torch.Tensor, weights: torch.Tensor, H: torch.Tensor) -> float:
     deviations = (H.diagonal() / mean).clamp(min=1e-20).sqrt()
     correlations = H / mean / deviations / deviations[:, None]
     off = float(correlations.square().sum() - correlations.diagonal().square().sum())
-    squares = (x / deviations).square()
+    # in place: a copy of all tokens costs more than the arithmetic
+    squares = (x / deviations).square_()
     relative = (weights / mean).square()
-    norms = squares.sum(1)
-    variance = (relative * norms.square()).sum() - (relative[:, None] * squares.square()).sum()
+    norms = squares.sum(1).double()
+    variance = relative.double() @ norms.square() - (relative @ squares.square_()).sum()
     if off <= 0:
         return 1.0
     return min(max((float(variance) / T**2 - off / T) / off, 0.0), 1.0)
