@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ LoadModel = Callable[..., "object"]
 
 
 @pytest.fixture(scope="session")
-def sglang_context() -> SimpleNamespace:
+def sglang_context() -> Iterator[SimpleNamespace]:
     """The plugin registered as a server would, and SGLang's context published for one rank."""
     with warnings.catch_warnings():
         # SGLang warns at import that AWQ and GGUF need a GPU
@@ -26,24 +26,12 @@ def sglang_context() -> SimpleNamespace:
         load_plugins()
         # all of its models: it passes over those whose imports fail
         import sglang.srt.models.registry  # noqa: F401
-        from sglang.srt.runtime_context import get_context, get_parallel
+        from sglang.srt.runtime_context import get_context
 
         import mixedprec_plugin.serving.loader  # noqa: F401
-    get_context().override_server_args(tp_size=1, device="cpu").install()
-    group = SimpleNamespace(
-        rank_in_group=0,
-        world_size=1,
-        cpu_group=None,
-        device_group=None,
-        is_first_rank=True,
-        is_last_rank=True,
-    )
-    get_parallel().override_permanently(
-        tp_rank=0, attn_tp_rank=0, moe_tp_rank=0, moe_ep_rank=0, pp_rank=0, attn_dp_rank=0,
-        attn_cp_rank=0, moe_dp_rank=0, attn_dcp_rank=0, tp_group=group, attn_tp_group=group,
-        moe_tp_group=group, moe_ep_group=group, pp_group=group,
-    )  # fmt: skip
-    return SimpleNamespace(context=get_context())
+        from mixedprec_plugin.serving.alone import first_rank
+    with first_rank(""):
+        yield SimpleNamespace(context=get_context())
 
 
 @pytest.fixture(scope="module")
