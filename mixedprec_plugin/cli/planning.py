@@ -12,11 +12,15 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import Gpu, find_gpu, served_dtype
 from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.budget import Load
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.model import Preset
+
+# --kv-cache-dtype -> bytes of a number in the KV cache
+KV_BYTES = {"auto": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
 def add_planning_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -50,6 +54,32 @@ def add_planning_arguments(parser: argparse.ArgumentParser, *, several: bool = F
     )  # fmt: skip
 
 
+def add_load_arguments(parser: argparse._ActionsContainer) -> None:
+    """Declare the arguments that say what a server is to hold at once beside its weights."""
+    parser.add_argument(
+        "--context", type=count, metavar="TOKENS",
+        help="tokens of one request, prompt and answer: 8192 or 8k",
+    )  # fmt: skip
+    parser.add_argument("--concurrency", type=count, metavar="N", help="requests at once (1)")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=KV_BYTES, default="auto", help="as SGLang's; auto is 16 bits"
+    )
+
+
+def load_of(args: argparse.Namespace) -> Load | None:
+    """The load that the command line asks for; None where it names no --context.
+
+    Raises:
+        UsageError: --concurrency without --context.
+    """
+    if args.context is None:
+        if args.concurrency is not None:
+            what = "--concurrency without --context does not tell how much a request holds"
+            raise UsageError(Problem("--concurrency", what, "add --context TOKENS"))
+        return None
+    return Load(args.context, args.concurrency or 1, KV_BYTES[args.kv_cache_dtype])
+
+
 def add_text_arguments(
     parser: argparse._ActionsContainer, what_for: str, writer: str, windows: int, length: int
 ) -> None:
@@ -77,6 +107,12 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
+
+
+def count(text: str) -> int:
+    """Read a number of at least 1, in thousands (of 1,024) where it ends in k."""
+    thousands = text.lower().removesuffix("k")
+    return positive(thousands) * (1024 if thousands != text.lower() else 1)
 
 
 def print_json(value: Any, out: TextIO) -> None:

@@ -17,6 +17,7 @@ checks        what does not fit, with
   family_checks   what SGLang's class of the model cannot load or run
   losses          what is lost by a second rounding
   memory          weights that the GPU of a rank does not hold
+budget        what the GPU of a rank holds beside weights: SGLang's reserve, the KV cache
 folding       names and problems that differ in a layer's number, as one
 render        the plan as a table, as JSON, as one screen of log
 """
