@@ -14,16 +14,30 @@ from mixedprec_plugin.families.names import ExpertShard, shard_order
 from mixedprec_plugin.plan.model import PlannedLayer
 
 
+class Held(NamedTuple):
+    """Tokens that a layer saw of text which is held out.
+
+    Attributes:
+        x: its inputs, bfloat16 [T, K].
+        gradients: of its outputs, bfloat16 [T, N]; None without gradients.
+    """
+
+    x: torch.Tensor
+    gradients: torch.Tensor | None
+
+
 class Seen(NamedTuple):
     """Tokens that a layer saw.
 
     Attributes:
         x: pieces of its inputs, bfloat16 [T, K].
         weights: for each piece, the mean over outputs of the squared gradient, float32 [T].
+        held: pieces of text that is held out; not among the others.
     """
 
     x: list[torch.Tensor]
     weights: list[torch.Tensor]
+    held: list[Held]
 
 
 class Capture(TorchFunctionMode):
@@ -36,11 +50,14 @@ class Capture(TorchFunctionMode):
         network: its parameters are looked at once, as they are loaded now.
         wanted: names of the layers to keep tokens of.
         gradients: whether tokens are weighed by them, or all count alike.
+
+    Attributes:
+        is_held_out: whether what runs now is of text that is held out.
     """
 
     def __init__(self, network: Network, wanted: Collection[str], *, gradients: bool) -> None:
         super().__init__()
-        self._gradients = gradients
+        self._gradients, self.is_held_out = gradients, False
         self.seen: dict[str, Seen] = {}
         self._owners: dict[int, list[PlannedLayer]] = {}
         for name, parameter in network.model.named_parameters():
@@ -68,7 +85,7 @@ class Capture(TorchFunctionMode):
     def _keep(self, parts: list[PlannedLayer], x: torch.Tensor, result: torch.Tensor) -> None:
         if self._last[0] is not x:
             self._last = (x, x.detach().reshape(-1, x.shape[-1]).bfloat16())
-        inputs = self._last[1]
+        inputs, is_held_out = self._last[1], self.is_held_out
 
         def keep(gradient: torch.Tensor) -> None:
             flat, first = gradient.reshape(-1, gradient.shape[-1]), 0
@@ -76,7 +93,10 @@ class Capture(TorchFunctionMode):
                 assert part.stored is not None
                 rows = flat[:, first : first + part.stored.N]
                 first += part.stored.N
-                seen = self.seen.setdefault(part.name, Seen([], []))
+                seen = self.seen.setdefault(part.name, Seen([], [], []))
+                if is_held_out:
+                    seen.held.append(Held(inputs, rows.bfloat16() if self._gradients else None))
+                    continue
                 seen.x.append(inputs)
                 seen.weights.append(rows.float().square().mean(1))
 

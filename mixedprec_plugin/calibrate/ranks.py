@@ -61,8 +61,11 @@ class Ranks:
             distributed.gather_object(own, pieces, dst=owners[name])
             parts: list[Seen] = [piece for piece in pieces or () if piece is not None]
             if parts:
-                xs, weights = ([p for part in parts for p in part[i]] for i in (0, 1))
-                mine[name] = Seen(xs, weights)
+                mine[name] = Seen(
+                    [x for part in parts for x in part.x],
+                    [weights for part in parts for weights in part.weights],
+                    [held for part in parts for held in part.held],
+                )
         return mine
 
     def everyone(self, value: Any) -> list[Any]:

@@ -57,10 +57,22 @@ class LayerRounding:
             the tensors of each one's method, and its record: "loss" in nats a token, "tokens" that
             it saw, how far correlations were shrunk in each block of its inputs.
         """
+        for layer, moments in self.moments(layers, seen):
+            yield layer, *self.round(layer, moments, num_tokens)
+
+    def moments(
+        self, layers: Sequence[PlannedLayer], seen: dict[str, Seen]
+    ) -> Iterator[tuple[PlannedLayer, Moments]]:
+        """Yield the moments of the layers of a decoder layer, each for as long as it is looked at.
+
+        Args:
+            seen: layer name -> tokens, each taken out once it was used.
+        """
         pools = self._pools(layers, seen)
         for layer in layers:
-            own = seen.pop(layer.name, Seen([], []))
-            yield layer, *self._round(layer, own, pools.get(unit_of(layer)), num_tokens)
+            x, weights = _joined(seen.pop(layer.name, Seen([], [], [])))
+            pool = pools.get(unit_of(layer))
+            yield layer, Moments(x.to(self._device), weights.to(self._device), pool)
 
     def _pools(
         self, layers: Sequence[PlannedLayer], seen: Mapping[str, Seen]
@@ -75,7 +87,9 @@ class LayerRounding:
             tokens = [seen[layer.name] for layer in experts if layer.name in seen]
             x, weights = _joined(
                 Seen(
-                    [x for one in tokens for x in one.x], [w for one in tokens for w in one.weights]
+                    [x for one in tokens for x in one.x],
+                    [w for one in tokens for w in one.weights],
+                    [],
                 )
             )
             if len(x):
@@ -83,9 +97,10 @@ class LayerRounding:
                 pools[pool] = H.mul_(len(x) / len(experts))
         return pools
 
-    def _round(
-        self, layer: PlannedLayer, seen: Seen, pool: torch.Tensor | None, num_tokens: int
+    def round(
+        self, layer: PlannedLayer, moments: Moments, num_tokens: int
     ) -> tuple[Tensors, Record]:
+        """Round one layer to the tensors of its method; and its record, see `__call__`."""
         assert layer.scheme is not None
         codec, dtype = load_codec(METHODS[layer.method].codec), TORCH_DTYPES[self._target.dtype]
         arguments = layer.scheme.arguments
@@ -93,10 +108,9 @@ class LayerRounding:
         weight = weight.to(self._device)
         N, K = weight.shape
         group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)
-        x, weights = (part.to(self._device) for part in _joined(seen))
         pieces, loss, shrunk = [], 0.0, []
         for columns in _blocks(K, group_size):
-            H, amount = _moment(x[:, columns], weights, columns, pool)
+            H, amount = moments.of(columns)
             own = weight[:, columns]
             piece = round_with_feedback(own, H, group_size, codec.grid(arguments, dtype))
             pieces.append(piece)
@@ -107,8 +121,30 @@ class LayerRounding:
             for key in ("codes", "scales", "zeros")
         )
         numbers = Integers(N, K, group_size, lambda rows: codes[rows], zeros, scales.to(dtype))
-        record = {"loss": loss if len(x) else None, "tokens": len(x), "shrunk": shrunk}
+        count = moments.num_tokens
+        record = {"loss": loss if count else None, "tokens": count, "shrunk": shrunk}
         return codec.write(numbers, arguments, dtype), record
+
+
+class Moments:
+    """H of a layer, made once for each block of its inputs.
+
+    Args:
+        x, weights: what it saw, [T, K] and [T].
+        pool: what experts borrow, [K, K]; None for others.
+    """
+
+    def __init__(self, x: torch.Tensor, weights: torch.Tensor, pool: torch.Tensor | None) -> None:
+        self._x, self._weights, self._pool = x, weights, pool
+        self._known: dict[tuple[int, int], tuple[torch.Tensor, float]] = {}
+        self.num_tokens = len(x)
+
+    def of(self, columns: slice) -> tuple[torch.Tensor, float]:
+        """The sum of w x x' over tokens, and by how much its correlations were shrunk."""
+        key = (columns.start, columns.stop)
+        if key not in self._known:
+            self._known[key] = _moment(self._x[:, columns], self._weights, columns, self._pool)
+        return self._known[key]
 
 
 def _joined(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,6 +49,7 @@ class Sweep:
         seed: of the labels.
         gradients: whether tokens are weighed by them; without, all count alike.
         ranks: the processes that share the work; this one alone if None.
+        held_out: how many windows, the last ones, are kept apart; see `capture.Seen`.
     """
 
     def __init__(
@@ -60,15 +61,22 @@ class Sweep:
         *,
         gradients: bool = True,
         ranks: Ranks | None = None,
+        held_out: int = 0,
     ) -> None:
         self._ranks = ranks or Ranks()
         own = self._ranks.windows(len(tokens))
-        self._first_window, self._num_tokens = own.start, tokens.numel()
+        held = max(len(tokens) - held_out - own.start, 0)
+        self._first_window, self._first_held = own.start, held
+        self._num_tokens = tokens[: len(tokens) - held_out].numel()
         self._network, self._tokens, self._folder, self._seed = network, tokens[own], folder, seed
         self._own = folder / f"rank-{self._ranks.rank}-of-{self._ranks.count}"
         self._own.mkdir(exist_ok=True)
         size = max(_BATCH_TOKENS // tokens.shape[1], 1)
-        self._batches = [slice(i, i + size) for i in range(0, len(self._tokens), size)]
+        self._batches = [
+            slice(i, min(i + size, stop))
+            for start, stop in ((0, held), (held, len(self._tokens)))
+            for i in range(start, min(stop, len(self._tokens)), size)
+        ]
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._gradients = gradients
 
@@ -141,12 +149,11 @@ class Sweep:
             with network.loaded(index) as layers, torch.no_grad():
                 names = round_inputs[0] if round_inputs else ()
                 wanted = {layer.name: layer for layer in layers if layer.name in names}
-                capture = Capture(network, wanted.keys(), gradients=False)
+                capture, outputs = Capture(network, wanted.keys(), gradients=False), []
                 with capture:
-                    outputs = [
-                        self._call(index, number, self._input(hidden, batch))
-                        for number, batch in enumerate(self._batches)
-                    ]
+                    for number, batch in enumerate(self._batches):
+                        capture.is_held_out = batch.start >= self._first_held
+                        outputs.append(self._call(index, number, self._input(hidden, batch)))
             if round_inputs:
                 self._round(index, wanted, capture, round_inputs[1])
             self._save("hidden", index + 1, torch.cat(outputs))
@@ -218,6 +225,7 @@ class Sweep:
         gradients = []
         for number, batch in enumerate(self._batches):
             before = self._input(hidden, batch).requires_grad_()
+            capture.is_held_out = batch.start >= self._first_held
             with capture:
                 after = self._call(index, number, before)
                 after.backward(self._input(behind, batch))  # type: ignore[no-untyped-call]

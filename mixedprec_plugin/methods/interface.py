@@ -163,6 +163,8 @@ class Method(Format):
             shape, and what the target's GPU lacks beside `min_capability`.
         alternatives: what to try instead, the nearest in size and quality first.
         rounding: arguments -> how good it is.
+        searched: arguments that a search for a preset tries; those that are not named are the
+            defaults, and what can be calibrated is tried so, too. None for what quantizes nothing.
         codec: lazy module of `quantize.codec.Codec`; empty if there is nothing to store.
         min_capability: least CUDA compute capability, as major * 10 + minor.
         fallback_below: CUDA compute capability below which `cuda_fallback` is the class; 0 if there
@@ -202,6 +204,7 @@ class Method(Format):
     faults: Callable[[Arguments, LayerShape, Target], list[Fault]]
     rounding: Callable[[Arguments], Rounding]
     alternatives: tuple[Alternative, ...] = ()
+    searched: tuple[Arguments, ...] = ({},)
     config_classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config_arguments: Callable[[Arguments, str], dict[str, Any]] = lambda _arguments, _key: {}
     codec: str = ""

@@ -74,6 +74,15 @@ def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> 
 
 def check_layers(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[Problem]:
     """Check that each layer can be made what the plan says and that its method serves its shape."""
+    return [
+        *fold_problems(layer_problems(layers, target, config)),
+        *why_not_family(config, target, layers),
+        *why_not_in_memory(layers, target, config),
+    ]
+
+
+def layer_problems(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[Problem]:
+    """Find what is wrong with single layers: `where` is a layer's name."""
     siblings: dict[object, list[PlannedLayer]] = {}
     parameters = [_parameter(layer) for layer in layers]
     for layer, parameter in zip(layers, parameters, strict=True):
@@ -104,11 +113,7 @@ def check_layers(layers: Sequence[PlannedLayer], target: Target, config: Config)
         if key not in known:
             known[key] = tuple(_faults(layer, siblings[parameter], target, config))
         problems += [dataclasses.replace(fault, where=layer.name) for fault in known[key]]
-    return [
-        *fold_problems(problems),
-        *why_not_family(config, target, layers),
-        *why_not_in_memory(layers, target, config),
-    ]
+    return problems
 
 
 def _faults(

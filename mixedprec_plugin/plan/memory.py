@@ -21,6 +21,11 @@ def rank_bytes(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> 
     where there are fewer than ranks; all else is on every rank, and layers for a draft model on
     none.
     """
+    return sum(bytes_by_layer(layers, tp_size, config))
+
+
+def bytes_by_layer(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> list[int]:
+    """The bytes of each layer that each rank holds."""
     family, kv_ranks = family_of(config), num_kv_ranks(config, tp_size)
 
     def num_parts(layer: PlannedLayer) -> int:
@@ -29,7 +34,7 @@ def rank_bytes(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> 
             return 1
         return kv_ranks if layer.shard in ("k", "v") else tp_size
 
-    return sum(-(-x.bytes_after // num_parts(x)) for x in layers if x.kind != "draft")
+    return [-(-x.bytes_after // num_parts(x)) if x.kind != "draft" else 0 for x in layers]
 
 
 def memory_line(layers: Iterable[PlannedLayer], target: Target, config: Config) -> str:

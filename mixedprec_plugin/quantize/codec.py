@@ -67,6 +67,18 @@ class Codec(Protocol):
         Layers of a method that has it can be calibrated: `write` stores what is rounded on it.
         """
 
+    def round_inputs(
+        self, inputs: torch.Tensor, tensors: Tensors, arguments: Arguments
+    ) -> torch.Tensor:
+        """What the method's kernels make of a layer's inputs; optional: weight-only methods do not.
+
+        Args:
+            inputs: float32 [T, K].
+            tensors: the layer's, for scales that are stored.
+        Returns:
+            float32 [T, K].
+        """
+
     def take_stored(self, tensors: Tensors, arguments: Arguments, *, checks: bool) -> TensorDict:
         """Return stored tensors as they are served, with those that follow from the rest; optional.
 

@@ -50,14 +50,20 @@ class Keeper:
 
 
 def swept(
-    plan: Plan, tokens: torch.Tensor, folder: Path, keeper: Keeper, *, gradients: bool = True
+    plan: Plan,
+    tokens: torch.Tensor,
+    folder: Path,
+    keeper: Keeper,
+    *,
+    gradients: bool = True,
+    held_out: int = 0,
 ) -> list[torch.Tensor]:
     """Sweep; returns the labels that were drawn, window by window."""
     labels: list[torch.Tensor] = []
     names = {layer.name for layer in plan.layers if layer.name.endswith("_proj")}
     with Reader() as reader:
         network = Network(plan, reader, torch.float32, CPU)
-        sweep = Sweep(network, tokens, folder, 0, gradients=gradients)
+        sweep = Sweep(network, tokens, folder, 0, gradients=gradients, held_out=held_out)
         draw = sweep._draw
 
         def drawn(window: int, logits: torch.Tensor) -> torch.Tensor:
@@ -142,6 +148,31 @@ def test_weights_are_those_of_autograd_over_the_whole_model(tmp_path: Path) -> N
         # attention that looks at one token leaves little but rounding of its gradient
         atol = 1e-3 * float(expected.max())
         torch.testing.assert_close(torch.cat(seen.weights), expected, rtol=0.05, atol=atol)
+
+
+def test_text_that_is_held_out_is_kept_apart_with_whole_gradients(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    plan, keeper = plan_of(tmp_path / "model"), Keeper()
+    tokens = torch.arange(3, 3 + 80).view(5, 16)
+    (tmp_path / "work").mkdir()
+    labels = swept(plan, tokens, tmp_path / "work", keeper, held_out=2)
+    gradients: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith("down_proj"):
+            module.register_forward_hook(
+                lambda _m, _x, out, name=name: (
+                    out.register_hook(lambda g: gradients.update({name: g.flatten(0, 1)})) and None
+                )
+            )
+    gradients_of(model, tokens, torch.stack(labels))
+    for name, expected in gradients.items():
+        seen = keeper.seen[name]
+        (held,) = seen.held
+        assert len(torch.cat(seen.weights)) == len(torch.cat(seen.x)) == 3 * 16
+        assert held.gradients is not None
+        torch.testing.assert_close(
+            held.gradients.float(), expected[3 * 16 :], rtol=0.05, atol=0.05 * float(expected.std())
+        )
 
 
 def test_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

@@ -22,4 +22,5 @@ METHOD = Method(
     faults=lambda _arguments, _shape, _target: [],
     # never compared: shards under `auto` are of one format, or an error
     rounding=lambda _arguments: Rounding(rank=0.0, limit=0.05),
+    searched=(),
 )

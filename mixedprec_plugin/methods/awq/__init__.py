@@ -219,6 +219,7 @@ METHOD = Method(
     declare=declare,
     faults=faults,
     rounding=rounding,
+    searched=tuple({"group_size": size} for size in (128, 64, 32)),
     alternatives=(
         Alternative(NAME, integers.GROUP_SIZES),
         Alternative("gptq", integers.GROUP_SIZES),

@@ -79,6 +79,7 @@ METHOD = Method(
     declare=lambda _arguments: {},
     faults=faults,
     rounding=lambda _arguments: Rounding(rank=16.0, limit=_LIMIT),
+    searched=(),
     sglang="mixedprec_plugin.methods.bf16.sglang",
     moe_kernels="triton",
     moe_backends=frozenset(

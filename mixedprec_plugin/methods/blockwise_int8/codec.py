@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mixedprec_plugin.cpu.activation import quantize_int8_groups
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
 from mixedprec_plugin.quantize.scaled import Scaled, quantize_blocks, read_codes
 
@@ -36,3 +37,10 @@ def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> Tenso
     """Store codes and scales as they are, under SGLang's names, scales in float32."""
     assert isinstance(numbers, Scaled)
     return {"weight": numbers.codes, "weight_scale_inv": numbers.scales}
+
+
+def round_inputs(inputs: torch.Tensor, _tensors: Tensors, arguments: Arguments) -> torch.Tensor:
+    """INT8 with a scale for each token and block along K."""
+    size = arguments["weight_block_size"][1]
+    codes, scales = quantize_int8_groups(inputs, size)
+    return codes.float() * scales.repeat_interleave(size, dim=1)

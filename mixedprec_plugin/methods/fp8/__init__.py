@@ -194,6 +194,7 @@ METHOD = Method(
         limit=LIMIT,
         error=lambda _N, _K: ERROR,
     ),
+    searched=({"weight_block_size": None}, {"weight_block_size": [128, 128]}),
     alternatives=(
         Alternative(NAME, ({"weight_block_size": None},)),
         Alternative("gptq", tuple({"bits": 8, **size} for size in GROUP_SIZES)),

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import torch
 
+from mixedprec_plugin.cpu.activation import (
+    quantize_fp8_groups,
+    quantize_fp8_static,
+    quantize_fp8_tokens,
+)
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.quantize import scaled
 from mixedprec_plugin.quantize.checks import require_finite, weight_shape
@@ -68,3 +73,14 @@ def write(numbers: Numbers, arguments: Arguments, _dtype: torch.dtype) -> Tensor
     if numbers.input_scale is not None:
         made["input_scale"] = numbers.input_scale.float().view(())
     return made
+
+
+def round_inputs(inputs: torch.Tensor, tensors: Tensors, arguments: Arguments) -> torch.Tensor:
+    """FP8 with a scale a token, or a token and a block along K; or with the stored scale."""
+    if block := arguments.get("weight_block_size"):
+        codes, scales = quantize_fp8_groups(inputs, block[1])
+        return codes.float() * scales.repeat_interleave(block[1], dim=1)
+    if (scale := tensors.get("input_scale")) is not None:
+        return quantize_fp8_static(inputs, scale.float()).float() * scale.float()
+    codes, scales = quantize_fp8_tokens(inputs)
+    return codes.float() * scales

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from mixedprec_plugin.cpu.activation import quantize_fp8_tokens
 from mixedprec_plugin.quantize.checks import require_finite, weight_shape
 from mixedprec_plugin.quantize.chunks import float_chunks
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
@@ -48,3 +49,9 @@ def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> Tenso
     assert isinstance(numbers, Scaled)
     scales = numbers.scales.expand(numbers.codes.shape[0], 1).contiguous()
     return {"weight": numbers.codes, "weight_scale": scales}
+
+
+def round_inputs(inputs: torch.Tensor, _tensors: Tensors, _arguments: Arguments) -> torch.Tensor:
+    """FP8 with a scale for each token."""
+    codes, scales = quantize_fp8_tokens(inputs)
+    return codes.float() * scales

@@ -258,6 +258,9 @@ def why_not_quantize(arguments: Arguments) -> str:
     return ""
 
 
+# 8-bit codes with one scale for each output feature: finer groups earn little
+_BYTES = {"bits": 8, "group_size": -1}
+
 METHOD = Method(
     name=NAME,
     title="symmetric 4- or 8-bit integers in groups along K, GPTQ layout",
@@ -289,6 +292,7 @@ METHOD = Method(
     declare=declare,
     faults=faults,
     rounding=rounding,
+    searched=(*({"bits": 4, "group_size": size} for size in (128, 64, 32)), _BYTES),
     alternatives=(
         Alternative(NAME, integers.GROUP_SIZES),
         Alternative("awq", integers.GROUP_SIZES),
