@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-
 from mixedprec_plugin.calibrate import LENGTH, WINDOWS
+from mixedprec_plugin.cli.output import print_json, progress_for
 from mixedprec_plugin.cli.planning import add_planning_arguments, add_text_arguments, make_plan
 from mixedprec_plugin.errors import Problem, UsageError, printable
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from mixedprec_plugin.calibrate.calibrator import Calibration
     from mixedprec_plugin.convert.form import Form
 
 _FORMATS = ("mixedprec", "compressed-tensors")
+
+EXAMPLES = """
+  mixedprec convert --model DIR --preset awq --out DIR-awq
+  mixedprec convert --model DIR --preset awq --calibrate --out DIR-awq
+  mixedprec convert --model DIR --preset fp8-block --format compressed-tensors --out OUT
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from mixedprec_plugin.convert.parts import parse_size
 
     size = parse_size(args.max_shard_size)
-    with plan.preset.concealing(), _progress(sys.stderr) as bar:
+    with plan.preset.concealing(), progress_for(args) as bar:
         calibration = _calibration(args, plan, bar)
         if calibration is not None and calibration.is_helper:
             calibration.help()
@@ -91,11 +91,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         finally:
             if calibration is not None:
                 calibration.dismiss()
+    loss = calibration.predicted_loss if calibration is not None else None
+    if args.json:
+        print_json({"folder": args.out, **dataclasses.asdict(done), "predicted_kl": loss}, out)
+        return 0
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
     print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
-    if calibration is not None and calibration.predicted_loss is not None:
-        loss = calibration.predicted_loss
+    if loss is not None:
         print(f"predicted KL on the text it was calibrated on: {loss:.4f} nats a token", file=out)
     return 0
 
@@ -121,15 +124,3 @@ def _form(name: str) -> Form:
     from mixedprec_plugin.convert.form import MixedForm
 
     return MixedForm()
-
-
-def _progress(err: TextIO) -> Progress:
-    """What is done, how much of it and the time left; nothing where `err` is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=err),
-        disable=not err.isatty(),
-    )

@@ -16,9 +16,15 @@ from mixedprec_plugin.cli.blame import line_of_method
 from mixedprec_plugin.cli.findings import Finding, Status, failed
 from mixedprec_plugin.cli.registration import examine_registration
 from mixedprec_plugin.errors import MixedPrecisionError
+from mixedprec_plugin.plan.tables import Page
 
 if TYPE_CHECKING:
     from mixedprec_plugin.methods.interface import Method
+
+EXAMPLES = """
+  mixedprec doctor
+  mixedprec doctor --json
+"""
 
 # Names as people type them, with the arguments that are worth a try beside the defaults.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -37,12 +43,11 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gptq_int8", {}),
 )
 PACKAGES = ("mixedprec-plugin", "sglang", "torch", "transformers", "safetensors")
-_STYLES: Mapping[Status, str] = {"ok": "green", "absent": "yellow", "failed": "bold red"}
+_STYLES: Mapping[Status, str] = {"ok": "green", "absent": "yellow", "failed": "red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's flags."""
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    """Declare the verb's arguments: none."""
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -59,7 +64,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.json:
         out.write(json.dumps(_as_data(findings), indent=2) + "\n")
     else:
-        _print(findings, out)
+        _print(findings, Page(out))
     return 1 if any(finding.status == "failed" for finding in findings) else 0
 
 
@@ -205,18 +210,14 @@ def _as_data(findings: list[Finding]) -> dict[str, Any]:
     return report
 
 
-def _print(findings: list[Finding], out: TextIO) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    # Rich writes plain text where `out` is no terminal; soft_wrap keeps one finding on one line.
-    console = Console(file=out, highlight=False, soft_wrap=True)
+def _print(findings: list[Finding], page: Page) -> None:
     for section in dict.fromkeys(finding.section for finding in findings):
-        console.print(Text(section, style="bold"))
+        page.print(section, "bold")
         lines = [finding for finding in findings if finding.section == section]
         width = max(len(finding.name) for finding in lines)
         for line in lines:
-            mark = Text(f"  {line.status:<6}  ", style=_STYLES[line.status])
-            console.print(mark + Text(f"{line.name:<{width}}  {line.text}"))
+            page.print(
+                f"  {line.status:<6}  {line.name:<{width}}  {line.text}", _STYLES[line.status]
+            )
     wrong = sum(finding.status == "failed" for finding in findings)
-    console.print(Text(f"{wrong} wrong" if wrong else "all well", style="bold"))
+    page.print(f"{wrong} wrong" if wrong else "all well", "bold")

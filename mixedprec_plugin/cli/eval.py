@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.planning import (
-    add_planning_arguments,
-    add_text_arguments,
-    make_plan,
-    print_json,
-)
+from mixedprec_plugin.cli.output import print_json, progress_for
+from mixedprec_plugin.cli.planning import add_planning_arguments, add_text_arguments, make_plan
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.plan.render import console_for
+from mixedprec_plugin.plan.tables import Page
 
 if TYPE_CHECKING:
     from mixedprec_plugin.evaluate.report import Row
 
 
 _WINDOWS, _LENGTH = 8, 512
+
+EXAMPLES = """
+  mixedprec eval --model DIR --preset awq --preset fp8-block
+  mixedprec eval --model DIR-awq --reference DIR --text FILE
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_text_arguments(parser, "predict", "the reference", _WINDOWS, _LENGTH)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw divergence against bits")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -56,11 +52,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     reference = open_source(args.reference or args.model)
     with (
         tempfile.TemporaryDirectory(prefix="mixedprec-eval-") as folder,
-        Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
-            console=Console(file=sys.stderr), disable=not sys.stderr.isatty(),
-        ) as bar,
-    ):  # fmt: skip
+        progress_for(args) as bar,
+    ):
         rows: list[Row] = evaluate(
             plans,
             reference,
@@ -76,7 +69,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.json:
         print_json(as_dict(rows, args.text), out)
     else:
-        print_rows(rows, args.text, console_for(out))
+        print_rows(rows, args.text, Page(out))
     return 0
 
 

@@ -8,13 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.text import Text
-
 from mixedprec_plugin.checkpoint.converted import embedded_preset
 from mixedprec_plugin.checkpoint.headers import StoredTensor, unreadable
 from mixedprec_plugin.checkpoint.source import Source, open_source
-from mixedprec_plugin.cli.planning import print_json
+from mixedprec_plugin.cli.output import print_json
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind, layer_kind
 from mixedprec_plugin.families.table import family_of
@@ -23,9 +20,14 @@ from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.conversion import action_of
 from mixedprec_plugin.plan.folding import fold_names, fold_problems, natural_key
-from mixedprec_plugin.plan.render import add_row, console_for, format_bytes, new_table
+from mixedprec_plugin.plan.render import format_bytes
+from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.preset.model import Scheme
 
+EXAMPLES = """
+  mixedprec inspect DIR
+  mixedprec inspect Qwen/Qwen3-30B-A3B-GPTQ-Int4 --json
+"""
 _NUMBER = re.compile(r"\d+")
 
 
@@ -101,7 +103,6 @@ class InspectedLayer:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("model", metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.json:
         print_json(_as_dict(layers, problems), out)
     else:
-        _print(layers, problems, console_for(out))
+        _print(layers, problems, Page(out))
         if embedded_preset(source.quantization_config) is not None:
             print(
                 "written by mixedprec convert; carries the preset that it was made with", file=out
@@ -182,26 +183,25 @@ def _bits(layers: Sequence[InspectedLayer]) -> float:
     return 8 * sum(layer.num_bytes for layer in layers) / num_weights if num_weights else 0.0
 
 
-def _print(layers: Sequence[InspectedLayer], problems: Sequence[Problem], console: Console) -> None:
-    table = new_table(
+def _print(layers: Sequence[InspectedLayer], problems: Sequence[Problem], page: Page) -> None:
+    table = Table(
         ("layers", False), ("stored", False), ("bits", True), ("bytes", True), ("a plan can", False)
     )  # fmt: skip
     for alike in _groups(layers):
         first, bits = alike[0], _bits(alike)
-        add_row(
-            table,
+        table.add(
             ", ".join(fold_names(layer.name for layer in alike)),
             first.description,
             f"{bits:.2f}" if bits else "",
             format_bytes(sum(layer.num_bytes for layer in alike)),
             first.use,
         )
-    console.print(table)
+    page.print(table)
+    page.print()
     total = format_bytes(sum(layer.num_bytes for layer in layers))
-    console.print(f"{len(layers)} layers: {total} stored", highlight=False)
+    page.print(f"{len(layers)} layers: {total} stored")
     for problem in problems:
-        line = Text("disagreement: ", style="yellow").append(Text(str(problem), ""))
-        console.print(line, soft_wrap=True)
+        page.print(f"disagreement: {problem}", "yellow")
 
 
 def _groups(layers: Sequence[InspectedLayer]) -> list[list[InspectedLayer]]:

@@ -1,12 +1,10 @@
 """`mixedprec VERB …`; the one place that turns errors into exit codes.
 
-Exit codes: 0 fine, 1 what was asked does not fit, 2 the command line is wrong.
+Exit codes: 0 fine, 1 what was asked does not fit, 2 the command line is wrong, 130 interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import importlib
 import io
 import sys
@@ -14,10 +12,16 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from mixedprec_plugin import __version__
-from mixedprec_plugin.errors import MixedPrecisionError, UsageError
+from mixedprec_plugin.cli.arguments import Parser
+from mixedprec_plugin.cli.output import print_json, report
+from mixedprec_plugin.errors import MixedPrecisionError, Problem, UsageError
+from mixedprec_plugin.names import nearest
 
-# verb -> (module with add_arguments(parser) and run(args, out) -> exit code, help)
-_VERBS = {
+# verb -> (module, help). The module has
+#   add_arguments(parser)
+#   run(args, out) -> the exit code; or the problems that were found, which main prints
+#   EXAMPLES, commands for --help
+VERBS = {
     "plan": ("mixedprec_plugin.cli.plan", "what every layer of a checkpoint would run as"),
     "inspect": ("mixedprec_plugin.cli.inspect", "how every layer of a checkpoint is stored"),
     "convert": ("mixedprec_plugin.cli.convert", "write the mixed checkpoint to disk"),
@@ -26,6 +30,8 @@ _VERBS = {
     "presets": ("mixedprec_plugin.cli.presets", "the presets that ship"),
     "doctor": ("mixedprec_plugin.cli.doctor", "is everything registered and does it fit SGLang"),
 }
+
+_TITLE = "Mixed-precision serving with SGLang by editing a YAML file."
 
 
 def main(
@@ -36,44 +42,78 @@ def main(
     Args:
         argv: arguments after the program's name; the process's own if None.
         out: where results go; standard output if None.
-        err: where errors go; standard error if None.
+        err: where errors and warnings go; standard error if None.
     Returns:
         the exit code.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     out, err = out or sys.stdout, err or sys.stderr
     for stream in (out, err):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is no reason to fail
             stream.reconfigure(errors="backslashreplace")
-    parser = _parser()
     try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        return int(importlib.import_module(_VERBS[args.verb][0]).run(args, out))
-    except UsageError as error:
-        _print_problems(error, err)
-        return 2
+        return _run(words, out, err)
     except MixedPrecisionError as error:
-        _print_problems(error, err)
-        return 1
+        if "--json" in words:
+            print_json({"problems": error.problems}, out)
+        else:
+            report(error.problems, err)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("mixedprec: interrupted", file=err)
+        return 130
     except BrokenPipeError:
         return 0
 
 
-@functools.cache
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mixedprec", description="Mixed-precision serving with SGLang by editing a YAML file."
+def parser_of(verb: str) -> Parser:
+    """The parser of a verb's arguments."""
+    name, summary = VERBS[verb]
+    module = importlib.import_module(name)
+    parser = Parser(prog=f"mixedprec {verb}", description=f"{summary[0].upper()}{summary[1:]}.")
+    if examples := getattr(module, "EXAMPLES", ""):
+        parser.epilog = f"examples:\n{examples.rstrip()}"
+    module.add_arguments(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print JSON")
+    how.add_argument(
+        "-q", "--quiet", action="store_true", help="print errors alone; the exit code tells"
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (module, summary) in _VERBS.items():
-        child = verbs.add_parser(verb, help=summary, description=summary)
-        importlib.import_module(module).add_arguments(child)
     return parser
 
 
-def _print_problems(error: MixedPrecisionError, err: TextIO) -> None:
-    for problem in error.problems:
-        print(f"mixedprec: {problem.severity}: {problem}", file=err)
+def _run(words: Sequence[str], out: TextIO, err: TextIO) -> int:
+    verb = words[0] if words else ""
+    if verb in VERBS:
+        try:
+            args = parser_of(verb).parse_args(words[1:])
+        except SystemExit:  # --help was printed
+            return 0
+        found = importlib.import_module(VERBS[verb][0]).run(
+            args, io.StringIO() if args.quiet else out
+        )
+        if isinstance(found, int):
+            return found
+        errors = [problem for problem in found if problem.severity == "error"]
+        if not args.json:
+            report(errors if args.quiet else found, err)
+        return 1 if errors else 0
+    if verb in ("-V", "--version"):
+        print(__version__, file=out)
+        return 0
+    if verb in ("-h", "--help", "help"):
+        _print_help(out)
+        return 0
+    if not verb:
+        _print_help(err)
+        return 2
+    near = nearest(verb, VERBS)
+    remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else "see mixedprec --help"
+    raise UsageError(Problem("", f"unknown verb {verb!r} (expected {', '.join(VERBS)})", remedy))
+
+
+def _print_help(out: TextIO) -> None:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {summary}" for verb, (_, summary) in VERBS.items())
+    print(f"usage: mixedprec VERB …\n\n{_TITLE}\n\n{verbs}\n", file=out)
+    print("mixedprec VERB --help explains a verb, with examples.", file=out)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TextIO
 
 from mixedprec_plugin.cli.build import with_build
-from mixedprec_plugin.cli.planning import (
-    add_planning_arguments,
-    make_draft_plan,
-    make_plan,
-    print_json,
-)
-from mixedprec_plugin.plan.render import console_for, plan_as_dict, print_plan
+from mixedprec_plugin.cli.output import print_json
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_draft_plan, make_plan
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.plan.render import plan_as_dict, print_plan
+from mixedprec_plugin.plan.tables import Page
+
+EXAMPLES = """
+  mixedprec plan --model DIR --preset awq
+  mixedprec plan --model Qwen/Qwen3-30B-A3B --preset mine.yaml --gpu 4090 --tp 2
+  mixedprec plan --model DIR --preset mine.yaml --set schemes.mlp.group_size=64 --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,14 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--build", action="store_true",
         help="build SGLang's model without weights as well, and hold the plan against it",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run(args: argparse.Namespace, out: TextIO) -> int:
+def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
     """Print the plan.
 
     Returns:
-        0 where the preset fits the checkpoint, 1 where it does not.
+        what does not fit, and warnings.
     Raises:
         UsageError: no preset was named, and the checkpoint carries none; or a draft model was
             named, and the preset has no section for it.
@@ -45,15 +49,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.build:
         plan, *drafts = with_build(args, [plan] + ([draft] if draft else []))
         draft = drafts[0] if drafts else None
+    page = Page(out)
     if args.json:
-        made = plan_as_dict(plan) | ({"draft": plan_as_dict(draft)} if draft else {})
-        print_json(made, out)
-        return 1 if plan.errors or (draft and draft.errors) else 0
-    console = console_for(out)
-    print_plan(plan, console)
-    if draft is not None:
-        console.print("\nThe draft model:")
-        print_plan(draft, console)
-    elif plan.preset.draft is not None:
-        console.print("The preset has a section draft; --draft-model DIR plans it.", markup=False)
-    return 1 if plan.errors or (draft and draft.errors) else 0
+        print_json(plan_as_dict(plan) | ({"draft": plan_as_dict(draft)} if draft else {}), out)
+    else:
+        print_plan(plan, page)
+    if draft is not None and not args.json:
+        page.print("\nThe draft model:")
+        print_plan(draft, page)
+    elif plan.preset.draft is not None and not args.json:
+        page.print("The preset has a section draft; --draft-model DIR plans it.")
+    return (*plan.problems, *(draft.problems if draft else ()))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any, TextIO
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
+from mixedprec_plugin.cli.arguments import count, positive
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import Gpu, find_gpu, served_dtype
@@ -99,25 +98,6 @@ def add_text_arguments(
         "--length", type=positive, metavar="N", help=f"tokens of a piece ({length})"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the written text (0)")
-
-
-def positive(text: str) -> int:
-    """Read a number of at least 1 from the command line."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def count(text: str) -> int:
-    """Read a number of at least 1, in thousands (of 1,024) where it ends in k."""
-    thousands = text.lower().removesuffix("k")
-    return positive(thousands) * (1024 if thousands != text.lower() else 1)
-
-
-def print_json(value: Any, out: TextIO) -> None:
-    """Print plain data as JSON, which has no control character in it."""
-    print(json.dumps(value, indent=1).replace("\x7f", "\\u007f"), file=out)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TextIO
 
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan, print_json
+from mixedprec_plugin.cli.output import print_json
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
 from mixedprec_plugin.errors import PlanError
-from mixedprec_plugin.plan.render import console_for
+from mixedprec_plugin.plan.tables import Page
+
+EXAMPLES = """
+  mixedprec verify --model DIR --preset awq --reference DIR
+  mixedprec verify --model DIR-awq --reference DIR
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", metavar="METHOD=VALUE", action="append", default=[],
         help="largest relative RMS error of a method's layers; repeatable",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -56,5 +61,5 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         layers = [comparison_as_dict(one) for one in worst_first(found)]
         print_json({"layers": layers}, out)
     else:
-        print_comparisons(found, console_for(out))
+        print_comparisons(found, Page(out))
     return 1 if any(one.is_too_far or one.distance is None for one in found) else 0

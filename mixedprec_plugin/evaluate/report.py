@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoTokenizer
 
@@ -21,8 +20,8 @@ from mixedprec_plugin.compose.stream import compose_served
 from mixedprec_plugin.errors import Problem, UsageError, printable
 from mixedprec_plugin.evaluate.divergence import Divergence, Mean, divergences
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.plan.render import add_row, new_table
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.preset.load import load_resolved
 
 UNQUANTIZED = "(unquantized)"
@@ -113,25 +112,26 @@ def _with_error(mean: Mean, digits: int) -> str:
     return f"{mean.value:.{digits}f}{error}"
 
 
-def print_rows(rows: Sequence[Row], text: Path | None, console: Console) -> None:
+def print_rows(rows: Sequence[Row], text: Path | None, page: Page) -> None:
     """Print a table of what was found."""
     numbers = ("bits", "KL, nats a token", "perplexity", "top-1 agreement")
-    table = new_table(("preset", False), *((title, True) for title in numbers))
+    table = Table(("preset", False), *((title, True) for title in numbers))
     for row in rows:
         found = row.found
         perplexity, error = math.exp(found.log_likelihood.value), found.log_likelihood.error
-        add_row(
-            table, row.name, f"{row.bits:.2f}", _with_error(found.kl, 4),
+        table.add(
+            row.name, f"{row.bits:.2f}", _with_error(found.kl, 4),
             _with_error(Mean(perplexity, error and perplexity * error), 2),
             _with_error(found.top1, 4),
         )  # fmt: skip
-    console.print(table)
+    page.print(table)
+    page.print()
     read = printable(str(text)) if text else "text that the unquantized model wrote"
     count = len(rows[0].found.windows)
-    console.print(
+    page.print(
         f"On {read}, {count} windows; ± is the standard error over windows. Weights are as served, "
-        "activations are not quantized.", highlight=False, markup=False,
-    )  # fmt: skip
+        "activations are not quantized."
+    )
 
 
 def as_dict(rows: Sequence[Row], text: Path | None) -> dict[str, Any]:

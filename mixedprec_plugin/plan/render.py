@@ -1,18 +1,10 @@
-"""The plan as a table, as JSON and as one screen of log.
-
-Names in a checkpoint are anybody's: none reaches a terminal or a log but through `printable`.
-"""
+"""The plan as a table, as JSON and as one screen of log."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import Any
 
 from mixedprec_plugin.errors import printable
 from mixedprec_plugin.families.names import ExpertShard, sglang_name
@@ -22,6 +14,7 @@ from mixedprec_plugin.plan.family_checks import shared_experts_line
 from mixedprec_plugin.plan.folding import fold_names, fold_numbers
 from mixedprec_plugin.plan.memory import memory_line
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.plan.tables import Page, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,57 +178,33 @@ def totals(plan: Plan) -> dict[str, Any]:
     }
 
 
-def console_for(out: TextIO) -> Console:
-    """A console as wide as the terminal; 160 characters where there is none."""
-    return Console(file=out, width=None if out.isatty() else 160)
-
-
-def new_table(*columns: tuple[str, bool]) -> Table:
-    """A table without rows.
-
-    Args:
-        columns: title, and whether its cells are numbers.
-    """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title, is_number in columns:
-        table.add_column(title, justify="right" if is_number else "left", overflow="fold")
-    return table
-
-
-def add_row(table: Table, *cells: str | Iterable[str], style: str = "") -> None:
-    """Add a row of texts, each one line or several; nothing in them is markup."""
-    lines = [[cell] if isinstance(cell, str) else cell for cell in cells]
-    table.add_row(*(Text("\n".join(map(printable, cell))) for cell in lines), style=style)
-
-
-def print_plan(plan: Plan, console: Console) -> None:
-    """Print the plan: a row for each group of modules, totals, and every problem."""
+def print_plan(plan: Plan, page: Page) -> None:
+    """Print the plan: a row for each group of modules, and totals."""
     has_sources = _has_sources(plan)
-    table = new_table(
+    table = Table(
         ("layers", False), ("scheme", False), ("method", False),
         *([("source", False)] if has_sources else []), ("stored", False), ("action", False),
         ("before", True), ("after", True), ("bits", True),
+        dropped=("before", "stored", "scheme", "action"),
     )  # fmt: skip
     for group in group_modules(plan):
         bits = f"{group.bits_per_weight:.2f}" if group.bits_per_weight else ""
-        add_row(
-            table, [group.name, f"SGLang: {group.sglang}"] if group.sglang else group.name,
+        table.add(
+            [group.name, f"SGLang: {group.sglang}"] if group.sglang else group.name,
             group.scheme, group.method, *([group.source] if has_sources else []),
             group.stored, group.action,
             format_bytes(group.bytes_before), format_bytes(group.bytes_after), bits,
         )  # fmt: skip
     for name, embedding in plan.tied.items():
         source = [plan.by_name[embedding].source] if has_sources else []
-        add_row(table, name, "-", "", *source, f"tied to {embedding}", "as stored", "", "", "")
-    console.print(table)
-    console.print(totals_line(plan), highlight=False)
+        table.add(name, "-", "", *source, f"tied to {embedding}", "as stored", "", "", "")
+    page.print(table)
+    page.print()
+    page.print(totals_line(plan))
     if line := memory_line(plan.layers, plan.target, plan.source.config):
-        console.print(line, highlight=False)
+        page.print(line)
     if line := shared_experts_line(plan.source.config, plan.layers):
-        console.print(printable(line), highlight=False, markup=False)
-    for problem in plan.problems:
-        style = "bold red" if problem.severity == "error" else "yellow"
-        console.print(Text(f"{problem.severity}: ", style=style).append(Text(str(problem), "")))
+        page.print(printable(line))
 
 
 def totals_line(plan: Plan) -> str:

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.plan.render import add_row, new_table
+from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.verify.verifier import Comparison
 
 NUM_SHOWN = 20
@@ -65,9 +63,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def print_comparisons(found: Sequence[Comparison], console: Console) -> None:
+def print_comparisons(found: Sequence[Comparison], page: Page) -> None:
     """Print the worst layers, then how many of all are too far."""
-    table = new_table(
+    table = Table(
         ("layer", False), ("method", False), ("source", False), ("relative error", True),
         ("limit", True), ("cosine", True), ("compared", False),
     )  # fmt: skip
@@ -76,15 +74,16 @@ def print_comparisons(found: Sequence[Comparison], console: Console) -> None:
     shown = shown or ordered[:NUM_SHOWN]
     for one in shown:
         far = one.distance
-        add_row(
-            table, one.layer, one.method, one.source,
+        table.add(
+            one.layer, one.method, one.source,
             f"{far.relative_error:.4f}" if far else "-",
             f"{one.limit:g}" if math.isfinite(one.limit) else "",
             f"{far.cosine:.5f}" if far else "-", one.note,
-            style="bold red" if one.is_too_far or far is None else "",
+            style="red" if one.is_too_far or far is None else "",
         )  # fmt: skip
-    console.print(table)
+    page.print(table)
+    page.print()
     num_far = sum(one.is_too_far for one in found)
     num_missing = sum(one.distance is None for one in found)
     missing = f", {num_missing} not compared" if num_missing else ""
-    console.print(f"{len(found)} compared: {num_far} too far{missing}", highlight=False)
+    page.print(f"{len(found)} compared: {num_far} too far{missing}")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import io
 import json
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +12,7 @@ import torch
 from mixedprec_plugin.cli import doctor
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.registry import METHODS, MethodTable
+from tests import commands
 from tests.methods.packages import install
 
 pytestmark = pytest.mark.sglang
@@ -22,10 +21,8 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a mach
 
 
 def run(*flags: str) -> tuple[int, str]:
-    parser = argparse.ArgumentParser()
-    doctor.add_arguments(parser)
-    out = io.StringIO()
-    return doctor.run(parser.parse_args(flags), out), out.getvalue()
+    code, out, _ = commands.run("doctor", *flags)
+    return code, out
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,6 @@ def test_dtypes_that_are_not_read_are_named_and_refused_by_the_plan(
     assert "neither" in row
     preset = tmp_path / "p.yaml"
     preset.write_text("version: 1\nrules: [{match: '*.up_proj', method: fp8}]\n")
-    code, out, _ = run("plan", "--model", str(folder), "--preset", str(preset))
+    code, _, err = run("plan", "--model", str(folder), "--preset", str(preset))
     assert code == 1
-    assert any(f"{layer}: " in line and dtype in line for line in out.splitlines())
+    assert any(f"{layer}: " in line and dtype in line for line in err.splitlines())

@@ -68,12 +68,11 @@ def test_preset_that_does_not_fit_exits_1_and_prints_every_problem(
         'match: "*.q_proj", method: fp8',
         'match: "*.up_projj", method: fp8',
     )
-    code, out, _ = run("plan", "--model", model, "--preset", preset)
+    code, out, err = run("plan", "--model", model, "--preset", preset)
     assert code == 1
-    assert "error: model.layers.0-2.self_attn.qkv_proj: its shards need one scheme" in out
-    text = " ".join(out.split())
-    assert f"error: {preset}:5: rules[2]" in text.replace("\n", "")
-    assert "'*.up_projj' matches no layer of the model; did you mean" in text
+    assert "error: " not in out
+    assert "error: model.layers.0-2.self_attn.qkv_proj: its shards need one scheme" in err
+    assert f"error: {preset}:5: rules[2]: '*.up_projj' matches no layer of the model" in err
 
 
 def test_broken_preset_exits_1_with_its_line_and_no_traceback(model: Path, tmp_path: Path) -> None:
@@ -137,10 +136,9 @@ def test_gpu_that_does_not_run_a_method_exits_1(model: Path, tmp_path: Path) -> 
     code, out, _ = run(*argv, "--gpu", "H100")
     assert code == 0
     assert "H100 of 80 GB: 0 GB of weights a rank at tensor parallel 1, 0% of its memory" in out
-    code, out, _ = run(*argv, "--gpu", "RTX 2080 Ti")
+    code, _, err = run(*argv, "--gpu", "RTX 2080 Ti")
     assert code == 1
-    text = " ".join(out.split())
-    assert "fp8 does not run on this GPU, whose compute capability is 7.5 (expected 8.0" in text
+    assert "fp8 does not run on this GPU, whose compute capability is 7.5 (expected 8.0" in err
     assert run(*argv, "--gpu", "8.9")[0] == 0
 
 
@@ -205,9 +203,9 @@ class TestDraft:
         self, model: Path, preset: Path, tmp_path: Path
     ) -> None:
         small = write_llama(tmp_path / "small", intermediate_size=192)
-        code, out, _ = run("plan", "--model", model, "--preset", preset, "--draft-model", small)
+        code, _, err = run("plan", "--model", model, "--preset", preset, "--draft-model", small)
         assert code == 1
-        assert "192" in out.partition("The draft model:")[2]
+        assert "192" in err
 
     def test_draft_without_the_section_is_refused(
         self, model: Path, draft_model: Path, tmp_path: Path

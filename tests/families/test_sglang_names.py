@@ -5,11 +5,11 @@ import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from mixedprec_plugin.families.names import sglang_name
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.plan.render import plan_as_dict, print_plan
+from mixedprec_plugin.plan.tables import Page
 from tests import published
 from tests.presets import plan
 
@@ -66,7 +66,7 @@ def test_plan_shows_both_names_where_they_differ(tmp_path: Path) -> None:
     model = published.mixtral_8x7b(num_layers=2).write(tmp_path / "model")
     made = plan(model, 'match: "*.self_attn.*", method: fp8_block')
     out = io.StringIO()
-    print_plan(made, Console(file=out, width=160))
+    print_plan(made, Page(out))
     lines = [line.strip() for line in out.getvalue().splitlines()]
     row = next(i for i, line in enumerate(lines) if line.startswith("model.layers.0-1.self_attn.q"))
     assert lines[row + 1] == "SGLang: layers.0-1.self_attn.qkv_proj"
@@ -80,5 +80,5 @@ def test_plan_shows_both_names_where_they_differ(tmp_path: Path) -> None:
 def test_plan_shows_one_name_where_they_do_not_differ(tmp_path: Path) -> None:
     model = published.qwen3_30b_a3b(num_layers=1).write(tmp_path / "model")
     out = io.StringIO()
-    print_plan(plan(model, 'match: "*", method: gptq'), Console(file=out, width=160))
+    print_plan(plan(model, 'match: "*", method: gptq'), Page(out))
     assert "SGLang:" not in out.getvalue()

@@ -1,0 +1,69 @@
+"""argparse, a little stricter: nothing that is typed is guessed at or passed over."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.names import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, takes an option once, and raises UsageError."""
+
+    def __init__(self, **options: Any) -> None:
+        how = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=how, **options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an option that is not known gets the nearest one that is."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            near = nearest(option, self._option_string_actions) if option[0] == "-" else []
+            remedy = f"did you mean {' or '.join(near)}?" if near else self._see_help()
+            raise UsageError(Problem("", f"unknown argument {option!r}", remedy))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise UsageError(Problem("", message.removeprefix("argument "), self._see_help()))
+
+    def _see_help(self) -> str:
+        return f"see {self.prog} --help"
+
+
+class _Once(argparse.Action):
+    """Store a value, of which there can be one alone."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        given = vars(namespace).setdefault("_given", {})
+        if self.dest in given:
+            first = given[self.dest]
+            raise argparse.ArgumentError(self, f"given twice: {first!r} and {values!r}")
+        given[self.dest] = values
+        setattr(namespace, self.dest, values)
+
+
+def positive(text: str) -> int:
+    """Read a number of at least 1 from the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def count(text: str) -> int:
+    """Read a number of at least 1, in thousands (of 1,024) where it ends in k."""
+    thousands = text.lower().removesuffix("k")
+    return positive(thousands) * (1024 if thousands != text.lower() else 1)

@@ -1,0 +1,56 @@
+"""What every verb writes besides its own result: JSON, problems and progress."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.plan.tables import styled
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def print_json(value: Any, out: TextIO) -> None:
+    """Print plain data, or dataclasses in it, as JSON, which has no control character in it."""
+    text = json.dumps(value, indent=1, default=_plain)
+    print(text.replace("\x7f", "\\u007f"), file=out)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def report(problems: Iterable[Problem], err: TextIO) -> None:
+    """Print problems, a line each."""
+    for problem in problems:
+        style = "red" if problem.severity == "error" else "yellow"
+        print(styled(f"{problem.severity}:", style, err), problem, file=err)
+
+
+def progress_for(args: argparse.Namespace) -> Progress:
+    """What is done, how much of it and the time left; nothing where nobody is watching."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        disable=args.quiet or not sys.stderr.isatty(),
+    )
