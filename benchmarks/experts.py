@@ -25,7 +25,7 @@ from benchmarks.families.processes import forked
 from benchmarks.reference_model import divergence, load_reference, log_probabilities, perplexity
 from benchmarks.rounding import round_as_kernels
 from demo.model import checkpoint
-from demo.server import free_port
+from mixedprec_plugin.evaluate.server import free_port
 
 PROSE = Path(__file__).with_name("data") / "prose.txt"
 # of expert 0, 1, 2 and 3 of each layer

@@ -24,7 +24,6 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.engine_logprobs import WINDOW, distributions
 from benchmarks.presets import PRESETS, fitting_presets
 from benchmarks.reference_model import (
     load_reference,
@@ -34,8 +33,9 @@ from benchmarks.reference_model import (
 )
 from benchmarks.rounding import round_as_kernels
 from demo.model import checkpoint
-from demo.server import Server
 from mixedprec_plugin.compose.stream import open_virtual_checkpoint
+from mixedprec_plugin.evaluate.engine import WINDOW, distributions
+from mixedprec_plugin.evaluate.server import Server
 from mixedprec_plugin.methods.interface import Target
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -85,7 +85,7 @@ def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 def windowed_log_probabilities(model: Any, tokens: list[int], window: int) -> torch.Tensor:
-    """Do the same in windows, as `engine_logprobs` asks a server, keys and values kept in between.
+    """Do the same in windows, as `evaluate.engine` asks a server, keys and values kept in between.
 
     The order of a sum decides bits, and how torch cuts a product into blocks depends on its
     shapes: attention over a window is called with the shapes of SGLang's torch_native. A window

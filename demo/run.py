@@ -17,7 +17,7 @@ from typing import Any
 
 from demo.gguf_model import DemoModelError
 from demo.model import checkpoint
-from demo.server import Server, ServerError
+from mixedprec_plugin.evaluate.server import Server, ServerError
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET = ROOT / "configs" / "presets" / "attention-fp8-mlp-int4.yaml"

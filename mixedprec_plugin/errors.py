@@ -9,7 +9,8 @@
     ├── ShapeError          a tensor's shape or values do not fit a method
     ├── LoadError           the running model and the plan do not fit each other
     ├── ConvertError        an output folder is in the way, or cannot be written
-    └── RegistrationError   the plugin is not whole in this process
+    ├── RegistrationError   the plugin is not whole in this process
+    └── ServerError         a server that was started for a measurement failed (evaluate/server.py)
 
 Errors are data: an exception carries every `Problem` that was found, not only the first.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from demo.server import Server
+from mixedprec_plugin.evaluate.server import Server
 
 # times say nothing on a shared machine
 settings.register_profile("mixedprec", deadline=None)

@@ -17,9 +17,9 @@ from benchmarks.families.methods import preset_text
 from benchmarks.families.processes import ChildError, forked
 from benchmarks.families.reference import Run, run_reference
 from benchmarks.families.trace import Trace, join
-from demo.server import free_port
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
+from mixedprec_plugin.evaluate.server import free_port
 from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan

@@ -18,9 +18,9 @@ from benchmarks.families.comparison import distance
 from benchmarks.families.loaded import Values, compare
 from benchmarks.families.newer import Newer
 from benchmarks.families.processes import ChildError, forked
-from demo.server import free_port
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.errors import MixedPrecisionError
+from mixedprec_plugin.evaluate.server import free_port
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset

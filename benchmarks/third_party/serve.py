@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.engine_logprobs import distributions
 from benchmarks.experts import PROSE
 from benchmarks.reference_model import divergence, load_unquantized, log_probabilities, perplexity
 from benchmarks.third_party.composition import composed_model
@@ -26,8 +25,9 @@ from benchmarks.third_party.make import checkpoints_dir
 from benchmarks.third_party.recipes import RECIPES
 from benchmarks.third_party.reference import reference
 from demo.model import checkpoint
-from demo.server import Server
 from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.evaluate.engine import distributions
+from mixedprec_plugin.evaluate.server import Server
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan

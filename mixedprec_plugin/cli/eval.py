@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.cli.output import print_json, progress_for
 from mixedprec_plugin.cli.planning import add_planning_arguments, add_text_arguments, make_plan
-from mixedprec_plugin.errors import PlanError
+from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.tables import Page
 
 if TYPE_CHECKING:
-    from mixedprec_plugin.evaluate.report import Row
+    from mixedprec_plugin.evaluate.report import Row, Servers
 
 
 _WINDOWS, _LENGTH = 8, 512
@@ -34,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the unquantized model, if --model is not it: folder or Hugging Face id",
     )  # fmt: skip
     add_text_arguments(parser, "predict", "the reference", _WINDOWS, _LENGTH)
+    parser.add_argument(
+        "--engine", choices=("transformers", "sglang"), default="transformers",
+        help="sglang: start a server for each, and one of the unquantized model for the noise of "
+        "its kernels",
+    )  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw divergence against bits")
 
 
@@ -50,6 +57,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from mixedprec_plugin.evaluate.report import as_dict, draw, evaluate, print_rows
 
     reference = open_source(args.reference or args.model)
+    is_served = args.engine == "sglang"
+    servers = _servers(args, plans, reference.path) if is_served else None
     with (
         tempfile.TemporaryDirectory(prefix="mixedprec-eval-") as folder,
         progress_for(args) as bar,
@@ -63,13 +72,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             args.seed or 0,
             Path(folder),
             bar,
+            servers,
         )
     if args.plot:
         draw(rows, args.plot)
     if args.json:
-        print_json(as_dict(rows, args.text), out)
+        print_json(as_dict(rows, args.text, is_served=is_served), out)
     else:
-        print_rows(rows, args.text, Page(out))
+        print_rows(rows, args.text, Page(out), is_served=is_served)
     return 0
 
 
@@ -79,3 +89,31 @@ def _plan(args: argparse.Namespace, preset: str) -> Plan:
     if problems := plan.not_calibrated():
         raise PlanError(problems)
     return plan
+
+
+def _servers(args: argparse.Namespace, plans: Mapping[str, Plan], reference: Path) -> Servers:
+    """How the reference and each plan are served, as they were planned.
+
+    Raises:
+        UsageError: the plans are for a GPU, and none is here.
+    """
+    import torch
+
+    from mixedprec_plugin.evaluate.report import UNQUANTIZED
+    from mixedprec_plugin.evaluate.server import Server
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        what = "cuda is not there (expected a GPU, to serve what is planned for one)"
+        raise UsageError(Problem("--device", what, "add --device cpu"))
+    flags = ["--device", args.device, "--tp-size", str(args.tp), "--dtype", args.dtype]
+    ours = ["--load-format", "mixedprec"]
+    for override in args.overrides:
+        ours += ["--mixedprec-set", override]
+    servers = {UNQUANTIZED: partial(Server, reference, flags=flags, is_quiet=True)}
+    for name, plan in plans.items():
+        is_preset = bool(args.presets) and not Path(name).is_dir()
+        preset = ["--mixedprec-config", name] if is_preset else []
+        servers[name] = partial(
+            Server, plan.source.path, flags=[*flags, *ours, *preset], is_quiet=True
+        )
+    return servers

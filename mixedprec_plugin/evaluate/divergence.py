@@ -1,8 +1,9 @@
 """How far the predictions of quantized models are from the unquantized one's, on a text.
 
-Models run a decoder layer at a time in transformers, with the weights that they are served with,
-dequantized; activations are not quantized. At the end each model's logits are made for a few tokens
-at a time, beside the reference's.
+In transformers they run a decoder layer at a time, with the weights that they are served with,
+dequantized; activations are not quantized. At the end each model's logits are made for a window at
+a time, beside the reference's. Served, they run in SGLang's own kernels, one server after the
+other, and the reference is the same.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.sweep import Sweep
+from mixedprec_plugin.evaluate.engine import distributions
+from mixedprec_plugin.evaluate.server import Server
+
+# window -> logits, or their logarithms of probabilities: [length or one less, vocabulary]
+Predictions = Callable[[int], torch.Tensor]
 
 # logits of so many tokens are in memory at once, of each of two models
 _HEAD_TOKENS = 512
@@ -72,32 +80,87 @@ def divergences(
         progress: called after each decoder layer of each model.
     """
     networks = {"": reference, **models}
-    hidden = {}
-    for number, (name, network) in enumerate(networks.items()):
-        own = folder / str(number)
-        own.mkdir()
-        hidden[name] = Sweep(network, tokens, own).forward(lambda _: progress())
+    hidden = {
+        name: _run(network, tokens, folder / str(number), progress)
+        for number, (name, network) in enumerate(networks.items())
+    }
     found = {}
     for name, network in networks.items():
-        rows = []
-        with contextlib.ExitStack() as stack, torch.no_grad():
-            for one in {id(x): x for x in (reference, network)}.values():
-                stack.enter_context(one.loaded(None))
-            for window, own in enumerate(tokens):
-                expected = _logits(reference, own, hidden[""][window])
-                made = _logits(network, own, hidden[name][window])
-                rows.append(_compare(expected, made, own))
-        kl, likelihood, top1 = zip(*rows, strict=True)
-        found[name] = Divergence(Mean.of(kl), Mean.of(likelihood), Mean.of(top1), tuple(kl))
+        with _predictions(reference, tokens, hidden[""]) as expected, contextlib.ExitStack() as own:
+            made = expected
+            if network is not reference:
+                made = own.enter_context(_predictions(network, tokens, hidden[name]))
+            found[name] = _compare(expected, made, tokens)
     return found
 
 
-def _logits(network: Network, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    states = hidden[None].to(network.device, network.model.dtype)
-    return network.logits(tokens[None].to(network.device), states)[0]
+def served_divergences(
+    reference: Network,
+    servers: Mapping[str, Callable[[Path], AbstractContextManager[Server]]],
+    tokens: torch.Tensor,
+    folder: Path,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Divergence]:
+    """Compare what servers predict with a reference, which runs in transformers.
+
+    Args:
+        servers: name -> a server that writes its log to a file; one runs at a time.
+        tokens: int64 [windows, length].
+        folder: an empty one for hidden states and logs.
+        progress: called after each decoder layer of the reference, and each window of a server.
+    Raises:
+        ServerError: a server does not start, or fails.
+    """
+    hidden = _run(reference, tokens, folder / "reference", progress)
+    vocabulary = reference.model.config.get_text_config().vocab_size
+    found = {}
+    for number, (name, start) in enumerate(servers.items()):
+        with start(folder / f"{number}.log") as server:
+
+            def made(window: int, server: Server = server) -> torch.Tensor:
+                rows = [
+                    rows for _, rows in distributions(server, tokens[window].tolist(), vocabulary)
+                ]
+                progress()
+                return torch.from_numpy(np.concatenate(rows))
+
+            with _predictions(reference, tokens, hidden) as expected:
+                found[name] = _compare(expected, made, tokens)
+    return found
 
 
-def _compare(
+def _run(
+    network: Network, tokens: torch.Tensor, folder: Path, progress: Callable[[], None]
+) -> torch.Tensor:
+    """The states behind the last decoder layer, [windows, length, hidden size]."""
+    folder.mkdir()
+    return Sweep(network, tokens, folder).forward(lambda _: progress())
+
+
+@contextlib.contextmanager
+def _predictions(
+    network: Network, tokens: torch.Tensor, hidden: torch.Tensor
+) -> Iterator[Predictions]:
+    """Hold what makes logits of hidden states."""
+
+    def logits(window: int) -> torch.Tensor:
+        states = hidden[window][None].to(network.device, network.model.dtype)
+        return network.logits(tokens[window][None].to(network.device), states)[0]
+
+    with network.loaded(None), torch.no_grad():
+        yield logits
+
+
+def _compare(expected: Predictions, made: Predictions, tokens: torch.Tensor) -> Divergence:
+    rows = []
+    for window, own in enumerate(tokens):
+        first = expected(window)
+        rows.append(_compare_window(first, first if made is expected else made(window), own))
+    kl, likelihood, top1 = zip(*rows, strict=True)
+    return Divergence(Mean.of(kl), Mean.of(likelihood), Mean.of(top1), tuple(kl))
+
+
+def _compare_window(
     expected: torch.Tensor, made: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[float, float, float]:
     """KL, negative log-likelihood and agreement, means over the tokens of a window."""
@@ -105,7 +168,9 @@ def _compare(
     count = len(tokens) - 1
     for first in range(0, count, _HEAD_TOKENS):
         at = slice(first, min(first + _HEAD_TOKENS, count))
-        p, q = (logits[at].float().log_softmax(-1) for logits in (expected, made))
+        p, q = (
+            logits[at].to(expected.device).float().log_softmax(-1) for logits in (expected, made)
+        )
         kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
         following = tokens[at.start + 1 : at.stop + 1, None].to(q.device)
         likelihood -= float(q.gather(1, following).sum(dtype=torch.float64))

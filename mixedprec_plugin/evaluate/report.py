@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.compose.stream import compose_served
 from mixedprec_plugin.errors import Problem, UsageError, printable
-from mixedprec_plugin.evaluate.divergence import Divergence, Mean, divergences
+from mixedprec_plugin.evaluate.divergence import (
+    Divergence,
+    Mean,
+    divergences,
+    served_divergences,
+)
+from mixedprec_plugin.evaluate.server import Server
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.preset.load import load_resolved
 
 UNQUANTIZED = "(unquantized)"
+
+# name of a row -> what serves it and writes a log to a file
+Servers = Mapping[str, Callable[[Path], AbstractContextManager[Server]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +61,16 @@ def evaluate(
     seed: int,
     folder: Path,
     progress: Progress,
+    servers: Servers | None = None,
 ) -> list[Row]:
     """Evaluate plans against an unquantized model, which is the first row.
 
     Args:
         text: a file; None has the reference write the text.
-        folder: an empty one for hidden states.
+        folder: an empty one for hidden states and logs.
+        servers: of the unquantized model and of each plan; without, they run in transformers.
     Raises:
+        ServerError: a server does not start, or fails.
         UsageError: the reference is quantized itself, or the text too short.
         PlanError: the reference is not whole.
         CheckpointError: a source is damaged, or of a class that transformers does not have.
@@ -73,18 +86,34 @@ def evaluate(
             progress.remove_task(task)
         else:
             tokens = read_text(text, tokenizer, num_windows, length)
-        networks = {
-            name: Network(plan, reader, torch.float32, device, compose_served)
-            for name, plan in plans.items()
-        }
-        total = sum(len(one.layers) for one in (network, *networks.values()))
-        task = progress.add_task("layers", total=total)
-        found = divergences(network, networks, tokens, folder, lambda: progress.advance(task))
+        found = _found(network, plans, tokens, reader, folder, progress, servers)
     rows = {UNQUANTIZED: own, **plans}
     return [
         Row(name, _bits(plan), plan.bytes_after, one)
         for (name, plan), one in zip(rows.items(), found.values(), strict=True)
     ]
+
+
+def _found(
+    network: Network,
+    plans: Mapping[str, Plan],
+    tokens: torch.Tensor,
+    reader: Reader,
+    folder: Path,
+    progress: Progress,
+    servers: Servers | None,
+) -> dict[str, Divergence]:
+    """What each model's predictions are like, the reference's first."""
+    count = len(network.layers)
+    if servers is not None:
+        task = progress.add_task("serving", total=count + len(servers) * len(tokens))
+        return served_divergences(network, servers, tokens, folder, lambda: progress.advance(task))
+    networks = {
+        name: Network(plan, reader, torch.float32, network.device, compose_served)
+        for name, plan in plans.items()
+    }
+    task = progress.add_task("layers", total=count + sum(len(x.layers) for x in networks.values()))
+    return divergences(network, networks, tokens, folder, lambda: progress.advance(task))
 
 
 def _unquantized(reference: Source, plans: Mapping[str, Plan]) -> Plan:
@@ -112,7 +141,9 @@ def _with_error(mean: Mean, digits: int) -> str:
     return f"{mean.value:.{digits}f}{error}"
 
 
-def print_rows(rows: Sequence[Row], text: Path | None, page: Page) -> None:
+def print_rows(
+    rows: Sequence[Row], text: Path | None, page: Page, *, is_served: bool = False
+) -> None:
     """Print a table of what was found."""
     numbers = ("bits", "KL, nats a token", "perplexity", "top-1 agreement")
     table = Table(("preset", False), *((title, True) for title in numbers))
@@ -128,16 +159,19 @@ def print_rows(rows: Sequence[Row], text: Path | None, page: Page) -> None:
     page.print()
     read = printable(str(text)) if text else "text that the unquantized model wrote"
     count = len(rows[0].found.windows)
-    page.print(
-        f"On {read}, {count} windows; ± is the standard error over windows. Weights are as served, "
-        "activations are not quantized."
+    how = (
+        f"Served by SGLang, against transformers in float32: {UNQUANTIZED} is the engine's noise."
+        if is_served
+        else "In transformers: weights are as served, activations are not quantized."
     )
+    page.print(f"On {read}, {count} windows; ± is the standard error over windows. {how}")
 
 
-def as_dict(rows: Sequence[Row], text: Path | None) -> dict[str, Any]:
+def as_dict(rows: Sequence[Row], text: Path | None, *, is_served: bool = False) -> dict[str, Any]:
     """What was found, for JSON."""
     return {
         "text": str(text) if text else None,
+        "engine": "sglang" if is_served else "transformers",
         "windows": len(rows[0].found.windows),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
@@ -156,6 +190,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         raise UsageError(Problem("--plot", "matplotlib is not installed", remedy)) from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    if floor := rows[0].found.kl.value:
+        axes.axhline(floor, linestyle=":", color="gray")
     for row in rows[1:]:
         kl = row.found.kl
         axes.errorbar(row.bits, kl.value, yerr=kl.error or 0, fmt="o")

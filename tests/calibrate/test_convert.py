@@ -239,6 +239,16 @@ def test_eval_refuses_a_quantized_reference(tmp_path: Path) -> None:
     assert "name the unquantized model with --reference" in err
 
 
+def test_eval_in_the_engine_refuses_a_gpu_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, preset = tmp_path / "model", preset_of(tmp_path)
+    write_model(model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = command("eval", "--model", model, "--preset", preset, "--engine", "sglang")
+    assert (code, "--device: cuda is not there" in err) == (2, True), err
+
+
 def test_two_ranks_round_as_one_does(tmp_path: Path) -> None:
     """By torchrun and gloo: a layer's tokens come together in the order of their windows."""
     model, preset = tmp_path / "model", preset_of(tmp_path, "gptq")

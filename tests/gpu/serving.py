@@ -19,7 +19,6 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import tensor_parallel
-from benchmarks.engine_logprobs import WINDOW, distributions
 from benchmarks.reference_model import (
     divergence,
     load_reference,
@@ -27,7 +26,8 @@ from benchmarks.reference_model import (
     windowed_log_probabilities,
 )
 from benchmarks.rounding import round_as_kernels
-from demo.server import Server
+from mixedprec_plugin.evaluate.engine import WINDOW, distributions
+from mixedprec_plugin.evaluate.server import Server
 from tests.gpu.card import flags
 
 PROMPTS = tensor_parallel.PROMPTS[:6]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from demo.server import Server
+from mixedprec_plugin.evaluate.server import Server
 
 NUM_TOKENS = 256
 

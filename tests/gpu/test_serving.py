@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.quality import QUANTIZED_INPUT_LIMIT, WEIGHT_ONLY_LIMIT
 from benchmarks.reference_model import divergence
-from demo.server import Server, ServerError
+from mixedprec_plugin.evaluate.server import Server, ServerError
 from tests.gpu.adapters import adapt, write_adapter
 from tests.gpu.serving import (
     PROMPTS,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.server import Server
+from mixedprec_plugin.evaluate.server import Server
 from tests.gpu.card import PRESETS, flags, preset_plan, why_not
 from tests.gpu.speed import decode_speed
 from tests.gpu.test_presets import NAMES

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.engine_logprobs import WINDOW, distributions
 from benchmarks.reference_model import load_reference, windowed_log_probabilities
 from benchmarks.rounding import round_as_kernels
-from demo.server import Server
+from mixedprec_plugin.evaluate.engine import WINDOW, distributions
+from mixedprec_plugin.evaluate.server import Server
 
 MIXED = Path(__file__).with_name("mixed.yaml")
 # of the prose that distributions are compared on

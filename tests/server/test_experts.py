@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.server import Server
+from mixedprec_plugin.evaluate.server import Server
 from tests.server.conftest import chat, nearness
 
 FOUR_SCHEMES = Path(__file__).with_name("experts.yaml")

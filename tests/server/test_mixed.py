@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from demo.server import Server
+from benchmarks.reference_model import load_unquantized, log_probabilities
+from mixedprec_plugin.calibrate.text import read_text
+from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.compose.stream import open_virtual_checkpoint
+from mixedprec_plugin.evaluate.engine import distributions
+from mixedprec_plugin.evaluate.report import evaluate
+from mixedprec_plugin.evaluate.server import Server
+from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.render import summary_lines
 from tests import commands
 from tests.presets import plan
@@ -47,6 +57,38 @@ def test_distributions_are_those_of_independently_dequantized_weights(
     assert abs(near.loss) < 0.01
 
 
+def test_eval_measures_what_the_server_itself_predicts(
+    mixed: Mixed, widened_model: Path, prose: str, tmp_path: Path
+) -> None:
+    """In two windows; the expectation is the server's own rows beside one run of transformers."""
+    text = tmp_path / "prose.txt"
+    text.write_text(prose, encoding="utf-8")
+    plans = {"mixed": open_virtual_checkpoint(widened_model, MIXED, Target(device="cpu")).plan}
+    servers = {name: lambda _: nullcontext(mixed.server) for name in ("(unquantized)", "mixed")}
+    found = evaluate(
+        plans,
+        open_source(widened_model),
+        text,
+        2,
+        100,
+        0,
+        tmp_path,
+        Progress(disable=True),
+        servers,
+    )
+    assert found[0].found == found[1].found
+    tokenizer = AutoTokenizer.from_pretrained(widened_model)
+    model = load_unquantized(widened_model)
+    windows = read_text(text, tokenizer, 2, 100).tolist()
+    expected = []
+    for tokens in windows:
+        ours = log_probabilities(model, tokens)
+        rows = [torch.from_numpy(x) for _, x in distributions(mixed.server, tokens, ours.shape[1])]
+        expected.append(float((ours.exp() * (ours - torch.cat(rows))).sum(-1).mean()))
+    assert found[1].found.windows == pytest.approx(expected, rel=1e-3)
+    assert found[1].found.kl.error is not None
+
+
 class TestUpdateWeightsFromDisk:
     TEXT = "The three primary colors are"
 
@@ -63,7 +105,7 @@ class TestUpdateWeightsFromDisk:
         return folder
 
     def update(self, mixed: Mixed, path: Path, **extra: str) -> dict[str, object]:
-        from demo.server import ServerError
+        from mixedprec_plugin.evaluate.server import ServerError
 
         try:
             body = {"model_path": str(path), **extra}

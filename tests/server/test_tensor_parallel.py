@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks import tensor_parallel
-from demo.server import Server
+from mixedprec_plugin.evaluate.server import Server
 from tests.server.conftest import MIXED, greedy
 
 PROMPTS = tensor_parallel.PROMPTS[:5]

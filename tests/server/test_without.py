@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.server import Server, ServerError
+from mixedprec_plugin.evaluate.server import Server, ServerError
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.commands import converted
 from tests.presets import write_preset

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from demo.server import Server
+from mixedprec_plugin.errors import MixedPrecisionError
+from mixedprec_plugin.evaluate.server import Server
 
 WINDOW = 128
 
 
-class AlignmentError(Exception):
+class AlignmentError(MixedPrecisionError):
     """The server's rows are not the positions that were asked for."""
 
 

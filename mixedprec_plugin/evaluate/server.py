@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mixedprec_plugin.errors import MixedPrecisionError, Problem
+
 START_SECONDS = 600.0
 STOP_SECONDS = 30.0
 _LOG_TAIL_LINES = 25
@@ -27,7 +29,7 @@ _libc = ctypes.CDLL(None)
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class ServerError(Exception):
+class ServerError(MixedPrecisionError):
     """The server died, did not become ready in time, or answered with an error."""
 
 
@@ -39,6 +41,7 @@ class Server:
         log_path: file that receives what the server prints.
         preset_path: served with `--load-format mixedprec` if given, stock if None.
         flags: more flags of `sglang serve`.
+        is_quiet: whether nothing is printed while it starts.
     Attributes:
         command: what is run.
         ready_seconds: from start to ready; 0.0 before.
@@ -50,7 +53,10 @@ class Server:
         log_path: Path,
         preset_path: Path | None = None,
         flags: Sequence[str] = (),
+        *,
+        is_quiet: bool = False,
     ) -> None:
+        self._is_quiet = is_quiet
         self.port = free_port()
         self.log_path = log_path
         self.ready_seconds = 0.0
@@ -111,12 +117,16 @@ class Server:
         except urllib.error.HTTPError as error:
             raise ServerError(f"{path}: {error}: {error.read()[:500]!r}") from error
         except OSError as error:
-            raise ServerError(f"{path}: {error}\n{self.log_tail()}") from error
+            raise self._error(f"{path}: {error}") from error
 
     def log_tail(self) -> str:
         """Return the last lines of the log under a heading."""
         lines = self.log_path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
         return "\n".join([f"--- the end of {self.log_path} ---", *lines])
+
+    def _error(self, what: str) -> ServerError:
+        """What is wrong, and the end of the log, a problem a line."""
+        return ServerError(Problem("", line) for line in (what, *self.log_tail().splitlines()))
 
     def stop(self) -> None:
         """Ask the server to stop; end what is left of its process group."""
@@ -136,18 +146,14 @@ class Server:
     def _wait(self) -> None:
         assert self._process is not None
         start = time.monotonic()
-        with Progress() as progress:
+        with Progress(is_quiet=self._is_quiet) as progress:
             while not self._is_ready():
                 seconds = time.monotonic() - start
                 if self._process.poll() is not None:
-                    raise ServerError(
-                        f"the server ended with exit code {self._process.returncode} "
-                        f"before it was ready\n{self.log_tail()}"
-                    )
+                    code = self._process.returncode
+                    raise self._error(f"the server ended with exit code {code} before it was ready")
                 if seconds > START_SECONDS:
-                    raise ServerError(
-                        f"the server is not ready after {seconds:.0f} s\n{self.log_tail()}"
-                    )
+                    raise self._error(f"the server is not ready after {seconds:.0f} s")
                 progress.show(seconds)
                 time.sleep(0.5)
         self.ready_seconds = time.monotonic() - start
@@ -169,8 +175,8 @@ def _end_with_parent() -> None:
 class Progress:
     """Seconds waited, on one line of a terminal; every ten seconds a line elsewhere."""
 
-    def __init__(self) -> None:
-        self._shown = -1
+    def __init__(self, *, is_quiet: bool) -> None:
+        self._shown, self._is_quiet = -1, is_quiet
 
     def __enter__(self) -> Progress:
         return self
@@ -179,14 +185,14 @@ class Progress:
         """Print the seconds if enough have passed since the last time."""
         is_terminal = sys.stderr.isatty()
         step = int(seconds) if is_terminal else int(seconds) // 10
-        if step > self._shown:
+        if step > self._shown and not self._is_quiet:
             self._shown = step
             text = f"  waiting for the server: {seconds:.0f} s"
             print(f"\r{text}" if is_terminal else text, end="" if is_terminal else "\n",
                   file=sys.stderr, flush=True)  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._is_quiet:
             print(file=sys.stderr)
 
 
