@@ -10,7 +10,14 @@ Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional cov
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+
+# tokens that are looked at once: few enough to stay in the processor's caches
+_PRODUCT_TOKENS, _SQUARE_TOKENS = 2048, 256
+# H is symmetric: of so many stripes of it, those on one side are multiplied
+_STRIPES = 4
 
 
 def second_moment(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -22,12 +29,18 @@ def second_moment(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor,
     Returns:
         float32 [K, K], divided by T; and by how much its correlations were shrunk, 0 to 1.
     """
-    T = len(x)
-    values = x.float()
-    scaled = values * weights[:, None].sqrt()
-    H = scaled.t() @ scaled
-    H.div_(T)
-    amount = shrinkage(values, weights, H)
+    T, K = x.shape
+    H = torch.zeros(K, K, device=x.device)
+    roots = (weights / T).sqrt()[:, None]
+    bounds = [K * stripe // _STRIPES for stripe in range(_STRIPES + 1)]
+    stripes = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    for tokens in _slices(T, _PRODUCT_TOKENS):
+        scaled = x[tokens].float() * roots[tokens]
+        for own in stripes:
+            H[own, own.start :].addmm_(scaled[:, own].t(), scaled[:, own.start :])
+    for own in stripes:
+        H[own.stop :, own] = H[own, own.stop :].t()
+    amount = shrinkage(x, weights, H)
     diagonal = H.diagonal().clone()
     H.mul_(1 - amount).diagonal().copy_(diagonal)
     return H, amount
@@ -37,20 +50,26 @@ def shrinkage(x: torch.Tensor, weights: torch.Tensor, H: torch.Tensor) -> float:
     """How far correlations go towards 0 so that the expected squared error is least.
 
     Args:
-        x: float32 [T, K].
+        x: inputs [T, K], any floating dtype.
         weights: float32 [T].
         H: mean of w x x', [K, K].
     """
     T = len(x)
     mean = weights.mean()
-    deviations = (H.diagonal() / mean).clamp(min=1e-20).sqrt()
+    variances = (H.diagonal() / mean).clamp(min=1e-20)
+    deviations = variances.sqrt()
     correlations = H / mean / deviations / deviations[:, None]
     off = float(correlations.square().sum() - correlations.diagonal().square().sum())
-    # in place: a copy of all tokens costs more than the arithmetic
-    squares = (x / deviations).square_()
-    relative = (weights / mean).square()
-    norms = squares.sum(1).double()
-    variance = relative.double() @ norms.square() - (relative @ squares.square_()).sum()
     if off <= 0:
         return 1.0
-    return min(max((float(variance) / T**2 - off / T) / off, 0.0), 1.0)
+    relative = (weights / mean).square().double()
+    variance = 0.0
+    for tokens in _slices(T, _SQUARE_TOKENS):
+        squares = (x[tokens].float() / deviations).square_()
+        products = squares.sum(1).double().square_() - squares.square_().sum(1)
+        variance += float(relative[tokens] @ products)
+    return min(max((variance / T**2 - off / T) / off, 0.0), 1.0)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, count, size)]

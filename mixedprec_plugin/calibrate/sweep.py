@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from mixedprec_plugin.calibrate.capture import Capture, Seen
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
+from mixedprec_plugin.calibrate.text import draw
 from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.model import PlannedLayer
 
-# tokens that are computed at once
-_BATCH_TOKENS = 2048
+# tokens that are computed at once, and whose predictions are
+_BATCH_TOKENS, _HEAD_TOKENS = 2048, 512
 
 # layers, what each saw, tokens of the text -> each layer's tensors and record
 Rounding = Callable[
@@ -71,12 +72,7 @@ class Sweep:
         self._network, self._tokens, self._folder, self._seed = network, tokens[own], folder, seed
         self._own = folder / f"rank-{self._ranks.rank}-of-{self._ranks.count}"
         self._own.mkdir(exist_ok=True)
-        size = max(_BATCH_TOKENS // tokens.shape[1], 1)
-        self._batches = [
-            slice(i, min(i + size, stop))
-            for start, stop in ((0, held), (held, len(self._tokens)))
-            for i in range(start, min(stop, len(self._tokens)), size)
-        ]
+        self._batches = self._slices(_BATCH_TOKENS)
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._gradients = gradients
 
@@ -112,6 +108,15 @@ class Sweep:
             for kind in ("gradient", "hidden"):
                 self._path(kind, index + 2).unlink(missing_ok=True)
             progress(loss)
+
+    def _slices(self, num_tokens: int) -> list[slice]:
+        """The windows of so many tokens at once, and those that are held out apart."""
+        count, size = len(self._tokens), max(num_tokens // self._tokens.shape[1], 1)
+        return [
+            slice(first, min(first + size, stop))
+            for start, stop in ((0, self._first_held), (self._first_held, count))
+            for first in range(start, min(stop, count), size)
+        ]
 
     def _path(self, kind: str, index: int) -> Path:
         return self._own / f"{kind}-{index}.safetensors"
@@ -198,27 +203,25 @@ class Sweep:
         count = len(self._network.layers)
         gradients = []
         with self._network.loaded(None):
-            for batch in self._batches:
+            for batch in self._slices(_HEAD_TOKENS):
                 before = self._input(hidden, batch).requires_grad_()
                 tokens = self._tokens[batch].to(self._network.device)
-                logits = self._network.logits(tokens, before).float()
-                labels = torch.stack([
-                    self._draw(window, logits[at].detach())
-                    for at, window in enumerate(range(batch.start, batch.start + len(tokens)))
-                ])  # fmt: skip
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
-                )
-                loss.backward()  # type: ignore[no-untyped-call]
+                logits = self._network.logits(tokens, before)
+                # of the loss by the logits: probabilities, less 1 for the label
+                slope = logits.detach().float().softmax(-1)
+                for window, own in enumerate(slope, start=batch.start):
+                    labels = self._draw(window, own)[:, None]
+                    own.scatter_add_(1, labels, own.new_full(labels.shape, -1))
+                logits.backward(slope.to(logits.dtype))  # type: ignore[no-untyped-call]
                 gradients.append(_gradient(before))
         self._save("gradient", count, torch.cat(gradients))
 
-    def _draw(self, window: int, logits: torch.Tensor) -> torch.Tensor:
-        """Draw a label for every position of a window, the same whatever is in its batch: [L]."""
-        generator = torch.Generator(logits.device).manual_seed(
+    def _draw(self, window: int, probabilities: torch.Tensor) -> torch.Tensor:
+        """A label for every position of a window, the same whatever is in its batch: [L]."""
+        generator = torch.Generator(probabilities.device).manual_seed(
             self._seed * 1_000_003 + self._first_window + window
         )
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        return draw(probabilities, generator)
 
     def _go_backward(self, index: int, capture: Capture) -> torch.Tensor:
         hidden, behind = self._load("hidden", index), self._load("gradient", index + 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.errors import Problem, UsageError
@@ -27,6 +28,32 @@ def starts(tokenizer: Any) -> list[int]:
     return known[:2] or [int(tokenizer(" ", add_special_tokens=False).input_ids[0])]
 
 
+def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw one of each row: what torch.multinomial does with a random number for every entry.
+
+    Args:
+        probabilities: [B, V], not negative.
+    Returns:
+        int64 [B].
+    """
+    sums = probabilities.cumsum(-1)
+    at = torch.rand(len(sums), 1, generator=generator, device=sums.device)
+    # below the whole sum, however that rounds: what is drawn has a probability
+    at = at.mul_(sums[:, -1:]).clamp_(max=sums[:, -1:].nextafter(torch.zeros_like(at)))
+    return torch.searchsorted(sums, at, right=True)[:, 0]
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves the one token that is drawn, so that the likeliest is taken."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        drawn = draw(scores.softmax(-1), self._generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
+
+
 def write_text(
     network: Network, tokenizer: Any, num_windows: int, length: int, seed: int
 ) -> torch.Tensor:
@@ -39,14 +66,13 @@ def write_text(
     """
     kinds = torch.tensor(starts(tokenizer))
     first = kinds[torch.arange(num_windows) % len(kinds)][:, None].to(network.device)
-    torch.manual_seed(seed)
     with contextlib.ExitStack() as stack, torch.no_grad():
         for index in (None, *range(len(network.layers))):
             stack.enter_context(network.loaded(index))
         made = network.model.generate(
             first,
             attention_mask=torch.ones_like(first),
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            do_sample=False, logits_processor=LogitsProcessorList([_Drawn(seed, network.device)]),
             max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0,
         )  # fmt: skip
     return torch.as_tensor(made).cpu()

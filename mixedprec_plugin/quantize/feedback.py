@@ -159,7 +159,7 @@ def _search(
     if _is_compiled(targets):
         best = torch.zeros(targets.shape[1], dtype=torch.int64)
         arrays = _arrays(targets, importance, scales, zeros)
-        feedback_cpu.search(*arrays, grid.largest_code, best.numpy())
+        _run(feedback_cpu.search, targets, *arrays, grid.largest_code, best.numpy())
         return best
     losses = []
     for scale, zero in zip(scales, zeros, strict=True):
@@ -184,7 +184,8 @@ def _round_columns(
     scale, zero = state.scales[group], state.zeros[group]
     if _is_compiled(targets):
         arrays = _arrays(targets, weight, M.contiguous(), scale, zero)
-        feedback_cpu.round_columns(*arrays, grid.largest_code, codes.numpy(), errors.numpy())
+        made = codes.numpy(), errors.numpy()
+        _run(feedback_cpu.round_columns, targets, *arrays, grid.largest_code, *made)
         return
     inverse, targets = scale.reciprocal(), targets.clone()
     for k in range(G):
@@ -192,6 +193,10 @@ def _round_columns(
         error = torch.sub(code, zero).mul_(scale).sub_(weight[k])
         codes[k], errors[k] = code, error
         targets[k + 1 :].addr_(M[k, k + 1 :], error, alpha=-1)
+
+
+def _run(kernel: Any, shaped: torch.Tensor, *arguments: Any) -> None:
+    feedback_cpu.over_rows(kernel, torch.get_num_threads(), shaped.shape[1], *arguments)
 
 
 def _is_compiled(tensor: torch.Tensor) -> bool:
@@ -263,7 +268,7 @@ def _move_codes(
     """Move each code to where the loss is least, the others as they are; fills `change`."""
     if _is_compiled(codes):
         arrays = _arrays(codes, gradient, H, scale)
-        feedback_cpu.move_codes(*arrays, grid.largest_code, change.numpy())
+        _run(feedback_cpu.move_codes, codes, *arrays, grid.largest_code, change.numpy())
         return
     inverse = scale.reciprocal()
     for k, diagonal in enumerate(H.diagonal().tolist()):

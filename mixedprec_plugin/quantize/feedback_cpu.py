@@ -7,6 +7,8 @@ order as torch's, but for sums over a group.
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -23,6 +25,26 @@ def _compiled(function: Any) -> Any:
     return numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
 
 
+def over_rows(kernel: Any, num_threads: int, num_rows: int, *arguments: Any) -> None:
+    """Run one of the loops below over all output features, some of them in each thread."""
+    tiles = -(-num_rows // _TILE)
+    size = -(-tiles // num_threads) * _TILE
+
+    def run(first: int) -> None:
+        kernel(*arguments, first, min(first + size, num_rows))
+
+    if size >= num_rows:
+        run(0)
+    else:
+        # an error of a thread is raised here
+        list(_threads(num_threads).map(run, range(0, num_rows, size)))
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "feedback")
+
+
 @_compiled
 def _load(tile: Array, source: Array, first: int, n: int) -> None:
     """Copy `n` columns of [G, N] to the tile; what is beside them is left over and not used."""
@@ -33,8 +55,9 @@ def _load(tile: Array, source: Array, first: int, n: int) -> None:
 
 @_compiled
 def search(
-    targets: Array, importance: Array, scales: Array, zeros: Array, top: int, best: Array
-) -> None:
+    targets: Array, importance: Array, scales: Array, zeros: Array, top: int, best: Array,
+    start: int, stop: int,
+) -> None:  # fmt: skip
     """Find each row's candidate of least weighted squared error.
 
     Args:
@@ -43,15 +66,16 @@ def search(
         scales, zeros: float32 [C, N], the candidates.
         top: the largest code.
         best: int64 [N], filled with the candidate's number.
+        start, stop: the rows to do.
     """
-    G, N = targets.shape
+    G = len(targets)
     last = np.float32(top)
     tile = np.zeros((G, _TILE), np.float32)
     scale, inverse = np.ones(_TILE, np.float32), np.ones(_TILE, np.float32)
     low, high = np.zeros(_TILE, np.float32), np.zeros(_TILE, np.float32)
     loss, least = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
-    for first in range(0, N, _TILE):
-        n = min(_TILE, N - first)
+    for first in range(start, stop, _TILE):
+        n = min(_TILE, stop - first)
         _load(tile, targets, first, n)
         least[:] = np.float32(np.inf)
         for c in range(len(scales)):
@@ -78,7 +102,7 @@ def search(
 @_compiled
 def round_columns(
     targets: Array, weight: Array, M: Array, scale: Array, zero: Array, top: int,
-    codes: Array, errors: Array,
+    codes: Array, errors: Array, start: int, stop: int,
 ) -> None:  # fmt: skip
     """Round a group's columns in turn, each error fed back to the later ones.
 
@@ -87,14 +111,15 @@ def round_columns(
         M: float32 [G, G], unit upper triangular.
         scale, zero: float32 [N].
         codes, errors: float32 [G, N], filled.
+        start, stop: the rows to do.
     """
-    G, N = targets.shape
+    G = len(targets)
     last = np.float32(top)
     tile = np.zeros((G, _TILE), np.float32)
     inverse, own = np.ones(_TILE, np.float32), np.ones(_TILE, np.float32)
     shift, error = np.zeros(_TILE, np.float32), np.zeros(_TILE, np.float32)
-    for first in range(0, N, _TILE):
-        n = min(_TILE, N - first)
+    for first in range(start, stop, _TILE):
+        n = min(_TILE, stop - first)
         _load(tile, targets, first, n)
         for r in range(n):
             own[r] = scale[first + r]
@@ -115,8 +140,9 @@ def round_columns(
 
 @_compiled
 def move_codes(
-    codes: Array, gradient: Array, H: Array, scale: Array, top: int, change: Array
-) -> None:
+    codes: Array, gradient: Array, H: Array, scale: Array, top: int, change: Array,
+    start: int, stop: int,
+) -> None:  # fmt: skip
     """Move each code of a group to where the loss is least, the others as they are.
 
     Args:
@@ -125,14 +151,15 @@ def move_codes(
         H: float32 [G, G].
         scale: float32 [N].
         change: float32 [G, N], filled with the change of the errors.
+        start, stop: the rows to do.
     """
-    G, N = codes.shape
+    G = len(codes)
     last = np.float32(top)
     tile = np.zeros((G, _TILE), np.float32)
     own, inverse = np.ones(_TILE, np.float32), np.ones(_TILE, np.float32)
     step = np.zeros(_TILE, np.float32)
-    for first in range(0, N, _TILE):
-        n = min(_TILE, N - first)
+    for first in range(start, stop, _TILE):
+        n = min(_TILE, stop - first)
         _load(tile, gradient, first, n)
         for r in range(n):
             own[r] = scale[first + r]
