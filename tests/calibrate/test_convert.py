@@ -26,6 +26,10 @@ from tests.calibrate.models import VOCABULARY, write_model
 PRESET = "version: 1\nrules:\n  - {match: '*_proj', method: METHOD, group_size: 32}\n"
 
 
+class Killed(BaseException):
+    """What nothing catches."""
+
+
 def command(*words: object) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     code = main([str(word) for word in words], out=out, err=err)
@@ -104,11 +108,11 @@ def test_killed_it_goes_on_and_ends_the_same(
     def killed(*args: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise Killed
         return rounding(*args)
 
     monkeypatch.setattr(calibrator.LayerRounding, "__call__", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         convert(model, preset, tmp_path / "out", *options)
     convert(model, preset, tmp_path / "out", *options)
     # three decoder layers: one was finished, one was begun twice
@@ -125,11 +129,11 @@ def test_codes_of_a_source_that_changed_since_are_not_taken(
     write_model(model)
 
     def stop(*_: Any) -> Any:
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patches:
         patches.setattr(converter, "write_part", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             convert(model, preset, out, "--calibrate", "--windows", 8)
     os.utime(model / "model.safetensors")
     words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", out)
