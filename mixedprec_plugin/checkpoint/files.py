@@ -45,6 +45,26 @@ def open_plain(path: Path) -> BufferedReader:
     return file
 
 
+def file_remedy(error: OSError) -> str:
+    """What helps where a file cannot be opened."""
+    if isinstance(error, PermissionError):
+        return "check its permissions"
+    return "download it" if isinstance(error, FileNotFoundError) else "download the file again"
+
+
+def check_not_pointer(data: bytes, path: Path) -> None:
+    """Refuse what stands in a clone for a file of Git LFS.
+
+    Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md.
+    Raises:
+        CheckpointError: it is such a pointer.
+    """
+    if data.startswith(b"version https://git-lfs.github.com/"):
+        what = "is a Git LFS pointer, not the file itself"
+        command = f"git -C {shlex.quote(str(path.parent))} lfs pull"
+        raise file_error(path, what, f"fetch it with '{command}', or download the file")
+
+
 def check_place(path: Path) -> None:
     """Refuse a link out of its folder, but for one into the Hub's cache.
 
@@ -76,8 +96,10 @@ def read_json(path: Path) -> dict[str, Any]:
         with open_plain(path) as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise file_error(path, f"cannot be read ({error.strerror})", "download it") from error
+        what = f"cannot be read ({error.strerror})"
+        raise file_error(path, what, file_remedy(error)) from error
     check_size(data, path)
+    check_not_pointer(data, path)
     if data.startswith((b"\xef\xbb\xbf", b"\xfe\xff", b"\xff\xfe")):
         what = "starts with a byte order mark, which transformers and SGLang do not read"
         raise file_error(path, what, "save it as UTF-8 without one")

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 
-from mixedprec_plugin.checkpoint.files import MAX_BYTES, check_size, file_error, open_plain
+from mixedprec_plugin.checkpoint.files import (
+    MAX_BYTES,
+    check_not_pointer,
+    check_size,
+    file_error,
+    file_remedy,
+    open_plain,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +81,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     try:
         with open_plain(path) as file:
-            check_size(file.read(min(int.from_bytes(file.read(8), "little"), MAX_BYTES)), path)
+            start = file.read(8)
+            data = file.read(min(int.from_bytes(start, "little"), MAX_BYTES))
+            check_not_pointer(start + data[:64], path)
+            check_size(data, path)
     except OSError:
         pass  # said below
     with open_tensors(path, "numpy") as tensors:
@@ -82,7 +92,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         return lay_out(((name, x.get_dtype(), x.get_shape()) for name, x in pieces), path)
 
 
-def open_tensors(path: Path, framework: str, remedy: str = "download the file again") -> safe_open:
+def open_tensors(path: Path, framework: str, remedy: str = "") -> safe_open:
     """Open a safetensors file; the library checks its header.
 
     Args:
@@ -95,8 +105,10 @@ def open_tensors(path: Path, framework: str, remedy: str = "download the file ag
         with open_plain(path):
             return safe_open(path, framework=framework)
     except OSError as error:
-        raise file_error(path, f"cannot be read ({error.strerror})", remedy) from error
+        what = f"cannot be read ({error.strerror})"
+        raise file_error(path, what, remedy or file_remedy(error)) from error
     except SafetensorError as error:
+        remedy = remedy or "download the file again"
         if "unknown variant" in str(error):
             remedy = f"{remedy}, or install a release of safetensors that knows it"
         raise file_error(path, _refusal(path, error), remedy) from error

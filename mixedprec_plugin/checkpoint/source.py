@@ -26,6 +26,7 @@ from mixedprec_plugin.checkpoint.recorded import damage, reading
 from mixedprec_plugin.checkpoint.records import read_config
 from mixedprec_plugin.errors import CheckpointError, Problem
 
+_NO_GGUF = "is a GGUF file, which is not read (expected a folder of safetensors)"
 INDEX_NAME = "model.safetensors.index.json"
 # of config.json, what may describe the language model of a larger one
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
@@ -151,6 +152,8 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
     """
     folder = Path(os.path.expanduser(path))
     if not os.path.isdir(folder):
+        if os.path.lexists(folder):
+            raise _no_folder(folder)
         if not hub.is_id(str(path)):
             remedy = "give a local checkpoint folder or a Hugging Face id"
             raise CheckpointError(Problem(str(path), "no such folder", remedy, "file"))
@@ -160,6 +163,8 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
         remedy = "remove revision, or write the Hugging Face id"
         raise CheckpointError(Problem(str(path), what, remedy, "file"))
     facts = _facts(folder)
+    if not os.path.lexists(folder / "config.json"):
+        raise _no_checkpoint(folder)
     config = read_config(folder / "config.json")
     has_index = os.path.lexists(folder / INDEX_NAME)
     with gc_paused():
@@ -168,6 +173,32 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
     if problems := damage(folder):
         raise CheckpointError(problems)
     return Source(name, folder, MappingProxyType(config), MappingProxyType(tensors), facts)
+
+
+def _no_folder(path: Path) -> CheckpointError:
+    """The error of a file where a folder is meant."""
+    remedy = "give the checkpoint's folder"
+    if os.path.lexists(path.parent / "config.json"):
+        remedy = f"give its folder, {path.parent}"
+    return file_error(path, _NO_GGUF if path.suffix == ".gguf" else "is a file", remedy)
+
+
+def _no_checkpoint(folder: Path) -> CheckpointError:
+    """The error of a folder without a config.json, by what is in it."""
+    names = sorted(os.listdir(folder))
+    if any(name.endswith(".gguf") for name in names):
+        name = next(name for name in names if name.endswith(".gguf"))
+        remedy = "take the model's safetensors checkpoint, which it was made from"
+        return file_error(folder / name, _NO_GGUF, remedy)
+    within = [name for name in names if os.path.isfile(folder / name / "config.json")]
+    if within:
+        return file_error(folder, "has no config.json", f"{folder / within[0]} has one")
+    if not names:
+        return file_error(folder, "is an empty folder", "download the checkpoint into it")
+    if any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
+        return file_error(folder / "config.json", "is not there", "download it beside the weights")
+    what = "is no checkpoint: it has neither config.json nor weights"
+    return file_error(folder, what, "give a folder that has both, or a Hugging Face id")
 
 
 def _facts(folder: Path) -> dict[Path, Facts]:

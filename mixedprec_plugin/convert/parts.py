@@ -15,7 +15,7 @@ from mixedprec_plugin.plan.model import PlannedLayer
 
 DEFAULT_PART_SIZE = "5GB"
 _UNITS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
@@ -58,14 +58,17 @@ class Part:
 
 
 def parse_size(text: str) -> int:
-    """Read a size: `5GB`, `500MB`, `4GiB`, or plain bytes.
+    """Read a size: `5GB`, `500MB` or `4GiB`.
 
     Raises:
-        UsageError: it is none, or less than one byte.
+        UsageError: it is none, has no unit, or is less than one byte.
     """
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match.group(2).upper()) if match else None
     size = float(match.group(1)) * unit if match and unit else 0
+    if match and not match.group(2):
+        what = f"{text!r} has no unit (expected one such as {text}GB)"
+        raise UsageError(Problem("--max-shard-size", what))
     if not 1 <= size < math.inf:
         raise UsageError(
             Problem("--max-shard-size", f"{text!r} is no size (expected one such as 5GB or 500MB)")

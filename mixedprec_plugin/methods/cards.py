@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 
 from mixedprec_plugin.errors import Problem, UsageError
 
@@ -33,6 +34,8 @@ _DECORATION = re.compile(
     r"\b(?:nvidia|geforce|tesla|quadro|generation|blackwell|hopper|server|workstation|edition"
     r"|max-q|pcie|sxm\d?|hbm\d?e?|gpu|dgx|spark)\b"
 )
+# AMD's, Apple's and Intel's
+_FOREIGN = re.compile(r"amd|radeon|instinct|mi\d|(?:rx|w)\d{4}|apple|m[1-5](?!\d)|intel|arc|gaudi")
 _SIZE = re.compile(r"\b(\d+) ?gi?b\b")
 _NUMBER = re.compile(r"(?:sm_?(\d+)(\d)a?|(\d+)\.(\d))")
 
@@ -81,17 +84,27 @@ def _by_name(text: str) -> Gpu:
     by_key = {_key(name): name for name in known}
     name = by_key.get(wanted) or by_key.get(f"rtx{wanted}")
     if name is None:
-        near = [by_key[key] for key in difflib.get_close_matches(wanted, by_key)]
-        remedy = f"did you mean {' or '.join(near)}? " if near else ""
-        what = f"{text!r} is not known (expected a name such as H100, or a compute capability)"
-        remedy += "a compute capability such as 9.0 serves for any GPU"
-        raise UsageError(Problem("--gpu", what, remedy, "gpu"))
+        raise UsageError(_unknown(text, wanted, by_key))
     capability, sizes = known[name]
     gigabytes = int(size[1]) if size else sizes[0]
     if gigabytes not in sizes:
         listed = ", ".join(f"{one} GB" for one in sizes)
         raise UsageError(Problem("--gpu", f"{name} has no {gigabytes} GB (expected {listed})"))
     return Gpu(name, capability, gigabytes * 10**9)
+
+
+def _unknown(text: str, wanted: str, by_key: Mapping[str, str]) -> Problem:
+    """What was meant has the same number, or all but the same name: an RTX 8900 is no RTX 4090."""
+    if _FOREIGN.match(wanted):
+        what = f"{text!r} is no NVIDIA GPU (expected one, or --device cpu)"
+        return Problem("--gpu", what, "plans are for SGLang's CUDA kernels", "gpu")
+    numbers = re.findall(r"\d+", wanted)
+    alike = [key for key in by_key if numbers and re.findall(r"\d+", key) == numbers]
+    near = [by_key[key] for key in difflib.get_close_matches(wanted, alike)]
+    near = near or [by_key[key] for key in difflib.get_close_matches(wanted, by_key, 1, 0.85)]
+    what = f"{text!r} is not known (expected {', '.join(by_key.values())}, or as 8.9 or sm_89)"
+    remedy = f"did you mean {' or '.join(near)}?" if near else "give its compute capability"
+    return Problem("--gpu", what, remedy, "gpu")
 
 
 def _known() -> dict[str, tuple[int, list[int]]]:

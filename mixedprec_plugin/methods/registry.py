@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.methods import auto, awq, bf16, blockwise_int8, fp8, fp8_channel, gptq
@@ -14,6 +15,7 @@ from mixedprec_plugin.methods.interface import Method
 from mixedprec_plugin.names import nearest
 
 ENTRY_POINT_GROUP = "mixedprec.methods"
+_NUMBER = re.compile(r"\d+")
 
 BUILT_IN = MappingProxyType(
     {
@@ -108,6 +110,35 @@ def method_names() -> tuple[str, ...]:
     return tuple(name for spec in METHODS.values() for name in spec.names)
 
 
+def suggest_method(name: str) -> str:
+    """What a name that no method has may mean: one of the same digits, or methods of as many bits.
+
+    `fp8_blok` is near `fp8_block`; `int4` is no `int8`, and means awq or gptq.
+    """
+    numbers = _NUMBER.findall(name)
+    near = nearest(name, [known for known in method_names() if _NUMBER.findall(known) == numbers])
+    # one name a method
+    near = list({id(_of_name(known)): known for known in reversed(near)}.values())[::-1]
+    if same := [known for known in near if known.lower() == name.lower()]:
+        near = same
+    if not near and numbers:
+        bits = int(numbers[0])
+        near = [spec.name for spec in METHODS.values() if bits and _bits(spec) == bits]
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return "mixedprec methods explains them"
+
+
+def _of_name(name: str) -> Method | None:
+    return next((spec for spec in METHODS.values() if name in spec.names), None)
+
+
+def _bits(spec: Method) -> int:
+    """Whole bits a weight that a method stores by default; 0 where it stores none of its own."""
+    num_bytes = sum(x.num_bytes for x in spec.stored(spec.defaults, 1024, 1024, "BF16").values())
+    return 8 * num_bytes >> 20
+
+
 def bind(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Bind a method's name and arguments.
 
@@ -122,13 +153,14 @@ def bind(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         MethodError: an unknown name, an unknown argument, an argument that contradicts the alias or
             another argument.
     """
-    spec = next((spec for spec in METHODS.values() if name in spec.names), None)
+    spec = _of_name(name)
     if spec is None:
-        raise MethodError(_unknown("", "method", name, method_names()))
+        what = f"unknown method {name!r} (expected {', '.join(METHODS)})"
+        raise MethodError(Problem("", what, suggest_method(name), "unknown-method"))
     given = {key: _plain(value) for key, value in arguments.items()}
     implied = dict(spec.aliases.get(name, {}))
     defaults = spec.defaults
-    problems = [_unknown(name, "argument", key, defaults) for key in given if key not in defaults]
+    problems = [_unknown(name, key, defaults) for key in given if key not in defaults]
     problems += [
         Problem(
             name,
@@ -152,10 +184,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def _unknown(
-    where: str, kind: Literal["method", "argument"], name: str, known: Iterable[str]
-) -> Problem:
+def _unknown(method: str, name: str, known: Iterable[str]) -> Problem:
     near = nearest(name, known)
     remedy = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    what = f"unknown {kind} {name!r} (expected {', '.join(known)})"
-    return Problem(where, what, remedy, f"unknown-{kind}")
+    what = f"unknown argument {name!r} (expected {', '.join(known)})"
+    return Problem(method, what, remedy, "unknown-argument")

@@ -13,6 +13,7 @@ from mixedprec_plugin.families.names import (
     NEVER_QUANTIZED,
     ExpertShard,
     Kind,
+    Shard,
     last_component,
     parallel_kind,
     shard_order,
@@ -20,7 +21,6 @@ from mixedprec_plugin.families.names import (
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
-from mixedprec_plugin.names import Nearest
 from mixedprec_plugin.plan.auto import faults_of, find_auto_notes
 from mixedprec_plugin.plan.family_checks import (
     mla_faults,
@@ -33,25 +33,34 @@ from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.model import PlannedLayer
+from mixedprec_plugin.plan.near_globs import NearGlobs
 from mixedprec_plugin.preset.model import Preset
 
 
-def check_rules(preset: Preset, matches: Matches, kinds: Mapping[str, Kind]) -> list[Problem]:
+def check_rules(
+    preset: Preset,
+    matches: Matches,
+    kinds: Mapping[str, Kind],
+    fused: Mapping[str, tuple[str, Shard]],
+) -> list[Problem]:
     """Find rules that match nothing, that later rules shadow wholly, or that ask the impossible.
 
     Args:
         kinds: name of every layer, tied ones too -> its kind.
+        fused: name of every layer -> the module that runs it, and the shard of it that it is.
     """
     problems = []
-    names_near = Nearest()
+    near_globs = NearGlobs({name: fused.get(name, (name, None)) for name in kinds})
     decided = {rule.index for rule in matches.deciding.values()}
     for rule in preset.rules:
         where, matched = str(rule.location), matches.matched[rule.index]
         if not matched and not rule.optional:
-            near = names_near.find(rule.patterns[0], kinds)
-            hint = f"did you mean {', '.join(near)}? " if near else ""
             what = f"{', '.join(map(repr, rule.shown))} matches no layer of the model"
-            remedy = f"{hint}write optional: true if that is meant"
+            # what stands for the value of an environment variable is not repeated
+            hints = map(near_globs.remedy, [p for p in rule.shown if p in rule.patterns])
+            found = [hint for hint in dict.fromkeys(hints) if hint]
+            remedy = "; ".join((*found, "add optional: true if it need not match"))
+            remedy = remedy.replace("?; ", "? ")
             problems.append(Problem(where, what, remedy, "unmatched-rule"))
         elif matched and rule.index not in decided:
             later = sorted({matches.deciding[name].index for name in matched})

@@ -75,7 +75,9 @@ def resolve_plan(
     settled = {unit: shards for unit, shards in units.items() if unit not in mixed}
     schemes, conflicts = settle_fused_modules(preset, settled, asked, rules)
     problems += mixtures + conflicts
-    problems += checks.check_rules(preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")})
+    problems += checks.check_rules(
+        preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")}, fused
+    )
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
     conversions, planned = Conversions(target, model.config), []
     for name in names:
@@ -115,7 +117,7 @@ def resolve_plan(
         MappingProxyType(sources),
         target,
         tuple(planned),
-        tuple(map(preset.conceal, problems)),
+        tuple(map(preset.conceal, (*preset.warnings, *problems))),
         MappingProxyType(dict(tied)),
     )
 

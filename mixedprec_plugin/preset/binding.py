@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Collection, Mapping
+from pathlib import Path as FilePath
 from typing import Any
 
+from mixedprec_plugin.checkpoint.hub import is_id
 from mixedprec_plugin.errors import MethodError
 from mixedprec_plugin.methods.registry import bind
 from mixedprec_plugin.names import MAX_ALTERNATIVES, PatternError, compile_pattern, num_in_ranges
 from mixedprec_plugin.preset.document import Document, Path, at
-from mixedprec_plugin.preset.model import Rule, Scheme, SourceReference
+from mixedprec_plugin.preset.model import Location, Rule, Scheme, SourceReference
 from mixedprec_plugin.preset.schema import SCHEME_KEYS
 
 MODEL = "model"
@@ -48,9 +51,11 @@ class Binder:
             path: Path = ("sources", name)
             if isinstance(entry, dict) and self.document.is_sound(path):
                 place, shown = self.document.locate(path), at(self.shown, path)
+                written_in = self.document.locate((*path, "path"))
                 sources[name] = SourceReference(
-                    name, entry["path"], entry.get("revision"), place,
-                    shown["path"], shown.get("revision"),
+                    name, _beside(entry["path"], written_in, entry["path"]),
+                    entry.get("revision"), place,
+                    _beside(shown["path"], written_in, entry["path"]), shown.get("revision"),
                 )  # fmt: skip
         return sources
 
@@ -138,6 +143,21 @@ class Binder:
     def _mapping(self, key: str) -> Mapping[str, Any]:
         value = self.data.get(key)
         return value if isinstance(value, dict) else {}
+
+
+def _beside(text: str, place: Location, path: str) -> str:
+    """A source's path from the folder of the preset that names it; an id of the Hub as it is.
+
+    Args:
+        text: the path, or how messages show it.
+        place: where it was written; not in a file, it counts from the working directory.
+        path: the path.
+    """
+    folder = FilePath(place.file).parent
+    is_there = (folder / path).exists() or FilePath(path).exists()
+    if not place.line or path.startswith("~") or (is_id(path) and not is_there):
+        return text
+    return os.path.normpath(folder / text)
 
 
 def _listed(match: Any) -> tuple[Any, ...]:

@@ -36,6 +36,10 @@ class Findings:
         """Keep one problem, unless it is there already."""
         self._found.setdefault((place, what), Problem(str(place), what, remedy, rule, severity))
 
+    def forget(self, file: str) -> None:
+        """Drop what was found in a file."""
+        self._found = {key: x for key, x in self._found.items() if key[0].file != file}
+
     def has_errors(self) -> bool:
         """Whether anything was found that stops the work."""
         return any(problem.severity == "error" for problem in self._found.values())

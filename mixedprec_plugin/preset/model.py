@@ -30,7 +30,7 @@ class SourceReference:
     """A named checkpoint that layers are taken from.
 
     Attributes:
-        path: a folder, absolute or relative to the working directory, or a Hugging Face id.
+        path: a folder, one beside the preset that names it made whole, or a Hugging Face id.
         revision: branch, tag or commit of a Hugging Face id.
         shown_path, shown_revision: the same with the names of environment variables in place of
             their values, which neither messages nor files may hold.

@@ -18,18 +18,35 @@ MAX_FILES = 64
 _SUFFIXES = (".yaml", ".yml")
 
 
+def locate_preset(name: str, folder: FilePath) -> FilePath | None:
+    """Find the file that a name stands for; None if there is none.
+
+    Args:
+        name: a path, its suffix left out or not, or the name of a packaged preset.
+        folder: what the path counts from. A file there comes before a packaged preset.
+    """
+    beside = folder / name
+    for suffix in ("",) if beside.suffix in _SUFFIXES else ("", *_SUFFIXES):
+        if os.path.isfile(f"{beside}{suffix}"):
+            return FilePath(os.path.normpath(f"{beside}{suffix}"))
+    stem = name.removesuffix(".yaml")
+    return preset_dir() / f"{stem}.yaml" if stem in preset_names() else None
+
+
 def find_preset(name: str, findings: Findings) -> FilePath | None:
-    """Find the file that the user asked for: a path, or the bare name of a packaged preset."""
+    """Find the file that the user asked for, as `locate_preset` does, and say if there is none."""
     path = FilePath(name)
-    if path.is_file() or len(path.parts) != 1:
+    found = locate_preset(name, FilePath())
+    if found is not None or path.exists():
+        return found or path
+    beside = sorted(other.name for other in path.parent.glob("*.yaml"))
+    remedy = findings.suggest(path.name, [*beside, *preset_names()])
+    is_path = bool(path.suffix) or len(path.parts) > 1
+    if is_path and not remedy:
         return path
-    if name in preset_names():
-        return preset_dir() / f"{name}.yaml"
-    if path.suffix or path.exists():
-        return path
-    remedy = findings.suggest(name, preset_names()) or "give the path of a YAML file"
-    what = f"no such preset (expected a file, or one of {', '.join(preset_names())})"
-    findings.add(Location(name, 0), what, remedy, "file")
+    packaged = "" if is_path else f", or one of {', '.join(preset_names())}"
+    what = f"no such preset (expected a file{packaged})"
+    findings.add(Location(name, 0), what, remedy or "give the path of a YAML file", "file")
     return None
 
 
@@ -81,13 +98,9 @@ def _parents(document: Document) -> Iterator[tuple[str, Path]]:
 
 def _find_parent(document: Document, name: str, place: Path) -> FilePath | None:
     child = FilePath(document.file)
-    beside = child.parent / name
-    for suffix in ("",) if beside.suffix in _SUFFIXES else _SUFFIXES:
-        if os.path.isfile(f"{beside}{suffix}"):
-            return FilePath(os.path.normpath(f"{beside}{suffix}"))
+    if found := locate_preset(name, child.parent):
+        return found
     stem = name.removesuffix(".yaml")
-    if stem in preset_names():
-        return preset_dir() / f"{stem}.yaml"
     siblings = {path.stem for path in child.parent.glob("*.yaml")} - {child.stem}
     remedy = document.findings.suggest(stem, sorted(siblings | set(preset_names())))
     packaged = ", ".join(preset_names())

@@ -20,6 +20,7 @@ import yaml
 
 from mixedprec_plugin.checkpoint.files import open_plain
 from mixedprec_plugin.preset.document import Document, Findings, Path, RefusedError, Scalar, rewrite
+from mixedprec_plugin.preset.foreign import foreign_kind
 from mixedprec_plugin.preset.interpolation import check_text, is_interpolated
 from mixedprec_plugin.preset.model import Location
 
@@ -30,7 +31,9 @@ MAX_DIGITS = 18
 _TOO_DEEP = (f"nested more than {MAX_DEPTH} deep", "a preset needs four levels", "depth")
 _POINT = "point at the value with an interpolation such as ${schemes.NAME}"
 _TAG = "tag:yaml.org,2002:"
-_UNQUOTED_GLOB = re.compile(r"""match\s*:\s*(\[\s*)?[*&!%@{?]|^\s*-\s*[*&!%@{?]|[\[,]\s*\*""")
+_UNQUOTED_GLOB = re.compile(
+    r"""match\s*:\s*(\[\s*)?[*&!%@{?]|^\s*-\s*(?:[*&!%@?]|\{[^:]*$)|[\[,]\s*\*"""
+)
 # the core schema of YAML 1.2; what fits nothing is text
 _CORE: tuple[tuple[str, Callable[[str], Scalar]], ...] = (
     (r"~|null|Null|NULL|", lambda _: None),
@@ -77,7 +80,12 @@ def read_text(text: str, name: str, findings: Findings) -> Document:
     """Read YAML text as `read_file` does; `name` stands for the file in messages."""
     document = Document(name, findings)
     reader = _Reader(text, document, is_file=True)
-    if reader.read() and not isinstance(document.data, dict):
+    is_read = reader.read()
+    if isinstance(document.data, dict) and (other := foreign_kind(document.data)):
+        findings.forget(name)
+        document.report((), *other, "foreign-file")
+        document.data = None
+    elif is_read and not isinstance(document.data, dict):
         has_value = document.places[()].line
         what = f"{_kind(document.data)} is not a preset" if has_value else "the file is empty"
         document.report(
@@ -283,15 +291,33 @@ class _Reader:
         mark = error.problem_mark or error.context_mark
         assert mark is not None
         source = (mark.get_snippet(0, MAX_FILE_BYTES) or "").partition("\n")[0]
-        remedy = ""
+        what, remedy = _in_words(error)
         if "\t" in source[: len(source) - len(source.lstrip())]:
             remedy = "indent with spaces, not tabs"
         elif "${" in source:
             remedy = 'within { } or [ ] put interpolations in quotes: "${schemes.NAME}"'
         elif _UNQUOTED_GLOB.search(source):
             remedy = 'put patterns in quotes: match: "*.q_proj"'
-        what = f"is not YAML: {error.problem or error.context}"
-        self._problem((), mark.line + 1, what, remedy, "syntax")
+        self._problem((), mark.line + 1, f"is not YAML: {what}", remedy, "syntax")
+
+
+def _in_words(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    """What PyYAML found in the words of who writes YAML, and what helps."""
+    problem = str(error.problem or error.context)
+    opened = f" of line {error.context_mark.line + 1}" if error.context_mark else ""
+    if problem.startswith("expected <block end>"):
+        what = f"this line is not indented as the mapping or list{opened} is"
+        return what, "begin all its keys, or all its dashes, in one column"
+    if "<stream end>" in problem and problem.startswith("expected ','"):
+        return f"the brackets{opened} are not closed", "add what closes them"
+    if problem.startswith("expected ','"):
+        closing = problem.partition(" or ")[2][:3]
+        return f"a ',' or {closing} is missing before this", ""
+    if problem == "mapping values are not allowed here":
+        return "a ':' stands where no key can be", "indent the keys of a mapping alike"
+    if problem.startswith("found unexpected end of stream"):
+        return f"the quotes{opened} are not closed", "add what closes them"
+    return problem, ""
 
 
 def _name(value: object) -> str:

@@ -13,7 +13,7 @@ from jsonschema.exceptions import ValidationError
 from jsonschema.protocols import Validator
 
 from mixedprec_plugin.methods.interface import Method
-from mixedprec_plugin.methods.registry import AUTO, METHODS, method_names
+from mixedprec_plugin.methods.registry import AUTO, METHODS, suggest_method
 from mixedprec_plugin.preset.document import Document, Findings, Path, at, is_within
 from mixedprec_plugin.preset.interpolation import is_interpolated
 from mixedprec_plugin.resources import schema_path
@@ -155,7 +155,7 @@ def _not_one_of(
     expected: Any = error.validator_value
     if path and path[-1] == "method" and isinstance(value, str):
         what = f"unknown method {value!r} (expected {', '.join(METHODS)})"
-        return what, findings.suggest(value, method_names())
+        return what, suggest_method(value)
     choices = ", ".join(map(show, expected))
     if len(expected) == 1:
         return f"{show(value)} is not {choices}", ""

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, UsageError
+from mixedprec_plugin.preset.parents import locate_preset
+from mixedprec_plugin.resources import preset_dir
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
 
 LOAD_FORMAT = "mixedprec"
@@ -72,9 +74,12 @@ def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
 
 def _absolute(config: str) -> str:
     """A path that every rank can open wherever it runs; a packaged preset's name as it is."""
-    path = Path(config)
-    is_name = path.suffix == "" and path.name == config and not path.exists()
-    return config if is_name else str(path.absolute())
+    found = locate_preset(config, Path())
+    if found is None:
+        found = Path(config)
+    elif found.parent == preset_dir():
+        return config
+    return str(found.absolute())
 
 
 def _absolute_file(path: str | None) -> str:

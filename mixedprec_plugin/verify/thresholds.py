@@ -22,7 +22,6 @@ from collections.abc import Iterable, Mapping
 
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.names import nearest
 from mixedprec_plugin.plan.model import PlannedLayer
 
 
@@ -45,10 +44,9 @@ def parse_thresholds(texts: Iterable[str]) -> dict[str, float]:
             what = f"{text!r} is no threshold (expected METHOD=VALUE, such as gptq=0.3)"
             raise UsageError(Problem("--threshold", what))
         if method not in registry.METHODS:
-            near = nearest(method, registry.METHODS)
-            hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
             what = f"unknown method {method!r} (expected {', '.join(registry.METHODS)})"
-            raise UsageError(Problem("--threshold", what, hint, "unknown-method"))
+            remedy = registry.suggest_method(method)
+            raise UsageError(Problem("--threshold", what, remedy, "unknown-method"))
         found[method] = limit
     return found
 

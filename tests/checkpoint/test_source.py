@@ -64,7 +64,7 @@ def test_index_that_leaves_the_folder_raises(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read"),
+        (lambda f: (f / "config.json").unlink(), r"config\.json: is not there; download it"),
         (lambda f: (f / "config.json").write_text("{"), r"config\.json: is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), r"config\.json: is not a JSON object"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no safetensors file"),

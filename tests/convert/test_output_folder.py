@@ -104,10 +104,16 @@ def test_second_process_waits_its_turn(model: Path, preset: Path, tmp_path: Path
     assert "another process is converting into this folder" in err
 
 
-@pytest.mark.parametrize("size", ["5XB", "", "0", "GB", "-1GB", "9" * 400 + "GB"])
+@pytest.mark.parametrize("size", ["5XB", "", "0MB", "GB", "-1GB", "9" * 400 + "GB"])
 def test_size_that_is_none_is_a_usage_error(
     model: Path, preset: Path, tmp_path: Path, size: str
 ) -> None:
     code, _, err = convert(model, preset, tmp_path / "out", f"--max-shard-size={size}")
     assert code == 2
     assert f"--max-shard-size: {size!r} is no size (expected one such as 5GB or 500MB)" in err
+
+
+def test_size_without_a_unit_is_asked_for_one(model: Path, preset: Path, tmp_path: Path) -> None:
+    code, _, err = convert(model, preset, tmp_path / "out", "--max-shard-size", "5")
+    assert code == 2
+    assert err == "error: --max-shard-size: '5' has no unit (expected one such as 5GB)\n"

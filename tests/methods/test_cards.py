@@ -66,7 +66,12 @@ def test_cards_of_the_dry_run_are_found_by_both_names(title: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("H1000", "--gpu: 'H1000' is not known .*; did you mean H100"),
+        ("H1000", "--gpu: 'H1000' is not known .*; did you mean H100[?]$"),
+        ("4090 Ti", "'4090 Ti' is not known .*; did you mean RTX 4090[?]$"),
+        ("potato", "'potato' is not known .expected V100, .*, or as 8.9.*; give its compute"),
+        ("MI300X", "'MI300X' is no NVIDIA GPU .expected one, or --device cpu"),
+        ("RX 7900 XTX", "'RX 7900 XTX' is no NVIDIA GPU"),
+        ("M3 Max", "'M3 Max' is no NVIDIA GPU"),
         ("V100", "SGLang does not run on V100 .expected compute capability 7.5"),
         ("6.1", "SGLang does not run on compute capability 6.1"),
         ("RTX 4090 48GB", "RTX 4090 has no 48 GB .expected 24 GB"),

@@ -7,7 +7,13 @@ import pytest
 
 from mixedprec_plugin.errors import MethodError
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.methods.registry import METHODS, MethodTable, add_entry_points, bind
+from mixedprec_plugin.methods.registry import (
+    METHODS,
+    MethodTable,
+    add_entry_points,
+    bind,
+    suggest_method,
+)
 from tests.methods.packages import GROUP, install
 
 
@@ -84,6 +90,21 @@ def test_bound_lists_are_copies_of_the_defaults() -> None:
 def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(MethodError, match=r"unknown method 'gtpq'.*; did you mean 'gptq'"):
         bind("gtpq", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("fp8_blok", "did you mean 'fp8_block' or 'int8_block'?"),
+        ("FP8", "did you mean 'fp8'?"),
+        ("int4", "did you mean 'awq_int4' or 'gptq_int4'?"),
+        ("w4a16", "did you mean 'awq' or 'gptq'?"),
+        ("int3", "mixedprec methods explains them"),
+        ("bitsandbytes", "mixedprec methods explains them"),
+    ],
+)
+def test_unknown_name_suggests_what_has_as_many_bits(name: str, remedy: str) -> None:
+    assert suggest_method(name) == remedy
 
 
 def test_unknown_argument_suggests_the_nearest() -> None:

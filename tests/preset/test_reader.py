@@ -128,7 +128,7 @@ def test_keys_and_documents_are_checked(refuse: Refuse, text: str, message: str)
         ),
         (
             "schemes:\n  a: {b: ${schemes.c}}\n",
-            "p.yaml:2: is not YAML: expected ',' or '}', but got '{'; "
+            "p.yaml:2: is not YAML: a ',' or '}' is missing before this; "
             'within { } or [ ] put interpolations in quotes: "${schemes.NAME}"',
         ),
         *(
@@ -139,7 +139,11 @@ def test_keys_and_documents_are_checked(refuse: Refuse, text: str, message: str)
             )
             for code in ("FFFFFFFF", "00110000")
         ),
-        ("a: b: c\n", "p.yaml:1: is not YAML: mapping values are not allowed here"),
+        (
+            "a: b: c\n",
+            "p.yaml:1: is not YAML: a ':' stands where no key can be; "
+            "indent the keys of a mapping alike",
+        ),
         ("a: \x01\n", "p.yaml:1: the character U+0001 is not allowed in YAML; remove it"),
         ("[" * 5000, "p.yaml:1: nested more than 32 deep; a preset needs four levels"),
         ("? " * 5000, "p.yaml:1: nested more than 32 deep; a preset needs four levels"),
@@ -157,7 +161,7 @@ def test_text_that_is_no_preset_is_refused(refuse: Refuse, text: str, message: s
 def test_line_of_a_syntax_error_is_found_with_any_line_ends(write: Write, ends: str) -> None:
     path = write("p.yaml", "")
     path.write_bytes(f"version: 1{ends}# a{ends}# b{ends}  rules: [{ends}".encode())
-    with pytest.raises(PresetError, match=r"^p.yaml:4: is not YAML: expected <block end>"):
+    with pytest.raises(PresetError, match=r"^p.yaml:4: is not YAML: this line is not indent"):
         load_preset(path)
 
 

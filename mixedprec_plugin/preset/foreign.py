@@ -1,0 +1,36 @@
+"""Files of other tools that are taken for presets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_INSPECT = "mixedprec inspect its folder says what is stored, and method: auto takes it so"
+_RECIPE = "write rules for it: mixedprec presets lists some to start from"
+
+
+def foreign_kind(data: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Tell what a mapping is that is no preset.
+
+    Returns:
+        what is wrong, and the remedy; None where it may be a preset, however faulty.
+    """
+    if "rules" in data or ("version" in data and "quant_method" not in data):
+        return None
+    if "architectures" in data or "model_type" in data:
+        return "is a model's config.json (expected a preset)", _INSPECT
+    if "quant_method" in data or "config_groups" in data:
+        return "is a checkpoint's quantization config (expected a preset)", _INSPECT
+    if "weight_map" in data:
+        return "is the index of a checkpoint (expected a preset)", _INSPECT
+    if any(key.endswith(("_stage", "_modifiers", "Modifier")) for key in _keys(data)):
+        return "is a recipe of llm-compressor (expected a preset)", _RECIPE
+    return None
+
+
+def _keys(data: Any, depth: int = 3) -> Iterator[str]:
+    """The keys of a few levels."""
+    if isinstance(data, Mapping) and depth:
+        for key, value in data.items():
+            yield str(key)
+            yield from _keys(value, depth - 1)
