@@ -79,6 +79,30 @@ def quantize_fp8_tokens(
     return codes.to(torch.float8_e4m3fn), scales
 
 
+def quantize_int8_tokens(
+    x: torch.Tensor, greatest: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize every token to int8 with one scale.
+
+    Args:
+        x: [T, K], floating point.
+        greatest: as of `quantize_fp8_tokens`.
+    Returns:
+        codes int8 [T, K], rounded to the nearest, halves away from zero; scales float32 [T, 1].
+    Source:
+        the Triton kernel that SGLang runs on every device, kernels/ops/quantization/int8_kernel.py,
+        _per_token_quant_int8: amax = max(absmax, 1e-10), scale = amax / 127,
+        code = round(x * (127 / amax)).
+    """
+    x = x.float()
+    amax = greatest(x.abs().amax(dim=-1, keepdim=True)).clamp_(min=EPSILON)
+    values = x * (torch.full_like(amax, INT8_MAX) / amax)
+    # torch.round takes halves to even
+    codes = values.trunc()
+    codes += values.sign().mul_((values - codes).abs() >= 0.5)
+    return codes.to(torch.int8), amax / INT8_MAX
+
+
 def quantize_fp8_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Quantize activations to e4m3 with the scale that the checkpoint holds.
 

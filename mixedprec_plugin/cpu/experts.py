@@ -229,11 +229,11 @@ def prepare_channels(
     channel_scales: torch.Tensor,
     x: torch.Tensor,
 ) -> Product:
-    """Prepare activations for experts in FP8 with a scale a channel.
+    """Prepare activations for experts in FP8 or INT8 with a scale a channel.
 
     Args:
         quantize: [R, K] -> codes [R, K], scales [R, 1].
-        weights: float8_e4m3fn [E, N, K].
+        weights: [E, N, K], float8_e4m3fn or int8.
         channel_scales: float32 [E, N, 1].
         x: [R, K].
     """

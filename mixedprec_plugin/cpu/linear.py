@@ -18,8 +18,11 @@ from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.layers.linear import LinearBase, RowParallelLinear
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
-from mixedprec_plugin.cpu.activation import quantize_fp8_static, quantize_fp8_tokens
 from mixedprec_plugin.cpu.scaled_matmul import add_blocks, add_products, scale_sums
+
+Quantize = Callable[
+    [torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], tuple[torch.Tensor, torch.Tensor]
+]
 
 
 class QuantizedLinear(LinearMethodBase):
@@ -88,31 +91,32 @@ def multiply_blocks(
 
 def multiply_channels(
     layer: LinearBase,
+    quantize: Quantize,
     channel_scales: torch.Tensor,
-    token_scale: torch.Tensor | None,
     rows: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Quantize activations to FP8 and multiply them by a layer's weight.
+    """Quantize activations and multiply them by a layer's weight, a scale a channel.
 
     Args:
-        layer: holds `weight`, float8_e4m3fn [N, K]. Its ranks may share K; then a token has one
-            scale over all of them, and the product of all is on the last rank, zeros on the others.
+        layer: holds `weight` [N, K]. Its ranks may share K; then a token has one scale over all of
+            them, and the product of all is on the last rank, zeros on the others.
+        quantize: rows and `greatest`, as of `quantize_fp8_tokens` -> codes [T, K] of the weight's
+            dtype, and scales float32, [T, 1] or one element.
         channel_scales: float32 [N, 1].
-        token_scale: the activations' static scale, float32 of one element; None: one a token.
         rows: [T, K].
+        bias: [N], added before the product is rounded; None where it is added afterwards.
     Returns:
         [T, N] in the dtype of rows.
     """
-    if token_scale is None:
-        codes, scales = quantize_fp8_tokens(rows, partial(_greatest_over_ranks, layer))
-    else:
-        codes, scales = quantize_fp8_static(rows, token_scale), token_scale
+    codes, scales = quantize(rows, partial(_greatest_over_ranks, layer))
     weight = layer.weight.data
     shape = (rows.shape[0], weight.shape[0])
     total = add_over_ranks(layer, partial(add_products, codes, weight), shape)
     if total is None:
-        return rows.new_zeros(shape)
-    return scale_sums(total, scales, channel_scales).to(rows.dtype)
+        return rows.new_zeros(shape) if bias is None else bias.expand(shape)
+    product = scale_sums(total, codes.dtype, scales, channel_scales)
+    return (product if bias is None else product + bias).to(rows.dtype)
 
 
 def add_over_ranks(

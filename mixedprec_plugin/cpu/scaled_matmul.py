@@ -4,9 +4,9 @@ Of blocks: FP8 or INT8 codes with a scale a token and K-block and one a weight b
 a sum over K-blocks of ((codes . weight) * scale) * weight_scale in float32, rounded once, as in
 SGLang's Triton kernels `_w8a8_block_fp8_matmul` and `_w8a8_block_int8_matmul`.
 
-Of channels: FP8 codes with a scale a token and one a channel. The codes' products are added in
-blocks along K, one block after the other: the sum of two halves of K, the second added to the
-first, has the bits of the whole.
+Of channels: FP8 or INT8 codes with a scale a token and one a channel. The products of FP8 codes are
+added in blocks along K, one block after the other: the sum of two halves of K, the second added to
+the first, has the bits of the whole. Those of INT8 codes are summed exactly.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _ROWS = 256
 _FEW_TOKENS_OF_BLOCKS = 64
 # What is added at once along K. torch adds longer rows in an order that depends on their length.
 _BLOCK = 128
+# Products of codes in -127..127 whose sum is below 2**24.
+_EXACT_INT8 = 1024
 # Up to here float32 is faster even where the CPU multiplies bfloat16.
 _FEW_TOKENS_OF_CHANNELS = 16
 
@@ -158,29 +160,30 @@ def channel_matmul(
     """Multiply quantized activations by a weight with a scale a channel.
 
     Args:
-        codes: float8_e4m3fn [T, K].
+        codes: [T, K], float8_e4m3fn or int8.
         scales: float32, [T, 1] or one element.
-        weight: float8_e4m3fn [N, K].
+        weight: [N, K], the dtype of codes.
         channel_scales: float32 [N, 1].
         dtype: dtype of the result.
     Returns:
-        [T, N]: channel_scale * (scale * (codes . weight)) in float32, rounded once to dtype.
-    Source:
-        SGLang's triton_scaled_mm and CUTLASS's fp8_scaled_mm.
+        [T, N], computed in float32 and rounded once to dtype; see `scale_sums`.
     """
     total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.float32)
     add_products(codes, weight, total)
-    return scale_sums(total, scales, channel_scales).to(dtype)
+    return scale_sums(total, codes.dtype, scales, channel_scales).to(dtype)
 
 
 def add_products(codes: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
-    """Add codes . weight, in units of E4M3_UNIT**2, to a sum.
+    """Add codes . weight to a sum; of FP8 in units of E4M3_UNIT**2.
 
     Args:
-        codes: float8_e4m3fn [T, K].
-        weight: float8_e4m3fn [N, K].
+        codes: [T, K], float8_e4m3fn or int8.
+        weight: [N, K], the dtype of codes.
         total: float32 [T, N], added to in place.
     """
+    if codes.dtype == torch.int8:
+        _add_int8_products(codes, weight, total)
+        return
     left = torch.split(decode_e4m3(codes).float(), _BLOCK, dim=1)
     with exact_in_bfloat16(enabled=codes.shape[0] > _FEW_TOKENS_OF_CHANNELS):
         for start in range(0, weight.shape[0], _ROWS):
@@ -190,18 +193,39 @@ def add_products(codes: torch.Tensor, weight: torch.Tensor, total: torch.Tensor)
                 total[:, rows].addmm_(tokens, channels.t())
 
 
+def _add_int8_products(codes: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
+    """Add to [T, N]. Sums of up to _EXACT_INT8 products are exact in float32."""
+    if torch.cpu._is_vnni_supported():
+        total += torch._int_mm(codes, weight.t())
+        return
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        for block in _blocks(codes.shape[1], _EXACT_INT8):
+            total[:, rows] += codes[:, block].float() @ weight[rows, block].float().t()
+
+
 def scale_sums(
-    total: torch.Tensor, scales: torch.Tensor, channel_scales: torch.Tensor
+    total: torch.Tensor,
+    codes_dtype: torch.dtype,
+    scales: torch.Tensor,
+    channel_scales: torch.Tensor,
 ) -> torch.Tensor:
     """Turn sums of `add_products` into the product, in place.
 
     Args:
         total: float32 [T, N].
+        codes_dtype: of the codes.
         scales: float32, [T, 1] or one element.
         channel_scales: float32 [N, 1].
     Returns:
-        total.
+        total; of FP8 channel_scale * (scale * sum), of INT8 (channel_scale * scale) * sum.
+    Source:
+        SGLang's triton_scaled_mm and CUTLASS's fp8_scaled_mm; `fused_moe_kernel`
+        (kernels/ops/moe/fused_moe_triton_kernels.py:625) and CUTLASS's int8_scaled_mm, which on
+        compute capability 9.0 multiplies by one scale after the other.
     """
+    if codes_dtype == torch.int8:
+        return total.mul_(scales * channel_scales.t())
     # The unit is a power of two: this rounds as without.
     return total.mul_(scales * E4M3_UNIT**2).mul_(channel_scales.t())
 

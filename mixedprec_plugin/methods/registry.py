@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,19 +11,31 @@ from types import MappingProxyType
 from typing import Any
 
 from mixedprec_plugin.errors import MethodError, Problem
-from mixedprec_plugin.methods import auto, awq, bf16, blockwise_int8, fp8, fp8_channel, gptq
+from mixedprec_plugin.methods import auto, bf16
 from mixedprec_plugin.methods.interface import Method
 from mixedprec_plugin.names import nearest
 
 ENTRY_POINT_GROUP = "mixedprec.methods"
 _NUMBER = re.compile(r"\d+")
 
-BUILT_IN = MappingProxyType(
-    {
-        module.METHOD.name: module.METHOD
-        for module in (bf16, fp8, fp8_channel, blockwise_int8, awq, gptq, auto)
-    }
+# folders beside this file, in the order in which methods are listed
+_FOLDERS = (
+    "bf16",
+    "fp8",
+    "fp8_channel",
+    "blockwise_int8",
+    "awq",
+    "gptq",
+    "auto",
 )
+
+
+def _built_in() -> Iterator[Method]:
+    for folder in _FOLDERS:
+        yield importlib.import_module(f"mixedprec_plugin.methods.{folder}").METHOD
+
+
+BUILT_IN = MappingProxyType({method.name: method for method in _built_in()})
 # the two that other packages need to tell from the rest
 UNQUANTIZED, AUTO = bf16.METHOD.name, auto.METHOD.name
 

@@ -182,6 +182,42 @@ def has_same_codes(stored: StoredFormat, tensors: Tensors, dtype: str) -> bool:
     return how.get("codes") == "weight" and tensors["weight"].dtype == dtype
 
 
+def recognize_channels(tensors: Tensors, said: Said, dtype: str) -> StoredFormat | None:
+    """Take codes of a dtype beside a `weight_scale` a row, where activations may have one a token.
+
+    A layer whose activations are not quantized, or otherwise, is served so by `auto` alone.
+    """
+    found = recognize_served(tensors, said, dtype, "weight_scale")
+    if found is None or tensors["weight_scale"].shape != (found.N, 1):
+        return None
+    inputs = said.of(found.encoding).get("inputs", {})
+    is_unsaid = inputs == {} and "input_scale" not in tensors
+    is_a_token = bool(inputs) and inputs["dynamic"] and not inputs["group_size"]
+    return found if is_unsaid or is_a_token else None
+
+
+def channel_facts() -> dict[str, Any]:
+    """What config.json says by naming a method whose weights have a scale a channel."""
+    return {"strategy": "channel", "inputs": {"dynamic": True, "group_size": None}}
+
+
+def why_not_channels(
+    dtype: str,
+    stored: StoredFormat,
+    _arguments: Mapping[str, Any],
+    tensors: Tensors,
+    _may_round: bool,
+) -> str | None:
+    """Say whether the codes' scales can be a channel's: those of a whole tensor are all alike.
+
+    Args:
+        dtype: of the method's codes; the rest is as of `Method.why_not_repack`.
+    """
+    if not has_same_codes(stored, tensors, dtype) or "input_scale" in tensors:
+        return None
+    return "" if stored.facts.get("strategy") in ("tensor", "channel") else None
+
+
 def why_not_scaled(
     dtype: str,
     stored: StoredFormat,

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from mixedprec_plugin.quantize.checks import refuse, require_finite, take, take_matrix, weight_shape
-from mixedprec_plugin.quantize.chunks import float_block_chunks, row_chunks
-from mixedprec_plugin.quantize.codec import Arguments, TensorDict, Tensors
+from mixedprec_plugin.quantize.chunks import float_block_chunks, float_chunks, row_chunks
+from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
 
 E4M3 = torch.float8_e4m3fn
 _LARGEST_CODE = {E4M3: torch.finfo(E4M3).max, torch.int8: 127.0}
@@ -180,6 +180,35 @@ def quantize_blocks(weight: torch.Tensor, block: Sequence[int], dtype: torch.dty
         encode(values.div_(spread), codes[rows, columns])
     require_finite(scales, weight)
     return {"weight": codes, "weight_scale_inv": scales}
+
+
+def quantize_channels(weight: torch.Tensor, dtype: torch.dtype) -> TensorDict:
+    """Scale every row of a weight so that its largest magnitude is the largest code; encode it.
+
+    Args:
+        weight: [N, K], floating point; not modified.
+        dtype: of the codes.
+    Returns:
+        "weight" [N, K] of `dtype`, "weight_scale" float32 [N, 1], weight ~= q * scale.
+    Raises:
+        ShapeError: not a matrix of floats, or not finite.
+    """
+    N, K = weight_shape(weight)
+    codes = torch.empty((N, K), dtype=dtype, device=weight.device)
+    scales = torch.empty((N, 1), device=weight.device)
+    for rows, values in float_chunks(weight):
+        low, high = torch.aminmax(values, dim=1, keepdim=True)
+        scales[rows] = scales_for(torch.maximum(high, -low), dtype)
+        encode(values.div_(scales[rows]), codes[rows])
+    require_finite(scales, weight)
+    return {"weight": codes, "weight_scale": scales}
+
+
+def write_channels(numbers: Numbers) -> TensorDict:
+    """Store codes as they are, with a scale a row: one scale for all becomes every row's."""
+    assert isinstance(numbers, Scaled)
+    scales = numbers.scales.expand(numbers.codes.shape[0], 1).contiguous()
+    return {"weight": numbers.codes, "weight_scale": scales}
 
 
 def decode_e4m3(codes: torch.Tensor, values: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from mixedprec_plugin.cpu.activation import (
     quantize_fp8_static,
     quantize_fp8_tokens,
     quantize_int8_groups,
+    quantize_int8_tokens,
 )
 from mixedprec_plugin.cpu.scaled_matmul import E4M3_UNIT, decode_e4m3
 
@@ -58,6 +59,24 @@ def test_fp8_tokens_fill_the_range(seed):
     codes, scales = quantize_fp8_tokens(_random(seed, 4, 256, torch.bfloat16))
     assert scales.shape == (4, 1)
     assert (codes.float().abs().amax(1) == 448).all()
+
+
+@given(seed=SEEDS, dtype=st.sampled_from([torch.bfloat16, torch.float16]))
+def test_int8_tokens_round_to_the_nearest_code(seed, dtype):
+    x = _random(seed, 4, 256, dtype)
+    codes, scales = quantize_int8_tokens(x)
+    exact = x.double() * 127 / x.double().abs().amax(1, keepdim=True).clamp(min=1e-10)
+    assert ((exact - codes.double()).abs() <= 0.5 + 1e-5).all()
+    assert (codes.float().abs().amax(1) == 127).all()
+    assert torch.allclose(scales.double(), x.double().abs().amax(1, keepdim=True) / 127)
+
+
+def test_int8_tokens_round_halves_away_from_zero_as_roundf_does():
+    """The largest is 127, so that the codes are the numbers; the float below a half is none."""
+    x = torch.tensor([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.49999997, -0.49999997]])
+    codes, scales = quantize_int8_tokens(x)
+    assert codes.tolist() == [[127, 1, 2, 3, -1, -2, -3, 0, 0]]
+    assert scales.tolist() == [[1.0]]
 
 
 def test_zero_token_has_zero_codes_and_scale():

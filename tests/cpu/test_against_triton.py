@@ -34,6 +34,13 @@ def test_int8_groups_are_the_kernels_bit_for_bit(kernels):
         assert torch.equal(our_scales, scales)
 
 
+def test_int8_tokens_are_the_kernels_bit_for_bit(kernels):
+    for x, codes, scales in kernels["quantizers"]["int8 tokens"]:
+        ours, our_scales = activation.quantize_int8_tokens(x)
+        assert torch.equal(ours, codes)
+        assert torch.equal(our_scales, scales)
+
+
 def test_static_fp8_is_the_kernels_bit_for_bit(kernels):
     for x, codes, scale in kernels["quantizers"]["static"]:
         ours = activation.quantize_fp8_static(x, scale)

@@ -88,15 +88,28 @@ def test_batched_and_looped_fp8_sums_agree(monkeypatch):
 
 
 @settings(deadline=None)
-@given(TOKENS, SIZES, st.sampled_from([64, 768]), SEEDS, st.booleans())
-def test_channel_matmul_is_its_definition(num_tokens, N, K, seed, is_static):
-    dtype = torch.float8_e4m3fn
+@given(
+    TOKENS, SIZES, st.sampled_from([64, 768, 2304]), SEEDS, st.booleans(),
+    st.sampled_from([torch.float8_e4m3fn, torch.int8]),
+)  # fmt: skip
+def test_channel_matmul_is_its_definition(num_tokens, N, K, seed, is_static, dtype):
     left, right = _codes((num_tokens, K), dtype, seed), _codes((N, K), dtype, seed + 1)
     scales = _positive((1, 1) if is_static else (num_tokens, 1), seed)
     channels = _positive((N, 1), seed + 2)
     out = channel_matmul(left, scales, right, channels, torch.bfloat16)
     x, weight = left.double() * scales.double(), right.double() * channels.double()
     _assert_near(out, x @ weight.t(), x.abs() @ weight.abs().t(), K)
+
+
+def test_int8_channels_are_exact_integers_scaled_once(monkeypatch):
+    """(channel scale * token scale) * sum of integers, with and without VNNI."""
+    left, right = _codes((9, 2304), torch.int8, 0), _codes((300, 2304), torch.int8, 1)
+    scales, channels = _positive((9, 1), 2), _positive((300, 1), 3)
+    sums = (left.long() @ right.long().t()).float()
+    expected = (sums * (scales * channels.t())).bfloat16()
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda answer=supported: answer)
+        assert torch.equal(channel_matmul(left, scales, right, channels, torch.bfloat16), expected)
 
 
 def _int4(N: int, K: int, group_size: int, seed: int) -> tuple[torch.Tensor, ...]:

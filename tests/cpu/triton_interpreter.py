@@ -3,7 +3,8 @@
 The stock interpreter is silently wrong in three places: float32 -> bfloat16 truncates, float32 ->
 e4m3 mishandles carries and small values, and arithmetic on bfloat16 works on the bit patterns.
 Here each conversion goes through torch, which rounds to nearest even, and bfloat16 operands are
-widened to float32 first. Import this after setting TRITON_INTERPRET=1 and before any kernel.
+widened to float32 first. CUDA's `roundf`, which it does not have, is made here. Import this after
+setting TRITON_INTERPRET=1 and before any kernel.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 from triton.runtime import interpreter
 
 _DTYPES = {
@@ -100,9 +102,18 @@ def _dot(self: Any, left: Any, right: Any, total: Any, _precision: Any, _impreci
     return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
 
 
+def _roundf(x: tl.tensor) -> tl.tensor:
+    """To the nearest integer, halves away from zero."""
+    data = x.handle.data
+    whole = np.trunc(data)
+    away = whole + np.where(np.abs(data - whole) >= 0.5, np.copysign(1, data), 0)
+    return tl.tensor(interpreter.TensorHandle(away.astype(data.dtype), x.handle.dtype), x.type)
+
+
 def install() -> None:
     """Put the cures in place, for the whole process."""
     interpreter._convert_float = _convert
     builder = interpreter.InterpreterBuilder
     builder.cast_impl, builder.binary_op, builder.unary_op = _cast, _binary, _unary
     builder.create_dot = _dot
+    libdevice.round = _roundf

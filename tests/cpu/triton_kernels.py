@@ -34,11 +34,13 @@ def quantizers(generator: torch.Generator) -> dict[str, list[tuple[torch.Tensor,
     """Calls of the quantizers of activations: input, codes, scales."""
     from sglang.kernels.ops.quantization import fp8_kernel, int8_kernel
 
-    found: dict[str, list[tuple[torch.Tensor, ...]]] = {"fp8": [], "int8": [], "static": []}
+    names = ("fp8", "int8", "int8 tokens", "static")
+    found: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in names}
     for num_columns in (576 + 64, 768, 1536):
         x = spread(33, num_columns, generator)
         found["fp8"].append((x, *fp8_kernel._per_token_group_quant_8bit_raw(x, 128)))
         found["int8"].append((x, *int8_kernel.per_token_group_quant_int8(x, 128)))
+        found["int8 tokens"].append((x, *int8_kernel.per_token_quant_int8(x)))
         scale = torch.tensor([0.0123])
         found["static"].append((x, *fp8_kernel.static_quant_fp8(x, scale)))
     return found

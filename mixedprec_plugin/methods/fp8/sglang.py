@@ -10,7 +10,12 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization import fp8
 from sglang.srt.layers.quantization.utils import convert_to_channelwise, per_tensor_dequantize
 
-from mixedprec_plugin.cpu.activation import FP8_MAX, quantize_fp8_groups, quantize_fp8_static
+from mixedprec_plugin.cpu.activation import (
+    FP8_MAX,
+    quantize_fp8_groups,
+    quantize_fp8_static,
+    quantize_fp8_tokens,
+)
 from mixedprec_plugin.cpu.config import CpuConfig
 from mixedprec_plugin.cpu.experts import (
     LoopedExperts,
@@ -40,10 +45,12 @@ class Fp8LinearMethod(QuantizedLinear, fp8.Fp8LinearMethod):
         layer.token_scale = layer.input_scale.data.max() if static else None
 
     def multiply(self, layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
-        if not self.block_quant:
-            return multiply_channels(layer, layer.channel_scales, layer.token_scale, rows)
-        block_size = self.quant_config.weight_block_size
-        return multiply_blocks(layer, quantize_fp8_groups, block_size, rows)
+        if self.block_quant:
+            block_size = self.quant_config.weight_block_size
+            return multiply_blocks(layer, quantize_fp8_groups, block_size, rows)
+        scale = layer.token_scale
+        quantize = quantize_fp8_tokens if scale is None else partial(_quantize_static, scale)
+        return multiply_channels(layer, quantize, layer.channel_scales, rows)
 
 
 class Fp8MoEMethod(LoopedExperts, fp8.Fp8MoEMethod):
@@ -114,6 +121,12 @@ def quantize_fp8_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not scale:
         return torch.zeros(x.shape).to(torch.float8_e4m3fn), scale
     return quantize_fp8_static(x, scale), scale
+
+
+def _quantize_static(
+    scale: torch.Tensor, rows: torch.Tensor, _greatest: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize_fp8_static(rows, scale), scale
 
 
 def _prepare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from mixedprec_plugin.methods import fp8, scaled
@@ -16,8 +17,7 @@ NAME = "fp8_channel"
 
 def read_config(_config: Mapping[str, Any], _name: str) -> Said:
     """Read what config.json says of a layer."""
-    inputs = {"dynamic": True, "group_size": None}
-    return Said(fp8.NAME, {"strategy": "channel", "inputs": inputs})
+    return Said(fp8.NAME, scaled.channel_facts())
 
 
 def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
@@ -32,27 +32,9 @@ def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tens
 
 
 def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
-    """Take e4m3 codes beside a scale a row, where activations may have a scale a token.
-
-    A layer whose activations are not quantized, or otherwise, is served so by `auto` alone.
-    """
-    found = scaled.recognize_served(tensors, said, fp8.CODES, "weight_scale")
-    if found is None or tensors["weight_scale"].shape != (found.N, 1):
-        return None
-    inputs = said.of(fp8.NAME).get("inputs", {})
-    is_unsaid = inputs == {} and "input_scale" not in tensors
-    if not is_unsaid and not (inputs and inputs["dynamic"] and not inputs["group_size"]):
-        return None
-    return dataclasses.replace(found, method=NAME, like=fp8.NAME)
-
-
-def why_not_repack(
-    stored: StoredFormat, _arguments: Arguments, tensors: Tensors, _may_round: bool
-) -> str | None:
-    """Say whether the codes' scales can be a channel's: those of a whole tensor are all alike."""
-    if not scaled.has_same_codes(stored, tensors, fp8.CODES) or "input_scale" in tensors:
-        return None
-    return "" if stored.facts.get("strategy") in ("tensor", "channel") else None
+    """Take e4m3 codes beside a scale a row, where activations may have a scale a token."""
+    found = scaled.recognize_channels(tensors, said, fp8.CODES)
+    return found and dataclasses.replace(found, method=NAME, like=fp8.NAME)
 
 
 METHOD = Method(
@@ -84,7 +66,7 @@ METHOD = Method(
     config_arguments=lambda _arguments, _platform: {"is_checkpoint_fp8_serialized": True},
     codec="mixedprec_plugin.methods.fp8_channel.codec",
     min_capability=89,
-    why_not_repack=why_not_repack,
+    why_not_repack=partial(scaled.why_not_channels, fp8.CODES),
     sglang="mixedprec_plugin.methods.fp8_channel.sglang",
     moe_kernels="triton",
     moe_backends=frozenset({"triton"}),

@@ -9,10 +9,14 @@ from __future__ import annotations
 import torch
 
 from mixedprec_plugin.cpu.activation import quantize_fp8_tokens
-from mixedprec_plugin.quantize.checks import require_finite, weight_shape
-from mixedprec_plugin.quantize.chunks import float_chunks
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
-from mixedprec_plugin.quantize.scaled import E4M3, Scaled, encode, read_codes, scales_for
+from mixedprec_plugin.quantize.scaled import (
+    E4M3,
+    Scaled,
+    quantize_channels,
+    read_codes,
+    write_channels,
+)
 
 
 def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
@@ -24,15 +28,7 @@ def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -
     Raises:
         ShapeError: not a matrix of floats, or not finite.
     """
-    N, K = weight_shape(weight)
-    codes = torch.empty((N, K), dtype=E4M3, device=weight.device)
-    scales = torch.empty((N, 1), device=weight.device)
-    for rows, values in float_chunks(weight):
-        low, high = torch.aminmax(values, dim=1, keepdim=True)
-        scales[rows] = scales_for(torch.maximum(high, -low), E4M3)
-        encode(values.div_(scales[rows]), codes[rows])
-    require_finite(scales, weight)
-    return {"weight": codes, "weight_scale": scales}
+    return quantize_channels(weight, E4M3)
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Scaled:
@@ -46,9 +42,7 @@ def read(tensors: Tensors, _arguments: Arguments) -> Scaled:
 
 def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
     """Store the codes as they are; one scale for all becomes every channel's."""
-    assert isinstance(numbers, Scaled)
-    scales = numbers.scales.expand(numbers.codes.shape[0], 1).contiguous()
-    return {"weight": numbers.codes, "weight_scale": scales}
+    return write_channels(numbers)
 
 
 def round_inputs(inputs: torch.Tensor, _tensors: Tensors, _arguments: Arguments) -> torch.Tensor:

@@ -55,7 +55,7 @@ class W8A8Fp8LinearMethod(QuantizedLinear, w8a8_fp8.W8A8Fp8LinearMethod):
 
     def multiply(self, layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
         """[T, K] -> [T, N] in the dtype of rows; activations get a scale a token."""
-        return multiply_channels(layer, layer.weight_scale.data, None, rows)
+        return multiply_channels(layer, quantize_fp8_tokens, layer.weight_scale.data, rows)
 
 
 class W8A8FP8MoEMethod(LoopedExperts, w8a8_fp8.W8A8FP8MoEMethod):

@@ -45,7 +45,8 @@ from mixedprec_plugin.methods.stored import (
 
 NAME = "compressed-tensors"
 PACKED = "pack-quantized"
-FLOAT_QUANTIZED = "float-quantized"
+# encoding of 8-bit codes -> the type of number, and the format
+_KINDS = {"fp8": ("float", "float-quantized"), "int8": ("int", "int-quantized")}
 CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.codec"
 _CODES = "weight_packed"
 
@@ -60,7 +61,8 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
     label = str(group.get("format") or config.get("format") or "")
     kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
     naive = {"float8": "fp8", "int8": "int8"}.get(kind)
-    encodings = {PACKED: PACKED, FLOAT_QUANTIZED: "fp8", "int-quantized": "int8", "dense": FLOAT}
+    encodings = {PACKED: PACKED, "dense": FLOAT}
+    encodings |= {label: encoding for encoding, (_, label) in _KINDS.items()}
     encodings |= {"naive-quantized": naive} if naive else {}
     strategy, block = weights.get("strategy"), block_of(weights.get("block_structure"))
     facts = said_keys(weights, bits="num_bits", symmetric="symmetric", strategy="strategy")
@@ -210,7 +212,11 @@ def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
         stored: as one of our methods serves it.
     """
     if stored.numbers == "scaled":
-        return "" if stored.encoding == "fp8" else "SGLang reads no INT8 in blocks there"
+        # compressed_tensors.py:836 and :983, below layers/quantization/compressed_tensors
+        is_block = stored.facts["strategy"] == "block"
+        is_read = stored.encoding == "fp8" or not (is_block or is_expert)
+        where = "for experts" if is_expert else "in blocks"
+        return "" if is_read else f"SGLang reads no INT8 {where} there"
     if stored.said.get("desc_act"):
         return "its groups are in act order"
     if is_expert and not is_written_symmetric(stored):
@@ -263,15 +269,16 @@ def group_for(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[st
         return {"format": PACKED, "weights": weights, "input_activations": None}
     strategy, is_dynamic = facts["strategy"], "input_scale" not in served
     block = facts.get("block")
-    weights = _arguments(num_bits=8, type="float", strategy=strategy, block_structure=block)
+    kind, label = _KINDS[stored.encoding]
+    weights = _arguments(num_bits=8, type=kind, strategy=strategy, block_structure=block)
     inputs = _arguments(
         num_bits=8,
-        type="float",
+        type=kind,
         strategy="group" if block else "token" if is_dynamic else "tensor",
         group_size=block[1] if block else None,
         dynamic=is_dynamic,
     )
-    return {"format": FLOAT_QUANTIZED, "weights": weights, "input_activations": inputs}
+    return {"format": label, "weights": weights, "input_activations": inputs}
 
 
 def _arguments(**given: Any) -> dict[str, Any]:
