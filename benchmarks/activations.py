@@ -68,6 +68,23 @@ def int8_group(x: torch.Tensor, group_size: int = 128) -> tuple[torch.Tensor, to
     return codes.reshape(x.shape), scale[..., 0]
 
 
+def int8_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round activations to INT8 with one scale a token.
+
+    Args:
+        x: [T, K] float32.
+    Returns:
+        codes [T, K] and scales [T, 1], both float32.
+    Source: SGLang's _per_token_quant_int8: amax = max(absmax, 1e-10), scale = amax / 127,
+        code = roundf(x * (127 / amax)), halves away from zero.
+    """
+    amax = x.abs().amax(-1, keepdim=True).clamp_min(_EPSILON)
+    scaled = (x * (torch.full_like(amax, INT8_MAX) / amax)).double()
+    # in double precision the half is exact, and is no more than added
+    codes = (scaled.abs() + 0.5).floor().copysign(scaled)
+    return codes.float(), amax / INT8_MAX
+
+
 def input_quantizer(method: str, arguments: Mapping[str, Any]) -> Quantizer | None:
     """Return what a method does to its input; None for the weight-only methods.
 
@@ -79,6 +96,8 @@ def input_quantizer(method: str, arguments: Mapping[str, Any]) -> Quantizer | No
     """
     if method == "fp8_channel":
         return fp8_token
+    if method == "int8_channel":
+        return int8_token
     if method not in ("fp8", "blockwise_int8"):
         return None
     if arguments["activation_scheme"] != "dynamic":
@@ -115,6 +134,7 @@ class QuantizedInputLinear(torch.nn.Module):
         scales: [N, B] float32, a scale for each row and K-block.
         bias: [N] or None, added after the product was rounded.
         quantize_input: [T, K] -> codes [T, K] and scales [T, B].
+        joins_scales: whether the two scales are multiplied by each other first.
     """
 
     def __init__(
@@ -123,12 +143,15 @@ class QuantizedInputLinear(torch.nn.Module):
         scales: torch.Tensor,
         bias: torch.Tensor | None,
         quantize_input: Quantizer,
+        *,
+        joins_scales: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.quantize_input = quantize_input
+        self.joins_scales = joins_scales
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply [..., K] by the weight: [..., N] in the dtype of x.
@@ -147,7 +170,10 @@ class QuantizedInputLinear(torch.nn.Module):
             for start in range(block * size, min((block + 1) * size, weight.shape[1]), _SUM_SIZE):
                 columns = slice(start, min(start + _SUM_SIZE, (block + 1) * size))
                 dot += _multiply_codes(codes[:, columns], weight[:, columns])
-            total += dot * token_scales[:, block, None] * scales[:, block]
+            if self.joins_scales:
+                total += dot * (token_scales[:, block, None] * scales[:, block])
+            else:
+                total += dot * token_scales[:, block, None] * scales[:, block]
         out = total.to(x.dtype).reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.get_buffer("bias").to(x.dtype)
 

@@ -44,7 +44,7 @@ UNQUANTIZED = "(bf16, no preset)"
 WEIGHT_ONLY_LIMIT = 0.002
 QUANTIZED_INPUT_LIMIT = 0.01
 PERPLEXITY_TOLERANCE = 0.01
-QUANTIZES_INPUT = ("fp8", "fp8_channel", "blockwise_int8")
+QUANTIZES_INPUT = ("fp8", "fp8_channel", "blockwise_int8", "int8_channel")
 
 
 @dataclasses.dataclass(frozen=True)

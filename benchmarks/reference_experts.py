@@ -66,7 +66,7 @@ class ReferenceExperts(torch.nn.Module):
         else:
             module = reference_linear(layer, tensors)
             # a rank has a part of the intermediate, and gives it scales of its own
-            if layer.method == "fp8_channel" and layer.shard.projection == "w2":
+            if layer.method in ("fp8_channel", "int8_channel") and layer.shard.projection == "w2":
                 assert isinstance(module, QuantizedInputLinear)
                 projection = Projection(_SplitLinear(module, self.num_ranks))
             else:
@@ -126,7 +126,13 @@ class _SplitLinear(torch.nn.Module):
     def __init__(self, whole: QuantizedInputLinear, num_ranks: int) -> None:
         super().__init__()
         self.parts = torch.nn.ModuleList(
-            QuantizedInputLinear(codes, whole.get_buffer("scales"), None, whole.quantize_input)
+            QuantizedInputLinear(
+                codes,
+                whole.get_buffer("scales"),
+                None,
+                whole.quantize_input,
+                joins_scales=whole.joins_scales,
+            )
             for codes in whole.get_buffer("codes").chunk(num_ranks, dim=1)
         )
 

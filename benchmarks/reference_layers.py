@@ -18,7 +18,7 @@ from benchmarks.activations import (
 from mixedprec_plugin.plan.model import PlannedLayer
 from tests.reference.dequantize import dequantize_method
 
-QUANTIZED = frozenset({"fp8", "fp8_channel", "blockwise_int8", "awq", "gptq"})
+QUANTIZED = frozenset({"fp8", "fp8_channel", "blockwise_int8", "int8_channel", "awq", "gptq"})
 Tensors = Mapping[str, torch.Tensor]
 Linear = QuantizedInputLinear | WeightOnlyLinear
 
@@ -52,7 +52,10 @@ def reference_linear(layer: PlannedLayer, tensors: Tensors) -> Linear:
         return WeightOnlyLinear(_dequantize(layer.method, tensors, arguments), bias)
     codes, block = tensors["weight"].float(), arguments.get("weight_block_size")
     scales = tensors["weight_scale" if block is None else "weight_scale_inv"]
-    return QuantizedInputLinear(codes, scales_by_row(scales, len(codes), block), bias, quantizer)
+    by_row = scales_by_row(scales, len(codes), block)
+    # as CUTLASS's int8_scaled_mm and Triton's fused_moe_kernel do
+    joins = layer.method == "int8_channel"
+    return QuantizedInputLinear(codes, by_row, bias, quantizer, joins_scales=joins)
 
 
 def replace_layer(model: Any, name: str, module: Linear) -> None:

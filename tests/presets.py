@@ -20,6 +20,7 @@ EXPORTED = (
     'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
     'match: "*.1.self_attn.*", method: unquantized',
     'match: "*.2.mlp.*", method: fp8_channel',
+    'match: "*.2.mlp.down_proj", method: int8_channel',
 )
 
 

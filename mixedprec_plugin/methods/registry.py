@@ -24,6 +24,7 @@ _FOLDERS = (
     "fp8",
     "fp8_channel",
     "blockwise_int8",
+    "int8_channel",
     "awq",
     "gptq",
     "auto",

@@ -31,8 +31,8 @@ DETECTED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gptqmodel-fp8-row": ("", {}, "fp8", "fp8 per channel (reciprocal scales)"),
     "llmcompressor-fp8-block": ("", {}, "fp8", "fp8 block [128, 128] (float-quantized)"),
     "llmcompressor-fp8-dynamic": ("fp8_channel", {}, "fp8", "fp8 per channel (float-quantized)"),
-    "llmcompressor-w8a8-int8": ("", {}, "int8", "int8 per channel (int-quantized)"),
-    "autoround-int8": ("", {}, "int8", "int8 per channel (int-quantized)"),
+    "llmcompressor-w8a8-int8": ("int8_channel", {}, "int8", "int8 per channel (int-quantized)"),
+    "autoround-int8": ("int8_channel", {}, "int8", "int8 per channel (int-quantized)"),
     "llmcompressor-w4a16-g64": ("", {}, "pack-quantized", "pack-quantized 4-bit group 64"),
     "llmcompressor-w4a16-asym-g64": (
         "", {}, "pack-quantized", "pack-quantized 4-bit group 64 asymmetric"

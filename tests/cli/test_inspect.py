@@ -64,7 +64,8 @@ def test_inspect_folds_layers_and_reports_disagreements_with_exit_1(mixed: Path)
             "dequantize"
             for name in ("down_proj", "gate_proj", "up_proj")
         ),
-        "model.layers.1-2.self_attn.o_proj int8 per channel 8.12 130.0 KiB dequantize",
+        "model.layers.1-2.self_attn.o_proj int8 per channel 8.12 130.0 KiB serve as "
+        "int8_channel, dequantize",
         "model.norm 512 B serve as stored",
         "29 layers: 2.3 MiB stored",
         "disagreement: model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, "
@@ -106,7 +107,7 @@ def test_every_peer_is_shown_as_json(tmp_path: Path, folder: str) -> None:
         ("gptqmodel-asym-g64", "repack as awq, dequantize"),
         ("llmcompressor-w4a16-g64", "repack as awq, repack as gptq, dequantize"),
         ("llmcompressor-fp8-block", "repack as fp8, dequantize"),
-        ("llmcompressor-w8a8-int8", "dequantize"),
+        ("llmcompressor-w8a8-int8", "serve as int8_channel, dequantize"),
     ],
 )
 def test_what_a_plan_can_do_without_a_rounding_is_shown(

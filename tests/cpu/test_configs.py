@@ -11,6 +11,7 @@ CASES = [
     Case("fp8", {"weight_block_size": None}),
     Case("fp8_channel", {}),
     Case("blockwise_int8", {"weight_block_size": [128, 128]}),
+    Case("int8_channel", {}),
     Case("awq", {"bits": 4, "group_size": 128}),
     Case("gptq", {"bits": 4, "group_size": 128}),
 ]

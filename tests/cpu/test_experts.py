@@ -37,12 +37,13 @@ QUANTIZED: list[Case | None] = [
     Case("fp8", {"weight_block_size": [128, 128]}),
     Case("fp8_channel", {}),
     Case("blockwise_int8", {"weight_block_size": [128, 128]}),
+    Case("int8_channel", {}),
 ]
 CASES = WEIGHT_ONLY + QUANTIZED
 # Root mean squares of the worst token: weights and each product are rounded to bfloat16;
 # activations rounded to FP8 (0.026) or truncated to INT8 (0.023) twice, for the two products.
 WEIGHT_TOLERANCE = 0.009
-TOLERANCE = dict.fromkeys(("fp8", "fp8_channel", "blockwise_int8"), 0.07)
+TOLERANCE = dict.fromkeys(("fp8", "fp8_channel", "blockwise_int8", "int8_channel"), 0.07)
 
 
 def _loaded(layer_class: type, case: Case | None, seed: int = 0, **options: Any) -> Any:

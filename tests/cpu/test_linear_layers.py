@@ -18,6 +18,7 @@ CASES = [
     Case("fp8_channel", {}),
     Case("blockwise_int8", {"weight_block_size": [128, 128]}),
     Case("blockwise_int8", {"weight_block_size": [64, 64]}),
+    Case("int8_channel", {}),
     Case("awq", {"bits": 4, "group_size": 128}),
     Case("awq", {"bits": 4, "group_size": 32}),
     Case("awq", {"bits": 4, "group_size": -1}),
@@ -28,10 +29,12 @@ CASES = [
 ]
 # Greatest relative error of a token's outputs that the method may cost, as a root mean square.
 # FP8 rounds activations by up to 2**-4 of a value, 0.026 in the mean square. INT8 truncates them by
-# up to amax / 127, 0.023 in the mean square for an amax of five standard deviations. Weight-only
+# up to amax / 127, 0.023 in the mean square for an amax of five standard deviations; with a scale a
+# token it rounds, by half of that. Weight-only
 # methods round weights and outputs to bfloat16, by up to 2**-9.
 TOLERANCE = {
-    "fp8": 0.035, "fp8_channel": 0.035, "blockwise_int8": 0.035, "awq": 0.004, "gptq": 0.004,
+    "fp8": 0.035, "fp8_channel": 0.035, "blockwise_int8": 0.035, "int8_channel": 0.015,
+    "awq": 0.004, "gptq": 0.004,
 }  # fmt: skip
 
 
@@ -99,7 +102,7 @@ def test_class_names_are_sglangs_own(linear_module, case):
     ours, *bases = type(layer.quant_method).__mro__
     theirs = next(base for base in bases if base.__module__.startswith("sglang."))
     assert ours.__name__ == theirs.__name__
-    has_v1 = ours.__name__ == "W8A8Fp8LinearMethod"
+    has_v1 = ours.__name__ in ("W8A8Fp8LinearMethod", "W8A8Int8LinearMethod")
     assert (ours.__name__ in linear_module.WEIGHT_LOADER_V2_SUPPORTED) is not has_v1
 
 
@@ -152,7 +155,13 @@ def test_bias_is_added_after_rounding(linear_module, case):
     x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
     bias = torch.randn(256).bfloat16()
     without = layer.quant_method.apply(layer, x)
-    assert torch.equal(layer.quant_method.apply(layer, x, bias), without + bias)
+    added = layer.quant_method.apply(layer, x, bias)
+    if case.method == "int8_channel":
+        # CUTLASS's int8_scaled_mm adds it before it rounds: at most one rounding away
+        assert torch.allclose(added.float(), (without + bias).float(), rtol=2**-7, atol=2**-7)
+        assert not torch.equal(added, without + bias)
+        return
+    assert torch.equal(added, without + bias)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -179,10 +188,11 @@ def test_static_and_dynamic_fp8_take_the_dtype_of_the_input(linear_module, block
     assert layer(torch.randn(2, K).half())[0].dtype == torch.float16
 
 
+@pytest.mark.parametrize("method", ["fp8_channel", "int8_channel"])
 @pytest.mark.parametrize("kind", ["merged", "qkv"])
-def test_per_channel_fp8_that_is_stored_fused_loads_as_its_shards_do(linear_module, kind):
+def test_channels_that_are_stored_fused_load_as_their_shards_do(linear_module, kind, method):
     """As Phi-3 stores it: one tensor, which SGLang's loader of old takes apart."""
-    case = Case("fp8_channel", {})
+    case = Case(method, {})
     stored = _stored(case, SIZES[kind])
     apart = make_layer(linear_module, kind, make_config(case), SIZES[kind], K)
     fill(apart, kind, stored)

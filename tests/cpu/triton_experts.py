@@ -27,6 +27,7 @@ CASES = (
     Case("fp8", {"weight_block_size": [128, 128]}),
     Case("fp8_channel", {}),
     Case("blockwise_int8", {"weight_block_size": [128, 128]}),
+    Case("int8_channel", {}),
 )
 # tokens whose experts are given; -1 is masked
 IDS = (

@@ -23,6 +23,8 @@ _FP8_STATIC = ("triton:_static_quant_fp8", "sgl_kernel:fp8_scaled_mm")
 _SCALED_MM = "aten:_scaled_mm"
 # layers/quantization/int8_utils.py, `apply_w8a8_block_int8_linear`
 _INT8_BLOCK = ("triton:_per_token_group_quant_int8", "triton:_w8a8_block_int8_matmul")
+# layers/quantization/w8a8_int8.py
+_INT8_CHANNEL = ("triton:_per_token_quant_int8", "sgl_kernel:int8_scaled_mm")
 # gpu/quantization/awq_kernels.py, `AWQLinearKernel.apply`
 _AWQ_PLAIN = ("jit:awq_dequantize", "aten:mm")
 
@@ -39,6 +41,7 @@ _NO_CARD: Mapping[str, set[tuple[str, int]]] = {
     "fp8_block": _BLOCKS,
     "fp8_channel": {("ragged", 8)},
     "blockwise_int8": _BLOCKS,
+    "int8_channel": {("ragged", 8)},
     "awq": {("narrow", 8), ("ragged", 8)},
     "gptq_int4": _GPTQ,
     "gptq_int8": _GPTQ,
@@ -72,6 +75,9 @@ def expect(card: Card, method: Method, kind: str, tp_size: int, dtype: str) -> E
     if card.architecture < least:
         capability, needed = card.architecture / 10, least / 10
         return Expected(refused=f"compute capability is {capability} (expected {needed}")
+    if name == "int8_channel" and card.architecture > 90:
+        # sgl-kernel/csrc/gemm/int8_gemm_kernel.cu
+        return Expected(refused="has no kernel for this GPU")
     if name == "awq" and card.architecture < 80 and dtype == "bfloat16":
         # AWQConfig: awq/awq.py:105
         return Expected(refused="does not run in bfloat16")
@@ -97,6 +103,8 @@ def _kernels(card: Card, name: str, kind: str, dtype: str) -> tuple[str, tuple[s
         return "Fp8LinearMethod", _fp8_block(card, kind, dtype)
     if name == "blockwise_int8":
         return "BlockInt8LinearMethod", _INT8_BLOCK
+    if name == "int8_channel":
+        return "W8A8Int8LinearMethod", _INT8_CHANNEL
     if name == "awq":
         if card.architecture < 80 or kind == "ragged":
             return "AWQLinearMethod/AWQLinearScheme", _AWQ_PLAIN

@@ -23,6 +23,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "fp8_block": ('match: "*", method: fp8_block',),
     "fp8_channel": ('match: "*", method: fp8_channel',),
     "blockwise_int8": ('match: "*", method: blockwise_int8',),
+    "int8_channel": ('match: "*", method: int8_channel',),
     "awq": ('match: "*", method: awq',),
     "gptq_int4": ('match: "*", method: gptq_int4',),
     "gptq_int8": ('match: "*", method: gptq_int8',),

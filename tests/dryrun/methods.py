@@ -29,6 +29,7 @@ METHODS = tuple(
         ("fp8_block", "method: fp8_block"),
         ("fp8_channel", "method: fp8_channel"),
         ("blockwise_int8", "method: blockwise_int8"),
+        ("int8_channel", "method: int8_channel"),
         ("awq", "method: awq"),
         ("gptq_int4", "method: gptq_int4"),
         ("gptq_int8", "method: gptq_int8"),

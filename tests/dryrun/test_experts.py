@@ -23,6 +23,7 @@ RUNS_AS = {
     "fp8_block": ["Fp8MoEMethod"],
     "fp8_channel": ["W8A8FP8MoEMethod"],
     "blockwise_int8": ["BlockInt8MoEMethod"],
+    "int8_channel": ["W8A8Int8MoEMethod"],
     "awq": [_AWQ],
     "gptq_int4": [_GPTQ],
     "gptq_int8": [_GPTQ],
@@ -35,7 +36,14 @@ _TRITON, _MARLIN = "triton:fused_moe_kernel", "jit:moe_wna16_marlin_gemm"
 MATMULS = {
     **{
         key: {_TRITON}
-        for key in ("unquantized", "fp8", "fp8_block", "fp8_channel", "blockwise_int8")
+        for key in (
+            "unquantized",
+            "fp8",
+            "fp8_block",
+            "fp8_channel",
+            "blockwise_int8",
+            "int8_channel",
+        )
     },
     **{key: {_MARLIN} for key in ("awq", "gptq_int4", "gptq_int8", "gptq_column")},
     **{key: {_TRITON, _MARLIN} for key in ("several", "several, with FP8")},

@@ -12,9 +12,10 @@ from tests.commands import converted
 from tests.dryrun.matrix import prepare, run_module
 from tests.presets import EXPORTED, write_preset
 
-RULES = (*EXPORTED[:-1], 'match: "*.2.self_attn.o_proj", method: fp8')
+RULES = (*EXPORTED[:-2], EXPORTED[-1], 'match: "*.2.self_attn.o_proj", method: fp8')
 PACKED = "CompressedTensorsLinearMethod/CompressedTensorsWNA16"
 FP8 = "CompressedTensorsLinearMethod/CompressedTensorsW8A8Fp8"
+INT8 = "CompressedTensorsLinearMethod/CompressedTensorsW8A8Int8"
 PLAIN = "UnquantizedLinearMethod/NoneType"
 
 
@@ -35,7 +36,7 @@ def test_every_layer_runs_in_the_class_that_the_export_means(found: Mapping[str,
     classes = {
         0: (FP8, FP8, PACKED, PACKED),
         1: (PLAIN, PLAIN, PACKED, PACKED),
-        2: (FP8, FP8, FP8, FP8),
+        2: (FP8, FP8, FP8, INT8),
     }
     modules = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     expected = {
@@ -48,7 +49,7 @@ def test_every_layer_runs_in_the_class_that_the_export_means(found: Mapping[str,
 
 def test_a_forward_pass_launches_those_methods_kernels(found: Mapping[str, Any]) -> None:
     assert {"jit:gptq_marlin_gemm", "deep_gemm:fp8_fp4_gemm_nt", "aten:mm",
-            "aten:_scaled_mm"} <= set(found["kernels"])  # fmt: skip
+            "aten:_scaled_mm", "sgl_kernel:int8_scaled_mm"} <= set(found["kernels"])  # fmt: skip
 
 
 def test_the_plugin_has_no_part_in_it(found: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ _TRITON = {
     "_w8a8_block_fp8_matmul",
     "_w8a8_block_int8_matmul",
     "_per_token_group_quant_int8",
+    "_per_token_quant_int8",
 }
 
 # what a Llama launches beside its linear layers

@@ -22,6 +22,8 @@ _FP8_STEP, _FP8_PRODUCTS = 2**-13, 32
 # INT8 truncates, and the greatest, 127 scales, stands on one: one in 128 may be a step off.
 _GREATEST = 251 / 64
 _INT8_TURNED = math.sqrt(1 / GROUP) * _GREATEST / 127
+# With a scale a token INT8 rounds: half of the greatest, one number in 1,000, stands between two.
+_INT8_HALVES = math.sqrt(1 / 1000) * _GREATEST / 127
 # `fp8_static` has a scale of 0.01, with which powers of two stand on a boundary, 1 in 128 numbers;
 # a step is an eighth to a sixteenth of the value.
 _STATIC_TURNED = math.sqrt(1 / GROUP) * 0.094
@@ -58,6 +60,9 @@ def quantized_input(method: str, x: torch.Tensor, static_scale: float = 0.0) -> 
     if method in ("fp8", "fp8_channel"):
         scale = values.abs().amax(1, keepdim=True) / _FP8_MAX
         return _round_fp8(values / scale) * scale
+    if method == "int8_channel":
+        scale = values.abs().amax(1, keepdim=True) / _INT8_MAX
+        return ((values / scale).abs() + 0.5).floor() * values.sign() * scale
     if method not in ("fp8_block", "blockwise_int8"):
         return values
     groups = values.view(len(x), -1, GROUP)
@@ -105,6 +110,8 @@ def tolerance(
         lost = GROUP / _FP8_PRODUCTS * _FP8_STEP
     elif method == "blockwise_int8":
         squares += _INT8_TURNED**2
+    elif method == "int8_channel":
+        squares += _INT8_HALVES**2
     return math.sqrt(squares) + lost
 
 

@@ -103,6 +103,6 @@ def _tolerance(method: str, hidden: int, inner: int) -> float:
     squares = (first * _GATED + last + 2) * ROUNDING**2
     if method in ("fp8", "fp8_channel"):
         squares += (_GATED + 1) * _FP8_ROUNDING**2
-    elif method == "blockwise_int8":
+    elif method in ("blockwise_int8", "int8_channel"):
         squares += (_GATED + 1) * _INT8_TRUNCATION**2
     return math.sqrt(squares)

@@ -15,7 +15,7 @@ from tests.gpu.exact import GROUP, compare, inputs, quantized_input
 from tests.gpu.exact_experts import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_CELLS = 11 * 3 + 11 * 2
+NUM_CELLS = 12 * 3 + 12 * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU: the layers are run on it")
@@ -54,6 +54,9 @@ def test_quantized_inputs_are_as_the_formats_say() -> None:
     x[0, :4] = torch.tensor([127.0, 5.9, -5.9, 0.0])
     expected = torch.tensor([127.0, 5.0, -5.0, 0.0], dtype=torch.float64)
     assert torch.equal(quantized_input("blockwise_int8", x)[0, :4], expected)
+    x[0, :4] = torch.tensor([127.0, 5.9, -5.5, 0.4])
+    expected = torch.tensor([127.0, 6.0, -6.0, 0.0], dtype=torch.float64)
+    assert torch.equal(quantized_input("int8_channel", x)[0, :4], expected)
 
 
 def test_one_wrong_token_is_not_within() -> None:

@@ -91,6 +91,13 @@ def _fp8_tokens(x: torch.Tensor) -> Codes:
     return found
 
 
+def _int8_tokens(x: torch.Tensor) -> Codes:
+    from sglang.kernels.ops.quantization.int8_kernel import per_token_quant_int8
+
+    found: Codes = per_token_quant_int8(x)
+    return found
+
+
 def _fp8_static(x: torch.Tensor) -> Codes:
     from sglang.kernels.ops.quantization.fp8_kernel import static_quant_fp8
 
@@ -115,6 +122,7 @@ def _our_fp8(x: torch.Tensor) -> Codes:
 QUANTIZERS: dict[str, tuple[Callable[..., Codes], Callable[..., Codes]]] = {
     "INT8 groups, Triton": (_int8_linear, _our_int8),
     "INT8 groups, CUDA": (_int8_cuda, _our_int8),
+    "INT8 tokens, Triton": (_int8_tokens, activation.quantize_int8_tokens),
     "FP8 groups, Triton": (_fp8_triton, _our_fp8),
     "FP8 groups, CUDA": (_fp8_cuda, _our_fp8),
     "FP8 groups, CUDA, scales in columns": (_fp8_columns, _our_fp8),
@@ -136,6 +144,8 @@ def exact_scales(name: str, x: torch.Tensor) -> torch.Tensor:
 
 def as_codes(name: str, quotients: torch.Tensor) -> torch.Tensor:
     """Magnitudes that quotients without a sign are stored as, float64."""
+    if name.startswith("INT8 tokens"):
+        return (quotients + 0.5).floor()
     if "INT8" in name:
         return quotients.clamp(max=128).trunc()
     return quotients.clamp(max=448).float().to(torch.float8_e4m3fn).double()
@@ -274,6 +284,26 @@ def test_fp8_channel_matmul_is_the_kernels(
     off = compare(out, ours.double(), 2**0.5 * ROUNDING + K * _FP8_SUM)
     text = _shares(out, ours, off)
     report.append(f"FP8 channel matmul, {kernel.__name__}, {num_tokens} x {N} x {K}: {text}")
+    assert off.is_within, text
+
+
+@pytest.mark.parametrize(("num_tokens", "N", "K"), SHAPES)
+def test_int8_channel_matmul_is_the_kernels(
+    gpu: int, report: list[str], num_tokens: int, N: int, K: int
+) -> None:
+    from sgl_kernel import int8_scaled_mm
+
+    if gpu > 90:
+        pytest.skip("int8_scaled_mm has no code for this GPU")
+    left, right = _random_codes(num_tokens, K, torch.int8, 0), _random_codes(N, K, torch.int8, 1)
+    scales, channels = _random_scales(num_tokens, 1), _random_scales(N, 1)
+    ours = channel_matmul(left, scales, right, channels, torch.bfloat16)
+    on_gpu = [tensor.to(DEVICE) for tensor in (left, right, scales, channels)]
+    out = int8_scaled_mm(on_gpu[0], on_gpu[1].t(), on_gpu[2], on_gpu[3], torch.bfloat16)
+    # the sums are exact: what differs is in which order the two scales are multiplied
+    off = compare(out, ours.double(), 2**0.5 * ROUNDING)
+    text = _shares(out, ours, off)
+    report.append(f"INT8 channel matmul, {num_tokens} x {N} x {K}: {text}")
     assert off.is_within, text
 
 

@@ -18,6 +18,7 @@ SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fp8_channel", {}),
     ("int8", {}),
     ("int8", {"weight_block_size": [64, 64]}),
+    ("int8_channel", {}),
     *(("awq", {"group_size": size}) for size in (32, 64, 128, -1)),
     *(("gptq", {"group_size": size}) for size in (32, 64, 128, -1)),
     *(("gptq_int8", {"group_size": size}) for size in (32, 64, 128, -1)),

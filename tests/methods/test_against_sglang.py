@@ -53,7 +53,9 @@ def test_builder_fits_the_installed_constructor(name: str, given: dict[str, Any]
 def test_config_constructs_on_the_cpu(name: str, given: dict[str, Any]) -> None:
     method, arguments = bind(name, given)
     config = build_config(method, arguments, "cpu")
-    assert config.get_name() == {"gptq": "gptq_marlin"}.get(method, method)
+    assert config.get_name() == {"gptq": "gptq_marlin", "int8_channel": "w8a8_int8"}.get(
+        method, method
+    )
 
 
 def test_constructed_configs_say_what_was_asked() -> None:
@@ -90,6 +92,8 @@ def test_capabilities_are_the_classes_own() -> None:
     for name in ("fp8", "fp8_channel", "blockwise_int8", "gptq"):
         config = build_config(*bind(name, {}), "cuda")
         assert config.get_min_capability() == METHODS[name].min_capability
+    # sglang-kernel's wheel, whose int8_scaled_mm it calls, has code for 8.0 and up
+    assert build_config(*bind("int8_channel", {}), "cuda").get_min_capability() == 75
     spec = METHODS["awq"]
     assert load_class(spec, "cuda").get_min_capability() == spec.fallback_below
     assert load_class(spec, "cuda_fallback").get_min_capability() == spec.min_capability
@@ -179,10 +183,13 @@ def linear_method(name: str, given: dict[str, Any], key: str = "cpu") -> tuple[A
     from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
     from sglang.srt.layers.quantization.gptq.gptq import GPTQLinearMethod
     from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8LinearMethod
+    from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8LinearMethod
 
     config = build_config(*bind(name, given), key)
     if name == "fp8_channel":
         return W8A8Fp8LinearMethod(config), None
+    if name == "int8_channel":
+        return W8A8Int8LinearMethod(config), None
     if name.startswith("fp8"):
         return Fp8LinearMethod(config), None
     if name.startswith("int8"):

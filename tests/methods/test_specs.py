@@ -64,6 +64,13 @@ def test_fp8_channel_stores_what_llm_compressor_writes() -> None:
     }
 
 
+def test_int8_channel_stores_what_llm_compressor_writes() -> None:
+    assert stored("int8_channel", {}, 576, 1536) == {
+        "weight": ("I8", (576, 1536)),
+        "weight_scale": ("F32", (576, 1)),
+    }
+
+
 def test_static_fp8_stores_an_input_scale() -> None:
     assert stored("fp8", {"activation_scheme": "static"}, 16, 16)["input_scale"] == ("F32", ())
 
@@ -122,6 +129,7 @@ def test_precision_follows_bits_then_quality() -> None:
         ("fp8_block", {}),
         ("int8", {}),
         ("int8", {"weight_block_size": [64, 64]}),
+        ("int8_channel", {}),
         ("gptq_int8", {}),
         ("gptq_int8", {"group_size": 64}),
         ("bf16", {}),

@@ -218,7 +218,7 @@ class TestRemediesOfAnotherFormat:
         return [str(problem) for problem in made.errors]
 
     def test_what_no_method_serves(self, tmp_path: Path, dtype: str) -> None:
-        model = peer_checkpoint(tmp_path / "model", INT8)
+        model = peer_checkpoint(tmp_path / "model", PACKED)
         (text,) = self.errors(model, "method: fp8", dtype)
         bf16 = {"BF16": "method: bf16", "F16": "method: unquantized"}[dtype]
         assert text.endswith(

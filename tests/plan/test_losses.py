@@ -30,6 +30,7 @@ CPU = Target(device="cpu")
         ("fp8_channel", {}),
         ("int8", {}),
         ("int8", {"weight_block_size": [64, 64]}),
+        ("int8_channel", {}),
         ("awq", {"group_size": 128}),
         ("awq", {"group_size": 32}),
         ("gptq", {"group_size": 64, "desc_act": False}),

@@ -92,6 +92,7 @@ def decide(preset: Preset, name: str) -> str:
     [
         ("fp8-block", [], {"fp8"}),
         ("fp8-channel", [], {"fp8_channel"}),
+        ("int8-channel", [], {"int8_channel"}),
         ("fp8-channel", ["schemes.all.method=fp8"], {"fp8"}),
         ("int8-block", [], {"blockwise_int8"}),
         ("awq", [], {"awq4"}),

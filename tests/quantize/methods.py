@@ -14,11 +14,12 @@ from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
 from mixedprec_plugin.methods.fp8 import codec as fp8
 from mixedprec_plugin.methods.fp8_channel import codec as fp8_channel
 from mixedprec_plugin.methods.gptq import codec as gptq
+from mixedprec_plugin.methods.int8_channel import codec as int8_channel
 from mixedprec_plugin.methods.registry import bind
 
 MODULES = {
-    "fp8": fp8, "fp8_channel": fp8_channel, "blockwise_int8": blockwise_int8, "awq": awq,
-    "gptq": gptq,
+    "fp8": fp8, "fp8_channel": fp8_channel, "blockwise_int8": blockwise_int8,
+    "int8_channel": int8_channel, "awq": awq, "gptq": gptq,
 }  # fmt: skip
 
 
@@ -61,6 +62,7 @@ CASES = (
     case("fp8", weight_block_size=[128, 128]),
     case("fp8_channel"),
     case("blockwise_int8"),
+    case("int8_channel"),
     case("awq", group_size=32),
     case("awq", group_size=-1),
     case("gptq", bits=4, group_size=32),

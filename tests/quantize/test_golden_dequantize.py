@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ import torch
 
 from mixedprec_plugin.errors import ShapeError
 from mixedprec_plugin.methods.awq import codec as awq
-from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
 from mixedprec_plugin.methods.fp8 import codec as fp8
 from mixedprec_plugin.methods.fp8_channel import codec as fp8_channel
 from mixedprec_plugin.methods.gptq import codec as gptq
+from mixedprec_plugin.methods.int8_channel import codec as int8_channel
 from mixedprec_plugin.quantize import packing
 from tests.quantize.peers import LAYERS, config, is_expected, numpy_layer, torch_layer
 from tests.reference.dequantize import dequantize_checkpoint
@@ -28,10 +27,7 @@ GPTQ = (
     "gptqmodel-gptq-g64",
 )
 GPTQ_ASYMMETRIC = "gptqmodel-asym-g64"
-BY_CHANNEL: dict[str, Any] = {
-    "llmcompressor-w8a8-int8": blockwise_int8,
-    "autoround-int8": blockwise_int8,
-}
+BY_CHANNEL = ("llmcompressor-w8a8-int8", "autoround-int8")
 layers = pytest.mark.parametrize("layer", LAYERS)
 
 
@@ -76,12 +72,11 @@ def test_fp8_by_channel_equals_the_reference(layer: str) -> None:
 
 
 @layers
-@pytest.mark.parametrize("folder", sorted(BY_CHANNEL))
-def test_int8_in_blocks_of_one_row_equals_the_reference(folder: str, layer: str) -> None:
+@pytest.mark.parametrize("folder", BY_CHANNEL)
+def test_int8_by_channel_equals_the_reference(folder: str, layer: str) -> None:
     tensors = torch_layer(folder, layer)
-    ours = {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"]}
-    weight = blockwise_int8.read(ours, {"weight_block_size": [1, 576]}).dequantize()
-    assert_as_reference(weight, folder, layer)
+    assert tensors["weight_scale"].shape == (len(tensors["weight"]), 1)
+    assert_as_reference(int8_channel.read(tensors, {}).dequantize(), folder, layer)
 
 
 @layers

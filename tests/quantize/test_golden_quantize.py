@@ -12,6 +12,7 @@ from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
 from mixedprec_plugin.methods.fp8 import codec as fp8
 from mixedprec_plugin.methods.fp8_channel import codec as fp8_channel
 from mixedprec_plugin.methods.gptq import codec as gptq
+from mixedprec_plugin.methods.int8_channel import codec as int8_channel
 from mixedprec_plugin.quantize import packing
 from tests.quantize.peers import EXPECTED, LAYERS, original, relative_rms, torch_layer
 
@@ -92,13 +93,22 @@ def test_fp8_by_row_is_that_of_gptqmodel(layer: str) -> None:
 
 @layers
 def test_int8_is_that_of_llmcompressor_to_one_step(layer: str) -> None:
-    arguments = {"weight_block_size": [1, 576]}
-    ours = blockwise_int8.quantize(original(layer), arguments, torch.bfloat16)
+    ours = int8_channel.quantize(original(layer), {}, torch.bfloat16)
     theirs = torch_layer("llmcompressor-w8a8-int8", layer)
+    assert ours.keys() == theirs.keys()
     # It divides by 127.5, so that its lowest code is -128.
-    ratio = ours["weight_scale_inv"] / theirs["weight_scale"].float()
+    ratio = ours["weight_scale"] / theirs["weight_scale"].float()
     torch.testing.assert_close(ratio, torch.full_like(ratio, 127.5 / 127), rtol=2**-8, atol=0)
     assert (ours["weight"].short() - theirs["weight"].short()).abs().max() <= 1
+
+
+@layers
+def test_int8_by_channel_is_int8_in_blocks_of_a_row(layer: str) -> None:
+    weight = original(layer)
+    ours = int8_channel.quantize(weight, {}, torch.bfloat16)
+    rows = blockwise_int8.quantize(weight, {"weight_block_size": [1, 576]}, torch.bfloat16)
+    assert torch.equal(ours["weight_scale"], rows["weight_scale_inv"])
+    assert torch.equal(ours["weight"], rows["weight"])
 
 
 @pytest.mark.parametrize(
@@ -111,6 +121,7 @@ def test_int8_is_that_of_llmcompressor_to_one_step(layer: str) -> None:
         (gptq, {**G64, "bits": 8}, "llmcompressor-w8a8-int8"),
         (fp8, {"weight_block_size": [128, 128]}, "llmcompressor-fp8-block"),
         (fp8_channel, {}, "llmcompressor-fp8-dynamic"),
+        (int8_channel, {}, "llmcompressor-w8a8-int8"),
     ],
 )
 @layers

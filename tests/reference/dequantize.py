@@ -28,7 +28,7 @@ def dequantize_method(method: str, tensors: Arrays, arguments: Mapping[str, Any]
     Raises:
         KeyError: another method, or a missing tensor or argument.
     """
-    if method in ("fp8", "fp8_channel", "blockwise_int8"):
+    if method in ("fp8", "fp8_channel", "blockwise_int8", "int8_channel"):
         block = arguments.get("weight_block_size")
         if block is None:
             return by_channel(tensors["weight"], tensors["weight_scale"])

@@ -20,7 +20,9 @@ from tests.serving.stock import load, load_again, loader_of
 from tests.tensors import as_integers, raw
 
 LoadModel = Callable[..., Any]
-METHODS = ("bf16", "fp8", "fp8_block", "fp8_channel", "int8", "awq", "gptq", "gptq_int8")
+METHODS = (
+    "bf16", "fp8", "fp8_block", "fp8_channel", "int8", "int8_channel", "awq", "gptq", "gptq_int8"
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -63,6 +65,7 @@ def test_every_stored_number_arrives_in_its_parameter(
         ("fp8_block", {"weight": 0, "weight_scale_inv": 0}),
         ("fp8_channel", {"weight": 0, "weight_scale": 0}),
         ("int8", {"weight": 0, "weight_scale_inv": 0}),
+        ("int8_channel", {"weight": 0, "weight_scale": 0}),
         ("awq", {"qweight": 1, "qzeros": 1, "scales": 1}),
         ("gptq", {"qweight": 1, "qzeros": 1, "scales": 1}),
         ("bf16", {"weight": 0}),

@@ -166,6 +166,8 @@ def test_auto_on_the_cpu_runs_our_methods_and_dequantizes_the_rest(
     model = write_llama(tmp_path / "model")
     peers = Path(__file__).parents[1] / "data" / "peers"
     config = json.loads((peers / "llmcompressor-w8a8-int8/quantization_config.json").read_text())
+    # INT8 weights beside activations in floats are no method's
+    config["config_groups"]["group_0"]["input_activations"] = None
     int8 = write_quantized(tmp_path / "int8", compressed_int8, quantization_config=config)
     write_quantized(
         tmp_path / "awq", lambda w: awq.quantize(w, AWQ, torch.bfloat16), match=".mlp.",

@@ -1,0 +1,118 @@
+"""Method `int8_channel`: 8-bit integer weights with a scale an output channel, INT8 activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from mixedprec_plugin.methods import scaled, shapes
+from mixedprec_plugin.methods.cards import version
+from mixedprec_plugin.methods.integers import GROUP_SIZES, largest
+from mixedprec_plugin.methods.interface import (
+    Alternative,
+    Arguments,
+    Fault,
+    LayerShape,
+    Method,
+    Rounding,
+    Target,
+)
+from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
+
+NAME = "int8_channel"
+CODES, ENCODING = "I8", "int8"
+
+# a step is 2 * top / 255, and top / RMS is 4 to 12 for a row of a real layer
+_LIMIT = 0.03
+_LAST_CAPABILITY = 90
+_UNIT_K, _UNIT_N = 16, 8
+
+
+def read_config(_config: Mapping[str, Any], _name: str) -> Said:
+    """Read what config.json says of a layer."""
+    return Said(ENCODING, scaled.channel_facts())
+
+
+def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
+    """Return the stored tensors: "weight" [N, K] int8 and "weight_scale" [N, 1]; W = q * scale.
+
+    Source: `W8A8Int8LinearMethod.create_weights` (layers/quantization/w8a8_int8.py:172).
+    """
+    return {"weight": TensorSpec(CODES, (N, K)), "weight_scale": TensorSpec("F32", (N, 1))}
+
+
+def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
+    """Take int8 codes beside a scale a row, where activations may have a scale a token."""
+    found = scaled.recognize_channels(tensors, said, CODES)
+    return found and dataclasses.replace(found, method=NAME, like=NAME)
+
+
+def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
+    """Return what CUTLASS's `int8_scaled_mm` refuses; experts run in a Triton kernel.
+
+    Source: sgl-kernel/csrc/gemm/int8_gemm_kernel.cu, which asks for K in multiples of 16 and N in
+    multiples of 8, and has no code for compute capability 10.0 and up. For 7.5 the class says that
+    it runs (w8a8_int8.py:88), and sglang-kernel 0.4.10 is compiled for 8.0 and up.
+    """
+    if target.device != "cuda" or shape.is_expert:
+        return []
+    # the shards of a fused module are one matrix
+    sizes = {
+        "K": (shapes.inputs_per_rank(shape), _UNIT_K),
+        "N": (sum(shapes.outputs_per_rank(shape)), _UNIT_N),
+    }
+    found = shapes.shape_faults(
+        f"{name} = {size} is not a multiple of {unit}, which INT8 matmuls need"
+        for name, (size, unit) in sizes.items()
+        if size % unit
+    )
+    gpu = target.gpu
+    if gpu is not None and gpu.capability > _LAST_CAPABILITY:
+        text = (
+            f"SGLang's {NAME} has no kernel for this GPU, whose compute capability is "
+            f"{version(gpu.capability)} (expected 8.0 to {version(_LAST_CAPABILITY)})"
+        )
+        found.append(Fault("gpu", text))
+    return found
+
+
+METHOD = Method(
+    name=NAME,
+    title="8-bit integers, one scale an output channel",
+    description="8-bit integer weights with one scale for each output channel, and activations "
+    "quantized to INT8 at run time with a scale for each token. There is nothing to choose, so "
+    "there are no arguments.",
+    aliases={"w8a8_int8": {}, "int8_per_channel": {}, "int8_channelwise": {}, "int8_dynamic": {}},
+    schema={},
+    stored=stored,
+    recognize=recognize,
+    read_config=dict.fromkeys((NAME, "w8a8_int8"), read_config),
+    declare=lambda _arguments: {"quant_method": NAME},
+    faults=faults,
+    # above INT8 in blocks: no shard of a fused module shares a scale with another, and activations
+    # are rounded where there they are truncated
+    rounding=lambda _arguments: Rounding(
+        rank=8.3, limit=_LIMIT, error=lambda _N, K: largest(K) / 127 / math.sqrt(12)
+    ),
+    alternatives=(
+        Alternative("fp8_channel"),
+        Alternative("blockwise_int8"),
+        Alternative("fp8"),
+        Alternative("gptq", tuple({"bits": 8, **size} for size in GROUP_SIZES)),
+        Alternative("awq"),
+    ),
+    config_classes={
+        "cuda": "sglang.srt.layers.quantization.w8a8_int8:W8A8Int8Config",
+        "cpu": "mixedprec_plugin.methods.int8_channel.sglang:CpuW8A8Int8Config",
+    },
+    config_arguments=lambda _arguments, _platform: {"quant_config": {}},
+    codec="mixedprec_plugin.methods.int8_channel.codec",
+    min_capability=80,
+    why_not_repack=partial(scaled.why_not_channels, CODES),
+    sglang="mixedprec_plugin.methods.int8_channel.sglang",
+    moe_kernels="triton",
+    moe_backends=frozenset({"triton"}),
+)
