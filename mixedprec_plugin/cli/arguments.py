@@ -20,9 +20,14 @@ class Parser(argparse.ArgumentParser):
         self.register("action", "store", _Once)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; an option that is not known gets the nearest one that is."""
+        """Parse; an option that is not known gets the nearest one that is.
+
+        A verb with a default for `passed_on` has what is not known there.
+        """
         parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
+        if "passed_on" in parsed:
+            parsed.passed_on = unknown[1:] if unknown[:1] == ["--"] else unknown
+        elif unknown:
             option = unknown[0].partition("=")[0]
             near = nearest(option, self._option_string_actions) if option[0] == "-" else []
             remedy = f"did you mean {' or '.join(near)}?" if near else self._see_help()

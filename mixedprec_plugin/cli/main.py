@@ -24,6 +24,7 @@ from mixedprec_plugin.names import nearest
 VERBS = {
     "plan": ("mixedprec_plugin.cli.plan", "what every layer of a checkpoint would run as"),
     "inspect": ("mixedprec_plugin.cli.inspect", "how every layer of a checkpoint is stored"),
+    "serve": ("mixedprec_plugin.cli.serve", "check first, then start SGLang's server"),
     "convert": ("mixedprec_plugin.cli.convert", "write the mixed checkpoint to disk"),
     "verify": ("mixedprec_plugin.cli.verify", "is the mixed checkpoint still the model"),
     "eval": ("mixedprec_plugin.cli.eval", "what presets cost in quality"),
@@ -72,7 +73,7 @@ def parser_of(verb: str) -> Parser:
     module = importlib.import_module(name)
     parser = Parser(prog=f"mixedprec {verb}", description=f"{summary[0].upper()}{summary[1:]}.")
     if examples := getattr(module, "EXAMPLES", ""):
-        parser.epilog = f"examples:\n{examples.rstrip()}"
+        parser.epilog = f"examples:\n{examples.strip(chr(10))}"
     module.add_arguments(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print JSON")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TextIO
 
 from mixedprec_plugin.cli.output import print_json
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
-from mixedprec_plugin.errors import PlanError
+from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.plan.tables import Page
 
 EXAMPLES = """
@@ -29,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace, out: TextIO) -> int:
+def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
     """Compose every layer, compare it with the reference, and print the worst.
 
     Returns:
-        0, or 1 where a layer is further from its reference than its method explains, or could not
-        be compared.
+        errors of layers that are further from their reference than their method explains, or were
+        not compared; warnings of those that it rounds badly.
     Raises:
         UsageError, PresetError, PlanError: before the work.
         CheckpointError: a file is damaged or changed meanwhile, or is not what `mixedprec convert`
@@ -45,7 +46,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise PlanError(problems)
     # the verbs that only read run without torch
     from mixedprec_plugin.checkpoint.reader import Reader, Reading
-    from mixedprec_plugin.verify.report import comparison_as_dict, print_comparisons, worst_first
+    from mixedprec_plugin.verify.report import (
+        comparison_as_dict,
+        print_comparisons,
+        summary,
+        worst_first,
+    )
     from mixedprec_plugin.verify.thresholds import parse_thresholds
     from mixedprec_plugin.verify.verifier import Verifier, check_recorded, reference_of
 
@@ -59,7 +65,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             source.check_unchanged()
     if args.json:
         layers = [comparison_as_dict(one) for one in worst_first(found)]
-        print_json({"layers": layers}, out)
+        print_json({"layers": layers, "problems": summary(found)}, out)
     else:
         print_comparisons(found, Page(out))
-    return 1 if any(one.is_too_far or one.distance is None for one in found) else 0
+    return summary(found)

@@ -7,7 +7,9 @@ accelerator, `SGLANG_USE_CPU_ENGINE=1`, another platform plugin) it stays away.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from importlib.metadata import entry_points
 
 GROUP = "sglang.srt.platforms"
@@ -23,6 +25,8 @@ def activate() -> str | None:
         unset, no accelerator is there, `SGLANG_USE_CPU_ENGINE` is not 1 and no other platform
         plugin is installed. None in all other cases.
     """
+    if "serve" in sys.argv[1:2] and {"-h", "--help"}.intersection(sys.argv):
+        atexit.register(_print_flags)
     selected = os.environ.get("SGLANG_PLATFORM", "")
     if selected:
         return PLATFORM_CLASS if selected == NAME else None
@@ -31,6 +35,29 @@ def activate() -> str | None:
     if any(entry_point.name != NAME for entry_point in entry_points(group=GROUP)):
         return None
     return None if has_accelerator() else PLATFORM_CLASS
+
+
+def _print_flags() -> None:
+    """Add our flags to `sglang serve --help`, which prints its own before it loads plugins.
+
+    Source: `serve` (sglang/cli/serve.py:181); a platform is asked for by its first import, so this
+    entry point is the one that runs there.
+    """
+    import argparse
+
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    formatter = parser._get_formatter()
+    for group in parser._action_groups:
+        if group.title and "mixedprec" in group.title:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+    print(f"\n{formatter.format_help()}", flush=True)
 
 
 def has_accelerator() -> bool:

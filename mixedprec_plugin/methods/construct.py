@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
+import logging
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mixedprec_plugin.errors import MethodError, Problem
@@ -39,11 +41,28 @@ def build_config(
     keywords = spec.config_arguments(arguments, key)
     check_signature(config_class, keywords, method)
     try:
-        config: QuantizationConfig = config_class(**keywords)
+        with _without_remarks():
+            config: QuantizationConfig = config_class(**keywords)
     except ValueError as error:
         what = f"{config_class.__name__} of SGLang {sglang_version()} refuses it: {error}"
         raise MethodError(Problem(method, what, rule="config-refused")) from error
     return config
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keep SGLang from telling of a checkpoint what a preset has asked for.
+
+    Its configs take their arguments for a checkpoint's own: `Detected fp8 checkpoint.`
+    (layers/quantization/fp8.py:284).
+    """
+    logger = logging.getLogger("sglang.srt.layers.quantization")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def config_key(spec: Method, platform: str, capability: int | None) -> str:

@@ -11,5 +11,6 @@ source_configs, auto_experts  SGLang's own config of a source, and its experts' 
 late            what the plan cannot know: what SGLang's classes say, chose or built
 stages          the part of a model that one pipeline stage builds
 loader          the load format: plan, build, place, check
+progress        how far a load is
 placement       tensors -> the parameters' own weight loaders, and what was filled
 """

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.checkpoint.converted import is_converted
+from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.interface import Device
@@ -42,6 +45,28 @@ def check_early(args: Any) -> None:
         load_preset(settings.config, settings.overrides)
     if problems:
         raise PlanError(problems)
+
+
+def check_not_converted(args: Any) -> None:
+    """Refuse a folder that `mixedprec convert` wrote without its load format.
+
+    SGLang has no method of that name, and would say so after a minute.
+
+    Args:
+        args: as for `check_early`.
+    Raises:
+        UsageError: the model's folder is one.
+    """
+    path = Path(str(args.model_path)) / "config.json"
+    if getattr(args, "load_format", None) == "mixedprec" or not path.is_file():
+        return
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # SGLang's to tell
+    if isinstance(said, Mapping) and is_converted(said):
+        what = "was written by mixedprec convert, in a format that SGLang alone does not read"
+        raise UsageError(Problem(str(args.model_path), what, "add --load-format mixedprec"))
 
 
 def _draft_problems(args: Any, preset: Preset, device: Device) -> Iterable[Problem]:

@@ -45,11 +45,12 @@ def _add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
 
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
-    from mixedprec_plugin.serving.early import check_early
+    from mixedprec_plugin.serving.early import check_early, check_not_converted
     from mixedprec_plugin.serving.planner import hand_over
 
     try:
         args = fold_flags(args)
+        check_not_converted(args)
         check_early(args)
     except MixedPrecisionError as error:
         exit_with(error)
@@ -105,9 +106,11 @@ def _verify_quantization(original: Callable[[Any], None], model_config: Any) -> 
 def _model_config_from_server_args(
     original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    from mixedprec_plugin.serving.early import check_early, check_not_converted
+
     if server_args.load_format != LOAD_FORMAT:
+        check_not_converted(server_args)
         return original(server_args, *args, **kwargs)
-    from mixedprec_plugin.serving.early import check_early
     from mixedprec_plugin.serving.planner import hand_over
 
     check_early(server_args)

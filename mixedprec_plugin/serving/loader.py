@@ -35,6 +35,7 @@ from mixedprec_plugin.serving.late import check_built, check_reloadable
 from mixedprec_plugin.serving.outline import outline_of
 from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.planner import make_draft_plan, planner_of, serving_device
+from mixedprec_plugin.serving.progress import reported
 from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
 from mixedprec_plugin.serving.stages import Stage
 from mixedprec_plugin.verify.stream import verified
@@ -106,6 +107,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         start = time.perf_counter()
         folder = self._folder(model_config.model_path, model_config.revision)
         plan = self._plan(folder, model_config).check()
+        is_draft = model_config.is_draft_model
+        self._report_plan(plan, is_draft=is_draft)
         outline = outline_of(plan, model_config, self.load_config).check()
         if outline.unchecked:
             logger.warning("mixedprec: not checked before the load: %s", outline.unchecked)
@@ -117,13 +120,12 @@ class MixedPrecisionLoader(DefaultModelLoader):
             check_built(plan, config.built, stage)
             setattr(model, _CONFIG_ATTRIBUTE, config)
             weights = self._open(plan, stage)
-            if not model_config.is_draft_model:
+            if not is_draft:
                 weights = self._verified(plan, weights)
             self.load_weights_and_postprocess(model, weights, device)
         close_to_unquantized(model)
-        is_draft = model_config.is_draft_model
         self._remember(folder, config, stage, is_draft=is_draft)
-        self._report(plan, stage, model, time.perf_counter() - start, is_draft=is_draft)
+        self._report(plan, stage, model, time.perf_counter() - start)
         return model.eval()
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source, **options: Any) -> Weights:
@@ -155,7 +157,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
             paths = sorted({str(tensor.path) for tensor in inputs})
             # a thread of SGLang's, which ends by itself
             _prefetch_all_checkpoints(paths, said.weight_loader_prefetch_num_threads)
-        return iter(stream)
+        is_told = get_parallel().tp_rank == 0 and get_parallel().pp_rank == 0
+        return reported(stream, logger.info) if is_told else iter(stream)
 
     def load_weights_and_postprocess(
         self, model: torch.nn.Module, weights: Weights, target_device: torch.device
@@ -205,24 +208,26 @@ class MixedPrecisionLoader(DefaultModelLoader):
         else:
             _loaded = loaded
 
-    def _report(
-        self, plan: Plan, stage: Stage, model: torch.nn.Module, seconds: float, *, is_draft: bool
-    ) -> None:
-        if get_parallel().tp_rank != 0:
+    def _report_plan(self, plan: Plan, *, is_draft: bool) -> None:
+        """Say what is going to run, before anything of it is read."""
+        if get_parallel().tp_rank != 0 or get_parallel().pp_rank != 0:
             return
         if is_draft:
             logger.info("mixedprec: the draft model, by the preset's section draft:")
-        if not stage.is_whole:
-            logger.info("mixedprec: %s", stage.describe(plan.layers))
-        if get_parallel().pp_rank != 0:
-            return
         for line in summary_lines(plan):
             logger.info(line)
-        size = format_bytes(storage_bytes(model.parameters()))
-        logger.info("mixedprec: loaded in %.1f s, %s of parameters", seconds, size)
         if self.settings.plan_path and not is_draft:
             text = json.dumps(plan_as_dict(plan), indent=1)
             Path(self.settings.plan_path).write_text(text + "\n", encoding="utf-8")
+
+    def _report(self, plan: Plan, stage: Stage, model: torch.nn.Module, seconds: float) -> None:
+        if get_parallel().tp_rank != 0:
+            return
+        if not stage.is_whole:
+            logger.info("mixedprec: %s", stage.describe(plan.layers))
+        if get_parallel().pp_rank == 0:
+            size = format_bytes(storage_bytes(model.parameters()))
+            logger.info("mixedprec: loaded in %.1f s, %s of parameters", seconds, size)
 
 
 def without_settings(load_config: LoadConfig) -> LoadConfig:

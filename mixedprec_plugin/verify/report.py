@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.verify.verifier import Comparison
 
 NUM_SHOWN = 20
+# times the usual error of a scheme
+_MUCH = 2
 
 
 def worst_first(found: Sequence[Comparison]) -> list[Comparison]:
@@ -53,6 +56,7 @@ def comparison_as_dict(one: Comparison) -> dict[str, Any]:
         "relative_error": _finite(far.relative_error) if far else None,
         "cosine": _finite(far.cosine) if far else None,
         "limit": _finite(one.limit),
+        "usual_error": one.usual or None,
         "too_far": one.is_too_far,
         "compared": far is not None,
         "note": one.note,
@@ -83,7 +87,36 @@ def print_comparisons(found: Sequence[Comparison], page: Page) -> None:
         )  # fmt: skip
     page.print(table)
     page.print()
+    if len(shown) < len(found):
+        page.print(f"The worst {len(shown)} of {len(found)} layers, nearest to their limit first.")
     num_far = sum(one.is_too_far for one in found)
     num_missing = sum(one.distance is None for one in found)
     missing = f", {num_missing} not compared" if num_missing else ""
-    page.print(f"{len(found)} compared: {num_far} too far{missing}")
+    page.print(f"{len(found) - num_missing} compared: {num_far} too far{missing}")
+    if not num_far and not num_missing:
+        page.print(
+            "Every layer is what its method makes of the reference: none is damaged, swapped or "
+            "read wrongly.\nWhat the rounding costs in predictions, mixedprec eval measures."
+        )
+
+
+def summary(found: Sequence[Comparison]) -> list[Problem]:
+    """What the comparisons say, in errors and warnings that are few however many layers are."""
+    told = []
+    for one in found:
+        if one.distance is None:
+            what = f"is not compared: {one.note}"
+            remedy = "give a reference that holds the whole model in a format that can be read"
+            told.append(Problem(one.layer, what, remedy, "verify"))
+        elif one.is_too_far:
+            what = f"is not what {one.method} makes of the reference"
+            remedy = (
+                f"it is damaged, of another model or read wrongly; take it from another source "
+                f"than {one.source!r}"
+            )
+            told.append(Problem(one.layer, what, remedy, "verify"))
+        elif one.distance.relative_error > _MUCH * one.usual > 0:
+            what = f"{one.method} rounds it badly: an error of {one.usual:.1%} is usual"
+            remedy = "its weights have outliers; give it smaller groups or more bits"
+            told.append(Problem(one.layer, what, remedy, "large-rounding", "warning"))
+    return fold_problems(told)

@@ -31,6 +31,7 @@ from mixedprec_plugin.families.config import sizes
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import coupled_units, producers
 from mixedprec_plugin.methods.recognition import FormatCache
+from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.verify.distance import Columns, Distance, distance, row_factors
 from mixedprec_plugin.verify.thresholds import threshold_of
@@ -47,6 +48,8 @@ class Comparison:
         distance: None where it was not compared.
         limit: largest relative error.
         note: how it was compared, or why it was not; empty where weight and weight were.
+        usual: relative error of a normally distributed weight rounded by the layer's scheme; 0
+            where it was not rounded, or where that is not known.
     """
 
     layer: str
@@ -55,6 +58,7 @@ class Comparison:
     distance: Distance | None
     limit: float
     note: str
+    usual: float = 0.0
 
     @property
     def is_too_far(self) -> bool:
@@ -136,7 +140,11 @@ class Verifier:
 
     def _result(self, layer: PlannedLayer, distance: Distance | None, note: str) -> Comparison:
         limit = threshold_of(layer, self.limits)
-        return Comparison(layer.name, layer.method, layer.source, distance, limit, note)
+        usual = 0.0
+        if layer.scheme is not None and layer.stored is not None and layer.action == "quantize":
+            rounding = METHODS[layer.method].rounding(layer.scheme.arguments)
+            usual = rounding.error(layer.stored.N, layer.stored.K)
+        return Comparison(layer.name, layer.method, layer.source, distance, limit, note, usual)
 
     def _compare_beside(
         self, layer: PlannedLayer, suffix: str, tensor: torch.Tensor, reference: torch.Tensor

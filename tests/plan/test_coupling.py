@@ -46,12 +46,12 @@ def decided(plan: Plan, name: str) -> tuple[str, str, str | None]:
     return layer.source, layer.action, layer.rescale.source if layer.rescale else None
 
 
+# what other tests look at
+_ELSEWHERE = ("does not run on CUDA", "scales are rounded", "no rule takes layers")
+
+
 def without_cuda(plan: Plan) -> list[str]:
-    return [
-        text
-        for text in problem_texts(plan)
-        if not any(w in text for w in ("does not run on CUDA", "scales are rounded"))
-    ]
+    return [text for text in problem_texts(plan) if not any(w in text for w in _ELSEWHERE)]
 
 
 def test_plan_of_one_source_is_left_as_it_is(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,3 +115,24 @@ def test_checkpoint_that_carries_no_preset_needs_one(
 ) -> None:
     with pytest.raises(UsageError, match=r"--mixedprec-config .* carries no preset of its own"):
         load_with_args(model)
+
+
+def test_without_its_load_format_a_converted_folder_is_refused_in_a_sentence(
+    tmp_path: Path,
+) -> None:
+    from mixedprec_plugin.serving.early import check_not_converted
+
+    said = {"quant_method": "mixedprec", "preset": {}, "layers": []}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
+    args = SimpleNamespace(model_path=str(tmp_path), load_format="auto")
+    with pytest.raises(UsageError, match=rf"^{tmp_path}: was written by mixedprec convert, in a "):
+        check_not_converted(args)
+    args.load_format = "mixedprec"
+    check_not_converted(args)
+    args.load_format = "auto"
+    for other in ({"quant_method": "awq"}, {"quant_method": "compressed-tensors"}, None, []):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": other}))
+        check_not_converted(args)
+    for text in ("[]", "{", "\xff"):
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+        check_not_converted(args)

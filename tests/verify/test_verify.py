@@ -15,6 +15,7 @@ from tests.quantize.peers import EXPECTED
 from tests.verify.slices import DATA, Change, verify, write_slices
 
 K_PROJ = "model.layers.0.self_attn.k_proj"
+V_PROJ = "model.layers.0.self_attn.v_proj"
 
 
 @pytest.fixture
@@ -202,8 +203,37 @@ def test_table_shows_the_worst_layers_first(reference: Path, tmp_path: Path) -> 
                          {"v_proj.qweight": swap_nibbles})  # fmt: skip
     preset = write_preset(tmp_path / "presets", 'match: "*", method: bf16')
     flags = ("--model", model, "--preset", preset, "--reference", reference)
-    code, out, _ = run("verify", *flags)
+    code, out, err = run("verify", *flags)
     assert code == 1
     lines = [line for line in out.splitlines() if "model.layers" in line]
     assert "v_proj" in lines[0]
     assert out.splitlines()[-1] == "3 compared: 1 too far"
+    (line,) = err.splitlines()
+    assert line.startswith(
+        f"error: {V_PROJ}: is not what bf16 makes of the reference; it is damage"
+    )
+
+
+def test_what_is_well_is_said_with_what_that_means(reference: Path, tmp_path: Path) -> None:
+    preset = write_preset(tmp_path / "presets", 'match: "*", method: awq, group_size: 32')
+    flags = ("--model", reference, "--preset", preset, "--reference", reference)
+    code, out, err = run("verify", *flags)
+    assert (code, err) == (0, "")
+    assert "\n3 compared: 0 too far\nEvery layer is what its method makes of the reference" in out
+    assert out.endswith("What the rounding costs in predictions, mixedprec eval measures.\n")
+
+
+def test_a_layer_that_its_scheme_rounds_badly_is_warned_of(reference: Path, tmp_path: Path) -> None:
+    """A few weights of a block are a hundred times the rest, which get one code or two."""
+    tensors = load_file(reference / "model.safetensors")
+    weight = tensors[f"{K_PROJ}.weight"]
+    weight[::8, ::64] = 100 * weight.abs().max()
+    save_file(tensors, reference / "model.safetensors")
+    preset = write_preset(
+        tmp_path / "presets", 'match: "*", method: blockwise_int8, weight_block_size: [64, 64]'
+    )
+    flags = ("--model", reference, "--preset", preset, "--reference", reference)
+    code, _, err = run("verify", *flags, "--threshold", "blockwise_int8=0.9")
+    assert code == 0
+    (line,) = err.splitlines()
+    assert line.startswith(f"warning: {K_PROJ}: blockwise_int8 rounds it badly: an error of 0.9%")

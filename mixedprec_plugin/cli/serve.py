@@ -1,0 +1,165 @@
+"""`mixedprec serve`: check first, in files alone, and then become `sglang serve`.
+
+Preset, plan, card and port are looked at before SGLang is imported, which takes a minute on some
+machines; what only SGLang can tell is said by the server itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from mixedprec_plugin.cli.output import print_json, report
+from mixedprec_plugin.cli.planning import make_plan
+from mixedprec_plugin.errors import LoadError, Problem, UsageError
+from mixedprec_plugin.plan.memory import memory_line
+from mixedprec_plugin.plan.render import plan_as_dict, totals_line
+from mixedprec_plugin.preset.parents import locate_preset
+from mixedprec_plugin.resources import preset_dir
+
+EXAMPLES = """
+  mixedprec serve awq --model DIR
+  mixedprec serve mine.yaml --model DIR --port 30001 --mem-fraction-static 0.85
+  mixedprec serve --model DIR-awq                  a folder that mixedprec convert wrote
+  mixedprec serve mine.yaml --model DIR --check    the checks, and the command that would run
+"""
+_NUM_PORTS_TRIED = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments; what is not known goes to SGLang."""
+    parser.add_argument(
+        "preset", nargs="?", default="", metavar="PRESET",
+        help="YAML file, or a packaged preset's name; first, before any option",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", "--model-path", required=True, metavar="MODEL",
+        help="checkpoint folder, or a Hugging Face id",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
+        default=[], help="override a key of the preset; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tp", "--tp-size", "--tensor-parallel-size", dest="tp", type=int, default=1, metavar="N",
+        help="tensor-parallel ranks",
+    )  # fmt: skip
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float16, as SGLang's")
+    parser.add_argument(
+        "--gpu", default="", metavar="NAME",
+        help="GPU to check for, where nvidia-smi does not tell: H100, 8.9",
+    )  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="as SGLang's (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=30000, metavar="N", help="as SGLang's (30000)")
+    parser.add_argument("--check", action="store_true", help="start nothing")
+    parser.epilog = f"Any other option is SGLang's, and is handed on.\n\n{parser.epilog or ''}"
+    parser.set_defaults(passed_on=[])
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Check, print what is going to run, and become the server.
+
+    Returns:
+        0 with --check; else the process is SGLang's.
+    Raises:
+        UsageError, PresetError, CheckpointError, PlanError: what does not fit.
+        LoadError: the port is taken, or SGLang is not installed beside this command.
+    """
+    if not args.gpu and (found := _gpu_here()):
+        args.gpu = found
+    args.device = "cuda" if args.gpu else "cpu"
+    plan = make_plan(args).check()
+    if problems := [*plan.not_calibrated(), *_port_problems(args.host, args.port)]:
+        raise LoadError(problems)
+    command = _command(args)
+    if args.json:
+        print_json({"command": command, **plan_as_dict(plan)}, out)
+    else:
+        print(totals_line(plan), file=out)
+        where = "no GPU: served by the CPU platform" if args.device == "cpu" else ""
+        if line := memory_line(plan.layers, plan.target, plan.source.config) or where:
+            print(line, file=out)
+        report([p for p in plan.problems if p.severity != "error"], sys.stderr)
+        print(f"$ {shlex.join(command)}", file=out, flush=True)
+    if not args.check:
+        os.execv(command[0], command)
+    return 0
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    """SGLang's command line.
+
+    Raises:
+        LoadError: there is no `sglang`.
+    """
+    beside = Path(sys.executable).with_name("sglang")
+    program = str(beside) if beside.exists() else shutil.which("sglang")
+    if program is None:
+        what = f"there is no 'sglang' beside {sys.executable}"
+        raise LoadError(Problem("sglang", what, "run 'pip install sglang' in this environment"))
+    command = [program, "serve", "--model-path", args.model, "--load-format", "mixedprec"]
+    if args.preset:
+        command += ["--mixedprec-config", _path(args.preset)]
+    for override in args.overrides:
+        command += ["--mixedprec-set", override]
+    said = {"--tp-size": (args.tp, 1), "--dtype": (args.dtype, "auto")}
+    for flag, (value, default) in said.items():
+        command += [flag, str(value)] if value != default else []
+    return [*command, "--host", args.host, "--port", str(args.port), *args.passed_on]
+
+
+def _path(preset: str) -> str:
+    """The preset as the server finds it: it has been found here."""
+    found = locate_preset(preset, Path())
+    return preset if found is None or found.parent == preset_dir() else str(found)
+
+
+def _gpu_here() -> str:
+    """The first GPU as NVIDIA's driver names it; empty where there is none.
+
+    The plan knows the names of some, and of any other its compute capability.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    program = shutil.which("nvidia-smi")
+    if program is None or os.environ.get("SGLANG_PLATFORM") == "mixedprec_cpu" or not visible:
+        return ""
+    asked = [program, f"--id={visible}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    name, _, capability = done.stdout.strip().partition(", ")
+    if done.returncode or not capability:
+        return ""
+    from mixedprec_plugin.methods.cards import find_gpu
+
+    try:
+        return find_gpu(name).name
+    except UsageError:
+        return capability
+
+
+def _port_problems(host: str, port: int) -> Sequence[Problem]:
+    """Whether something listens on a port already, and which one is free."""
+    if _is_free(host, port):
+        return []
+    ports = range(port + 1, min(port + _NUM_PORTS_TRIED, 65536))
+    free = next((other for other in ports if _is_free(host, other)), None)
+    remedy = f"--port {free} is free" if free else "name another one"
+    return [Problem("--port", f"{port} is taken on {host}", remedy, "port")]
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
