@@ -59,7 +59,7 @@ class Calibration:
         everything: whether all layers are calibrated that can be, or those whose scheme asks.
         progress: shows how far it is.
     Raises:
-        PlanError: no layer of the plan is rounded to integers in groups.
+        PlanError: no layer of the plan is rounded to codes.
         UsageError: the text cannot be read.
     """
 
@@ -70,7 +70,7 @@ class Calibration:
         layers = [layer for layer in plan.layers if everything or layer.asks_for_calibration]
         self._names = {layer.name for layer in layers if is_rounded_so(layer)}
         if not self._names:
-            what = "no layer of the plan is rounded to integers in groups (awq, gptq)"
+            what = "no layer of the plan is rounded to codes (expected a quantized one)"
             raise PlanError(Problem("--calibrate", what, "leave it out", "calibrate"))
         self._ranks = Ranks()
         self._is_begun = False

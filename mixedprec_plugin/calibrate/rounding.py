@@ -16,9 +16,11 @@ from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.quantize.checks import resolve_group_size
-from mixedprec_plugin.quantize.codec import load_codec
-from mixedprec_plugin.quantize.feedback import Rounded, round_with_feedback
+from mixedprec_plugin.quantize.codec import Numbers, load_codec
+from mixedprec_plugin.quantize.feedback import AnyGrid, Rounded, round_with_feedback
 from mixedprec_plugin.quantize.integers import Integers
+from mixedprec_plugin.quantize.rounding import Tiles
+from mixedprec_plugin.quantize.scaled import Scaled
 
 Record = dict[str, Any]
 
@@ -27,7 +29,7 @@ _MAX_INPUTS = 16384
 
 
 def is_rounded_so(layer: PlannedLayer) -> bool:
-    """Whether a plan rounds a layer to integers in groups, which calibration does better."""
+    """Whether a plan rounds a layer to codes with scales, which calibration does better."""
     if layer.scheme is None or layer.action not in ("quantize", "requantize"):
         return False
     return hasattr(load_codec(METHODS[layer.method].codec), "grid")
@@ -106,21 +108,19 @@ class LayerRounding:
         arguments = layer.scheme.arguments
         weight = compose_floats(layer, self._target, self._reader)["weight"].to(dtype).float()
         weight = weight.to(self._device)
-        N, K = weight.shape
-        group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)
+        K, grid = weight.shape[1], codec.grid(arguments, dtype)
+        if isinstance(grid, Tiles):
+            group_size = grid.columns or K
+        else:
+            group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)
         pieces, loss, shrunk = [], 0.0, []
         for columns in _blocks(K, group_size):
             H, amount = moments.of(columns)
-            own = weight[:, columns]
-            piece = round_with_feedback(own, H, group_size, codec.grid(arguments, dtype))
+            piece = round_with_feedback(weight[:, columns], H, group_size, grid)
             pieces.append(piece)
-            loss += 0.5 * _loss(piece, own, H, amount) / num_tokens
+            loss += 0.5 * _loss(piece, amount) / num_tokens
             shrunk.append(round(amount, 4))
-        codes, scales, zeros = (
-            torch.cat([getattr(piece, key) for piece in pieces], 1).cpu()
-            for key in ("codes", "scales", "zeros")
-        )
-        numbers = Integers(N, K, group_size, lambda rows: codes[rows], zeros, scales.to(dtype))
+        numbers = _numbers(pieces, group_size, grid)
         count = moments.num_tokens
         record = {"loss": loss if count else None, "tokens": count, "shrunk": shrunk}
         return codec.write(numbers, arguments, dtype), record
@@ -174,20 +174,30 @@ def _moment(
     return (H, amount) if float(H.diagonal().sum()) > 0 else (H.fill_diagonal_(1), 1.0)
 
 
-def _loss(piece: Rounded, weight: torch.Tensor, H: torch.Tensor, amount: float) -> float:
+def _loss(piece: Rounded, amount: float) -> float:
     """tr(E H E') of what was rounded, for H as the tokens have it: shrunk, it counts too much."""
     if amount >= 1:
         return piece.loss
-    N, K = weight.shape
-    codes = piece.codes.view(N, piece.scales.shape[1], -1).float()
-    rounded = (codes - piece.zeros[..., None]) * piece.scales[..., None]
-    on_diagonal = float(((rounded.view(N, K) - weight).square() @ H.diagonal()).sum())
-    return (piece.loss - amount * on_diagonal) / (1 - amount)
+    return (piece.loss - amount * piece.diagonal_loss) / (1 - amount)
+
+
+def _numbers(pieces: Sequence[Rounded], group_size: int, grid: AnyGrid) -> Numbers:
+    """Blocks of inputs as one weight, on the CPU."""
+    # of float8, torch puts no pieces together but bytes
+    codes = torch.cat([piece.codes.view(torch.uint8) for piece in pieces], 1).cpu()
+    scales, zeros = (
+        torch.cat([getattr(piece, key) for piece in pieces], 1).cpu() for key in ("scales", "zeros")
+    )
+    N, K = codes.shape
+    if isinstance(grid, Tiles):
+        rows = grid.rows or N
+        return Scaled(codes.view(grid.dtype), scales[::rows].contiguous(), (rows, group_size))
+    return Integers(N, K, group_size, lambda rows: codes[rows], zeros, scales.to(grid.scale_dtype))
 
 
 def _blocks(K: int, group_size: int) -> list[slice]:
     """Cut input features into blocks of whole groups, as few and as even as may be."""
-    groups = K // group_size
+    groups = -(-K // group_size)
     count = -(-K // _MAX_INPUTS)
     size = -(-groups // count) * group_size
     return [slice(first, min(first + size, K)) for first in range(0, K, size)]

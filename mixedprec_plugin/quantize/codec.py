@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 
-from mixedprec_plugin.quantize.rounding import Grid
+from mixedprec_plugin.quantize.rounding import Grid, Tiles
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 TensorDict: TypeAlias = dict[str, torch.Tensor]
@@ -61,8 +61,8 @@ class Codec(Protocol):
             NotTheSameNumbersError: it cannot hold them.
         """
 
-    def grid(self, arguments: Arguments, dtype: torch.dtype) -> Grid:
-        """What the codes of integers in groups stand for; optional.
+    def grid(self, arguments: Arguments, dtype: torch.dtype) -> Grid | Tiles:
+        """What codes stand for: integers in groups, or codes with a scale a tile; optional.
 
         Layers of a method that has it can be calibrated: `write` stores what is rounded on it.
         """

@@ -1,56 +1,61 @@
-"""Rounding to integers in groups along K under a quadratic loss, tr(E H E'), E = rounded - W.
+"""Rounding to codes with a scale under a quadratic loss, tr(E H E'), E = rounded - W.
 
-1. Groups are taken in the order of their share of H, columns inside one by their diagonal. What is
-   stored keeps its order.
+1. Groups, columns that share a scale, are taken in the order of their share of H, columns inside
+   one by their diagonal. What is stored keeps its order.
 2. H = M diag(D) M', M unit upper triangular: then tr(E H E') = sum_k D_k (t_k - rounded_k)^2 with
    t_k = w_k - sum_{j<k} e_j M_jk, what column k should be, given the errors before it.
 3. Scale and zero point of a group are searched on t before its first column is rounded.
 4. Descent: codes, then scale, then zero point of a group at a time move to where the loss of the
    whole row is least, all else fixed. No step can raise it.
 
-Rows are independent of each other. Tensors are laid out K first here: a column of the weight is a
-row in memory, so that every step is one operation over all output features.
+Rows are independent of each other but where they share scales. Tensors are laid out K first here: a
+column of the weight is a row in memory, so that every step is one operation over all output
+features.
 Source: GPTQ (arXiv:2210.17323) for the feedback, in the form of its factor without an inverse.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from mixedprec_plugin.quantize import feedback_cpu
-from mixedprec_plugin.quantize.rounding import Grid, store_scale
+from mixedprec_plugin.quantize.rounding import Grid, Levels, Tiles, store_scale
 
 NUM_SWEEPS = 3
-# multiples of the plain scale that are tried
-_RATIOS = tuple(1.06 - 0.03 * step for step in range(13))
-_SYMMETRIC_RATIOS = (1.10, 1.07, 1.04, 1.0, *_RATIOS[3:])
 # of the mean of H's diagonal, for the factorization alone
 _DAMPING = 0.002
+# columns between which errors are fed back one by one; further ones get theirs by products
+_CHUNK = 128
+
+AnyGrid: TypeAlias = Grid | Tiles
 
 
 class Rounded(NamedTuple):
     """Codes of a weight.
 
     Attributes:
-        codes: uint8 [N, K].
-        scales: float32 [N, K/G], numbers of the grid's dtype.
-        zeros: int16 [N, K/G].
+        codes: [N, K], uint8, or of the tiles' dtype.
+        scales: float32 [N, groups], numbers of the grid's dtype.
+        zeros: int16 [N, groups].
         loss: tr(E H E'), over all rows.
+        diagonal_loss: the same of H's diagonal alone.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
     loss: float
+    diagonal_loss: float = 0.0
 
 
 def round_with_feedback(
     weight: torch.Tensor,
     H: torch.Tensor,
     group_size: int,
-    grid: Grid,
+    grid: AnyGrid,
     num_sweeps: int = NUM_SWEEPS,
 ) -> Rounded:
     """Round a weight so that tr(E H E') is small.
@@ -58,49 +63,83 @@ def round_with_feedback(
     Args:
         weight: [N, K], floating point; not modified.
         H: float32 [K, K], symmetric, positive semidefinite; not modified.
-        group_size: elements along K that share a scale; divides K.
+        group_size: elements along K that share a scale; the last group may be smaller.
         num_sweeps: of the descent.
     Raises:
         ValueError: H is not finite, or all zero.
     """
-    K = weight.shape[1]
     mean = float(H.diagonal().mean())
     if not 0 < mean < float("inf"):
         raise ValueError(f"the mean of H's diagonal is {mean}")
-    order = _order(H, group_size)
+    groups = _ordered(H, group_size)
+    order = torch.cat(groups)
     H = H[order][:, order].div_(mean)
+    diagonal = H.diagonal().clone()
     H.diagonal().add_(_DAMPING)
     M, D = _factor(H)
     targets = weight.t()[order].float()
-    scales = torch.empty(K // group_size, weight.shape[0], device=weight.device)
-    state = _State(
-        torch.empty_like(targets), scales, torch.empty_like(scales), torch.empty_like(targets)
-    )
-    _feed_back(state, targets, M, D, grid, group_size)
+    state = _State.empty(targets, groups, grid)
+    _feed_back(state, targets, M, D)
     del M
     gradient = H @ state.errors
     for _ in range(num_sweeps):
-        _descend(state, gradient, H, grid, group_size)
+        _descend(state, gradient, H)
     # what was added to the diagonal is no loss
     gradient.add_(state.errors, alpha=-_DAMPING)
     loss = mean * float((state.errors * gradient).sum(dtype=torch.float64))
-    return _in_order(state, order, group_size, loss)
+    alone = mean * float(state.errors.square().sum(1).double() @ diagonal.double())
+    return _in_order(state, order, group_size, loss, alone)
 
 
 class _State(NamedTuple):
-    """Where the rounding is: codes [K, N], scales and zeros [K/G, N], errors [K, N]; float32."""
+    """Where the rounding is.
+
+    Attributes:
+        codes, errors: float32 [K, N].
+        scales, zeros: float32 [groups, N].
+        columns: of each group.
+        tiles: int64 [N], which rows share a scale; None where each has its own.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
     errors: torch.Tensor
+    columns: Sequence[slice]
+    grid: AnyGrid
+    tiles: torch.Tensor | None
+
+    @classmethod
+    def empty(cls, targets: torch.Tensor, groups: Sequence[torch.Tensor], grid: AnyGrid) -> _State:
+        N = targets.shape[1]
+        scales = torch.empty(len(groups), N, device=targets.device)
+        columns, first = [], 0
+        for group in groups:
+            columns.append(slice(first, first + len(group)))
+            first += len(group)
+        rows = grid.rows or N
+        tiles = torch.arange(N, device=targets.device) // rows if rows > 1 else None
+        return cls(
+            torch.empty_like(targets), scales, torch.empty_like(scales),
+            torch.empty_like(targets), columns, grid, tiles,
+        )  # fmt: skip
+
+    def shared(self, values: torch.Tensor, reduce: str = "sum") -> torch.Tensor:
+        """Values [..., N], summed over the rows that share a scale."""
+        if self.tiles is None:
+            return values
+        index = self.tiles.expand_as(values)
+        sums = values.new_zeros(*values.shape[:-1], int(self.tiles[-1]) + 1)
+        return sums.scatter_reduce_(-1, index, values, reduce).gather(-1, index)
 
 
-def _order(H: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Groups by falling trace of their blocks, columns of each by falling diagonal: int64 [K]."""
-    diagonal = H.diagonal().view(-1, group_size)
-    groups = diagonal.sum(1).argsort(descending=True)
-    return (groups[:, None] * group_size + diagonal.argsort(1, descending=True)[groups]).flatten()
+def _ordered(H: torch.Tensor, group_size: int) -> list[torch.Tensor]:
+    """Groups by falling trace of their blocks, columns of each by falling diagonal."""
+    found = []
+    for group in torch.split(torch.arange(len(H), device=H.device), group_size):
+        own = H.diagonal()[group]
+        found.append((float(own.sum()), group[own.argsort(descending=True)]))
+    return [group for _, group in sorted(found, key=lambda one: -one[0])]
 
 
 def _factor(H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,42 +149,25 @@ def _factor(H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (lower.flip(0, 1) / root).float(), root.square().float()
 
 
-def _feed_back(
-    state: _State,
-    targets: torch.Tensor,
-    M: torch.Tensor,
-    D: torch.Tensor,
-    grid: Grid,
-    group_size: int,
-) -> None:
+def _chunks(columns: slice) -> list[slice]:
+    firsts = range(columns.start, columns.stop, _CHUNK)
+    return [slice(first, min(first + _CHUNK, columns.stop)) for first in firsts]
+
+
+def _feed_back(state: _State, targets: torch.Tensor, M: torch.Tensor, D: torch.Tensor) -> None:
     """Search each group's scale and zero, and round its columns, errors fed back; fills `state`."""
     weight = targets.clone()
-    for group, first in enumerate(range(0, len(targets), group_size)):
-        columns = slice(first, first + group_size)
-        scales, zeros = _candidates(targets[columns], grid)
-        best = _search(targets[columns], D[columns], scales, zeros, grid)
-        scale, zero = (one.gather(0, best[None])[0] for one in (scales, zeros))
-        state.scales[group], state.zeros[group] = scale, zero
-        _round_columns(state, targets[columns], weight[columns], M[columns, columns], grid, group)
-        targets[columns.stop :].addmm_(
-            M[columns, columns.stop :].t(), state.errors[columns], alpha=-1
-        )
-
-
-def _candidates(targets: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros [C, N] to try for a group's targets [G, N]."""
-    low, high = targets.amin(0).clamp_(max=0), targets.amax(0).clamp_(min=0)
-    half = (grid.largest_code + 1) / 2
-    if grid.symmetric:
-        ratios = torch.tensor(_SYMMETRIC_RATIOS, device=targets.device)[:, None]
-        scales = store_scale(torch.maximum(high, -low) * ratios / half, grid.scale_dtype)
-        scales = torch.cat([scales, -scales])
-        return scales, torch.full_like(scales, half)
-    ratios = torch.tensor(_RATIOS, device=targets.device)[:, None]
-    scales = store_scale((high - low) * ratios / grid.largest_code, grid.scale_dtype)
-    middle = (half - 0.5 - (low + high) / 2 / scales).round_()
-    zeros = torch.cat([(middle + step).clamp_(0, grid.largest_code) for step in (0, -1, 1)])
-    return scales.repeat(3, 1), zeros
+    for group, columns in enumerate(state.columns):
+        own = targets[columns]
+        low, high = own.amin(0).clamp_(max=0), own.amax(0).clamp_(min=0)
+        low, high = state.shared(low, "amin"), state.shared(high, "amax")
+        scales, zeros = state.grid.candidates(low, high)
+        losses = state.shared(_search(own, D[columns], scales, zeros, state.grid))
+        best = losses.argmin(0, keepdim=True)
+        state.scales[group], state.zeros[group] = (x.gather(0, best)[0] for x in (scales, zeros))
+        for chunk in _chunks(columns):
+            _round_columns(state, targets[chunk], weight[chunk], M[chunk, chunk], group, chunk)
+            targets[chunk.stop :].addmm_(M[chunk, chunk.stop :].t(), state.errors[chunk], alpha=-1)
 
 
 def _search(
@@ -153,21 +175,21 @@ def _search(
     importance: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
-    grid: Grid,
+    grid: AnyGrid,
 ) -> torch.Tensor:
-    """The candidate of least weighted squared error of each row: int64 [N]."""
+    """What each candidate costs each row, in weighted squared error: [C, N]."""
     if _is_compiled(targets):
-        best = torch.zeros(targets.shape[1], dtype=torch.int64)
+        losses = torch.empty_like(scales)
         arrays = _arrays(targets, importance, scales, zeros)
-        _run(feedback_cpu.search, targets, *arrays, grid.largest_code, best.numpy())
-        return best
-    losses = []
+        _run(feedback_cpu.search, targets, *arrays, *_limits(grid), losses.numpy())
+        return losses
+    rows = []
     for scale, zero in zip(scales, zeros, strict=True):
-        codes = torch.mul(targets, scale.reciprocal()).round_()
-        codes = codes.clamp_(-zero, grid.largest_code - zero)
+        codes = _nearest(targets * scale.reciprocal(), grid.levels)
+        codes = codes.clamp_(grid.lowest_code - zero, grid.largest_code - zero)
         error = codes.mul_(scale).sub_(targets).square_()
-        losses.append(error.mul_(importance[:, None]).sum(0))
-    return torch.stack(losses).argmin(0)
+        rows.append(error.mul_(importance[:, None]).sum(0))
+    return torch.stack(rows)
 
 
 def _round_columns(
@@ -175,24 +197,39 @@ def _round_columns(
     targets: torch.Tensor,
     weight: torch.Tensor,
     M: torch.Tensor,
-    grid: Grid,
     group: int,
+    columns: slice,
 ) -> None:
-    """Round a group's columns in turn, each error fed back to the later ones."""
-    G = len(targets)
-    codes, errors = (x[group * G : (group + 1) * G] for x in (state.codes, state.errors))
+    """Round columns of a group in turn, each error fed back to the later ones."""
+    codes, errors, grid = state.codes[columns], state.errors[columns], state.grid
     scale, zero = state.scales[group], state.zeros[group]
     if _is_compiled(targets):
         arrays = _arrays(targets, weight, M.contiguous(), scale, zero)
         made = codes.numpy(), errors.numpy()
-        _run(feedback_cpu.round_columns, targets, *arrays, grid.largest_code, *made)
+        _run(feedback_cpu.round_columns, targets, *arrays, *_limits(grid), *made)
         return
     inverse, targets = scale.reciprocal(), targets.clone()
-    for k in range(G):
-        code = torch.mul(targets[k], inverse).round_().add_(zero).clamp_(0, grid.largest_code)
+    for k in range(len(targets)):
+        code = _nearest(targets[k] * inverse, grid.levels).add_(zero)
+        code = code.clamp_(grid.lowest_code, grid.largest_code)
         error = torch.sub(code, zero).mul_(scale).sub_(weight[k])
         codes[k], errors[k] = code, error
         targets[k + 1 :].addr_(M[k, k + 1 :], error, alpha=-1)
+
+
+def _nearest(values: torch.Tensor, levels: Levels) -> torch.Tensor:
+    """The nearest codes to numbers, which may be overwritten."""
+    if not levels.bits:
+        return values.round_()
+    _, exponents = torch.frexp(values)
+    steps = torch.ldexp(torch.ones_like(values), exponents - levels.bits).clamp_(min=levels.step)
+    return values.div_(steps).round_().mul_(steps)
+
+
+def _limits(grid: AnyGrid) -> tuple[float, float, Any]:
+    return (
+        float(grid.lowest_code), float(grid.largest_code), feedback_cpu.code_levels(grid.levels),
+    )  # fmt: skip
 
 
 def _run(kernel: Any, shaped: torch.Tensor, *arguments: Any) -> None:
@@ -207,20 +244,15 @@ def _arrays(*tensors: torch.Tensor) -> list[Any]:
     return [tensor.numpy() for tensor in tensors]
 
 
-def _descend(
-    state: _State, gradient: torch.Tensor, H: torch.Tensor, grid: Grid, group_size: int
-) -> None:
+def _descend(state: _State, gradient: torch.Tensor, H: torch.Tensor) -> None:
     """Move each group to where the loss is least; `gradient` is H @ errors, kept up to date."""
-    for group, first in enumerate(range(0, len(H), group_size)):
-        columns = slice(first, first + group_size)
-        change = _move_group(state, gradient[columns].clone(), H[columns, columns], grid, group)
+    for group, columns in enumerate(state.columns):
+        change = _move_group(state, gradient[columns].clone(), H[columns, columns], group)
         gradient.addmm_(H[:, columns], change)
         state.errors[columns] += change
 
 
-def _move_group(
-    state: _State, gradient: torch.Tensor, H: torch.Tensor, grid: Grid, group: int
-) -> torch.Tensor:
+def _move_group(state: _State, gradient: torch.Tensor, H: torch.Tensor, group: int) -> torch.Tensor:
     """Move a group's codes, scale and zero, each where the loss falls.
 
     Args:
@@ -229,14 +261,19 @@ def _move_group(
     Returns:
         the change of the errors, [G, N].
     """
-    G = len(H)
-    codes = state.codes[group * G : (group + 1) * G]
+    grid, codes = state.grid, state.codes[state.columns[group]]
     scale, zero = state.scales[group], state.zeros[group]
     change = torch.empty_like(gradient)
-    _move_codes(codes, gradient, H.contiguous(), scale, grid, change)
+    chunks = _chunks(slice(0, len(H)))
+    for own in chunks:
+        # the loop keeps up to date what it sees, and products the rest
+        seen = gradient[own].clone() if len(chunks) > 1 else gradient
+        _move_codes(codes[own], seen, H[own, own].contiguous(), scale, grid, change[own])
+        if len(chunks) > 1:
+            gradient.addmm_(H[:, own], change[own])
     centred = codes - zero
     curved = H @ centred
-    slope, curve = (centred * gradient).sum(0), (centred * curved).sum(0)
+    slope, curve = (state.shared((centred * x).sum(0)) for x in (gradient, curved))
     moved = scale - torch.where(curve > 0, slope / curve, 0.0)
     moved = store_scale(moved.abs(), grid.scale_dtype) * scale.sign()
     step = moved - scale
@@ -262,29 +299,34 @@ def _move_codes(
     gradient: torch.Tensor,
     H: torch.Tensor,
     scale: torch.Tensor,
-    grid: Grid,
+    grid: AnyGrid,
     change: torch.Tensor,
 ) -> None:
     """Move each code to where the loss is least, the others as they are; fills `change`."""
     if _is_compiled(codes):
         arrays = _arrays(codes, gradient, H, scale)
-        _run(feedback_cpu.move_codes, codes, *arrays, grid.largest_code, change.numpy())
+        _run(feedback_cpu.move_codes, codes, *arrays, *_limits(grid), change.numpy())
         return
     inverse = scale.reciprocal()
     for k, diagonal in enumerate(H.diagonal().tolist()):
-        moved = torch.mul(gradient[k], inverse).mul_(-1 / diagonal).round_().add_(codes[k])
-        change[k] = moved.clamp_(0, grid.largest_code).sub(codes[k]).mul_(scale)
+        best = torch.mul(gradient[k], inverse).mul_(-1 / diagonal).add_(codes[k])
+        moved = _nearest(best, grid.levels).clamp_(grid.lowest_code, grid.largest_code)
+        change[k] = moved.sub(codes[k]).mul_(scale)
         codes[k] = moved
         gradient.addr_(H[k], change[k])
 
 
-def _in_order(state: _State, order: torch.Tensor, group_size: int, loss: float) -> Rounded:
+def _in_order(
+    state: _State, order: torch.Tensor, group_size: int, loss: float, alone: float
+) -> Rounded:
     """The codes where their columns lie in the weight."""
-    codes = torch.empty_like(state.codes, dtype=torch.uint8)
-    codes[order] = state.codes.to(torch.uint8)
-    groups = order[::group_size] // group_size
+    dtype = state.grid.dtype if isinstance(state.grid, Tiles) else torch.uint8
+    codes = torch.empty_like(state.codes)
+    codes[order] = state.codes
+    groups = torch.stack([order[columns.start] for columns in state.columns]) // group_size
     scales, zeros = torch.empty_like(state.scales), torch.empty_like(state.zeros)
     scales[groups], zeros[groups] = state.scales, state.zeros
     return Rounded(
-        codes.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous().short(), loss
-    )
+        codes.t().contiguous().to(dtype), scales.t().contiguous(), zeros.t().contiguous().short(),
+        loss, alone,
+    )  # fmt: skip

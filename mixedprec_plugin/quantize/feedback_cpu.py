@@ -14,9 +14,9 @@ from typing import Any
 import numba
 import numpy as np
 
+from mixedprec_plugin.quantize.rounding import Levels
+
 _TILE = 32
-# added and taken off again, it rounds a float32 below 2**22 to a whole number, ties to even
-_ROUND = np.float32(1.5 * 2**23)
 
 Array = Any
 
@@ -45,6 +45,23 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "feedback")
 
 
+def code_levels(levels: Levels) -> Array:
+    """What the loops round a number with: float32 of [least, to its step, to its bits]."""
+    # added and taken off again, 1.5 * 2**23 steps round a number below half of it to a step; and
+    # x * factor - (x * factor - x) has as many bits less as the factor is a power of 2, and 1
+    factor = 2.0 ** (24 - levels.bits) + 1 if levels.bits else 0.0
+    return np.array([levels.least, 1.5 * 2**23 * levels.step, factor], np.float32)
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _nearest(x: Any, least: Any, step: Any, factor: Any) -> Any:
+    """The nearest code to a number; Veltkamp's split where codes are floats."""
+    if abs(x) < least:
+        return (x + step) - step
+    large = x * factor
+    return large - (large - x)
+
+
 @_compiled
 def _load(tile: Array, source: Array, first: int, n: int) -> None:
     """Copy `n` columns of [G, N] to the tile; what is beside them is left over and not used."""
@@ -55,66 +72,68 @@ def _load(tile: Array, source: Array, first: int, n: int) -> None:
 
 @_compiled
 def search(
-    targets: Array, importance: Array, scales: Array, zeros: Array, top: int, best: Array,
-    start: int, stop: int,
+    targets: Array, importance: Array, scales: Array, zeros: Array, low: float, top: float,
+    levels: Array, losses: Array, start: int, stop: int,
 ) -> None:  # fmt: skip
-    """Find each row's candidate of least weighted squared error.
+    """Tell what each candidate costs each row, in weighted squared error.
 
     Args:
         targets: float32 [G, N].
         importance: float32 [G].
         scales, zeros: float32 [C, N], the candidates.
-        top: the largest code.
-        best: int64 [N], filled with the candidate's number.
+        low, top: the lowest and the largest code.
+        levels: of `code_levels`.
+        losses: float32 [C, N], filled.
         start, stop: the rows to do.
     """
     G = len(targets)
-    last = np.float32(top)
+    lowest, last = np.float32(low), np.float32(top)
+    least, step, factor = levels
     tile = np.zeros((G, _TILE), np.float32)
     scale, inverse = np.ones(_TILE, np.float32), np.ones(_TILE, np.float32)
-    low, high = np.zeros(_TILE, np.float32), np.zeros(_TILE, np.float32)
-    loss, least = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
+    below, above = np.zeros(_TILE, np.float32), np.zeros(_TILE, np.float32)
+    loss = np.empty(_TILE, np.float32)
     for first in range(start, stop, _TILE):
         n = min(_TILE, stop - first)
         _load(tile, targets, first, n)
-        least[:] = np.float32(np.inf)
         for c in range(len(scales)):
             for r in range(n):
                 scale[r] = scales[c, first + r]
                 inverse[r] = np.float32(1) / scale[r]
-                low[r] = -zeros[c, first + r]
-                high[r] = last - zeros[c, first + r]
+                below[r] = lowest - zeros[c, first + r]
+                above[r] = last - zeros[c, first + r]
             loss[:] = np.float32(0)
             for j in range(G):
                 weight = importance[j]
                 for r in range(_TILE):
                     x = tile[j, r]
-                    code = (x * inverse[r] + _ROUND) - _ROUND
-                    code = min(max(code, low[r]), high[r])
+                    code = _nearest(x * inverse[r], least, step, factor)
+                    code = min(max(code, below[r]), above[r])
                     error = code * scale[r] - x
                     loss[r] += error * error * weight
             for r in range(n):
-                if loss[r] < least[r]:
-                    least[r] = loss[r]
-                    best[first + r] = c
+                losses[c, first + r] = loss[r]
 
 
 @_compiled
 def round_columns(
-    targets: Array, weight: Array, M: Array, scale: Array, zero: Array, top: int,
-    codes: Array, errors: Array, start: int, stop: int,
+    targets: Array, weight: Array, M: Array, scale: Array, zero: Array, low: float, top: float,
+    levels: Array, codes: Array, errors: Array, start: int, stop: int,
 ) -> None:  # fmt: skip
-    """Round a group's columns in turn, each error fed back to the later ones.
+    """Round columns in turn, each error fed back to the later ones.
 
     Args:
         targets, weight: float32 [G, N]; not modified.
         M: float32 [G, G], unit upper triangular.
         scale, zero: float32 [N].
+        low, top: the lowest and the largest code.
+        levels: of `code_levels`.
         codes, errors: float32 [G, N], filled.
         start, stop: the rows to do.
     """
     G = len(targets)
-    last = np.float32(top)
+    lowest, last = np.float32(low), np.float32(top)
+    least, step, factor = levels
     tile = np.zeros((G, _TILE), np.float32)
     inverse, own = np.ones(_TILE, np.float32), np.ones(_TILE, np.float32)
     shift, error = np.zeros(_TILE, np.float32), np.zeros(_TILE, np.float32)
@@ -127,21 +146,21 @@ def round_columns(
             shift[r] = zero[first + r]
         for j in range(G):
             for r in range(n):
-                code = (tile[j, r] * inverse[r] + _ROUND) - _ROUND + shift[r]
-                code = min(max(code, np.float32(0)), last)
+                code = _nearest(tile[j, r] * inverse[r], least, step, factor) + shift[r]
+                code = min(max(code, lowest), last)
                 error[r] = (code - shift[r]) * own[r] - weight[j, first + r]
                 codes[j, first + r] = code
                 errors[j, first + r] = error[r]
             for k in range(j + 1, G):
-                factor = M[j, k]
+                multiple = M[j, k]
                 for r in range(_TILE):
-                    tile[k, r] -= factor * error[r]
+                    tile[k, r] -= multiple * error[r]
 
 
 @_compiled
 def move_codes(
-    codes: Array, gradient: Array, H: Array, scale: Array, top: int, change: Array,
-    start: int, stop: int,
+    codes: Array, gradient: Array, H: Array, scale: Array, low: float, top: float,
+    levels: Array, change: Array, start: int, stop: int,
 ) -> None:  # fmt: skip
     """Move each code of a group to where the loss is least, the others as they are.
 
@@ -150,14 +169,17 @@ def move_codes(
         gradient: float32 [G, N], kept up to date.
         H: float32 [G, G].
         scale: float32 [N].
+        low, top: the lowest and the largest code.
+        levels: of `code_levels`.
         change: float32 [G, N], filled with the change of the errors.
         start, stop: the rows to do.
     """
     G = len(codes)
-    last = np.float32(top)
+    lowest, last = np.float32(low), np.float32(top)
+    least, step, factor = levels
     tile = np.zeros((G, _TILE), np.float32)
     own, inverse = np.ones(_TILE, np.float32), np.ones(_TILE, np.float32)
-    step = np.zeros(_TILE, np.float32)
+    moves = np.zeros(_TILE, np.float32)
     for first in range(start, stop, _TILE):
         n = min(_TILE, stop - first)
         _load(tile, gradient, first, n)
@@ -165,21 +187,21 @@ def move_codes(
             own[r] = scale[first + r]
             inverse[r] = np.float32(1) / own[r]
         for j in range(G):
-            factor = np.float32(-1) / H[j, j]
+            curve = np.float32(-1) / H[j, j]
             moved = False
             for r in range(n):
                 before = codes[j, first + r]
-                code = (tile[j, r] * inverse[r] * factor + _ROUND) - _ROUND + before
-                code = min(max(code, np.float32(0)), last)
+                best = before + tile[j, r] * inverse[r] * curve
+                code = min(max(_nearest(best, least, step, factor), lowest), last)
                 codes[j, first + r] = code
-                step[r] = (code - before) * own[r]
-                change[j, first + r] = step[r]
+                moves[r] = (code - before) * own[r]
+                change[j, first + r] = moves[r]
                 moved |= code != before
             if moved:
                 for k in range(G):
-                    curve = H[j, k]
+                    multiple = H[j, k]
                     for r in range(_TILE):
-                        tile[k, r] += curve * step[r]
+                        tile[k, r] += multiple * moves[r]
         for j in range(G):
             for r in range(n):
                 gradient[j, first + r] = tile[j, r]

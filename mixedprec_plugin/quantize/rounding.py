@@ -16,8 +16,79 @@ The scale is rounded to the dtype it is stored in first; codes are made with the
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import NamedTuple, TypeAlias
 
 import torch
+
+# of codes that a scale alone multiplies
+LARGEST_CODE = {torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max, torch.int8: 127.0}
+
+
+class Levels(NamedTuple):
+    """How a float32 number is rounded to a code, ties to even.
+
+    Attributes:
+        least: from here on codes have a fixed number of significant bits; below, a fixed step.
+        step: what is below is a multiple of it.
+        bits: significant bits of the others.
+    """
+
+    least: float
+    step: float
+    bits: int
+
+
+Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+WHOLE = Levels(math.inf, 1.0, 0)
+# multiples of the plain scale that are tried
+_RATIOS = tuple(1.06 - 0.03 * step for step in range(13))
+_SYMMETRIC_RATIOS = (1.10, 1.07, 1.04, 1.0, *_RATIOS[3:])
+
+
+def _multiples(plain: torch.Tensor, ratios: tuple[float, ...]) -> torch.Tensor:
+    return plain * torch.tensor(ratios, device=plain.device)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """8-bit codes beside a scale for each tile of a weight, as `quantize.scaled` has them.
+
+    Attributes:
+        dtype: of the codes, int8 or float8_e4m3fn.
+        rows, columns: of a tile; None for all.
+    """
+
+    dtype: torch.dtype
+    rows: int | None
+    columns: int | None
+
+    symmetric = True
+    scale_dtype = torch.float32
+
+    @property
+    def largest_code(self) -> float:
+        """The largest code."""
+        return LARGEST_CODE[self.dtype]
+
+    @property
+    def lowest_code(self) -> float:
+        """The lowest code."""
+        return -self.largest_code
+
+    @property
+    def levels(self) -> Levels:
+        """The codes between."""
+        return Levels(2.0**-6, 2.0**-9, 4) if self.dtype.is_floating_point else WHOLE
+
+    def candidates(
+        self, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales to try for tiles that range from `low` to `high`; see `Grid.candidates`."""
+        plain = torch.maximum(high, -low) / self.largest_code
+        scales = store_scale(_multiples(plain, _SYMMETRIC_RATIOS), self.scale_dtype)
+        return scales, torch.zeros_like(scales)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +105,41 @@ class Grid:
     symmetric: bool
     scale_dtype: torch.dtype
 
+    lowest_code = 0
+    levels = WHOLE
+    # rows that share a scale
+    rows: int | None = 1
+
     @property
     def largest_code(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
 
-    def fit(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def candidates(
+        self, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zero points to try for groups that range from `low` to `high`.
+
+        Args:
+            low: float32 [N], not above 0.
+            high: float32 [N], not below 0.
+        Returns:
+            both float32 [C, N], scales of `scale_dtype`'s numbers.
+        """
+        half = (self.largest_code + 1) / 2
+        if self.symmetric:
+            scales = _multiples(torch.maximum(high, -low) / half, _SYMMETRIC_RATIOS)
+            scales = store_scale(scales, self.scale_dtype)
+            scales = torch.cat([scales, -scales])
+            return scales, torch.full_like(scales, half)
+        scales = store_scale(
+            _multiples((high - low) / self.largest_code, _RATIOS), self.scale_dtype
+        )
+        middle = (half - 0.5 - (low + high) / 2 / scales).round_()
+        zeros = torch.cat([(middle + step).clamp_(0, self.largest_code) for step in (0, -1, 1)])
+        return scales.repeat(3, 1), zeros
+
+    def fit(self, low: torch.Tensor, high: torch.Tensor) -> Pair:
         """Return scale and zero point for groups that range from `low` to `high`.
 
         Args:

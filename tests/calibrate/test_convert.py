@@ -168,11 +168,11 @@ def test_scheme_that_asks_for_it_is_calibrated_and_not_rounded_while_loading(
 def test_refuses_what_has_nothing_to_calibrate(tmp_path: Path) -> None:
     model = tmp_path / "model"
     write_model(model)
-    preset = tmp_path / "fp8.yaml"
-    preset.write_text("version: 1\nrules:\n  - {match: '*_proj', method: fp8_channel}\n")
+    preset = tmp_path / "bf16.yaml"
+    preset.write_text("version: 1\nrules:\n  - {match: '*_proj', method: bf16}\n")
     words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
     code, _, err = command("convert", *words, "--calibrate")
-    assert (code, "no layer of the plan is rounded to integers" in err) == (1, True)
+    assert (code, "no layer of the plan is rounded to codes" in err) == (1, True)
     for option in (("--text", preset), ("--windows", 4), ("--seed", 0), ("--no-gradients",)):
         code, _, err = command("convert", *words, *option)
         assert (code, f"{option[0]}: is for calibration; add --calibrate" in err) == (2, True)

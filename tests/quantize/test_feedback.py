@@ -11,12 +11,17 @@ from hypothesis import strategies as st
 
 from mixedprec_plugin.quantize import feedback
 from mixedprec_plugin.quantize.feedback import Rounded, round_with_feedback
-from mixedprec_plugin.quantize.rounding import Grid, round_groups
+from mixedprec_plugin.quantize.rounding import Grid, Tiles, round_groups
+from mixedprec_plugin.quantize.scaled import Scaled, quantize_blocks
 
 AWQ = Grid(bits=4, symmetric=False, scale_dtype=torch.bfloat16)
 GPTQ = Grid(bits=4, symmetric=True, scale_dtype=torch.bfloat16)
 GPTQ_8 = Grid(bits=8, symmetric=True, scale_dtype=torch.bfloat16)
-GRIDS = pytest.mark.parametrize("grid", [AWQ, GPTQ, GPTQ_8], ids=["awq", "gptq", "gptq8"])
+INT8 = Tiles(torch.int8, rows=16, columns=None)
+FP8 = Tiles(torch.float8_e4m3fn, rows=1, columns=None)
+GRIDS = pytest.mark.parametrize(
+    "grid", [AWQ, GPTQ, GPTQ_8, INT8, FP8], ids=["awq", "gptq", "gptq8", "int8", "fp8"]
+)
 
 
 def correlated(K: int, seed: int = 0) -> torch.Tensor:
@@ -34,9 +39,11 @@ def weight_of(N: int, K: int, seed: int = 0) -> torch.Tensor:
 
 
 def dequantize(rounded: Rounded, group_size: int) -> torch.Tensor:
-    N, K = rounded.codes.shape
-    grouped = rounded.codes.view(N, K // group_size, group_size).float()
-    return ((grouped - rounded.zeros[..., None]) * rounded.scales[..., None]).view(N, K)
+    scales, zeros = (
+        one.repeat_interleave(group_size, 1)[:, : rounded.codes.shape[1]]
+        for one in (rounded.scales, rounded.zeros)
+    )
+    return (rounded.codes.float() - zeros) * scales
 
 
 def loss(weight: torch.Tensor, other: torch.Tensor, H: torch.Tensor) -> float:
@@ -44,14 +51,18 @@ def loss(weight: torch.Tensor, other: torch.Tensor, H: torch.Tensor) -> float:
     return float(((error @ H.double()) * error).sum())
 
 
-def nearest(weight: torch.Tensor, group_size: int, grid: Grid) -> torch.Tensor:
+def nearest(weight: torch.Tensor, group_size: int, grid: Grid | Tiles) -> torch.Tensor:
+    if isinstance(grid, Tiles):
+        block = (grid.rows or len(weight), group_size)
+        made = quantize_blocks(weight, block, grid.dtype)
+        return Scaled(made["weight"], made["weight_scale_inv"], block).dequantize()
     codes, scales, zeros = round_groups(weight.clone(), group_size, grid)
     return dequantize(Rounded(codes, scales, zeros.short(), 0.0), group_size)
 
 
 @GRIDS
 @pytest.mark.parametrize("group_size", [32, 128])
-def test_halves_the_loss_of_rounding_to_nearest(grid: Grid, group_size: int) -> None:
+def test_halves_the_loss_of_rounding_to_nearest(grid: Grid | Tiles, group_size: int) -> None:
     weight, H = weight_of(40, 256), correlated(256)
     made = round_with_feedback(weight, H, group_size, grid)
     plain = loss(weight, nearest(weight, group_size, grid), H)
@@ -59,7 +70,7 @@ def test_halves_the_loss_of_rounding_to_nearest(grid: Grid, group_size: int) -> 
 
 
 @GRIDS
-def test_tells_its_own_loss(grid: Grid) -> None:
+def test_tells_its_own_loss(grid: Grid | Tiles) -> None:
     weight, H = weight_of(24, 128), correlated(128)
     made = round_with_feedback(weight, H, 64, grid)
     assert made.loss == pytest.approx(loss(weight, dequantize(made, 64), H), rel=1e-3)
@@ -80,12 +91,28 @@ def test_is_as_good_as_the_best_codes_of_all() -> None:
 
 
 @GRIDS
-def test_descent_never_raises_the_loss(grid: Grid) -> None:
+def test_descent_never_raises_the_loss(grid: Grid | Tiles) -> None:
     weight, H = weight_of(16, 128), correlated(128)
     losses = [round_with_feedback(weight, H, 32, grid, n).loss for n in range(5)]
     # 0.2% of the mean of the diagonal is added to what is made less
     assert all(b <= a * (1 + 1e-3) for a, b in itertools.pairwise(losses))
     assert losses[3] < losses[0]
+
+
+@pytest.mark.parametrize("grid", [INT8, FP8], ids=["int8", "fp8"])
+def test_a_tile_has_one_scale_and_codes_of_its_dtype(grid: Tiles) -> None:
+    """With tiles that are cut off at both ends, and wider than what is fed back one by one."""
+    N, K, columns = 40, 200, 136
+    weight, H = weight_of(N, K), correlated(K)
+    made = round_with_feedback(weight, H, columns, grid)
+    assert made.codes.dtype == grid.dtype
+    assert made.scales.shape == (N, 2)
+    rows = grid.rows or N
+    for first in range(0, N, rows):
+        assert bool((made.scales[first : first + rows] == made.scales[first]).all())
+    assert made.loss == pytest.approx(loss(weight, dequantize(made, columns), H), rel=1e-3)
+    plain = loss(weight, nearest(weight, columns, grid), H)
+    assert made.loss < 0.6 * plain
 
 
 @given(st.integers(-20, 4), st.sampled_from([1, -1]), st.integers(0, 1000))
@@ -118,7 +145,7 @@ def test_refuses_statistics_that_are_no_numbers() -> None:
 @GRIDS
 @pytest.mark.parametrize("N", [5, 32, 70])
 def test_compiled_loops_agree_with_torch(
-    grid: Grid, N: int, monkeypatch: pytest.MonkeyPatch
+    grid: Grid | Tiles, N: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, H = weight_of(N, 128), correlated(128)
     compiled = round_with_feedback(weight, H, 64, grid)

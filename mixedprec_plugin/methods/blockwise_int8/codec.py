@@ -9,6 +9,7 @@ import torch
 
 from mixedprec_plugin.cpu.activation import quantize_int8_groups
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
+from mixedprec_plugin.quantize.rounding import Tiles
 from mixedprec_plugin.quantize.scaled import Scaled, quantize_blocks, read_codes
 
 
@@ -22,6 +23,11 @@ def quantize(weight: torch.Tensor, arguments: Arguments, _dtype: torch.dtype) ->
         ShapeError: not a matrix of floats, or not finite.
     """
     return quantize_blocks(weight, arguments["weight_block_size"], torch.int8)
+
+
+def grid(arguments: Arguments, _dtype: torch.dtype) -> Tiles:
+    """Codes with a scale for each of the method's tiles."""
+    return Tiles(torch.int8, *arguments["weight_block_size"])
 
 
 def read(tensors: Tensors, arguments: Arguments) -> Scaled:

@@ -18,6 +18,7 @@ from mixedprec_plugin.quantize import scaled
 from mixedprec_plugin.quantize.checks import require_finite, weight_shape
 from mixedprec_plugin.quantize.chunks import float_chunks
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
+from mixedprec_plugin.quantize.rounding import Tiles
 
 
 def quantize(weight: torch.Tensor, arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
@@ -49,6 +50,11 @@ def quantize(weight: torch.Tensor, arguments: Arguments, _dtype: torch.dtype) ->
     for rows, values in float_chunks(weight):
         scaled.encode(values.div_(scale), codes[rows])
     return {"weight": codes, "weight_scale": scale}
+
+
+def grid(arguments: Arguments, _dtype: torch.dtype) -> Tiles:
+    """Codes with a scale for each of the method's tiles."""
+    return Tiles(scaled.E4M3, *(arguments["weight_block_size"] or (None, None)))
 
 
 def read(tensors: Tensors, arguments: Arguments) -> scaled.Scaled:

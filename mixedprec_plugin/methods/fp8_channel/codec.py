@@ -10,6 +10,7 @@ import torch
 
 from mixedprec_plugin.cpu.activation import quantize_fp8_tokens
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
+from mixedprec_plugin.quantize.rounding import Tiles
 from mixedprec_plugin.quantize.scaled import (
     E4M3,
     Scaled,
@@ -29,6 +30,11 @@ def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -
         ShapeError: not a matrix of floats, or not finite.
     """
     return quantize_channels(weight, E4M3)
+
+
+def grid(_arguments: Arguments, _dtype: torch.dtype) -> Tiles:
+    """Codes with a scale for each of the method's tiles."""
+    return Tiles(E4M3, 1, None)
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Scaled:
