@@ -25,6 +25,7 @@ from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
+from mixedprec_plugin.families.config import count_of, text_config
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
@@ -86,6 +87,19 @@ class Calibration:
             "text": file_digest(text) if text else "written by the model",
             "versions": {name: version(name) for name in packages},
         }
+
+    def disk_bytes(self, folder: Path) -> int:
+        """What the work takes on disk at most, beside what of it lies in a folder already.
+
+        Hidden states in front of each decoder layer and behind the last, two of gradients, and the
+        rounded layers.
+        """
+        said, options = text_config(self._plan.source.config), self._options
+        num_states = count_of(said, "num_hidden_layers") + 3 if options.gradients else 2
+        floats = num_states * options.windows * options.length * count_of(said, "hidden_size")
+        layers = (x.bytes_after for x in self._plan.layers if x.name in self._names)
+        kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return max(4 * floats + sum(layers) - kept, 0)
 
     def prepare(self, folder: Path) -> None:
         """Round every layer, or go on where that was stopped.

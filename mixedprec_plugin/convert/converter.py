@@ -114,9 +114,12 @@ def convert(
                     with reading(plan.source.path):
                         size = sum(path.stat().st_size for path in copied)
                     size += sum(part.num_bytes for part in parts if part.file not in kept)
+                    work = journal.path.with_name("calibration")
+                    if calibration is not None:
+                        size += calibration.disk_bytes(work)
                     folder.require_space(out, size)
                     if calibration is not None:
-                        calibration.prepare(journal.path.with_name("calibration"))
+                        calibration.prepare(work)
                     _write_parts(job, kept, journal, progress)
                     _publish(job, journal)
     return Converted(sum(part.num_bytes for part in parts), len(parts), len(kept))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from mixedprec_plugin.calibrate import calibrator
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.cli.main import main
-from mixedprec_plugin.convert import converter
+from mixedprec_plugin.convert import converter, folder
 from tests.calibrate.models import VOCABULARY, write_model
 
 PRESET = "version: 1\nrules:\n  - {match: '*_proj', method: METHOD, group_size: 32}\n"
@@ -232,6 +233,22 @@ def test_full_disk_is_an_error_that_can_be_mended(
         signal.signal(signal.SIGXFSZ, handler)
     assert (code, "run the same command again: it continues" in err) == (1, True), err
     convert(model, preset, out, *options)
+
+
+def test_space_for_hidden_states_is_asked_for_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, preset, out = tmp_path / "model", preset_of(tmp_path), tmp_path / "out"
+    write_model(model)
+    # 8 windows of 128 tokens, 64 numbers each, before 3 layers, behind the last, and two gradients
+    states = 8 * 128 * 64 * 4 * 6
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=states))
+    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", out)
+    code, _, err = command("convert", *words, "--calibrate", "--windows", 8)
+    assert (code, f"has {states:,} bytes free" in err) == (1, True), err
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=2 * states))
+    convert(model, preset, out, "--calibrate", "--windows", 8)
 
 
 def test_eval_refuses_a_quantized_reference(tmp_path: Path) -> None:
