@@ -2,9 +2,10 @@
 
     python -m benchmarks.calibration [--windows 8] [--length 1024] [--out docs/calibration.md]
 
-On the demo's model, whose weights lie on a grid of 16 levels for every 32, and on a twin of it with
-noise of one step of that grid added, so that its weights are continuous. The texts are none that
-anything was chosen on: Python's own manual pages, and the source of its library.
+On the demo's model, whose weights lie on a grid of 16 levels for every 32; on a twin of it with
+noise of one step of that grid added, so that its weights are continuous; and on mixtures of
+experts. Beside it other tools (benchmarks/rounding_peers.py), where they are installed. The texts
+are none that anything was chosen on: Python's own manual pages, and the source of its library.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tarfile
 import tempfile
 import textwrap
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,18 +31,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.rounding_peers import PEERS
 from demo.model import checkpoint
 from mixedprec_plugin.cli.main import main as mixedprec
 
+Row = dict[str, Any]
+
 GROUP = 64
-PRESETS = {
-    "awq, groups of 64": {"method": "awq", "group_size": GROUP},
-    "gptq, groups of 64": {"method": "gptq", "group_size": GROUP},
-}
-ROUNDINGS: dict[str, list[str]] = {
-    "calibrated, no gradients": ["--no-gradients"],
-    "calibrated": [],
-}
+MATCH = ["*_proj", "*.experts.*"]
+BLOCK = [64, 64]
+PLAIN, NO_GRADIENTS, CALIBRATED = "nearest", "calibrated, no gradients", "calibrated"
+OPTIONS = {NO_GRADIENTS: ["--no-gradients"], CALIBRATED: []}
+# preset -> scheme, and how it is rounded
+PRESETS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "awq, groups of 64": ({"method": "awq", "group_size": GROUP}, [NO_GRADIENTS, CALIBRATED]),
+    "gptq, groups of 64": ({"method": "gptq", "group_size": GROUP}, [CALIBRATED]),
+    "fp8_channel": ({"method": "fp8_channel"}, [CALIBRATED]),
+    "blockwise_int8, 64 x 64": (
+        {"method": "blockwise_int8", "weight_block_size": BLOCK}, [CALIBRATED],
+    ),
+}  # fmt: skip
 HEAD = """\
 # Calibrated rounding
 
@@ -116,53 +126,71 @@ def texts(folder: Path) -> dict[str, Path]:
 
 
 def measure(
-    model: Path, folder: Path, windows: int, length: int, schemes: list[str]
-) -> list[dict[str, Any]]:
-    """Every scheme in every rounding, on every text."""
-    rows: dict[str, dict[str, Any]] = {}
+    model: Path, folder: Path, windows: int, length: int, schemes: Sequence[str], peers: bool
+) -> list[Row]:
+    """Every scheme in every rounding, and peers' on request, on every text."""
+    folder.mkdir()
+    rows: dict[str, Row] = {}
     for title in schemes:
-        scheme = PRESETS[title]
+        scheme, roundings = PRESETS[title]
         preset = folder / f"{scheme['method']}.yaml"
-        # JSON is YAML
-        rule = {"match": "*_proj", **scheme}
-        preset.write_text(json.dumps({"version": 1, "rules": [rule]}), encoding="utf-8")
-        rows[str(preset)] = {"preset": title, "rounding": "nearest"}
-        for rounding, options in ROUNDINGS.items():
-            out = folder / f"{model.name}-{scheme['method']}-{len(options)}"
+        write_preset(preset, {"rules": [{"match": MATCH, **scheme}]})
+        rows[str(preset)] = {"preset": title, "rounding": PLAIN}
+        for rounding in roundings:
+            out = folder / f"{scheme['method']}-{len(OPTIONS[rounding])}"
             begun = time.process_time()
             run(
                 "convert", "--device", "cpu", "--model", model, "--preset", preset, "--out", out,
-                "--calibrate", *options,
+                "--calibrate", *OPTIONS[rounding],
             )  # fmt: skip
             seconds = time.process_time() - begun
             record = json.loads((out / "mixedprec_calibration.json").read_text())
-            predicted = None if options else record["predicted_loss"]
+            predicted = None if rounding == NO_GRADIENTS else record["predicted_loss"]
             rows[str(out)] = {
                 "preset": title, "rounding": rounding, "seconds": seconds, "predicted": predicted,
             }  # fmt: skip
+    absent = []
+    for peer in PEERS if peers else ():
+        made = peer.make(model, folder)
+        if made is None:
+            absent.append({"preset": peer.preset, "rounding": f"{peer.title}: absent"})
+            continue
+        preset = folder / f"{peer.tool.name}.yaml"
+        rule = {"match": "*", "method": "auto", "source": "peer"}
+        write_preset(preset, {"sources": {"peer": str(made)}, "rules": [rule]})
+        rows[str(preset)] = {"preset": peer.preset, "rounding": peer.title}
     named = [word for name in rows for word in ("--preset", name)]
-    for name, text in {**texts(folder), "own text": None}.items():
+    for name, text in {**texts(folder), OWN: None}.items():
         size: tuple[object, ...] = ("--text", text, "--windows", windows, "--length", length)
         if text is None:
             # of another seed than the text that was calibrated on
             size = ("--windows", 64, "--length", 128, "--seed", 1)
-        made = json.loads(run("eval", "--device", "cpu", "--model", model, *named, *size, "--json"))
-        for found in made["rows"][1:]:
+        made_rows = json.loads(
+            run("eval", "--device", "cpu", "--model", model, *named, *size, "--json")
+        )
+        for found in made_rows["rows"][1:]:
             rows[found["name"]] |= {"bits": found["bits"], name: found["found"]["kl"]}
-        print(json.dumps([*rows.values()]), file=sys.stderr, flush=True)
-    return [*rows.values()]
+    return [*rows.values(), *absent]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def write_preset(path: Path, content: dict[str, Any]) -> None:
+    """Write a preset: JSON is YAML."""
+    path.write_text(json.dumps({"version": 1, **content}), encoding="utf-8")
+
+
+def table(rows: Sequence[Row]) -> str:
     """Markdown of one model's rows."""
-    names = ("manual", "code", "own text")
+    names = ("manual", "code", OWN)
     lines = [
         "| preset | rounding | bits | " + " | ".join(f"KL, {name}" for name in names)
         + " | of nearest | predicted | CPU s |",
-        "|---|---|---|" + "---|" * (len(names) + 3),
+        "|---|---|--:|" + "--:|" * (len(names) + 3),
     ]  # fmt: skip
     for row in rows:
-        plain = next(x for x in rows if (x["preset"], x["rounding"]) == (row["preset"], "nearest"))
+        if "bits" not in row:
+            lines.append(f"| {row['preset']} | {row['rounding']} |" + " |" * (len(names) + 4))
+            continue
+        plain = next(x for x in rows if (x["preset"], x["rounding"]) == (row["preset"], PLAIN))
         cells = [f"{row[name]['value']:.4f} ± {row[name]['error']:.4f}" for name in names]
         shares = " / ".join(f"{row[x]['value'] / plain[x]['value']:.2f}" for x in names)
         predicted = f"{row['predicted']:.4f}" if row.get("predicted") else ""
@@ -173,42 +201,58 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure and write the page."""
+    """Measure the models that are named, all by default, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--model", action="append", choices=MODELS, help="repeatable")
+    parser.add_argument("--preset", action="append", choices=PRESETS, help="repeatable")
+    parser.add_argument("--out", type=Path, help="the page, and its numbers beside it as .json")
     args = parser.parse_args()
+    kept = args.out.with_suffix(".json") if args.out else None
+    found: dict[str, list[Row]] = {}
+    if kept and kept.exists() and args.model:
+        found = json.loads(kept.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(sys.__stderr__):
-        folder = Path(name)
-        model = checkpoint("original")
-        models = {
-            "SmolLM2-135M-Instruct": (model, [*PRESETS]),
-            "Its twin with continuous weights": (twin(model, folder / "twin"), [*PRESETS][:1]),
-        }
-        found = {
-            title: measure(path, folder, args.windows, args.length, schemes)
-            for title, (path, schemes) in models.items()
-        }
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    parts = [
-        HEAD,
-        "## Measured\n",
-        MEASURED.format(
-            python=platform.python_version(),
-            packages=packages,
-            machine=platform.machine(),
-            windows=args.windows,
-            length=args.length,
-        ),
-    ]
-    for title, rows in found.items():
-        parts += [f"### {title}\n", table(rows), ""]
-    page = "\n".join(parts)
+        for title in args.model or MODELS:
+            build, presets = MODELS[title]
+            model = build(Path(name) / f"model-{len(found)}")
+            work = Path(name) / f"work-{len(found)}"
+            presets = [x for x in presets if x in (args.preset or presets)]
+            has_peers = title == REAL and not args.preset
+            found[title] = measure(model, work, args.windows, args.length, presets, has_peers)
+            print(table(found[title]), file=sys.stderr, flush=True)
+            if kept:
+                kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    page = write_page(found, args.windows, args.length)
     if args.out:
         args.out.write_text(page, encoding="utf-8")
     else:
         print(page)
+
+
+def write_page(found: dict[str, list[Row]], windows: int, length: int) -> str:
+    """The whole page, from what was measured."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    measured = MEASURED.format(
+        python=platform.python_version(), packages=packages, machine=platform.machine(),
+        windows=windows, length=length,
+    )  # fmt: skip
+    parts = [HEAD, "## Measured\n", measured]
+    for title, rows in found.items():
+        parts += [f"### {title}\n", table(rows), ""]
+    return "\n".join(parts)
+
+
+REAL, OWN = "SmolLM2-135M-Instruct", "own text"
+# title -> what makes it in a folder, and the presets
+MODELS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
+    REAL: (lambda _: checkpoint("original"), [*PRESETS]),
+    "Its twin with continuous weights": (
+        lambda out: twin(checkpoint("original"), out), [*PRESETS][:1],
+    ),
+    "A mixture of four experts": (lambda _: checkpoint("experts"), [*PRESETS][:1]),
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("out", type=Path, help="folder to write, which exists and is empty")
     parser.add_argument("arguments", type=json.loads, help="JSON")
     return parser.parse_args(arguments)
+
+
+def windows_of(tokenizer: Any, arguments: Mapping[str, Any]) -> list[list[int]]:
+    """What a recipe calibrates on: windows of token ids.
+
+    Args:
+        arguments: "text", a JSON file of them, or "windows" and "tokens" for prose.
+    """
+    if "text" not in arguments:
+        return calibration_windows(tokenizer, arguments["windows"], arguments["tokens"])
+    windows: list[list[int]] = json.loads(Path(arguments["text"]).read_text(encoding="utf-8"))
+    return windows
 
 
 def calibration_windows(tokenizer: Any, num_windows: int, num_tokens: int) -> list[list[int]]:

@@ -16,24 +16,40 @@ ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = Path(__file__).resolve().parent / "requirements"
 
 
+def is_installed(tool: Tool) -> bool:
+    """Whether `python_of` has made a tool's environment, and what it needs is what it was."""
+    return _is_as_wanted(_folder(tool), tool)
+
+
+def _folder(tool: Tool) -> Path:
+    return cache_dir() / "envs" / tool.name
+
+
+def _wanted(tool: Tool) -> str:
+    return hashlib.sha256((REQUIREMENTS / f"{tool.name}.txt").read_bytes()).hexdigest()
+
+
+def _is_as_wanted(folder: Path, tool: Tool) -> bool:
+    installed = folder / ".installed"
+    return installed.is_file() and installed.read_text(encoding="utf-8").strip() == _wanted(tool)
+
+
 def python_of(tool: Tool) -> Path:
     """Return the interpreter of a tool's environment, made or brought up to date where need be.
 
     Raises:
         subprocess.CalledProcessError: pip could not install the requirements.
     """
-    folder = cache_dir() / "envs" / tool.name
-    requirements = REQUIREMENTS / f"{tool.name}.txt"
-    python, installed = folder / "bin" / "python", folder / ".installed"
-    wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
-    if installed.is_file() and installed.read_text(encoding="utf-8").strip() == wanted:
+    folder = _folder(tool)
+    requirements, python = REQUIREMENTS / f"{tool.name}.txt", folder / "bin" / "python"
+    if _is_as_wanted(folder, tool):
         return python
     print(f"Installing {tool.name} into {folder}", file=sys.stderr, flush=True)
     if not python.is_file():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "-r", str(requirements)], check=True)
-    installed.write_text(wanted + "\n", encoding="utf-8")
+    (folder / ".installed").write_text(_wanted(tool) + "\n", encoding="utf-8")
     return python
 
 

@@ -15,7 +15,7 @@ from auto_round import (  # type: ignore[import-not-found]
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.third_party.calibration import calibration_windows, parse_arguments
+from benchmarks.third_party.calibration import parse_arguments, windows_of
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     options = parse_arguments()
     arguments = options.arguments
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    windows = calibration_windows(tokenizer, arguments["windows"], arguments["tokens"])
+    windows = windows_of(tokenizer, arguments)
     algorithms = [AWQConfig(), RTNConfig()] if arguments["fold"] else [RTNConfig()]
     rounding = AutoRound(
         AutoModelForCausalLM.from_pretrained(options.model, dtype="auto"),
@@ -33,7 +33,7 @@ def main() -> None:
         group_size=arguments["group_size"],
         dataset=[tokenizer.decode(window) for window in windows],
         # a window's text may have fewer tokens than the window, and shorter samples are left out
-        seqlen=arguments["tokens"] // 2,
+        seqlen=len(windows[0]) // 2,
         nsamples=len(windows),
         batch_size=4,
         device_map="cpu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
 
-from benchmarks.third_party.calibration import calibration_windows, parse_arguments
+from benchmarks.third_party.calibration import parse_arguments, windows_of
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
         device="cpu",
     )
     model = GPTQModel.load(str(options.model), config)
-    windows = calibration_windows(model.tokenizer, arguments["windows"], arguments["tokens"])
+    windows = windows_of(model.tokenizer, arguments)
     calibration = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
     model.quantize(calibration, batch_size=4, backend=BACKEND.TORCH)
     model.save(str(options.out))

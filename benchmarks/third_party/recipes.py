@@ -45,6 +45,7 @@ class Recipe:
 GPTQMODEL = Tool("gptqmodel", "gptqmodel", {"GPTQMODEL_CPU_WORKERS": "2"})
 LLMCOMPRESSOR = Tool("llmcompressor", "llmcompressor")
 AUTO_ROUND = Tool("auto-round", "autoround", _KEEP_MEMORY)
+AUTOAWQ = Tool("autoawq", "autoawq", _KEEP_MEMORY)
 
 RECIPES = {
     recipe.name: recipe
