@@ -10,6 +10,7 @@ import torch
 
 from mixedprec_plugin.cpu.activation import quantize_int8_tokens
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
+from mixedprec_plugin.quantize.rounding import Tiles
 from mixedprec_plugin.quantize.scaled import Scaled, quantize_channels, read_codes, write_channels
 
 
@@ -23,6 +24,11 @@ def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -
         ShapeError: not a matrix of floats, or not finite.
     """
     return quantize_channels(weight, torch.int8)
+
+
+def grid(_arguments: Arguments, _dtype: torch.dtype) -> Tiles:
+    """Codes with a scale for each of the method's tiles."""
+    return Tiles(torch.int8, 1, None)
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Scaled:
