@@ -63,11 +63,12 @@ def run_module(tool: Tool, module: str, arguments: Sequence[str], log: Path) -> 
         subprocess.CalledProcessError: it failed; the log tells why.
     """
     command = [str(python_of(tool)), "-m", f"benchmarks.third_party.{module}", *arguments]
-    offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     with log.open("wb") as output:
         subprocess.run(
             command,
-            cwd=ROOT,
+            # some write logs where they are started
+            cwd=log.parent,
             env={**os.environ, **offline, **tool.variables},
             stdout=output,
             stderr=subprocess.STDOUT,
