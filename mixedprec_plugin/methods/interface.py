@@ -185,6 +185,9 @@ class Method(Format):
             no config class.
             `asked_of_model(config) -> Mapping[str, Any]`: attributes that its kernels ask the
             config of the whole model for.
+        kernel: (arguments, layer shape, compute capability) -> the kernel that a linear layer runs
+            in on CUDA, in the words of docs/cuda.md; empty if it is not known. Asked for layers
+            without faults only; of experts `moe_kernels` tells it.
         moe_kernels: SGLang's kernels that its experts run in where no backend is asked for; empty
             if SGLang chooses by what is stored.
         moe_backends: explicit values of --moe-runner-backend that its experts really run in;
@@ -215,6 +218,7 @@ class Method(Format):
     conflict: Callable[[Arguments], str] = _no_reason
     why_not_quantize: Callable[[Arguments], str] = _no_reason
     sglang: str = ""
+    kernel: Callable[[Arguments, LayerShape, int], str] = lambda _arguments, _shape, _gpu: ""
     moe_kernels: Literal["triton", "marlin", ""] = ""
     moe_backends: frozenset[str] = frozenset()
 

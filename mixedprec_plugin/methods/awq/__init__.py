@@ -186,6 +186,12 @@ def _without_marlin(arguments: Arguments, shape: LayerShape, target: Target) -> 
     return [Fault("gpu", text) for text, is_so in found.items() if is_so]
 
 
+def kernel(arguments: Arguments, shape: LayerShape, capability: int) -> str:
+    """Source: `AWQMarlinConfig.get_quant_method` (awq/awq.py:383), as `faults` says."""
+    is_marlin = capability >= _MARLIN_CAPABILITY and fits_marlin(arguments, shape)
+    return "Marlin" if is_marlin else "awq_dequantize + mm"
+
+
 def rounding(arguments: Arguments) -> Rounding:
     """A step is the range of a group over 15."""
     size = arguments["group_size"]
@@ -238,5 +244,6 @@ METHOD = Method(
     # SGLang's class asks, and has another kernel for what Marlin does not take (awq.py:383)
     faults_as_stored=lambda _stored, _shape, _target: [],
     sglang="mixedprec_plugin.methods.awq.sglang",
+    kernel=kernel,
     moe_kernels="marlin",
 )

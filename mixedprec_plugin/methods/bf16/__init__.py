@@ -81,6 +81,7 @@ METHOD = Method(
     rounding=lambda _arguments: Rounding(rank=16.0, limit=_LIMIT),
     searched=(),
     sglang="mixedprec_plugin.methods.bf16.sglang",
+    kernel=lambda _arguments, _shape, _capability: "mm",
     moe_kernels="triton",
     moe_backends=frozenset(
         {"triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed"}

@@ -121,6 +121,7 @@ METHOD = Method(
     min_capability=80,
     why_not_repack=partial(scaled.why_not_scaled, CODES),
     sglang="mixedprec_plugin.methods.blockwise_int8.sglang",
+    kernel=lambda _arguments, _shape, _capability: "Triton block matmul",
     moe_kernels="triton",
     moe_backends=frozenset({"triton"}),
 )

@@ -140,6 +140,21 @@ def _faults_without_units(shape: LayerShape, target: Target) -> list[Fault]:
     return [Fault("gpu", text)] if text else []
 
 
+def kernel(arguments: Arguments, shape: LayerShape, capability: int) -> str:
+    """Name the kernel of a linear layer.
+
+    Source: layers/quantization/fp8.py:1193, 1300; `apply_fp8_linear` and
+    `deepgemm_w8a8_block_fp8_linear_with_fallback` (fp8_utils.py:2456, 1044), which takes bfloat16
+    and N in multiples of 64.
+    """
+    if capability < _FP8_CAPABILITY:
+        return "Marlin"
+    if arguments["weight_block_size"] is None:
+        return "torch._scaled_mm" if capability // 10 == 12 else "fp8_scaled_mm"
+    is_fit = shape.dtype == "BF16" and sum(shapes.outputs_per_rank(shape)) % 64 == 0
+    return "DeepGEMM" if capability >= 90 and is_fit else "Triton block matmul"
+
+
 def conflict(arguments: Arguments) -> str:
     """Source: `Fp8Config.__init__` (layers/quantization/fp8.py:311)."""
     if arguments["weight_block_size"] is not None and arguments["activation_scheme"] != "dynamic":
@@ -212,6 +227,7 @@ METHOD = Method(
     conflict=conflict,
     why_not_quantize=why_not_quantize,
     sglang="mixedprec_plugin.methods.fp8.sglang",
+    kernel=kernel,
     moe_kernels="triton",
     moe_backends=frozenset(
         {"triton", "deep_gemm", "cutlass", "flashinfer_trtllm", "flashinfer_trtllm_routed"}

@@ -68,6 +68,8 @@ METHOD = Method(
     min_capability=89,
     why_not_repack=partial(scaled.why_not_channels, fp8.CODES),
     sglang="mixedprec_plugin.methods.fp8_channel.sglang",
+    # fp8_utils.py:2456
+    kernel=lambda _arguments, _shape, _capability: "fp8_scaled_mm",
     moe_kernels="triton",
     moe_backends=frozenset({"triton"}),
 )

@@ -310,5 +310,6 @@ METHOD = Method(
     faults_as_stored=faults_as_stored,
     why_not_quantize=why_not_quantize,
     sglang="mixedprec_plugin.methods.gptq.sglang",
+    kernel=lambda _arguments, _shape, _capability: "Marlin",
     moe_kernels="marlin",
 )
