@@ -92,19 +92,10 @@ def check_layers(layers: Sequence[PlannedLayer], target: Target, config: Config)
 
 def layer_problems(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[Problem]:
     """Find what is wrong with single layers: `where` is a layer's name."""
-    siblings: dict[object, list[PlannedLayer]] = {}
-    parameters = [_parameter(layer) for layer in layers]
-    for layer, parameter in zip(layers, parameters, strict=True):
-        siblings.setdefault(parameter, []).append(layer)
-    shapes: dict[object, object] = {}
-    for parameter, shards in siblings.items():
-        if len(shards) > 1:
-            shards.sort(key=lambda layer: shard_order(layer.shard))
-        shapes[parameter] = tuple([(s.shard in ("k", "v"), id(s.stored)) for s in shards])
     problems = []
     # layers that are alike have the same faults; a large model has 70,000 layers of few kinds
     known: dict[object, tuple[Problem, ...]] = {}
-    for layer, parameter in zip(layers, parameters, strict=True):
+    for layer, shards, alike in with_shards(layers):
         if layer.kind == "other" and is_fused(layer.name, layer.inputs):
             remedy = "take a checkpoint that stores them one by one"
             text = why_not_split(layer.inputs, config)
@@ -115,19 +106,45 @@ def layer_problems(layers: Sequence[PlannedLayer], target: Target, config: Confi
             problems.append(Problem(layer.name, text, remedy, "stored-format"))
         if layer.stored is None:
             continue
-        key = (
-            id(layer.stored), id(layer.scheme), layer.action, layer.rule is None, layer.kind,
-            last_component(layer.name), shapes[parameter],
-        )  # fmt: skip
+        key = (alike, layer.rule is None)
         if key not in known:
-            known[key] = tuple(_faults(layer, siblings[parameter], target, config))
+            known[key] = tuple(faults_of_layer(layer, shards, target, config))
         problems += [dataclasses.replace(fault, where=layer.name) for fault in known[key]]
     return problems
 
 
-def _faults(
+def with_shards(
+    layers: Sequence[PlannedLayer],
+) -> Iterator[tuple[PlannedLayer, Sequence[PlannedLayer], object]]:
+    """Yield each layer, the layers that share its parameter, and what it is alike in with others.
+
+    Layers that are alike have the same shape, scheme, action and faults.
+    """
+    siblings: dict[object, list[PlannedLayer]] = {}
+    parameters = [_parameter(layer) for layer in layers]
+    for layer, parameter in zip(layers, parameters, strict=True):
+        siblings.setdefault(parameter, []).append(layer)
+    shapes: dict[object, object] = {}
+    for parameter, shards in siblings.items():
+        if len(shards) > 1:
+            shards.sort(key=lambda layer: shard_order(layer.shard))
+        shapes[parameter] = tuple([(s.shard in ("k", "v"), id(s.stored)) for s in shards])
+    for layer, parameter in zip(layers, parameters, strict=True):
+        alike = (
+            id(layer.stored), id(layer.scheme), layer.action, layer.kind,
+            last_component(layer.name), shapes[parameter],
+        )  # fmt: skip
+        yield layer, siblings[parameter], alike
+
+
+def faults_of_layer(
     layer: PlannedLayer, shards: Sequence[PlannedLayer], target: Target, config: Config
 ) -> Iterator[Problem]:
+    """Yield what keeps a layer that has a stored format from being served, and what it loses.
+
+    Args:
+        shards: the layers that share its parameter, itself among them.
+    """
     name, stored = layer.name, layer.stored
     assert stored is not None
     if layer.kind == "draft":
@@ -146,7 +163,7 @@ def _faults(
         yield Problem(name, text, remedy, "loss", "warning")
     for text in find_auto_notes(layer):
         yield Problem(name, text, "", "loss", "warning")
-    shape = _layer_shape(layer, shards, target, config)
+    shape = layer_shape(layer, shards, target, config)
     faults = faults_of(layer, shape, target)
     for rule, text, remedy in faults:
         yield Problem(name, text, remedy, rule)
@@ -165,9 +182,10 @@ def _parameter(layer: PlannedLayer) -> object:
     return layer.module
 
 
-def _layer_shape(
+def layer_shape(
     layer: PlannedLayer, siblings: Sequence[PlannedLayer], target: Target, config: Config
 ) -> LayerShape:
+    """The shape of a layer that has a stored format, as methods' rules see it."""
     assert layer.stored is not None
     kv_ranks = num_kv_ranks(config, target.tp_size)
     shards = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterable
 
@@ -10,6 +12,8 @@ from mixedprec_plugin.errors import Problem, Severity
 _NUMBER = re.compile(r"(\d+)")
 # a whole component behind the first number; a run that is folded already is none
 _SECOND = re.compile(r"^\D*\d[^.]*\..*?(?<=\.)(\d+)(?=\.|$)")
+
+_FOLDED = re.compile(r"(?<=\.)(\d{1,9}(?:-\d{1,9})?(?:,\d{1,9}(?:-\d{1,9})?)*)(?=\.|$)")
 
 
 def natural_key(name: str) -> list[str | int]:
@@ -37,6 +41,33 @@ def _fold(names: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
         key = (name[: match.start(1)], name[match.end(1) :]) if match else (name, "")
         groups.setdefault(key, []).extend([int(match[1])] if match else [])
     return [f"{start}{fold_numbers(numbers)}{end}" for (start, end), numbers in groups.items()]
+
+
+def unfold_names(text: str, most: int) -> list[str]:
+    """Undo `fold_names`, joined by ", ": the names that a problem's `where` stands for.
+
+    Args:
+        most: a folded name of more than so many is taken for one name: nobody folded it.
+    """
+    names: list[str] = []
+    for folded in text.split(", "):
+        parts = _FOLDED.split(folded)
+        ranges = [_ends(part) for part in parts[1::2]]
+        if math.prod(sum(last - first + 1 for first, last in each) for each in ranges) > most:
+            names.append(folded)
+            continue
+        choices = [[part] for part in parts]
+        for index, each in enumerate(ranges):
+            numbers = itertools.chain.from_iterable(range(a, b + 1) for a, b in each)
+            choices[2 * index + 1] = list(map(str, numbers))
+        names += map("".join, itertools.product(*choices))
+    return names
+
+
+def _ends(ranges: str) -> list[tuple[int, int]]:
+    """`0-2,5` -> `[(0, 2), (5, 5)]`."""
+    pairs = (part.partition("-") for part in ranges.split(","))
+    return [(int(first), int(last or first)) for first, _, last in pairs]
 
 
 def fold_numbers(numbers: Iterable[int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.config import Config, num_kv_ranks
@@ -26,6 +26,12 @@ def rank_bytes(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> 
 
 def bytes_by_layer(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> list[int]:
     """The bytes of each layer that each rank holds."""
+    num_parts = parts_of(tp_size, config)
+    return [-(-x.bytes_after // num_parts(x)) if x.kind != "draft" else 0 for x in layers]
+
+
+def parts_of(tp_size: int, config: Config) -> Callable[[PlannedLayer], int]:
+    """Return what tells over how many ranks a layer is split."""
     family, kv_ranks = family_of(config), num_kv_ranks(config, tp_size)
 
     def num_parts(layer: PlannedLayer) -> int:
@@ -34,7 +40,7 @@ def bytes_by_layer(layers: Iterable[PlannedLayer], tp_size: int, config: Config)
             return 1
         return kv_ranks if layer.shard in ("k", "v") else tp_size
 
-    return [-(-x.bytes_after // num_parts(x)) if x.kind != "draft" else 0 for x in layers]
+    return num_parts
 
 
 def memory_line(layers: Iterable[PlannedLayer], target: Target, config: Config) -> str:

@@ -15,6 +15,7 @@ from mixedprec_plugin.methods.registry import UNQUANTIZED
 from mixedprec_plugin.methods.stored import StoredFormat, TensorSpec
 from mixedprec_plugin.plan.conversion import Action, Reason
 from mixedprec_plugin.plan.folding import fold_problems
+from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
 
@@ -123,6 +124,7 @@ class Plan:
         layers: in natural order of their names.
         problems: errors and warnings, of the whole preset at once.
         tied: tied layer name -> the layer whose weight it shares (`lm_head` -> the embedding).
+        matches: which rules match which layers, shadowed ones too.
     """
 
     preset: Preset
@@ -131,6 +133,7 @@ class Plan:
     layers: tuple[PlannedLayer, ...]
     problems: tuple[Problem, ...]
     tied: Mapping[str, str]
+    matches: Matches
 
     @property
     def source(self) -> Source:

@@ -119,6 +119,7 @@ def resolve_plan(
         tuple(planned),
         tuple(map(preset.conceal, (*preset.warnings, *problems))),
         MappingProxyType(dict(tied)),
+        matches,
     )
 
 
