@@ -15,6 +15,7 @@ help:
 	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
 	@echo "make compat   see which SGLang releases the plugin fits (docs/compat.md)"
+	@echo "make page     build the page of mixedprec plan --html (needs npm)"
 	@echo "make unchanged compare what BEFORE=revision and this checkout convert and serve, byte for byte"
 	@echo "make fuzz     ten minutes of faulty presets and checkpoints: each is read or refused"
 	@echo "make clean    remove build products; 'rm -r $(VENV)' removes the environment"
@@ -72,6 +73,7 @@ tp: $(INSTALLED)
 
 plan-speed: $(INSTALLED)
 	@$(RUN) -m benchmarks.plan
+	@$(RUN) -m benchmarks.page
 
 composite-speed: $(INSTALLED)
 	@$(RUN) -m benchmarks.composite_experts --out docs/composite_experts.md
@@ -83,6 +85,10 @@ dryrun: $(INSTALLED)
 
 compat: $(INSTALLED)
 	@$(RUN) -m compat --out docs/compat.md
+
+.PHONY: page
+page:
+	@cd mixedprec_plugin/page && npm ci --silent && npm run --silent build
 
 schemas: $(INSTALLED)
 	@$(RUN) -m mixedprec_plugin.preset.schema_files

@@ -6,7 +6,6 @@ ten a layer that name twenty experts each.
 
 from __future__ import annotations
 
-import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +25,6 @@ _MODELS: dict[str, Callable[[], published.Published]] = {
 }
 _REPEATS = 3
 _ALL = '  - {match: "*.mlp.experts.*", method: gptq, requantize: true}\n'
-_METHODS = ("method: fp8_block", "method: awq, requantize: true", "method: int8, requantize: true")
 
 
 def main() -> int:
@@ -37,8 +35,8 @@ def main() -> int:
         for model, make in _MODELS.items():
             made = make()
             made.write(folder / model)
-            for preset in (_preset(folder, _ALL), _preset(folder, _ALL + _single_experts(made))):
-                _measure(model, folder / model, preset)
+            for rules in (_ALL, _ALL + published.single_expert_rules(made)):
+                _measure(model, folder / model, _preset(folder, rules))
     return 0
 
 
@@ -46,20 +44,6 @@ def _preset(folder: Path, rules: str) -> Preset:
     path = folder / "preset.yaml"
     path.write_text(f"version: 1\nrules:\n{rules}", encoding="utf-8")
     return load_preset(path)
-
-
-def _single_experts(made: published.Published) -> str:
-    chance = random.Random(0)
-    num_experts = int(made.config["n_routed_experts"])
-    first, last = int(made.config["first_k_dense_replace"]), int(made.config["num_hidden_layers"])
-    lines = []
-    for layer in range(first, last):
-        for number in range(10):
-            ids = ",".join(str(e) for e in sorted(chance.sample(range(num_experts), 20)))
-            match = f"model.layers.{layer}.mlp.experts.{{{ids}}}.*"
-            method = _METHODS[number % len(_METHODS)]
-            lines.append(f'  - {{match: "{match}", {method}, optional: true}}\n')
-    return "".join(lines)
 
 
 def _measure(model: str, path: Path, preset: Preset) -> None:

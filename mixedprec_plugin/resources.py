@@ -42,3 +42,12 @@ def preset_dir() -> Path:
 def preset_names() -> tuple[str, ...]:
     """Names of the presets that ship, sorted; each is a file `NAME.yaml` in `preset_dir()`."""
     return tuple(sorted(path.stem for path in preset_dir().glob("*.yaml")))
+
+
+def page_path(name: str = "page.html") -> Path:
+    """The page of `mixedprec plan --html`, without its data, or the colours of its scales.
+
+    Raises:
+        FileNotFoundError: the installation lacks them.
+    """
+    return _root("page") / name

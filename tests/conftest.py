@@ -21,7 +21,7 @@ TESTS = Path(__file__).resolve().parent
 SLOW_FOLDERS = {"cpu", "dryrun", "experts", "gpu", "mutants", "server", "serving"}
 SLOW_FIXTURES = {
     "original_model", "widened_model", "experts_model",
-    "expert_layer", "linear_module", "sglang_context",
+    "expert_layer", "linear_module", "sglang_context", "browser",
 }  # fmt: skip
 SLOW_MARKS = {"sglang", "slow"}
 

@@ -6,6 +6,7 @@ Only what a plan reads is here; every shape follows from the config, as in trans
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,24 @@ class Published:
     def write(self, folder: Path) -> Path:
         """Write it as a checkpoint without weights."""
         return write_headers(folder, self.config, self.tensors, self.parts)
+
+
+_METHODS = ("method: fp8_block", "method: awq, requantize: true", "method: int8, requantize: true")
+
+
+def single_expert_rules(made: Published) -> str:
+    """Lines of a preset: ten rules for each layer of experts, each naming twenty of them."""
+    chance = random.Random(0)
+    num_experts = int(made.config["n_routed_experts"])
+    first, last = int(made.config["first_k_dense_replace"]), int(made.config["num_hidden_layers"])
+    lines = []
+    for layer in range(first, last):
+        for number in range(10):
+            ids = ",".join(str(e) for e in sorted(chance.sample(range(num_experts), 20)))
+            match = f"model.layers.{layer}.mlp.experts.{{{ids}}}.*"
+            method = _METHODS[number % len(_METHODS)]
+            lines.append(f'  - {{match: "{match}", {method}, optional: true}}\n')
+    return "".join(lines)
 
 
 class _Tensors:

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from mixedprec_plugin.cli.build import with_build
 from mixedprec_plugin.cli.output import print_json
+from mixedprec_plugin.cli.page import add_page_arguments, write_pages
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_draft_plan, make_plan
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.plan.render import plan_as_dict, print_plan
@@ -17,6 +18,7 @@ EXAMPLES = """
   mixedprec plan --model DIR --preset awq
   mixedprec plan --model Qwen/Qwen3-30B-A3B --preset mine.yaml --gpu 4090 --tp 2
   mixedprec plan --model DIR --preset mine.yaml --set schemes.mlp.group_size=64 --json
+  mixedprec plan --model DIR --preset mine.yaml --gpu H100 --html plan.html --against fp8
 """
 
 
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--build", action="store_true",
         help="build SGLang's model without weights as well, and hold the plan against it",
     )  # fmt: skip
+    add_page_arguments(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
@@ -49,6 +52,7 @@ def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
     if args.build:
         plan, *drafts = with_build(args, [plan] + ([draft] if draft else []))
         draft = drafts[0] if drafts else None
+    write_pages(args, plan)
     page = Page(out)
     if args.json:
         print_json(plan_as_dict(plan) | ({"draft": plan_as_dict(draft)} if draft else {}), out)

@@ -20,4 +20,7 @@ checks        what does not fit, with
 budget        what the GPU of a rank holds beside weights: SGLang's reserve, the KV cache
 folding       names and problems that differ in a layer's number, as one
 render        the plan as a table, as JSON, as one screen of log
+document      the plan as one JSON document, for the page of `plan --html`, with
+  choices       what each kind of layer would become in every method
+  overlays      numbers of layers from elsewhere
 """

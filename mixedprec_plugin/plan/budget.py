@@ -17,6 +17,7 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.config import Config, count_of, text_config
 from mixedprec_plugin.methods.cards import Gpu
 
+KV_CACHE = "KV cache"
 _MIB = 1 << 20
 # memory below so many MiB -> tokens of a chunk of prefill, requests of the largest CUDA graph on
 # fewer than four ranks, and on more
@@ -137,7 +138,7 @@ def _cache(config: Config, tp_size: int, load: Load) -> list[Line]:
         f"{load.concurrency:,} requests x {load.context:,} tokens x {num_layers} layers x {told} x "
         f"{load.kv_bytes} bytes"
     )
-    lines = [Line("KV cache", tokens * num_layers * numbers * load.kv_bytes, formula)]
+    lines = [Line(KV_CACHE, tokens * num_layers * numbers * load.kv_bytes, formula)]
     if num_linear:
         lines.append(_states(said, num_linear, tp_size, load))
     return lines

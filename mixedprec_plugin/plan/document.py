@@ -20,10 +20,11 @@ import re
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.names import scheme_unit, sglang_name
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.kernels import config_class, kernel
+from mixedprec_plugin.plan.budget import KV_CACHE, Load, gpu_budget
 from mixedprec_plugin.plan.checks import layer_shape, with_shards
 from mixedprec_plugin.plan.choices import Choices, scheme_as_dict
 from mixedprec_plugin.plan.folding import unfold_names
@@ -81,6 +82,15 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     return _Document(plan).made()
 
 
+def names_in_order(plan: Plan) -> list[str]:
+    """Names of the layers in the document's order: template by template, block by block."""
+    rows: dict[str, dict[int, list[str]]] = {}
+    for layer in plan.layers:
+        template, block, _ = place_of(layer.name)
+        rows.setdefault(template, {}).setdefault(block, []).append(layer.name)
+    return [name for blocks in rows.values() for names in blocks.values() for name in names]
+
+
 class _Document:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -108,7 +118,7 @@ class _Document:
             },
             "target": dataclasses.asdict(plan.target),
             "totals": totals(plan),
-            "rank_bytes": rank_bytes(plan.layers, plan.target.tp_size, self._config),
+            "card": _card(plan),
             "rules": list(self._rules()),
             "sources": {name: str(source.path) for name, source in plan.sources.items()},
             "tied": dict(plan.tied),
@@ -235,6 +245,32 @@ def _faults(plan: Plan) -> dict[str, tuple[int, ...]]:
             for name in units.get(unit, ()):
                 found.setdefault(name, {})[number] = None
     return {name: tuple(numbers) for name, numbers in found.items()}
+
+
+def _card(plan: Plan) -> dict[str, Any] | None:
+    """What the GPU of a rank holds, as lines of `budget`; None where no GPU is named.
+
+    Returns:
+        "weights" of a rank, "memory", "taken" but for the KV cache, bytes that a token adds to it;
+        or "unknown": why the rest is not told.
+    """
+    target, config = plan.target, plan.source.config
+    if target.gpu is None:
+        return None
+    weights = rank_bytes(plan.layers, target.tp_size, config)
+    try:
+        budget = gpu_budget(target.gpu, target.tp_size, config, Load(context=1, concurrency=1))
+    except UsageError as error:
+        return {"weights": weights, "unknown": error.problems[0].what}
+    cache = next(line for line in budget.taken if line.title == KV_CACHE)
+    taken = [line._asdict() for line in budget.taken if line.title != KV_CACHE]
+    return {
+        "weights": weights,
+        "memory": budget.memory.num_bytes,
+        "taken": taken,
+        "token_bytes": cache.num_bytes,
+        "token_formula": cache.formula,
+    }
 
 
 def _note(layer: PlannedLayer) -> str:

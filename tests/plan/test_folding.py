@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from mixedprec_plugin.plan.folding import fold_names, fold_numbers, natural_key
+from mixedprec_plugin.plan.folding import fold_names, fold_numbers, natural_key, unfold_names
 
 
 def test_numbers_fold_to_ranges() -> None:
@@ -25,3 +25,14 @@ def test_second_number_does_not_fold_where_the_first_ones_differ() -> None:
 
 def test_natural_order_puts_2_before_10() -> None:
     assert sorted(["l.10.a", "l.2.b", "l.2.a"], key=natural_key) == ["l.2.a", "l.2.b", "l.10.a"]
+
+
+def test_unfolding_gives_the_names_back() -> None:
+    names = [f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in (0, 1, 2, 7) for e in (3, 5, 6)]
+    names += ["model.norm", "lm_head", "model.layers.12.mlp.gate"]
+    assert sorted(unfold_names(", ".join(fold_names(names)), len(names))) == sorted(names)
+
+
+def test_name_that_nobody_folded_is_one_name() -> None:
+    for name in ("model.layers.0-9999999.mlp", "a.0-99.b.0-99", "preset.yaml:5: rules[2]"):
+        assert unfold_names(name, 100) == [name]

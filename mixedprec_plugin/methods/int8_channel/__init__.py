@@ -113,6 +113,8 @@ METHOD = Method(
     min_capability=80,
     why_not_repack=partial(scaled.why_not_channels, CODES),
     sglang="mixedprec_plugin.methods.int8_channel.sglang",
+    # layers/quantization/w8a8_int8.py, `W8A8Int8LinearMethod.apply`
+    kernel=lambda _arguments, _shape, _capability: "int8_scaled_mm",
     moe_kernels="triton",
     moe_backends=frozenset({"triton"}),
 )

@@ -1,0 +1,101 @@
+"""`mixedprec plan --html` and `--svg`: the plan as a page and as a picture, each one file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mixedprec_plugin.cli.planning import make_plan
+from mixedprec_plugin.cli.svg import map_of
+from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.plan.document import names_in_order, plan_document
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.overlays import read_overlay
+from mixedprec_plugin.resources import page_path
+
+_DATA = "/*DATA*/"
+
+
+def add_page_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that ask for them."""
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE",
+        help="write the plan as one page to look at, and to try other methods in",
+    )  # fmt: skip
+    parser.add_argument(
+        "--svg", type=Path, metavar="FILE", help="write a map of its bytes for a report"
+    )
+    parser.add_argument(
+        "--against", default="", metavar="PRESET", help="with --html: another preset beside it"
+    )
+    parser.add_argument(
+        "--overlay", type=Path, metavar="FILE", action="append", default=[],
+        help="with --html: what verify --json printed, search's scores, or a folder of convert "
+        "--calibrate, to colour layers by; repeatable",
+    )  # fmt: skip
+
+
+def write_pages(args: argparse.Namespace, plan: Plan) -> None:
+    """Write what the command line asks for.
+
+    Raises:
+        UsageError: a file cannot be written, an overlay is none, or one is named without a page.
+        PresetError, CheckpointError: the preset beside it is wrong.
+    """
+    for flag in ("against", "overlay"):
+        if getattr(args, flag) and not args.html:
+            what = "goes into the page, and none is asked for"
+            raise UsageError(Problem(f"--{flag}", what, "write --html FILE as well"))
+    if args.html:
+        named = argparse.Namespace(**{**vars(args), "preset": args.against, "overrides": []})
+        against = make_plan(named) if args.against else None
+        write_page(args.html, plan, against, args.overlay)
+    if args.svg:
+        write_text(args.svg, map_of(plan), "--svg")
+
+
+def write_page(path: Path, plan: Plan, against: Plan | None, overlays: Sequence[Path]) -> None:
+    """Write the page of a plan.
+
+    Args:
+        against: a plan of another preset over the same model, to show beside it.
+        overlays: files with a number for each layer, as `overlays` reads them.
+    Raises:
+        UsageError: the file cannot be written, or an overlay is none.
+    """
+    data = {
+        "plan": plan_document(plan),
+        "against": plan_document(against) if against else None,
+        "overlays": [_in_order(read_overlay(each, plan), plan) for each in overlays],
+    }
+    template = page_path().read_text(encoding="utf-8")
+    write_text(path, template.replace(_DATA, in_script(data)), "--html")
+
+
+def _in_order(overlay: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """An overlay with its values in the document's order, to three digits."""
+    values = overlay["values"]
+    numbers = (values.get(name) for name in names_in_order(plan))
+    return {**overlay, "values": [n if n is None else float(f"{n:.3g}") for n in numbers]}
+
+
+def in_script(data: Any) -> str:
+    """Plain data as JSON that may stand in a page: nothing in it ends the element or the JSON."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\x7f", "\\u007f")
+
+
+def write_text(path: Path, text: str, flag: str) -> None:
+    """Write a file that the command line names.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        what = f"{path} cannot be written: {error.strerror}"
+        raise UsageError(Problem(flag, what, "name a file in a folder that is there")) from None

@@ -1,0 +1,231 @@
+// Blocks downwards, layers across, experts as thin columns whose projections lie below each other.
+import { shortName, towerOf, type Plan } from "./document";
+import { clipped, DIM, meanOf, outline, type Cell, type Look, type Picture } from "./picture";
+
+interface Column { title: string; x: number; w: number; templates: number[]; bins: number; experts: number }
+interface Section { tower: string; y: number; head: number; rowHeight: number; blocks: number[]; columns: Column[] }
+
+const LEFT = 30;
+const GAP = 14;
+
+/** Templates that are worth a column: with a matrix, or with a fault. */
+function shown(plan: Plan): number[] {
+  const useful = new Set<number>();
+  for (const row of plan.rows)
+    for (let i = row.first; i < row.first + row.count && plan.doc.layers[row.template].kind !== "draft"; i++) {
+      const form = plan.formOf(i);
+      if (form.shape?.[0] || form.problems.length) { useful.add(row.template); break; }
+    }
+  const rank = (k: number) => {
+    const name = shortName(plan.doc.layers[k].name);
+    return (/attn|attention|mixer/.test(name) ? 0 : /experts/.test(name) ? 4 : 2) + (/(^|[._])(o_proj|out_proj|down_proj|w2)$/.test(name) ? 1 : 0);
+  };
+  // as a token passes them, as far as names tell
+  return plan.doc.layers.map((_, k) => k).filter((k) => useful.has(k)).sort((a, b) => rank(a) - rank(b) || a - b);
+}
+
+/** Columns of a tower, experts' projections as one; as wide as there is room. */
+function columnsOf(plan: Plan, templates: number[], width: number): Column[] {
+  const groups = new Map<string, { templates: number[]; experts: number }>();
+  for (const k of templates) {
+    const { name, module, rows } = plan.doc.layers[k];
+    const experts = Math.max(...rows.map((r) => (typeof r[1] === "number" ? r[1] : Math.max(...r[1]) + 1)));
+    const key = experts ? module : name;
+    const group = groups.get(key) ?? { templates: [], experts };
+    group.templates.push(k);
+    groups.set(key, group);
+  }
+  const all = [...groups];
+  const single = all.filter(([, g]) => !g.experts).length;
+  const wide = all.length - single;
+  const narrow = wide ? (width < 600 ? 9 : 20) : Math.min(64, (width - LEFT) / Math.max(single, 1) - 2);
+  const room = width - LEFT - single * (narrow + 2) - wide * 12;
+  let x = LEFT;
+  return all.map(([name, { templates: own, experts }]) => {
+    const bins = experts ? Math.max(1, Math.min(experts, Math.floor(room / wide))) : 1;
+    const w = experts ? Math.min(room / wide, experts * 14) : narrow;
+    if (experts && x > LEFT) x += 4;
+    const column = { title: shortName(name), x, w, templates: own, bins, experts };
+    x += w + (experts ? 8 : 2);
+    return column;
+  });
+}
+
+/** Whether titles stand on end, as columns are too narrow for them. */
+const isUpright = (columns: Column[]) => columns.some((c) => !c.experts && c.w < 6.2 * c.title.length);
+
+function layout(plan: Plan, width: number): { sections: Section[]; height: number } {
+  const use = shown(plan);
+  const towers = [...new Set(use.map((k) => towerOf(plan.doc.layers[k].name)))];
+  const sections: Section[] = [];
+  let y = 0;
+  for (const tower of towers.sort((a, b) => Number(!b) - Number(!a))) {
+    const templates = use.filter((k) => towerOf(plan.doc.layers[k].name) === tower);
+    const blocks = [...new Set(templates.flatMap((k) => plan.doc.layers[k].rows.map((r) => r[0])))].sort((a, b) => a - b);
+    if (!tower) {
+      // embedding and head: a cell each, with its name in it
+      const w = Math.min(180, (width - LEFT) / templates.length - 4);
+      const columns = templates.map((k, n) => ({
+        title: shortName(plan.doc.layers[k].name), x: LEFT + n * (w + 4), w, templates: [k], bins: 1, experts: 0,
+      }));
+      sections.push({ tower, y: y + 2, head: 0, rowHeight: 22, blocks, columns });
+      y += 24 + GAP;
+      continue;
+    }
+    const columns = columnsOf(plan, templates, width);
+    const parts = Math.max(...columns.map((c) => (c.experts ? c.templates.length : 1)));
+    const rowHeight = Math.max(blocks.length > 40 ? 11 : 14, parts * 4);
+    const longest = Math.max(0, ...columns.filter((c) => !c.experts).map((c) => c.title.length));
+    const head = isUpright(columns) ? Math.min(170, 16 + 6.2 * longest) : 34;
+    sections.push({ tower, y: y + head, head, rowHeight, blocks, columns });
+    y += head + blocks.length * (rowHeight + 1) + GAP;
+  }
+  return { sections, height: y };
+}
+
+export function gridPicture(plan: Plan, width: number): Picture {
+  const { sections, height } = layout(plan, width);
+  // the cell of a column, its block and its bin of experts; its part is the projection
+  const cell = (s: Section, c: Column, b: number, bin: number, part: number): Cell | null => {
+    const row = plan.rowOf(c.templates[part], s.blocks[b]);
+    if (!row) return null;
+    const [low, high] = [Math.ceil((bin * c.experts) / c.bins), Math.ceil(((bin + 1) * c.experts) / c.bins)];
+    const layers: number[] = [];
+    if (!c.experts) layers.push(row.first);
+    else if (row.count === c.experts) for (let e = low; e < high; e++) layers.push(row.first + e);
+    else for (let i = row.first; i < row.first + row.count; i++) if (plan.expert[i] >= low && plan.expert[i] < high) layers.push(i);
+    if (!layers.length) return null;
+    const [w, h] = [c.w / c.bins, s.rowHeight / c.templates.length];
+    const y = s.y + b * (s.rowHeight + 1) + part * h;
+    const [x, end] = [Math.round(c.x + bin * w), Math.round(c.x + (bin + 1) * w)];
+    return { x, y, w: end - x, h, layers };
+  };
+  const at = (x: number, y: number): Cell | null => {
+    for (const s of sections) {
+      const b = Math.floor((y - s.y) / (s.rowHeight + 1));
+      if (b < 0 || b >= s.blocks.length) continue;
+      const c = s.columns.find((each) => x >= each.x && x < each.x + each.w);
+      if (!c) return null;
+      const part = Math.min(c.templates.length - 1, Math.floor(((y - s.y - b * (s.rowHeight + 1)) * c.templates.length) / s.rowHeight));
+      return cell(s, c, b, Math.floor(((x - c.x) * c.bins) / c.w), part);
+    }
+    return null;
+  };
+  const of = (layer: number): Cell | null => {
+    for (const s of sections)
+      for (const c of s.columns) {
+        const part = c.templates.indexOf(plan.template[layer]);
+        if (part < 0) continue;
+        const bin = c.experts ? Math.floor((plan.expert[layer] * c.bins) / c.experts) : 0;
+        return cell(s, c, s.blocks.indexOf(plan.block[layer]), bin, part);
+      }
+    return null;
+  };
+  const next = (from: Cell, key: string, isFar: boolean): Cell | null => {
+    const sign = key === "ArrowLeft" || key === "ArrowUp" ? -1 : 1;
+    const sideways = key === "ArrowLeft" || key === "ArrowRight";
+    let [x, y] = [from.x + from.w / 2, from.y + from.h / 2];
+    let now: Cell | null = null;
+    for (let left = isFar ? 8 : 1; left > 0; ) {
+      if (sideways) x += sign * Math.max(1, (now ?? from).w / 2);
+      else y += sign * Math.max(1, (now ?? from).h / 2);
+      if (x < 0 || y < 0 || x > width || y > height) break;
+      const found = at(x, y);
+      if (found && found.layers[0] !== (now ?? from).layers[0]) { now = found; left--; [x, y] = [found.x + found.w / 2, found.y + found.h / 2]; }
+    }
+    return now;
+  };
+  return {
+    width, height, at, of, next,
+    first: () => { const s = sections[sections.length - 1]; return s ? cell(s, s.columns[0], 0, 0, 0) : null; },
+    draw: (context, look) => draw(context, look, sections, cell, of),
+  };
+}
+
+type CellAt = (s: Section, c: Column, b: number, bin: number, part: number) => Cell | null;
+
+function draw(context: CanvasRenderingContext2D, look: Look, sections: Section[], cell: CellAt, of: (layer: number) => Cell | null): void {
+  for (const s of sections) {
+    heads(context, look, s);
+    s.blocks.forEach((_, b) => {
+      for (const c of s.columns)
+        for (let part = 0; part < c.templates.length; part++) strip(context, look, c, (bin) => cell(s, c, b, bin, part));
+    });
+  }
+  context.globalAlpha = 1;
+  const chosen = look.selected < 0 ? null : of(look.selected);
+  if (chosen) outline(context, chosen, look);
+}
+
+/** The cells of one projection in one block; neighbours of one colour in one stroke. */
+function strip(context: CanvasRenderingContext2D, look: Look, c: Column, at: (bin: number) => Cell | null): void {
+  let [x0, x1, y, h, key] = [0, 0, 0, 0, ""];
+  const flush = () => {
+    if (!key) return;
+    const [color, alpha] = key.split(" ");
+    context.globalAlpha = Number(alpha);
+    context.fillStyle = color;
+    context.fillRect(x0, y, x1 - x0, h);
+  };
+  for (let bin = 0; bin < c.bins; bin++) {
+    const found = at(bin);
+    const share = found && look.lit ? found.layers.filter((i) => look.lit![i]).length / found.layers.length : 1;
+    const now = found ? `${look.measure.color(meanOf(found.layers, look.measure.value))} ${share ? Math.max(share, 0.4) : DIM}` : "";
+    if (now !== key || (found && c.bins === 1)) {
+      flush();
+      key = now;
+      x0 = found?.x ?? 0;
+    }
+    if (found) [x1, y, h] = [found.x + found.w, found.y, found.h];
+    if (found?.layers.some((i) => look.faulty[i] === 2)) {
+      flush();
+      key = "";
+      context.globalAlpha = 1;
+      context.fillStyle = look.error;
+      context.fillRect(found.x, found.y, found.w, found.h);
+      if (found.w > 6 && found.h > 6) {
+        context.fillStyle = now.split(" ")[0];
+        context.fillRect(found.x + 2, found.y + 2, found.w - 4, found.h - 4);
+      }
+    }
+  }
+  flush();
+}
+
+function heads(context: CanvasRenderingContext2D, look: Look, s: Section): void {
+  context.globalAlpha = 1;
+  context.font = "11px system-ui, sans-serif";
+  context.fillStyle = look.muted;
+  if (!s.tower) {
+    context.textBaseline = "middle";
+    for (const c of s.columns) {
+      const found = clipped(context, c.title, c.w - 8);
+      // below the cell, so that it needs no second ink
+      context.fillText(found, c.x, s.y + s.rowHeight + 8);
+    }
+    return;
+  }
+  context.textBaseline = "middle";
+  context.textAlign = "right";
+  const step = s.rowHeight < 14 ? 5 : s.blocks.length > 20 ? 5 : 1;
+  s.blocks.forEach((block, b) => {
+    if (b % step === 0) context.fillText(String(block), LEFT - 6, s.y + b * (s.rowHeight + 1) + s.rowHeight / 2);
+  });
+  context.textAlign = "left";
+  for (const c of s.columns) {
+    if (c.experts) {
+      context.fillStyle = look.ink;
+      context.fillText(clipped(context, `${c.title}, 0 to ${c.experts - 1}`, c.w), c.x, s.y - 22);
+      context.fillStyle = look.muted;
+      const parts = c.templates.map((k) => shortName(look.plan.doc.layers[k].name).split(".").pop()).join(", ");
+      context.fillText(clipped(context, c.templates.length > 1 ? `from above: ${parts}` : parts, c.w), c.x, s.y - 8);
+      continue;
+    }
+    context.save();
+    context.translate(c.x + c.w / 2, s.y - 6);
+    if (isUpright(s.columns)) context.rotate(-Math.PI / 2);
+    else context.textAlign = "center";
+    context.fillText(clipped(context, c.title, isUpright(s.columns) ? s.head - 8 : c.w), 0, isUpright(s.columns) ? 0 : -6);
+    context.restore();
+  }
+}
