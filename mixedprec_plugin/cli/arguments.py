@@ -38,6 +38,11 @@ class Parser(argparse.ArgumentParser):
         """Raise what argparse would print."""
         raise UsageError(Problem("", message.removeprefix("argument "), self._see_help()))
 
+    @property
+    def option_strings(self) -> list[str]:
+        """Every option, in the order of the help."""
+        return [text for action in self._actions for text in action.option_strings]
+
     def _see_help(self) -> str:
         return f"see {self.prog} --help"
 

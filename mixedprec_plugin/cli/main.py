@@ -22,13 +22,20 @@ from mixedprec_plugin.names import nearest
 #   run(args, out) -> the exit code; or the problems that were found, which main prints
 #   EXAMPLES, commands for --help
 VERBS = {
+    "init": ("mixedprec_plugin.cli.init", "a preset to start from, for a model and a size"),
     "plan": ("mixedprec_plugin.cli.plan", "what every layer of a checkpoint would run as"),
+    "explain": ("mixedprec_plugin.cli.explain", "why a layer runs as it does"),
+    "diff": ("mixedprec_plugin.cli.diff", "what two presets, folders or servers make different"),
     "inspect": ("mixedprec_plugin.cli.inspect", "how every layer of a checkpoint is stored"),
     "serve": ("mixedprec_plugin.cli.serve", "check first, then start SGLang's server"),
     "convert": ("mixedprec_plugin.cli.convert", "write the mixed checkpoint to disk"),
     "verify": ("mixedprec_plugin.cli.verify", "is the mixed checkpoint still the model"),
     "eval": ("mixedprec_plugin.cli.eval", "what presets cost in quality"),
-    "presets": ("mixedprec_plugin.cli.presets", "the presets that ship"),
+    "presets": ("mixedprec_plugin.cli.presets", "the presets that ship: list, show, copy"),
+    "validate": ("mixedprec_plugin.cli.validate", "are preset files right in themselves"),
+    "methods": ("mixedprec_plugin.cli.methods", "the quantization methods and their arguments"),
+    "schema": ("mixedprec_plugin.cli.schema", "the JSON Schema of presets, for editors"),
+    "completion": ("mixedprec_plugin.cli.completion", "a script for bash, zsh or fish"),
     "doctor": ("mixedprec_plugin.cli.doctor", "is everything registered and does it fit SGLang"),
 }
 

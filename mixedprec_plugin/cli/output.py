@@ -7,9 +7,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.plan.tables import styled
 
 if TYPE_CHECKING:
@@ -26,6 +27,22 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return str(value)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet.
+
+    Raises:
+        ConvertError: it is there, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        what = f"cannot be written ({error.strerror})"
+        if isinstance(error, FileExistsError):
+            what = "is there already"
+        raise ConvertError(Problem(str(path), what, "name another file", "file")) from error
 
 
 def report(problems: Iterable[Problem], err: TextIO) -> None:

@@ -22,10 +22,15 @@ from mixedprec_plugin.preset.model import Preset
 KV_BYTES = {"auto": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
-def add_planning_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def add_planning_arguments(
+    parser: argparse.ArgumentParser, *, several: bool = False, needs_model: bool = True
+) -> None:
     """Declare the arguments that name model, preset (or `several` of them) and target."""
     parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="checkpoint folder, or a Hugging Face id"
+        "--model",
+        required=needs_model,
+        metavar="MODEL",
+        help="checkpoint folder, or a Hugging Face id",
     )
     named = (
         "YAML file, or a packaged preset's name; may be left out for a checkpoint that "
@@ -127,15 +132,24 @@ def make_draft_plan(args: argparse.Namespace, plan: Plan) -> Plan:
 
 
 def _resolved(args: argparse.Namespace, preset: Preset, source: Source) -> Plan:
-    gpu = _gpu(args)
+    return resolve_plan(preset, source, target_of(args, source), open_other_sources(preset))
+
+
+def target_of(args: argparse.Namespace, source: Source) -> Target:
+    """What the command line plans for.
+
+    Raises:
+        UsageError: no such GPU is known, or it is named beside another device.
+    """
+    gpu = gpu_of(args)
     dtype = model_dtype(source.config, args.dtype)
     if gpu is not None:
         dtype = served_dtype(dtype, gpu.capability)
-    target = Target(args.device, args.tp, dtype, gpu)
-    return resolve_plan(preset, source, target, open_other_sources(preset))
+    return Target(args.device, args.tp, dtype, gpu)
 
 
-def _gpu(args: argparse.Namespace) -> Gpu | None:
+def gpu_of(args: argparse.Namespace) -> Gpu | None:
+    """The GPU that the command line names; None where it names none."""
     if not args.gpu:
         return None
     if args.device != "cuda":

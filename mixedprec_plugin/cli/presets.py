@@ -1,32 +1,93 @@
-"""`mixedprec presets`: the presets that ship, with what they are for."""
+"""`mixedprec presets`: the presets that ship, and what becomes of one."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import TextIO
 
-from mixedprec_plugin.cli.output import print_json
+import yaml
+
+from mixedprec_plugin.cli.output import print_json, write_new
+from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.preset.load import load_preset
-from mixedprec_plugin.resources import preset_dir
+from mixedprec_plugin.preset.parents import locate_preset
+from mixedprec_plugin.preset.schema import PRESET_SCHEMA
+from mixedprec_plugin.resources import preset_dir, schema_path
 
 EXAMPLES = """
-  mixedprec presets
+  mixedprec presets                        list those that ship
+  mixedprec presets show mine.yaml         parents and overrides merged, interpolations resolved
+  mixedprec presets copy awq               write ./awq.yaml, which editors check as you type
 """
+MODELINE = "# yaml-language-server: $schema="
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments: none."""
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "action", nargs="?", choices=("list", "show", "copy"), default="list", metavar="ACTION",
+        help="list, show NAME or copy NAME [FILE]",
+    )  # fmt: skip
+    parser.add_argument("name", nargs="?", default="", metavar="NAME", help="a name or a file")
+    parser.add_argument("file", nargs="?", default="", metavar="FILE", help="the copy's")
+    parser.add_argument(
+        "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
+        default=[], help="for show: override a key; repeatable",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print a line for each packaged preset, then where they lie."""
-    files = sorted(preset_dir().glob("*.yaml"))
-    if args.json:
-        found = {file.stem: load_preset(file).description for file in files}
-        print_json({"folder": preset_dir(), "presets": found}, out)
+    """List, show or copy.
+
+    Returns:
+        0.
+    Raises:
+        UsageError, PresetError: there is no such preset, or it is wrong.
+        ConvertError: the copy is there already, or cannot be written.
+    """
+    if args.action == "list":
+        _list(args, out)
         return 0
-    width = max((len(file.stem) for file in files), default=0)
-    for file in files:
-        print(f"{file.stem:{width}}  {load_preset(file).description}", file=out)
-    print(f"\nin {preset_dir()}", file=out)
+    if not args.name:
+        raise UsageError(Problem(args.action, "names no preset", "mixedprec presets lists some"))
+    preset = load_preset(args.name, args.overrides)
+    if args.action == "copy":
+        path = _copy(args.name, Path(args.file or f"{Path(args.name).stem}.yaml"))
+        if args.json:
+            print_json({"file": path}, out)
+        else:
+            print(f"{path}: edit it, and plan with --preset {path}", file=out)
+    elif args.json:
+        print_json(preset.resolved, out)
+    else:
+        print(f"# {' + '.join(preset.files)}", file=out)
+        print(yaml.safe_dump(dict(preset.resolved), sort_keys=False, width=100), end="", file=out)
     return 0
+
+
+def _list(args: argparse.Namespace, out: TextIO) -> None:
+    found = {file.stem: load_preset(file) for file in sorted(preset_dir().glob("*.yaml"))}
+    if args.json:
+        shown = {name: preset.description for name, preset in found.items()}
+        print_json({"folder": preset_dir(), "presets": shown}, out)
+        return
+    table = Table(("preset", False), ("what it does", False))
+    for name, preset in found.items():
+        table.add(name, preset.description)
+    page = Page(out)
+    page.print(table)
+    page.print(f"\nin {preset_dir()}; mixedprec presets copy NAME writes one to edit")
+
+
+def _copy(name: str, path: Path) -> Path:
+    """Write a preset's text with the line by which editors find its schema."""
+    source = locate_preset(name, Path())
+    assert source is not None  # it was loaded
+    text = source.read_text(encoding="utf-8")
+    first, _, rest = text.partition("\n")
+    body = rest if first.startswith(MODELINE) else text
+    write_new(path, f"{MODELINE}{os.path.abspath(schema_path(PRESET_SCHEMA))}\n{body}")
+    return path

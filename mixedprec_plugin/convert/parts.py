@@ -57,7 +57,7 @@ class Part:
         return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, flag: str = "--max-shard-size") -> int:
     """Read a size: `5GB`, `500MB` or `4GiB`.
 
     Raises:
@@ -68,11 +68,9 @@ def parse_size(text: str) -> int:
     size = float(match.group(1)) * unit if match and unit else 0
     if match and not match.group(2):
         what = f"{text!r} has no unit (expected one such as {text}GB)"
-        raise UsageError(Problem("--max-shard-size", what))
+        raise UsageError(Problem(flag, what))
     if not 1 <= size < math.inf:
-        raise UsageError(
-            Problem("--max-shard-size", f"{text!r} is no size (expected one such as 5GB or 500MB)")
-        )
+        raise UsageError(Problem(flag, f"{text!r} is no size (expected one such as 5GB or 500MB)"))
     return int(size)
 
 

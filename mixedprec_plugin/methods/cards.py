@@ -29,6 +29,8 @@ _BY_CAPABILITY = {
     120: "RTX 5070 Ti 16, RTX 5080 16, RTX 5090 32, RTX PRO 6000 96",
     121: "GB10 128",
 }
+# of the GPUs that SGLang runs on, ascending
+CAPABILITIES = tuple(sorted(x for x in _BY_CAPABILITY if x >= LEAST_CAPABILITY))
 # what drivers and sellers put around a name
 _DECORATION = re.compile(
     r"\b(?:nvidia|geforce|tesla|quadro|generation|blackwell|hopper|server|workstation|edition"

@@ -175,7 +175,7 @@ def _unknown_keys(
     """
     value: Any = error.instance
     schema: Any = error.schema
-    known = list(schema.get("properties", {}))
+    known = [key for key in schema.get("properties", {}) if key != "scheme"]
     has_scheme = _is_rule(path) and "scheme" in value
     if has_scheme:
         known.append("scheme")

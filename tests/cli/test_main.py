@@ -52,7 +52,7 @@ def test_version_and_help_need_no_verb() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("plam",), "error: unknown verb 'plam' (expected plan, "),
+        (("plam",), "error: unknown verb 'plam' (expected init, "),
         (("plan", "--model", "x", "--presett", "y"), "unknown argument '--presett'; did you mean"),
         (("plan", "--mod", "x"), "error: the following arguments are required: --model; see mixed"),
         (

@@ -1,0 +1,143 @@
+"""`mixedprec explain`: why a layer runs as it does."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from mixedprec_plugin.cli.output import print_json
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
+from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.families.names import NEVER_QUANTIZED
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.names import nearest
+from mixedprec_plugin.plan.matching import match_rules
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.plan.render import format_bytes
+from mixedprec_plugin.plan.tables import Page
+from mixedprec_plugin.preset.model import Rule
+
+EXAMPLES = """
+  mixedprec explain model.layers.0.self_attn.q_proj --model DIR --preset mine.yaml
+  mixedprec explain model.layers.0.mlp.gate_up_proj --model DIR --preset awq --gpu H100
+"""
+# a number, or a run of some
+_RUN = re.compile(r"\d[\d,-]*")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "layer", metavar="LAYER", help="a layer's name, or a fused module's for all its parts"
+    )
+    add_planning_arguments(parser)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
+    """Print every rule that matched, which won, and what becomes of the layer.
+
+    Returns:
+        the plan's problems that name the layer.
+    Raises:
+        UsageError: the model has no such layer.
+        PresetError, CheckpointError: the files themselves are wrong.
+    """
+    plan = make_plan(args)
+    layers = [x for x in plan.layers if args.layer in (x.name, x.module)]
+    if not layers:
+        what = f"the model has no layer {args.layer!r}"
+        near = nearest(args.layer, list({*plan.by_name, *plan.modules}))
+        remedy = f"did you mean {' or '.join(near)}?" if near else "mixedprec inspect lists them"
+        raise UsageError(Problem("", what, remedy, "unknown-layer"))
+    drafts = {layer.name for layer in plan.layers if layer.kind == "draft"}
+    matched = match_rules(plan.preset.rules, (*plan.by_name, *plan.tied), drafts).matched
+    told = []
+    for layer in layers:
+        rules = [rule for rule in plan.preset.rules if layer.name in matched[rule.index]]
+        told.append(_told(plan, layer, rules))
+    if args.json:
+        print_json({"layers": told}, out)
+    else:
+        page = Page(out)
+        for each in told:
+            _print(each, page)
+    return [p for p in plan.problems if any(_is_about(p.where, layer) for layer in layers)]
+
+
+def _is_about(where: str, layer: PlannedLayer) -> bool:
+    """Whether a problem's folded names, `model.layers.0-29.mlp.up_proj`, are like the layer's."""
+    shapes = {_RUN.sub("#", name) for name in where.split(", ")}
+    return not shapes.isdisjoint(_RUN.sub("#", name) for name in (layer.name, layer.module))
+
+
+def _told(plan: Plan, layer: PlannedLayer, rules: Sequence[Rule]) -> dict[str, Any]:
+    scheme = layer.scheme
+    return {
+        "layer": layer.name,
+        "module": layer.module if layer.module != layer.name else None,
+        "rules": [
+            {
+                "where": str(rule.location),
+                "match": list(rule.shown),
+                "scheme": rule.scheme.label,
+                "wins": rule is layer.rule,
+            }
+            for rule in rules
+        ],
+        "why": _why(layer),
+        "method": layer.method,
+        "arguments": dict(scheme.arguments) if scheme else {},
+        "source": f"{layer.source} ({plan.sources[layer.source].path})",
+        "stored": layer.stored.description if layer.stored else None,
+        "action": layer.action,
+        "note": layer.note,
+        "tensors": {
+            suffix: f"{spec.dtype} {list(spec.shape)}" for suffix, spec in layer.outputs.items()
+        },
+        "bytes": layer.bytes_after,
+        "bits_per_weight": round(layer.bits_per_weight, 4),
+        "sglang": _class(layer, plan.target),
+    }
+
+
+def _why(layer: PlannedLayer) -> str:
+    if layer.kind in NEVER_QUANTIZED:
+        return f"stays as stored: {NEVER_QUANTIZED[layer.kind]}"
+    if layer.rule is None:
+        return "stays as stored: no rule matches it"
+    if layer.scheme is not None and layer.scheme is not layer.rule.scheme:
+        return f"runs in {layer.scheme.label}, as all parts of its module"
+    return f"runs in {layer.rule.scheme.label}: the last rule that matches it wins"
+
+
+def _class(layer: PlannedLayer, target: Target) -> str:
+    """SGLang's config class that serves the layer on the target."""
+    spec = METHODS[layer.method]
+    classes = spec.config_classes
+    if not classes:
+        return "SGLang's unquantized methods"
+    is_old = target.gpu is not None and target.gpu.capability < spec.fallback_below
+    return classes["cuda_fallback" if is_old and target.device == "cuda" else target.device]
+
+
+def _print(told: dict[str, Any], page: Page) -> None:
+    page.print(told["layer"], "bold")
+    if told["module"]:
+        page.print(f"  part of    {told['module']}")
+    for rule in told["rules"]:
+        mark = "wins" if rule["wins"] else "matches, a later rule wins"
+        listed = ", ".join(map(repr, rule["match"]))
+        page.print(f"  rule       {rule['where']}: {listed} -> {rule['scheme']}  ({mark})")
+    said = ", ".join(f"{key}: {value}" for key, value in told["arguments"].items())
+    page.print(f"  so         {told['why']}")
+    page.print(f"  method     {told['method']}{f' ({said})' if said else ''}")
+    page.print(f"  source     {told['source']}, stored as {told['stored'] or 'no matrix'}")
+    page.print(f"  action     {told['action']}{', ' + told['note'] if told['note'] else ''}")
+    for suffix, spec in told["tensors"].items():
+        page.print(f"  tensor     {suffix}  {spec}")
+    bits = f", {told['bits_per_weight']:.2f} bits a weight" if told["bits_per_weight"] else ""
+    page.print(f"  memory     {format_bytes(told['bytes'])}{bits}")
+    page.print(f"  runs in    {told['sglang']}")
