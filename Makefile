@@ -17,7 +17,8 @@ help:
 	@echo "make compat   see which SGLang releases the plugin fits (docs/compat.md)"
 	@echo "make page     build the page of mixedprec plan --html (needs npm)"
 	@echo "make unchanged compare what BEFORE=revision and this checkout convert and serve, byte for byte"
-	@echo "make fuzz     ten minutes of faulty presets and checkpoints: each is read or refused"
+	@echo "make fuzz     ten minutes of faulty presets and checkpoints: each is read or refused;"
+	@echo "              FUZZ=\"--inputs 1000000 --jobs 8\" tries as many as that"
 	@echo "make clean    remove build products; 'rm -r $(VENV)' removes the environment"
 
 install: $(INSTALLED)
@@ -110,7 +111,7 @@ families: $(INSTALLED)
 
 .PHONY: fuzz
 fuzz: $(INSTALLED)
-	@nice -n 5 $(RUN) -m tests.fuzz
+	@nice -n 5 $(RUN) -m tests.fuzz $(FUZZ)
 
 .PHONY: unchanged
 unchanged: $(INSTALLED)

@@ -60,8 +60,8 @@ FAMILIES = (
         model_types=(
             "baichuan", "deepseek_v2", "deepseek_v32", "ernie4_5", "ernie4_5_moe", "glm4",
             "gpt_oss", "granite", "granitemoe", "minicpm", "minimax_m2", "ministral", "ministral3",
-            "phi3", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text",
-            "seed_oss", "smollm3", "starcoder2",
+            "phi3", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe",
+            "qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "smollm3", "starcoder2",
         ),
         norm_offset=0.0,
     ),
@@ -167,6 +167,11 @@ _BY_MODEL_TYPE = {
     for family in FAMILIES
     for name in family.model_types
 }
+
+
+def is_in_table(config: Config) -> bool:
+    """Whether the model as a whole is known, and not the language model within it alone."""
+    return architecture(config) in _BY_ARCHITECTURE or config.get("model_type") in _BY_MODEL_TYPE
 
 
 def family_of(config: Config) -> Family:

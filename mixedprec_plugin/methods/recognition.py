@@ -92,6 +92,9 @@ def _with_what_is_beside(
     is_served = layer_kind(name, has_matrix=True, family=DECODER) in _SERVED
     if found.is_float and not is_served:
         return found
+    # as tools that split a model over processes leave behind
+    if empty := sorted(x for x in found.suffixes & tensors.keys() if 0 in tensors[x].shape):
+        return dataclasses.replace(found, obstacle=f"its {' and '.join(empty)} has no elements")
     beside = sorted(tensors.keys() - found.suffixes)
     unknown = [suffix for suffix in beside if not _is_harmless(suffix, found)]
     factor = tensors.get(_FACTOR)

@@ -25,7 +25,7 @@ from mixedprec_plugin.families.config import (
     text_config,
 )
 from mixedprec_plugin.families.names import last_component
-from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.families.table import family_of, is_in_table
 from mixedprec_plugin.names import without_numbers
 from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -36,8 +36,14 @@ _SCALES = re.compile(r"scales?$|zero_points?$|_scale_")
 _BIASES = re.compile(r"(?:correction|expert|router|proj)_bias$")
 _EXPERTS = re.compile(r"(?:^|\.)experts(?=\.\d+\.)")
 _NUMBERED = re.compile(r"\.(\d{1,9})\.")
-_BESIDE = re.compile(r"visi|visual|audio|vit\b|mtp")
+_BESIDE = re.compile(r"visi|visual|image|audio|vit\b|mtp")
 _WEIGHT = frozenset({"weight"})
+# what the first and the last layers of models are called, that of the others is not
+_EMBEDDING = re.compile(r"(?!.*(?:pos|norm|patch|rot))(?:.*emb|wte|shared$)", re.IGNORECASE)
+_NORM = re.compile(r"(?:norm|norm_f|ln_f|ln_out)$", re.IGNORECASE)
+_HEAD = re.compile(r"(?:head|output\w*|proj_out|predictions)$")
+# before attention: where there is none, the last block may end in its own (OPT, BART)
+_FIRST_NORM = re.compile(r"(?<!layer_)norm1?$|ln_1$")
 _REMEDY = "download the checkpoint again, or take one that is whole"
 Missing = Iterator[tuple[str, str]]
 
@@ -74,12 +80,14 @@ class _Model:
     Attributes:
         children: module -> the layers, single parameters and modules in it.
         stacks: `model.layers` -> number of a block -> names in it.
+        outside: names in modules that are in no stack, and no tower.
         decoder: the stack of the language model.
     """
 
     def __init__(self, layers: Iterable[PlannedLayer], config: Config) -> None:
         self.config, self.family = config, family_of(config)
         self.is_known = self.family.is_known
+        self.is_all_known = self.is_known and is_in_table(config)
         self.said = text_config(config)
         self.children: dict[str, set[str]] = {"": set()}
         self.stacks: dict[str, dict[int, set[str]]] = {}
@@ -93,14 +101,25 @@ class _Model:
                     held.add(before + child)
         outermost = [s for s in self.stacks if not _NUMBERED.search(f"{s}.")]
         own = [stack for stack in outermost if not _BESIDE.search(stack)]
-        self.decoder = max(own, key=self._size, default="")
+        count = count_of(self.said, "num_hidden_layers")
+        self.decoder = max(
+            own, key=lambda x: (len(self.stacks[x]) == count, self._size(x)), default=""
+        )
+        self.root = self.decoder.rpartition(".")[0]
         towers = [stack for stack in outermost if "vis" in stack]
         self.tower = max(towers, key=self._size, default="")
+        modules = [module for module in self.children if not _NUMBERED.search(f"{module}.")]
+        free = [self.children[module] for module in modules if not _BESIDE.search(module)]
+        self.outside = set[str]().union(*free)
         self.spelled = Counter(
             (last_component(module), name)
             for module, held in self.children.items()
             for name in held
         )
+
+    def knows(self, module: str) -> bool:
+        """Whether it is known what a module is made of: of the towers of some models it is not."""
+        return self.is_all_known or (self.is_known and f"{module}.".startswith(f"{self.root}."))
 
     def _size(self, stack: str) -> int:
         return sum(map(len, self.stacks[stack].values()))
@@ -175,24 +194,32 @@ def _is_a_letter_off(name: str, other: str) -> bool:
 
 
 def _ends(model: _Model, tied: Mapping[str, str]) -> Missing:
-    """Yield what is missing before and behind the blocks of a decoder."""
-    if not model.is_known or not model.decoder:
+    """Yield what is missing before and behind the blocks of a decoder.
+
+    Of a family that is not known, names that may be theirs count wherever no block is.
+    """
+    if not model.decoder:
         return
-    root = model.decoder.rpartition(".")[0]
-    held = model.children[root]
-    if not held & model.family.embeddings:
-        yield f"{root}.embed_tokens", "every model has one"
-    if not any(name.endswith(("norm", "norm_f", "ln_f")) for name in held):
-        yield f"{root}.norm", "there is one behind the last block"
+    root = model.root
+    held = model.children[root] if model.is_known else model.outside
     blocks = model.stacks[model.decoder].values()
+    has_norms = model.said.get("do_layer_norm_before") or any(
+        _FIRST_NORM.search(name) for names in blocks for name in names
+    )
+    is_embedded = held & (model.family.embeddings - {"wpe", "position_embedding"})
+    if not is_embedded and (model.is_known or not any(map(_EMBEDDING.match, held))):
+        yield f"{root}.embed_tokens", "every model has one"
+    if has_norms and not any(map(_NORM.search, held)):
+        yield f"{root}.norm", "there is one behind the last block"
     has_biases = any("input_layernorm.bias" in names for names in blocks)
-    if has_biases and not any(name.endswith("norm.bias") for name in held):
+    if model.is_known and has_biases and not any(name.endswith("norm.bias") for name in held):
         yield f"{root}.norm.bias", "other norms have one"
-    said = [section.get("tie_word_embeddings", True) for section in (model.config, model.said)]
-    if not tied and not any(said):
-        heads = model.family.lm_heads
+    said = {section.get("tie_word_embeddings") for section in (model.config, model.said)} - {None}
+    if not tied and said == {False}:
         around = [module for module in model.children if f"{root}.".startswith(module)]
-        if not any(model.children[module] & heads for module in around):
+        held = held.union(*map(model.children.__getitem__, around))
+        is_headed = held & model.family.lm_heads
+        if not is_headed and (model.is_known or not any(map(_HEAD.search, held))):
             yield "lm_head", "tie_word_embeddings is false in config.json"
 
 
@@ -201,7 +228,7 @@ def _said(model: _Model) -> Missing:
     blocks = count_of(model.said, "num_hidden_layers")
     yield from _numbered(model, model.decoder, blocks, "num_hidden_layers is {}")
     vision = model.config.get("vision_config")
-    if isinstance(vision, Mapping) and model.is_known:
+    if isinstance(vision, Mapping) and model.is_all_known:
         depth = count_of(vision, "depth", "num_hidden_layers")
         yield from _numbered(model, model.tower, depth, "vision_config has {} blocks")
     experts = count_of(model.said, "num_experts", "num_local_experts", "n_routed_experts")
@@ -252,15 +279,18 @@ def _unlike(model: _Model, stack: str, numbers: Sequence[int]) -> Missing:
     alike = Counter(blocks)
     if len(alike) < 2:
         return
-    is_known = stack == model.decoder and model.is_known
+    is_known, is_all_known = stack == model.decoder and model.is_known, model.knows(stack)
     held = Counter(name for block in blocks for name in block)
+    is_one_apart = max(alike.values()) == len(blocks) - 1
+    if not is_one_apart and not is_known and stack != model.decoder and not is_all_known:
+        return
     # of two, either may be the one that lacks something
     usual = {name for name, n in held.items() if 2 * n > len(blocks) or len(blocks) == 2}
     told: list[str] = []
     for number, block in zip(numbers, blocks, strict=True):
         lacking = usual - block
         is_another = alike[block] > 1 or 2 * len(lacking) > len(usual)
-        if not is_known and (is_another or (len(blocks) == 2 and not model.is_known)):
+        if not is_known and (is_another or (len(blocks) == 2 and not is_all_known)):
             continue  # of another kind, for all that is known
         for name in sorted(lacking, key=lambda name: -model.count(name)):
             # where a letter is flipped in one of two, the rarer name is the wrong one
@@ -289,16 +319,19 @@ def _without_companions(model: _Model) -> Missing:
     found: dict[tuple[str, int], dict[str, list[list[str]]]] = {}
     for module, children in model.children.items():
         for name in children:
-            if name.endswith(".bias") and name.removesuffix(".bias") not in children:
-                yield f"{module}.{name.removesuffix('.bias')}", "it has a bias"
+            layer = name.removesuffix(".bias")
+            # a head may be tied and have a bias
+            if layer not in {name, *children} and not _HEAD.search(layer):
+                yield f"{module}.{layer}", "it has a bias"
         for index, lacking in lacking_of(model.names_in(module)):
             found.setdefault((without_numbers(module), index), {})[module] = lacking
     for modules in found.values():
         lacking_modules = {module: names for module, names in modules.items() if names}
-        # of a family that is not known, modules may be made of other parts; but not one alone
-        if not model.is_known and not (len(lacking_modules) == 1 < len(modules)):
-            continue
+        is_one_alone = len(lacking_modules) == 1 < len(modules)
         for module, lacking in lacking_modules.items():
+            # where that is not known, modules may be made of other parts; but not one alone
+            if not is_one_alone and not model.knows(module):
+                continue
             for names in lacking:
                 kind = last_component(module)
                 first, *others = sorted(names, key=lambda name: -model.spelled[kind, name])

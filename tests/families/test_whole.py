@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,10 @@ MODELS = (
 )  # fmt: skip
 # what other models' checkpoints are: transformers has them, and nothing is known of them here
 UNKNOWN = (
-    "AfmoeForCausalLM", "FalconH1ForCausalLM", "GPT2LMHeadModel",
+    "BartForCausalLM", "FastVlmForConditionalGeneration",
+    "Idefics2ForConditionalGeneration", "InternVLForConditionalGeneration",
+    "Ovis2ForConditionalGeneration", "VideoLlama3ForConditionalGeneration", "AfmoeForCausalLM",
+    "FalconH1ForCausalLM", "GPT2LMHeadModel",
     "Glm4vForConditionalGeneration", "GraniteMoeHybridForCausalLM", "KimiLinearForCausalLM",
     "Lfm2ForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration",
     "LlavaForConditionalGeneration", "MambaForCausalLM",
@@ -66,6 +70,10 @@ UNKNOWN = (
     "MllamaForConditionalGeneration", "NemotronHForCausalLM", "OPTForCausalLM",
     "PhiForCausalLM", "Qwen3OmniMoeThinkerForConditionalGeneration", "ZayaForCausalLM",
 )  # fmt: skip
+
+
+# outside of blocks, towers and what joins them
+ENDS = re.compile(r"(?!.*(?:vis|\.\d+\.|multi_modal|image|audio|connector)).*\.weight")
 
 
 @functools.cache
@@ -156,6 +164,24 @@ def test_nothing_is_held_against_a_whole_checkpoint_of_an_unknown_family(
     planner: Planner, architecture: str
 ) -> None:
     assert planner.problems(*saved(architecture)) == []
+
+
+@pytest.mark.parametrize("architecture", UNKNOWN)
+def test_first_and_last_layers_of_an_unknown_family_are_missed(
+    planner: Planner, architecture: str
+) -> None:
+    config, shapes = saved(architecture)
+    text = {**config, **(config.get("text_config") or {})}
+    rows = {text["vocab_size"], text["vocab_size"] + 8}
+    ends = [
+        name
+        for name, shape in shapes.items()
+        if ENDS.fullmatch(name) and (shape[0] in rows or re.search(r"(norm|_f)\.weight$", name))
+    ]
+    assert ends
+    for name in ends:
+        problems = planner.problems(config, {n: s for n, s in shapes.items() if n != name})
+        assert problems, name
 
 
 @EVERY

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: try inputs for some minutes; exit code 1 where any is a finding."""
+"""`python -m tests.fuzz`: try many inputs; exit code 1 where any is a finding."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from tests.fuzz.campaign import work
 def main() -> int:
     """Run a campaign on each processor, print what became of the inputs, and write findings."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, help="how long; 10 where --inputs is left out")
+    parser.add_argument("--inputs", type=int, default=1 << 60, help="how many, over all jobs")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=None, help="of the changes; random if left out")
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"), help="where findings go")
     args = parser.parse_args()
+    minutes = args.minutes or (10 if args.inputs == 1 << 60 else float("inf"))
+    numbers = [len(range(job, args.inputs, args.jobs)) for job in range(args.jobs)]
     seed = random.SystemRandom().randrange(1 << 32) if args.seed is None else args.seed
     start = time.monotonic()
     counts: collections.Counter[int] = collections.Counter()
     findings: dict[str, tuple[str, str, int]] = {}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        tasks = [pool.submit(work, args.minutes * 60, seed + job) for job in range(args.jobs)]
+        tasks = [
+            pool.submit(work, minutes * 60, num, seed + job) for job, num in enumerate(numbers)
+        ]
         for task in tasks:
             counted, found = task.result()
             counts.update(counted)
