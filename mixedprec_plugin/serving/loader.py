@@ -22,7 +22,8 @@ from sglang.srt.model_loader.weight_utils import _prefetch_all_checkpoints
 from sglang.srt.runtime_context import get_model, get_parallel
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
-from mixedprec_plugin.compose.stream import VirtualCheckpoint
+from mixedprec_plugin.compose.parts import compose_parts
+from mixedprec_plugin.compose.stream import VirtualCheckpoint, compose_layer
 from mixedprec_plugin.cpu.heap import returning_memory, storage_bytes
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import Plan
@@ -150,7 +151,10 @@ class MixedPrecisionLoader(DefaultModelLoader):
         return self._open(plan, loaded.stage)
 
     def _open(self, plan: Plan, stage: Stage) -> Weights:
-        stream = VirtualCheckpoint(plan, stage.runs, _how_to_read())
+        # to be verified, a tensor must be there whole
+        makes_parts = get_parallel().tp_size > 1 and not self.settings.verify
+        compose = compose_parts if makes_parts else compose_layer
+        stream = VirtualCheckpoint(plan, stage.runs, _how_to_read(), compose)
         said = get_model()
         if said.weight_loader_prefetch_checkpoints and not said.weight_loader_disable_mmap:
             inputs = (tensor for layer in stream.layers for tensor in layer.inputs.values())
