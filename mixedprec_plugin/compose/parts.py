@@ -6,13 +6,15 @@ little more than that part: whole words and whole scales.
     rank 1 of 2 keeps rows 64..127 of "qweight", then of "scales" and of "qzeros"
     -> rows 64..127 of the weight are read and quantized, once
 
-Statistics that span what is split are of the whole: an FP8 scale for a tensor, one for an output
-feature of a layer that is split along its inputs. There each rank reads as far as they reach.
+A tensor that a rank does not keep at all, such as another rank's expert, is not made. Statistics
+that span what is split are of the whole: an FP8 scale for a tensor, one for an output feature of a
+layer that is split along its inputs. There each rank reads as far as they reach.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -26,46 +28,53 @@ from mixedprec_plugin.compose.stream import (
     Tensors,
     cast,
     compose_layer,
+    compute,
     fit,
     plain_defaults,
     rescaling,
     round_to_nearest,
     take_as_stored,
 )
-from mixedprec_plugin.methods.interface import Method, Target
+from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
-from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.methods.stored import StoredFormat, TensorSpec
 from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.preset.model import Scheme
 
-# a multiple of every group and block that there is, for the rows; the columns are twice as many
+# N, and half of K, that every group and block divides
 _MANY = 45 << 14
 
 
+class Cut(NamedTuple):
+    """Of one dimension of a tensor: rows (0) or columns (1) of the weight an element."""
+
+    axis: int | None
+    step: int
+
+
+Cuts = Mapping[str, tuple[Cut, ...]]
+
+
 def compose_parts(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
-    """As `compose_layer`, with `LazyTensor` wherever a part can be made without the whole.
+    """As `compose_layer`, with a `LazyTensor` for what a part can be made of without the whole.
 
     The reader must stay open until they are read.
 
     Raises:
         CheckpointError: as `compose_layer`, then or where a tensor is read.
     """
-    stored = layer.stored
-    if stored is None or stored.factor:
+    if layer.stored is None:
         return compose_layer(layer, target, reader)
-    if layer.action in ("as stored", "cast"):
+    if layer.action in ("as stored", "cast") and not layer.stored.factor:
         return _as_stored(layer, target, reader)
-    method = METHODS[layer.method]
-    if layer.action == "quantize" and method.quantizes_parts:
-        parts = _Parts(layer, method, target, reader)
-        others = {s: reader.read_finite(t) for s, t in layer.inputs.items() if s != "weight"}
-        return {
-            suffix: fit(others[suffix], spec, f"{layer.name}.{suffix}")
-            if suffix in others
-            else parts.lazy(suffix, spec)
-            for suffix, spec in layer.outputs.items()
-        }
-    return compose_layer(layer, target, reader)
+    own = layer.stored.suffixes or {"weight"}
+    others = {s: reader.read_finite(t) for s, t in layer.inputs.items() if s not in own}
+    parts = _Parts(layer, target, reader)
+    return {
+        suffix: fit(others[suffix], spec, f"{layer.name}.{suffix}")
+        if suffix in others
+        else parts.lazy(suffix, spec)
+        for suffix, spec in layer.outputs.items()
+    }
 
 
 def _as_stored(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
@@ -79,10 +88,13 @@ def _as_stored(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
     }
     with plain_defaults():
         taken = take_as_stored(layer, stored, target)
-    return {
-        suffix: _fit(taken[suffix], spec, f"{layer.name}.{suffix}")
-        for suffix, spec in layer.outputs.items()
-    }
+    made = {}
+    for suffix, spec in layer.outputs.items():
+        name, dtype, tensor = f"{layer.name}.{suffix}", TORCH_DTYPES[spec.dtype], taken[suffix]
+        if isinstance(tensor, LazyTensor) and tensor.dtype != dtype and tensor.is_floating_point():
+            tensor = tensor.then(functools.partial(cast, dtype=dtype, name=name), dtype)
+        made[suffix] = fit(tensor, spec, name)
+    return made
 
 
 def _lazy(tensor: StoredTensor, reader: Reader) -> LazyTensor:
@@ -90,45 +102,61 @@ def _lazy(tensor: StoredTensor, reader: Reader) -> LazyTensor:
     return LazyTensor(functools.partial(reader.read_part, tensor), TORCH_DTYPES[tensor.dtype], box)
 
 
-def _fit(tensor: torch.Tensor, spec: TensorSpec, name: str) -> torch.Tensor:
-    dtype = TORCH_DTYPES[spec.dtype]
-    if isinstance(tensor, LazyTensor) and tensor.dtype != dtype and tensor.is_floating_point():
-        tensor = tensor.then(functools.partial(cast, dtype=dtype, name=name), dtype)
-    return fit(tensor, spec, name)
-
-
 class _Parts:
-    """A weight of floats and what its method makes of parts of it, each part once."""
+    """What is made of parts of one layer's weight, each part once."""
 
-    def __init__(self, layer: PlannedLayer, method: Method, target: Target, reader: Reader) -> None:
+    def __init__(self, layer: PlannedLayer, target: Target, reader: Reader) -> None:
         assert layer.stored is not None
-        assert layer.scheme is not None
         self._layer, self._target, self._reader = layer, target, reader
         self._size = layer.stored.N, layer.stored.K
-        self._cuts, self._tile = _cut(method, layer.scheme, target.dtype)
-        self._made: dict[tuple[range, range], Tensors] = {}
+        self._inputs, self._outputs = _inputs_of(layer, layer.stored), _outputs_of(layer)
+        self._tile = self._tile_of_both()
+        self._made: dict[tuple[range, range] | None, Tensors] = {}
 
     def lazy(self, suffix: str, spec: TensorSpec) -> LazyTensor:
         """Stand for one of the method's tensors."""
         box = tuple(range(size) for size in spec.shape)
-        return LazyTensor(functools.partial(self._part, suffix), TORCH_DTYPES[spec.dtype], box)
+        make = functools.partial(self._part, suffix, spec)
+        return LazyTensor(make, TORCH_DTYPES[spec.dtype], box)
 
-    def _part(self, suffix: str, box: Box) -> torch.Tensor:
-        cuts = self._cuts[suffix]
+    def _tile_of_both(self) -> tuple[int, int] | None:
+        """The rows and columns that no tensor is cut within; None where only the whole is made."""
+        if self._inputs is None or self._outputs is None:
+            return None
+        tile = []
+        for axis, size in enumerate(self._size):
+            steps = [_step(cuts, axis) or 1 for cuts in self._inputs.values()]
+            for cuts in self._outputs.values():
+                # one for all rows or columns is a statistic of them
+                steps += [] if axis == 0 and _is_index(cuts) else [_step(cuts, axis) or size]
+            if axis == 1 and any(map(_is_index, self._inputs.values())):
+                steps.append(size)
+            tile.append(min(math.lcm(*steps), size) if size else 1)
+        return tile[0], tile[1]
+
+    def _part(self, suffix: str, spec: TensorSpec, box: Box) -> torch.Tensor:
         spans = self._spans(suffix, box)
         if spans not in self._made:
-            self._made[spans] = self._quantize(*spans)
+            self._made[spans] = self._make(spans)
         made = self._made[spans][suffix]
-        inside = [
-            slice(indices.start - shift, indices.stop - shift)
-            for indices, cut in zip(box, cuts, strict=True)
-            for shift in [spans[cut.axis].start // cut.step if cut.axis is not None else 0]
-        ]
-        return made[tuple(inside)]
+        if spans is None:
+            made = fit(made, spec, f"{self._layer.name}.{suffix}")
+        elif made.is_floating_point():
+            made = cast(made, TORCH_DTYPES[spec.dtype], f"{self._layer.name}.{suffix}")
+        shifts = [0] * len(box)
+        if spans is not None and self._outputs is not None:
+            shifts = [
+                spans[cut.axis].start // cut.step if cut.axis is not None else 0
+                for cut in self._outputs[suffix]
+            ]
+        inside = [slice(r.start - n, r.stop - n) for r, n in zip(box, shifts, strict=True)]
+        return made.reshape(()) if not box else made[tuple(inside)]
 
-    def _spans(self, suffix: str, box: Box) -> tuple[range, range]:
+    def _spans(self, suffix: str, box: Box) -> tuple[range, range] | None:
         """The rows and columns of the weight that a part of a tensor is made of."""
-        cuts = self._cuts[suffix]
+        if self._tile is None or self._outputs is None:
+            return None
+        cuts = self._outputs[suffix]
         if _is_index(cuts):
             # what no row tells apart, such as the order of groups, any rows tell
             return range(min(self._tile[0], self._size[0])), range(self._size[1])
@@ -142,55 +170,87 @@ class _Parts:
             spans.append(range(first, min(-(-wanted.stop // tile) * tile, size)))
         return spans[0], spans[1]
 
-    def _quantize(self, rows: range, columns: range) -> Tensors:
+    def _make(self, spans: tuple[range, range] | None) -> Tensors:
+        layer, reader = self._layer, self._reader
+        assert layer.stored is not None
         with plain_defaults():
-            weight = self._reader.read_part(self._layer.inputs["weight"], (rows, columns))
-            if self._layer.rescale is not None:
-                ratio = rescaling(self._layer.rescale, self._target, self._reader)
-                weight = weight.float() * ratio[columns.start : columns.stop]
-            return round_to_nearest(self._layer, weight, self._target)
+            stored = {}
+            for suffix in layer.stored.suffixes or {"weight"}:
+                if suffix in layer.inputs:
+                    tensor = layer.inputs[suffix]
+                    stored[suffix] = (
+                        reader.read_finite(tensor)
+                        if spans is None or self._inputs is None or not tensor.shape
+                        else reader.read_part(tensor, _box(tensor, self._inputs[suffix], spans))
+                    )
+            ratio = rescaling(layer.rescale, self._target, reader) if layer.rescale else None
+            if ratio is not None and spans is not None:
+                ratio = ratio[spans[1].start : spans[1].stop]
+            return compute(layer, stored, self._target, round_to_nearest, ratio)
 
 
-class _Cut(NamedTuple):
-    """Of one dimension of a stored tensor: rows (0) or columns (1) of the weight an element."""
-
-    axis: int | None
-    step: int
-
-
-def _is_index(cuts: tuple[_Cut, ...]) -> bool:
-    """Whether a tensor tells columns apart and no rows, so that it follows from the shape."""
-    axes = {cut.axis for cut in cuts}
-    return 1 in axes and 0 not in axes
+def _box(tensor: StoredTensor, cuts: tuple[Cut, ...], spans: tuple[range, range]) -> Box:
+    """The part of a stored tensor that some rows and columns of the weight are read from."""
+    return tuple(
+        range(size)
+        if cut.axis is None
+        else range(spans[cut.axis].start // cut.step, -(-spans[cut.axis].stop // cut.step))
+        for size, cut in zip(tensor.shape, cuts, strict=True)
+    )
 
 
-def _cut(
-    method: Method, scheme: Scheme, dtype: str
-) -> tuple[Mapping[str, tuple[_Cut, ...]], tuple[int, int]]:
-    """How a method's tensors lie over a weight, and the rows and columns that none is cut within.
+def _inputs_of(layer: PlannedLayer, stored: StoredFormat) -> Cuts | None:
+    """How stored tensors lie over the weight; None where that is not known."""
+    if stored.is_plain:
+        return _FLOATS
+    method = METHODS.get(stored.method)
+    if method is None or not method.quantizes_parts or stored.factor:
+        return None
+    arguments = {**method.defaults, **stored.arguments}
+    own = {s: t.shape for s, t in layer.inputs.items() if s in stored.suffixes}
+    specs = method.stored(arguments, stored.N, stored.K, "BF16")
+    if any(s not in specs or specs[s].shape != shape for s, shape in own.items()):
+        return None
+    return _cuts(method.name, json.dumps(arguments))
 
-    Told by what doubles where the weight does.
-    """
 
-    def shapes(N: int, K: int) -> Mapping[str, TensorSpec]:
-        return method.stored(scheme.arguments, N, K, dtype)
+def _outputs_of(layer: PlannedLayer) -> Cuts | None:
+    """How a layer's method lays its tensors over the weight; None if it makes them of the whole."""
+    if layer.is_unquantized:
+        return _FLOATS
+    assert layer.scheme is not None
+    if not METHODS[layer.method].quantizes_parts:
+        return None
+    return _cuts(layer.method, json.dumps(dict(layer.scheme.arguments)))
+
+
+@functools.lru_cache(maxsize=256)
+def _cuts(method: str, arguments: str) -> Cuts:
+    """Tell by what doubles where the weight does; arguments are JSON."""
+
+    def specs(N: int, K: int) -> Mapping[str, TensorSpec]:
+        return METHODS[method].stored(json.loads(arguments), N, K, "BF16")
 
     size = _MANY, 2 * _MANY
-    once, higher, wider = shapes(*size), shapes(2 * size[0], size[1]), shapes(size[0], 2 * size[1])
-    cuts: dict[str, tuple[_Cut, ...]] = {}
+    once, higher, wider = specs(*size), specs(2 * size[0], size[1]), specs(size[0], 2 * size[1])
+    found: dict[str, tuple[Cut, ...]] = {}
     for suffix, spec in once.items():
         grown = zip(spec.shape, higher[suffix].shape, wider[suffix].shape, strict=True)
         axes = [0 if n > now else 1 if k > now else None for now, n, k in grown]
-        cuts[suffix] = tuple(
-            _Cut(axis, 1 if axis is None else size[axis] // length)
+        found[suffix] = tuple(
+            Cut(axis, 1 if axis is None else size[axis] // length)
             for axis, length in zip(axes, spec.shape, strict=True)
         )
-    tile = []
-    for axis in (0, 1):
-        steps = [
-            next((cut.step for cut in of if cut.axis == axis), size[axis])
-            for of in cuts.values()
-            if axis == 1 or not _is_index(of)
-        ]
-        tile.append(math.lcm(*steps))
-    return cuts, (tile[0], tile[1])
+    return found
+
+
+_FLOATS = {"weight": (Cut(0, 1), Cut(1, 1))}
+
+
+def _step(cuts: tuple[Cut, ...], axis: int) -> int | None:
+    return next((cut.step for cut in cuts if cut.axis == axis), None)
+
+
+def _is_index(cuts: tuple[Cut, ...]) -> bool:
+    """Whether a tensor tells columns apart and no rows, so that it follows from the shape."""
+    return _step(cuts, 1) is not None and _step(cuts, 0) is None

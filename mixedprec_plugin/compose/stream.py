@@ -123,7 +123,9 @@ def compose_layer(
         CheckpointError: a weight is NaN or infinite, or does not fit the model's dtype.
     """
     with plain_defaults():
-        outputs = _compute(layer, target, reader, quantize or round_to_nearest)
+        stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
+        ratio = rescaling(layer.rescale, target, reader) if layer.rescale else None
+        outputs = compute(layer, stored, target, quantize or round_to_nearest, ratio)
     return {
         suffix: fit(outputs[suffix], spec, f"{layer.name}.{suffix}")
         for suffix, spec in layer.outputs.items()
@@ -176,21 +178,31 @@ def served_floats(layer: PlannedLayer, outputs: Tensors) -> Tensors:
     return {s: t for s, t in outputs.items() if s not in own} | {"weight": weight}
 
 
-def _compute(layer: PlannedLayer, target: Target, reader: Reader, quantize: Quantize) -> Tensors:
-    stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
+def compute(
+    layer: PlannedLayer,
+    stored: Tensors,
+    target: Target,
+    quantize: Quantize,
+    ratio: torch.Tensor | None,
+) -> Tensors:
+    """Make of stored tensors what the plan says, but for casts.
+
+    Args:
+        stored: parameter suffix -> tensor, of the whole layer or of a part of its weight.
+        quantize: as for `compose_layer`.
+        ratio: what the columns are multiplied by, float32 [K].
+    """
     has_factor = layer.stored is not None and layer.stored.factor
     if layer.action in ("dequantize", "requantize") or has_factor:
         stored = _dequantize(layer, stored)
-    if layer.rescale is not None:
-        ratio = rescaling(layer.rescale, target, reader)
-        stored["weight"] = stored["weight"].float() * ratio
-    if layer.action == "quantize":
-        return quantize(layer, stored.pop("weight"), target) | stored
+    if ratio is not None:
+        stored = {**stored, "weight": stored["weight"].float() * ratio}
+    if layer.action in ("quantize", "requantize"):
+        made = quantize(layer, stored["weight"], target)
+        # last: both formats may have tensors of one name
+        return {s: t for s, t in stored.items() if s != "weight"} | made
     if layer.action == "dequantize":
         return stored
-    if layer.action == "requantize":
-        # last: both formats may have tensors of one name
-        return stored | quantize(layer, stored.pop("weight"), target)
     if layer.action == "repack":
         return _repack(layer, stored, target)
     return take_as_stored(layer, stored, target)

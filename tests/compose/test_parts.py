@@ -12,8 +12,9 @@ from mixedprec_plugin.compose.lazy import LazyTensor
 from mixedprec_plugin.compose.parts import compose_parts
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.plan.model import Plan
-from tests.checkpoints import write_llama
+from tests.checkpoints import write_checkpoint, write_llama
 from tests.presets import plan
 from tests.tensors import raw
 
@@ -40,14 +41,11 @@ def made(model: Path, scheme: str) -> Plan:
     return plan(model, f'match: "*", method: {scheme}', target=Target(dtype="BF16"))
 
 
-@pytest.mark.parametrize("scheme", EVERY)
-def test_any_part_is_that_part_of_the_whole(model: Path, scheme: str) -> None:
-    # read by ranges of bytes where nothing may be mapped
-    how = Reading(may_map=scheme != "awq, group_size: 32")
-    whole = dict(iter(VirtualCheckpoint(made(model, scheme), how=how)))
+def assert_parts_are_of_the_whole(plan: Plan, how: Reading) -> None:
+    whole = dict(iter(VirtualCheckpoint(plan, how=how)))
     generator = torch.Generator().manual_seed(3)
     num_lazy = 0
-    for name, tensor in VirtualCheckpoint(made(model, scheme), how=how, compose=compose_parts):
+    for name, tensor in VirtualCheckpoint(plan, how=how, compose=compose_parts):
         expected = whole.pop(name)
         assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), name
         if not isinstance(tensor, LazyTensor):
@@ -66,3 +64,35 @@ def test_any_part_is_that_part_of_the_whole(model: Path, scheme: str) -> None:
                 assert torch.equal(turned.float(), same.t().float()), name
     assert not whole
     assert num_lazy > 7
+
+
+@pytest.mark.parametrize("scheme", EVERY)
+def test_any_part_is_that_part_of_the_whole(model: Path, scheme: str) -> None:
+    # read by ranges of bytes where nothing may be mapped
+    how = Reading(may_map=scheme != "awq, group_size: 32")
+    assert_parts_are_of_the_whole(made(model, scheme), how)
+
+
+@pytest.mark.parametrize(
+    ("stored", "scheme"),
+    [
+        ("fp8_block", "unquantized"),
+        ("fp8_block", "awq, requantize: true"),
+        ("gptq", "unquantized"),
+        ("gptq", "awq"),
+        ("gptq", "fp8_channel, requantize: true"),
+        ("fp8_channel", "int8, requantize: true"),
+        ("fp8_channel", "auto"),
+    ],
+)
+def test_parts_of_what_is_stored_otherwise_are_of_the_whole(
+    model: Path, tmp_path: Path, stored: str, scheme: str
+) -> None:
+    plan = made(model, stored)
+    tensors = dict(iter(VirtualCheckpoint(plan)))
+    scheme_of = plan.by_name["model.layers.0.mlp.up_proj"].scheme
+    assert scheme_of is not None
+    said = METHODS[scheme_of.method].declare(scheme_of.arguments)
+    config = {**plan.source.config, "quantization_config": said}
+    folder = write_checkpoint(tmp_path / "model", config, tensors)
+    assert_parts_are_of_the_whole(made(folder, scheme), Reading())
