@@ -33,10 +33,10 @@ demo: $(INSTALLED)
 	@$(RUN) -m demo.run
 
 quick: $(INSTALLED) lint
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q --quick -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q --quick -n 2 --dist loadgroup
 
 test: $(INSTALLED)
-	@$(RUN) -m pytest -q
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadgroup
 
 test-gpu:
 	@sh tests/gpu/run.sh
