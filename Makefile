@@ -70,6 +70,7 @@ experts: $(INSTALLED)
 
 tp: $(INSTALLED)
 	@$(RUN) -m benchmarks.tensor_parallel --out docs/tensor_parallel.md
+	@$(RUN) -W ignore -m benchmarks.rank_parts --out docs/rank_parts.md
 
 plan-speed: $(INSTALLED)
 	@$(RUN) -m benchmarks.plan

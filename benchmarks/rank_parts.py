@@ -1,6 +1,6 @@
 """What the ranks of a server read and quantize, counted on a model's headers alone.
 
-python -m benchmarks.rank_parts [--layers 61]
+python -m benchmarks.rank_parts [--layers 61] [--out docs/rank_parts.md]
 
 SGLang's own DeepSeek-V3 is built without memory for each of eight ranks, and every weight loader is
 given the tensors of the plan as a start gives them; what it takes of each is counted, and no value
@@ -10,6 +10,7 @@ is read. The preset takes attention as it is stored, in FP8 blocks, and has expe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import tempfile
 import warnings
@@ -40,6 +41,48 @@ rules:
 """
 
 
+PAGE = """# What tensor-parallel ranks read and quantize
+
+Written by `python -m benchmarks.rank_parts`. Each rank reads the rows and columns that it keeps and
+quantizes them alone; experts that another rank runs are not read. Counted for {layers} layers of
+DeepSeek-V3, on its published shapes: SGLang's model is built without memory for every rank, its
+weight loaders are given the tensors of the plan, and what they take is added up. The served bytes
+are those of ranks that make each tensor whole, bit for bit (tests/serving/test_rank_parts.py).
+
+```yaml
+{preset}
+```
+
+| ranks | experts spread over | bytes read by all | weights quantized by all | of one rank's |
+| --- | --- | --- | --- | --- |
+{rows}
+
+Not in parts: statistics that span what is split. With one FP8 scale for a tensor, every rank reads
+the tensor whole; with one for an output feature, or groups of all inputs (`group_size: -1`), that
+holds for `o_proj` and `down_proj`, which are split along their inputs. So does it for formats that
+no method serves as they are stored (compressed-tensors' packed integers), for layers in act order
+along their inputs, and under `--mixedprec-verify`.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What all ranks of a layout do together."""
+
+    tp_size: int
+    ep_size: int
+    read: int
+    made: int
+    read_ratio: float
+    made_ratio: float
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.tp_size} | {self.ep_size} | {self.read / 1e9:.1f} GB | "
+            f"{self.made / 1e9:.1f} G | {self.read_ratio:.3f}, {self.made_ratio:.3f} |"
+        )
+
+
 class Counter(Reader):
     """Counts bytes, and gives tensors without memory."""
 
@@ -65,9 +108,7 @@ class Work:
 
     num_weights = 0
 
-    def compute(
-        self, layer: PlannedLayer, stored: Tensors, target: Target, *_: object
-    ) -> Tensors:
+    def compute(self, layer: PlannedLayer, stored: Tensors, target: Target, *_: object) -> Tensors:
         """In place of `compute`: the tensors of the part, without memory."""
         N, K = stored["weight"].shape
         self.num_weights += N * K
@@ -120,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table; return 0 where no row is over 1.1."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rank_parts", description=__doc__)
     parser.add_argument("--layers", type=int, default=61, help="of DeepSeek-V3's 61")
+    parser.add_argument("--out", type=Path, help="Markdown page that is written")
     options = parser.parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -128,26 +170,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_plugins()
     from tests import published
 
-    most = 0.0
+    whole = (0, 0)
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = published.deepseek_v3(options.layers).write(Path(name) / "model")
         path = Path(name) / "preset.yaml"
         path.write_text(PRESET, encoding="utf-8")
-        rows: dict[tuple[int, int], tuple[int, int]] = {}
-        print("tensor parallel  experts over  bytes read  weights quantized  of one rank's")
         for tp_size, ep_size in ((1, 1), (RANKS, 1), (RANKS, RANKS)):
             target = Target(device="cpu", tp_size=tp_size)
             plan = resolve_plan(load_preset(path), open_source(folder), target).check()
             ranks = [count(plan, folder, tp_size, ep_size, rank) for rank in range(tp_size)]
-            rows[tp_size, ep_size] = sum(n for n, _ in ranks), sum(n for _, n in ranks)
-            read, made = rows[tp_size, ep_size]
-            ratios = read / rows[1, 1][0], made / rows[1, 1][1]
-            most = max(most, *ratios)
-            print(
-                f"{tp_size:15}  {ep_size:12}  {read / 1e9:7.1f} GB  {made / 1e9:16.1f}G"
-                f"  {ratios[0]:.3f} read, {ratios[1]:.3f} quantized"
-            )
-    return int(most > 1.1)
+            read, made = sum(n for n, _ in ranks), sum(n for _, n in ranks)
+            whole = whole if tp_size > 1 else (read, made)
+            rows.append(Row(tp_size, ep_size, read, made, read / whole[0], made / whole[1]))
+    page = PAGE.format(layers=options.layers, preset=PRESET.strip(), rows="\n".join(map(str, rows)))
+    print(page)
+    if options.out:
+        options.out.write_text(page, encoding="utf-8")
+    return int(max(max(row.read_ratio, row.made_ratio) for row in rows) > 1.1)
 
 
 if __name__ == "__main__":
