@@ -78,6 +78,12 @@ def is_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         yield
 
 
+@pytest.fixture(autouse=True)
+def keeps_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are loaded in this process are quantized, whatever was kept before."""
+    monkeypatch.setattr("mixedprec_plugin.compose.cache.DEFAULT_BYTES", 0)
+
+
 @pytest.fixture(scope="session")
 def original_model() -> Path:
     """SmolLM2-135M-Instruct in bf16: hidden 576, 9 query and 3 key-value heads."""

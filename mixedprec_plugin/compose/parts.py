@@ -23,6 +23,7 @@ import torch
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES, Reader
+from mixedprec_plugin.compose.cache import LayerCache
 from mixedprec_plugin.compose.lazy import Box, LazyTensor
 from mixedprec_plugin.compose.stream import (
     Tensors,
@@ -53,12 +54,19 @@ class Cut(NamedTuple):
 
 Cuts = Mapping[str, tuple[Cut, ...]]
 
+# what takes long to be made, and little to be kept
+_KEPT = frozenset({"quantize", "requantize", "repack"})
 
-def compose_parts(layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
+
+def compose_parts(
+    layer: PlannedLayer, target: Target, reader: Reader, cache: LayerCache | None = None
+) -> Tensors:
     """As `compose_layer`, with a `LazyTensor` for what a part can be made of without the whole.
 
     The reader must stay open until they are read.
 
+    Args:
+        cache: of what was quantized or repacked before.
     Raises:
         CheckpointError: as `compose_layer`, then or where a tensor is read.
     """
@@ -68,7 +76,7 @@ def compose_parts(layer: PlannedLayer, target: Target, reader: Reader) -> Tensor
         return _as_stored(layer, target, reader)
     own = layer.stored.suffixes or {"weight"}
     others = {s: reader.read_finite(t) for s, t in layer.inputs.items() if s not in own}
-    parts = _Parts(layer, target, reader)
+    parts = _Parts(layer, target, reader, cache)
     return {
         suffix: fit(others[suffix], spec, f"{layer.name}.{suffix}")
         if suffix in others
@@ -105,8 +113,11 @@ def _lazy(tensor: StoredTensor, reader: Reader) -> LazyTensor:
 class _Parts:
     """What is made of parts of one layer's weight, each part once."""
 
-    def __init__(self, layer: PlannedLayer, target: Target, reader: Reader) -> None:
+    def __init__(
+        self, layer: PlannedLayer, target: Target, reader: Reader, cache: LayerCache | None
+    ) -> None:
         assert layer.stored is not None
+        self._cache = cache if layer.action in _KEPT and _is_own(layer.method) else None
         self._layer, self._target, self._reader = layer, target, reader
         self._size = layer.stored.N, layer.stored.K
         self._inputs, self._outputs = _inputs_of(layer, layer.stored), _outputs_of(layer)
@@ -137,7 +148,7 @@ class _Parts:
     def _part(self, suffix: str, spec: TensorSpec, box: Box) -> torch.Tensor:
         spans = self._spans(suffix, box)
         if spans not in self._made:
-            self._made[spans] = self._make(spans)
+            self._made[spans] = self._kept(spans)
         made = self._made[spans][suffix]
         if spans is None:
             made = fit(made, spec, f"{self._layer.name}.{suffix}")
@@ -170,6 +181,30 @@ class _Parts:
             spans.append(range(first, min(-(-wanted.stop // tile) * tile, size)))
         return spans[0], spans[1]
 
+    def _kept(self, spans: tuple[range, range] | None) -> Tensors:
+        """What was made before, or is made now and kept."""
+        layer, cache = self._layer, self._cache
+        if cache is None or layer.scheme is None or layer.stored is None:
+            return self._make(spans)
+        inputs = [t for s, t in layer.inputs.items() if s in (layer.stored.suffixes or {"weight"})]
+        rescale = [] if layer.rescale is None else [layer.rescale.own, layer.rescale.served]
+        key = cache.key(
+            [*inputs, *rescale],
+            action=layer.action,
+            scheme=[layer.method, dict(layer.scheme.arguments)],
+            stored=[layer.stored.codec, dict(layer.stored.how), layer.stored.factor],
+            offset=layer.rescale.offset if layer.rescale else 0.0,
+            dtype=self._target.dtype,
+            spans=spans and [(span.start, span.stop) for span in spans],
+        )
+        found = cache.get(key) if key else None
+        if found is None:
+            found = self._make(spans)
+            if key:
+                told = {"model": str(inputs[0].path.parent), "layer": layer.name}
+                cache.put(key, found, **told, scheme=layer.scheme.summary)
+        return found
+
     def _make(self, spans: tuple[range, range] | None) -> Tensors:
         layer, reader = self._layer, self._reader
         assert layer.stored is not None
@@ -187,6 +222,11 @@ class _Parts:
             if ratio is not None and spans is not None:
                 ratio = ratio[spans[1].start : spans[1].stop]
             return compute(layer, stored, self._target, round_to_nearest, ratio)
+
+
+def _is_own(method: str) -> bool:
+    """Whether a method's code is ours, so that `cache` knows when it changes."""
+    return METHODS[method].codec.startswith("mixedprec_plugin.")
 
 
 def _box(tensor: StoredTensor, cuts: tuple[Cut, ...], spans: tuple[range, range]) -> Box:

@@ -79,7 +79,10 @@ def _load_whole(
 ) -> dict[str, torch.Tensor]:
     """As every rank did before: each tensor is made whole, and narrowed."""
     with monkeypatch.context() as patch:
-        patch.setattr("mixedprec_plugin.serving.loader.compose_parts", compose_layer)
+        patch.setattr(
+            "mixedprec_plugin.serving.loader.compose_parts",
+            lambda layer, target, reader, cache: compose_layer(layer, target, reader),
+        )
         return _load(*args, **kwargs)
 
 
