@@ -25,6 +25,7 @@ SCHEMES = {
     "fp8": ("fp8, weight_block_size: [128, 128]", "fp8"),
     "fp8_channel": ("fp8_channel",),
     "blockwise_int8": ("blockwise_int8",),
+    "int8_channel": ("int8_channel",),
     "bf16": ("unquantized",),
 }
 EVERY = [scheme for of in SCHEMES.values() for scheme in of]
@@ -64,6 +65,10 @@ def assert_parts_are_of_the_whole(plan: Plan, how: Reading) -> None:
                 assert torch.equal(turned.float(), same.t().float()), name
     assert not whole
     assert num_lazy > 7
+
+
+def test_every_method_that_makes_parts_is_tried() -> None:
+    assert SCHEMES.keys() >= {name for name, m in METHODS.items() if m.quantizes_parts}
 
 
 @pytest.mark.parametrize("scheme", EVERY)

@@ -21,7 +21,7 @@ from tests.tensors import raw
 # what is split without a statistic that spans the parts
 SPLIT = ("unquantized", "fp8_block", "int8", "awq, group_size: 64", "gptq", "gptq_int8")
 # FP8 has one scale for a tensor, or one for all inputs of an output feature
-EVERY = (*SPLIT, "fp8", "fp8_channel")
+EVERY = (*SPLIT, "fp8", "fp8_channel", "int8_channel")
 
 
 class Counting(Reader):
