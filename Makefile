@@ -34,10 +34,10 @@ demo: $(INSTALLED)
 	@$(RUN) -m demo.run
 
 quick: $(INSTALLED) lint
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q --quick -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q --quick -n 2 --dist loadgroup
 
 test: $(INSTALLED)
-	@$(RUN) -m pytest -q
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadgroup
 
 test-gpu:
 	@sh tests/gpu/run.sh
@@ -71,6 +71,7 @@ experts: $(INSTALLED)
 
 tp: $(INSTALLED)
 	@$(RUN) -m benchmarks.tensor_parallel --out docs/tensor_parallel.md
+	@$(RUN) -W ignore -m benchmarks.rank_parts --out docs/rank_parts.md
 
 plan-speed: $(INSTALLED)
 	@$(RUN) -m benchmarks.plan

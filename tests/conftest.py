@@ -24,6 +24,7 @@ SLOW_FIXTURES = {
     "expert_layer", "linear_module", "sglang_context", "browser",
 }  # fmt: skip
 SLOW_MARKS = {"sglang", "slow"}
+LONG_FOLDERS = {"dryrun", "experts", "server"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,9 +42,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give dry runs their marks, and leave out what is slow."""
+    """Give dry runs their marks, say what runs together, and leave out what is slow."""
     has_gcc = shutil.which("gcc") is not None
+    # the longest first, or one process runs them in the end while the other waits
+    items.sort(key=lambda item: item.path.parent.name not in LONG_FOLDERS)
     for item in items:
+        # of several processes, one runs a file; and one all that need the same dry run of a card
+        shares = "result_of" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("cards" if shares else str(item.path)))
         if TESTS / "dryrun" in item.path.parents:
             item.add_marker(pytest.mark.slow)
             item.add_marker(
@@ -70,6 +76,12 @@ def is_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         assert was_imported or "sglang.srt" not in sys.modules, "mark this test with `sglang`"
     else:
         yield
+
+
+@pytest.fixture(autouse=True)
+def keeps_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are loaded in this process are quantized, whatever was kept before."""
+    monkeypatch.setattr("mixedprec_plugin.compose.cache.DEFAULT_BYTES", 0)
 
 
 @pytest.fixture(scope="session")

@@ -219,6 +219,8 @@ def _deepseek(
         "num_key_value_heads": num_heads, "intermediate_size": 18432,
         "moe_intermediate_size": 2048, "n_routed_experts": num_experts, "n_shared_experts": 1,
         "num_experts_per_tok": 8, "first_k_dense_replace": num_dense, "moe_layer_freq": 1,
+        "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "max_position_embeddings": 163840,
         "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
         "v_head_dim": 128, "num_nextn_predict_layers": num_draft, "hidden_act": "silu",
         "tie_word_embeddings": False, "vocab_size": vocab, "rms_norm_eps": 1e-6,

@@ -47,9 +47,9 @@ def compare(path: Path, preset: Path) -> Values:
     Args:
         preset: gives layers fp8 or bf16.
     """
-    from mixedprec_plugin.serving.alone import first_rank
+    from mixedprec_plugin.serving.alone import one_rank
 
-    with first_rank(str(path)), _on_cpu():
+    with one_rank(str(path)), _on_cpu():
         try:
             stock = _load(path, load_format="auto")
         except (AssertionError, KeyError, RuntimeError, ValueError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,5 +144,30 @@ class Reader:
             CheckpointError: some are not; or as `read` does.
         """
         value = self.read(tensor)
+        check_finite(tensor, value)
+        return value
+
+    def read_part(self, tensor: StoredTensor, box: Sequence[range]) -> torch.Tensor:
+        """Read a part of a tensor; of the bytes of others, those between its first and last row.
+
+        Args:
+            box: the indices wanted of each dimension, one after another.
+        Returns:
+            as `read_finite`, contiguous.
+        Raises:
+            CheckpointError: as `read_finite`.
+        """
+        rows, *others = (slice(indices.start, indices.stop) for indices in box)
+        within = (slice(None), *others)
+        if self._how.may_map:
+            value = self.read(tensor)[rows][within].contiguous()
+        else:
+            num_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
+            run = tensor._replace(
+                shape=(len(box[0]), *tensor.shape[1:]),
+                start=tensor.start + rows.start * num_bytes,
+                num_bytes=len(box[0]) * num_bytes,
+            )
+            value = self.read(run)[within].contiguous()
         check_finite(tensor, value)
         return value

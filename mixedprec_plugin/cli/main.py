@@ -36,6 +36,7 @@ VERBS = {
     "methods": ("mixedprec_plugin.cli.methods", "the quantization methods and their arguments"),
     "schema": ("mixedprec_plugin.cli.schema", "the JSON Schema of presets, for editors"),
     "completion": ("mixedprec_plugin.cli.completion", "a script for bash, zsh or fish"),
+    "cache": ("mixedprec_plugin.cli.cache", "layers that are kept for the next start"),
     "doctor": ("mixedprec_plugin.cli.doctor", "is everything registered and does it fit SGLang"),
 }
 

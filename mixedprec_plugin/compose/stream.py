@@ -24,6 +24,7 @@ from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, load_codec
 
 Tensors = dict[str, torch.Tensor]
 Quantize = Callable[[PlannedLayer, torch.Tensor, Target], Tensors]
+Compose = Callable[[PlannedLayer, Target, Reader], Tensors]
 
 # above, a layer is read while the model's memory is still empty: it is there twice
 _LARGE_BYTES = 32 << 20
@@ -38,6 +39,7 @@ class VirtualCheckpoint:
     Args:
         plan: a plan without errors.
         wanted: which of its layers to read.
+        compose: makes the tensors of a layer; `compose_layer` if None.
     Raises (while iterating):
         CheckpointError: a file cannot be read or changed meanwhile, or a weight is NaN or infinite.
     """
@@ -47,9 +49,11 @@ class VirtualCheckpoint:
         plan: Plan,
         wanted: Callable[[PlannedLayer], bool] = lambda _: True,
         how: Reading = AS_USUAL,
+        compose: Compose | None = None,
     ) -> None:
         self.plan = plan.check()
         self._how = how
+        self._compose = compose or compose_layer
         self.layers = tuple(
             in_reading_order(x for x in plan.layers if x.kind != "draft" and wanted(x))
         )
@@ -57,7 +61,7 @@ class VirtualCheckpoint:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         with self.plan.preset.concealing(), Reader(self._how) as reader:
             for layer in self.layers:
-                outputs = compose_layer(layer, self.plan.target, reader)
+                outputs = self._compose(layer, self.plan.target, reader)
                 for suffix in list(outputs):
                     # handed over: what is placed is gone before the next is made
                     yield f"{layer.name}.{suffix}" if layer.name else suffix, outputs.pop(suffix)
@@ -119,9 +123,12 @@ def compose_layer(
         CheckpointError: a weight is NaN or infinite, or does not fit the model's dtype.
     """
     with plain_defaults():
-        outputs = _compute(layer, target, reader, quantize or round_to_nearest)
+        stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
+        ratio = rescaling(layer.rescale, target, reader) if layer.rescale else None
+        outputs = compute(layer, stored, target, quantize or round_to_nearest, ratio)
     return {
-        suffix: _fit(outputs[suffix], spec, layer, suffix) for suffix, spec in layer.outputs.items()
+        suffix: fit(outputs[suffix], spec, f"{layer.name}.{suffix}")
+        for suffix, spec in layer.outputs.items()
     }
 
 
@@ -139,7 +146,8 @@ def compose_floats(layer: PlannedLayer, target: Target, reader: Reader) -> Tenso
             rest = {s: t for s, t in stored.items() if s not in layer.stored.suffixes}
             stored = rest | {"weight": _dequantize(layer, stored)["weight"]}
         if layer.rescale is not None:
-            stored["weight"] = _rescale(stored["weight"], layer.rescale, target, reader)
+            ratio = rescaling(layer.rescale, target, reader)
+            stored["weight"] = stored["weight"].float() * ratio
     return stored
 
 
@@ -170,23 +178,34 @@ def served_floats(layer: PlannedLayer, outputs: Tensors) -> Tensors:
     return {s: t for s, t in outputs.items() if s not in own} | {"weight": weight}
 
 
-def _compute(layer: PlannedLayer, target: Target, reader: Reader, quantize: Quantize) -> Tensors:
-    stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
+def compute(
+    layer: PlannedLayer,
+    stored: Tensors,
+    target: Target,
+    quantize: Quantize,
+    ratio: torch.Tensor | None,
+) -> Tensors:
+    """Make of stored tensors what the plan says, but for casts.
+
+    Args:
+        stored: parameter suffix -> tensor, of the whole layer or of a part of its weight.
+        quantize: as for `compose_layer`.
+        ratio: what the columns are multiplied by, float32 [K].
+    """
     has_factor = layer.stored is not None and layer.stored.factor
     if layer.action in ("dequantize", "requantize") or has_factor:
         stored = _dequantize(layer, stored)
-    if layer.rescale is not None:
-        stored["weight"] = _rescale(stored["weight"], layer.rescale, target, reader)
-    if layer.action == "quantize":
-        return quantize(layer, stored.pop("weight"), target) | stored
+    if ratio is not None:
+        stored = {**stored, "weight": stored["weight"].float() * ratio}
+    if layer.action in ("quantize", "requantize"):
+        made = quantize(layer, stored["weight"], target)
+        # last: both formats may have tensors of one name
+        return {s: t for s, t in stored.items() if s != "weight"} | made
     if layer.action == "dequantize":
         return stored
-    if layer.action == "requantize":
-        # last: both formats may have tensors of one name
-        return stored | quantize(layer, stored.pop("weight"), target)
     if layer.action == "repack":
         return _repack(layer, stored, target)
-    return _take_as_stored(layer, stored, target)
+    return take_as_stored(layer, stored, target)
 
 
 @contextlib.contextmanager
@@ -209,19 +228,17 @@ def round_to_nearest(layer: PlannedLayer, weight: torch.Tensor, target: Target) 
         return codec.quantize(weight, layer.scheme.arguments, TORCH_DTYPES[target.dtype])
 
 
-def _rescale(
-    weight: torch.Tensor, rescale: Rescale, target: Target, reader: Reader
-) -> torch.Tensor:
-    """Multiply column k of a weight [N, K] by (own[k] + offset) / (served[k] + offset).
+def rescaling(rescale: Rescale, target: Target, reader: Reader) -> torch.Tensor:
+    """What the columns of a weight [N, K] are multiplied by, float32 [K].
 
-    The served norm counts as it is served, rounded to the model's dtype, so that W (own * x) is
-    W' (served * x) but for one rounding of W' to float32.
+    It is (own[k] + offset) / (served[k] + offset). The served norm counts as it is served, rounded
+    to the model's dtype, so that W (own * x) is W' (served * x) but for one rounding of W' to
+    float32.
     """
     own = reader.read(rescale.own).double() + rescale.offset
     served = reader.read(rescale.served).to(TORCH_DTYPES[target.dtype]).double() + rescale.offset
     # zero in both, as the plan made sure: such a feature is never seen
-    ratio = torch.where(served == 0, 1.0, own / torch.where(served == 0, 1.0, served))
-    return weight.float() * ratio.float()
+    return torch.where(served == 0, 1.0, own / torch.where(served == 0, 1.0, served)).float()
 
 
 def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
@@ -259,7 +276,7 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
         raise CheckpointError(Problem(layer.name, what, remedy, "repack")) from error
 
 
-def _take_as_stored(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
+def take_as_stored(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
     """Add what the method needs and the tensors imply; refuse what its kernels would not read."""
     if layer.scheme is None or layer.stored is None or not layer.stored.codec:
         return stored
@@ -285,18 +302,29 @@ def _naming(where: str) -> Iterator[None]:
         raise ShapeError(Problem(where, str(error))) from error
 
 
-def _fit(tensor: torch.Tensor, spec: TensorSpec, layer: PlannedLayer, suffix: str) -> torch.Tensor:
+def fit(tensor: torch.Tensor, spec: TensorSpec, name: str) -> torch.Tensor:
+    """Cast floats to the dtype that is served, and see that the rest is right.
+
+    Raises:
+        CheckpointError: a value is over what the dtype holds.
+    """
     dtype = TORCH_DTYPES[spec.dtype]
     if tensor.dtype != dtype and tensor.is_floating_point():
-        cast = tensor.to(dtype)
-        if dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
-            where, what = (
-                f"{layer.name}.{suffix}",
-                "has values over 65504, which float16 cannot hold",
-            )
-            raise CheckpointError(Problem(where, what, "start with --dtype bfloat16", "finite"))
-        tensor = cast
+        tensor = cast(tensor, dtype, name)
     tensor = tensor.reshape(spec.shape) if tensor.numel() == 1 else tensor
-    assert tensor.dtype == dtype, (layer.name, suffix, DTYPE_NAMES[tensor.dtype], spec)
-    assert tuple(tensor.shape) == spec.shape, (layer.name, suffix, tensor.shape, spec)
+    assert tensor.dtype == dtype, (name, DTYPE_NAMES[tensor.dtype], spec)
+    assert tuple(tensor.shape) == spec.shape, (name, tensor.shape, spec)
     return tensor
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Cast floats.
+
+    Raises:
+        CheckpointError: a value is over what float16 holds.
+    """
+    made = tensor.to(dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(made).all()):
+        what = "has values over 65504, which float16 cannot hold"
+        raise CheckpointError(Problem(name, what, "start with --dtype bfloat16", "finite"))
+    return made

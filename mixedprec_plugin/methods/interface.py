@@ -196,6 +196,9 @@ class Method(Format):
             alone (gptq_kernels.py, awq_moe.py: `assert get_moe_runner_backend().is_auto()`).
         why_not_quantize: arguments -> why a layer cannot be quantized with them and must be stored
             so; empty if it can.
+        quantizes_parts: whether a part of a weight whose edges lie between the words and scales of
+            `stored` is quantized to that part of the whole's tensors, and a tensor [K] follows from
+            the shape; then a rank makes its own part alone.
     """
 
     title: str
@@ -217,6 +220,7 @@ class Method(Format):
     complete: Callable[[Arguments, StoredFormat], Arguments] = lambda arguments, _stored: arguments
     conflict: Callable[[Arguments], str] = _no_reason
     why_not_quantize: Callable[[Arguments], str] = _no_reason
+    quantizes_parts: bool = False
     sglang: str = ""
     kernel: Callable[[Arguments, LayerShape, int], str] = lambda _arguments, _shape, _gpu: ""
     moe_kernels: Literal["triton", "marlin", ""] = ""

@@ -33,7 +33,7 @@ def outline_alone(plan: Plan, *, is_draft: bool = False) -> Outline:
     load_plugins()
     require_registration()
     folder, dtype = str(plan.source.path), FLOAT_DTYPES[plan.target.dtype]
-    with first_rank(folder, plan.target.tp_size), asked_for():
+    with one_rank(folder, plan.target.tp_size), asked_for():
         try:
             model_config = ModelConfig(folder, dtype=dtype, is_draft_model=is_draft)
         except REFUSALS as error:
@@ -46,29 +46,38 @@ def outline_alone(plan: Plan, *, is_draft: bool = False) -> Outline:
 
 
 @contextlib.contextmanager
-def first_rank(model_path: str, tp_size: int = 1) -> Iterator[None]:
-    """Publish SGLang's context of the first of some tensor-parallel ranks, without the others."""
+def one_rank(
+    model_path: str, tp_size: int = 1, rank: int = 0, *, ep_size: int = 1
+) -> Iterator[None]:
+    """Publish SGLang's context of one of some tensor-parallel ranks, without the others.
 
-    def group(size: int) -> SimpleNamespace:
-        return SimpleNamespace(
-            rank=0,
-            rank_in_group=0,
-            world_size=size,
-            cpu_group=None,
-            device_group=None,
-            is_first_rank=True,
-            is_last_rank=True,
-        )
+    Args:
+        ep_size: over how many of them experts are spread whole; each is split over the rest.
+    """
+    alone, all_ranks = _group(0, 1), _group(rank, tp_size)
+    moe_ep_rank, moe_tp_rank = divmod(rank, tp_size // ep_size)
+    said = get_context().override_server_args(
+        model_path=model_path, tp_size=tp_size, ep_size=ep_size, device="cpu"
+    )
+    ranks = get_parallel().override(
+        tp_size=tp_size, attn_tp_size=tp_size, moe_tp_size=tp_size // ep_size, moe_ep_size=ep_size,
+        tp_rank=rank, attn_tp_rank=rank, moe_tp_rank=moe_tp_rank, moe_ep_rank=moe_ep_rank,
+        pp_rank=0, attn_dp_rank=0, attn_cp_rank=0, moe_dp_rank=0, attn_dcp_rank=0,
+        tp_group=all_ranks, attn_tp_group=all_ranks,
+        moe_tp_group=_group(moe_tp_rank, tp_size // ep_size),
+        moe_ep_group=_group(moe_ep_rank, ep_size), pp_group=alone,
+    )  # fmt: skip
+    with said, ranks:
+        yield
 
-    alone, all_ranks = group(1), group(tp_size)
-    parallel = get_parallel()
-    with get_context().override_server_args(model_path=model_path, tp_size=tp_size, device="cpu"):
-        parallel.override_permanently(
-            tp_rank=0, attn_tp_rank=0, moe_tp_rank=0, moe_ep_rank=0, pp_rank=0, attn_dp_rank=0,
-            attn_cp_rank=0, moe_dp_rank=0, attn_dcp_rank=0, tp_group=all_ranks,
-            attn_tp_group=all_ranks, moe_tp_group=all_ranks, moe_ep_group=alone, pp_group=alone,
-        )  # fmt: skip
-        try:
-            yield
-        finally:
-            parallel.clear_stamp()
+
+def _group(rank: int, size: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        rank=rank,
+        rank_in_group=rank,
+        world_size=size,
+        cpu_group=None,
+        device_group=None,
+        is_first_rank=rank == 0,
+        is_last_rank=rank == size - 1,
+    )

@@ -14,7 +14,10 @@ from mixedprec_plugin.serving.settings import Settings, parse_extra_config, spli
 
 LOAD_FORMAT = "mixedprec"
 # in the order of the fields of `Settings`
-_FLAGS = ("--mixedprec-config", "--mixedprec-set", "--mixedprec-plan", "--mixedprec-verify")
+_FLAGS = (
+    "--mixedprec-config", "--mixedprec-set", "--mixedprec-plan", "--mixedprec-verify",
+    "--mixedprec-cache",
+)  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Compare every composed layer with this checkpoint while loading, and do not serve a "
         "model that is too far from it.",
     )
+    group.add_argument(
+        "--mixedprec-cache",
+        metavar="SIZE",
+        help="Keep what is quantized or repacked for the next start, up to SIZE, such as 20GiB; 0 "
+        "keeps nothing (default: 64GiB, in ~/.cache/mixedprec or MIXEDPREC_CACHE).",
+    )
 
 
 def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
@@ -61,13 +70,15 @@ def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
             raise UsageError(Problem(flags, "needs --load-format mixedprec", "add it", "flags"))
         return args
     before = in_extra or Settings()
-    config, overrides, plan_path, verify = given.values()
+    config, overrides, plan_path, verify, cache = given.values()
     settings = Settings(
         _absolute(config) if config else before.config,
         tuple(overrides or before.overrides),
         _absolute_file(plan_path) or before.plan_path,
         _absolute_file(verify) or before.verify,
+        cache or before.cache,
     )
+    _ = settings.cache_bytes  # said now if it is no size
     args.model_loader_extra_config = json.dumps({**rest, **settings.to_extra_config()})
     return args
 

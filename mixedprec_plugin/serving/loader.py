@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -22,7 +23,9 @@ from sglang.srt.model_loader.weight_utils import _prefetch_all_checkpoints
 from sglang.srt.runtime_context import get_model, get_parallel
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
-from mixedprec_plugin.compose.stream import VirtualCheckpoint
+from mixedprec_plugin.compose.cache import LayerCache, cache_folder
+from mixedprec_plugin.compose.parts import compose_parts
+from mixedprec_plugin.compose.stream import Compose, VirtualCheckpoint, compose_layer
 from mixedprec_plugin.cpu.heap import returning_memory, storage_bytes
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import Plan
@@ -87,6 +90,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             settings = _loaded.settings
         self.settings = settings or Settings()
         self._has_opened_new_path = False
+        self._cache: LayerCache | None = None
 
     def load_model(
         self, *, model_config: ModelConfig, device_config: DeviceConfig
@@ -150,7 +154,12 @@ class MixedPrecisionLoader(DefaultModelLoader):
         return self._open(plan, loaded.stage)
 
     def _open(self, plan: Plan, stage: Stage) -> Weights:
-        stream = VirtualCheckpoint(plan, stage.runs, _how_to_read())
+        compose: Compose = compose_layer
+        if not self.settings.verify:  # to be verified, a tensor must be there whole
+            self._cache = _open_cache(plan, self.settings)
+            if self._cache is not None or get_parallel().tp_size > 1:
+                compose = functools.partial(compose_parts, cache=self._cache)
+        stream = VirtualCheckpoint(plan, stage.runs, _how_to_read(), compose)
         said = get_model()
         if said.weight_loader_prefetch_checkpoints and not said.weight_loader_disable_mmap:
             inputs = (tensor for layer in stream.layers for tensor in layer.inputs.values())
@@ -167,6 +176,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         if self._has_opened_new_path:
             _restore(model)
         load_weights(model, served_config(model), weights)
+        if self._cache is not None:
+            _close_cache(self._cache)
         self.postprocess_weights(model, target_device)
 
     def _verified(self, plan: Plan, weights: Weights) -> Weights:
@@ -228,6 +239,29 @@ class MixedPrecisionLoader(DefaultModelLoader):
         if get_parallel().pp_rank == 0:
             size = format_bytes(storage_bytes(model.parameters()))
             logger.info("mixedprec: loaded in %.1f s, %s of parameters", seconds, size)
+
+
+def _open_cache(plan: Plan, settings: Settings) -> LayerCache | None:
+    """What keeps the layers of a plan; None where nothing is to be kept."""
+    if not settings.cache_bytes:
+        return None
+    facts = {path: f for source in plan.sources.values() for path, f in source.facts.items()}
+    return LayerCache(cache_folder(), settings.cache_bytes, facts)
+
+
+def _close_cache(cache: LayerCache) -> None:
+    if cache.num_found or cache.num_kept:
+        logger.info(
+            "mixedprec: %d layers or parts of some were there from before, %d are kept for the "
+            "next start in %s (--mixedprec-cache 0 keeps none)",
+            cache.num_found,
+            cache.num_kept,
+            cache.folder,
+        )
+    if cache.stopped:
+        logger.warning("mixedprec: layers are not kept for the next start: %s", cache.stopped)
+    if cache.num_kept:
+        cache.trim()
 
 
 def without_settings(load_config: LoadConfig) -> LoadConfig:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mixedprec_plugin.compose import cache
+from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import Problem, UsageError
 
 # field of `Settings` -> key of SGLang's `model_loader_extra_config`
@@ -15,6 +17,7 @@ KEYS: Mapping[str, str] = {
     "overrides": "mixedprec_set",
     "plan_path": "mixedprec_plan",
     "verify": "mixedprec_verify",
+    "cache": "mixedprec_cache",
 }
 
 
@@ -28,17 +31,31 @@ class Settings:
         overrides: `KEY=VALUE` overrides of preset keys.
         plan_path: where to write the plan as JSON at start; empty for nowhere.
         verify: checkpoint folder that the composed layers are compared with; empty for none.
+        cache: most bytes of layers that are kept for the next start, such as `64GiB` or `0`; empty
+            for the default.
     """
 
     config: str = ""
     overrides: tuple[str, ...] = ()
     plan_path: str = ""
     verify: str = ""
+    cache: str = ""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Most bytes of layers that are kept.
+
+        Raises:
+            UsageError: it is no size.
+        """
+        if not self.cache:
+            return cache.DEFAULT_BYTES
+        return 0 if self.cache == "0" else parse_size(self.cache, "--mixedprec-cache")
 
     def to_extra_config(self) -> dict[str, Any]:
         """The settings as entries of SGLang's `model_loader_extra_config`."""
         extra: dict[str, Any] = {KEYS["config"]: self.config}
-        for field in ("overrides", "plan_path", "verify"):
+        for field in ("overrides", "plan_path", "verify", "cache"):
             if value := getattr(self, field):
                 extra[KEYS[field]] = list(value) if field == "overrides" else value
         return extra
@@ -79,7 +96,7 @@ def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[
     given = {field: extra[key] for field, key in KEYS.items() if extra.get(key) is not None}
     overrides = given.pop("overrides", ())
     wrong = [
-        Problem(KEYS[field], f"{value!r} is not a path")
+        Problem(KEYS[field], f"{value!r} is not text")
         for field, value in given.items()
         if not isinstance(value, str)
     ]

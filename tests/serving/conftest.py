@@ -29,8 +29,8 @@ def sglang_context() -> Iterator[SimpleNamespace]:
         from sglang.srt.runtime_context import get_context
 
         import mixedprec_plugin.serving.loader  # noqa: F401
-        from mixedprec_plugin.serving.alone import first_rank
-    with first_rank(""):
+        from mixedprec_plugin.serving.alone import one_rank
+    with one_rank(""):
         yield SimpleNamespace(context=get_context())
 
 

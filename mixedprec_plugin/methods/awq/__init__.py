@@ -243,6 +243,7 @@ METHOD = Method(
     why_not_repack=why_not_repack,
     # SGLang's class asks, and has another kernel for what Marlin does not take (awq.py:383)
     faults_as_stored=lambda _stored, _shape, _target: [],
+    quantizes_parts=True,
     sglang="mixedprec_plugin.methods.awq.sglang",
     kernel=kernel,
     moe_kernels="marlin",

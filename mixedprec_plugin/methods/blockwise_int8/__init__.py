@@ -120,6 +120,7 @@ METHOD = Method(
     codec="mixedprec_plugin.methods.blockwise_int8.codec",
     min_capability=80,
     why_not_repack=partial(scaled.why_not_scaled, CODES),
+    quantizes_parts=True,
     sglang="mixedprec_plugin.methods.blockwise_int8.sglang",
     kernel=lambda _arguments, _shape, _capability: "Triton block matmul",
     moe_kernels="triton",

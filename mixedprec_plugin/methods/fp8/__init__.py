@@ -226,6 +226,7 @@ METHOD = Method(
     why_not_repack=partial(scaled.why_not_scaled, CODES),
     conflict=conflict,
     why_not_quantize=why_not_quantize,
+    quantizes_parts=True,
     sglang="mixedprec_plugin.methods.fp8.sglang",
     kernel=kernel,
     moe_kernels="triton",

@@ -67,6 +67,7 @@ METHOD = Method(
     codec="mixedprec_plugin.methods.fp8_channel.codec",
     min_capability=89,
     why_not_repack=partial(scaled.why_not_channels, fp8.CODES),
+    quantizes_parts=True,
     sglang="mixedprec_plugin.methods.fp8_channel.sglang",
     # fp8_utils.py:2456
     kernel=lambda _arguments, _shape, _capability: "fp8_scaled_mm",

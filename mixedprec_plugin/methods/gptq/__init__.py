@@ -309,6 +309,7 @@ METHOD = Method(
     complete=complete,
     faults_as_stored=faults_as_stored,
     why_not_quantize=why_not_quantize,
+    quantizes_parts=True,
     sglang="mixedprec_plugin.methods.gptq.sglang",
     kernel=lambda _arguments, _shape, _capability: "Marlin",
     moe_kernels="marlin",

@@ -112,6 +112,7 @@ METHOD = Method(
     codec="mixedprec_plugin.methods.int8_channel.codec",
     min_capability=80,
     why_not_repack=partial(scaled.why_not_channels, CODES),
+    quantizes_parts=True,
     sglang="mixedprec_plugin.methods.int8_channel.sglang",
     # layers/quantization/w8a8_int8.py, `W8A8Int8LinearMethod.apply`
     kernel=lambda _arguments, _shape, _capability: "int8_scaled_mm",
