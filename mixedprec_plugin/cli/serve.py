@@ -19,8 +19,8 @@ from typing import TextIO
 
 from mixedprec_plugin.cli.output import print_json, report
 from mixedprec_plugin.cli.planning import make_plan
-from mixedprec_plugin.errors import LoadError, Problem, UsageError
-from mixedprec_plugin.plan.memory import memory_line
+from mixedprec_plugin.errors import LoadError, PlanError, Problem, UsageError
+from mixedprec_plugin.plan.memory import RESERVE, memory_lines
 from mixedprec_plugin.plan.render import plan_as_dict, totals_line
 from mixedprec_plugin.preset.parents import locate_preset
 from mixedprec_plugin.resources import preset_dir
@@ -76,7 +76,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if not args.gpu and (found := _gpu_here()):
         args.gpu = found
     args.device = "cuda" if args.gpu else "cpu"
-    plan = make_plan(args).check()
+    plan = make_plan(args)
+    has_fraction = any(word.startswith("--mem-fraction-static") for word in args.passed_on)
+    errors = [p for p in plan.errors if not (has_fraction and p.rule == RESERVE)]
+    if errors:
+        raise PlanError(errors)
     if problems := [*plan.not_calibrated(), *_port_problems(args.host, args.port)]:
         raise LoadError(problems)
     command = _command(args)
@@ -85,7 +89,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     else:
         print(totals_line(plan), file=out)
         where = "no GPU: served by the CPU platform" if args.device == "cpu" else ""
-        if line := memory_line(plan.layers, plan.target, plan.source.config) or where:
+        memory = memory_lines(plan.layers, plan.target, plan.source.config)
+        for line in memory or filter(None, [where]):
             print(line, file=out)
         report([p for p in plan.problems if p.severity != "error"], sys.stderr)
         print(f"$ {shlex.join(command)}", file=out, flush=True)

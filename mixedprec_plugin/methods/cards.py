@@ -29,6 +29,13 @@ _BY_CAPABILITY = {
     120: "RTX 5070 Ti 16, RTX 5080 16, RTX 5090 32, RTX PRO 6000 96",
     121: "GB10 128",
 }
+# memory bandwidth in GB/s, by the products' data sheets; of several versions the fastest
+_BANDWIDTH = {
+    "T4": 320, "RTX 2080 Ti": 616, "A10": 600, "A10G": 600, "A30": 933, "A40": 696, "A100": 2039,
+    "A800": 2039, "RTX 3090": 936, "RTX 3090 Ti": 1008, "RTX A6000": 768, "L4": 300, "L40": 864,
+    "L40S": 864, "RTX 4080": 717, "RTX 4090": 1008, "RTX 6000 Ada": 960, "H100": 3352,
+    "H200": 4800, "B200": 8000, "RTX 5090": 1792, "RTX PRO 6000": 1792,
+}  # fmt: skip
 # of the GPUs that SGLang runs on, ascending
 CAPABILITIES = tuple(sorted(x for x in _BY_CAPABILITY if x >= LEAST_CAPABILITY))
 # what drivers and sellers put around a name
@@ -76,6 +83,11 @@ def find_gpu(text: str) -> Gpu:
         what = f"SGLang does not run on {gpu.name} (expected compute capability 7.5 or more)"
         raise UsageError(Problem("--gpu", what, rule="gpu"))
     return gpu
+
+
+def bandwidth_of(gpu: Gpu) -> int:
+    """Bytes a second that a GPU reads of its memory; 0 where that is not known."""
+    return _BANDWIDTH.get(gpu.name, 0) * 10**9
 
 
 def _by_name(text: str) -> Gpu:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.families.config import Config, num_kv_ranks
-from mixedprec_plugin.families.names import parallel_kind
+from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.families.config import Config, count_of, num_kv_ranks, text_config
+from mixedprec_plugin.families.names import ExpertShard, parallel_kind
 from mixedprec_plugin.families.table import family_of
-from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.cards import bandwidth_of
+from mixedprec_plugin.methods.interface import LayerShape, Target
+from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.plan.budget import KV_CACHE, Load, gpu_budget
 from mixedprec_plugin.plan.model import PlannedLayer
 
+# tokens of the requests that the KV cache is told in
+_CONTEXT = 8192
+# compute capability of a GPU with units for every format
+_NEWER = 90
+# rule of what another --mem-fraction-static would help
+RESERVE = "memory-reserve"
+_MOST = 0.9
 _SPLIT_KINDS = ("linear", "expert", "embedding", "lm_head")
 
 
@@ -43,36 +54,155 @@ def parts_of(tp_size: int, config: Config) -> Callable[[PlannedLayer], int]:
     return num_parts
 
 
-def memory_line(layers: Iterable[PlannedLayer], target: Target, config: Config) -> str:
-    """One line: what a rank's weights take of its GPU; empty where that is not known."""
-    if target.gpu is None or not target.gpu.memory_bytes:
-        return ""
-    held, memory = rank_bytes(layers, target.tp_size, config), target.gpu.memory_bytes
-    return (
-        f"{target.gpu.name} of {_gigabytes(memory)}: {_gigabytes(held)} of weights a rank at "
-        f"tensor parallel {target.tp_size}, {held / memory:.0%} of its memory"
-    )
+def memory_lines(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[str]:
+    """What a rank's GPU holds, a line each in one unit; empty where its memory is not known."""
+    gpu = target.gpu
+    if gpu is None or not gpu.memory_bytes:
+        return []
+    held, lines = rank_bytes(layers, target.tp_size, config), []
+    title = f"{gpu.name} of {_gigabytes(gpu.memory_bytes)}, each of {target.tp_size}:"
+    try:
+        reserve, token = _reserve_and_token(target, config)
+    except UsageError as error:
+        return [title, f"  {_gigabytes(held):>8}  weights", f"  {error.problems[0].what}"]
+    room = max(0, gpu.memory_bytes - reserve - held)
+    tokens = room // token if token else 0
+    requests = f", {tokens // _CONTEXT} requests of {_CONTEXT:,}" if tokens >= _CONTEXT else ""
+    fraction = f"{1 - reserve / gpu.memory_bytes:.3g}"
+    lines += [
+        title,
+        f"  {_gigabytes(held):>8}  weights",
+        f"  {_gigabytes(reserve):>8}  activations and CUDA graphs, by SGLang's default "
+        f"(--mem-fraction-static {fraction})",
+        f"  {_gigabytes(room):>8}  KV cache: {tokens:,} tokens{requests}",
+    ]
+    if bandwidth := bandwidth_of(gpu):
+        read = bytes_read(layers, target.tp_size, config)
+        lines.append(
+            f"  a bound: {bandwidth / read:,.0f} tokens a second for one request, which reads "
+            f"{_gigabytes(read)} of weights for each at {bandwidth // 10**9:,} GB/s"
+        )
+    return lines + [f"  {text}" for text in _weight_only(layers, target)]
+
+
+def _reserve_and_token(target: Target, config: Config) -> tuple[int, int]:
+    """Bytes that SGLang keeps free of weights and KV cache, and that a token adds to the cache.
+
+    Raises:
+        UsageError: what a request keeps is not known.
+    """
+    assert target.gpu is not None
+    taken = gpu_budget(target.gpu, target.tp_size, config, Load(1, 1)).taken
+    token = sum(line.num_bytes for line in taken if line.title == KV_CACHE)
+    return sum(line.num_bytes for line in taken) - token, token
+
+
+def bytes_read(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> int:
+    """Bytes of weights that a rank reads for one token of one request.
+
+    Of an embedding it is a row, and of experts those that the token is routed to.
+    """
+    said = text_config(config)
+    chosen = count_of(said, "num_experts_per_tok") or count_of(said, "moe_top_k")
+    experts: dict[str, set[int]] = {}
+    layers = list(layers)
+    for layer in layers:
+        if isinstance(layer.shard, ExpertShard):
+            experts.setdefault(layer.module, set()).add(layer.shard.expert)
+    has_head = any(layer.kind == "lm_head" for layer in layers)
+    total = 0.0
+    for layer, held in zip(layers, bytes_by_layer(layers, tp_size, config), strict=True):
+        if isinstance(layer.shard, ExpertShard) and chosen:
+            total += held * min(1.0, chosen / len(experts[layer.module]))
+        elif layer.kind != "embedding" or not has_head:
+            total += held
+    return max(1, round(total))
+
+
+def _weight_only(layers: Iterable[PlannedLayer], target: Target) -> list[str]:
+    """Methods whose activations stay in 16 bits on this GPU, and do not on others."""
+    found: dict[str, None] = {}
+    for layer in layers:
+        if layer.kind == "linear" and layer.scheme is not None and layer.stored is not None:
+            found.update(_kernels(layer, target))
+    assert target.gpu is not None
+    return [
+        f"{name} is weight-only on {target.gpu.name}, which has no units for it: activations stay "
+        "in 16 bits"
+        for name in found
+    ]
+
+
+def _kernels(layer: PlannedLayer, target: Target) -> dict[str, None]:
+    assert layer.scheme is not None
+    assert layer.stored is not None
+    assert target.gpu is not None
+    N, K = layer.stored.N, layer.stored.K
+    shape = LayerShape(N, K, (N,), "column", target.tp_size, target.dtype)
+    kernel, arguments = METHODS[layer.method].kernel, layer.scheme.arguments
+    here, there = (kernel(arguments, shape, x) for x in (target.gpu.capability, _NEWER))
+    return {layer.method: None} if here == "Marlin" != there else {}
 
 
 def why_not_in_memory(
     layers: Sequence[PlannedLayer], target: Target, config: Config
 ) -> list[Problem]:
-    """Find whether the weights alone are more than the GPU of a rank holds."""
+    """Find whether SGLang would not start on the GPU of a rank: no room beside the weights."""
     if target.gpu is None or not target.gpu.memory_bytes:
         return []
-    held, memory = rank_bytes(layers, target.tp_size, config), target.gpu.memory_bytes
-    if held <= memory:
+    memory = target.gpu.memory_bytes
+
+    def fits(held: int, tp_size: int) -> bool:
+        try:
+            reserve, token = _reserve_and_token(
+                dataclasses.replace(target, tp_size=tp_size), config
+            )
+        except UsageError:  # what a request keeps is not known; the weights are
+            reserve, token = 0, 0
+        return held + reserve + token <= memory
+
+    held = rank_bytes(layers, target.tp_size, config)
+    if fits(held, target.tp_size):
         return []
-    remedy = "use methods of fewer bits"
-    for size in (2, 4, 8, 16, 32):
-        if size > target.tp_size and rank_bytes(layers, size, config) <= memory:
-            remedy += f", or --tp {size}"
+    ways = []
+    for method in ("fp8", "awq"):
+        size = held + _change(layers, method, target, config)
+        if size < held and fits(size, target.tp_size):
+            ways.append(f"method: {method} for all linear layers, {_gigabytes(size)} a rank")
             break
-    what = (
-        f"the weights do not fit: {_gigabytes(held)} a rank on {target.gpu.name} of "
-        f"{_gigabytes(memory)}"
-    )
-    return [Problem("--gpu", what, remedy, "memory")]
+    for size in (2, 4, 8, 16, 32):
+        if size > target.tp_size and fits(rank_bytes(layers, size, config), size):
+            ways.append(f"--tp {size}")
+            break
+    card = f"{target.gpu.name} of {_gigabytes(memory)}"
+    what, rule = f"the weights do not fit: {_gigabytes(held)} a rank on {card}", "memory"
+    if held <= memory:
+        rule = RESERVE
+        if held < _MOST * memory:
+            ways.append(f"--mem-fraction-static {_MOST}, which leaves less for activations")
+        reserve, _ = _reserve_and_token(target, config)
+        what = (
+            f"SGLang would not start: {_gigabytes(held)} of weights a rank and "
+            f"{_gigabytes(reserve)} for activations and CUDA graphs leave no room for a KV cache "
+            f"on {card}"
+        )
+    remedy = f"use {', or '.join(ways)}" if ways else "use methods of fewer bits"
+    return [Problem("--gpu", what, remedy, rule)]
+
+
+def _change(layers: Iterable[PlannedLayer], method: str, target: Target, config: Config) -> int:
+    """By how many bytes a rank's weights change where linear layers and experts run in a method."""
+    spec, num_parts = METHODS[method], parts_of(target.tp_size, config)
+    sizes: dict[tuple[int, int], int] = {}
+    change = 0
+    for layer in layers:
+        if layer.kind in ("linear", "expert") and layer.stored is not None and layer.num_weights:
+            N, K = layer.stored.N, layer.stored.K
+            if (N, K) not in sizes:
+                stored = spec.stored(spec.defaults, N, K, target.dtype)
+                sizes[N, K] = sum(x.num_bytes for x in stored.values())
+            change += min(0, sizes[N, K] - layer.bytes_after) // num_parts(layer)
+    return change
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -12,7 +12,7 @@ from mixedprec_plugin.families.record import Family
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.plan.family_checks import shared_experts_line
 from mixedprec_plugin.plan.folding import fold_names, fold_numbers
-from mixedprec_plugin.plan.memory import memory_line
+from mixedprec_plugin.plan.memory import memory_lines
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.tables import Page, Table
 
@@ -201,7 +201,7 @@ def print_plan(plan: Plan, page: Page) -> None:
     page.print(table)
     page.print()
     page.print(totals_line(plan))
-    if line := memory_line(plan.layers, plan.target, plan.source.config):
+    for line in memory_lines(plan.layers, plan.target, plan.source.config):
         page.print(line)
     if line := shared_experts_line(plan.source.config, plan.layers):
         page.print(printable(line))

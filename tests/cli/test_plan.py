@@ -135,7 +135,7 @@ def test_gpu_that_does_not_run_a_method_exits_1(model: Path, tmp_path: Path) -> 
     argv = ("plan", "--model", model, "--preset", preset)
     code, out, _ = run(*argv, "--gpu", "H100")
     assert code == 0
-    assert "H100 of 80 GB: 0 GB of weights a rank at tensor parallel 1, 0% of its memory" in out
+    assert "H100 of 80 GB, each of 1:\n      0 GB  weights\n" in out
     code, _, err = run(*argv, "--gpu", "RTX 2080 Ti")
     assert code == 1
     assert "fp8 does not run on this GPU, whose compute capability is 7.5 (expected 8.0" in err

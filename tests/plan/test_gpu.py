@@ -10,7 +10,7 @@ import pytest
 
 from mixedprec_plugin.methods.cards import find_gpu
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.memory import rank_bytes
+from mixedprec_plugin.plan.memory import memory_lines, rank_bytes
 from mixedprec_plugin.plan.model import Plan
 from tests.checkpoints import write_llama
 from tests.presets import plan, problem_texts
@@ -78,12 +78,47 @@ def test_weights_that_the_gpu_does_not_hold_are_an_error(mixtral: Path) -> None:
     (problem,) = on("H100", mixtral, 'match: "*", method: unquantized').errors
     assert problem.rule == "memory"
     assert str(problem) == (
-        "--gpu: the weights do not fit: 93.4 GB a rank on H100 of 80 GB; use methods of fewer "
-        "bits, or --tp 2"
+        "--gpu: the weights do not fit: 93.4 GB a rank on H100 of 80 GB; use method: fp8 for all "
+        "linear layers, 47 GB a rank, or --tp 2"
     )
     rule = 'match: "*.experts.*", method: gptq'
     assert not on("H100", mixtral, rule).errors
     assert not on("H100", mixtral, 'match: "*", method: unquantized', tp_size=2).errors
+
+
+def test_weights_without_room_for_a_cache_are_an_error(tmp_path: Path) -> None:
+    """SGLang keeps more than the rest for activations."""
+    model = qwen3_30b_a3b().write(tmp_path / "moe")
+    rules = (
+        'match: "*.experts.*", method: gptq, group_size: 32',
+        'match: "*.self_attn.*", method: fp8',
+    )
+    (problem,) = on("RTX 4090", model, *rules).errors
+    assert problem.rule == "memory-reserve"
+    assert str(problem) == (
+        "--gpu: SGLang would not start: 19.1 GB of weights a rank and 7.6 GB for activations and "
+        "CUDA graphs leave no room for a KV cache on RTX 4090 of 24 GB; use --tp 2, or "
+        "--mem-fraction-static 0.9, which leaves less for activations"
+    )
+    assert not on("RTX 4090", model, *rules, tp_size=2).errors
+
+
+def test_lines_of_memory_add_up_to_the_card(tmp_path: Path) -> None:
+    made = on("A6000", qwen3_30b_a3b().write(tmp_path / "moe"), 'match: "*_proj", method: awq',
+              'match: "*.self_attn.*", method: fp8')  # fmt: skip
+    assert not made.errors
+    title, *lines = memory_lines(made.layers, made.target, made.source.config)
+    assert title == "RTX A6000 of 48 GB, each of 1:"
+    sizes = [float(line.split(" GB")[0]) for line in lines[:3]]
+    assert sum(sizes) == pytest.approx(48, abs=0.2)
+    # 4 key and value heads of 128, 48 layers, 2 bytes
+    tokens = int(lines[2].split(": ")[1].split(" tokens")[0].replace(",", ""))
+    assert tokens == pytest.approx(sizes[2] * 1e9 / (2 * 4 * 128 * 48 * 2), rel=0.01)
+    # 8 of 128 experts are read
+    assert re.search(r"which reads 2\.\d GB of weights", lines[3])
+    assert lines[4].startswith("  fp8 is weight-only on RTX A6000, which has no units for it")
+    newer = on("H100", tmp_path / "moe", 'match: "*.self_attn.*", method: fp8')
+    assert not any("weight-only" in x for x in memory_lines(newer.layers, newer.target, {}))
 
 
 def test_memory_is_not_judged_where_it_is_not_known(mixtral: Path) -> None:
