@@ -54,8 +54,8 @@ PRESETS: dict[str, tuple[dict[str, Any], list[str]]] = {
 HEAD = """\
 # Calibrated rounding
 
-`mixedprec convert --calibrate` rounds the layers that a preset quantizes to integers in groups
-(`awq` and `gptq`, 4 and 8 bits) so that the model's predictions change least. It needs no data:
+`mixedprec convert --calibrate` rounds the layers that a preset quantizes (`awq` and `gptq` in 4 and
+8 bits, FP8 and INT8) so that the model's predictions change least. It needs no data:
 the model writes the text itself, from the beginning of a text and from the end of another one,
 and draws the labels from its own predictions. `--text FILE` takes a text of yours instead.
 
@@ -66,11 +66,12 @@ For each linear layer, tokens are weighed by the gradient that its outputs have 
 information), and the second moment of its inputs, so weighed, tells what an error in its weight
 costs. Correlations that the text is too short to tell are shrunk (Ledoit and Wolf). Columns are
 then rounded in turn, each error fed back to those that follow, and codes, scales and zero points
-descend to where the loss is least. What is stored is an ordinary AWQ or GPTQ layer. Experts that
+descend to where the loss is least. What is stored is an ordinary layer of the method. Experts that
 saw few tokens borrow from the others of their layer.
 
 One decoder layer is in memory at a time; hidden states are on disk, a float32 number a token and
-hidden feature for each decoder layer (1 GB for the demo's model, 37 GB for 70B). Only the text is
+hidden feature for each decoder layer (1 GB for the demo's model, 37 GB for 70B), and the space is
+asked for before the work. Only the text is
 written with the whole model in memory: for one that does not fit, give `--text`. A conversion
 that was stopped goes on where it was. `mixedprec_calibration.json` in the output says what was
 calibrated on, and each layer's predicted loss.
@@ -156,8 +157,10 @@ def measure(
             absent.append({"preset": peer.preset, "rounding": f"{peer.title}: absent"})
             continue
         preset = folder / f"{peer.tool.name}.yaml"
-        rule = {"match": "*", "method": "auto", "source": "peer"}
-        write_preset(preset, {"sources": {"peer": str(made)}, "rules": [rule]})
+        everything = {"match": "*", "method": "auto", "source": "peer"}
+        own = {"match": MATCH, **PRESETS[peer.preset][0], "source": "peer"}
+        content = {"sources": {"peer": {"path": str(made)}}, "rules": [everything, own]}
+        write_preset(preset, content)
         rows[str(preset)] = {"preset": peer.preset, "rounding": peer.title}
     named = [word for name in rows for word in ("--preset", name)]
     for name, text in {**texts(folder), OWN: None}.items():

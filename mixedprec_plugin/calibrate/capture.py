@@ -82,6 +82,11 @@ class Capture(TorchFunctionMode):
                 self._keep(parts, x, result)
         return result
 
+    def __exit__(self, *error: Any) -> None:
+        """Let go of the last inputs: their graph holds the hooks, and these hold this object."""
+        self._last = (None, torch.empty(0))
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
     def _keep(self, parts: list[PlannedLayer], x: torch.Tensor, result: torch.Tensor) -> None:
         if self._last[0] is not x:
             self._last = (x, x.detach().reshape(-1, x.shape[-1]).bfloat16())

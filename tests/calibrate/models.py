@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ SIZES = {
 }  # fmt: skip
 
 
-def config_of(kind: str) -> Any:
+def config_of(kind: str, sizes: Mapping[str, int]) -> Any:
     if kind == "llama":
-        return LlamaConfig(**SIZES)
+        return LlamaConfig(**sizes)
     return Qwen3MoeConfig(
-        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        **sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
         decoder_sparse_step=1, norm_topk_prob=True,
     )  # fmt: skip
 
 
-def write_model(folder: Path, kind: str = "llama", seed: int = 0) -> Any:
+def write_model(
+    folder: Path, kind: str = "llama", seed: int = 0, sizes: Mapping[str, int] = SIZES
+) -> Any:
     """Save a model and its tokenizer; returns the model, in float32."""
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config_of(kind), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_config(config_of(kind, sizes), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixedprec_plugin.calibrate.capture import Seen
+from mixedprec_plugin.calibrate import sweep
+from mixedprec_plugin.calibrate.capture import Capture, Seen
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.sweep import Sweep
 from mixedprec_plugin.checkpoint.reader import Reader
@@ -63,15 +66,15 @@ def swept(
     names = {layer.name for layer in plan.layers if layer.name.endswith("_proj")}
     with Reader() as reader:
         network = Network(plan, reader, torch.float32, CPU)
-        sweep = Sweep(network, tokens, folder, 0, gradients=gradients, held_out=held_out)
-        draw = sweep._draw
+        own = Sweep(network, tokens, folder, 0, gradients=gradients, held_out=held_out)
+        draw = own._draw
 
         def drawn(window: int, logits: torch.Tensor) -> torch.Tensor:
             labels.append(draw(window, logits))
             return labels[-1]
 
-        sweep._draw = drawn  # type: ignore[method-assign]
-        sweep.run(names, keeper, lambda _: None)
+        own._draw = drawn  # type: ignore[method-assign]
+        own.run(names, keeper, lambda _: None)
     return labels
 
 
@@ -173,6 +176,28 @@ def test_text_that_is_held_out_is_kept_apart_with_whole_gradients(tmp_path: Path
         torch.testing.assert_close(
             held.gradients.float(), expected[3 * 16 :], rtol=0.05, atol=0.05 * float(expected.std())
         )
+
+
+def test_nothing_of_a_layer_is_held_when_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graph holds the hooks, these the capture: memory must not follow the model's depth."""
+    made = []
+
+    class Watched(Capture):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(sweep, "Capture", Watched)
+    write_model(tmp_path / "model")
+    (tmp_path / "work").mkdir()
+    tokens = torch.arange(3, 3 + 48).view(3, 16)
+    swept(plan_of(tmp_path / "model"), tokens, tmp_path / "work", Keeper())
+    gc.collect()
+    # forward, where nothing is kept, and backward
+    assert len(made) == 6
+    assert not [one for one in made if one() is not None]
 
 
 def test_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
