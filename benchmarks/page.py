@@ -1,4 +1,4 @@
-"""Time and size of the page of DeepSeek-V3 with rules for single experts.
+"""Time and size of the pages of the largest models, with rules for single experts.
 
 `python -m benchmarks.page`.
 
@@ -32,10 +32,16 @@ new Promise((done) => {
 
 def main() -> int:
     """Print a line for each figure."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        made = published.deepseek_v3()
-        model = made.write(folder / "DeepSeek-V3")
+    for model, made in (("DeepSeek-V3", published.deepseek_v3), ("Kimi-K2", published.kimi_k2)):
+        print(model)
+        _measure(model, made())
+    return 0
+
+
+def _measure(name: str, made: published.Published) -> None:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
+        folder = Path(root)
+        model = made.write(folder / name)
         preset = folder / "experts.yaml"
         rules = _RULES + published.single_expert_rules(made)
         preset.write_text(f"version: 1\nrules:\n{rules}", encoding="utf-8")
@@ -46,11 +52,10 @@ def main() -> int:
         ]  # fmt: skip
         plain, _ = _timed(command)
         wall, cpu = _timed([*command, "--html", str(page)])
-        print(f"plan: {plain:.1f} s; with --html: {wall:.1f} s, {cpu:.1f} s of processor")
-        print(f"page: {page.stat().st_size / 1e6:.2f} MB")
+        print(f"  plan: {plain:.1f} s; with --html: {wall:.1f} s, {cpu:.1f} s of processor")
+        print(f"  page: {page.stat().st_size / 1e6:.2f} MB")
         if browser_path():
             _browse(page, folder / "profile")
-    return 0
 
 
 def _timed(command: list[str]) -> tuple[float, float]:
@@ -67,10 +72,10 @@ def _browse(page: Path, profile: Path) -> None:
         browser.look(1440, 1000)
         start = time.perf_counter()
         browser.open(page)
-        print(f"opened and drawn: {time.perf_counter() - start:.2f} s")
+        print(f"  opened and drawn: {time.perf_counter() - start:.2f} s")
         for text in (*_FILTERS, *_FILTERS):
             took = browser.run(_TYPED.replace("TEXT", repr(text)))
-            print(f"filter {text!r}: {took:.0f} ms")
+            print(f"  filter {text!r}: {took:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import { Canvas } from "./canvas";
 import { bytesText, gigabytes, Plan, shortName, thousands, type Card, type PageData } from "./document";
 import { applied, faultsOf, presetText, totalsOf, type Edit, type State, type Totals } from "./edits";
 import { gridPicture } from "./grid";
-import { Faults, LayerPanel, RulePanel, Rules, ruleStats, type Selection } from "./panels";
+import { Faults, LayerPanel, leftOf, RulePanel, Rules, ruleStats, type Selection } from "./panels";
 import type { Cell, Look } from "./picture";
 import { bitsMeasure, changeMeasure, matched, noneColor, overlayMeasure, type Measure } from "./scale";
 import { partOf, towersOf, treemapPicture, type Focus } from "./treemap";
@@ -78,7 +78,12 @@ function Page({ data }: { data: PageData }) {
   ]), []);
   const zoom = useCallback((cell: Cell) => setFocus((now) => deeper(plan, now, cell.layers[0])), []);
   const back = useCallback(() => setFocus(shallower), []);
-  const numErrors = plan.doc.problems.filter((p) => p.severity === "error").length + faults.length;
+  const left = useMemo(() => leftOf(state), [state]);
+  const numErrors = plan.doc.problems.filter((p, k) => p.severity === "error" && (!p.layers || left[k])).length + faults.length;
+  useEffect(() => {
+    // on a phone the panel is below the pictures
+    if (selection && matchMedia("(max-width: 1000px)").matches) document.querySelector(".selected")!.scrollIntoView({ block: "nearest" });
+  }, [selection]);
 
   return (
     <>
@@ -127,7 +132,7 @@ function Page({ data }: { data: PageData }) {
       </div>
       <section aria-labelledby="faults-title">
         <h2 id="faults-title">Faults</h2>
-        <Faults plan={plan} faults={faults} onRule={onRule} onLayer={onLayer} />
+        <Faults plan={plan} left={left} faults={faults} onRule={onRule} onLayer={onLayer} />
       </section>
       {other && index && <Changes state={state} other={other} index={index} onLayer={onLayer} />}
       <Result state={state} setEdits={setEdits} totals={totals} planned={planned} />

@@ -20,8 +20,9 @@ function shown(plan: Plan): number[] {
     const name = shortName(plan.doc.layers[k].name);
     return (/attn|attention|mixer/.test(name) ? 0 : /experts/.test(name) ? 4 : 2) + (/(^|[._])(o_proj|out_proj|down_proj|w2)$/.test(name) ? 1 : 0);
   };
+  const order = (k: number) => ["q_proj", "k_proj", "v_proj"].indexOf(shortName(plan.doc.layers[k].name).split(".").pop()!);
   // as a token passes them, as far as names tell
-  return plan.doc.layers.map((_, k) => k).filter((k) => useful.has(k)).sort((a, b) => rank(a) - rank(b) || a - b);
+  return plan.doc.layers.map((_, k) => k).filter((k) => useful.has(k)).sort((a, b) => rank(a) - rank(b) || order(a) - order(b) || a - b);
 }
 
 /** Columns of a tower, experts' projections as one; as wide as there is room. */
@@ -38,7 +39,7 @@ function columnsOf(plan: Plan, templates: number[], width: number): Column[] {
   const all = [...groups];
   const single = all.filter(([, g]) => !g.experts).length;
   const wide = all.length - single;
-  const narrow = wide ? (width < 600 ? 9 : 20) : Math.min(64, (width - LEFT) / Math.max(single, 1) - 2);
+  const narrow = wide ? (width < 600 ? 9 : 20) : Math.min(112, (width - LEFT) / Math.max(single, 1) - 2);
   const room = width - LEFT - single * (narrow + 2) - wide * 12;
   let x = LEFT;
   return all.map(([name, { templates: own, experts }]) => {
@@ -52,7 +53,7 @@ function columnsOf(plan: Plan, templates: number[], width: number): Column[] {
 }
 
 /** Whether titles stand on end, as columns are too narrow for them. */
-const isUpright = (columns: Column[]) => columns.some((c) => !c.experts && c.w < 6.2 * c.title.length);
+const isUpright = (columns: Column[]) => columns.some((c) => !c.experts && c.w < 6 * c.title.length);
 
 function layout(plan: Plan, width: number): { sections: Section[]; height: number } {
   const use = shown(plan);

@@ -32,6 +32,9 @@ export function Rules({ state, stats, selected, onHover, onSelect }: {
   const { rules, schemes, choices } = state.plan.doc;
   // hundreds of rows: made again only when they change
   return useMemo(() => {
+    const { problems } = state.plan.doc;
+    const faulty = (severity: string) => new Set(problems.filter((p) => p.severity === severity).flatMap((p) => p.rules));
+    const [errors, warnings] = [faulty("error"), faulty("warning")];
     const edited = new Map(state.edits.flatMap((e) => (e.kind === "rule" ? [[e.rule, e.method] as const] : [])));
     return (
       <ol class="rules" onMouseLeave={() => onHover(null)}>
@@ -44,7 +47,7 @@ export function Rules({ state, stats, selected, onHover, onSelect }: {
               <button type="button" aria-pressed={selected === index} onMouseEnter={() => onHover(index)}
                 onFocus={() => onHover(index)} onBlur={() => onHover(null)} onClick={() => onSelect(index)}>
                 <span class="index">{index}</span>
-                <span class="pattern">{rule.patterns.join("  ")}</span>
+                <span class="pattern">{errors.has(index) ? <b class="error">error </b> : warnings.has(index) ? <b class="warning">warning </b> : ""}{rule.patterns.join("  ")}</span>
                 <span class="method">{edited.has(index) ? "✎ " : ""}{scheme.label !== scheme.method && !edited.has(index) ? `${scheme.label}: ` : ""}{method}</span>
                 <span class="count">{decides === matches ? thousands(decides) : `${thousands(decides)} of ${thousands(matches)}`} layers</span>
                 <span class="where">{fileOf(rule.where)}</span>
@@ -95,6 +98,7 @@ export function LayerPanel({ state, other, index, layer, overlays, onRule, onEdi
   const { doc } = plan;
   const form = plan.formOf(layer);
   const choice = choiceOf(state, layer);
+  const chosen = state.chosen[layer];
   const matches = plan.matchesOf(layer);
   const [scope, setScope] = useState<Scope>("unit");
   const { place, patterns } = placeOf(plan, layer, scope);
@@ -114,7 +118,7 @@ export function LayerPanel({ state, other, index, layer, overlays, onRule, onEdi
   return (
     <section class="panel" aria-labelledby="layer-name">
       <h2 id="layer-name" class="mono">{plan.name(layer)}</h2>
-      {[...form.problems].map((p) => doc.problems[p]).map((p, k) => (
+      {chosen < 0 && [...form.problems].map((p) => doc.problems[p]).map((p, k) => (
         <p key={k} class={`fault ${p.severity}`}><b>{p.severity}</b> {p.what}{p.remedy && <> <i>{p.remedy}</i></>}</p>
       ))}
       {choice?.[2] && <p class="fault error"><b>cannot</b> {choice[2]}</p>}
@@ -207,7 +211,15 @@ export function RulePanel({ state, stats, rule, onLayer, onEdit }: {
   );
 }
 
-export function Faults({ plan, faults, onRule, onLayer }: { plan: Plan; faults: Fault[]; onRule: (rule: number) => void; onLayer: (layer: number) => void }) {
+/** How many layers with each of the plan's problems are still as planned. */
+export function leftOf(state: State): number[] {
+  const left = state.plan.doc.problems.map(() => 0);
+  for (let i = 0; i < state.plan.size; i++)
+    if (state.chosen[i] < 0) for (const p of state.plan.formOf(i).problems) left[p]++;
+  return left;
+}
+
+export function Faults({ plan, left, faults, onRule, onLayer }: { plan: Plan; left: number[]; faults: Fault[]; onRule: (rule: number) => void; onLayer: (layer: number) => void }) {
   const { problems } = plan.doc;
   const first = useMemo(() => problems.map((_, p) => {
     const form = plan.doc.forms.findIndex((f) => f.problems.includes(p));
@@ -221,8 +233,8 @@ export function Faults({ plan, faults, onRule, onLayer }: { plan: Plan; faults: 
           <button type="button" class="link" onClick={() => onLayer(f.layers[0])}>{thousands(f.layers.length)} layers</button></li>
       ))}
       {problems.map((p, k) => [p, k] as const).sort(([a], [b]) => a.severity.localeCompare(b.severity)).map(([p, k]) => (
-        <li key={k} class={`fault ${p.severity}`}>
-          <b>{p.severity}</b> <span class="mono where">{p.where}</span> {p.what}{p.remedy && <> <i>{p.remedy}</i></>}{" "}
+        <li key={k} class={`fault ${p.layers > 0 && !left[k] ? "gone" : p.severity}`}>
+          <b>{p.severity}</b> {p.layers > 0 && !left[k] && <b class="gone">before your changes </b>}<span class="mono where">{p.where}</span> {p.what}{p.remedy && <> <i>{p.remedy}</i></>}{" "}
           {p.rules.map((rule) => <button key={rule} type="button" class="link" onClick={() => onRule(rule)}>rule {rule}</button>)}
           {first[k] >= 0 && <button type="button" class="link" onClick={() => onLayer(first[k])}>{p.layers === 1 ? "its layer" : `${thousands(p.layers)} layers`}</button>}
         </li>
