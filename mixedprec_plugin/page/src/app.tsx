@@ -60,11 +60,12 @@ function Page({ data }: { data: PageData }) {
     for (const fault of faults) for (const i of fault.layers) marks[i] = 2;
     return marks;
   }, [state, faults]);
+  const colors = useMemo(() => Array.from({ length: plan.size }, (_, i) => measure.color(measure.value(i))), [measure]);
   const layer = selection && "layer" in selection ? selection.layer : -1;
   const look = useMemo<Look>(() => {
     const style = getComputedStyle(document.documentElement);
     const color = (name: string) => style.getPropertyValue(`--${name}`).trim();
-    return { plan, measure, lit, selected: layer, faulty, ink: color("ink"), muted: color("muted"), surface: color("surface"), error: color("error"), warning: color("warning") };
+    return { plan, measure, colors, lit, selected: layer, faulty, ink: color("ink"), muted: color("muted"), surface: color("surface"), error: color("error"), warning: color("warning") };
   }, [measure, lit, layer, faulty, isDark]);
 
   const makeMap = useCallback((width: number) => treemapPicture(state, focus, width, Math.round(Math.max(300, Math.min(480, width * 0.5)))), [state, focus]);
@@ -80,6 +81,8 @@ function Page({ data }: { data: PageData }) {
   const back = useCallback(() => setFocus(shallower), []);
   const left = useMemo(() => leftOf(state), [state]);
   const numErrors = plan.doc.problems.filter((p, k) => p.severity === "error" && (!p.layers || left[k])).length + faults.length;
+  // the first filter needs them
+  useEffect(() => void setTimeout(() => plan.names, 200), []);
   useEffect(() => {
     // on a phone the panel is below the pictures
     if (selection && matchMedia("(max-width: 1000px)").matches) document.querySelector(".selected")!.scrollIntoView({ block: "nearest" });

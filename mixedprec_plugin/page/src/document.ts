@@ -96,7 +96,15 @@ export class Plan {
 
   #names: string[] | null = null;
   get names(): string[] {
-    return (this.#names ??= Array.from({ length: this.size }, (_, i) => this.name(i)));
+    if (!this.#names) {
+      const pieces = this.doc.layers.map((t) => t.name.split("{}"));
+      this.#names = Array.from({ length: this.size }, (_, i) => {
+        const [start, middle, end] = pieces[this.template[i]];
+        if (middle === undefined) return start;
+        return end === undefined ? `${start}${this.block[i]}${middle}` : `${start}${this.block[i]}${middle}${this.expert[i]}${end}`;
+      });
+    }
+    return this.#names;
   }
 }
 

@@ -3,6 +3,10 @@ import { shortName, towerOf, type Plan } from "./document";
 import { clipped, DIM, meanOf, outline, type Cell, type Look, type Picture } from "./picture";
 
 interface Column { title: string; x: number; w: number; templates: number[]; bins: number; experts: number }
+/** First layer and how many. */
+type Range = [first: number, count: number];
+/** The layers of each bin of a column in a block and a projection. */
+type LayersAt = (s: Section, c: Column, b: number, part: number) => (bin: number) => Range | null;
 interface Section { tower: string; y: number; head: number; rowHeight: number; blocks: number[]; columns: Column[] }
 
 const LEFT = 30;
@@ -86,20 +90,29 @@ function layout(plan: Plan, width: number): { sections: Section[]; height: numbe
 
 export function gridPicture(plan: Plan, width: number): Picture {
   const { sections, height } = layout(plan, width);
+  const layersAt: LayersAt = (s, c, b, part) => {
+    const row = plan.rowOf(c.templates[part], s.blocks[b]);
+    if (!row) return () => null;
+    if (!c.experts) return () => [row.first, 1];
+    // some models have experts in some places only
+    const whole = row.count === c.experts;
+    const experts = whole ? null : plan.expert.subarray(row.first, row.first + row.count);
+    return (bin) => {
+      const [low, high] = [Math.ceil((bin * c.experts) / c.bins), Math.ceil(((bin + 1) * c.experts) / c.bins)];
+      if (!experts) return [row.first + low, high - low];
+      const [first, end] = [experts.findIndex((e) => e >= low), experts.findIndex((e) => e >= high)];
+      const count = (end < 0 ? experts.length : end) - first;
+      return first < 0 || count <= 0 ? null : [row.first + first, count];
+    };
+  };
   // the cell of a column, its block and its bin of experts; its part is the projection
   const cell = (s: Section, c: Column, b: number, bin: number, part: number): Cell | null => {
-    const row = plan.rowOf(c.templates[part], s.blocks[b]);
-    if (!row) return null;
-    const [low, high] = [Math.ceil((bin * c.experts) / c.bins), Math.ceil(((bin + 1) * c.experts) / c.bins)];
-    const layers: number[] = [];
-    if (!c.experts) layers.push(row.first);
-    else if (row.count === c.experts) for (let e = low; e < high; e++) layers.push(row.first + e);
-    else for (let i = row.first; i < row.first + row.count; i++) if (plan.expert[i] >= low && plan.expert[i] < high) layers.push(i);
-    if (!layers.length) return null;
+    const layers = layersAt(s, c, b, part)(bin);
+    if (!layers) return null;
     const [w, h] = [c.w / c.bins, s.rowHeight / c.templates.length];
     const y = s.y + b * (s.rowHeight + 1) + part * h;
     const [x, end] = [Math.round(c.x + bin * w), Math.round(c.x + (bin + 1) * w)];
-    return { x, y, w: end - x, h, layers };
+    return { x, y, w: end - x, h, layers: Array.from({ length: layers[1] }, (_, k) => layers[0] + k) };
   };
   const at = (x: number, y: number): Cell | null => {
     for (const s of sections) {
@@ -139,59 +152,73 @@ export function gridPicture(plan: Plan, width: number): Picture {
   return {
     width, height, at, of, next,
     first: () => { const s = sections[sections.length - 1]; return s ? cell(s, s.columns[0], 0, 0, 0) : null; },
-    draw: (context, look) => draw(context, look, sections, cell, of),
+    draw: (context, look) => draw(context, look, sections, layersAt, of),
   };
 }
 
-type CellAt = (s: Section, c: Column, b: number, bin: number, part: number) => Cell | null;
-
-function draw(context: CanvasRenderingContext2D, look: Look, sections: Section[], cell: CellAt, of: (layer: number) => Cell | null): void {
+function draw(context: CanvasRenderingContext2D, look: Look, sections: Section[], layersAt: LayersAt, of: (layer: number) => Cell | null): void {
   for (const s of sections) {
     heads(context, look, s);
-    s.blocks.forEach((_, b) => {
-      for (const c of s.columns)
-        for (let part = 0; part < c.templates.length; part++) strip(context, look, c, (bin) => cell(s, c, b, bin, part));
-    });
+    for (const c of s.columns) (c.experts ? experts : single)(context, look, s, c, layersAt);
   }
   context.globalAlpha = 1;
   const chosen = look.selected < 0 ? null : of(look.selected);
   if (chosen) outline(context, chosen, look);
 }
 
-/** The cells of one projection in one block; neighbours of one colour in one stroke. */
-function strip(context: CanvasRenderingContext2D, look: Look, c: Column, at: (bin: number) => Cell | null): void {
-  let [x0, x1, y, h, key] = [0, 0, 0, 0, ""];
-  const flush = () => {
-    if (!key) return;
-    const [color, alpha] = key.split(" ");
-    context.globalAlpha = Number(alpha);
-    context.fillStyle = color;
-    context.fillRect(x0, y, x1 - x0, h);
-  };
-  for (let bin = 0; bin < c.bins; bin++) {
-    const found = at(bin);
-    const share = found && look.lit ? found.layers.filter((i) => look.lit![i]).length / found.layers.length : 1;
-    const now = found ? `${look.measure.color(meanOf(found.layers, look.measure.value))} ${share ? Math.max(share, 0.4) : DIM}` : "";
-    if (now !== key || (found && c.bins === 1)) {
-      flush();
-      key = now;
-      x0 = found?.x ?? 0;
-    }
-    if (found) [x1, y, h] = [found.x + found.w, found.y, found.h];
-    if (found?.layers.some((i) => look.faulty[i] === 2)) {
-      flush();
-      key = "";
-      context.globalAlpha = 1;
-      context.fillStyle = look.error;
-      context.fillRect(found.x, found.y, found.w, found.h);
-      if (found.w > 6 && found.h > 6) {
-        context.fillStyle = now.split(" ")[0];
-        context.fillRect(found.x + 2, found.y + 2, found.w - 4, found.h - 4);
+/** A column of one layer in each block. */
+function single(context: CanvasRenderingContext2D, look: Look, s: Section, c: Column, layersAt: LayersAt): void {
+  s.blocks.forEach((_, b) => {
+    const layers = layersAt(s, c, b, 0)(0);
+    if (!layers) return;
+    const y = s.y + b * (s.rowHeight + 1);
+    context.globalAlpha = !look.lit || look.lit[layers[0]] ? 1 : DIM;
+    context.fillStyle = look.colors[layers[0]];
+    context.fillRect(c.x, y, c.w, s.rowHeight);
+    if (look.faulty[layers[0]] !== 2) return;
+    context.strokeStyle = look.error;
+    context.lineWidth = 2;
+    context.strokeRect(c.x + 1, y + 1, c.w - 2, s.rowHeight - 2);
+  });
+  context.globalAlpha = 1;
+}
+
+/** A column of experts: a pixel for each, in an image that is stretched; tens of thousands are drawn at once. */
+function experts(context: CanvasRenderingContext2D, look: Look, s: Section, c: Column, layersAt: LayersAt): void {
+  const parts = c.templates.length;
+  const image = new ImageData(c.bins, s.blocks.length * parts);
+  const pixels = new DataView(image.data.buffer);
+  const error = rgb(look.error);
+  const of = new Map<string, number>();
+  s.blocks.forEach((_, b) => {
+    for (let part = 0; part < parts; part++) {
+      const at = layersAt(s, c, b, part);
+      for (let bin = 0; bin < c.bins; bin++) {
+        const layers = at(bin);
+        if (!layers) continue;
+        const [first, count] = layers;
+        let [numLit, isFaulty] = [0, false];
+        for (let i = first; i < first + count; i++) {
+          if (!look.lit || look.lit[i]) numLit++;
+          if (look.faulty[i] === 2) isFaulty = true;
+        }
+        const color = count === 1 ? look.colors[first] : look.measure.color(meanOf(Array.from({ length: count }, (_x, k) => first + k), look.measure.value));
+        let value = of.get(color);
+        if (value === undefined) of.set(color, (value = rgb(color)));
+        const strength = numLit ? Math.max(numLit / count, 0.4) : DIM;
+        pixels.setUint32(4 * ((b * parts + part) * c.bins + bin), ((isFaulty ? error : value) << 8 | Math.round(255 * strength)) >>> 0);
       }
     }
-  }
-  flush();
+  });
+  const small = new OffscreenCanvas(image.width, image.height);
+  small.getContext("2d")!.putImageData(image, 0, 0);
+  context.imageSmoothingEnabled = false;
+  s.blocks.forEach((_, b) => {
+    context.drawImage(small, 0, b * parts, c.bins, parts, c.x, s.y + b * (s.rowHeight + 1), c.w, s.rowHeight);
+  });
 }
+
+const rgb = (color: string) => parseInt(color.slice(1), 16);
 
 function heads(context: CanvasRenderingContext2D, look: Look, s: Section): void {
   context.globalAlpha = 1;

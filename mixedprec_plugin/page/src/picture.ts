@@ -22,6 +22,8 @@ export interface Picture {
 export interface Look {
   plan: Plan;
   measure: Measure;
+  /** The colour of each layer's value. */
+  colors: string[];
   /** 1 for each layer that is shown at its full strength; null for all. */
   lit: Uint8Array | null;
   selected: number;
@@ -38,8 +40,6 @@ export function meanOf(layers: number[], value: (i: number) => number): number {
   }
   return count ? sum / count : NaN;
 }
-
-export const isLit = (layers: number[], lit: Uint8Array | null) => !lit || layers.some((i) => lit[i]);
 
 export const DIM = 0.13;
 

@@ -2,8 +2,8 @@
 import { hierarchy, treemap, treemapDice, treemapSlice, treemapSquarify, type HierarchyRectangularNode } from "d3-hierarchy";
 import { bytesText, shortName, towerOf, type Plan } from "./document";
 import { bitsOf, summaryOf, type State } from "./edits";
-import { clipped, DIM, isLit, meanOf, outline, type Cell, type Look, type Picture } from "./picture";
-import { inkOn } from "./scale";
+import { clipped, DIM, meanOf, outline, type Cell, type Look, type Picture } from "./picture";
+import { inkOn, type Measure } from "./scale";
 
 /** What fills the map: everything, a part, a layer of all blocks, or one of a block. */
 export interface Focus { part?: string; template?: number; block?: number }
@@ -112,13 +112,19 @@ function nearestCell(cells: Cell[], from: Cell, key: string, steps: number): Cel
 }
 
 function draw(context: CanvasRenderingContext2D, look: Look, root: Rect, cells: Cell[], cellOf: Int32Array, state: State): void {
-  for (const cell of cells) {
-    context.globalAlpha = isLit(cell.layers, look.lit) ? 1 : DIM;
-    const color = look.measure.color(meanOf(cell.layers, look.measure.value));
+  const colors = colorsOf(cells, look);
+  const [isLit, isFaulty] = [new Uint8Array(cells.length), new Uint8Array(cells.length)];
+  for (let i = 0; i < cellOf.length; i++) {
+    if (cellOf[i] < 0) continue;
+    if (!look.lit || look.lit[i]) isLit[cellOf[i]] = 1;
+    if (look.faulty[i] === 2) isFaulty[cellOf[i]] = 1;
+  }
+  for (let k = 0; k < cells.length; k++) {
+    const [cell, color] = [cells[k], colors[k]];
+    context.globalAlpha = isLit[k] ? 1 : DIM;
     context.fillStyle = color;
     context.fillRect(cell.x, cell.y, cell.w, cell.h);
-    const isFaulty = cell.layers.some((i) => look.faulty[i] === 2);
-    if (isFaulty && cell.w > 3 && cell.h > 3) {
+    if (isFaulty[k] && cell.w > 3 && cell.h > 3) {
       context.strokeStyle = look.error;
       context.lineWidth = 2;
       context.strokeRect(cell.x + 1, cell.y + 1, cell.w - 2, cell.h - 2);
@@ -130,6 +136,18 @@ function draw(context: CanvasRenderingContext2D, look: Look, root: Rect, cells: 
   titles(context, look, root);
   const chosen = look.selected < 0 ? undefined : cells[cellOf[look.selected]];
   if (chosen) outline(context, chosen, look);
+}
+
+const known = new WeakMap<Measure, { cells: Cell[]; colors: string[] }>();
+
+/** The colour of each cell's mean; kept until the measure or the map is another. */
+function colorsOf(cells: Cell[], { measure }: Look): string[] {
+  let found = known.get(measure);
+  if (found?.cells !== cells) {
+    found = { cells, colors: cells.map((cell) => measure.color(meanOf(cell.layers, measure.value))) };
+    known.set(measure, found);
+  }
+  return found.colors;
 }
 
 function label(context: CanvasRenderingContext2D, cell: Cell, state: State, ink: string): void {
