@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def _check_patterns(said: Any, where: str) -> None:
             waiting += [part for key in value if key != "preset" for part in (key, value[key])]
         elif isinstance(value, list):
             waiting += value
-        elif isinstance(value, str) and not is_plain(value):
+        elif isinstance(value, str) and (value.startswith("re:") or not is_plain(value)):
             count += 1
     if count > MAX_PATTERNS:
         what = f"holds {count:,} patterns (expected up to {MAX_PATTERNS:,})"
@@ -109,9 +109,16 @@ def _validator(kind: str) -> Validator:
         {"integer": _is_integer, "number": _is_number}
     )
     validator: type[Validator] = extend(  # type: ignore[no-untyped-call]
-        Draft202012Validator, type_checker=types
+        Draft202012Validator, {"items": _check_items}, type_checker=types
     )
     return validator(schema)
+
+
+def _check_items(validator: Any, items: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    """The keyword `items`; of lists of text, as long as a model has layers, at once."""
+    if items == {"type": "string"} and isinstance(value, list) and set(map(type, value)) <= {str}:
+        return
+    yield from Draft202012Validator.VALIDATORS["items"](validator, items, value, schema)
 
 
 def _with_definitions(part: Any, definitions: Mapping[str, Any]) -> Any:

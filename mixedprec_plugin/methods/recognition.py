@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import itertools
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -164,19 +164,59 @@ def _is_passed_over(name: str) -> bool:
 
 def _is_ignored(said: Said, name: str) -> bool | None:
     """Whether a list leaves the layer out; None where tools read the entry differently."""
-    entries = [entry for key in _IGNORE_KEYS for entry in strings(said.config.get(key))]
-    below = "" if said.ignores == "named" else "*"
+    ignored = _ignored(_Lists(map(said.config.get, _IGNORE_KEYS)))
     parent, _, last = name.rpartition(".")
     fused = [module for module, shards in DECODER.fused_modules.items() if last in shards]
-    for entry, spelled in itertools.product(entries, (last, *fused)):
+    for spelled in (last, *fused):
         spelling = f"{parent}.{spelled}" if parent else spelled
-        if entry.startswith("re:"):
-            if matches(entry[3:], spelling):
-                return True
-        elif fnmatch.fnmatchcase(f".{spelling}.", f"*.{entry}.{below}"):
+        if ignored.holds(spelling, whole=said.ignores == "named"):
             return True
-    is_told = not (said.ignores == "within" and any(entry in name for entry in entries))
-    return False if is_told else None
+    return None if said.ignores == "within" and ignored.holds_part_of(name) else False
+
+
+class _Lists(tuple[Any, ...]):
+    """Lists of a config.json, equal to themselves: they may be too long to be compared."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Lists) and all(map(operator.is_, self, other))
+
+
+class _Ignored:
+    """The lists of layers that are left alone, of which some have a line for each layer."""
+
+    def __init__(self, entries: list[str]) -> None:
+        self.patterns = [x for x in entries if x.startswith("re:") or re.search(r"[*?\[]", x)]
+        self.names = frozenset(entries).difference(self.patterns)
+
+    def holds(self, name: str, *, whole: bool) -> bool:
+        """Whether an entry is a layer or, unless it has to be the whole of one, a part of it."""
+        parts = name.split(".")
+        ends = (len(parts),) if whole else range(1, len(parts) + 1)
+        runs = (".".join(parts[start:end]) for end in ends for start in range(end))
+        return not self.names.isdisjoint(runs) or any(
+            matches(entry[3:], name)
+            if entry.startswith("re:")
+            else fnmatch.fnmatchcase(f".{name}.", f"*.{entry}.{'' if whole else '*'}")
+            for entry in self.patterns
+        )
+
+    def holds_part_of(self, name: str) -> bool:
+        """Whether an entry is any part of a layer's name, as some tools look for them."""
+        if len(self.names) < len(name) ** 2:
+            return any(entry in name for entry in (*self.names, *self.patterns))
+        ends = range(len(name) + 1)
+        pieces = {name[start:end] for end in ends for start in range(end + 1)}
+        return not self.names.isdisjoint(pieces) or any(x in name for x in self.patterns)
+
+
+@functools.lru_cache(maxsize=8)
+def _ignored(lists: _Lists) -> _Ignored:
+    return _Ignored([entry for entries in lists for entry in strings(entries)])
 
 
 def _contradictions(found: StoredFormat, said: Said) -> tuple[str, ...]:

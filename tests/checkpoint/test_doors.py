@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.checkpoint.records import check_record
 from mixedprec_plugin.checkpoint.source import INDEX_NAME, Source, open_source
+from mixedprec_plugin.cli.inspect import inspect_layers
 from mixedprec_plugin.errors import CheckpointError
 from tests.checkpoints import llama_config, write_llama
 from tests.headers import write_headers
@@ -194,6 +195,20 @@ def test_patterns_without_number_are_refused(tmp_path: Path) -> None:
     folder = write_llama(tmp_path, quantization_config=said)
     with pytest.raises(CheckpointError, match=r"quantization_config: holds 3,000 patterns"):
         open_source(folder)
+
+
+def test_lists_of_layers_are_looked_up_and_not_gone_through(tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.mlp" for number in range(2, 150_000)]
+    said = {"quant_method": "fp8", "ignored_layers": [*names, "model.layers.0.self_attn"]}
+    with within(60):
+        source = open_source(write_llama(tmp_path, quantization_config=said))
+        layers = {layer.name: layer.stored for layer in inspect_layers(source)}
+    stored = layers["model.layers.0.mlp.up_proj"]
+    assert stored is not None
+    assert "config.json says fp8" in stored.disagreements[0]
+    stored = layers["model.layers.0.self_attn.q_proj"]
+    assert stored is not None
+    assert stored.disagreements == ()
 
 
 def test_stale_index_is_named_and_the_remedy_works(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.headers import DTYPE_BITS, StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.table import FAMILIES
@@ -110,6 +110,27 @@ def _shrink(config: Any, sizes: Mapping[str, int]) -> None:
             setattr(config, key, value[: sizes["num_hidden_layers"]])
 
 
+# how tools store an [N, K] weight in 4 bits and groups of 16, or in FP8 and blocks of 16
+STORED: Mapping[str, Callable[[int, int], dict[str, tuple[str, tuple[int, ...]]]]] = {
+    "gptq": lambda N, K: {
+        "qweight": ("I32", (K // 8, N)), "qzeros": ("I32", (K // 16, N // 8)),
+        "scales": ("F16", (K // 16, N)), "g_idx": ("I32", (K,)),
+    },
+    "awq": lambda N, K: {
+        "qweight": ("I32", (K, N // 8)), "qzeros": ("I32", (K // 16, N // 8)),
+        "scales": ("F16", (K // 16, N)),
+    },
+    "fp8": lambda N, K: {
+        "weight": ("F8_E4M3", (N, K)), "weight_scale_inv": ("F32", (N // 16, K // 16)),
+    },
+}  # fmt: skip
+SAID = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": False},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [16, 16]},
+}
+
+
 class Planner:
     """Plans checkpoints of nothing but headers."""
 
@@ -118,13 +139,22 @@ class Planner:
         self.preset = preset(folder, 'match: "*", method: bf16')
 
     def problems(self, config: Mapping[str, Any], shapes: Shapes) -> list[Problem]:
+        tensors = {name: ("BF16", shape) for name, shape in shapes.items()}
+        made = self.errors(config, tensors)
+        return [problem for problem in made if problem.rule == "whole-model"]
+
+    def errors(
+        self, config: Mapping[str, Any], specs: Mapping[str, tuple[str, tuple[int, ...]]]
+    ) -> list[Problem]:
         file = self.folder / "model.safetensors"
         tensors = {
-            name: StoredTensor(name, "BF16", shape, file, 0, 2 * math.prod(shape))
-            for name, shape in shapes.items()
+            name: StoredTensor(
+                name, dtype, shape, file, 0, DTYPE_BITS[dtype] // 8 * math.prod(shape)
+            )
+            for name, (dtype, shape) in specs.items()
         }
-        made = resolve_plan(self.preset, Source("model", self.folder, config, tensors), Target())
-        return [problem for problem in made.errors if problem.rule == "whole-model"]
+        source = Source("model", self.folder, config, tensors)
+        return list(resolve_plan(self.preset, source, Target()).errors)
 
 
 @pytest.fixture
@@ -190,6 +220,46 @@ def test_tensor_that_is_missing_is_named(planner: Planner, architecture: str) ->
     for name in shapes:
         problems = planner.problems(config, {n: s for n, s in shapes.items() if n != name})
         assert is_named(name, problems), (name, problems)
+
+
+@pytest.mark.parametrize("method", STORED)
+@pytest.mark.parametrize(
+    "architecture",
+    ["LlamaForCausalLM", "DeepseekV3ForCausalLM", "Qwen3_5MoeForCausalLM", "Phi3ForCausalLM"],
+)
+def test_scale_or_zero_point_that_is_missing_is_named(
+    planner: Planner, architecture: str, method: str
+) -> None:
+    config, shapes = saved(architecture)
+    one_by_one = dict(shapes)
+    for name in [name for name in shapes if name.endswith(".experts.gate_up_proj")]:
+        count, rows, hidden = one_by_one.pop(name)
+        del one_by_one[f"{name.removesuffix('gate_up_proj')}down_proj"]
+        for expert in range(count):
+            prefix = f"{name.removesuffix('gate_up_proj')}{expert}"
+            one_by_one |= {f"{prefix}.{x}_proj.weight": (rows // 2, hidden) for x in ("gate", "up")}
+            one_by_one[f"{prefix}.down_proj.weight"] = (hidden, rows // 2)
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    quantized = []
+    for name, shape in one_by_one.items():
+        layer = name.removesuffix(".weight")
+        is_coded = layer.endswith("_proj") and name != layer and all(n % 16 == 0 for n in shape)
+        if is_coded:
+            quantized.append(layer)
+            parts = STORED[method](*shape)
+            specs |= {f"{layer}.{suffix}": spec for suffix, spec in parts.items()}
+        else:
+            specs[name] = ("BF16", shape)
+    config = {**config, "quantization_config": SAID[method]}
+    assert len(quantized) > 12
+    assert planner.errors(config, specs) == []
+    # one block, and of its experts one
+    block = [layer for layer in quantized if re.search(r"\.1\.(?!.*experts\.[1-9])", layer)]
+    for layer in block:
+        for suffix in STORED[method](16, 16).keys() - {"g_idx"}:
+            left = {name: spec for name, spec in specs.items() if name != f"{layer}.{suffix}"}
+            problems = planner.errors(config, left)
+            assert any(layer in problem.where for problem in problems), (layer, suffix, problems)
 
 
 @EVERY

@@ -41,7 +41,7 @@ def test_some_hundred_changed_inputs_end_in_success_or_an_error_of_ours(tmp_path
     assert found == []
     # the changes are small enough to pass, and large enough not to
     assert min(campaign.counts[0], campaign.counts[1]) > 20
-    assert len(campaign.kept[0]) > 10
+    assert len(campaign.kept[0]) > 3
 
 
 def test_case_is_read_as_it_was_written(tmp_path: Path) -> None:
