@@ -11,10 +11,9 @@ from mixedprec_plugin.cli.output import print_json
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.names import NEVER_QUANTIZED
-from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.methods.kernels import config_class
 from mixedprec_plugin.names import nearest
-from mixedprec_plugin.plan.matching import match_rules
+from mixedprec_plugin.plan.checks import kernel_of
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.render import format_bytes
 from mixedprec_plugin.plan.tables import Page
@@ -52,8 +51,7 @@ def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
         near = nearest(args.layer, list({*plan.by_name, *plan.modules}))
         remedy = f"did you mean {' or '.join(near)}?" if near else "mixedprec inspect lists them"
         raise UsageError(Problem("", what, remedy, "unknown-layer"))
-    drafts = {layer.name for layer in plan.layers if layer.kind == "draft"}
-    matched = match_rules(plan.preset.rules, (*plan.by_name, *plan.tied), drafts).matched
+    matched = plan.matches.matched
     told = []
     for layer in layers:
         rules = [rule for rule in plan.preset.rules if layer.name in matched[rule.index]]
@@ -99,7 +97,8 @@ def _told(plan: Plan, layer: PlannedLayer, rules: Sequence[Rule]) -> dict[str, A
         },
         "bytes": layer.bytes_after,
         "bits_per_weight": round(layer.bits_per_weight, 4),
-        "sglang": _class(layer, plan.target),
+        "sglang": config_class(layer.method, plan.target) or "SGLang's unquantized methods",
+        "kernel": kernel_of(layer, plan),
     }
 
 
@@ -111,16 +110,6 @@ def _why(layer: PlannedLayer) -> str:
     if layer.scheme is not None and layer.scheme is not layer.rule.scheme:
         return f"runs in {layer.scheme.label}, as all parts of its module"
     return f"runs in {layer.rule.scheme.label}: the last rule that matches it wins"
-
-
-def _class(layer: PlannedLayer, target: Target) -> str:
-    """SGLang's config class that serves the layer on the target."""
-    spec = METHODS[layer.method]
-    classes = spec.config_classes
-    if not classes:
-        return "SGLang's unquantized methods"
-    is_old = target.gpu is not None and target.gpu.capability < spec.fallback_below
-    return classes["cuda_fallback" if is_old and target.device == "cuda" else target.device]
 
 
 def _print(told: dict[str, Any], page: Page) -> None:
@@ -141,3 +130,5 @@ def _print(told: dict[str, Any], page: Page) -> None:
     bits = f", {told['bits_per_weight']:.2f} bits a weight" if told["bits_per_weight"] else ""
     page.print(f"  memory     {format_bytes(told['bytes'])}{bits}")
     page.print(f"  runs in    {told['sglang']}")
+    if told["kernel"]:
+        page.print(f"  kernel     {told['kernel']}")

@@ -20,6 +20,7 @@ from mixedprec_plugin.families.names import (
 )
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import LayerShape, Target
+from mixedprec_plugin.methods.kernels import kernel
 from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
 from mixedprec_plugin.plan.auto import faults_of, find_auto_notes
 from mixedprec_plugin.plan.family_checks import (
@@ -32,7 +33,7 @@ from mixedprec_plugin.plan.folding import fold_names, fold_problems
 from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
-from mixedprec_plugin.plan.model import PlannedLayer
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.near_globs import NearGlobs
 from mixedprec_plugin.preset.model import Preset
 
@@ -180,6 +181,22 @@ def _parameter(layer: PlannedLayer) -> object:
     if isinstance(layer.shard, ExpertShard):
         return layer.module, layer.shard.expert, layer.shard.projection == "w2"
     return layer.module
+
+
+def kernel_of(layer: PlannedLayer, plan: Plan) -> str:
+    """Name the kernel that runs a layer on the plan's GPU; empty where it is not known."""
+    shards = next(s for x, s, _ in with_shards(plan.modules[layer.module]) if x is layer)
+    return kernel_among(layer, shards, plan.target, plan.source.config)
+
+
+def kernel_among(
+    layer: PlannedLayer, shards: Sequence[PlannedLayer], target: Target, config: Config
+) -> str:
+    """The same of a layer and those that share its parameter."""
+    if layer.stored is None or layer.scheme is None or layer.reasons:
+        return ""
+    shape = layer_shape(layer, shards, target, config)
+    return kernel(layer.method, layer.scheme.arguments, shape, target)
 
 
 def layer_shape(

@@ -12,9 +12,8 @@ from typing import Any
 
 from mixedprec_plugin.families.names import last_component
 from mixedprec_plugin.methods.interface import Method
-from mixedprec_plugin.methods.kernels import kernel
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
-from mixedprec_plugin.plan.checks import faults_of_layer, layer_shape
+from mixedprec_plugin.plan.checks import faults_of_layer, kernel_among
 from mixedprec_plugin.plan.conversion import Asked, Conversions
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Location, Rule, Scheme
@@ -90,10 +89,7 @@ class Choices:
         others = [dataclasses.replace(s, scheme=scheme, outputs=made.outputs) for s in shards]
         found = faults_of_layer(tried, others, self._target, self._config)
         faults = [f"{p.what}; {p.remedy}" for p in found if p.severity == "error"]
-        runs_in = ""
-        if not faults:
-            shape = layer_shape(layer, shards, self._target, self._config)
-            runs_in = kernel(scheme.method, scheme.arguments, shape, self._target)
+        runs_in = "" if faults else kernel_among(tried, shards, self._target, self._config)
         return made.bytes_after, made.action, next(iter(faults), ""), runs_in
 
     def _from(self, summary: str, source: str) -> Scheme:

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.names import scheme_unit, sglang_name
 from mixedprec_plugin.families.table import family_of
-from mixedprec_plugin.methods.kernels import config_class, kernel
+from mixedprec_plugin.methods.kernels import config_class
 from mixedprec_plugin.plan.budget import KV_CACHE, Load, gpu_budget
-from mixedprec_plugin.plan.checks import layer_shape, with_shards
+from mixedprec_plugin.plan.checks import kernel_among, with_shards
 from mixedprec_plugin.plan.choices import Choices, scheme_as_dict
 from mixedprec_plugin.plan.folding import unfold_names
 from mixedprec_plugin.plan.memory import parts_of, rank_bytes
@@ -157,7 +157,7 @@ class _Document:
             faults = self._faults.get(layer.name, ())
             key = (alike, layer.source, layer.note, faults, self._parameters(layer))
             if key not in numbers:
-                form = self._form(layer, shards) | {"problems": faults}
+                form = self._form(layer, shards, faults)
                 # each rule of its own scheme has one
                 numbers[key] = self._forms.add(json.dumps(form), form)
             template, block, expert = place_of(layer.name)
@@ -193,15 +193,13 @@ class _Document:
         """What a layer without a stored format is alike in."""
         return None if layer.stored else tuple(layer.outputs.items())
 
-    def _form(self, layer: PlannedLayer, shards: Any) -> dict[str, Any]:
+    def _form(self, layer: PlannedLayer, shards: Any, faults: tuple[int, ...]) -> dict[str, Any]:
         stored, scheme, target = layer.stored, layer.scheme, self._plan.target
         runs_as, runs_in, choices = "", "", None
         if stored is not None and scheme is not None:
             runs_as = config_class(scheme.method, target)
-            shape = layer_shape(layer, shards, target, self._config)
-            runs_in = (
-                "" if layer.reasons else kernel(scheme.method, scheme.arguments, shape, target)
-            )
+            is_wrong = any(self._plan.problems[n].severity == "error" for n in faults)
+            runs_in = "" if is_wrong else kernel_among(layer, shards, target, self._config)
             choices = self._choices.of(layer, shards)
         return {
             "kind": layer.kind,
@@ -218,6 +216,7 @@ class _Document:
             "class": runs_as,
             "kernel": runs_in,
             "choices": choices,
+            "problems": faults,
         }
 
     def _problem(self, number: int, problem: Problem) -> dict[str, Any]:

@@ -123,6 +123,8 @@ class TestExplain:
         assert ["part", f"of    {GATE_UP}"] in lines
         (runs,) = [text for key, text in lines if key == "runs"]
         assert runs.startswith("in    sglang.srt.layers.quantization.awq")
+        out = run("explain", UP, "--model", model, "--preset", preset, "--gpu", "H100")[1]
+        assert out.splitlines()[-1].split() == ["kernel", "Marlin"]
 
     def test_a_module_stands_for_its_parts_and_faults_are_told(
         self, model: Path, tmp_path: Path

@@ -107,6 +107,7 @@ def test_fault_stands_at_its_layers_and_its_rule(llama: Path) -> None:
     made = plan(
         llama, 'match: "*.q_proj", method: fp8', 'match: "*.kk_proj", method: fp8',
         'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64, desc_act: true',
+        target=_H100,
     )  # fmt: skip
     document = _document(made)
     rules = {p["rule"]: p for p in document["problems"]}
@@ -119,6 +120,10 @@ def test_fault_stands_at_its_layers_and_its_rule(llama: Path) -> None:
         f"model.layers.{n}.self_attn.{part}" for n in range(3) for part in parts
     }
     assert rules["fused-conflict"]["layers"] == 9
+    forms = {name: form for name, form, _ in _layers(document)}
+    # a layer with an error runs in no kernel, its neighbour in cuBLAS's
+    assert forms["model.layers.1.mlp.down_proj"]["kernel"] == ""
+    assert forms["model.layers.0.mlp.down_proj"]["kernel"] == "mm"
     assert at["conversion"] == {"model.layers.1.mlp.down_proj"}
     assert rules["unmatched-rule"]["rules"] == [1]
 

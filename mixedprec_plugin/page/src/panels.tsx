@@ -113,6 +113,7 @@ export function LayerPanel({ state, other, index, layer, overlays, onRule, onEdi
   const there = other && index && index[layer] >= 0 ? index[layer] : -1;
   const action = choice?.[1] ?? form.action;
   const kernel = choice ? choice[3] : form.kernel;
+  const isFaulty = choice ? Boolean(choice[2]) : form.problems.some((p) => doc.problems[p].severity === "error");
   const isExpert = plan.expert[layer] >= 0;
   const deciding = matches[matches.length - 1];
   return (
@@ -130,7 +131,7 @@ export function LayerPanel({ state, other, index, layer, overlays, onRule, onEdi
         ["stored → action", `${form.stored || Object.values(form.tensors).map((t) => t[0]).join(", ")} → ${action}`],
         form.note && ["note", form.note],
         ["module", <span class="mono">{doc.layers[plan.template[layer]].sglang.replace("{}", String(plan.block[layer]))}</span>],
-        doc.target.gpu !== null && ["kernel", kernel ? `${kernel} on ${doc.target.gpu.name}` : "SGLang's choice"],
+        doc.target.gpu !== null && ["kernel", kernel ? `${kernel} on ${doc.target.gpu.name}` : isFaulty ? "none" : scheme ? "SGLang's choice" : "SGLang's unquantized layer"],
         !choice && form.class && ["class", <span class="mono">{form.class.split(":")[1]}</span>],
         doc.target.tp_size > 1 && ["ranks", form.parts > 1 ? `split over ${form.parts}, ${bytesText(Math.ceil(state.bytes[layer] / form.parts))} each` : "whole on each"],
         !choice && ["tensors", <ul class="tensors">{Object.entries(form.tensors).map(([name, [dtype, ...shape]]) => <li key={name} class="mono">{name} <span class="muted">{dtype} [{shape.join(", ")}]</span></li>)}</ul>],
