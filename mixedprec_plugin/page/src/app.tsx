@@ -183,7 +183,7 @@ function Crumbs({ plan, focus, layer, setFocus }: { plan: Plan; focus: Focus; la
       {levels.map(([name, to, isHere]) => (
         <button type="button" key={name} class="link" aria-current={isHere ? "true" : undefined} onClick={() => setFocus(to)}>{name}</button>
       ))}
-      {layer < 0 && <span class="muted">double click zooms in</span>}
+      {layer < 0 && <span class="muted">a double click or tap zooms in</span>}
     </nav>
   );
 }
