@@ -168,7 +168,9 @@ def totals(plan: Plan) -> dict[str, Any]:
     matrices = [layer for layer in plan.layers if layer.num_weights and layer.kind != "draft"]
     num_weights = sum(layer.num_weights for layer in matrices)
     served = sum(layer.bytes_after for layer in matrices)
-    unquantized = plan.bytes_after - served + 2 * num_weights
+    # a head that was untied would share the embedding's weight
+    own = sum(layer.num_weights for layer in matrices if layer.bytes_before)
+    unquantized = plan.bytes_after - served + 2 * own
     return {
         "layers": len(plan.layers),
         "bytes_before": plan.bytes_before,

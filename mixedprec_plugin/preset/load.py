@@ -106,18 +106,21 @@ def _preset(bound: Binder, files: Sequence[str]) -> Preset:
         rules=bound.rules,
         on_fused_conflict=data.get("on_fused_conflict", "error"),
         trust_sources=data.get("trust_sources", False),
+        untie_lm_head=data.get("untie_lm_head", False),
         resolved=escape(written),
         warnings=bound.document.findings.sorted(files, "warning"),
     )
     section = data.get("draft")
     if section is None:
         return preset
-    shared = {key: written[key] for key in written if key not in ("draft", "on_fused_conflict")}
+    own = ("draft", "on_fused_conflict", "untie_lm_head")
+    shared = {key: written[key] for key in written if key not in own}
     draft = dataclasses.replace(
         preset,
         description="",
         rules=bound.draft_rules,
         on_fused_conflict=section.get("on_fused_conflict", "error"),
+        untie_lm_head=False,
         resolved=escape(shared | section),
         warnings=(),
     )

@@ -136,6 +136,8 @@ class Preset:
     Attributes:
         path: the file that was asked for.
         files: every file that was read, parents first.
+        untie_lm_head: whether an `lm_head` that shares the embedding's weight becomes a matrix of
+            its own, for rules to quantize.
         resolved: the merged mapping, interpolations resolved, as plain data: loading it again as a
             preset of its own gives the same plan.
         warnings: what is odd but no error, such as a scheme that no rule uses.
@@ -149,6 +151,7 @@ class Preset:
     rules: tuple[Rule, ...]
     on_fused_conflict: Literal["error", "highest"]
     trust_sources: bool
+    untie_lm_head: bool
     resolved: Mapping[str, Any]
     warnings: tuple[Problem, ...] = ()
     draft: Preset | None = None

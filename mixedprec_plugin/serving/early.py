@@ -11,7 +11,8 @@ from typing import Any
 from mixedprec_plugin.checkpoint.converted import is_converted
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
-from mixedprec_plugin.families.names import ExpertShard
+from mixedprec_plugin.families.names import ExpertShard, last_component
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Device
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.model import Plan
@@ -39,6 +40,7 @@ def check_early(args: Any) -> None:
         plan = plan_of(args)
         problems.extend(plan.errors)
         problems.extend(_expert_problems(args, plan))
+        problems.extend(_head_problems(args, plan))
         if plan.preset.draft is not None:
             problems.extend(_draft_problems(args, plan.preset.draft, device))
     elif settings.config:
@@ -91,6 +93,30 @@ def _draft_problems(args: Any, preset: Preset, device: Device) -> Iterable[Probl
             yield Problem(flag, what, f"start without {flag}", "draft")
     if os.path.isdir(path):
         yield from make_draft_plan(path, preset, str(args.dtype), int(args.tp_size), device).errors
+
+
+# what shares no weight with the model's head
+_WITHOUT_HEADS = (None, "NGRAM")
+
+
+def _head_problems(args: Any, plan: Plan) -> Iterable[Problem]:
+    """Launch options that a quantized `lm_head` does not go with.
+
+    Source: `_compute_lm_head` (layers/logits_processor.py:1205), which hands the head's kernel
+    floats of 32 bits; `get_embed_and_head` (models/llama.py:892), the `weight` that draft models
+    take over.
+    """
+    names = family_of(plan.source.config).lm_heads
+    heads = [x for x in plan.layers if last_component(x.name) in names and not x.is_unquantized]
+    for head in heads:
+        if getattr(args, "enable_fp32_lm_head", False):
+            what = f"{head.scheme.label if head.scheme else ''} does not run in float32"
+            yield Problem(head.name, what, "start without --enable-fp32-lm-head", "launch")
+        algorithm = getattr(args, "speculative_algorithm", None)
+        if algorithm not in _WITHOUT_HEADS:
+            what = f"--speculative-algorithm {algorithm!r}: the draft model takes over its floats"
+            remedy = "leave lm_head as it is stored, or start without a draft model"
+            yield Problem(head.name, what, remedy, "launch")
 
 
 def _expert_problems(args: Any, plan: Plan) -> Iterable[Problem]:
