@@ -103,4 +103,7 @@ def without_sources(resolved: Mapping[str, Any]) -> dict[str, Any]:
     for entry in (*data.get("schemes", {}).values(), *data["rules"]):
         if isinstance(entry, dict):
             entry.pop("source", None)
+    # the checkpoint holds the scales itself
+    if data.get("kv_cache", {}).get("scales") not in (None, "none"):
+        data["kv_cache"].pop("scales")
     return data

@@ -28,6 +28,7 @@ from mixedprec_plugin.plan.conversion import Asked, Conversions
 from mixedprec_plugin.plan.family_checks import check_config_shapes
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import check_expert_ids, settle_fused_modules
+from mixedprec_plugin.plan.kv_cache import KvScales
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.mixing import settle_sources
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
@@ -72,7 +73,14 @@ def resolve_plan(
     matches = heads.decided_by_name(matches, preset.rules, (*own, *tied))
     rules = matches.deciding
     taken, problems = _take(names, rules, kinds, sources)
-    stored = {name: formats.of(taken[name], name) for name in names}
+    scales = KvScales(preset.kv_cache, sources, names)
+    names = [name for name in names if scales.of(name, taken[name].layers[name])]
+    names += scales.alone
+    taken |= dict.fromkeys(scales.alone, model)
+    kinds |= dict.fromkeys(scales.alone, "other")
+    problems += scales.problems(preset)
+    bare = set(scales.alone)
+    stored = {n: None if n in bare else formats.of(taken[n], n) for n in names}
     for name in own:
         if heads.is_served_quantized(rules.get(name), stored[name]):
             kinds[name] = "linear"
@@ -93,7 +101,7 @@ def resolve_plan(
     conversions, planned = Conversions(target, model.config), []
     for name in names:
         module, shard = fused[name]
-        tensors = taken[name].layers[name]
+        tensors = scales.of(name, {} if name in bare else taken[name].layers[name])
         to_do = Asked(schemes[name], rules.get(name), stored[name], tensors, kinds[name])
         conversion = conversions.of(to_do)
         planned.append(

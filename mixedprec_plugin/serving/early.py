@@ -22,6 +22,8 @@ from mixedprec_plugin.serving.options import why_not_options
 from mixedprec_plugin.serving.planner import make_draft_plan, plan_of, serving_device
 from mixedprec_plugin.serving.settings import read_settings
 
+_AUTO = "auto"
+
 
 def check_early(args: Any) -> None:
     """Check preset, plan and launch options of a server with the load format mixedprec.
@@ -36,6 +38,7 @@ def check_early(args: Any) -> None:
     settings = read_settings(args)
     device = serving_device()
     problems = why_not_options(args, device)
+    problems.extend(_kv_problems(args))
     if os.path.isdir(args.model_path):
         plan = plan_of(args)
         problems.extend(plan.errors)
@@ -69,6 +72,41 @@ def check_not_converted(args: Any) -> None:
     if isinstance(said, Mapping) and is_converted(said):
         what = "was written by mixedprec convert, in a format that SGLang alone does not read"
         raise UsageError(Problem(str(args.model_path), what, "add --load-format mixedprec"))
+
+
+def preset_of(args: Any) -> Preset | None:
+    """The preset that a server is started with, as far as it is here; None where it is not.
+
+    Raises:
+        UsageError, PresetError, CheckpointError: as for `plan_of`.
+    """
+    settings = read_settings(args)
+    if os.path.isdir(args.model_path):
+        return plan_of(args).preset
+    return load_preset(settings.config, settings.overrides) if settings.config else None
+
+
+def set_kv_dtype(args: Any) -> None:
+    """Have the KV cache in the dtype that the preset says, where no option does.
+
+    Args:
+        args: ServerArgs, not resolved yet.
+    """
+    preset = preset_of(args)
+    if preset is not None and preset.kv_cache.dtype != _AUTO and args.kv_cache_dtype == _AUTO:
+        args.kv_cache_dtype = preset.kv_cache.dtype
+
+
+def _kv_problems(args: Any) -> Iterable[Problem]:
+    """What keeps the KV cache from the dtype that the preset says."""
+    preset, given = preset_of(args), getattr(args, "kv_cache_dtype", None) or _AUTO
+    wanted = _AUTO if preset is None else preset.kv_cache.dtype
+    if preset is None or wanted == _AUTO:
+        return
+    where = f"{preset.path}: kv_cache.dtype"
+    if given not in (_AUTO, wanted):
+        what = f"is {wanted!r}, and --kv-cache-dtype is {given!r}"
+        yield Problem(where, what, "leave one of them out", "launch")
 
 
 def _draft_problems(args: Any, preset: Preset, device: Device) -> Iterable[Problem]:

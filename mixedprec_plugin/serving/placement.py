@@ -271,7 +271,7 @@ def _fill_head(module: ParallelLMHead, parameter: Any, tensor: torch.Tensor) -> 
     """
     dim = getattr(parameter, "output_dim", None)
     if dim is None:
-        parameter.data.copy_(tensor.reshape(parameter.shape))
+        parameter.data.copy_(tensor)
         return
     is_packed = getattr(parameter, "packed_dim", None) == dim
     factor = int(parameter.packed_factor) if is_packed else 1
