@@ -99,7 +99,6 @@ class Conversions:
         if asked.stored is None:
             alike = tuple([(suffix, t.dtype, t.shape) for suffix, t in asked.tensors.items()])
         kept = self._kept(asked)
-        # which may be those of another source than the format's
         suffixes, rule = tuple(asked.tensors), asked.rule
         key = suffixes, id(asked.scheme), alike, asked.kind, rule is None, is_auto(rule), kept
         if key not in self._known:

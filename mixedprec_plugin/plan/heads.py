@@ -49,6 +49,17 @@ def untied(source: Source, tied: Mapping[str, str]) -> Source:
     return dataclasses.replace(source, config=config, tensors=MappingProxyType(tensors))
 
 
+def with_heads(reference: Source, kinds: Mapping[str, Kind]) -> Source:
+    """A checkpoint that a plan is compared with, untied where the plan's layers are.
+
+    Args:
+        kinds: layer name of the plan -> its kind.
+    """
+    embedding = next((name for name, kind in kinds.items() if kind == "embedding"), "")
+    is_apart = HEAD in kinds and bool(reference.config.get(_TIES))
+    return untied(reference, {HEAD: embedding}) if is_apart else reference
+
+
 def decided_by_name(matches: Matches, rules: Collection[Rule], heads: Collection[str]) -> Matches:
     """The same, where only rules that spell a head's name may quantize it."""
     deciding = dict(matches.deciding)

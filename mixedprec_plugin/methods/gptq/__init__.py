@@ -51,7 +51,7 @@ def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
         "is_sym": declared["sym"],
         # it is asked for lm_head only where the plan quantizes it
         "lm_head_quantized": True,
-        "full_config": declared,
+        "full_config": {**declared, "lm_head": True},
         **{key: declared[key] for key in ("group_size", "desc_act", "dynamic")},
     }
 
