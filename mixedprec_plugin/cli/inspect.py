@@ -70,7 +70,7 @@ class InspectedLayer:
         """What a plan can do with the layer."""
         if self._unreadable:
             return "neither"
-        is_quantizable = self.kind not in NEVER_QUANTIZED
+        is_quantizable = self.kind not in NEVER_QUANTIZED or self.kind == "lm_head"
         if self.stored is not None and not self.stored.is_readable:
             return "neither"
         if self.stored is None or self.stored.is_float:

@@ -97,6 +97,7 @@ class CompressedForm:
             group = compressed_tensors.group_for(served, layer.outputs)
             targets = groups.setdefault(repr(group), {**group, "targets": {}})["targets"]
             targets.update(dict.fromkeys(_targets(layer)))
+            ignore.pop(layer.name, None)
         for group in groups.values():
             if group["weights"]["strategy"] == "block":
                 group["targets"]["Linear"] = None

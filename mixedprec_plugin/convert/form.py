@@ -98,9 +98,12 @@ def without_sources(resolved: Mapping[str, Any]) -> dict[str, Any]:
         resolved: `Preset.resolved`; not modified.
     """
     data = copy.deepcopy(dict(resolved))
-    for key in ("sources", "trust_sources"):
+    for key in ("sources", "trust_sources", "untie_lm_head"):
         data.pop(key, None)
     for entry in (*data.get("schemes", {}).values(), *data["rules"]):
         if isinstance(entry, dict):
             entry.pop("source", None)
+    # the checkpoint holds the scales itself
+    if data.get("kv_cache", {}).get("scales") not in (None, "none"):
+        data["kv_cache"].pop("scales")
     return data

@@ -6,6 +6,7 @@ import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 
 class CpuConfig(QuantizationConfig):
@@ -23,7 +24,7 @@ class CpuConfig(QuantizationConfig):
         Raises:
             MethodError: the config asks for a form that the CPU does not run.
         """
-        if not isinstance(layer, LinearBase | FusedMoE):
+        if not isinstance(layer, LinearBase | FusedMoE | ParallelLMHead):
             return None
         method = super().get_quant_method(layer, prefix)
         for own in self.methods:

@@ -26,7 +26,7 @@ class ExpertShard(NamedTuple):
 Shard = str | int | tuple[int, ...] | ExpertShard | None
 
 NEVER_QUANTIZED: Mapping[str, str] = {
-    "lm_head": "SGLang has no quantized kernel for lm_head",
+    "lm_head": "few methods serve lm_head, and only where a rule spells its name",
     "embedding": "SGLang never quantizes embeddings",
     "router": "routers stay unquantized",
     "norm": "it has no weight matrix",

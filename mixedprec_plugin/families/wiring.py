@@ -67,7 +67,8 @@ def coupled_units(kinds: Mapping[str, Kind], tied: Mapping[str, str], config: Co
         for block, layers in blocks.items()
         for norm in layers[0]
     ]
-    heads = tuple(name for name in matrices if kinds[name] == "lm_head")
+    # one that is quantized is of the kind of linear layers
+    heads = tuple(name for name in matrices if last_component(name) in family.lm_heads)
     is_last = len(norms) == 1 and last_component(norms[0]).endswith("norm")
     if is_last and heads and family.norm_offset is not None:
         return [*units, Unit(norms[0], heads)]

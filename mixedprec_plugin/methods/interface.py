@@ -46,6 +46,8 @@ class LayerShape:
             of `shard_sizes`; empty stands for `tp_size` each. Less for the key and value shards of
             a model with fewer key-value heads than ranks: SGLang repeats those.
         is_expert: whether the layer is a projection of one expert; gate and up are shards of `w13`.
+        is_head: whether it is `lm_head`; then `shard_sizes` is the padded vocabulary, and `N` what
+            is stored of it.
     """
 
     N: int
@@ -56,6 +58,7 @@ class LayerShape:
     dtype: str = "BF16"
     shard_ranks: tuple[int, ...] = ()
     is_expert: bool = False
+    is_head: bool = False
 
 
 class Fault(NamedTuple):
@@ -188,6 +191,7 @@ class Method(Format):
         kernel: (arguments, layer shape, compute capability) -> the kernel that a linear layer runs
             in on CUDA, in the words of docs/cuda.md; empty if it is not known. Asked for layers
             without faults only; of experts `moe_kernels` tells it.
+        serves_heads: whether SGLang's class on CUDA serves `lm_head`; most leave it unquantized.
         moe_kernels: SGLang's kernels that its experts run in where no backend is asked for; empty
             if SGLang chooses by what is stored.
         moe_backends: explicit values of --moe-runner-backend that its experts really run in;
@@ -223,6 +227,7 @@ class Method(Format):
     quantizes_parts: bool = False
     sglang: str = ""
     kernel: Callable[[Arguments, LayerShape, int], str] = lambda _arguments, _shape, _gpu: ""
+    serves_heads: bool = False
     moe_kernels: Literal["triton", "marlin", ""] = ""
     moe_backends: frozenset[str] = frozenset()
 

@@ -44,6 +44,8 @@ class _Attempt:
         if split := split_faults(self.shape):
             remedy = "use a tensor-parallel size that divides it"
             return [Fault("shape", text, remedy) for text in split]
+        if self.shape.is_head and spec.config_classes and not spec.serves_heads:
+            return [Fault("shape", f"SGLang leaves lm_head unquantized in {spec.name}")]
         found = spec.faults(self.arguments, self.shape, self.target)
         if gpu is None or not spec.config_classes or gpu.capability >= spec.min_capability:
             return found

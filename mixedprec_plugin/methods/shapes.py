@@ -119,10 +119,12 @@ def group_faults(group_size: int, pack_N: int, pack_K: int, shape: LayerShape) -
     fused module divide each shard's offset by the packed values (layers/parameter.py).
     """
     why, where = "the values packed in a word", per_rank(shape, "column")
+    # of a head, the padded vocabulary is that of the ranks, and what is stored must fill words too
+    sizes = (*outputs_per_rank(shape), *((shape.N,) if shape.is_head else ()))
     return [
         *_uneven_groups(shape, group_size),
         *_uneven_inputs(shape, pack_K, why),
-        *_uneven_outputs(outputs_per_rank(shape), where, pack_N, why),
+        *_uneven_outputs(sizes, where, pack_N, why),
     ]
 
 

@@ -7,6 +7,8 @@ resolve       preset x source -> plan, by
   schemes       the rule that decides -> the layer's scheme
   auto          layers that run as their source stores them
   fusion        one scheme for all shards of a fused module
+  heads         `lm_head`, untied and quantized where the preset says so
+  kv_cache      the scales of the KV cache, from the source that the preset names
   conversion    stored form and scheme -> what is served
 mixing        what layers of several sources need to be one model:
   compatibility   are they checkpoints of one model

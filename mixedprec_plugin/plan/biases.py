@@ -37,7 +37,7 @@ def settle_biases(
     """
     settled, problems = [], []
     for layer in layers:
-        own = model.layers[layer.name].get(_BIAS)
+        own = model.layers.get(layer.name, {}).get(_BIAS)
         theirs = layer.inputs.get(_BIAS)
         if layer.stored is None or layer.source == model.name or (own is None) == (theirs is None):
             pass

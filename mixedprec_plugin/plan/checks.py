@@ -30,6 +30,7 @@ from mixedprec_plugin.plan.family_checks import (
     why_not_stored_fused,
 )
 from mixedprec_plugin.plan.folding import fold_names, fold_problems
+from mixedprec_plugin.plan.heads import padded
 from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
@@ -43,12 +44,14 @@ def check_rules(
     matches: Matches,
     kinds: Mapping[str, Kind],
     fused: Mapping[str, tuple[str, Shard]],
+    tied: Mapping[str, str],
 ) -> list[Problem]:
     """Find rules that match nothing, that later rules shadow wholly, or that ask the impossible.
 
     Args:
         kinds: name of every layer, tied ones too -> its kind.
         fused: name of every layer -> the module that runs it, and the shard of it that it is.
+        tied: tied layer name -> the layer whose weight it shares.
     """
     problems = []
     near_globs = NearGlobs({name: fused.get(name, (name, None)) for name in kinds})
@@ -76,8 +79,14 @@ def check_rules(
         ):
             names = sorted(matched)
             folded, reason = ", ".join(fold_names(names)[:3]), NEVER_QUANTIZED[kinds[names[0]]]
-            what = f"{folded} cannot run in {rule.scheme.label}: {reason}"
             remedy = "remove the rule; such layers are served as stored"
+            if names[0] in tied:
+                reason = f"it shares the weight of {tied[names[0]]}"
+                remedy = (
+                    "write untie_lm_head: true for it to be a matrix of its own, which takes that "
+                    "much more memory, or remove the rule"
+                )
+            what = f"{folded} cannot run in {rule.scheme.label}: {reason}"
             problems.append(Problem(where, what, remedy, "never-quantized"))
     return problems
 
@@ -205,12 +214,17 @@ def layer_shape(
     """The shape of a layer that has a stored format, as methods' rules see it."""
     assert layer.stored is not None
     kv_ranks = num_kv_ranks(config, target.tp_size)
-    shards = [
-        part
-        for s in siblings
-        if s.stored is not None
-        for part in stored_shards(s, config) or ((str(s.shard), s.stored.N),)
-    ]
+    is_head = last_component(layer.name) in family_of(config).lm_heads
+    shards = (
+        [("", padded(layer.stored.N, target.tp_size))]
+        if is_head
+        else [
+            part
+            for s in siblings
+            if s.stored is not None
+            for part in stored_shards(s, config) or ((str(s.shard), s.stored.N),)
+        ]
+    )
     return LayerShape(
         N=layer.stored.N,
         K=layer.stored.K,
@@ -220,4 +234,5 @@ def layer_shape(
         dtype=target.dtype,
         shard_ranks=tuple(kv_ranks if s in ("k", "v") else target.tp_size for s, _ in shards),
         is_expert=isinstance(layer.shard, ExpertShard),
+        is_head=is_head,
     )

@@ -99,7 +99,8 @@ class Conversions:
         if asked.stored is None:
             alike = tuple([(suffix, t.dtype, t.shape) for suffix, t in asked.tensors.items()])
         kept = self._kept(asked)
-        key = (id(asked.scheme), alike, asked.kind, asked.rule is None, is_auto(asked.rule), kept)
+        suffixes, rule = tuple(asked.tensors), asked.rule
+        key = suffixes, id(asked.scheme), alike, asked.kind, rule is None, is_auto(rule), kept
         if key not in self._known:
             self._known[key] = self._decide(asked, kept)
         return self._known[key]

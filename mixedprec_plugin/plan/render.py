@@ -12,6 +12,7 @@ from mixedprec_plugin.families.record import Family
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.plan.family_checks import shared_experts_line
 from mixedprec_plugin.plan.folding import fold_names, fold_numbers
+from mixedprec_plugin.plan.kv_cache import kv_cache_as_dict, kv_cache_line
 from mixedprec_plugin.plan.memory import memory_lines
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.tables import Page, Table
@@ -127,6 +128,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "layers": [_layer_as_dict(layer, family) for layer in plan.layers],
         "tied": dict(plan.tied),
+        "kv_cache": kv_cache_as_dict(plan),
         "target": dataclasses.asdict(plan.target),
         "totals": totals(plan),
         "problems": [dataclasses.asdict(problem) for problem in plan.problems],
@@ -168,7 +170,9 @@ def totals(plan: Plan) -> dict[str, Any]:
     matrices = [layer for layer in plan.layers if layer.num_weights and layer.kind != "draft"]
     num_weights = sum(layer.num_weights for layer in matrices)
     served = sum(layer.bytes_after for layer in matrices)
-    unquantized = plan.bytes_after - served + 2 * num_weights
+    # a head that was untied would share the embedding's weight
+    own = sum(layer.num_weights for layer in matrices if layer.bytes_before)
+    unquantized = plan.bytes_after - served + 2 * own
     return {
         "layers": len(plan.layers),
         "bytes_before": plan.bytes_before,
@@ -203,8 +207,12 @@ def print_plan(plan: Plan, page: Page) -> None:
     page.print(totals_line(plan))
     for line in memory_lines(plan.layers, plan.target, plan.source.config):
         page.print(line)
-    if line := shared_experts_line(plan.source.config, plan.layers):
+    for line in filter(None, (kv_cache_line(plan), _shared_experts(plan))):
         page.print(printable(line))
+
+
+def _shared_experts(plan: Plan) -> str:
+    return shared_experts_line(plan.source.config, plan.layers)
 
 
 def totals_line(plan: Plan) -> str:
@@ -231,8 +239,8 @@ def summary_lines(plan: Plan) -> list[str]:
             f"{format_bytes(group.bytes_after)}  {bits}".rstrip()
         )
     lines.append(f"mixedprec: {totals_line(plan)}")
-    if line := shared_experts_line(plan.source.config, plan.layers):
-        lines.append(f"mixedprec: {line}")
+    notes = filter(None, (kv_cache_line(plan), _shared_experts(plan)))
+    lines.extend(f"mixedprec: {line}" for line in notes)
     lines.extend(f"mixedprec: {p.severity}: {p}" for p in plan.problems)
     return list(map(printable, lines))
 

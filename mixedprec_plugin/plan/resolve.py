@@ -22,12 +22,13 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.names import nearest, without_numbers
-from mixedprec_plugin.plan import checks
+from mixedprec_plugin.plan import checks, heads
 from mixedprec_plugin.plan.auto import find_mixed_experts, find_mixed_modules
 from mixedprec_plugin.plan.conversion import Asked, Conversions
 from mixedprec_plugin.plan.family_checks import check_config_shapes
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.fusion import check_expert_ids, settle_fused_modules
+from mixedprec_plugin.plan.kv_cache import KvScales
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.mixing import settle_sources
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
@@ -58,12 +59,31 @@ def resolve_plan(
     names = [name for name in names if last_component(name) not in family.computed]
     formats = FormatCache()
     kinds = _kinds(model, names, formats)
-    tied = _tied_layers(model, kinds)
+    tied = heads.tied_layers(model, kinds)
+    apart: Mapping[str, str] = {}
+    if preset.untie_lm_head and tied:
+        apart, tied = tied, {}
+        sources = {name: heads.untied(source, apart) for name, source in sources.items()}
+        model = sources[model.name]
+        names += apart
+        kinds |= dict.fromkeys(apart, "lm_head")
     drafts = {name for name, kind in kinds.items() if kind == "draft"}
     matches = match_rules(preset.rules, (*names, *tied), uncounted=drafts)
+    own = [name for name, kind in kinds.items() if kind == "lm_head"]
+    matches = heads.decided_by_name(matches, preset.rules, (*own, *tied))
     rules = matches.deciding
     taken, problems = _take(names, rules, kinds, sources)
-    stored = {name: formats.of(taken[name], name) for name in names}
+    scales = KvScales(preset.kv_cache, sources, names)
+    names = [name for name in names if scales.of(name, taken[name].layers[name])]
+    names += scales.alone
+    taken |= dict.fromkeys(scales.alone, model)
+    kinds |= dict.fromkeys(scales.alone, "other")
+    problems += scales.problems(preset)
+    bare = set(scales.alone)
+    stored = {n: None if n in bare else formats.of(taken[n], n) for n in names}
+    for name in own:
+        if heads.is_served_quantized(rules.get(name), stored[name]):
+            kinds[name] = "linear"
     chooser = SchemeChooser(target)
     asked = {name: chooser.of(rules.get(name), stored[name], kinds[name]) for name in names}
     fused = {name: fused_module(name, model.layers.keys(), family) for name in names}
@@ -75,14 +95,13 @@ def resolve_plan(
     settled = {unit: shards for unit, shards in units.items() if unit not in mixed}
     schemes, conflicts = settle_fused_modules(preset, settled, asked, rules)
     problems += mixtures + conflicts
-    problems += checks.check_rules(
-        preset, matches, {**kinds, **dict.fromkeys(tied, "lm_head")}, fused
-    )
+    whole: dict[str, Kind] = {**kinds, **dict.fromkeys(tied, "lm_head")}
+    problems += checks.check_rules(preset, matches, whole, fused, tied)
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
     conversions, planned = Conversions(target, model.config), []
     for name in names:
         module, shard = fused[name]
-        tensors = taken[name].layers[name]
+        tensors = scales.of(name, {} if name in bare else taken[name].layers[name])
         to_do = Asked(schemes[name], rules.get(name), stored[name], tensors, kinds[name])
         conversion = conversions.of(to_do)
         planned.append(
@@ -98,9 +117,10 @@ def resolve_plan(
                 action=conversion.action,
                 inputs=tensors,
                 outputs=conversion.outputs,
-                bytes_before=conversion.bytes_before,
+                # what an embedding is stored for already
+                bytes_before=0 if name in apart else conversion.bytes_before,
                 bytes_after=conversion.bytes_after,
-                note="left to a draft model" if kinds[name] == "draft" else "",
+                note=_note(name, kinds[name], apart),
                 reasons=conversion.reasons,
             )
         )
@@ -121,6 +141,12 @@ def resolve_plan(
         MappingProxyType(dict(tied)),
         matches,
     )
+
+
+def _note(name: str, kind: Kind, apart: Mapping[str, str]) -> str:
+    if kind == "draft":
+        return "left to a draft model"
+    return f"untied from {apart[name]}" if name in apart else ""
 
 
 def _kinds(model: Source, names: Sequence[str], formats: FormatCache) -> dict[str, Kind]:
@@ -173,10 +199,3 @@ def _nearest_layers(name: str, source: Source) -> str:
     near = nearest(name, list(source.layers))
     hint = f"it holds {', '.join(near)}; " if near else ""
     return f"{hint}take these layers from another source"
-
-
-def _tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
-    if not source.config.get("tie_word_embeddings") or "lm_head" in kinds.values():
-        return {}
-    embedding = next((name for name, kind in kinds.items() if kind == "embedding"), "")
-    return {"lm_head": embedding} if embedding else {}

@@ -13,10 +13,12 @@ from mixedprec_plugin.errors import MethodError
 from mixedprec_plugin.methods.registry import bind
 from mixedprec_plugin.names import MAX_ALTERNATIVES, PatternError, compile_pattern, num_in_ranges
 from mixedprec_plugin.preset.document import Document, Path, at
-from mixedprec_plugin.preset.model import Location, Rule, Scheme, SourceReference
+from mixedprec_plugin.preset.model import KvCache, Location, Rule, Scheme, SourceReference
 from mixedprec_plugin.preset.schema import SCHEME_KEYS
 
 MODEL = "model"
+# in place of the source of scales
+NONE = "none"
 
 # keys of a rule or a scheme that are no arguments of its method
 _OTHER_KEYS = ("match", "optional", *SCHEME_KEYS)
@@ -44,6 +46,7 @@ class Binder:
         self.schemes = self._schemes()
         self.rules = self._rules(("rules",))
         self.draft_rules = self._rules(("draft", "rules"))
+        self.kv_cache = self._kv_cache()
 
     def _sources(self) -> dict[str, SourceReference]:
         sources = {}
@@ -58,6 +61,14 @@ class Binder:
                     _beside(shown["path"], written_in, entry["path"]), shown.get("revision"),
                 )  # fmt: skip
         return sources
+
+    def _kv_cache(self) -> KvCache:
+        said, path = self._mapping("kv_cache"), ("kv_cache", "scales")
+        scales, names = said.get("scales"), [MODEL, *self._mapping("sources")]
+        if scales is not None and self.document.is_sound(path) and scales not in (*names, NONE):
+            self._unknown(path, "source", [*names, NONE])
+            scales = None
+        return KvCache(said.get("dtype", "auto"), "" if scales == NONE else scales)
 
     def _schemes(self) -> dict[str, Scheme | None]:
         """Every scheme by its name, None where it is broken."""

@@ -20,7 +20,7 @@ from mixedprec_plugin.preset.interpolation import (
     refuse_environment,
     resolve,
 )
-from mixedprec_plugin.preset.model import Location, Preset
+from mixedprec_plugin.preset.model import KvCache, Location, Preset
 from mixedprec_plugin.preset.parents import find_preset, merge, read_with_parents
 from mixedprec_plugin.preset.reader import MAX_DEPTH, read_data, read_value
 from mixedprec_plugin.preset.schema import check_file, check_preset
@@ -106,18 +106,23 @@ def _preset(bound: Binder, files: Sequence[str]) -> Preset:
         rules=bound.rules,
         on_fused_conflict=data.get("on_fused_conflict", "error"),
         trust_sources=data.get("trust_sources", False),
+        untie_lm_head=data.get("untie_lm_head", False),
+        kv_cache=bound.kv_cache,
         resolved=escape(written),
         warnings=bound.document.findings.sorted(files, "warning"),
     )
     section = data.get("draft")
     if section is None:
         return preset
-    shared = {key: written[key] for key in written if key not in ("draft", "on_fused_conflict")}
+    own = ("draft", "on_fused_conflict", "untie_lm_head", "kv_cache")
+    shared = {key: written[key] for key in written if key not in own}
     draft = dataclasses.replace(
         preset,
         description="",
         rules=bound.draft_rules,
         on_fused_conflict=section.get("on_fused_conflict", "error"),
+        untie_lm_head=False,
+        kv_cache=KvCache(),
         resolved=escape(shared | section),
         warnings=(),
     )
@@ -209,6 +214,7 @@ def _warn_unused(bound: Binder) -> None:
         if name not in bound.used and f"schemes.{name}" not in texts:
             warn("scheme", name, "no rule uses this scheme", "give it a rule, or take it away")
     used = {rule.scheme.source for rule in (*bound.rules, *bound.draft_rules)}
+    used.add(bound.kv_cache.scales or "")
     for name in bound.sources:
         if name not in used:
             warn("source", name, "no rule takes layers from this source", "give it a rule")

@@ -130,12 +130,34 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
+class KvCache:
+    """What a preset says of the KV cache.
+
+    Attributes:
+        dtype: of the cache, as --kv-cache-dtype takes it; `auto` leaves it to that option.
+        scales: name of the source that its scales come from; empty for none at all, None where they
+            stay with the layers that hold them.
+    """
+
+    dtype: str = "auto"
+    scales: str | None = None
+
+    @property
+    def is_said(self) -> bool:
+        """Whether the preset says anything of it."""
+        return self != KvCache()
+
+
+@dataclasses.dataclass(frozen=True)
 class Preset:
     """One preset with its parents merged in.
 
     Attributes:
         path: the file that was asked for.
         files: every file that was read, parents first.
+        untie_lm_head: whether an `lm_head` that shares the embedding's weight becomes a matrix of
+            its own, for rules to quantize.
+        kv_cache: its dtype, and where its scales come from.
         resolved: the merged mapping, interpolations resolved, as plain data: loading it again as a
             preset of its own gives the same plan.
         warnings: what is odd but no error, such as a scheme that no rule uses.
@@ -149,6 +171,8 @@ class Preset:
     rules: tuple[Rule, ...]
     on_fused_conflict: Literal["error", "highest"]
     trust_sources: bool
+    untie_lm_head: bool
+    kv_cache: KvCache
     resolved: Mapping[str, Any]
     warnings: tuple[Problem, ...] = ()
     draft: Preset | None = None

@@ -29,6 +29,10 @@ def build_model(
         LoadError: `config` has none for a layer, or the stages do not go with the model.
     """
     _apply_name_mapper(config, model_config)
+    if config.plan.source.config.get("tie_word_embeddings") is False:
+        # a preset may untie what config.json ties
+        for said in (model_config.hf_config, model_config.hf_text_config):
+            said.tie_word_embeddings = False
     # can_fuse_shared_expert() of the config is not what every model asks (glm4_moe.py:1012)
     unfused = get_exec().moe.override(disable_shared_experts_fusion=True)
     with set_default_torch_dtype(model_config.dtype), device, unfused:

@@ -13,6 +13,7 @@ from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, Problem
@@ -133,11 +134,13 @@ class MixedPrecisionConfig(QuantizationConfig):
             layer: the module that SGLang is building.
             prefix: its name.
         Returns:
-            None for embeddings, lm_head, attention and unquantized experts, as SGLang expects it.
+            None for embeddings, attention, and unquantized experts and heads, as SGLang expects it.
         Raises:
             LoadError: the plan does not know the module, the GPU or the model's dtype is none
                 that the method runs on, or the method's SGLang class would leave it unquantized.
         """
+        if isinstance(layer, ParallelLMHead):
+            return self._head_method(layer, prefix)
         if not isinstance(layer, LinearBase | FusedMoE):
             return None
         if prefix in self.others:
@@ -155,6 +158,19 @@ class MixedPrecisionConfig(QuantizationConfig):
         planned = self.plan.modules[module][0]
         if planned.is_unquantized:
             return UnquantizedLinearMethod()
+        return self._method_of(planned, layer, prefix)
+
+    def _head_method(self, layer: ParallelLMHead, prefix: str) -> QuantizeMethodBase | None:
+        """None for a head in floats, which is the embedding's where they are tied.
+
+        SGLang's AWQ asks for sizes that only linear layers have (marlin_utils.py:211).
+        """
+        module = self.module_of(prefix)
+        planned = None if module is None else self.plan.modules[module][0]
+        if module is None or planned is None or planned.is_unquantized:
+            return None
+        self.built[module] = layer
+        layer.input_size, layer.output_size = layer.embedding_dim, layer.num_embeddings_padded
         return self._method_of(planned, layer, prefix)
 
     def _experts_method(

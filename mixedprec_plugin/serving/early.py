@@ -11,7 +11,8 @@ from typing import Any
 from mixedprec_plugin.checkpoint.converted import is_converted
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
-from mixedprec_plugin.families.names import ExpertShard
+from mixedprec_plugin.families.names import ExpertShard, last_component
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Device
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.model import Plan
@@ -20,6 +21,8 @@ from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.options import why_not_options
 from mixedprec_plugin.serving.planner import make_draft_plan, plan_of, serving_device
 from mixedprec_plugin.serving.settings import read_settings
+
+_AUTO = "auto"
 
 
 def check_early(args: Any) -> None:
@@ -35,10 +38,12 @@ def check_early(args: Any) -> None:
     settings = read_settings(args)
     device = serving_device()
     problems = why_not_options(args, device)
+    problems.extend(_kv_problems(args))
     if os.path.isdir(args.model_path):
         plan = plan_of(args)
         problems.extend(plan.errors)
         problems.extend(_expert_problems(args, plan))
+        problems.extend(_head_problems(args, plan))
         if plan.preset.draft is not None:
             problems.extend(_draft_problems(args, plan.preset.draft, device))
     elif settings.config:
@@ -69,6 +74,41 @@ def check_not_converted(args: Any) -> None:
         raise UsageError(Problem(str(args.model_path), what, "add --load-format mixedprec"))
 
 
+def preset_of(args: Any) -> Preset | None:
+    """The preset that a server is started with, as far as it is here; None where it is not.
+
+    Raises:
+        UsageError, PresetError, CheckpointError: as for `plan_of`.
+    """
+    settings = read_settings(args)
+    if os.path.isdir(args.model_path):
+        return plan_of(args).preset
+    return load_preset(settings.config, settings.overrides) if settings.config else None
+
+
+def set_kv_dtype(args: Any) -> None:
+    """Have the KV cache in the dtype that the preset says, where no option does.
+
+    Args:
+        args: ServerArgs, not resolved yet.
+    """
+    preset = preset_of(args)
+    if preset is not None and preset.kv_cache.dtype != _AUTO and args.kv_cache_dtype == _AUTO:
+        args.kv_cache_dtype = preset.kv_cache.dtype
+
+
+def _kv_problems(args: Any) -> Iterable[Problem]:
+    """What keeps the KV cache from the dtype that the preset says."""
+    preset, given = preset_of(args), getattr(args, "kv_cache_dtype", None) or _AUTO
+    wanted = _AUTO if preset is None else preset.kv_cache.dtype
+    if preset is None or wanted == _AUTO:
+        return
+    where = f"{preset.path}: kv_cache.dtype"
+    if given not in (_AUTO, wanted):
+        what = f"is {wanted!r}, and --kv-cache-dtype is {given!r}"
+        yield Problem(where, what, "leave one of them out", "launch")
+
+
 def _draft_problems(args: Any, preset: Preset, device: Device) -> Iterable[Problem]:
     """What keeps a draft model from running as the section `draft` says."""
     if getattr(args, "speculative_algorithm", None) is None:
@@ -91,6 +131,30 @@ def _draft_problems(args: Any, preset: Preset, device: Device) -> Iterable[Probl
             yield Problem(flag, what, f"start without {flag}", "draft")
     if os.path.isdir(path):
         yield from make_draft_plan(path, preset, str(args.dtype), int(args.tp_size), device).errors
+
+
+# what shares no weight with the model's head
+_WITHOUT_HEADS = (None, "NGRAM")
+
+
+def _head_problems(args: Any, plan: Plan) -> Iterable[Problem]:
+    """Launch options that a quantized `lm_head` does not go with.
+
+    Source: `_compute_lm_head` (layers/logits_processor.py:1205), which hands the head's kernel
+    floats of 32 bits; `get_embed_and_head` (models/llama.py:892), the `weight` that draft models
+    take over.
+    """
+    names = family_of(plan.source.config).lm_heads
+    heads = [x for x in plan.layers if last_component(x.name) in names and not x.is_unquantized]
+    for head in heads:
+        if getattr(args, "enable_fp32_lm_head", False):
+            what = f"{head.scheme.label if head.scheme else ''} does not run in float32"
+            yield Problem(head.name, what, "start without --enable-fp32-lm-head", "launch")
+        algorithm = getattr(args, "speculative_algorithm", None)
+        if algorithm not in _WITHOUT_HEADS:
+            what = f"--speculative-algorithm {algorithm!r}: the draft model takes over its floats"
+            remedy = "leave lm_head as it is stored, or start without a draft model"
+            yield Problem(head.name, what, remedy, "launch")
 
 
 def _expert_problems(args: Any, plan: Plan) -> Iterable[Problem]:

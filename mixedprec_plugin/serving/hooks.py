@@ -62,11 +62,15 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Names
 
 def _resolve_once(original: Callable[[Any], None], server_args: Any) -> None:
     was_resolved = getattr(server_args, "_resolution_finished", False)
-    original(server_args)
-    if server_args.load_format == LOAD_FORMAT and not was_resolved:
-        from mixedprec_plugin.serving.late import keep_auto
+    if server_args.load_format != LOAD_FORMAT or was_resolved:
+        original(server_args)
+        return
+    from mixedprec_plugin.serving.early import set_kv_dtype
+    from mixedprec_plugin.serving.late import keep_auto
 
-        keep_auto(server_args)
+    set_kv_dtype(server_args)
+    original(server_args)
+    keep_auto(server_args)
 
 
 def _verify_load_format(original: Callable[[Any], None], load_config: Any) -> None:

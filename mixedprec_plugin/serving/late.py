@@ -24,6 +24,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsFusedMoEMethod,
 )
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES
 from mixedprec_plugin.errors import LoadError, Problem
@@ -183,6 +184,8 @@ def _difference(layer: PlannedLayer, built: torch.nn.Module, shards: Sequence[Pl
     assert layer.stored is not None
     if isinstance(built, FusedMoE):
         return _expert_difference(layer, built)
+    if isinstance(built, ParallelLMHead):
+        return _head_difference(layer, built)
     assert isinstance(built, LinearBase)
     expected = (_output_size(built, layer.shard), built.input_size)
     N, whose = layer.stored.N, "its weight is"
@@ -194,6 +197,18 @@ def _difference(layer: PlannedLayer, built: torch.nn.Module, shards: Sequence[Pl
     if layer.stored.N and expected != (N, layer.stored.K):
         return (
             f"{whose} [{N}, {layer.stored.K}] "
+            f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
+        )
+    return ""
+
+
+def _head_difference(layer: PlannedLayer, built: ParallelLMHead) -> str:
+    assert layer.stored is not None
+    expected = built.org_vocab_size, built.embedding_dim
+    # as above
+    if layer.stored.N and expected != (layer.stored.N, layer.stored.K):
+        return (
+            f"its weight is [{layer.stored.N}, {layer.stored.K}] "
             f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
         )
     return ""

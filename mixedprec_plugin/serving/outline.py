@@ -23,6 +23,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding import factory
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES
 from mixedprec_plugin.errors import LoadError, PlanError, Problem
@@ -158,6 +159,9 @@ class _Asked(MixedPrecisionConfig):
         self._found: dict[str, list[torch.nn.Module]] = {}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, ParallelLMHead):
+            self.asked.add(id(layer))
+            return None
         if not isinstance(layer, LinearBase | FusedMoE):
             return None
         self.asked.add(id(layer))
@@ -272,6 +276,8 @@ def _apart(
             kind = f"{last_component(path)} ({type(module).__name__})"
             others = [last_component(name) for name in together[memory] if name != layer.name]
             what = f"SGLang runs it as {kind}, a name that the plan does not know"
+            if isinstance(module, ParallelLMHead) and id(module) in config.asked:
+                continue
             if not isinstance(module, LinearBase | FusedMoE):
                 what = f"SGLang runs it as {parameter} of {kind}, which is never quantized"
             elif id(module) not in config.asked:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mixedprec_plugin.errors import LoadError, Problem
@@ -218,6 +219,9 @@ def _place_tensor(
         load_expert_tensor(module, expert, projection, suffix, tensor)
         return
     parameter = _parameter(module, suffix, layer)
+    if isinstance(module, ParallelLMHead):
+        _fill_head(module, parameter, tensor)
+        return
     loader = getattr(parameter, "weight_loader", None)
     if loader is None:
         parameter.data.copy_(tensor)
@@ -257,6 +261,27 @@ def _lay_end_to_end(
     before = shards[: shards.index(layer)]
     start = sum(shard.outputs[suffix].shape[dim] for shard in before)
     parameter.data.narrow(dim, start, tensor.shape[dim]).copy_(tensor)
+
+
+def _fill_head(module: ParallelLMHead, parameter: Any, tensor: torch.Tensor) -> None:
+    """Place this rank's part of a head's vocabulary; what pads it becomes zeros.
+
+    SGLang's loader copies along the first dimension, which of packed codes is K
+    (layers/vocab_parallel_embedding.py:468).
+    """
+    dim = getattr(parameter, "output_dim", None)
+    if dim is None:
+        parameter.data.copy_(tensor)
+        return
+    is_packed = getattr(parameter, "packed_dim", None) == dim
+    factor = int(parameter.packed_factor) if is_packed else 1
+    indices = module.shard_indices
+    start, end = indices.org_vocab_start_index // factor, indices.org_vocab_end_index // factor
+    size = end - start
+    parameter.data.narrow(dim, 0, size).copy_(tensor.narrow(dim, start, size))
+    rest = parameter.shape[dim] - size
+    if rest:
+        parameter.data.narrow(dim, size, rest).zero_()
 
 
 def _parameter(module: torch.nn.Module, suffix: str, layer: PlannedLayer) -> Any:

@@ -32,6 +32,7 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import coupled_units, producers
 from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.plan.heads import with_heads
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.verify.distance import Columns, Distance, distance, row_factors
 from mixedprec_plugin.verify.thresholds import threshold_of
@@ -101,9 +102,10 @@ class Verifier:
     def __init__(
         self, plan: Plan, reference: Source, limits: Mapping[str, float], reader: Reader
     ) -> None:
-        self.plan, self.reference, self.limits, self.reader = plan, reference, limits, reader
-        self._formats = FormatCache()
         kinds = {layer.name: layer.kind for layer in plan.layers}
+        self.plan, self.limits, self.reader = plan, limits, reader
+        self.reference = with_heads(reference, kinds)
+        self._formats = FormatCache()
         units = coupled_units(kinds, plan.tied, plan.source.config)
         self._norms = {name: unit.norm for unit in units for name in unit.consumers}
         self._with_consumers = {unit.norm for unit in units if unit.consumers}

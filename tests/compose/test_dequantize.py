@@ -149,17 +149,22 @@ def test_reciprocal_scale_of_zero_is_refused(tmp_path: Path) -> None:
         dict(iter(VirtualCheckpoint(plan(model, BF16, target=CPU))))
 
 
-def test_quantized_lm_head_is_an_error(tmp_path: Path) -> None:
+def test_quantized_lm_head_is_taken_or_dequantized_by_a_rule(tmp_path: Path) -> None:
     model = peer_checkpoint(tmp_path / "model", "autoawq-g64")
     stored = load_file(PEERS / "autoawq-g64" / FILE)
     stored |= {f"lm_head.{s}": t.clone() for s, t in torch_layer("autoawq-g64", LAYERS[0]).items()}
     (model / "model.safetensors").unlink()
     save_file(stored, model / "model.safetensors")
-    (problem,) = plan(model, BF16, target=CPU).errors
-    assert str(problem) == (
-        "lm_head: is stored as awq 4-bit group 64: SGLang has no quantized kernel for lm_head; "
-        "match it with method: bf16 to dequantize it"
-    )
+    made = plan(model, BF16, target=CPU)
+    assert not made.errors
+    layer = made.by_name["lm_head"]
+    assert (layer.action, layer.method, layer.rule) == ("as stored", "awq", None)
+    floats = plan(model, BF16, 'match: "lm_head", method: bf16', target=CPU)
+    assert not floats.errors
+    assert floats.by_name["lm_head"].action == "dequantize"
+    read = dequantize_checkpoint(numpy_layer("autoawq-g64", LAYERS[0]), config("autoawq-g64"))
+    expected = torch.from_numpy(read.copy()).bfloat16()
+    assert torch.equal(dict(iter(VirtualCheckpoint(floats)))["lm_head.weight"], expected)
 
 
 def test_torchaos_row_scaled_codes_dequantize_by_hand(tmp_path: Path) -> None:

@@ -35,12 +35,16 @@ def test_constructor_is_the_parents(linear_module, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_embeddings_heads_and_attention_are_not_quantized(linear_module, case):
+def test_embeddings_and_attention_are_not_quantized_and_heads_where_cuda_serves_them(
+    linear_module, case
+):
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-    for cls in (VocabParallelEmbedding, ParallelLMHead, RadixAttention):
+    for cls in (VocabParallelEmbedding, RadixAttention):
         assert make_config(case).get_quant_method(_empty(cls), "layer") is None
+    method = make_config(case).get_quant_method(_empty(ParallelLMHead), "lm_head")
+    assert (method is not None) == (case.method in ("awq", "gptq"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -93,7 +93,7 @@ def _run(cell: Cell, kind: Kind, method: Method, checkpoint: Path) -> None:
 
     torch_dtype, name = _DTYPES[cell.dtype]
     target = Target("cuda", cell.tp_size, name)
-    made = plan(checkpoint, f'match: "*", {method.rule}', target=target).check()
+    made = plan(checkpoint, f'match: "{kind.pattern}", {method.rule}', target=target).check()
     config = MixedPrecisionConfig(made)
     torch.set_default_dtype(torch_dtype)
     with rank(cell.tp_size), fake_card():

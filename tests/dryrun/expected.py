@@ -67,8 +67,13 @@ class Expected:
 def expect(card: Card, method: Method, kind: str, tp_size: int, dtype: str) -> Expected:
     """Tell what a cell must be."""
     name = method.title
-    if kind == "lm_head" and name != "unquantized":
-        return Expected(refused="SGLang has no quantized kernel for lm_head")
+    if kind == "lm_head" and name == "fp8_static":
+        return Expected(refused="needs input scales")
+    if kind == "lm_head" and not name.startswith(("unquantized", "awq", "gptq")):
+        return Expected(refused="SGLang leaves lm_head unquantized in")
+    if kind == "lm_head" and name == "awq" and card.architecture < 80:
+        # AWQConfig has no method for it: awq/awq.py:160
+        return Expected(refused="SGLang would leave it unquantized, not in awq")
     if (kind, tp_size) in _NO_CARD[name]:
         return Expected(refused="multiple of")
     least = _LEAST.get(name, 80)

@@ -8,7 +8,7 @@ import yaml
 
 from mixedprec_plugin.methods.cards import Gpu
 from mixedprec_plugin.methods.interface import LayerShape, Target
-from mixedprec_plugin.methods.registry import UNQUANTIZED, bind
+from mixedprec_plugin.methods.registry import bind
 from mixedprec_plugin.methods.remedies import find_faults
 from tests.dryrun.cards import Card
 from tests.dryrun.layers import Kind
@@ -26,10 +26,7 @@ def foretell(card: Card, method: Method, kind: Kind, tp_size: int, dtype: str) -
     arguments = yaml.safe_load(f"{{{method.rule}}}")
     name, bound = bind(arguments.pop("method"), arguments)
     reasons = []
-    for layer, shape in _shapes(kind, tp_size, _STORED_DTYPES[dtype]).items():
-        if layer == "lm_head" and name != UNQUANTIZED:
-            reasons.append("lm_head is never quantized")
-            continue
+    for shape in _shapes(kind, tp_size, _STORED_DTYPES[dtype]).values():
         target = Target(gpu=Gpu(card.name, card.architecture))
         reasons += [fault.text for fault in find_faults(name, bound, shape, target)]
     return list(dict.fromkeys(reasons))
@@ -48,6 +45,7 @@ def _shapes(kind: Kind, tp_size: int, dtype: str) -> dict[str, LayerShape]:
             tp_size=tp_size,
             dtype=dtype,
             shard_ranks=tuple(kind.num_ranks(shard, tp_size) for shard in kind.weights),
+            is_head=name == "lm_head",
         )
         for name, (N, K) in kind.weights.items()
     }

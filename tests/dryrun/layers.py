@@ -45,18 +45,24 @@ class Kind:
     splits_outputs: bool = True
     num_kv_heads: int = 0
 
+    @property
+    def pattern(self) -> str:
+        """What a rule says for the layers to be quantized: `*` leaves a head alone."""
+        return self.module if self.module == "lm_head" else "*"
+
     def write(self, folder: Path, stored: str = "bf16") -> Path:
         """Write a checkpoint of random weights, with biases where the kind has any.
 
         Args:
-            stored: key of `FORMATS`; lm_head is stored in bfloat16 whatever it says.
+            stored: key of `FORMATS`; where it is FP8, lm_head is stored in bfloat16.
         """
         generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         tensors: dict[str, torch.Tensor] = {}
         for name, (N, K) in self.weights.items():
             weight = torch.randn(N, K, generator=generator) * K**-0.5
-            tensors |= FORMATS["bf16" if name == "lm_head" else stored](name, weight)
+            is_plain = name == "lm_head" and stored.startswith("fp8")
+            tensors |= FORMATS["bf16" if is_plain else stored](name, weight)
             if self.num_kv_heads:
                 tensors[f"{name}.bias"] = torch.randn(N, generator=generator).bfloat16()
         config: dict[str, Any] = {

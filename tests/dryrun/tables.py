@@ -22,6 +22,7 @@ _WORDS = {
     "jit:awq_dequantize": "awq_dequantize",
     "aten:_scaled_mm": "torch._scaled_mm",
     "sgl_kernel:fp8_scaled_mm": "fp8_scaled_mm",
+    "sgl_kernel:int8_scaled_mm": "int8_scaled_mm",
     "deep_gemm:fp8_fp4_gemm_nt": "DeepGEMM",
     "triton:_w8a8_block_fp8_matmul": "Triton block matmul",
     "triton:_w8a8_block_int8_matmul": "Triton block matmul",

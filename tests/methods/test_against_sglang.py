@@ -89,11 +89,9 @@ def test_marlin_for_awq_constructs_on_a_gpu() -> None:
 
 
 def test_capabilities_are_the_classes_own() -> None:
-    for name in ("fp8", "fp8_channel", "blockwise_int8", "gptq"):
+    for name in ("fp8", "fp8_channel", "blockwise_int8", "int8_channel", "gptq"):
         config = build_config(*bind(name, {}), "cuda")
         assert config.get_min_capability() == METHODS[name].min_capability
-    # sglang-kernel's wheel, whose int8_scaled_mm it calls, has code for 8.0 and up
-    assert build_config(*bind("int8_channel", {}), "cuda").get_min_capability() == 75
     spec = METHODS["awq"]
     assert load_class(spec, "cuda").get_min_capability() == spec.fallback_below
     assert load_class(spec, "cuda_fallback").get_min_capability() == spec.min_capability

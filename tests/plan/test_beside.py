@@ -298,8 +298,8 @@ class TestLayersThatAreNeverQuantized:
         model, weight = self.write(tmp_path / "model")
         (problem,) = plan(model, 'match: "*_proj", method: fp8').errors
         assert str(problem) == (
-            "lm_head: is stored as fp8 per channel: SGLang has no quantized kernel for lm_head; "
-            "match it with method: bf16 to dequantize it"
+            "lm_head: is stored as fp8 per channel: few methods serve lm_head, and only where a "
+            "rule spells its name; match it with method: bf16 to dequantize it"
         )
         made = plan(model, f"match: {self.HEAD}, method: bf16", target=Target(tp_size=3))
         assert [p for p in made.errors if self.HEAD in p.where] == []

@@ -79,7 +79,7 @@ def test_bytes_count_scales_and_zero_points(model: Path) -> None:
             r"preset\.yaml:3: rules\[0\].*: 'model\.layers\.\*\.attn\.\*' matches no layer of the "
             r"model; did you mean 'model\.layers\.\*\.self_attn\.\*'[?] add optional: true",
         ),
-        ('match: "lm_head", method: awq', r"lm_head cannot run in awq: SGLang has no quantized"),
+        ('match: "lm_head", method: awq', r"in awq: it shares the weight of .*untie_lm_head: true"),
         ('match: "*.embed_tokens", method: fp8', r"model\.embed_tokens cannot run in fp8: SGLang"),
         (
             'match: "*norm*", method: int8',

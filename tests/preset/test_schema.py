@@ -15,8 +15,8 @@ from mixedprec_plugin.resources import schema_path
 from tests.preset.conftest import Refuse
 
 TOP_KEYS = (
-    "version, description, extends, sources, schemes, lists, rules, draft, on_fused_conflict, "
-    "trust_sources"
+    "version, description, extends, sources, schemes, lists, rules, draft, kv_cache, "
+    "on_fused_conflict, trust_sources, untie_lm_head"
 )
 METHOD_NAMES = "bf16, fp8, fp8_channel, blockwise_int8, int8_channel, awq, gptq, auto"
 

@@ -189,6 +189,47 @@ def test_explicit_backend_of_experts_is_refused(
     assert message in " ".join(check(mixtral, rules, "--moe-runner-backend", "triton"))
 
 
+def kv_dtype(model: Path, said: str, *argv: str) -> str:
+    """What a server that is started like this keeps its KV cache in."""
+    from sglang.srt.server_args import ServerArgs
+
+    preset = write_preset(model.parent / "presets", *DENSE, head=f"kv_cache: {{{said}}}\n")
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    args = ServerArgs.from_cli_args(
+        parser.parse_args(
+            ["--model-path", str(model), "--load-format", "mixedprec", "--device", "cpu",
+             "--mixedprec-config", str(preset), *argv]
+        )
+    )  # fmt: skip
+    args.resolve_once()
+    return str(args.kv_cache_dtype)
+
+
+@pytest.mark.parametrize(
+    ("said", "argv", "expected"),
+    [
+        ("dtype: fp8_e4m3", (), "fp8_e4m3"),
+        ("dtype: fp8_e5m2", ("--kv-cache-dtype", "fp8_e5m2"), "fp8_e5m2"),
+        ("dtype: auto", ("--kv-cache-dtype", "fp8_e4m3"), "fp8_e4m3"),
+        ("scales: none", (), "auto"),
+    ],
+)
+def test_kv_cache_is_in_the_dtype_of_the_preset(
+    llama: Path, said: str, argv: tuple[str, ...], expected: str
+) -> None:
+    assert kv_dtype(llama, said, *argv) == expected
+
+
+def test_option_that_contradicts_the_presets_kv_cache_is_refused(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        kv_dtype(llama, "dtype: fp8_e4m3", "--kv-cache-dtype", "bf16")
+    told = capsys.readouterr().err
+    assert "kv_cache.dtype: is 'fp8_e4m3', and --kv-cache-dtype is 'bf16'; leave one" in told
+
+
 def test_all_problems_of_a_launch_are_told_at_once(mixtral: Path) -> None:
     flags = ("--quantization", "fp8", "--enable-lora", "--ep-size", "2", "--tp", "2")
     assert len(check(mixtral, BY_EXPERT, *flags)) == 4

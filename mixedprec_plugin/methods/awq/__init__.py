@@ -41,7 +41,7 @@ def config_arguments(arguments: Arguments, platform: str) -> dict[str, Any]:
     }
     if platform != "cuda":
         return flat
-    return {**flat, "lm_head_quantized": False, "full_config": declared}
+    return {**flat, "lm_head_quantized": True, "full_config": declared}
 
 
 def declare(arguments: Arguments) -> dict[str, Any]:
@@ -162,7 +162,8 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
     else:
         if group_size == -1 and shape.parallel == "row" and shape.tp_size > 1:
             found.append(f"group_size -1 cannot be split over {shape.tp_size} ranks along K")
-        if on_cuda and (group_size == -1 or fits_marlin(arguments, shape)):
+        # the plain class has no method for lm_head (awq/awq.py:160)
+        if on_cuda and (group_size == -1 or shape.is_head or fits_marlin(arguments, shape)):
             found += shapes.marlin_faults(group_size, shape)
     return shapes.shape_faults(found) + _without_marlin(arguments, shape, target)
 
@@ -182,6 +183,7 @@ def _without_marlin(arguments: Arguments, shape: LayerShape, target: Target) -> 
         "awq does not run in bfloat16 on this GPU (expected float16)": shape.dtype != "F16",
         # awq/schemes/awq_linear.py:69 divides by the group size
         f"awq with group_size -1 {marlin}": arguments["group_size"] == -1,
+        f"awq for lm_head {marlin}": shape.is_head,
     }
     return [Fault("gpu", text) for text, is_so in found.items() if is_so]
 
@@ -225,6 +227,7 @@ METHOD = Method(
     declare=declare,
     faults=faults,
     rounding=rounding,
+    serves_heads=True,
     searched=tuple({"group_size": size} for size in (128, 64, 32)),
     alternatives=(
         Alternative(NAME, integers.GROUP_SIZES),

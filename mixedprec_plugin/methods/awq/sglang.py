@@ -13,6 +13,7 @@ from sglang.srt.layers.quantization.awq import AWQConfig, AWQMarlinConfig, awq
 from sglang.srt.layers.quantization.awq.schemes import AWQLinearScheme, AWQMoEScheme
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.moe_wna16 import MoeWNA16Method
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 
 from mixedprec_plugin.cpu.packed_layers import (
     PackedConfig,
@@ -122,8 +123,12 @@ class CpuAWQConfig(PackedConfig, AWQConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The layer's method; None where the layer is none that is quantized.
 
-        Experts are served, as by `AWQMarlinConfig`: `AWQConfig` would leave them unquantized.
+        Experts and heads are served, as by `AWQMarlinConfig`: `AWQConfig` would leave them
+        unquantized.
         """
+        if isinstance(layer, ParallelLMHead):
+            layer.scheme = self.get_linear_scheme(layer)
+            return AWQLinearMethod(self)
         if not isinstance(layer, FusedMoE):
             return super().get_quant_method(layer, prefix)
         if awq.is_layer_skipped_awq(prefix, self.modules_to_not_convert):

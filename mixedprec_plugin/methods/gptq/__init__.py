@@ -49,8 +49,9 @@ def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
     return {
         "weight_bits": declared["bits"],
         "is_sym": declared["sym"],
-        "lm_head_quantized": declared["lm_head"],
-        "full_config": declared,
+        # it is asked for lm_head only where the plan quantizes it
+        "lm_head_quantized": True,
+        "full_config": {**declared, "lm_head": True},
         **{key: declared[key] for key in ("group_size", "desc_act", "dynamic")},
     }
 
@@ -292,6 +293,7 @@ METHOD = Method(
     declare=declare,
     faults=faults,
     rounding=rounding,
+    serves_heads=True,
     searched=(*({"bits": 4, "group_size": size} for size in (128, 64, 32)), _BYTES),
     alternatives=(
         Alternative(NAME, integers.GROUP_SIZES),

@@ -69,14 +69,19 @@ def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fau
         for name, (size, unit) in sizes.items()
         if size % unit
     )
-    gpu = target.gpu
-    if gpu is not None and gpu.capability > _LAST_CAPABILITY:
-        text = (
-            f"SGLang's {NAME} has no kernel for this GPU, whose compute capability is "
-            f"{version(gpu.capability)} (expected 8.0 to {version(_LAST_CAPABILITY)})"
-        )
+    if target.gpu is not None and (text := too_new(target.gpu.capability)):
         found.append(Fault("gpu", text))
     return found
+
+
+def too_new(capability: int) -> str:
+    """Say why linear layers do not run on a GPU of a compute capability; empty if they may."""
+    if capability <= _LAST_CAPABILITY:
+        return ""
+    return (
+        f"SGLang's {NAME} has no kernel for this GPU, whose compute capability is "
+        f"{version(capability)} (expected 8.0 to {version(_LAST_CAPABILITY)})"
+    )
 
 
 METHOD = Method(
@@ -105,8 +110,8 @@ METHOD = Method(
         Alternative("awq"),
     ),
     config_classes={
-        "cuda": "sglang.srt.layers.quantization.w8a8_int8:W8A8Int8Config",
-        "cpu": "mixedprec_plugin.methods.int8_channel.sglang:CpuW8A8Int8Config",
+        "cuda": "mixedprec_plugin.methods.int8_channel.sglang:ChannelInt8Config",
+        "cpu": "mixedprec_plugin.methods.int8_channel.sglang:CpuChannelInt8Config",
     },
     config_arguments=lambda _arguments, _platform: {"quant_config": {}},
     codec="mixedprec_plugin.methods.int8_channel.codec",

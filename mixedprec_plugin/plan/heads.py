@@ -1,0 +1,102 @@
+"""`lm_head`: untied where the preset asks for it, and quantized where a rule spells its name.
+
+`*` leaves it alone, as it leaves embeddings. A rule that names it makes it a layer like others, of
+which the shape rules know that SGLang pads its vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.families.names import Kind, last_component
+from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
+from mixedprec_plugin.methods.stored import StoredFormat
+from mixedprec_plugin.plan.matching import Matches
+from mixedprec_plugin.preset.model import Rule
+
+HEAD = "lm_head"
+_TIES = "tie_word_embeddings"
+# DEFAULT_VOCAB_PADDING_SIZE of layers/vocab_parallel_embedding.py
+_PADDING = 64
+
+
+def tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
+    """Tied layer name -> the layer whose weight it shares."""
+    if not source.config.get(_TIES) or "lm_head" in kinds.values():
+        return {}
+    embedding = next((name for name, kind in kinds.items() if kind == "embedding"), "")
+    return {HEAD: embedding} if embedding else {}
+
+
+def untied(source: Source, tied: Mapping[str, str]) -> Source:
+    """A checkpoint as if its head were stored, and config.json said so; no byte of it is copied.
+
+    Args:
+        tied: head -> the embedding that it shares a weight with.
+    """
+    tensors = dict(source.tensors)
+    for head, embedding in tied.items():
+        if head in source.layers or embedding not in source.layers:
+            continue
+        for suffix, tensor in source.layers[embedding].items():
+            name = f"{head}.{suffix}"
+            tensors[name] = tensor._replace(name=name, part_of=tensor)
+    config = MappingProxyType({**source.config, _TIES: False})
+    return dataclasses.replace(source, config=config, tensors=MappingProxyType(tensors))
+
+
+def with_heads(reference: Source, kinds: Mapping[str, Kind]) -> Source:
+    """A checkpoint that a plan is compared with, untied where the plan's layers are.
+
+    Args:
+        kinds: layer name of the plan -> its kind.
+    """
+    embedding = next((name for name, kind in kinds.items() if kind == "embedding"), "")
+    is_apart = HEAD in kinds and bool(reference.config.get(_TIES))
+    return untied(reference, {HEAD: embedding}) if is_apart else reference
+
+
+def decided_by_name(matches: Matches, rules: Collection[Rule], heads: Collection[str]) -> Matches:
+    """The same, where only rules that spell a head's name may quantize it."""
+    deciding = dict(matches.deciding)
+    for head in heads:
+        deciding.pop(head, None)
+        for rule in rules:
+            if head in matches.matched[rule.index] and _may_decide(rule, head):
+                deciding[head] = rule
+    return dataclasses.replace(matches, deciding=deciding)
+
+
+def _may_decide(rule: Rule, head: str) -> bool:
+    if rule.scheme.method in (UNQUANTIZED, AUTO):
+        return True
+    word = re.compile(rf"(?<!\w){re.escape(last_component(head))}(?!\w)")
+    return any(word.search(pattern) for pattern in rule.patterns)
+
+
+def is_served_quantized(rule: Rule | None, stored: StoredFormat | None) -> bool:
+    """Whether a head runs in a method's class: a rule asks for it, or it is stored so."""
+    if stored is None or (rule is not None and rule.scheme.method == UNQUANTIZED):
+        return False
+    if rule is None:
+        return bool(stored.method) and METHODS[stored.method].serves_heads
+    return not stored.is_float or rule.scheme.method != AUTO
+
+
+def padded(vocabulary: int, tp_size: int) -> int:
+    """Rows of a head as SGLang builds it over its ranks.
+
+    Source: `VocabParallelEmbedding.__init__` (layers/vocab_parallel_embedding.py:275).
+    """
+    size = _PADDING
+    if _up(vocabulary, size) % tp_size:
+        size *= tp_size
+    return _up(vocabulary, size)
+
+
+def _up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit

@@ -1,0 +1,88 @@
+"""Scales of the KV cache: which checkpoint they come from, as the preset's `kv_cache` says.
+
+They stay with the layers that hold them where it says nothing. SGLang uses them where the cache is
+in FP8, one for the keys and one for the values of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from mixedprec_plugin.checkpoint.headers import StoredTensor
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.families.kv_scales import kv_scale
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.preset.model import KvCache, Preset
+
+_Layers = dict[str, dict[str, StoredTensor]]
+
+
+class KvScales:
+    """The tensors of layers with the scales that a preset asks for.
+
+    Attributes:
+        source: that the scales come from; None where they stay with the layers, or are left out.
+        alone: names of layers of the source that hold scales and nothing else of the model's.
+    """
+
+    def __init__(
+        self, asked: KvCache, sources: Mapping[str, Source], names: Collection[str]
+    ) -> None:
+        self._keeps = asked.scales is None
+        self.source = sources.get(asked.scales or "")
+        self._held = _held(self.source) if self.source is not None else {}
+        known = set(names)
+        self.alone = tuple(name for name in self._held if name not in known)
+
+    def of(self, name: str, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+        """Suffix -> tensor of a layer, its scales exchanged for those that are asked for."""
+        if self._keeps:
+            return tensors
+        own = {s: t for s, t in tensors.items() if kv_scale(f"{name}.{s}") is None}
+        return {**own, **self._held.get(name, {})}
+
+    def problems(self, preset: Preset) -> list[Problem]:
+        """What is wrong with the source that is asked for."""
+        if self.source is None or self._held:
+            return []
+        where = f"{preset.path}: kv_cache.scales"
+        what = f"source {self.source.name!r} ({self.source.path}) holds no scales of the KV cache"
+        return [Problem(where, what, "name another source, or leave scales out", "kv-scales")]
+
+
+def _held(source: Source) -> _Layers:
+    found: _Layers = {}
+    for name, tensor in source.tensors.items():
+        layer, _, suffix = name.rpartition(".")
+        if kv_scale(name) is not None:
+            found.setdefault(layer, {})[suffix] = tensor
+    return found
+
+
+def kv_cache_line(plan: Plan) -> str:
+    """Say what becomes of the KV cache; empty where there is nothing to say."""
+    asked, (count, sources) = plan.preset.kv_cache, _found(plan)
+    if not asked.is_said and not count:
+        return ""
+    dtype = f"in {asked.dtype}" if asked.dtype != "auto" else "as --kv-cache-dtype says"
+    where = ", ".join(sources)
+    scales = f"scales of {count} attention layers from {where}" if count else "no scales"
+    return f"KV cache {dtype}, {scales}"
+
+
+def kv_cache_as_dict(plan: Plan) -> dict[str, object]:
+    """Its dtype, how many attention layers have scales, and the sources that hold these."""
+    count, sources = _found(plan)
+    return {"dtype": plan.preset.kv_cache.dtype, "attentions": count, "sources": sources}
+
+
+def _found(plan: Plan) -> tuple[int, list[str]]:
+    attentions, paths = set(), set()
+    for layer in plan.layers:
+        for suffix in layer.outputs:
+            scale = kv_scale(f"{layer.name}.{suffix}")
+            if scale is not None and suffix in layer.inputs:
+                attentions.add(scale.attentions[0])
+                paths.add(layer.inputs[suffix].path.parent)
+    return len(attentions), [n for n, source in plan.sources.items() if source.path in paths]
