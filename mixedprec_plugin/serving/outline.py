@@ -278,7 +278,7 @@ def _apart(
             what = f"SGLang runs it as {kind}, a name that the plan does not know"
             if isinstance(module, ParallelLMHead) and id(module) in config.asked:
                 continue
-            if not isinstance(module, LinearBase | FusedMoE):
+            if not isinstance(module, LinearBase | FusedMoE | ParallelLMHead):
                 what = f"SGLang runs it as {parameter} of {kind}, which is never quantized"
             elif id(module) not in config.asked:
                 what = f"SGLang builds it as {kind}, and asks no one what it runs in: unquantized"

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mixedprec_plugin.compose.stream import open_virtual_checkpoint
+from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.methods.interface import Target
-from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_mixtral
 from tests.cpu.context import one_of_two_ranks
 from tests.presets import write_preset
 from tests.reference.dequantize import dequantize_method
@@ -107,3 +108,13 @@ def test_ranks_have_their_parts_of_the_vocabulary(
     exact = expected(model, preset, method, hidden)
     error = logits[:, :312].double().numpy() - exact
     assert np.sqrt((error**2).mean() / (exact**2).mean()) < 0.004
+
+
+def test_head_that_sglangs_class_asks_no_one_about_is_refused(
+    load_model: LoadModel, tmp_path: Path
+) -> None:
+    """Mixtral's is built without a quantization config (models/mixtral.py)."""
+    model = write_mixtral(tmp_path / "model", num_hidden_layers=1)
+    preset = write_preset(tmp_path, 'match: "lm_head", method: gptq, group_size: 64')
+    with pytest.raises(PlanError, match=r"lm_head \(ParallelLMHead\), and asks no one what it"):
+        load_model(model, preset)
