@@ -30,7 +30,7 @@ class KvScales:
         self, asked: KvCache, sources: Mapping[str, Source], names: Collection[str]
     ) -> None:
         self._keeps = asked.scales is None
-        self.source = sources.get(asked.scales or "")
+        self.source = sources[asked.scales] if asked.scales else None
         self._held = _held(self.source) if self.source is not None else {}
         known = set(names)
         self.alone = tuple(name for name in self._held if name not in known)

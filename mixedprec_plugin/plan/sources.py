@@ -11,12 +11,13 @@ from mixedprec_plugin.preset.model import Preset
 
 
 def open_other_sources(preset: Preset) -> Mapping[str, Source]:
-    """Open every source that a rule of the preset takes layers from, but for the model.
+    """Open every source that the preset takes layers or scales from, but for the model.
 
     Raises:
         CheckpointError: with the problems of all of them, at their lines in the preset.
     """
-    used = {rule.scheme.source for rule in preset.rules} - {"model"}
+    used = {rule.scheme.source for rule in preset.rules} | {preset.kv_cache.scales or "model"}
+    used.discard("model")
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
     for name in sorted(used):

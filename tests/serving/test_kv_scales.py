@@ -110,3 +110,24 @@ def test_scale_of_queries_which_sglang_does_not_take_is_refused(
     scales = {"k_scale": torch.tensor(K), "v_scale": torch.tensor(V), "q_scale": torch.tensor(1.0)}
     with pytest.raises(PlanError, match=r"self_attn\.q_scale: is in the checkpoint, but Llama"):
         load_scales(scales)
+
+
+@pytest.mark.parametrize("writer", SPELLINGS)
+def test_scales_of_the_source_that_the_preset_names_reach_the_attention(
+    load_model: LoadModel, tmp_path: Path, writer: str
+) -> None:
+    """And those of the model itself do not, whatever they are called."""
+    folders = {}
+    for name, (spelling, factor) in {"model": ("vLLM", 2.0), "other": (writer, 1.0)}.items():
+        tensors = llama_tensors(llama_config())
+        for layer in range(3):
+            k, v = (f"model.layers.{layer}.self_attn.{each}" for each in SPELLINGS[spelling])
+            tensors |= {k: torch.tensor(K * factor), v: torch.tensor(V * factor)}
+        folders[name] = write_checkpoint(tmp_path / name, llama_config(), tensors)
+    head = f"sources: {{other: {{path: {folders['other']}}}}}\nkv_cache: {{scales: other}}\n"
+    preset = write_preset(tmp_path, 'match: "*_proj", method: fp8', head=head)
+    model = load_model(folders["model"], preset)
+    for layer in range(3):
+        attention = model.get_submodule(f"model.layers.{layer}.self_attn.attn")
+        assert float(attention.k_scale) == attention.k_scale_float == float(torch.tensor(K))
+        assert float(attention.v_scale) == attention.v_scale_float == float(torch.tensor(V))
