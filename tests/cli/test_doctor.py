@@ -69,7 +69,7 @@ def test_every_method_is_constructed(report: tuple[int, dict[str, Any]]) -> None
                 "group_size": 128,
                 "is_sym": True,
                 "desc_act": False,
-                "lm_head_quantized": False,
+                "lm_head_quantized": True,
                 "pack_factor": 4,
                 "quant_type": "uint8b128",
             },
