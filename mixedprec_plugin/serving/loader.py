@@ -252,8 +252,8 @@ def _open_cache(plan: Plan, settings: Settings) -> LayerCache | None:
 def _close_cache(cache: LayerCache) -> None:
     if cache.num_found or cache.num_kept:
         logger.info(
-            "mixedprec: of what was quantized before, %d parts were read, and %d are kept for the next "
-            "start, in %s (--mixedprec-cache 0 keeps none)",
+            "mixedprec: of what was quantized before, %d parts were read, and %d are kept for the "
+            "next start, in %s (--mixedprec-cache 0 keeps none)",
             cache.num_found,
             cache.num_kept,
             cache.folder,
