@@ -17,7 +17,7 @@ def foreign_kind(data: Mapping[str, Any]) -> tuple[str, str] | None:
     """
     if "rules" in data or ("version" in data and "quant_method" not in data):
         return None
-    if "architectures" in data or "model_type" in data:
+    if "architectures" in data or "torch_dtype" in data:
         return "is a model's config.json (expected a preset)", _INSPECT
     if "quant_method" in data or "config_groups" in data:
         return "is a checkpoint's quantization config (expected a preset)", _INSPECT
