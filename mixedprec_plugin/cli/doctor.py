@@ -8,13 +8,13 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mixedprec_plugin.cli.blame import line_of_method
-from mixedprec_plugin.cli.findings import Finding, Status, failed
-from mixedprec_plugin.cli.registration import examine_registration
+from mixedprec_plugin.cli.registration import Finding, Status, examine_registration, failed
 from mixedprec_plugin.errors import MixedPrecisionError
 from mixedprec_plugin.plan.tables import Page
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
   mixedprec doctor
+  mixedprec doctor --verbose
   mixedprec doctor --json
 """
 
@@ -42,12 +43,15 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gptq", {"desc_act": True}),
     ("gptq_int8", {}),
 )
+# docs/compat.md
+TESTED = "0.5.23"
 PACKAGES = ("mixedprec-plugin", "sglang", "torch", "transformers", "safetensors")
 _STYLES: Mapping[Status, str] = {"ok": "green", "absent": "yellow", "failed": "red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments: none."""
+    """Declare the verb's arguments."""
+    parser.add_argument("-v", "--verbose", action="store_true", help="print all that was looked at")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -63,8 +67,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         findings = [*examine_versions(), *examine_sglang()]
     if args.json:
         out.write(json.dumps(_as_data(findings), indent=2) + "\n")
-    else:
+    elif args.verbose:
         _print(findings, Page(out))
+    else:
+        _print_answer(findings, Page(out))
     return 1 if any(finding.status == "failed" for finding in findings) else 0
 
 
@@ -93,7 +99,14 @@ def examine_versions() -> list[Finding]:
             findings.append(Finding("versions", package, "failed", text))
         else:
             findings.append(Finding("versions", package, "ok", version))
+            if package == "sglang" and _numbers(version) > _numbers(TESTED):
+                text = f"{version} is newer than {TESTED}, which this release was tested with"
+                findings.append(Finding("versions", "newer sglang", "absent", text))
     return findings
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def examine_sglang() -> list[Finding]:
@@ -208,6 +221,41 @@ def _as_data(findings: list[Finding]) -> dict[str, Any]:
         report.setdefault(finding.section, []).append({**line, **finding.details})
     report["problems"] = [f"{f.name}: {f.text}" for f in findings if f.status == "failed"]
     return report
+
+
+def _print_answer(findings: list[Finding], page: Page) -> None:
+    """What is here, what works, what does not and why, and what to do next."""
+    sections: dict[str, list[Finding]] = {}
+    for finding in findings:
+        sections.setdefault(finding.section, []).append(finding)
+    names = " ".join(f"{x.name} {x.text}," for x in sections["versions"] if x.status == "ok")
+    page.print(f"With {names.rstrip(',')}:")
+    device = next((x for x in sections.get("device", ()) if x.status == "ok"), None)
+    if device is not None and device.name == "cpu":
+        page.print("  device   no GPU: SGLang runs on this CPU, by the plugin's platform")
+    elif device is not None:
+        page.print(f"  device   {device.text}")
+    if all(x.status == "ok" for x in sections.get("registration", ())):
+        page.print("  plugin   load format, flags, hooks and platform are in place")
+    works = [x.details["method"] for x in sections.get("configs", ()) if x.status == "ok"]
+    page.print(
+        f"  methods  {', '.join(dict.fromkeys(works)) or 'none'}: SGLang takes their arguments"
+    )
+    if unseen := {
+        x.details["method"] for x in findings if "method" in x.details and x.status == "absent"
+    }:
+        listed = ", ".join(sorted(unseen))
+        page.print(
+            f"           of {listed} the CUDA form is not looked at without a GPU that runs it"
+        )
+    for finding in sections["versions"]:
+        if finding.status == "absent":
+            page.print(f"  note     {finding.text}", "yellow")
+    wrong = [finding for finding in findings if finding.status == "failed"]
+    for finding in wrong:
+        page.print(f"  failed  {finding.name}  {finding.text}", "red")
+    closing = "all well; next: mixedprec serve PRESET --model DIR"
+    page.print(f"{len(wrong)} wrong; --verbose tells of the rest" if wrong else closing, "bold")
 
 
 def _print(findings: list[Finding], page: Page) -> None:

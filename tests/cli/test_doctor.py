@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -116,12 +117,28 @@ def test_versions_are_listed(report: tuple[int, dict[str, Any]]) -> None:
 
 
 def test_report_is_plain_text_where_there_is_no_terminal() -> None:
-    code, text = run()
+    code, text = run("--verbose")
     assert code == 0
     assert "\x1b" not in text
     assert "  ok      gptq (cuda)  " in text
     assert "GPTQMarlinConfig: weight_bits=4 is_sym=True pack_factor=8 group_size=128" in text
     assert text.endswith("all well\n")
+
+
+@no_gpu
+def test_without_flags_it_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = run()
+    lines = text.splitlines()
+    assert code == 0
+    assert len(lines) <= 8
+    assert lines[0].startswith(f"With python {platform.python_version()}, mixedprec-plugin ")
+    assert "  device   no GPU: SGLang runs on this CPU, by the plugin's platform" in lines
+    assert "  plugin   load format, flags, hooks and platform are in place" in lines
+    (methods,) = [line for line in lines if line.startswith("  methods  ")]
+    assert all(method in methods for method in METHODS)
+    assert lines[-1] == "all well; next: mixedprec serve PRESET --model DIR"
+    monkeypatch.setattr(doctor, "TESTED", "0.5.9")
+    assert ", which this release was tested with" in run()[1]
 
 
 def with_method(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:

@@ -17,7 +17,7 @@ _EXAMINE = """
 import argparse, io, json, sys
 from mixedprec_plugin.cli import doctor
 out = io.StringIO()
-code = doctor.run(argparse.Namespace(json=True), out)
+code = doctor.run(argparse.Namespace(json=True, verbose=False), out)
 report = json.loads(out.getvalue())
 print("REPORT", json.dumps({"code": code, **report}))
 """
