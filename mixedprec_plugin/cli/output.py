@@ -49,7 +49,7 @@ def report(problems: Iterable[Problem], err: TextIO) -> None:
     """Print problems, a line each."""
     for problem in problems:
         style = "red" if problem.severity == "error" else "yellow"
-        print(styled(f"{problem.severity}:", style, err), problem, file=err)
+        print("mixedprec:", styled(f"{problem.severity}:", style, err), problem, file=err)
 
 
 def progress_for(args: argparse.Namespace) -> Progress:

@@ -95,7 +95,7 @@ def test_quiet_prints_errors_alone(model: Path, tmp_path: Path) -> None:
     assert run(*argv) == (0, "", "")
     code, out, err = run(*argv, "--set", "rules.0.match=*.nowhere")
     assert (code, out) == (1, "")
-    assert err.startswith("error: ")
+    assert err.startswith("mixedprec: error: ")
 
 
 def test_errors_stay_out_of_a_redirected_output(model: Path, tmp_path: Path) -> None:

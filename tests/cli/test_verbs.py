@@ -50,12 +50,15 @@ class TestPresets:
         assert path.read_text().count("yaml-language-server") == 1
         assert load_preset(path).resolved == load_preset("awq").resolved
         code, _, err = run("presets", "copy", "awq", path)
-        assert (code, err) == (1, f"error: {path}: is there already; name another file\n")
+        assert (code, err) == (
+            1,
+            f"mixedprec: error: {path}: is there already; name another file\n",
+        )
 
     def test_a_name_is_needed(self) -> None:
         code, _, err = run("presets", "show")
         assert code == 2
-        assert err == "error: show: names no preset; mixedprec presets lists some\n"
+        assert err == "mixedprec: error: show: names no preset; mixedprec presets lists some\n"
 
 
 def test_validate_tells_of_every_file(tmp_path: Path) -> None:
@@ -252,7 +255,7 @@ class TestInit:
         for flags in (("--fit", "1MB"), ("--bits", "2")):
             code, _, err = run("init", "--model", model, *flags)
             assert code == 1
-            assert err.startswith(f"error: {flags[0]}: all in 4 bits is 4.")
+            assert err.startswith(f"mixedprec: error: {flags[0]}: all in 4 bits is 4.")
 
     def test_more_room_is_used(self, model: Path) -> None:
         assert "Everything in 8 bits" in run("init", "--model", model, "--fit", "24GB")[1]

@@ -114,7 +114,7 @@ def test_checkpoint_without_a_preset_needs_one(model: Path) -> None:
     code, _, err = run("plan", "--model", model)
     assert code == 2
     assert err == (
-        f"error: --preset: is missing, and {model} carries no preset of its own; name a "
+        f"mixedprec: error: --preset: is missing, and {model} carries no preset of its own; name a "
         "preset, or a checkpoint that mixedprec convert wrote\n"
     )
 

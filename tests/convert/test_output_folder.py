@@ -116,4 +116,4 @@ def test_size_that_is_none_is_a_usage_error(
 def test_size_without_a_unit_is_asked_for_one(model: Path, preset: Path, tmp_path: Path) -> None:
     code, _, err = convert(model, preset, tmp_path / "out", "--max-shard-size", "5")
     assert code == 2
-    assert err == "error: --max-shard-size: '5' has no unit (expected one such as 5GB)\n"
+    assert err == "mixedprec: error: --max-shard-size: '5' has no unit (expected one such as 5GB)\n"
