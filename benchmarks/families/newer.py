@@ -95,7 +95,6 @@ NEWER: tuple[Newer, ...] = (
             mixture("Qwen3-Next", "Qwen3NextConfig", **_HEADS, **_LINEAR, **_SHARED_EXPERT),
             **_INTERVAL,
         ),
-        kept="*.linear_attn.in_proj_*",
         not_on_cpu=_IS_LINEAR,
     ),
     Newer(
@@ -103,7 +102,6 @@ NEWER: tuple[Newer, ...] = (
             "Qwen3.5", "Qwen3_5", {**_DENSE, **_HEADS, **_LINEAR, **_PARTIAL},
             text_config=_INTERVAL,
         ),
-        kept="*.linear_attn.in_proj_*",
         not_on_cpu=_IS_LINEAR,
     ),
     Newer(
@@ -112,7 +110,6 @@ NEWER: tuple[Newer, ...] = (
             {**_DENSE, **_EXPERTS, **_HEADS, **_LINEAR, **_PARTIAL, **_SHARED_EXPERT},
             text_config=_INTERVAL,
         ),
-        kept="*.linear_attn.in_proj_*",
         not_on_cpu=_IS_LINEAR,
     ),
     Newer(_visual("Qwen3-VL", "Qwen3VL", {**_DENSE, **_HEADS, **_MROPE})),

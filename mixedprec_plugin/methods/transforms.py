@@ -91,5 +91,6 @@ def _rotations(value: Any, path: str = "") -> Iterator[str]:
             elif key != TRANSFORMS:
                 yield from _rotations(inner, where)
     elif isinstance(value, list):
-        for inner in value:
+        # not into lists of as many names as a model has layers
+        for inner in [part for part in value if type(part) in (dict, list)]:
             yield from _rotations(inner, path)
