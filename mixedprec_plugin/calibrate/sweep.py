@@ -27,6 +27,7 @@ from mixedprec_plugin.calibrate.capture import Capture, Seen
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
 from mixedprec_plugin.calibrate.text import draw
+from mixedprec_plugin.cpu.heap import trim_heap
 from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -107,6 +108,8 @@ class Sweep:
             self._save("gradient", index, gradient)
             for kind in ("gradient", "hidden"):
                 self._path(kind, index + 2).unlink(missing_ok=True)
+            del capture, gradient
+            trim_heap()
             progress(loss)
 
     def _slices(self, num_tokens: int) -> list[slice]:
@@ -164,6 +167,8 @@ class Sweep:
             self._save("hidden", index + 1, torch.cat(outputs))
             if not keeps_all:
                 self._path("hidden", index - 1).unlink(missing_ok=True)
+            del capture, outputs
+            trim_heap()
             progress(0.0)
         return self._load("hidden", count)
 

@@ -47,12 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace what another conversion wrote to DIR"
     )
 
-    calibrated = parser.add_argument_group(
-        "calibration", "round to 4- and 8-bit integers so that predictions change least"
-    )
+    calibrated = parser.add_argument_group("calibration", "round so that predictions change least")
     calibrated.add_argument(
         "--calibrate", action="store_true",
-        help="all layers that awq and gptq round; without it, those whose scheme says so",
+        help="all quantized layers in 4- or 8-bit integers or FP8; without it, those whose scheme "
+        "says so",
     )  # fmt: skip
     calibrated.add_argument(
         "--no-gradients", action="store_true",
