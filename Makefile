@@ -60,6 +60,9 @@ quality: $(INSTALLED)
 bench-rounding: $(INSTALLED)
 	@$(RUN) -m benchmarks.calibration --out docs/calibration.md
 
+bench-search: $(INSTALLED)
+	@$(RUN) -m benchmarks.search --out docs/search.md
+
 memory: $(INSTALLED)
 	@$(RUN) -m benchmarks.memory --out docs/memory.md
 

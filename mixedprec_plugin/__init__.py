@@ -3,6 +3,7 @@
     cli           the command `mixedprec`
     serving       SGLang's plugin: load format, loader, quantization config
     experts       experts of one layer in several methods
+    search        sources x budget -> the preset of the best quality
     convert       plan x sources -> a checkpoint on disk
     verify        plan x sources x reference -> how far each layer is from it
     evaluate      plans x text -> what each costs in predictions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from mixedprec_plugin.calibrate import LENGTH, WINDOWS
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
 from mixedprec_plugin.calibrate.rounding import LayerRounding, is_rounded_so
-from mixedprec_plugin.calibrate.sweep import Sweep, rounded_paths, save_whole
+from mixedprec_plugin.calibrate.sweep import Sweep, read_records, rounded_paths, save_whole
 from mixedprec_plugin.calibrate.text import read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
@@ -196,8 +195,7 @@ class Calibration:
         if not all(path.exists() for path in paths):
             return False
         for path in paths:
-            with safe_open(path, framework="pt") as file:
-                records = json.loads(file.metadata()["records"])
+            records = read_records(path)
             self._records += records
             self._files |= {record["layer"]: path for record in records}
         return True

@@ -15,11 +15,12 @@ from mixedprec_plugin.plan.model import PlannedLayer
 
 
 class Held(NamedTuple):
-    """Tokens that a layer saw of text which is held out.
+    """Tokens that a layer saw of text which is held out, but for the first of each window.
 
     Attributes:
         x: its inputs, bfloat16 [T, K].
-        gradients: of its outputs, bfloat16 [T, N]; None without gradients.
+        gradients: of its outputs, float32 [T, N], for they may be orthogonal to these; None
+            without gradients.
     """
 
     x: torch.Tensor
@@ -100,7 +101,9 @@ class Capture(TorchFunctionMode):
                 first += part.stored.N
                 seen = self.seen.setdefault(part.name, Seen([], [], []))
                 if is_held_out:
-                    seen.held.append(Held(inputs, rows.bfloat16() if self._gradients else None))
+                    is_counted = _behind_first(gradient)
+                    own = rows[is_counted].float() if self._gradients else None
+                    seen.held.append(Held(inputs[is_counted], own))
                     continue
                 seen.x.append(inputs)
                 seen.weights.append(rows.float().square().mean(1))
@@ -109,6 +112,18 @@ class Capture(TorchFunctionMode):
             result.register_hook(keep)  # type: ignore[no-untyped-call]
         else:
             keep(torch.ones_like(result))
+
+
+def _behind_first(outputs: torch.Tensor) -> torch.Tensor:
+    """Which of a layer's tokens are not the first of their window, bool [T]; experts do not tell.
+
+    A first token is an attention sink: its states are a thousand times as large as others', and it
+    counts once in a short window where a served one has it once in thousands.
+    """
+    is_counted = torch.ones(outputs.shape[:-1], dtype=torch.bool, device=outputs.device)
+    if outputs.dim() == 3 and outputs.shape[1] > 1:
+        is_counted[:, 0] = False
+    return is_counted.flatten()
 
 
 def _of_product(parts: list[PlannedLayer], weight: torch.Tensor) -> list[PlannedLayer]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.calibrate.capture import Capture, Seen
@@ -293,6 +293,13 @@ def rounded_paths(folder: Path, index: int, num_ranks: int) -> list[Path]:
     return [
         folder / f"rounded-{index}-{rank}-of-{num_ranks}.safetensors" for rank in range(num_ranks)
     ]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What a rank recorded of the layers that it rounded, by where it wrote them."""
+    with safe_open(path, framework="pt") as file:
+        found: list[dict[str, Any]] = json.loads(file.metadata()["records"])
+    return found
 
 
 def _gradient(tensor: torch.Tensor) -> torch.Tensor:

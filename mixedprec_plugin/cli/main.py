@@ -31,6 +31,7 @@ VERBS = {
     "convert": ("mixedprec_plugin.cli.convert", "write the mixed checkpoint to disk"),
     "verify": ("mixedprec_plugin.cli.verify", "is the mixed checkpoint still the model"),
     "eval": ("mixedprec_plugin.cli.eval", "what presets cost in quality"),
+    "search": ("mixedprec_plugin.cli.search", "the best preset for a budget of memory"),
     "presets": ("mixedprec_plugin.cli.presets", "the presets that ship: list, show, copy"),
     "validate": ("mixedprec_plugin.cli.validate", "are preset files right in themselves"),
     "methods": ("mixedprec_plugin.cli.methods", "the quantization methods and their arguments"),

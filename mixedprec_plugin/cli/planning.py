@@ -47,6 +47,11 @@ def add_planning_arguments(
         "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
         default=[], help="override a key of the preset; repeatable",
     )  # fmt: skip
+    add_target_arguments(parser)
+
+
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that say what is planned for."""
     parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel ranks")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float16, as SGLang's")
     parser.add_argument(

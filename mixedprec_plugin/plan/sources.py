@@ -10,14 +10,16 @@ from mixedprec_plugin.errors import CheckpointError, Problem
 from mixedprec_plugin.preset.model import Preset
 
 
-def open_other_sources(preset: Preset) -> Mapping[str, Source]:
+def open_other_sources(preset: Preset, *, everything: bool = False) -> Mapping[str, Source]:
     """Open every source that the preset takes layers or scales from, but for the model.
 
+    Args:
+        everything: those that no rule names as well.
     Raises:
         CheckpointError: with the problems of all of them, at their lines in the preset.
     """
-    used = {rule.scheme.source for rule in preset.rules} | {preset.kv_cache.scales or "model"}
-    used.discard("model")
+    taken = {rule.scheme.source for rule in preset.rules} | {preset.kv_cache.scales or "model"}
+    used = {*(preset.sources if everything else taken)} - {"model"}
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
     for name in sorted(used):

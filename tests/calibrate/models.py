@@ -54,4 +54,5 @@ def write_model(
         eos_token="</s>",
         unk_token="<unk>",
     ).save_pretrained(folder)
-    return model.float().eval()
+    # read again: frequencies of rotary embeddings went to bfloat16 as well
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,0 +1,122 @@
+"""`mixedprec search`: the preset of the best quality for a budget of memory."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TextIO
+
+from mixedprec_plugin.cli.arguments import positive
+from mixedprec_plugin.cli.planning import (
+    add_load_arguments,
+    add_target_arguments,
+    add_text_arguments,
+    load_of,
+)
+from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.search.kept import Basis
+
+_UNITS = {"": 1, "K": 1000, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(i?)B?", re.IGNORECASE)
+_BASIS = Basis()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="checkpoint folder, or a Hugging Face id"
+    )
+    wanted = parser.add_argument_group("budget", "one of these, or --gpu with --context")
+    wanted.add_argument("--bits", type=float, metavar="N", help="bits a weight, scales counted")
+    wanted.add_argument(
+        "--budget", type=_size, metavar="SIZE",
+        help="bytes of weights on each rank, everything counted: 12GiB",
+    )  # fmt: skip
+    add_load_arguments(wanted)
+    add_target_arguments(parser)
+    parser.add_argument(
+        "--methods", default="", metavar="LIST", help="what to choose from, as awq,fp8; all if none"
+    )
+    parser.add_argument(
+        "--sources", type=Path, metavar="FILE",
+        help="a preset whose sources are chosen from as well, each layer as it is stored there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--at-load", action="store_true",
+        help="choose from what needs no conversion: 4-bit layers are rounded to the nearest code",
+    )  # fmt: skip
+    parser.add_argument(
+        "--experts", choices=("single", "layer"), default="single",
+        help="whether each expert is chosen for, or all of a layer together",
+    )  # fmt: skip
+    scored = parser.add_argument_group("scores", "made once, and kept for the next search")
+    add_text_arguments(scored, "score on", "the model", _BASIS.windows, _BASIS.length)
+    scored.add_argument(
+        "--held-out", type=positive, metavar="N", help="pieces to score on (16)",
+    )  # fmt: skip
+    scored.add_argument(
+        "--no-gradients", action="store_true",
+        help="score by errors of outputs, for models that cannot be differentiated",
+    )  # fmt: skip
+    scored.add_argument(
+        "--fast", action="store_true", help="no scores: a rule of thumb from shapes alone"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the preset, YAML")
+    parser.add_argument(
+        "--convert", type=Path, metavar="DIR", help="write the model so, calibrated, as well"
+    )
+    parser.add_argument(
+        "--check", action="store_true",
+        help="measure the preset on text that nothing was chosen on, as mixedprec eval does",
+    )  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw front and layers, as SVG")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    """Find and write the preset.
+
+    Returns:
+        0.
+    Raises:
+        UsageError: the budget or another option is wrong.
+        PlanError: nothing is so small.
+        CheckpointError, PresetError: the files themselves are wrong.
+        ConvertError: a file cannot be written.
+    """
+    _check_options(args)
+    # other verbs run without numpy and scipy
+    from mixedprec_plugin.cli.searching import search
+
+    search(args, out)
+    return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """See that the options go together.
+
+    Raises:
+        UsageError: they do not.
+    """
+    given = [name for name in ("bits", "budget", "context") if getattr(args, name) is not None]
+    if len(given) != 1:
+        what = f"{' and '.join(f'--{x}' for x in given) or 'none of them'} (expected one)"
+        remedy = "name one of --bits N, --budget SIZE, or --gpu NAME --context TOKENS"
+        raise UsageError(Problem("--bits, --budget, --context", what, remedy, "budget"))
+    if args.context is not None and not args.gpu:
+        remedy = "add --gpu NAME, or give --budget"
+        raise UsageError(Problem("--context", "is for a GPU", remedy, "budget"))
+    load_of(args)
+    text = ("text", "windows", "length", "seed", "held_out")
+    unused = [f"--{x.replace('_', '-')}" for x in text if getattr(args, x) is not None]
+    if args.fast and (unused := unused + ["--no-gradients"] * args.no_gradients):
+        raise UsageError(Problem(", ".join(unused), "is for scores, and --fast makes none"))
+
+
+def _size(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size (expected such as 12GiB or 12GB)")
+    unit = match[2].upper()
+    scale = 1024 ** "KMGT".index(unit) * 1024 if match[3] else _UNITS[unit]
+    return int(float(match[1]) * scale)

@@ -1,0 +1,262 @@
+"""Scores x budget -> the candidate of every unit: a multiple-choice knapsack.
+
+For a price of a byte, every unit takes the candidate of the least loss plus price; the price at
+which all of them just fit gives a bound that no assignment is below. What is left to decide, those
+candidates that could be in an assignment between the bound and the best that is known, HiGHS solves
+exactly: a few of the units, whatever their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from mixedprec_plugin.errors import PlanError, Problem
+
+Floats: TypeAlias = NDArray[np.float64]
+Integers: TypeAlias = NDArray[np.int64]
+
+_SECONDS = 20.0
+# by how much more may be lost for a scheme less: far below what scores are good for
+TOLERANCE = 0.01
+_NUM_PRICES = 400
+_MOST_FILLED = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What there is to choose from.
+
+    Attributes:
+        units: names of what is decided, U of them.
+        candidates: names of the schemes, C of them.
+        loss: [U, C], infinite where a unit has no such candidate.
+        size: bytes, [U, C]; of no meaning there.
+    """
+
+    units: tuple[str, ...]
+    candidates: tuple[str, ...]
+    loss: Floats
+    size: Floats
+
+    @classmethod
+    def of(
+        cls,
+        loss: Mapping[str, Mapping[str, float]],
+        size: Mapping[str, Mapping[str, int]],
+    ) -> Table:
+        """Make one of numbers by unit and candidate; both know the same."""
+        candidates = tuple(dict.fromkeys(name for own in loss.values() for name in own))
+        column = {name: index for index, name in enumerate(candidates)}
+        losses = np.full((len(loss), len(candidates)), np.inf)
+        sizes = np.zeros_like(losses)
+        for row, (unit, own) in enumerate(loss.items()):
+            for name, value in own.items():
+                losses[row, column[name]] = value
+                sizes[row, column[name]] = size[unit][name]
+        return cls(tuple(loss), candidates, losses, sizes)
+
+    def only(self, candidates: Collection[str]) -> Table:
+        """The same with some candidates; a unit that has none of them keeps all that it has."""
+        is_kept = np.array([name in candidates for name in self.candidates])
+        loss = np.where(is_kept, self.loss, np.inf)
+        is_bare = ~np.isfinite(loss).any(1)
+        return dataclasses.replace(self, loss=np.where(is_bare[:, None], self.loss, loss))
+
+    def together(self, groups: Mapping[str, str]) -> Table:
+        """The same with one decision for all units of a group.
+
+        Args:
+            groups: unit -> name of its group.
+        """
+        names = tuple(dict.fromkeys(groups[unit] for unit in self.units))
+        index = {name: row for row, name in enumerate(names)}
+        rows = np.array([index[groups[unit]] for unit in self.units])
+        loss, size = (np.zeros((len(names), len(self.candidates))) for _ in range(2))
+        np.add.at(loss, rows, self.loss)
+        np.add.at(size, rows, self.size)
+        return Table(names, self.candidates, loss, size)
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the smallest assignment."""
+        return int(np.where(np.isfinite(self.loss), self.size, np.inf).min(1).sum())
+
+    def at_price(self, price: float) -> Integers:
+        """The candidate of every unit at a price of a byte, the smaller one of two that tie."""
+        cost = self.loss + price * self.size
+        least = cost.min(1, keepdims=True)
+        # far below a difference that counts, far above rounding
+        ties = np.where(cost <= least * (1 + 1e-12), self.size, np.inf)
+        found: Integers = ties.argmin(1)
+        return found
+
+    def totals(self, choice: Integers) -> tuple[float, int]:
+        """Loss and bytes of an assignment."""
+        rows = np.arange(len(self.units))
+        return float(self.loss[rows, choice].sum()), int(self.size[rows, choice].sum())
+
+    def named(self, choice: Integers) -> dict[str, str]:
+        """Unit -> candidate of an assignment."""
+        return {u: self.candidates[c] for u, c in zip(self.units, choice, strict=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """What was chosen.
+
+    Attributes:
+        choice: unit -> candidate.
+        loss, num_bytes: of all units.
+        bound: what no assignment of these bytes loses less than.
+    """
+
+    choice: Mapping[str, str]
+    loss: float
+    num_bytes: int
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        """How far it may be from the best, as a share of it."""
+        return (self.loss - self.bound) / self.bound if self.bound > 0 else 0.0
+
+
+def allocate(table: Table, budget: int) -> Allocation:
+    """Find the assignment of the least loss within a budget of bytes.
+
+    Raises:
+        PlanError: none is so small.
+    """
+    if (smallest := table.smallest) > budget:
+        what = f"{budget:,} bytes for the layers that are searched (expected {smallest:,} or more)"
+        raise PlanError(Problem("budget", what, "", "budget"))
+    price, choice, bound = _priced(table, budget)
+    choice = _filled(table, choice, budget)
+    choice, bound = _solved(table, budget, price, choice, bound)
+    loss, num_bytes = table.totals(choice)
+    return Allocation(table.named(choice), loss, num_bytes, min(bound, loss))
+
+
+def with_fewest_schemes(
+    table: Table, budget: int, free: Collection[str] = (), tolerance: float = TOLERANCE
+) -> Allocation:
+    """Allocate, and give up schemes as long as that loses next to nothing.
+
+    Args:
+        free: candidates that are no scheme of a preset.
+        tolerance: by which share the loss may rise in all.
+    """
+    best = allocate(table, budget)
+    limit = best.loss * (1 + tolerance)
+    kept, found = set(best.choice.values()), best
+    while True:
+        tries = []
+        for name in sorted(kept - set(free)):
+            fewer = table.only(kept - {name})
+            if fewer.smallest <= budget:
+                made = allocate(fewer, budget)
+                if made.loss <= limit:
+                    tries.append((made.loss, name, made))
+        if not tries or len(kept) == 1:
+            return dataclasses.replace(found, bound=best.bound)
+        found = min(tries, key=lambda one: one[:2])[2]
+        kept = set(found.choice.values())
+
+
+def front(table: Table) -> list[Integers]:
+    """Every assignment that some price of a byte asks for, smallest first."""
+    spread = table.loss[np.isfinite(table.loss)]
+    largest, least = spread.max(initial=1e-30), spread[spread > 0].min(initial=1e-30)
+    # from a price at which only bytes count to one at which only losses do
+    prices = np.geomspace(largest, least / table.size.max() / len(table.units), _NUM_PRICES)
+    choices = (table.at_price(float(price)) for price in prices)
+    return list({table.totals(choice): choice for choice in choices}.values())
+
+
+def _priced(table: Table, budget: int) -> tuple[float, Integers, float]:
+    """The price at which everything just fits, the assignment at it, and the bound."""
+    low, high = 0.0, 1e-30
+    choice = table.at_price(low)
+    if table.totals(choice)[1] <= budget:
+        return low, choice, table.totals(choice)[0]
+    while table.totals(table.at_price(high))[1] > budget:
+        low, high = high, high * 16
+    bound = 0.0
+    for _ in range(120):
+        middle = (low * high) ** 0.5 if low else high / 2
+        choice = table.at_price(middle)
+        loss, num_bytes = table.totals(choice)
+        bound = max(bound, loss + middle * (num_bytes - budget))
+        low, high = (middle, high) if num_bytes > budget else (low, middle)
+        if high - low <= 1e-14 * high:
+            break
+    return high, table.at_price(high), bound
+
+
+def _filled(table: Table, choice: Integers, budget: int) -> Integers:
+    """Spend what is left on what lowers the loss most for its bytes."""
+    choice, rows = choice.copy(), np.arange(len(table.units))
+    for _ in range(_MOST_FILLED):
+        left = budget - table.totals(choice)[1]
+        more = table.size - table.size[rows, choice][:, None]
+        less = table.loss[rows, choice][:, None] - table.loss
+        fits = (less > 0) & (more <= left)
+        if not fits.any():
+            break
+        worth = np.where(fits, less / np.maximum(more, 1e-9), -np.inf)
+        unit, candidate = np.unravel_index(int(worth.argmax()), worth.shape)
+        choice[unit] = candidate
+    return choice
+
+
+def _solved(
+    table: Table, budget: int, price: float, choice: Integers, bound: float
+) -> tuple[Integers, float]:
+    """Solve what is between the bound and the assignment that is known; and the better bound."""
+    known = table.totals(choice)[0]
+    gap = known - bound
+    if gap <= 1e-9 * known:
+        return choice, bound
+    cost = table.loss + price * table.size
+    is_open = cost - cost.min(1, keepdims=True) <= gap
+    decided = np.flatnonzero(is_open.sum(1) > 1)
+    units, options = np.nonzero(is_open[decided])
+    if not len(units):
+        return choice, bound
+    size = table.size[decided[units], options]
+    loss = table.loss[decided[units], options]
+    fixed = table.at_price(price)
+    fixed[decided] = 0
+    rows = np.setdiff1d(np.arange(len(table.units)), decided)
+    left = budget - float(table.size[rows, fixed[rows]].sum())
+    lost = float(table.loss[rows, fixed[rows]].sum())
+    once = csr_array((np.ones(len(units)), (units, np.arange(len(units)))))
+    scale = size.max()
+    found = milp(
+        (loss - loss.min()) / gap,
+        integrality=np.ones(len(units)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(once, 1, 1),
+            LinearConstraint(csr_array(size[None] / scale), -np.inf, left / scale),
+        ],
+        options={"time_limit": _SECONDS, "mip_rel_gap": 0.0},
+    )
+    if found.x is None:
+        return choice, bound
+    solved = fixed.copy()
+    chosen = found.x > 0.5
+    solved[decided[units[chosen]]] = options[chosen]
+    num_decided = len(decided)
+    least = lost + found.mip_dual_bound * gap + num_decided * float(loss.min())
+    made, num_bytes = table.totals(solved)
+    if num_bytes <= budget and made < known:
+        choice = solved
+    return choice, max(bound, min(least, table.totals(choice)[0]))

@@ -1,0 +1,364 @@
+"""What each unit of a model could run as.
+
+A unit is what needs one scheme: a fused module, a single layer or one expert. Each candidate is a
+scheme for all of them, planned like any preset, so that what a plan refuses is no option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.families.names import last_component, scheme_unit
+from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.registry import AUTO, METHODS, bind, method_names
+from mixedprec_plugin.names import without_numbers
+from mixedprec_plugin.plan.checks import layer_problems
+from mixedprec_plugin.plan.memory import bytes_by_layer
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import load_resolved
+from mixedprec_plugin.preset.model import Location, Preset, Rule, Scheme, SourceReference
+
+AS_STORED = "as stored"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A scheme to try.
+
+    Attributes:
+        name: what it is called in presets and tables, `awq-4bit-g64`.
+        scheme: method, arguments and source.
+    """
+
+    name: str
+    scheme: Scheme
+
+    @property
+    def needs_conversion(self) -> bool:
+        """Whether only a conversion rounds so."""
+        return self.scheme.arguments.get("rounding") == "calibrated"
+
+    @property
+    def key(self) -> str:
+        """What its scores are kept under."""
+        return json.dumps(
+            [self.scheme.method, dict(self.scheme.arguments), self.scheme.source], sort_keys=True
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One candidate for one unit.
+
+    Attributes:
+        own: the unit's layers as they are stored.
+        planned: as the candidate plans them, or layers that are like them.
+        num_bytes: over all ranks.
+        rank_bytes: of one rank.
+    """
+
+    candidate: Candidate
+    own: tuple[PlannedLayer, ...]
+    planned: tuple[PlannedLayer, ...]
+    num_bytes: int
+    rank_bytes: int
+
+    @property
+    def layers(self) -> tuple[PlannedLayer, ...]:
+        """The unit's layers as the candidate plans them."""
+        if self.own[0].name == self.planned[0].name:
+            return self.planned
+        return tuple(
+            dataclasses.replace(
+                own,
+                scheme=like.scheme,
+                rule=like.rule,
+                action=like.action,
+                outputs=like.outputs,
+                bytes_after=like.bytes_after,
+            )
+            for own, like in zip(self.own, self.planned, strict=True)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What needs one scheme.
+
+    Attributes:
+        name: of the fused module, the layer, or the expert.
+        layers: as the model's own checkpoint stores them.
+        options: candidate name -> option; with `AS_STORED`, which costs nothing in quality.
+    """
+
+    name: str
+    layers: tuple[PlannedLayer, ...]
+    options: Mapping[str, Option]
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of its matrices."""
+        return sum(layer.num_weights for layer in self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """The units of a model with all that they could run as.
+
+    Attributes:
+        base: the model as its own checkpoint stores it.
+        units: unit name -> unit.
+        candidates: candidate name -> candidate.
+        apart: sources that cannot be mixed with the model, and why; they are no candidates.
+    """
+
+    base: Plan
+    units: Mapping[str, Unit]
+    candidates: Mapping[str, Candidate]
+    apart: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def rest(self) -> tuple[int, int]:
+        """Bytes of what is in no unit, over all ranks and of one rank."""
+        own = {layer.name for unit in self.units.values() for layer in unit.layers}
+        others = [layer for layer in self.base.layers if layer.name not in own]
+        ranks = bytes_by_layer(others, self.base.target.tp_size, self.base.source.config)
+        return sum(layer.bytes_after for layer in others), sum(ranks)
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all units' matrices."""
+        return sum(unit.num_weights for unit in self.units.values())
+
+
+def find_choices(
+    model: Source,
+    target: Target,
+    methods: Collection[str] = (),
+    others: Mapping[str, tuple[SourceReference, Source]] | None = None,
+) -> Choices:
+    """Plan every candidate.
+
+    Args:
+        methods: canonical names of those to try; all if empty.
+        others: further sources, by name.
+    Raises:
+        UsageError: a method is not known, or nothing is to choose.
+    """
+    others = others or {}
+    sources = {name: source for name, (_, source) in others.items()}
+    references = {name: reference for name, (reference, _) in others.items()}
+    stored = Scheme(AS_STORED, *bind(AUTO, {}))
+    base = resolve_plan(_preset(stored), model, target)
+    units = _units(base)
+    alike = _alike(units)
+    apart, beside = {}, {}
+    for name in others:
+        preset = {name: references[name]}
+        plans = _beside(base, units, name, preset, {name: sources[name]})
+        beside[name] = plans[0]
+        wrong = [p for plan in plans for p in plan.errors if p.rule in _APART]
+        if wrong:
+            apart[name] = str(wrong[0])
+    candidates = [*_of_methods(methods), *_of_sources(x for x in others if x not in apart)]
+    kept = Candidate(AS_STORED, stored)
+    options = {name: {AS_STORED: _option(kept, own, own, base)} for name, own in units.items()}
+    few = _only(model, [units[names[0]] for names in alike])
+    for candidate in candidates:
+        if candidate.scheme.source != "model":
+            plan = beside[candidate.scheme.source]
+            for unit, layers in _served(candidate, plan).items():
+                if unit in options:
+                    options[unit][candidate.name] = _option(candidate, layers, layers, plan)
+            continue
+        plan = resolve_plan(_preset(candidate.scheme), few, target)
+        served = _served(candidate, plan)
+        for names in alike:
+            if names[0] in served:
+                one = _option(candidate, served[names[0]], served[names[0]], plan)
+                for name in names:
+                    options[name][candidate.name] = dataclasses.replace(one, own=units[name])
+    found = {name: Unit(name, units[name], own) for name, own in options.items() if len(own) > 1}
+    if not found:
+        what = f"none of {', '.join(c.name for c in candidates)} serves a layer of {model.path}"
+        raise UsageError(Problem("--methods", what, "try others, or another --gpu", "search"))
+    used = {name for unit in found.values() for name in unit.options}
+    by_name = {c.name: c for c in candidates if c.name in used}
+    return Choices(base, found, {AS_STORED: kept, **by_name}, apart)
+
+
+def canonical_methods(names: Iterable[str]) -> tuple[str, ...]:
+    """Methods by the names that people type.
+
+    Raises:
+        UsageError: one is not known, or quantizes nothing.
+    """
+    found = []
+    for name in names:
+        method = next((m for m in METHODS.values() if name in m.names and m.searched), None)
+        if method is None:
+            known = ", ".join(m.name for m in METHODS.values() if m.searched)
+            listed = "quantizes nothing" if name in method_names() else "is not known"
+            raise UsageError(Problem("--methods", f"{name!r} {listed} (expected {known})"))
+        found.append(method.name)
+    return tuple(dict.fromkeys(found))
+
+
+# of two errors that formats tell of normally distributed weights, as good as the same
+_ALIKE = 1.05
+
+
+def worth_trying(unit: Unit) -> list[str]:
+    """The candidates of a unit, but for those that another is smaller and no coarser than.
+
+    Only of methods that are calibrated, which takes time: symmetric codes, say, that are stored
+    beside an order which nobody needs.
+    """
+    names = [name for name in unit.options if name != AS_STORED]
+    told = {name: _told_error(unit.options[name]) for name in names}
+
+    def is_beaten(name: str) -> bool:
+        own = unit.options[name]
+        rounding = own.candidate.scheme.arguments.get("rounding")
+        return told[name] > 0 and any(
+            0 < told[other] <= told[name] * _ALIKE
+            and unit.options[other].num_bytes < own.num_bytes
+            and unit.options[other].candidate.scheme.arguments.get("rounding") == rounding
+            for other in names
+        )
+
+    return [name for name in names if not is_beaten(name)]
+
+
+def _told_error(option: Option) -> float:
+    scheme, stored = option.candidate.scheme, option.planned[0].stored
+    if scheme.arguments.get("rounding") is None or stored is None:
+        return 0.0
+    return METHODS[scheme.method].rounding(scheme.arguments).error(stored.N, stored.K)
+
+
+def _of_methods(methods: Collection[str]) -> Iterator[Candidate]:
+    for method in METHODS.values():
+        if methods and method.name not in methods:
+            continue
+        for settings in method.searched:
+            roundings = method.schema.get("rounding", {}).get("enum", [None])
+            for rounding in roundings:
+                given = {**settings, **({"rounding": rounding} if rounding else {})}
+                name, arguments = bind(method.name, given)
+                if not method.why_not_quantize(arguments):
+                    scheme = Scheme("", name, arguments)
+                    words = scheme.summary.replace("-bit", "bit").split()
+                    label = "-".join(words) + ("-nearest" if rounding == "nearest" else "")
+                    yield Candidate(label, dataclasses.replace(scheme, label=label))
+
+
+def _of_sources(others: Iterable[str]) -> Iterator[Candidate]:
+    for source in others:
+        yield Candidate(source, Scheme(source, *bind(AUTO, {}), source=source))
+
+
+# what is wrong of a source that cannot be mixed with the model
+_APART = ("coupled-layers", "source-model")
+
+
+def _beside(
+    base: Plan,
+    units: Mapping[str, Sequence[PlannedLayer]],
+    name: str,
+    references: Mapping[str, SourceReference],
+    sources: Mapping[str, Source],
+) -> list[Plan]:
+    """Plan a source's layers beside the model's own norms, and beside the layers in front of them.
+
+    A tool may have folded scales into either: what can make up for that is planned to, and what
+    cannot is an error.
+    """
+    own, other = Scheme(AS_STORED, *bind(AUTO, {})), Scheme(name, *bind(AUTO, {}), source=name)
+    lasts = {last_component(layer.name) for layers in units.values() for layer in layers}
+    behind = lasts & family_of(base.source.config).outputs
+    norms = {last_component(layer.name) for layer in base.layers if layer.kind == "norm"} - lasts
+    plans = []
+    for taken in filter(None, (lasts, behind)):
+        asked = [({"*"}, own), ({f"*.{x}" for x in taken}, other), ({f"*{x}" for x in norms}, own)]
+        rules = tuple(
+            Rule(index, tuple(sorted(found)), scheme, True, Location(name, 0), tuple(sorted(found)))
+            for index, (found, scheme) in enumerate(asked)
+            if found
+        )
+        preset = dataclasses.replace(_EMPTY, path=name, rules=rules, sources=references)
+        plans.append(resolve_plan(preset, base.source, base.target, sources))
+    return plans
+
+
+def _preset(scheme: Scheme) -> Preset:
+    """A preset that asks one scheme of everything."""
+    rule = Rule(0, ("*",), scheme, False, Location(scheme.label, 0), ("*",))
+    return dataclasses.replace(_EMPTY, path=scheme.label, rules=(rule,))
+
+
+_EMPTY = load_resolved({"version": 1, "rules": [{"match": "*", "method": AUTO}]}, "search")
+
+
+def _units(plan: Plan) -> dict[str, tuple[PlannedLayer, ...]]:
+    found: dict[str, list[PlannedLayer]] = {}
+    for layers in plan.modules.values():
+        for layer in layers:
+            if layer.kind in ("linear", "expert") and layer.num_weights:
+                found.setdefault(scheme_unit(layer.module, layer.shard), []).append(layer)
+    return {name: tuple(layers) for name, layers in found.items()}
+
+
+def _alike(units: Mapping[str, Sequence[PlannedLayer]]) -> list[list[str]]:
+    """Names of units that differ in numbers of their names alone, and are stored alike."""
+    found: dict[object, list[str]] = {}
+    for name, layers in units.items():
+        key = (without_numbers(name), *((id(x.stored), x.action) for x in layers))
+        found.setdefault(key, []).append(name)
+    return list(found.values())
+
+
+def _only(model: Source, units: Iterable[Sequence[PlannedLayer]]) -> Source:
+    """A checkpoint with nothing but some layers, whose plan takes no time."""
+    kept = {layer.name for layers in units for layer in layers}
+    found = dataclasses.replace(model)
+    # cached, and by far the most of it
+    vars(found)["layers"] = {name: own for name, own in model.layers.items() if name in kept}
+    return found
+
+
+def _served(candidate: Candidate, plan: Plan) -> dict[str, tuple[PlannedLayer, ...]]:
+    """The units that a candidate's plan serves."""
+    problems = layer_problems(plan.layers, plan.target, plan.source.config)
+    wrong = {problem.where for problem in problems if problem.severity == "error"}
+    return {
+        unit: layers
+        for unit, layers in _units(plan).items()
+        if all(
+            layer.scheme is not None
+            and layer.source == candidate.scheme.source
+            and layer.name not in wrong
+            and layer.action in ("quantize", "as stored", "cast", "repack")
+            and layer.stored is not None
+            and layer.stored.is_readable
+            for layer in layers
+        )
+    }
+
+
+def _option(
+    candidate: Candidate,
+    own: tuple[PlannedLayer, ...],
+    planned: tuple[PlannedLayer, ...],
+    plan: Plan,
+) -> Option:
+    ranks = bytes_by_layer(planned, plan.target.tp_size, plan.source.config)
+    total = sum(layer.bytes_after for layer in planned)
+    return Option(candidate, own, planned, total, sum(ranks))

@@ -1,0 +1,206 @@
+"""Model and budget -> the preset: candidates, their scores, the allocation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Literal
+
+from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.families.names import ExpertShard
+from mixedprec_plugin.search.allocate import Allocation, Table, with_fewest_schemes
+from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit, worth_trying
+from mixedprec_plugin.search.front import Point, front_points, loss_of, named_points, point_of
+from mixedprec_plugin.search.kept import Basis, KeptScores, Scores
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+# of more, planning every preset that ships would take longer than the search
+_MOST_UNITS_BESIDE = 2000
+
+Kind = Literal["nats", "shares", "guesses"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What the preset may take.
+
+    Attributes:
+        num_bytes: of weights on a rank, everything counted; None if bits are given.
+        bits: of a weight of the units, scales counted.
+    """
+
+    num_bytes: int | None = None
+    bits: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        choices: the units that were scored, with what was.
+        kind: what scores are: nats a token, shares of outputs that are error, or guesses.
+        allocation: the candidate of each unit, or of each layer of experts.
+        choice: the candidate of each unit.
+        num_made: how many scores were made, and not read.
+        front, named: points to compare it with.
+    """
+
+    choices: Choices
+    kind: Kind
+    scores: Scores
+    allocation: Allocation
+    choice: Mapping[str, str]
+    num_made: int
+    front: tuple[Point, ...]
+    named: tuple[Point, ...]
+
+    @property
+    def point(self) -> Point:
+        """Where the choice stands."""
+        return point_of("", self.choices, self.choice, self.scores)
+
+    @functools.cached_property
+    def losses(self) -> dict[str, float]:
+        """What each unit loses."""
+        return {unit: loss_of(self.scores, unit, name) for unit, name in self.choice.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A search over the units of one model.
+
+    Attributes:
+        at_load: whether only what needs no conversion may be chosen.
+        is_by_layer: whether all experts of a layer run alike.
+    """
+
+    choices: Choices
+    at_load: bool = False
+    is_by_layer: bool = False
+
+    def run(self, budget: Budget, scores: Scores, kind: Kind, num_made: int = 0) -> Found:
+        """Choose.
+
+        Raises:
+            PlanError: nothing is so small.
+        """
+        scored = dataclasses.replace(self.choices, units=_scored(self.choices, scores))
+        total, ranks = (
+            self._table(scored, scores, self._allowed, is_rank=x) for x in (False, True)
+        )
+        table, limit = ranks, (budget.num_bytes or 0) - scored.rest[1]
+        if budget.num_bytes is None:
+            # what was not scored stays as it is, and is in no unit here
+            table, limit = total, int(budget.bits * scored.num_weights / 8)
+        if table.smallest > limit:
+            raise _too_small(budget, scored, table)
+        allocation = with_fewest_schemes(table, limit, {AS_STORED})
+        groups = self._groups(scored.units)
+        choice = {unit: allocation.choice[groups[unit]] for unit in scored.units}
+        front = tuple(front_points(scored, total, scores, groups))
+        is_small = len(scored.units) <= _MOST_UNITS_BESIDE
+        named = tuple(named_points(scored, scores)) if is_small else ()
+        return Found(scored, kind, scores, allocation, choice, num_made, front, named)
+
+    def smallest(self, scores: Scores) -> int:
+        """Bytes of a rank, everything counted, that nothing is smaller than."""
+        scored = dataclasses.replace(self.choices, units=_scored(self.choices, scores))
+        return self._table(scored, scores, self._allowed, is_rank=True).smallest + scored.rest[1]
+
+    @property
+    def _allowed(self) -> list[str]:
+        return [
+            name
+            for name, candidate in self.choices.candidates.items()
+            if not (self.at_load and candidate.needs_conversion)
+        ]
+
+    def _groups(self, units: Mapping[str, Unit]) -> dict[str, str]:
+        return {
+            name: unit.layers[0].module
+            if self.is_by_layer and isinstance(unit.layers[0].shard, ExpertShard)
+            else name
+            for name, unit in units.items()
+        }
+
+    def _table(
+        self, choices: Choices, scores: Scores, allowed: Collection[str], *, is_rank: bool
+    ) -> Table:
+        loss: dict[str, dict[str, float]] = {}
+        size: dict[str, dict[str, int]] = {}
+        for name, unit in choices.units.items():
+            own = [x for x in unit.options if x in allowed]
+            loss[name] = {x: loss_of(scores, name, x) for x in own}
+            options = unit.options
+            size[name] = {
+                x: options[x].rank_bytes if is_rank else options[x].num_bytes for x in own
+            }
+        return Table.of(loss, size).together(self._groups(choices.units))
+
+
+def find_scores(
+    choices: Choices, kept: KeptScores, basis: Basis, progress: Progress
+) -> tuple[Scores, int]:
+    """Read scores, and make those that are not there.
+
+    Returns:
+        unit -> candidate -> score; and how many were made.
+    Raises:
+        CheckpointError: a source is damaged, or transformers does not have the model's class.
+        UsageError: the text cannot be read, or is too short.
+        ConvertError: the scores cannot be written.
+    """
+    keys = {
+        name: kept.key(candidate.key, candidate.scheme.source)
+        for name, candidate in choices.candidates.items()
+    }
+    known = kept.read(keys)
+    wanted = {name: worth_trying(unit) for name, unit in choices.units.items()}
+    missing = {
+        unit: [name for name in names if name not in known[unit]] if unit in known else names
+        for unit, names in wanted.items()
+    }
+    missing = {unit: names for unit, names in missing.items() if names}
+    if missing:
+        # only this needs torch
+        from mixedprec_plugin.search.scores import make_scores
+
+        digest = hashlib.sha256(json.dumps([kept.facts, missing], default=str).encode()).hexdigest()
+        work = kept.folder(f"work-{digest[:16]}")
+        made = make_scores(choices, missing, basis, work, progress)
+        kept.write(made, keys)
+        shutil.rmtree(work)
+        known = kept.read(keys)
+    return known, sum(map(len, missing.values()))
+
+
+def _scored(choices: Choices, scores: Scores) -> dict[str, Unit]:
+    """The units with those options that have a score."""
+    found = {}
+    for name, unit in choices.units.items():
+        if name in scores:
+            known = scores[name]
+            options = {k: v for k, v in unit.options.items() if k == AS_STORED or k in known}
+            found[name] = dataclasses.replace(unit, options=options)
+    return found
+
+
+def _too_small(budget: Budget, choices: Choices, table: Table) -> PlanError:
+    """The error of a budget that nothing is within, with the nearest that is."""
+    if budget.num_bytes is None:
+        nearest = 8 * table.smallest / choices.num_weights
+        what = f"{budget.bits:g} bits a weight is less than anything takes"
+        where, expected = "--bits", f"(expected {nearest + 0.005:.2f} or more)"
+    else:
+        size = (table.smallest + choices.rest[1]) / 2**30
+        what = f"{budget.num_bytes / 2**30:.2f} GiB a rank is less than anything takes"
+        where, expected = "--budget", f"(expected {size + 0.005:.2f}GiB or more)"
+    remedy = "allow more, name more --methods, or more ranks with --tp"
+    return PlanError(Problem(where, f"{what} {expected}", remedy, "budget"))

@@ -1,0 +1,163 @@
+"""Scores that were made before, beside the checkpoint or in the cache where that is read-only.
+
+A file holds the scores on one basis: one model, told by its files' names, sizes and headers, one
+text, and one release of what computes. Scores are kept by unit and candidate, so that a search with
+other methods only makes those that are not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mixedprec_plugin.checkpoint.recorded import file_digest
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.errors import CheckpointError, ConvertError, Problem
+
+# unit name -> candidate name -> what it costs
+Scores = dict[str, dict[str, float]]
+
+# raised where scores are made otherwise
+_VERSION = 2
+_FOLDER = ".mixedprec"
+
+
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """What scores are made on.
+
+    Attributes:
+        text: a file, or None for text that the model writes.
+        windows: pieces of it that candidates are made with.
+        held_out: further pieces, which they are scored on.
+        length: tokens of a piece.
+        seed: of the text and the labels.
+        gradients: whether errors are weighed by the gradient of the model's own predictions.
+    """
+
+    text: Path | None = None
+    windows: int = 64
+    held_out: int = 16
+    length: int = 128
+    seed: int = 0
+    gradients: bool = True
+
+
+class KeptScores:
+    """The scores of a model on a basis.
+
+    Args:
+        model: the checkpoint; one on the Hub is looked at where its cache is.
+        dtype: what the model runs in.
+        others: further sources, by name.
+    Raises:
+        CheckpointError: the text cannot be read.
+    """
+
+    def __init__(
+        self, model: Source, dtype: str, basis: Basis, others: Mapping[str, Source] | None = None
+    ) -> None:
+        self._others = {name: _identity(source) for name, source in (others or {}).items()}
+        self.facts = {
+            "version": _VERSION, "model": _identity(model), "dtype": dtype,
+            **dataclasses.asdict(basis),
+            "text": file_digest(basis.text) if basis.text else "written by the model",
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        }  # fmt: skip
+        self._digest = _digest(self.facts)[:16]
+        self._places = [model.path / _FOLDER, _cache()]
+
+    def folder(self, name: str = "") -> Path:
+        """Where scores are written, or a folder of that name there; made if it is not there.
+
+        Raises:
+            ConvertError: none can be written.
+        """
+        for folder in (place / name for place in self._places):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError:
+                continue
+            if os.access(folder, os.W_OK):
+                return folder
+        remedy = "set MIXEDPREC_CACHE to a folder that can"
+        raise ConvertError(Problem(str(self._places[-1]), "cannot be written", remedy, "write"))
+
+    @property
+    def path(self) -> Path | None:
+        """The file that holds scores; None where there is none."""
+        found = (place / f"scores-{self._digest}.json" for place in self._places)
+        return next((path for path in found if path.is_file()), None)
+
+    def read(self, keys: Mapping[str, str]) -> Scores:
+        """The scores that are there.
+
+        Args:
+            keys: candidate name -> what its scores are kept under, see `key`.
+        """
+        path = self.path
+        if path is None:
+            return {}
+        names = {key: name for name, key in keys.items()}
+        return {
+            unit: {names[key]: score for key, score in own.items() if key in names}
+            for unit, own in _read(path).items()
+        }
+
+    def key(self, candidate_key: str, source: str) -> str:
+        """What a candidate's scores are kept under: other bytes of its source are another one."""
+        return candidate_key + self._others.get(source, "")
+
+    def write(self, scores: Scores, keys: Mapping[str, str]) -> Path:
+        """Add scores to those that are there.
+
+        Raises:
+            ConvertError: they cannot be written.
+        """
+        path = self.path or self.folder() / f"scores-{self._digest}.json"
+        known = _read(path) if path.exists() else {}
+        for unit, own in scores.items():
+            known.setdefault(unit, {}).update({keys[name]: score for name, score in own.items()})
+        temporary = path.with_suffix(".tmp")
+        try:
+            text = json.dumps({"facts": self.facts, "scores": known}, default=str)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            what = f"cannot be written ({error.strerror})"
+            raise ConvertError(Problem(str(path), what, "make room", "write")) from error
+        return path
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["scores"]
+    except (OSError, ValueError, KeyError) as error:
+        what = f"is no file of scores ({error})"
+        raise CheckpointError(Problem(str(path), what, "remove it", "scores")) from error
+
+
+def _cache() -> Path:
+    root = os.environ.get("MIXEDPREC_CACHE") or Path.home() / ".cache" / "mixedprec"
+    return Path(root) / "scores"
+
+
+def _identity(source: Source) -> str:
+    """A digest of a checkpoint: its config, and where which tensor lies in files of which size."""
+    sizes = {
+        path.name: (facts.num_bytes, facts.changed_ns)
+        for path, facts in source.facts.items()
+        if path.suffix == ".safetensors"
+    }
+    tensors = [(t.path.name, name, t.dtype, t.shape) for name, t in source.tensors.items()]
+    return _digest([dict(source.config), sizes, tensors])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,154 @@
+"""What a search found, as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mixedprec_plugin.errors import printable
+from mixedprec_plugin.plan.budget import Budget as CardBudget
+from mixedprec_plugin.plan.render import format_bytes
+from mixedprec_plugin.plan.tables import Page, Table
+from mixedprec_plugin.search.allocate import TOLERANCE
+from mixedprec_plugin.search.candidates import AS_STORED
+from mixedprec_plugin.search.finder import Found
+
+# what a loss is -> its unit, and what is said of it
+_KINDS = {
+    "nats": ("nats a token", "predicted KL on the text that was scored on"),
+    "shares": ("", "sum of the shares of outputs that are error; no divergence"),
+    "guesses": ("", "a rule of thumb from shapes alone; no divergence, nothing was measured"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a check measured: KL in nats a token, its standard error, and on what."""
+
+    kl: float
+    error: float | None
+    text: str
+
+
+def header_lines(found: Found, path: Path, model: str) -> list[str]:
+    """The comment at the top of a preset: what it is, how to serve it, what it is predicted."""
+    point, (unit, what) = found.point, _KINDS[found.kind]
+    config = shlex.quote(path.name)
+    name = shlex.quote(model)
+    is_converted = any(
+        found.choices.candidates[name].needs_conversion for name in found.choice.values()
+    )
+    if is_converted:
+        command = [
+            f"mixedprec convert --model {name} --preset {config} --out DIR",
+            "sglang serve --model-path DIR --load-format mixedprec",
+        ]
+    else:
+        command = [
+            f"sglang serve --model-path {name} --load-format mixedprec --mixedprec-config {config}"
+        ]
+    size = f"{format_bytes(point.rank_bytes)} a rank"
+    lines = [f"{point.bits:.3f} bits a weight, scales counted; {size}."]
+    lines += [f"Loss {point.loss:.4f} {unit}".rstrip() + f": {what}."]
+    return [
+        *_labelled("Purpose", [f"Found by mixedprec search for {printable(model)}.", *lines]),
+        *_labelled("Command", command),
+    ]
+
+
+def _labelled(label: str, lines: Sequence[str]) -> list[str]:
+    return [f"{label if not number else '':<9} {line}" for number, line in enumerate(lines)]
+
+
+def print_found(
+    found: Found,
+    card: CardBudget | None,
+    measured: Measured | None,
+    seconds: float,
+    path: Path,
+    page: Page,
+) -> None:
+    """Print where the bytes go and what that costs."""
+    if card is not None:
+        _print_card(card, page)
+    unit, what = _KINDS[found.kind]
+    table = Table(
+        ("scheme", False), ("modules", True), ("size", True), ("bits", True), ("loss", True)
+    )
+    for name, units in _by_scheme(found).items():
+        options = [found.choices.units[unit].options[name] for unit in units]
+        size = sum(option.num_bytes for option in options)
+        weights = sum(found.choices.units[unit].num_weights for unit in units)
+        loss = sum(found.losses[unit] for unit in units)
+        cells = (str(len(units)), format_bytes(size), f"{8 * size / weights:.2f}", f"{loss:.4f}")
+        table.add(name, *cells)
+    page.print(table)
+    point, allocation = found.point, found.allocation
+    said = [
+        f"{point.bits:.3f} bits a weight, {format_bytes(point.rank_bytes)} a rank; loss "
+        f"{point.loss:.4f} {unit}".rstrip()
+        + f" ({what})",
+        f"at most {max(allocation.gap, 0):.2%} above the least that is possible (bound "
+        f"{allocation.bound:.4f}); up to {TOLERANCE:.0%} is given for a scheme less",
+    ]
+    if measured is not None:
+        error = "" if measured.error is None else f" ± {measured.error:.4f}"
+        said.append(
+            f"measured KL {measured.kl:.4f}{error} nats a token, predicted {point.loss:.4f} "
+            f"({measured.text})"
+        )
+    said += [f"left out: source {name}: {why}" for name, why in found.choices.apart.items()]
+    made = f"{found.num_made:,} scores made" if found.num_made else "scores were there"
+    said.append(f"{path}: written ({made}, {seconds:.1f} s)")
+    if found.named:
+        _print_named(found, page)
+    for line in said:
+        page.print(printable(line))
+
+
+def _by_scheme(found: Found) -> dict[str, list[str]]:
+    schemes: dict[str, list[str]] = {}
+    for unit, name in found.choice.items():
+        schemes.setdefault(name, []).append(unit)
+    return dict(sorted(schemes.items(), key=lambda item: -len(item[1])))
+
+
+def _print_card(card: CardBudget, page: Page) -> None:
+    table = Table(("on each rank", False), ("GB", True), ("", False))
+    for line in card.lines:
+        table.add(line.title, f"{line.num_bytes / 1e9:.2f}", line.formula)
+    page.print(table)
+
+
+def _print_named(found: Found, page: Page) -> None:
+    table = Table(("for comparison", False), ("bits", True), ("loss", True))
+    for point in sorted(found.named, key=lambda point: point.bits):
+        table.add(point.name, f"{point.bits:.2f}", f"{point.loss:.4f}")
+    page.print(table)
+
+
+def as_dict(
+    found: Found, card: CardBudget | None, measured: Measured | None, seconds: float
+) -> dict[str, Any]:
+    """The same as plain data."""
+    allocation = found.allocation
+    return {
+        "kind": found.kind,
+        "point": dataclasses.asdict(found.point),
+        "bound": allocation.bound,
+        "gap": allocation.gap,
+        "units": {
+            unit: {"scheme": name, "loss": found.losses[unit]}
+            for unit, name in found.choice.items()
+        },
+        "as_stored": AS_STORED,
+        "front": [dataclasses.asdict(point) for point in found.front],
+        "named": [dataclasses.asdict(point) for point in found.named],
+        "card": [line._asdict() for line in card.lines] if card else None,
+        "measured": dataclasses.asdict(measured) if measured else None,
+        "scores_made": found.num_made,
+        "seconds": seconds,
+    }

@@ -1,0 +1,294 @@
+"""An assignment -> a preset that a person can read, checked before it is there.
+
+The scheme of most weights is that of a first rule for everything; what differs follows in rules of
+its own, for as many layers in one pattern as are alike. Each rule says what it takes and costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.errors import ConvertError, Problem
+from mixedprec_plugin.methods.registry import AUTO, METHODS
+from mixedprec_plugin.plan.folding import natural_key
+from mixedprec_plugin.plan.matching import Candidates
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.render import format_bytes
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.preset.model import SourceReference
+from mixedprec_plugin.search.candidates import AS_STORED, Choices
+
+_WIDTH = 100
+
+
+class Chosen(NamedTuple):
+    """What is written.
+
+    Attributes:
+        choice: unit -> candidate.
+        loss: unit -> what that costs.
+        about: lines of the comment at the top.
+    """
+
+    choice: Mapping[str, str]
+    loss: Mapping[str, float]
+    about: Sequence[str]
+
+
+def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, SourceReference]) -> str:
+    """Write an assignment as YAML."""
+    used = list(dict.fromkeys(chosen.choice.values()))
+    weights = {
+        name: sum(choices.units[u].num_weights for u, c in chosen.choice.items() if c == name)
+        for name in used
+    }
+    by_share = sorted(used, key=lambda name: (-weights[name], name))
+    own = [name for name in by_share if choices.candidates[name].scheme.source == "model"]
+    first = own[0] if own and own[0] != AS_STORED else ""
+    lines = [*(f"# {line}".rstrip() for line in chosen.about), "version: 1"]
+    lines += [f"description: {json.dumps(_description(choices, weights))}"]
+    sources = {choices.candidates[name].scheme.source for name in used} - {"model"}
+    if sources:
+        lines += ["sources:"]
+        lines += [f"  {name}: {_source(references[name])}" for name in sorted(sources)]
+    schemes = [name for name in by_share if choices.candidates[name].scheme.method != AUTO]
+    if schemes:
+        lines += ["schemes:", *(f"  {name}: {_scheme(choices, name)}" for name in schemes)]
+    lines += ["rules:"]
+    for name in [first] * bool(first) + [name for name in by_share if name != first]:
+        lines += _rules(choices, chosen, name, is_first=name == first)
+        if name == first and (others := _not_searched(choices)):
+            lines += ["  # not searched: as stored", *_rule(others, f"method: {AUTO}")]
+    return "\n".join(lines) + "\n"
+
+
+def publish(
+    text: str, choices: Choices, choice: Mapping[str, str], others: Mapping[str, Source], path: Path
+) -> Plan:
+    """Write a preset, once its plan is what was chosen.
+
+    Returns:
+        the plan.
+    Raises:
+        PlanError: the layers do not fit each other so.
+        ConvertError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp.yaml")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        preset = load_preset(temporary)
+        used = {rule.scheme.source for rule in preset.rules} - {"model"}
+        sources = {name: others[name] for name in used}
+        base = choices.base
+        plan = resolve_plan(preset, base.source, base.target, sources).check()
+        _check(plan, choices, choice)
+        os.replace(temporary, path)
+    except OSError as error:
+        what = f"cannot be written ({error.strerror})"
+        raise ConvertError(Problem(str(path), what, "name another file", "write")) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return dataclasses.replace(plan, preset=load_preset(path))
+
+
+def _check(plan: Plan, choices: Choices, choice: Mapping[str, str]) -> None:
+    """See that every layer is planned as it was chosen, and takes what was reckoned with."""
+    expected = sum(choices.units[unit].options[name].num_bytes for unit, name in choice.items())
+    for unit, name in choice.items():
+        for layer in choices.units[unit].options[name].layers:
+            made = plan.by_name[layer.name]
+            assert made.source == layer.source, (layer.name, made.source)
+            assert made.scheme is not None
+            assert layer.scheme is not None
+            assert made.scheme.identity == layer.scheme.identity, (layer.name, made.scheme)
+    assert plan.bytes_after == expected + choices.rest[0], (plan.bytes_after, expected)
+
+
+def _description(choices: Choices, weights: Mapping[str, int]) -> str:
+    total = sum(weights.values())
+    shares = sorted(weights.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{count / total:.0%} in {name}" for name, count in shares)
+    return f"Found for {choices.base.source.path.name}: {listed}."
+
+
+def _source(reference: SourceReference) -> str:
+    path = reference.shown_path
+    if path == reference.path and Path(path).expanduser().is_dir():
+        path = str(Path(path).expanduser().resolve())
+    given = {"path": path, "revision": reference.shown_revision}
+    return _flow({key: value for key, value in given.items() if value is not None})
+
+
+def _scheme(choices: Choices, name: str) -> str:
+    scheme = choices.candidates[name].scheme
+    defaults = METHODS[scheme.method].defaults
+    given = {key: value for key, value in scheme.arguments.items() if value != defaults[key]}
+    if scheme.source != "model":
+        given["source"] = scheme.source
+    return _flow({"method": scheme.method, **given})
+
+
+def _flow(values: Mapping[str, Any]) -> str:
+    def shown(value: Any) -> str:
+        is_plain = isinstance(value, str) and value.replace("_", "").isalnum()
+        return str(value) if is_plain else json.dumps(value)
+
+    return "{" + ", ".join(f"{key}: {shown(value)}" for key, value in values.items()) + "}"
+
+
+def _rules(choices: Choices, chosen: Chosen, name: str, *, is_first: bool) -> list[str]:
+    """The rules of one candidate, each under what it takes and costs."""
+    scheme = choices.candidates[name].scheme
+    says = f"scheme: {name}" if scheme.method != AUTO else f"method: {AUTO}"
+    if scheme.method == AUTO and scheme.source != "model":
+        says += f", source: {scheme.source}"
+    units = [unit for unit, candidate in chosen.choice.items() if candidate == name]
+    if is_first:
+        return [_remark(choices, chosen, units), *_rule(["*"], says)]
+    names = _quantizable(choices)
+    lines = []
+    for part in _parts(choices, units):
+        layers = [layer.name for unit in part for layer in choices.units[unit].layers]
+        lines += [_remark(choices, chosen, part), *_rule(patterns(layers, names), says)]
+    return lines
+
+
+def _parts(choices: Choices, units: Sequence[str]) -> list[list[str]]:
+    """Units by what they are: attention, the MLP, experts."""
+    found: dict[str, list[str]] = {}
+    for unit in units:
+        parent = choices.units[unit].layers[0].name.rpartition(".")[0]
+        kind = ".".join(part for part in parent.split(".") if not part.isdecimal())
+        found.setdefault(kind, []).append(unit)
+    return list(found.values())
+
+
+def _remark(choices: Choices, chosen: Chosen, units: Sequence[str]) -> str:
+    size = sum(choices.units[unit].options[chosen.choice[unit]].num_bytes for unit in units)
+    loss = sum(chosen.loss[unit] for unit in units)
+    count = len({choices.units[unit].layers[0].module for unit in units})
+    return f"  # {count} module{'s' if count > 1 else ''}, {format_bytes(size)}, loss {loss:.4f}"
+
+
+def _rule(found: Sequence[str], says: str) -> list[str]:
+    if len(found) == 1:
+        line = f"  - {{match: {json.dumps(found[0])}, {says}}}"
+        if len(line) <= _WIDTH:
+            return [line]
+    lines = ["  - match:", *(f"      - {json.dumps(pattern)}" for pattern in found)]
+    return [*lines, *(f"    {one}" for one in says.split(", "))]
+
+
+def _quantizable(choices: Choices) -> list[str]:
+    return [x.name for x in choices.base.layers if x.kind in ("linear", "expert") and x.num_weights]
+
+
+def _not_searched(choices: Choices) -> list[str]:
+    own = {layer.name for unit in choices.units.values() for layer in unit.layers}
+    names = _quantizable(choices)
+    others = [name for name in names if name not in own]
+    return patterns(others, names) if others else []
+
+
+def patterns(wanted: Collection[str], names: Collection[str]) -> list[str]:
+    """Globs that match just some of a model's layers, as few as may be.
+
+    Args:
+        wanted: layer names.
+        names: all layer names that matter.
+    """
+    known = Candidates(names)
+    # (first number, the rest) -> second numbers
+    rows: dict[tuple[str, str], set[str]] = {}
+    for name in wanted:
+        (first, *others), rest = _split(name)
+        if len(others) > 1:
+            first, rest, others = "", name, []
+        rows.setdefault((first, rest), set()).add("".join(others))
+    # layers that differ in their first number alone, then those that differ in their last component
+    firsts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (first, rest), seconds in rows.items():
+        firsts.setdefault((rest, tuple(sorted(seconds, key=natural_key))), []).append(first)
+    rests: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for (rest, numbers), own in firsts.items():
+        key = rest.partition("#")[0], tuple(sorted(own, key=natural_key)), numbers
+        rests.setdefault(key, []).append(rest)
+    made = [
+        pattern
+        for (_, own, numbers), alike in rests.items()
+        for pattern in _patterns(alike, own, numbers, known)
+    ]
+    assert set(wanted) == {name for pattern in made for name in known.match(pattern)}
+    return made
+
+
+def _split(name: str) -> tuple[list[str], str]:
+    """A name's numbers, and the name with a sign in the place of each."""
+    parts = name.split(".")
+    numbers = [part for part in parts if part.isdecimal()] or [""]
+    return numbers, ".".join("#" if part.isdecimal() else part for part in parts)
+
+
+def _patterns(
+    rests: Sequence[str], firsts: Sequence[str], seconds: Sequence[str], known: Candidates
+) -> list[str]:
+    """The globs of layers that differ in their last components alone, for the same numbers."""
+    by_parent: dict[str, list[str]] = {}
+    for rest in rests:
+        parent, _, last = rest.rpartition(".")
+        by_parent.setdefault(parent, []).append(last)
+    wanted = {_joined(rest, a, b) for rest in rests for a in firsts for b in seconds}
+    stem = _common_parent(by_parent)
+    for numbers in (["*"], firsts):
+        whole = f"{_filled(stem, numbers, seconds)}.*"
+        if set(known.match(whole)) == wanted:
+            return [whole]
+    found = []
+    for parent, lasts in by_parent.items():
+        last = lasts[0] if len(lasts) == 1 else "{" + ",".join(lasts) + "}"
+        own = {_joined(f"{parent}.{x}", a, b) for x in lasts for a in firsts for b in seconds}
+        for tail in ("*", last):
+            pattern = f"{_filled(parent, firsts, seconds)}.{tail}" if parent else last
+            if set(known.match(pattern)) == own:
+                break
+        found.append(pattern)
+    return found
+
+
+def _common_parent(parents: Collection[str]) -> str:
+    """The innermost module that all of some modules are in, or are."""
+    shared = []
+    for parts in zip(*(parent.split(".") for parent in parents), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def _joined(rest: str, first: str, second: str) -> str:
+    return rest.replace("#", first, 1).replace("#", second, 1)
+
+
+def _filled(rest: str, firsts: Sequence[str], seconds: Sequence[str]) -> str:
+    return rest.replace("#", _braces(firsts), 1).replace("#", _braces(seconds), 1)
+
+
+def _braces(numbers: Sequence[str]) -> str:
+    """`{0..3}` for what runs on, `{{0..3},7}` for several runs, `7` and `*` as they are."""
+    if len(numbers) == 1:
+        return numbers[0]
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    words = [str(a) if a == b else f"{{{a}..{b}}}" if b > a + 1 else f"{a},{b}" for a, b in runs]
+    return words[0] if len(words) == 1 and words[0][0] == "{" else "{" + ",".join(words) + "}"
