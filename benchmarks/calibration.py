@@ -74,7 +74,8 @@ hidden feature for each decoder layer (1 GB for the demo's model, 37 GB for 70B)
 asked for before the work. Only the text is
 written with the whole model in memory: for one that does not fit, give `--text`. A conversion
 that was stopped goes on where it was. `mixedprec_calibration.json` in the output says what was
-calibrated on, and each layer's predicted loss.
+calibrated on, and each layer's predicted loss. Memory follows the width of the model and not its
+depth ([calibration_memory.svg](calibration_memory.svg), `python -m benchmarks.calibration_memory`).
 
 `--no-gradients` counts all tokens alike: it needs one pass forward, for models that cannot be
 differentiated. Several GPUs, or processes, share windows and layers:
