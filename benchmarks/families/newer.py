@@ -95,6 +95,8 @@ NEWER: tuple[Newer, ...] = (
             mixture("Qwen3-Next", "Qwen3NextConfig", **_HEADS, **_LINEAR, **_SHARED_EXPERT),
             **_INTERVAL,
         ),
+        # SGLang fills each from one tensor, which FP8 a tensor has not
+        kept="*.linear_attn.in_proj_{ba,qkvz}",
         not_on_cpu=_IS_LINEAR,
     ),
     Newer(

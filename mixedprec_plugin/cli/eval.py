@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.output import print_json, progress_for
+from mixedprec_plugin.cli.output import check_plot, print_json, progress_for
 from mixedprec_plugin.cli.planning import add_planning_arguments, add_text_arguments, make_plan
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.plan.model import Plan
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     Raises:
         UsageError, PresetError, CheckpointError, PlanError: before the work.
     """
+    check_plot(args.plot)
     plans = {name or args.model: _plan(args, name) for name in args.presets or [""]}
     # the verbs that only read run without torch
     from mixedprec_plugin.evaluate.report import as_dict, draw, evaluate, print_rows

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mixedprec_plugin.errors import ConvertError, Problem
+from mixedprec_plugin.errors import ConvertError, Problem, UsageError
 from mixedprec_plugin.plan.tables import styled
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ def write_new(path: Path, text: str) -> None:
         if isinstance(error, FileExistsError):
             what = "is there already"
         raise ConvertError(Problem(str(path), what, "name another file", "file")) from error
+
+
+def check_plot(path: Path | None) -> None:
+    """See before any work that what draws is there.
+
+    Raises:
+        UsageError: it is not, and a picture was asked for.
+    """
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        remedy = "pip install 'mixedprec-plugin[plot]'"
+        raise UsageError(Problem("--plot", "matplotlib is not installed", remedy))
 
 
 def report(problems: Iterable[Problem], err: TextIO) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mixedprec_plugin.cli.arguments import positive
+from mixedprec_plugin.cli.output import check_plot
 from mixedprec_plugin.cli.planning import (
     add_load_arguments,
     add_target_arguments,
@@ -16,6 +17,12 @@ from mixedprec_plugin.cli.planning import (
 )
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.search.kept import Basis
+
+EXAMPLES = """
+  mixedprec search --model DIR --bits 4.5 --out mine.yaml
+  mixedprec search --model DIR --gpu RTX4090 --context 32k --concurrency 16 --out mine.yaml
+  mixedprec search --model DIR --budget 12GiB --tp 2 --sources all.yaml --out mine.yaml
+"""
 
 _UNITS = {"": 1, "K": 1000, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -85,6 +92,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         ConvertError: a file cannot be written.
     """
     _check_options(args)
+    check_plot(args.plot)
     # other verbs run without numpy and scipy
     from mixedprec_plugin.cli.searching import search
 

@@ -181,13 +181,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw divergence against bits, in the format that the file's name says.
 
     Raises:
-        UsageError: matplotlib is not installed, or does not know the format.
+        UsageError: matplotlib does not know the format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = "pip install 'mixedprec-plugin[plot]'"
-        raise UsageError(Problem("--plot", "matplotlib is not installed", remedy)) from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     if floor := rows[0].found.kl.value:

@@ -32,6 +32,11 @@ def is_language_model(config: Config) -> bool:
     return architecture(config).endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"))
 
 
+def is_config(data: Mapping[str, Any]) -> bool:
+    """Whether a mapping is a model's config.json, by the keys that every one has."""
+    return "architectures" in data or "model_type" in data
+
+
 def text_config(config: Config) -> Config:
     """What is said of the language model: its `text_config`, where it has one, goes first."""
     text = config.get("text_config")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mixedprec_plugin.families.config import is_config
+
 _INSPECT = "mixedprec inspect its folder says what is stored, and method: auto takes it so"
 _RECIPE = "write rules for it: mixedprec presets lists some to start from"
 
@@ -17,7 +19,7 @@ def foreign_kind(data: Mapping[str, Any]) -> tuple[str, str] | None:
     """
     if "rules" in data or ("version" in data and "quant_method" not in data):
         return None
-    if "architectures" in data or "torch_dtype" in data:
+    if is_config(data):
         return "is a model's config.json (expected a preset)", _INSPECT
     if "quant_method" in data or "config_groups" in data:
         return "is a checkpoint's quantization config (expected a preset)", _INSPECT

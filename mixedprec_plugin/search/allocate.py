@@ -8,8 +8,12 @@ exactly: a few of the units, whatever their number.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
-from collections.abc import Collection, Mapping
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -216,6 +220,24 @@ def _filled(table: Table, choice: Integers, budget: int) -> Integers:
     return choice
 
 
+@contextlib.contextmanager
+def _without_prints() -> Iterator[None]:
+    """Keep off standard output what HiGHS prints of some problems whatever it is told.
+
+    `HighsMipSolverData::transformNewIntegerFeasibleSolution`, in SciPy 1.17.
+    """
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C has not written yet
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _solved(
     table: Table, budget: int, price: float, choice: Integers, bound: float
 ) -> tuple[Integers, float]:
@@ -239,16 +261,17 @@ def _solved(
     lost = float(table.loss[rows, fixed[rows]].sum())
     once = csr_array((np.ones(len(units)), (units, np.arange(len(units)))))
     scale = size.max()
-    found = milp(
-        (loss - loss.min()) / gap,
-        integrality=np.ones(len(units)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(once, 1, 1),
-            LinearConstraint(csr_array(size[None] / scale), -np.inf, left / scale),
-        ],
-        options={"time_limit": _SECONDS, "mip_rel_gap": 0.0},
-    )
+    with _without_prints():
+        found = milp(
+            (loss - loss.min()) / gap,
+            integrality=np.ones(len(units)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(once, 1, 1),
+                LinearConstraint(csr_array(size[None] / scale), -np.inf, left / scale),
+            ],
+            options={"time_limit": _SECONDS, "mip_rel_gap": 0.0},
+        )
     if found.x is None:
         return choice, bound
     solved = fixed.copy()

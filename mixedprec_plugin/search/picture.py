@@ -22,13 +22,10 @@ def draw(found: Found, path: Path) -> None:
     """Draw it, in the format that the file's name says.
 
     Raises:
-        UsageError: matplotlib is not installed, or does not know the format.
+        UsageError: matplotlib does not know the format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        remedy = "pip install 'mixedprec-plugin[plot]'"
-        raise UsageError(Problem("--plot", "matplotlib is not installed", remedy)) from error
+    from matplotlib.figure import Figure
+
     rows, columns, bits = layer_map(found)
     figure = Figure(figsize=(9, 4 + 0.3 * len(rows)), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=(4, 0.3 * len(rows) + 0.6))

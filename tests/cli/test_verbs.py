@@ -67,7 +67,7 @@ def test_validate_tells_of_every_file(tmp_path: Path) -> None:
     code, out, err = run("validate", good, bad, "nowhere.yaml", "awq")
     assert code == 1
     assert out == f"{good}: fine, 1 rule\nawq: fine, 1 rule\n"
-    assert [line.split(": ")[1] for line in err.splitlines()] == [f"{bad}:3", "nowhere.yaml"]
+    assert [line.split(": ")[2] for line in err.splitlines()] == [f"{bad}:3", "nowhere.yaml"]
     assert run("validate", *preset_names())[0] == 0
 
 

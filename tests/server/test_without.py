@@ -78,8 +78,8 @@ def test_preset_that_does_not_fit_stops_the_server_with_exit_code_1(tmp_path: Pa
     assert "Traceback" not in log
 
 
-def test_converted_checkpoint_without_the_load_format_is_sglangs_own_error(tmp_path: Path) -> None:
+def test_converted_checkpoint_without_the_load_format_is_one_sentence(tmp_path: Path) -> None:
     preset = write_preset(tmp_path, 'match: "*", method: fp8')
     out = converted(write_llama(tmp_path / "model"), preset, tmp_path / "out", device="cuda")
     log = log_of_end(out, tmp_path / "server.log")
-    assert "Unknown quantization method: mixedprec" in log
+    assert "add --load-format mixedprec" in log

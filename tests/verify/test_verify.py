@@ -210,7 +210,7 @@ def test_table_shows_the_worst_layers_first(reference: Path, tmp_path: Path) -> 
     assert out.splitlines()[-1] == "3 compared: 1 too far"
     (line,) = err.splitlines()
     assert line.startswith(
-        f"error: {V_PROJ}: is not what bf16 makes of the reference; it is damage"
+        f"mixedprec: error: {V_PROJ}: is not what bf16 makes of the reference; it is damage"
     )
 
 
