@@ -34,10 +34,10 @@ demo: $(INSTALLED)
 	@$(RUN) -m demo.run
 
 quick: $(INSTALLED) lint
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q --quick -n 2 --dist loadgroup
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q --quick -n 2 --dist loadfile
 
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadgroup
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 test-gpu:
 	@sh tests/gpu/run.sh

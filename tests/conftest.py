@@ -41,16 +41,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if is_slow and config.getoption("--quick") else None
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give dry runs their marks, say what runs together, and leave out what is slow."""
+    """Give dry runs their marks, put the longest first, and leave out what is slow."""
     has_gcc = shutil.which("gcc") is not None
-    # the longest first, or one process runs them in the end while the other waits
+    # of two processes, or one runs them in the end while the other waits
     items.sort(key=lambda item: item.path.parent.name not in LONG_FOLDERS)
     for item in items:
-        # of several processes, one runs a file; and one all that need the same dry run of a card
-        shares = "result_of" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("cards" if shares else item.path.stem))
         if TESTS / "dryrun" in item.path.parents:
             item.add_marker(pytest.mark.slow)
             item.add_marker(

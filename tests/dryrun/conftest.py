@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,18 +25,25 @@ Results = Callable[[str], Result]
 def result_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Title of a card -> its results: from MIXEDPREC_DRYRUN, where they were made before, or run.
 
-    The cards that the chosen tests ask for are run together.
+    The cards that the chosen tests ask for are run together, by one of several processes of tests.
     """
     made = os.environ.get("MIXEDPREC_DRYRUN")
     found: dict[str, Result] = {}
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cards"
 
     def result(title: str) -> Result:
         if made:
             return read_result(Path(made), title)
         if title not in found:
             asked = {_title(item) for item in request.session.items} | {title}
-            wanted = [name for name in CARDS if name in asked and name not in found]
-            found.update(run_cards(tmp_path_factory.mktemp("dryrun"), wanted))
+            shared.mkdir(exist_ok=True)
+            with (shared / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                missing = [name for name in CARDS if not (shared / f"{name}.json").exists()]
+                if wanted := [name for name in missing if name in asked]:
+                    run_cards(shared, wanted)
+            found[title] = read_result(shared, title)
         return found[title]
 
     return result
