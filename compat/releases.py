@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from compat.sources import Sources, read_folder, read_wheel
+from mixedprec_plugin.resources import cache_root
 
 FIRST = "0.5.11"
 # from before there were plugins: only the constructors are looked at
@@ -20,9 +20,8 @@ CONSTRUCTORS_ONLY = "0.4.7"
 
 
 def cache_dir() -> Path:
-    """Where wheels are kept: below $MIXEDPREC_CACHE, else ~/.cache/mixedprec."""
-    root = os.environ.get("MIXEDPREC_CACHE") or Path.home() / ".cache" / "mixedprec"
-    return Path(root) / "sglang-wheels"
+    """Where wheels are kept."""
+    return cache_root() / "sglang-wheels"
 
 
 def listed_versions() -> list[str]:

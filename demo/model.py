@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from demo.experts import experts_config, experts_tensors
 from demo.gguf_model import DemoModelError, fetch_gguf, read_metadata, read_tensors
 from demo.tokenizer import write_tokenizer
 from demo.widen import widen_config, widen_tensors
+from mixedprec_plugin.resources import cache_root
 
 SHAPES = ("original", "widened", "experts")
 WIDENED_HIDDEN_SIZE = 768
@@ -30,8 +30,8 @@ _VERSION = 1  # part of a cached folder's name; raise it when what is written ch
 
 
 def cache_dir() -> Path:
-    """Return the cache folder: $MIXEDPREC_CACHE, else ~/.cache/mixedprec."""
-    return Path(os.environ.get("MIXEDPREC_CACHE") or Path.home() / ".cache" / "mixedprec")
+    """Return the cache folder."""
+    return cache_root()
 
 
 def checkpoint(shape: str) -> Path:

@@ -6,6 +6,7 @@ In a checkout they lie beside the package, in a wheel inside it.
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 
@@ -51,3 +52,8 @@ def page_path(name: str = "page.html") -> Path:
         FileNotFoundError: the installation lacks them.
     """
     return _root("page") / name
+
+
+def cache_root() -> Path:
+    """Where what can be made again is kept: $MIXEDPREC_CACHE, else ~/.cache/mixedprec."""
+    return Path(os.environ.get("MIXEDPREC_CACHE") or Path.home() / ".cache" / "mixedprec")

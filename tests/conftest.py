@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from hypothesis import settings
 
 from mixedprec_plugin.evaluate.server import Server
 
+# models are quantized whatever was kept before, and leave nothing behind, in servers too
+os.environ["MIXEDPREC_CACHE_SIZE"] = "0"
 # times say nothing on a shared machine
 settings.register_profile("mixedprec", deadline=None)
 settings.load_profile("mixedprec")
@@ -73,12 +76,6 @@ def is_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         assert was_imported or "sglang.srt" not in sys.modules, "mark this test with `sglang`"
     else:
         yield
-
-
-@pytest.fixture(autouse=True)
-def keeps_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models that are loaded in this process are quantized, whatever was kept before."""
-    monkeypatch.setattr("mixedprec_plugin.compose.cache.DEFAULT_BYTES", 0)
 
 
 @pytest.fixture(scope="session")

@@ -30,11 +30,11 @@ from safetensors import SafetensorError, safe_open
 import mixedprec_plugin
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Facts
+from mixedprec_plugin.resources import cache_root
 
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_BYTES = 64 << 30
 # of a disk, what is left free; and when what an interrupted write left goes
 _FREE_SHARE, _STALE_S = 0.05, 3600.0
 _SUFFIX, _UNFINISHED = ".safetensors", ".part"
@@ -43,9 +43,8 @@ _CODE = ("compose", "methods", "quantize", "families")
 
 
 def cache_folder() -> Path:
-    """Where layers are kept; MIXEDPREC_CACHE moves it."""
-    root = os.environ.get("MIXEDPREC_CACHE") or Path.home() / ".cache" / "mixedprec"
-    return Path(root) / "layers"
+    """Where layers are kept."""
+    return cache_root() / "layers"
 
 
 @dataclasses.dataclass

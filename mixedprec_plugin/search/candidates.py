@@ -211,39 +211,6 @@ def canonical_methods(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-# of two errors that formats tell of normally distributed weights, as good as the same
-_ALIKE = 1.05
-
-
-def worth_trying(unit: Unit) -> list[str]:
-    """The candidates of a unit, but for those that another is smaller and no coarser than.
-
-    Only of methods that are calibrated, which takes time: symmetric codes, say, that are stored
-    beside an order which nobody needs.
-    """
-    names = [name for name in unit.options if name != AS_STORED]
-    told = {name: _told_error(unit.options[name]) for name in names}
-
-    def is_beaten(name: str) -> bool:
-        own = unit.options[name]
-        rounding = own.candidate.scheme.arguments.get("rounding")
-        return told[name] > 0 and any(
-            0 < told[other] <= told[name] * _ALIKE
-            and unit.options[other].num_bytes < own.num_bytes
-            and unit.options[other].candidate.scheme.arguments.get("rounding") == rounding
-            for other in names
-        )
-
-    return [name for name in names if not is_beaten(name)]
-
-
-def _told_error(option: Option) -> float:
-    scheme, stored = option.candidate.scheme, option.planned[0].stored
-    if scheme.arguments.get("rounding") is None or stored is None:
-        return 0.0
-    return METHODS[scheme.method].rounding(scheme.arguments).error(stored.N, stored.K)
-
-
 def _of_methods(methods: Collection[str]) -> Iterator[Candidate]:
     for method in METHODS.values():
         if methods and method.name not in methods:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.search.allocate import Allocation, Table, with_fewest_schemes
-from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit, worth_trying
+from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit
 from mixedprec_plugin.search.front import Point, front_points, loss_of, named_points, point_of
 from mixedprec_plugin.search.kept import Basis, KeptScores, Scores
+from mixedprec_plugin.search.rule import worth_trying
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -19,6 +19,7 @@ from typing import Any
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import CheckpointError, ConvertError, Problem
+from mixedprec_plugin.resources import cache_root
 
 # unit name -> candidate name -> what it costs
 Scores = dict[str, dict[str, float]]
@@ -71,7 +72,7 @@ class KeptScores:
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }  # fmt: skip
         self._digest = _digest(self.facts)[:16]
-        self._places = [model.path / _FOLDER, _cache()]
+        self._places = [model.path / _FOLDER, cache_root() / "scores"]
 
     def folder(self, name: str = "") -> Path:
         """Where scores are written, or a folder of that name there; made if it is not there.
@@ -141,11 +142,6 @@ def _read(path: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         what = f"is no file of scores ({error})"
         raise CheckpointError(Problem(str(path), what, "remove it", "scores")) from error
-
-
-def _cache() -> Path:
-    root = os.environ.get("MIXEDPREC_CACHE") or Path.home() / ".cache" / "mixedprec"
-    return Path(root) / "scores"
 
 
 def _identity(source: Source) -> str:

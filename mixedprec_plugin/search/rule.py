@@ -12,8 +12,11 @@ from __future__ import annotations
 from mixedprec_plugin.families.config import count_of, text_config
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.search.candidates import Choices, worth_trying
+from mixedprec_plugin.search.candidates import AS_STORED, Choices, Option, Unit
 from mixedprec_plugin.search.kept import Scores
+
+# of two errors that formats tell of normally distributed weights, as good as the same
+_ALIKE = 1.05
 
 
 def guessed(choices: Choices) -> Scores:
@@ -48,3 +51,32 @@ def _error(layer: PlannedLayer) -> float:
     error = METHODS[method].rounding(arguments).error(layer.stored.N, layer.stored.K)
     # measured: calibrated, integers in groups lose a third of what the nearest codes do
     return error / 3**0.5 if arguments.get("rounding") == "calibrated" else error
+
+
+def worth_trying(unit: Unit) -> list[str]:
+    """The candidates of a unit, but for those that another is smaller and no coarser than.
+
+    Only of methods that are calibrated, which takes time: symmetric codes, say, that are stored
+    beside an order which nobody needs.
+    """
+    names = [name for name in unit.options if name != AS_STORED]
+    told = {name: _told_error(unit.options[name]) for name in names}
+
+    def is_beaten(name: str) -> bool:
+        own = unit.options[name]
+        rounding = own.candidate.scheme.arguments.get("rounding")
+        return told[name] > 0 and any(
+            0 < told[other] <= told[name] * _ALIKE
+            and unit.options[other].num_bytes < own.num_bytes
+            and unit.options[other].candidate.scheme.arguments.get("rounding") == rounding
+            for other in names
+        )
+
+    return [name for name in names if not is_beaten(name)]
+
+
+def _told_error(option: Option) -> float:
+    scheme, stored = option.candidate.scheme, option.planned[0].stored
+    if scheme.arguments.get("rounding") is None or stored is None:
+        return 0.0
+    return METHODS[scheme.method].rounding(scheme.arguments).error(stored.N, stored.K)

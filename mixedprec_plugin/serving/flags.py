@@ -49,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--mixedprec-cache",
         metavar="SIZE",
         help="Keep what is quantized or repacked for the next start, up to SIZE, such as 20GiB; 0 "
-        "keeps nothing (default: 64GiB, in ~/.cache/mixedprec or MIXEDPREC_CACHE).",
+        "keeps nothing (default: MIXEDPREC_CACHE_SIZE, or 64GiB; in ~/.cache/mixedprec).",
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from mixedprec_plugin.compose import cache
 from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import Problem, UsageError
 
@@ -32,7 +32,7 @@ class Settings:
         plan_path: where to write the plan as JSON at start; empty for nowhere.
         verify: checkpoint folder that the composed layers are compared with; empty for none.
         cache: most bytes of layers that are kept for the next start, such as `64GiB` or `0`; empty
-            for the default.
+            for MIXEDPREC_CACHE_SIZE, or 64GiB.
     """
 
     config: str = ""
@@ -48,9 +48,10 @@ class Settings:
         Raises:
             UsageError: it is no size.
         """
-        if not self.cache:
-            return cache.DEFAULT_BYTES
-        return 0 if self.cache == "0" else parse_size(self.cache, "--mixedprec-cache")
+        size, where = self.cache, "--mixedprec-cache"
+        if not size:
+            size, where = os.environ.get("MIXEDPREC_CACHE_SIZE", "64GiB"), "MIXEDPREC_CACHE_SIZE"
+        return 0 if size == "0" else parse_size(size, where)
 
     def to_extra_config(self) -> dict[str, Any]:
         """The settings as entries of SGLang's `model_loader_extra_config`."""
