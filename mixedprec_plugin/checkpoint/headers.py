@@ -44,6 +44,7 @@ TORCH_NAMES = {
 
 # of torch and numpy
 _MAX_DIMENSIONS = 64
+_LENGTHS = {int}
 _MAX_NAME = 1024
 
 CHANGED = "it changed while it was read; download it again"
@@ -130,7 +131,8 @@ def lay_out(entries: Iterable[tuple[Any, Any, Any]], path: Path) -> dict[str, St
             what = f"names a tensor {name[:_MAX_NAME]!r} (expected {_MAX_NAME} printable characters"
             raise file_error(path, f"{what} at most)", remedy="")
         is_shape = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
-        if not is_shape or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape):
+        is_shape = is_shape and {*map(type, shape)} <= _LENGTHS
+        if not is_shape or (shape and not 0 <= min(shape) <= max(shape) < 1 << 63):
             what = f"{name!r} does not span the bytes of its dtype and shape"
             limit = f"expected up to {_MAX_DIMENSIONS} lengths"
             raise file_error(path, f"its header is malformed: {what} {shape!r:.80} ({limit})")
@@ -146,7 +148,7 @@ def lay_out(entries: Iterable[tuple[Any, Any, Any]], path: Path) -> dict[str, St
 
 def unreadable(tensors: Iterable[StoredTensor]) -> list[str]:
     """Dtypes of some tensors that are none of torch's, each once."""
-    return sorted({tensor.dtype for tensor in tensors} - TORCH_NAMES.keys())
+    return sorted({tensor.dtype for tensor in tensors if tensor.dtype not in TORCH_NAMES})
 
 
 def _refusal(path: Path, error: SafetensorError) -> str:

@@ -275,8 +275,9 @@ class FormatCache:
         if source.name not in self._below:
             self._below[source.name] = _layers_below(source)
         below = self._below[source.name].get(name)
-        is_served = layer_kind(name, has_matrix=True, family=DECODER) in _SERVED
-        if found is None or below is None or not is_served:
+        if found is None or below is None:
+            return found
+        if layer_kind(name, has_matrix=True, family=DECODER) not in _SERVED:
             return found
         text = f"this release does not know the {below.removeprefix(name)[1:]} below it"
         return dataclasses.replace(found, obstacle=text)

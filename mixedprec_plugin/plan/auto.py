@@ -73,14 +73,17 @@ def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
         classes for the layer: a group of experts, a layer of its own in a composite, has no name
         that a source's lists and patterns know.
     """
-    automatic: set[str] = set()
+    experts = [layer for layer in layers if isinstance(layer.shard, ExpertShard)]
+    automatic = {
+        layer.module
+        for layer in experts
+        if is_auto(layer.rule) and layer.stored is not None and not layer.stored.is_float
+    }
     modules: dict[str, dict[tuple[str, str], set[int]]] = {}
-    for layer in layers:
-        if isinstance(layer.shard, ExpertShard):
+    for layer in experts:
+        if layer.module in automatic and isinstance(layer.shard, ExpertShard):
             forms = modules.setdefault(layer.module, {})
             forms.setdefault(_form(layer), set()).add(layer.shard.expert)
-            if is_auto(layer.rule) and layer.stored is not None and not layer.stored.is_float:
-                automatic.add(layer.module)
     return fold_problems(
         Problem(
             module,
@@ -90,7 +93,7 @@ def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
             "mixed-experts",
         )
         for module, forms in modules.items()
-        if module in automatic and len(forms) > 1
+        if len(forms) > 1
     )
 
 

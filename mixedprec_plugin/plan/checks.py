@@ -29,7 +29,7 @@ from mixedprec_plugin.plan.family_checks import (
     why_not_family,
     why_not_stored_fused,
 )
-from mixedprec_plugin.plan.folding import fold_names, fold_problems
+from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.heads import padded
 from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
@@ -93,34 +93,41 @@ def check_rules(
 
 def check_layers(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[Problem]:
     """Check that each layer can be made what the plan says and that its method serves its shape."""
+    faults = layer_faults(layers, target, config)
     return [
-        *fold_problems(layer_problems(layers, target, config)),
+        *(dataclasses.replace(f, where=", ".join(fold_names(x))) for f, x in faults.items()),
         *why_not_family(config, target, layers),
         *why_not_in_memory(layers, target, config),
     ]
 
 
-def layer_problems(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[Problem]:
-    """Find what is wrong with single layers: `where` is a layer's name."""
-    problems = []
+def layer_faults(
+    layers: Sequence[PlannedLayer], target: Target, config: Config
+) -> dict[Problem, list[str]]:
+    """What is wrong with single layers, each fault without a `where` -> names of its layers."""
+    faults: dict[Problem, list[str]] = {}
+
+    def add(text: str, remedy: str, rule: str) -> None:
+        faults.setdefault(Problem("", text, remedy, rule), []).append(layer.name)
+
     # layers that are alike have the same faults; a large model has 70,000 layers of few kinds
-    known: dict[object, tuple[Problem, ...]] = {}
+    known: dict[object, list[list[str]]] = {}
     for layer, shards, alike in with_shards(layers):
         if layer.kind == "other" and is_fused(layer.name, layer.inputs):
             remedy = "take a checkpoint that stores them one by one"
-            text = why_not_split(layer.inputs, config)
-            problems.append(Problem(layer.name, text, remedy, "fused-experts"))
+            add(why_not_split(layer.inputs, config), remedy, "fused-experts")
         if (dtypes := unreadable(layer.inputs.values())) and not layer.reasons:
             text = f"holds tensors of {', '.join(dtypes)}, which this release does not read"
-            remedy = "take a checkpoint in another format"
-            problems.append(Problem(layer.name, text, remedy, "stored-format"))
+            add(text, "take a checkpoint in another format", "stored-format")
         if layer.stored is None:
             continue
         key = (alike, layer.rule is None)
         if key not in known:
-            known[key] = tuple(faults_of_layer(layer, shards, target, config))
-        problems += [dataclasses.replace(fault, where=layer.name) for fault in known[key]]
-    return problems
+            own = faults_of_layer(layer, shards, target, config)
+            known[key] = [faults.setdefault(dataclasses.replace(x, where=""), []) for x in own]
+        for names in known[key]:
+            names.append(layer.name)
+    return faults
 
 
 def with_shards(

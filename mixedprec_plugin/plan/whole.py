@@ -93,8 +93,12 @@ class _Model:
         self.stacks: dict[str, dict[int, set[str]]] = {}
         self.floats = {x.name for x in layers if x.stored is None or x.stored.is_float}
         places: dict[str, list[tuple[set[str], str]]] = {}
+        kinds: dict[object, list[str]] = {}
         for layer in layers:
-            for module, child in _parts_of(layer):
+            kind = id(layer.stored), *layer.inputs
+            if kind not in kinds:
+                kinds[kind] = list(_kinds_of_parts(layer))
+            for module, child in _parts_of(layer.name, kinds[kind]):
                 if module not in places:
                     places[module] = self._places(module)
                 for held, before in places[module]:
@@ -128,8 +132,10 @@ class _Model:
         """Where the names in a module count, and what stands before them there."""
         places = [(self.children.setdefault(module, set()), "")]
         outer = module
-        while outer:
+        is_new = True
+        while outer and is_new:
             outer, _, child = outer.rpartition(".")
+            is_new = outer not in self.children
             self.children.setdefault(outer, set()).add(child)
         for match in _NUMBERED.finditer(text := f"{module}."):
             blocks = self.stacks.setdefault(text[: match.start()], {})
@@ -150,7 +156,7 @@ class _Model:
         """What is in a module, and in the modules in it, `merger.norm`."""
         held = self.children[module]
         before = f"{module}." if module else ""
-        inner = [(x, self.children[before + x]) for x in held if before + x in self.children]
+        inner = [(x, self.children[name]) for x in held if (name := before + x) in self.children]
         return frozenset(held).union(
             f"{child}.{x}" for child, names in inner if not child.isdecimal() for x in names
         )
@@ -164,24 +170,38 @@ class _Model:
         return f" (it holds {held[0]})" if held else ""
 
 
-def _parts_of(layer: PlannedLayer) -> Iterator[tuple[str, str]]:
-    """Yield (module, name in it) of a layer's matrix, its bias and its single parameters."""
-    module, _, last = layer.name.rpartition(".")
+def _parts_of(name: str, kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (module, name in it) of a layer's matrix, its bias and its single parameters.
+
+    Args:
+        kinds: as `_kinds_of_parts` gives them.
+    """
+    module, _, last = name.rpartition(".")
     if last.isdecimal():  # of a list of layers
         module, _, before = module.rpartition(".")
         last = f"{before}.{last}"
+    for kind in kinds:
+        yield (name, kind[1:]) if kind.startswith("/") else (module, last + kind)
+
+
+def _kinds_of_parts(layer: PlannedLayer) -> Iterator[str]:
+    """What stands behind the name of a layer in its module, for each of its parts.
+
+    The same for layers of one format with tensors of the same names. A `/` stands before a
+    parameter of its own, for which the layer is a module.
+    """
     stored = layer.stored
     is_float = stored is None or stored.is_float or not stored.suffixes
     matrix = (stored.suffixes if stored else _WEIGHT) & layer.inputs.keys()
     if "weight" in matrix or not all(map(_is_no_matrix, matrix)):
-        yield module, last
+        yield ""
     for suffix in layer.inputs.keys() - matrix:
         if suffix == "bias" and is_float:  # tools that quantize write zeros
-            yield module, f"{last}.bias"
+            yield ".bias"
         elif _BIASES.search(suffix):
-            yield module, f"{last}.{suffix}"
+            yield f".{suffix}"
         elif is_float and suffix != "bias" and not _is_no_matrix(suffix):
-            yield layer.name, suffix
+            yield f"/{suffix}"
 
 
 def _is_no_matrix(suffix: str) -> bool:
@@ -321,7 +341,7 @@ def _without_companions(model: _Model) -> Missing:
         for name in children:
             layer = name.removesuffix(".bias")
             # a head may be tied and have a bias
-            if layer not in {name, *children} and not _HEAD.search(layer):
+            if layer != name and layer not in children and not _HEAD.search(layer):
                 yield f"{module}.{layer}", "it has a bias"
         for index, lacking in lacking_of(model.names_in(module)):
             found.setdefault((without_numbers(module), index), {})[module] = lacking

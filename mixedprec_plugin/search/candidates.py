@@ -18,7 +18,7 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, bind, method_names
 from mixedprec_plugin.names import without_numbers
-from mixedprec_plugin.plan.checks import layer_problems
+from mixedprec_plugin.plan.checks import layer_faults
 from mixedprec_plugin.plan.memory import bytes_by_layer
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.resolve import resolve_plan
@@ -303,8 +303,9 @@ def _only(model: Source, units: Iterable[Sequence[PlannedLayer]]) -> Source:
 
 def _served(candidate: Candidate, plan: Plan) -> dict[str, tuple[PlannedLayer, ...]]:
     """The units that a candidate's plan serves."""
-    problems = layer_problems(plan.layers, plan.target, plan.source.config)
-    wrong = {problem.where for problem in problems if problem.severity == "error"}
+    faults = layer_faults(plan.layers, plan.target, plan.source.config)
+    errors = [names for fault, names in faults.items() if fault.severity == "error"]
+    wrong = set[str]().union(*errors)
     return {
         unit: layers
         for unit, layers in _units(plan).items()
