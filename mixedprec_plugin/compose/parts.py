@@ -25,7 +25,9 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES, Reader
 from mixedprec_plugin.compose.cache import LayerCache
 from mixedprec_plugin.compose.lazy import Box, LazyTensor
+from mixedprec_plugin.compose.on_device import DeviceRounding
 from mixedprec_plugin.compose.stream import (
+    Quantize,
     Tensors,
     cast,
     compose_layer,
@@ -59,7 +61,11 @@ _KEPT = frozenset({"quantize", "requantize", "repack"})
 
 
 def compose_parts(
-    layer: PlannedLayer, target: Target, reader: Reader, cache: LayerCache | None = None
+    layer: PlannedLayer,
+    target: Target,
+    reader: Reader,
+    cache: LayerCache | None = None,
+    quantize: Quantize = round_to_nearest,
 ) -> Tensors:
     """As `compose_layer`, with a `LazyTensor` for what a part can be made of without the whole.
 
@@ -71,12 +77,12 @@ def compose_parts(
         CheckpointError: as `compose_layer`, then or where a tensor is read.
     """
     if layer.stored is None:
-        return compose_layer(layer, target, reader)
+        return compose_layer(layer, target, reader, quantize)
     if layer.action in ("as stored", "cast") and not layer.stored.factor:
         return _as_stored(layer, target, reader)
     own = layer.stored.suffixes or {"weight"}
     others = {s: reader.read_finite(t) for s, t in layer.inputs.items() if s not in own}
-    parts = _Parts(layer, target, reader, cache)
+    parts = _Parts(layer, target, reader, cache, quantize)
     return {
         suffix: fit(others[suffix], spec, f"{layer.name}.{suffix}")
         if suffix in others
@@ -114,11 +120,18 @@ class _Parts:
     """What is made of parts of one layer's weight, each part once."""
 
     def __init__(
-        self, layer: PlannedLayer, target: Target, reader: Reader, cache: LayerCache | None
+        self,
+        layer: PlannedLayer,
+        target: Target,
+        reader: Reader,
+        cache: LayerCache | None,
+        quantize: Quantize,
     ) -> None:
         assert layer.stored is not None
         self._cache = cache if layer.action in _KEPT and _is_own(layer.method) else None
         self._layer, self._target, self._reader = layer, target, reader
+        self._quantize = quantize
+        self._device = quantize.device.type if isinstance(quantize, DeviceRounding) else "cpu"
         self._size = layer.stored.N, layer.stored.K
         self._inputs, self._outputs = _inputs_of(layer, layer.stored), _outputs_of(layer)
         self._tile = self._tile_of_both()
@@ -196,6 +209,7 @@ class _Parts:
             offset=layer.rescale.offset if layer.rescale else 0.0,
             dtype=self._target.dtype,
             spans=spans and [(span.start, span.stop) for span in spans],
+            device=self._device,
         )
         found = cache.get(key) if key else None
         if found is None:
@@ -221,7 +235,7 @@ class _Parts:
             ratio = rescaling(layer.rescale, self._target, reader) if layer.rescale else None
             if ratio is not None and spans is not None:
                 ratio = ratio[spans[1].start : spans[1].stop]
-            return compute(layer, stored, self._target, round_to_nearest, ratio)
+            return compute(layer, stored, self._target, self._quantize, ratio)
 
 
 def _is_own(method: str) -> bool:

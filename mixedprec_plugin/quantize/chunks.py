@@ -9,18 +9,25 @@ import torch
 
 # About a second-level cache: smaller pieces pay for more calls, larger ones for memory traffic.
 CHUNK_BYTES = 1 << 21
+# beyond the CPU there is no such cache, and a call takes longer
+DEVICE_FACTOR = 16
 
 
-def row_chunks(num_rows: int, row_length: int, multiple: int = 1) -> Iterator[slice]:
+def row_chunks(
+    num_rows: int, row_length: int, multiple: int = 1, device: torch.device | None = None
+) -> Iterator[slice]:
     """Cut rows into slices whose float32 copy takes about `CHUNK_BYTES`.
 
     Args:
         multiple: every slice but the last starts and ends at a multiple of this many rows.
+        device: what works on them; they are larger beyond the CPU.
     Yields:
         Slices that cover 0..num_rows in order, each of at least `multiple` rows (the last may be
         shorter).
     """
-    rows = max(CHUNK_BYTES // (4 * max(row_length, 1)) // multiple, 1) * multiple
+    is_cpu = device is None or device.type == "cpu"
+    num_bytes = CHUNK_BYTES if is_cpu else DEVICE_FACTOR * CHUNK_BYTES
+    rows = max(num_bytes // (4 * max(row_length, 1)) // multiple, 1) * multiple
     for start in range(0, num_rows, rows):
         yield slice(start, min(start + rows, num_rows))
 
@@ -39,7 +46,8 @@ def float_chunks(weight: torch.Tensor, multiple: int = 1) -> Iterator[tuple[slic
         valid until the next step.
     """
     pieces = (
-        (rows, slice(None)) for rows in row_chunks(weight.shape[0], weight.shape[1], multiple)
+        (rows, slice(None))
+        for rows in row_chunks(weight.shape[0], weight.shape[1], multiple, weight.device)
     )
     return ((rows, values) for rows, _, values in _copies(weight, pieces))
 
@@ -58,7 +66,7 @@ def float_block_chunks(
         `CHUNK_BYTES` each or, where a single block is larger than that, one block.
     """
     N, K = weight.shape
-    columns = list(row_chunks(K, block_n, multiple=block_k))
+    columns = list(row_chunks(K, block_n, block_k, weight.device))
     rows = [slice(start, min(start + block_n, N)) for start in range(0, N, block_n)]
     return _copies(weight, itertools.product(rows, columns))
 

@@ -25,6 +25,14 @@ import torch
 LARGEST_CODE = {torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max, torch.int8: 127.0}
 
 
+def divided(values: torch.Tensor, number: float) -> torch.Tensor:
+    """values / number, rounded as IEEE 754 says on every device.
+
+    CUDA multiplies by the reciprocal of what is a plain number (torch's BinaryDivTrueKernel.cu).
+    """
+    return values / torch.full((), number, dtype=values.dtype, device=values.device)
+
+
 class Levels(NamedTuple):
     """How a float32 number is rounded to a code, ties to even.
 
@@ -152,11 +160,11 @@ class Grid:
         if self.symmetric:
             half = 1 << (self.bits - 1)
             larger, smaller = torch.maximum(high, -low), torch.minimum(high, -low)
-            magnitude = torch.maximum(larger / (half + 0.5), smaller / (half - 0.5))
+            magnitude = torch.maximum(divided(larger, half + 0.5), divided(smaller, half - 0.5))
             scale = store_scale(magnitude, self.scale_dtype)
             return torch.where(high > -low, -scale, scale), torch.full_like(scale, half)
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = store_scale((high - low) / self.largest_code, self.scale_dtype)
+        scale = store_scale(divided(high - low, self.largest_code), self.scale_dtype)
         return scale, (-low / scale).round_().clamp_(0, self.largest_code)
 
 

@@ -17,7 +17,7 @@ import torch
 from mixedprec_plugin.quantize.checks import refuse, require_finite, take, take_matrix, weight_shape
 from mixedprec_plugin.quantize.chunks import float_block_chunks, float_chunks, row_chunks
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
-from mixedprec_plugin.quantize.rounding import LARGEST_CODE
+from mixedprec_plugin.quantize.rounding import LARGEST_CODE, divided
 
 E4M3 = torch.float8_e4m3fn
 # Below the smallest normal number a quotient would lose the half-a-step bound, or divide by zero.
@@ -144,7 +144,7 @@ def scales_for(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     No clamping is needed afterwards: they are exact to half a unit in the last place, so that no
     quotient rounds past the largest code.
     """
-    return (largest.float() / LARGEST_CODE[dtype]).clamp_(min=_SMALLEST_SCALE)
+    return divided(largest.float(), LARGEST_CODE[dtype]).clamp_(min=_SMALLEST_SCALE)
 
 
 def encode(scaled: torch.Tensor, codes: torch.Tensor) -> None:

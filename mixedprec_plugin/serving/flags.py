@@ -10,13 +10,18 @@ from pathlib import Path
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, UsageError
 from mixedprec_plugin.preset.parents import locate_preset
 from mixedprec_plugin.resources import preset_dir
-from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
+from mixedprec_plugin.serving.settings import (
+    PLACES,
+    Settings,
+    parse_extra_config,
+    split_extra_config,
+)
 
 LOAD_FORMAT = "mixedprec"
 # in the order of the fields of `Settings`
 _FLAGS = (
     "--mixedprec-config", "--mixedprec-set", "--mixedprec-plan", "--mixedprec-verify",
-    "--mixedprec-cache",
+    "--mixedprec-cache", "--mixedprec-quantize-on",
 )  # fmt: skip
 
 
@@ -51,6 +56,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Keep what is quantized or repacked for the next start, up to SIZE, such as 20GiB; 0 "
         "keeps nothing (default: MIXEDPREC_CACHE_SIZE, or 64GiB; in ~/.cache/mixedprec).",
     )
+    group.add_argument(
+        "--mixedprec-quantize-on",
+        choices=PLACES,
+        help="Where weights are quantized while they are loaded: on the device that serves them "
+        "(the default), or on the CPU.",
+    )
 
 
 def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
@@ -70,13 +81,14 @@ def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
             raise UsageError(Problem(flags, "needs --load-format mixedprec", "add it", "flags"))
         return args
     before = in_extra or Settings()
-    config, overrides, plan_path, verify, cache = given.values()
+    config, overrides, plan_path, verify, cache, quantize_on = given.values()
     settings = Settings(
         _absolute(config) if config else before.config,
         tuple(overrides or before.overrides),
         _absolute_file(plan_path) or before.plan_path,
         _absolute_file(verify) or before.verify,
         cache or before.cache,
+        quantize_on or before.quantize_on,
     )
     _ = settings.cache_bytes  # said now if it is no size
     args.model_loader_extra_config = json.dumps({**rest, **settings.to_extra_config()})

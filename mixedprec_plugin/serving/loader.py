@@ -24,8 +24,15 @@ from sglang.srt.runtime_context import get_model, get_parallel
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
 from mixedprec_plugin.compose.cache import LayerCache, cache_folder
+from mixedprec_plugin.compose.on_device import DeviceRounding
 from mixedprec_plugin.compose.parts import compose_parts
-from mixedprec_plugin.compose.stream import Compose, VirtualCheckpoint, compose_layer
+from mixedprec_plugin.compose.stream import (
+    Compose,
+    Quantize,
+    VirtualCheckpoint,
+    compose_layer,
+    round_to_nearest,
+)
 from mixedprec_plugin.cpu.heap import returning_memory, storage_bytes
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.plan.model import Plan
@@ -155,10 +162,12 @@ class MixedPrecisionLoader(DefaultModelLoader):
 
     def _open(self, plan: Plan, stage: Stage) -> Weights:
         compose: Compose = compose_layer
-        if not self.settings.verify:  # to be verified, a tensor must be there whole
+        if not self.settings.verify:  # to be verified, a tensor must be there whole, on the CPU
+            quantize = rounding_for(plan, self.settings)
+            compose = functools.partial(compose_layer, quantize=quantize)
             self._cache = _open_cache(plan, self.settings)
             if self._cache is not None or get_parallel().tp_size > 1:
-                compose = functools.partial(compose_parts, cache=self._cache)
+                compose = functools.partial(compose_parts, cache=self._cache, quantize=quantize)
         stream = VirtualCheckpoint(plan, stage.runs, _how_to_read(), compose)
         said = get_model()
         if said.weight_loader_prefetch_checkpoints and not said.weight_loader_disable_mmap:
@@ -239,6 +248,13 @@ class MixedPrecisionLoader(DefaultModelLoader):
         if get_parallel().pp_rank == 0:
             size = format_bytes(storage_bytes(model.parameters()))
             logger.info("mixedprec: loaded in %.1f s, %s of parameters", seconds, size)
+
+
+def rounding_for(plan: Plan, settings: Settings) -> Quantize:
+    """What quantizes weights while they are loaded: where the settings say."""
+    if plan.target.device == "cpu" or settings.quantize_on == "cpu":
+        return round_to_nearest
+    return DeviceRounding(torch.device(plan.target.device))
 
 
 def _open_cache(plan: Plan, settings: Settings) -> LayerCache | None:

@@ -185,8 +185,10 @@ def _check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) -
     is_down = isinstance(layer.shard, ExpertShard) and layer.shard.projection == "w2"
     unit = scheme_unit(layer.module, layer.shard), is_down
     with _disable_current_modes():
-        name, first = orders.setdefault(unit, (layer.name, g_idx))
-        is_same = torch.equal(first, g_idx)
+        # what is made when it is read would keep all of its layer
+        order = g_idx.cpu()
+        name, first = orders.setdefault(unit, (layer.name, order))
+        is_same = torch.equal(first, order)
     if not is_same:
         raise LoadError(
             Problem(

@@ -18,7 +18,9 @@ KEYS: Mapping[str, str] = {
     "plan_path": "mixedprec_plan",
     "verify": "mixedprec_verify",
     "cache": "mixedprec_cache",
+    "quantize_on": "mixedprec_quantize_on",
 }
+PLACES = ("device", "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Settings:
         verify: checkpoint folder that the composed layers are compared with; empty for none.
         cache: most bytes of layers that are kept for the next start, such as `64GiB` or `0`; empty
             for MIXEDPREC_CACHE_SIZE, or 64GiB.
+        quantize_on: where weights are quantized, `cpu` or `device`; empty for the latter.
     """
 
     config: str = ""
@@ -40,6 +43,7 @@ class Settings:
     plan_path: str = ""
     verify: str = ""
     cache: str = ""
+    quantize_on: str = ""
 
     @property
     def cache_bytes(self) -> int:
@@ -56,9 +60,9 @@ class Settings:
     def to_extra_config(self) -> dict[str, Any]:
         """The settings as entries of SGLang's `model_loader_extra_config`."""
         extra: dict[str, Any] = {KEYS["config"]: self.config}
-        for field in ("overrides", "plan_path", "verify", "cache"):
-            if value := getattr(self, field):
-                extra[KEYS[field]] = list(value) if field == "overrides" else value
+        for field, key in KEYS.items():
+            if (value := getattr(self, field)) and field != "config":
+                extra[key] = list(value) if field == "overrides" else value
         return extra
 
 
@@ -103,6 +107,9 @@ def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[
     ]
     if not isinstance(overrides, list | tuple) or not all(isinstance(x, str) for x in overrides):
         wrong.append(Problem(KEYS["overrides"], f"{overrides!r} is not a list of KEY=VALUE"))
+    if not wrong and given.get("quantize_on", "") not in ("", *PLACES):
+        what = f"{given['quantize_on']!r} (expected {' or '.join(PLACES)})"
+        wrong.append(Problem(KEYS["quantize_on"], what))
     if wrong:
         raise UsageError(wrong)
     return Settings(overrides=tuple(overrides), **given), rest

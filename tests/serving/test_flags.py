@@ -30,7 +30,7 @@ def test_flags_travel_in_the_extra_config_with_absolute_paths(
         parse(
             "--load-format", "mixedprec", "--mixedprec-config", "x.yaml",
             "--mixedprec-set", "rules.0.bits=8", "--mixedprec-set", "version=1",
-            "--mixedprec-plan", "plan.json",
+            "--mixedprec-plan", "plan.json", "--mixedprec-quantize-on", "cpu",
             "--model-loader-extra-config", '{"num_threads": 2}',
         )
     )  # fmt: skip
@@ -40,12 +40,23 @@ def test_flags_travel_in_the_extra_config_with_absolute_paths(
         "mixedprec_config": str(tmp_path / "x.yaml"),
         "mixedprec_set": ["rules.0.bits=8", "version=1"],
         "mixedprec_plan": str(tmp_path / "plan.json"),
+        "mixedprec_quantize_on": "cpu",
     }
     settings, rest = split_extra_config(extra)
     assert rest == {"num_threads": 2}
     assert settings == Settings(
-        str(tmp_path / "x.yaml"), ("rules.0.bits=8", "version=1"), str(tmp_path / "plan.json")
+        str(tmp_path / "x.yaml"),
+        ("rules.0.bits=8", "version=1"),
+        str(tmp_path / "plan.json"),
+        quantize_on="cpu",
     )
+
+
+def test_place_to_quantize_on_that_is_none_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"mixedprec_quantize_on: 'gpu' \(expected device or cpu\)"
+    ):
+        split_extra_config({"mixedprec_quantize_on": "gpu"})
 
 
 def test_name_of_a_packaged_preset_stays_a_name() -> None:
