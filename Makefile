@@ -10,6 +10,7 @@ help:
 	@echo "make quick    lint, and the tests that need no engine: about a minute"
 	@echo "make test     run all tests"
 	@echo "make test-gpu run the shipped presets on this machine's GPU (tests/gpu)"
+	@echo "make gpu-kit  pack all of that for a machine without network, in pieces (build/gpu-kit)"
 	@echo "make lint     ruff, mypy and the rules of imports"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
@@ -41,6 +42,10 @@ test: $(INSTALLED)
 
 test-gpu:
 	@sh tests/gpu/run.sh
+
+.PHONY: gpu-kit
+gpu-kit: $(INSTALLED)
+	@$(RUN) -m tests.gpu.kit
 
 lint: $(INSTALLED)
 	@$(RUN) -m ruff check .

@@ -1,6 +1,7 @@
 """Speed of the quantizers, in GB of bf16 weight a second.
 
-    python benchmarks/quantize.py [--rows 4096] [--columns 4096] [--threads 1] [--json]
+    python benchmarks/quantize.py [--rows 4096] [--columns 4096] [--threads 1] [--device cuda]
+        [--json]
 
 Every method is timed beside a copy of the weight (the same bytes, no arithmetic) and beside the
 obvious torch implementation of the usual formula on whole tensors, whose relative RMS error is
@@ -97,11 +98,14 @@ def _pack(columns: torch.Tensor, order: Any, bits: int) -> torch.Tensor:
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
     """Least time of some calls, after one that is not counted."""
+    wait = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else int
     function()
+    wait()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         function()
+        wait()
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -184,6 +188,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096, help="N, a multiple of 128")
     parser.add_argument("--columns", type=int, default=4096, help="K, a multiple of 128")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak", choices=CASES, help=argparse.SUPPRESS)
@@ -195,6 +200,8 @@ def main() -> None:
     if options.peak:
         print_peak(options.peak, weight)
         return
+    torch.set_default_device(options.device)
+    weight = weight.to(options.device)
     rows = []
     for name in CASES:
         row = measure(name, weight, options.repeats)

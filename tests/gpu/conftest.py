@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.gpu.card import capability, why_skip
+from tests.gpu.in_order import RESULTS, note
 
 _MEASURED = "measured"
 
@@ -64,6 +66,16 @@ def dense(machine: None, request: pytest.FixtureRequest) -> Path:
 def report(request: pytest.FixtureRequest) -> list[str]:
     """Lines that are printed when all is done."""
     return _Report(request.node)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write a test's result where `tests.gpu.in_order` asks for it."""
+    path = os.environ.get(RESULTS)
+    if path and (report.when == "call" or report.outcome != "passed"):
+        measured = [line for key, line in report.user_properties if key == _MEASURED]
+        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+        why = report.longreprtext[-400:] if report.outcome != "passed" else ""
+        note(Path(path), {**line, "measured": measured, "why": why})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
