@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from mixedprec_plugin.cli.output import print_json
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
+from mixedprec_plugin.cli.running import ask, is_address
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.render import format_bytes, plan_as_dict
@@ -21,7 +22,6 @@ EXAMPLES = """
   mixedprec diff mine.yaml plan.json --model DIR       what --mixedprec-plan wrote at a start
   mixedprec diff mine.yaml http://127.0.0.1:30000 --model DIR
 """
-_SECONDS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _plan(named: str, args: argparse.Namespace) -> Mapping[str, Any]:
     """A plan as plain data."""
-    if named.startswith(("http://", "https://")):
-        return _of_server(named)
+    if is_address(named):
+        return _parsed(*ask(named))
     if named.endswith(".json") and Path(named).is_file():
         return _parsed(Path(named).read_text(encoding="utf-8"), named)
     is_folder = Path(named).is_dir()
@@ -79,19 +79,6 @@ def _plan(named: str, args: argparse.Namespace) -> Mapping[str, Any]:
         raise UsageError(Problem("--model", what, "add --model DIR"))
     given = {"model": named, "preset": ""} if is_folder else {"preset": named}
     return plan_as_dict(make_plan(argparse.Namespace(**{**vars(args), **given})))
-
-
-def _of_server(address: str) -> Mapping[str, Any]:
-    import httpx
-
-    url = f"{address.rstrip('/')}/mixedprec/plan"
-    try:
-        answer = httpx.get(url, timeout=_SECONDS)
-        answer.raise_for_status()
-    except httpx.HTTPError as error:
-        remedy = "is it a server with --load-format mixedprec, and is it up?"
-        raise UsageError(Problem(url, f"gave no plan ({error})", remedy)) from error
-    return _parsed(answer.text, url)
 
 
 def _parsed(text: str, where: str) -> Mapping[str, Any]:

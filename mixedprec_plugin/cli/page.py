@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.cli.planning import make_plan
+from mixedprec_plugin.cli.running import ask, is_address
 from mixedprec_plugin.cli.svg import map_of
 from mixedprec_plugin.errors import Problem, UsageError
-from mixedprec_plugin.plan.document import names_in_order, plan_document
+from mixedprec_plugin.plan.document import FORMAT, names_in_order, plan_document
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.overlays import read_overlay
 from mixedprec_plugin.resources import page_path
@@ -29,8 +30,9 @@ def add_page_arguments(parser: argparse.ArgumentParser) -> None:
         "--svg", type=Path, metavar="FILE", help="write a map of its bytes for a report"
     )
     parser.add_argument(
-        "--against", default="", metavar="PRESET", help="with --html: another preset beside it"
-    )
+        "--against", default="", metavar="PRESET",
+        help="with --html: another preset beside it, or the address of a server that runs",
+    )  # fmt: skip
     parser.add_argument(
         "--overlay", type=Path, metavar="FILE", action="append", default=[],
         help="with --html: what verify --json printed, search's scores, or a folder of convert "
@@ -50,25 +52,44 @@ def write_pages(args: argparse.Namespace, plan: Plan) -> None:
             what = "goes into the page, and none is asked for"
             raise UsageError(Problem(f"--{flag}", what, "write --html FILE as well"))
     if args.html:
-        named = argparse.Namespace(**{**vars(args), "preset": args.against, "overrides": []})
-        against = make_plan(named) if args.against else None
-        write_page(args.html, plan, against, args.overlay)
+        write_page(args.html, plan, _against(args), args.overlay)
     if args.svg:
         write_text(args.svg, map_of(plan), "--svg")
 
 
-def write_page(path: Path, plan: Plan, against: Plan | None, overlays: Sequence[Path]) -> None:
+def _against(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The document of what is shown beside the plan."""
+    if not args.against:
+        return None
+    if not is_address(args.against):
+        named = argparse.Namespace(**{**vars(args), "preset": args.against, "overrides": []})
+        return plan_document(make_plan(named))
+    text, url = ask(args.against, document=True)
+    try:
+        document: dict[str, Any] = json.loads(text)
+        said = document["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(Problem(url, "is no document of a plan")) from error
+    if said != FORMAT:
+        what = f"is of another release: its format is {said!r} (expected {FORMAT})"
+        raise UsageError(Problem(url, what, "run the release that the server runs"))
+    return document
+
+
+def write_page(
+    path: Path, plan: Plan, against: dict[str, Any] | None, overlays: Sequence[Path]
+) -> None:
     """Write the page of a plan.
 
     Args:
-        against: a plan of another preset over the same model, to show beside it.
+        against: the document of another plan over the same model, to show beside it.
         overlays: files with a number for each layer, as `overlays` reads them.
     Raises:
         UsageError: the file cannot be written, or an overlay is none.
     """
     data = {
         "plan": plan_document(plan),
-        "against": plan_document(against) if against else None,
+        "against": against,
         "overlays": [_in_order(read_overlay(each, plan), plan) for each in overlays],
     }
     template = page_path().read_text(encoding="utf-8")

@@ -91,7 +91,7 @@ def input_facts(
         "the release": f"{__version__} layout {LAYOUT_VERSION}",
         "the format": form,
         "the dtype": plan.target.dtype,
-        "the preset": _digest(plan.preset.resolved),
+        "the preset": plan.preset.digest,
         "config.json": _digest(_configs(plan)),
         _SOURCES: _digest([_identity(path) for path in paths]),
         "the model's other files": _digest(copied),

@@ -41,6 +41,7 @@ class Server:
         log_path: file that receives what the server prints.
         preset_path: served with `--load-format mixedprec` if given, stock if None.
         flags: more flags of `sglang serve`.
+        api_key: what the server asks for, and is told with every request; empty for none.
         is_quiet: whether nothing is printed while it starts.
     Attributes:
         command: what is run.
@@ -54,8 +55,10 @@ class Server:
         preset_path: Path | None = None,
         flags: Sequence[str] = (),
         *,
+        api_key: str = "",
         is_quiet: bool = False,
     ) -> None:
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._is_quiet = is_quiet
         self.port = free_port()
         self.log_path = log_path
@@ -65,6 +68,8 @@ class Server:
         if preset_path is not None:
             self.command += ["--load-format", "mixedprec"]
             self.command += ["--mixedprec-config", str(preset_path)]
+        if api_key:
+            self.command += ["--api-key", api_key]
         self.command += [*flags, "--host", "127.0.0.1", "--port", str(self.port)]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -73,6 +78,11 @@ class Server:
         """Process id of the server, which is its process group's as well."""
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def address(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Server:
         environment = {**os.environ, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
@@ -108,9 +118,8 @@ class Server:
             ServerError: an HTTP error, or no server any more; with the end of the log.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json", **self._headers}
+        request = urllib.request.Request(f"{self.address}{path}", data, headers)
         try:
             with _opener.open(request, timeout=timeout) as response:
                 return json.loads(response.read() or b"null")
@@ -161,7 +170,7 @@ class Server:
     def _is_ready(self) -> bool:
         """Whether /health answers; SGLang opens it before the model is loaded, with status 503."""
         try:
-            with _opener.open(f"http://127.0.0.1:{self.port}/health", timeout=60) as response:
+            with _opener.open(f"{self.address}/health", timeout=60) as response:
                 return bool(response.status == 200)
         except OSError:
             return False

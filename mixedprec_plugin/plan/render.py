@@ -122,10 +122,17 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     """The plan as plain data for JSON.
 
     Returns:
-        "layers": one entry a layer of the checkpoint, "totals", "problems".
+        "preset" with the digest of what it says, "layers": one entry a layer of the checkpoint,
+        "totals", "problems".
     """
     family = family_of(plan.source.config)
+    preset = plan.preset
     return {
+        "preset": {
+            "path": preset.path,
+            "description": preset.description,
+            "digest": preset.digest,
+        },
         "layers": [_layer_as_dict(layer, family) for layer in plan.layers],
         "tied": dict(plan.tied),
         "kv_cache": kv_cache_as_dict(plan),

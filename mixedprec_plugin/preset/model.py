@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +178,12 @@ class Preset:
     resolved: Mapping[str, Any]
     warnings: tuple[Problem, ...] = ()
     draft: Preset | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `resolved`: the same for presets that say the same, whatever their files."""
+        text = json.dumps(self.resolved, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def conceal(self, problem: Problem) -> Problem:
         """A problem of the sources with the names of environment variables for their values."""

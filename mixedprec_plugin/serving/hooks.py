@@ -160,6 +160,13 @@ def _should_async_load(original: Callable[[Any], bool], weight: Any) -> bool:
     return False if is_recording() else original(weight)
 
 
+def _before_listening(_: Any, server_args: Any = None) -> None:
+    if server_args is not None and server_args.load_format == LOAD_FORMAT:
+        from mixedprec_plugin.serving.live import tell
+
+        tell(server_args)
+
+
 HOOKS = (
     Hook(
         "sglang.srt.server_args.ServerArgs.add_cli_args",
@@ -219,6 +226,13 @@ HOOKS = (
         _read_adapter,
         "lora/lora.py:145: an adapter is read by the default loader with the model's load config, "
         "whose format and settings that loader refuses",
+    ),
+    Hook(
+        "sglang.srt.utils.common.set_uvicorn_logging_configs",
+        _before_listening,
+        "entrypoints/http_server.py:2914: what SGLang calls when its app is whole and does not "
+        "listen yet; http_server itself is imported by the one process that needs it",
+        HookType.AFTER,
     ),
 )
 

@@ -116,7 +116,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             return draft
         model_config.quantization = None
         start = time.perf_counter()
-        folder = self._folder(model_config.model_path, model_config.revision)
+        folder = self.folder(model_config.model_path, model_config.revision)
         plan = self._plan(folder, model_config).check()
         is_draft = model_config.is_draft_model
         self._report_plan(plan, is_draft=is_draft)
@@ -155,7 +155,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             path = loaded.model_path
         self._has_opened_new_path = True
         served = loaded.config.plan
-        folder = self._folder(path, source.revision)
+        folder = self.folder(path, source.revision)
         plan = self._plan(folder, source.model_config, served.preset).check()
         _check_same_schemes(served, plan)
         return self._open(plan, loaded.stage)
@@ -195,7 +195,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
             return weights
         return verified(weights, plan, reference_of(self.settings.verify, plan))
 
-    def _folder(self, model_path: str, revision: str | None) -> str:
+    def folder(self, model_path: str, revision: str | None) -> str:
+        """Where a model lies, downloaded if it is named by an id."""
         return str(self._prepare_weights(model_path, revision, fall_back_to_pt=False)[0])
 
     def _plan(self, folder: str, model_config: ModelConfig, served: Preset | None = None) -> Plan:

@@ -19,6 +19,7 @@ from mixedprec_plugin.evaluate.server import Server
 MIXED = Path(__file__).with_name("mixed.yaml")
 # of the prose that distributions are compared on
 NUM_TOKENS = 200
+API_KEY = "open sesame"
 
 
 @dataclasses.dataclass
@@ -42,8 +43,8 @@ def one_thread() -> Iterator[None]:
 def mixed(widened_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixed]:
     folder = tmp_path_factory.mktemp("mixed")
     log_path, plan_path = folder / "server.log", folder / "plan.json"
-    flags = ["--mixedprec-plan", str(plan_path)]
-    with Server(widened_model, log_path, MIXED, flags) as server:
+    flags = ["--mixedprec-plan", str(plan_path), "--enable-metrics"]
+    with Server(widened_model, log_path, MIXED, flags, api_key=API_KEY) as server:
         yield Mixed(server, log_path, plan_path)
 
 

@@ -7,8 +7,10 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -23,8 +25,8 @@ from mixedprec_plugin.evaluate.server import Server
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.render import summary_lines
 from tests import commands
-from tests.presets import plan
-from tests.server.conftest import MIXED, Mixed, chat, generate, greedy, nearness
+from tests.presets import plan, write_preset
+from tests.server.conftest import API_KEY, MIXED, Mixed, chat, generate, greedy, nearness
 
 
 def test_server_answers_over_the_openai_api(mixed: Mixed) -> None:
@@ -48,6 +50,59 @@ def test_plan_file_says_what_runs(mixed: Mixed) -> None:
     assert made["target"] == {
         "device": "cpu", "tp_size": 1, "dtype": "BF16", "gpu": None
     }  # fmt: skip
+
+
+class TestRunning:
+    """What the server says of itself."""
+
+    def test_plan_is_the_one_that_the_ranks_loaded(self, mixed: Mixed) -> None:
+        """Which another process made and wrote, at the start."""
+        assert mixed.server.request("/mixedprec/plan") == json.loads(mixed.plan_path.read_text())
+
+    @pytest.mark.parametrize("path", ["/mixedprec/plan", "/mixedprec/plan/document"])
+    def test_addresses_ask_for_the_key_that_others_ask_for(self, mixed: Mixed, path: str) -> None:
+        for wrong in ({}, {"Authorization": "Bearer wrong"}):
+            answers = [httpx.get(f"{mixed.server.address}{p}", headers=wrong) for p in
+                       (path, "/server_info")]  # fmt: skip
+            assert [answer.status_code for answer in answers] == [401, 401]
+
+    def test_metrics_tell_preset_and_bytes_by_method(self, mixed: Mixed) -> None:
+        samples = {
+            (sample.name, tuple(sample.labels.values())): sample.value
+            for family in text_string_to_metric_families(
+                httpx.get(f"{mixed.server.address}/metrics", follow_redirects=True).text
+            )
+            if family.name.startswith("mixedprec_")
+            for sample in family.samples
+        }
+        made = json.loads(mixed.plan_path.read_text())
+        digest = {"digest": made["preset"]["digest"], "preset": "mixed"}
+        expected = {("mixedprec_info", tuple(digest[key] for key in ("preset", "digest"))): 1.0}
+        for layer in made["layers"]:
+            key = ("mixedprec_weight_bytes", (layer["method"],))
+            expected[key] = expected.get(key, 0.0) + layer["bytes"]
+        assert samples == expected
+
+    def test_diff_and_the_page_read_it(
+        self, mixed: Mixed, widened_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = write_preset(tmp_path, 'match: "*.layers.0.*_proj", method: gptq')
+        said = ("--model", widened_model, "--device", "cpu")
+        diff = ("diff", other, mixed.server.address, *said)
+        code, _, err = commands.run(*diff)
+        assert code == 2
+        assert "set MIXEDPREC_API_KEY to the server's --api-key" in err
+        monkeypatch.setenv("MIXEDPREC_API_KEY", API_KEY)
+        beside = commands.run("diff", other, MIXED, *said)
+        assert beside[0] == 0
+        assert commands.run(*diff)[1] == beside[1].replace(str(MIXED), mixed.server.address)
+        pages = []
+        for against in (mixed.server.address, MIXED):
+            page = tmp_path / "plan.html"
+            argv = ("plan", *said, "--preset", other, "--html", page, "--against", against)
+            assert commands.run(*argv)[0] == 0
+            pages.append(page.read_text(encoding="utf-8"))
+        assert pages[0] == pages[1]
 
 
 def test_distributions_are_those_of_independently_dequantized_weights(

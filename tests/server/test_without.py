@@ -44,6 +44,8 @@ def test_installed_plugin_changes_no_byte_of_the_output(
                 for prompt in PROMPTS
                 for answer in [generate(server, prompt, max_new_tokens=24)]
             ]
+            with pytest.raises(ServerError, match="404"):
+                server.request("/mixedprec/plan")
         assert is_registered() == (admitted == "")
     assert answers[""] == answers["no-such-plugin"]
 
