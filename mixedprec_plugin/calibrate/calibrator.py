@@ -15,16 +15,24 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from mixedprec_plugin.calibrate import LENGTH, WINDOWS
+from mixedprec_plugin.calibrate.cached import kv_scale_of
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
 from mixedprec_plugin.calibrate.rounding import LayerRounding, is_rounded_so
-from mixedprec_plugin.calibrate.sweep import Sweep, read_records, rounded_paths, save_whole
+from mixedprec_plugin.calibrate.sweep import (
+    Sweep,
+    read_maxima,
+    read_records,
+    rounded_paths,
+    save_whole,
+)
 from mixedprec_plugin.calibrate.text import read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.families.config import count_of, text_config
+from mixedprec_plugin.families.names import parent_of
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
@@ -59,7 +67,7 @@ class Calibration:
         everything: whether all layers are calibrated that can be, or those whose scheme asks.
         progress: shows how far it is.
     Raises:
-        PlanError: no layer of the plan is rounded to codes.
+        PlanError: no layer of the plan is rounded to codes, and no scale is asked for.
         UsageError: the text cannot be read.
     """
 
@@ -69,13 +77,15 @@ class Calibration:
         self._plan, self._options, self._progress = plan, options, progress
         layers = [layer for layer in plan.layers if everything or layer.asks_for_calibration]
         self._names = {layer.name for layer in layers if is_rounded_so(layer)}
-        if not self._names:
+        self._attentions = set(plan.calibrated_attentions)
+        if not self._names and not self._attentions:
             what = "no layer of the plan is rounded to codes (expected a quantized one)"
             raise PlanError(Problem("--calibrate", what, "leave it out", "calibrate"))
         self._ranks = Ranks()
         self._is_begun = False
         self._files: dict[str, Path] = {}
         self._records: list[dict[str, Any]] = []
+        self._scales: dict[str, Tensors] = {}
 
     def facts(self) -> dict[str, Any]:
         """What the codes depend on, beside the plan."""
@@ -119,7 +129,9 @@ class Calibration:
             self._check_reached(network)
             if not min(self._ranks.everyone(self._index(folder, count))):
                 tokens = self._tokens(network, folder)
-                passes = 2 if self._options.gradients else 1
+                # what attention caches is seen going forward
+                gradients = self._options.gradients and bool(self._names)
+                passes = 2 if gradients else 1
                 task = self._progress.add_task("calibrating", total=passes * count)
                 total = 0.0
 
@@ -133,11 +145,12 @@ class Calibration:
                 options = self._options
                 sweep = Sweep(
                     network, tokens, folder, options.seed,
-                    gradients=options.gradients, ranks=self._ranks,
+                    gradients=gradients, ranks=self._ranks,
                 )  # fmt: skip
                 sweep.run(self._names, rounding, advance)
                 self._progress.remove_task(task)
                 self._index(folder, count)
+            self._scale(network, folder)
 
     @property
     def is_helper(self) -> bool:
@@ -200,8 +213,28 @@ class Calibration:
             self._files |= {record["layer"]: path for record in records}
         return True
 
+    def _scale(self, network: Network, folder: Path) -> None:
+        """Make the scales of the KV cache.
+
+        Raises:
+            CheckpointError: transformers computes an attention in a way that is not seen.
+        """
+        for index in range(len(network.layers)):
+            inside = {f"{parent_of(layer.name)}.attn" for layer in network.planned(index)}
+            for name in sorted(inside & self._attentions):
+                maxima = read_maxima(folder, index)
+                if not maxima:
+                    raise network.unsupported(f"it does not run {parent_of(name)} in one product")
+                self._scales[name] = {
+                    f"{part[0]}_scale": kv_scale_of(largest) for part, largest in maxima.items()
+                }
+        if lacking := sorted(self._attentions - self._scales.keys()):
+            raise network.unsupported(f"it has no decoder layer with {parent_of(lacking[0])}")
+
     def quantize(self, layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:
         """The tensors that a layer was rounded to; to the nearest code, if it is none of ours."""
+        if layer.name in self._scales:
+            return dict(self._scales[layer.name])
         if layer.name not in self._names:
             return round_to_nearest(layer, weight, target)
         with safe_open(self._files[layer.name], framework="pt") as file:
@@ -221,5 +254,9 @@ class Calibration:
         return {
             **self.facts(),
             "predicted_loss": math.fsum(one["loss"] or 0.0 for one in self._records),
+            "kv_scales": {
+                name: {suffix: float(scale) for suffix, scale in made.items()}
+                for name, made in self._scales.items()
+            },
             "layers": self._records,
         }

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from mixedprec_plugin.calibrate.cached import Cached
 from mixedprec_plugin.calibrate.capture import Capture, Seen
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
@@ -158,12 +159,14 @@ class Sweep:
                 names = round_inputs[0] if round_inputs else ()
                 wanted = {layer.name: layer for layer in layers if layer.name in names}
                 capture, outputs = Capture(network, wanted.keys(), gradients=False), []
-                with capture:
+                cached = Cached()
+                with capture, cached:
                     for number, batch in enumerate(self._batches):
                         capture.is_held_out = batch.start >= self._first_held
                         outputs.append(self._call(index, number, self._input(hidden, batch)))
             if round_inputs:
                 self._round(index, wanted, capture, round_inputs[1])
+            save_whole(cached.maxima(), self._path("cached", index))
             self._save("hidden", index + 1, torch.cat(outputs))
             if not keeps_all:
                 self._path("hidden", index - 1).unlink(missing_ok=True)
@@ -293,6 +296,15 @@ def rounded_paths(folder: Path, index: int, num_ranks: int) -> list[Path]:
     return [
         folder / f"rounded-{index}-{rank}-of-{num_ranks}.safetensors" for rank in range(num_ranks)
     ]
+
+
+def read_maxima(folder: Path, index: int) -> dict[str, float]:
+    """The largest magnitudes of what a decoder layer caches, over all ranks; see `Cached`."""
+    found: dict[str, float] = {}
+    for path in folder.glob(f"rank-*/cached-{index}.safetensors"):
+        for part, value in load_file(path).items():
+            found[part] = max(found.get(part, 0.0), float(value))
+    return found
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -57,9 +57,8 @@ def _build(args: argparse.Namespace) -> list[list[dict[str, Any]]]:
     from mixedprec_plugin.cli.planning import make_draft_plan, make_plan
     from mixedprec_plugin.serving.alone import outline_alone
 
-    plans = [make_plan(args)]
-    if args.draft_model:
-        plans.append(make_draft_plan(args, plans[0]))
+    plan = make_plan(args)
+    plans = [each for each in (plan, make_draft_plan(args, plan)) if each is not None]
     found = []
     for index, plan in enumerate(plans):
         try:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TextIO
 from mixedprec_plugin.calibrate import LENGTH, WINDOWS
 from mixedprec_plugin.cli.output import print_json, progress_for
 from mixedprec_plugin.cli.planning import add_planning_arguments, add_text_arguments, make_plan
-from mixedprec_plugin.errors import Problem, UsageError, printable
+from mixedprec_plugin.errors import PlanError, Problem, UsageError, printable
+from mixedprec_plugin.plan.drafts import as_stored, own_draft, resolve_draft_plan, with_draft
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes
 
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         ConvertError: the folder is in the way, or cannot be written.
     """
     plan = make_plan(args).check()
+    written = _written(args, plan).check()
     # the verbs that only read run without torch
     from mixedprec_plugin.convert.converter import convert
     from mixedprec_plugin.convert.parts import parse_size
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         task = bar.add_task("converting", total=None)
         try:
             done = convert(
-                plan, _form(args.format), Path(args.out), size, overwrite=args.overwrite,
+                written, _form(args.format), Path(args.out), size, overwrite=args.overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
                 calibration=calibration,
             )  # fmt: skip
@@ -100,6 +102,25 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if loss is not None:
         print(f"predicted KL on the text it was calibrated on: {loss:.4f} nats a token", file=out)
     return 0
+
+
+def _written(args: argparse.Namespace, plan: Plan) -> Plan:
+    """The plan with the model's own layers of multi-token prediction, if it has some.
+
+    They are written as the preset's section `draft` says, or else as they are stored.
+    """
+    if own_draft(plan.source) is None:
+        return plan
+    draft = plan.preset.draft
+    if args.format == "compressed-tensors":
+        if draft is None:
+            return plan
+        what = "SGLang by itself asks for layers of multi-token prediction by other names"
+        remedy = "remove the section: they are written as they are stored"
+        raise PlanError(Problem(f"{draft.path}: draft", what, remedy, "compressed-tensors"))
+    made = resolve_draft_plan(draft or as_stored(plan.preset), plan.source, plan.target)
+    problems = (*made.problems, *made.not_calibrated())
+    return with_draft(plan, dataclasses.replace(made, problems=problems))
 
 
 def _calibration(args: argparse.Namespace, plan: Plan, bar: Progress) -> Calibration | None:

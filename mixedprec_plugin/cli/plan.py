@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
         LoadError: the process of --build died.
     """
     plan = make_plan(args)
-    draft = make_draft_plan(args, plan) if args.draft_model else None
+    draft = make_draft_plan(args, plan)
     if args.build:
         plan, *drafts = with_build(args, [plan] + ([draft] if draft else []))
         draft = drafts[0] if drafts else None
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
     else:
         print_plan(plan, page)
     if draft is not None and not args.json:
-        page.print("\nThe draft model:")
+        own = "" if args.draft_model else ", of the model's own layers"
+        page.print(f"\nThe draft model{own}:")
         print_plan(draft, page)
     elif plan.preset.draft is not None and not args.json:
         page.print("The preset has a section draft; --draft-model DIR plans it.")

@@ -12,11 +12,11 @@ from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import Gpu, find_gpu, served_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.budget import Load
+from mixedprec_plugin.plan.drafts import own_draft, resolve_draft_plan
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
-from mixedprec_plugin.preset.model import Preset
 
 # --kv-cache-dtype -> bytes of a number in the KV cache
 KV_BYTES = {"auto": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
@@ -119,25 +119,29 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """
     source = open_source(args.model)
     preset = preset_for(args.preset, source, args.overrides, "--preset")
-    return _resolved(args, preset, source)
+    return resolve_plan(preset, source, target_of(args, source), open_other_sources(preset))
 
 
-def make_draft_plan(args: argparse.Namespace, plan: Plan) -> Plan:
+def make_draft_plan(args: argparse.Namespace, plan: Plan) -> Plan | None:
     """Plan the section `draft` of a plan's preset over the draft model that was named.
 
+    Returns:
+        where none was named, the plan of the model's own layers of multi-token prediction; None
+        where it has none, or the preset no such section.
     Raises:
         UsageError: the preset has no such section.
         CheckpointError: the files themselves are wrong.
     """
     preset = plan.preset.draft
+    if not args.draft_model:
+        if preset is None or own_draft(plan.source) is None:
+            return None
+        return resolve_draft_plan(preset, plan.source, plan.target)
     if preset is None:
         what = f"{plan.preset.path} has no section draft: SGLang loads the draft model by itself"
         raise UsageError(Problem("--draft-model", what, "leave it out, or add the section"))
-    return _resolved(args, preset, open_source(args.draft_model))
-
-
-def _resolved(args: argparse.Namespace, preset: Preset, source: Source) -> Plan:
-    return resolve_plan(preset, source, target_of(args, source), open_other_sources(preset))
+    source = open_source(args.draft_model)
+    return resolve_draft_plan(preset, source, target_of(args, source))
 
 
 def target_of(args: argparse.Namespace, source: Source) -> Target:

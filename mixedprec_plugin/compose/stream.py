@@ -92,7 +92,8 @@ def in_file_order(layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
     """Order layers as they lie in the files, one file after another."""
 
     def place(layer: PlannedLayer) -> tuple[str, int]:
-        return min((str(tensor.path), tensor.start) for tensor in layer.inputs.values())
+        places = ((str(tensor.path), tensor.start) for tensor in layer.inputs.values())
+        return min(places, default=("", 0))  # of what is made of no tensor
 
     return sorted(layers, key=place)
 
@@ -192,6 +193,8 @@ def compute(
         quantize: as for `compose_layer`.
         ratio: what the columns are multiplied by, float32 [K].
     """
+    if layer.action == "calibrate":
+        return quantize(layer, torch.empty(0), target)
     has_factor = layer.stored is not None and layer.stored.factor
     if layer.action in ("dequantize", "requantize") or has_factor:
         stored = _dequantize(layer, stored)
@@ -221,7 +224,17 @@ def plain_defaults() -> Iterator[None]:
 
 
 def round_to_nearest(layer: PlannedLayer, weight: torch.Tensor, target: Target) -> Tensors:
-    """Quantize a weight [N, K] as its scheme says, each weight to the nearest code."""
+    """Quantize a weight [N, K] as its scheme says, each weight to the nearest code.
+
+    Raises:
+        CheckpointError: it is not made of a weight, but of text.
+    """
+    if layer.action == "calibrate":
+        what, remedy = (
+            "is made of text",
+            "run mixedprec convert, and take the folder that it writes",
+        )
+        raise CheckpointError(Problem(layer.name, what, remedy, "not-calibrated"))
     assert layer.scheme is not None
     codec = load_codec(METHODS[layer.scheme.method].codec)
     with _naming(f"{layer.name}.weight"):

@@ -100,7 +100,8 @@ def without_sources(resolved: Mapping[str, Any]) -> dict[str, Any]:
     data = copy.deepcopy(dict(resolved))
     for key in ("sources", "trust_sources", "untie_lm_head"):
         data.pop(key, None)
-    for entry in (*data.get("schemes", {}).values(), *data["rules"]):
+    rules = [*data["rules"], *data.get("draft", {}).get("rules", ())]
+    for entry in (*data.get("schemes", {}).values(), *rules):
         if isinstance(entry, dict):
             entry.pop("source", None)
     # the checkpoint holds the scales itself

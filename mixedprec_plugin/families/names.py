@@ -40,6 +40,16 @@ def last_component(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def parent_of(name: str) -> str:
+    """`model.layers.0.mlp.up_proj` -> `model.layers.0.mlp`."""
+    return name.rpartition(".")[0]
+
+
+def is_in_decoder(name: str, last: Collection[str]) -> bool:
+    """Whether a layer of a decoder block, and not of a tower, has one of these last components."""
+    return last_component(name) in last and _DECODER_LAYER.match(name) is not None
+
+
 def layer_kind(name: str, has_matrix: bool, family: Family) -> Kind:
     """Tell what a layer is by its name and by whether it holds a [N, K] weight."""
     last = last_component(name)
@@ -49,6 +59,8 @@ def layer_kind(name: str, has_matrix: bool, family: Family) -> Kind:
         return "lm_head"
     if re.search(family.routers, name):
         return "router"
+    if last in family.plain and has_matrix:
+        return "other"
     is_experts = re.search(family.experts, name) is not None
     if not has_matrix:
         return "other" if is_experts else "norm"
@@ -65,6 +77,8 @@ def draft_layers(config: Config, names: Collection[str], family: Family) -> froz
     `num_nextn_predict_layers` is set (models/deepseek_common/deepseek_weight_loader.py:337,
     models/glm4_moe.py:1148), and over those whose name holds "mtp" (models/qwen3_next.py:1186).
     """
+    if family.is_draft:
+        return frozenset()
     said = text_config(config)
     first = said.get("num_hidden_layers") if said.get("num_nextn_predict_layers") else None
     found = [name for name in names if name.startswith(family.draft_prefixes)]

@@ -41,6 +41,10 @@ class Family:
         asked_for_weight: modules of which SGLang's class wants a tensor `weight` when it builds
             them, and which it fills from one stored tensor.
         draft_prefixes: how names of layers start that only a draft model runs.
+        drafts_with: architecture of the draft model that SGLang makes of a model's own layers of
+            multi-token prediction; empty where it makes none, or none that is known.
+        is_draft: whether it is such a draft model, whose embedding and head are its model's.
+        plain: matrices that SGLang's class builds as torch's own layers, in floats.
         embeddings, lm_heads: such layers.
         routers, experts: patterns of the names of routers, and of what belongs to routed experts.
         float32: pattern of the tensors that models keep in float32 whatever they run in: biases
@@ -73,6 +77,9 @@ class Family:
     dtype_readers: Mapping[str, str] = _usual({})
     asked_for_weight: Set[str] = frozenset()
     draft_prefixes: tuple[str, ...] = ("mtp.",)  # models/qwen3_next.py:1186
+    drafts_with: str = ""
+    is_draft: bool = False
+    plain: Set[str] = frozenset()
     embeddings: Set[str] = _usual({
         "embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings",
         "position_embedding",

@@ -8,6 +8,7 @@ sglang/srt.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from mixedprec_plugin.families.config import Config, architecture, model_type
 from mixedprec_plugin.families.parts import PARTS, other_parts
@@ -47,6 +48,52 @@ _QWEN_2_5_VL = Family(
         "model.visual.* to visual.*",
     },
 )
+
+# models/qwen3_next.py:311, :338
+_QWEN_3_NEXT = Family(
+    ("Qwen3NextForCausalLM",),
+    ("qwen3_next",),
+    norm_offset=1.0,
+    asked_for_weight=frozenset({"in_proj_qkvz", "in_proj_ba"}),
+    drafts_with="Qwen3NextForCausalLMMTP",
+)
+# `shared_experts_fusion_disable_reason`, models/deepseek_v2.py:3315
+_DEEPSEEK_V3 = Family(
+    ("DeepseekV3ForCausalLM",),
+    ("deepseek_v3", "kimi_k2"),
+    norm_offset=0.0,
+    fuses_shared_experts=lambda config: config.get("n_routed_experts") == 256,
+    drafts_with="DeepseekV3ForCausalLMNextN",
+)
+# models/glm4_moe.py:1012, 503
+_GLM_4_MOE = Family(
+    ("Glm4MoeForCausalLM",),
+    ("glm4_moe",),
+    norm_offset=0.0,
+    fuses_shared_experts=lambda _config: True,
+    has_biased_router=True,
+    dtype_readers={".shared_experts.gate_up_proj": "GLM-4-MoE"},
+    drafts_with="Glm4MoeForCausalLMNextN",
+)
+# models/deepseek_nextn.py:98, models/glm4_moe_nextn.py:67, deepseek_weight_loader.py:574
+_NEXT_N = {
+    r"^model\.layers\.\d+\.(?=(?:eh_proj|enorm|hnorm|shared_head\.norm)$)": "model.",
+    r"^model\.layers\.\d+\.": "model.decoder.",
+}
+
+
+def _draft_of(family: Family, renames: Mapping[str, str], plain: str) -> Family:
+    """The draft model that SGLang makes of a family's layers of multi-token prediction."""
+    return dataclasses.replace(
+        family,
+        architectures=(family.drafts_with,),
+        model_types=(),
+        renames=renames,
+        plain=frozenset({plain}),
+        is_draft=True,
+        drafts_with="",
+    )
+
 
 FAMILIES = (
     Family(
@@ -96,13 +143,9 @@ FAMILIES = (
         ),
         norm_offset=1.0,
     ),
-    # models/qwen3_next.py:311, :338
-    Family(
-        ("Qwen3NextForCausalLM",),
-        ("qwen3_next",),
-        norm_offset=1.0,
-        asked_for_weight=frozenset({"in_proj_qkvz", "in_proj_ba"}),
-    ),
+    _QWEN_3_NEXT,
+    # models/qwen3_next_mtp.py:62; models/qwen3_next.py:1181
+    _draft_of(_QWEN_3_NEXT, {r"^mtp\.(fc|pre_fc_norm_\w+)$": r"\1", r"^mtp\.": "model."}, "fc"),
     # and of these that they have other parts, too
     Family(
         model_types=("nemotron", "t5gemma", "vaultgemma"),
@@ -118,22 +161,10 @@ FAMILIES = (
     ),
     # models/olmoe.py:155, 191: norms of q and k as wide as the hidden state, on a rank's heads
     Family(("OlmoeForCausalLM",), ("olmoe",), norm_offset=0.0, has_joint_head_norms=True),
-    # `shared_experts_fusion_disable_reason`, models/deepseek_v2.py:3315
-    Family(
-        ("DeepseekV3ForCausalLM",),
-        ("deepseek_v3", "kimi_k2"),
-        norm_offset=0.0,
-        fuses_shared_experts=lambda config: config.get("n_routed_experts") == 256,
-    ),
-    # models/glm4_moe.py:1012, 503
-    Family(
-        ("Glm4MoeForCausalLM",),
-        ("glm4_moe",),
-        norm_offset=0.0,
-        fuses_shared_experts=lambda _config: True,
-        has_biased_router=True,
-        dtype_readers={".shared_experts.gate_up_proj": "GLM-4-MoE"},
-    ),
+    _DEEPSEEK_V3,
+    _draft_of(_DEEPSEEK_V3, _NEXT_N, "eh_proj"),
+    _GLM_4_MOE,
+    _draft_of(_GLM_4_MOE, _NEXT_N, "eh_proj"),
     _QWEN_2_5_VL,
     dataclasses.replace(
         _QWEN_2_5_VL,

@@ -6,6 +6,7 @@
     dequantize   codes, to be served unquantized
     repack       codes of another format that holds the same numbers; nothing is lost
     requantize   codes of another format, dequantized and rounded a second time
+    calibrate    nothing is stored; a conversion makes it of text
     impossible   none of these, for reasons that come with remedies
 
 Decided from headers and config.json. What only the values tell (zero points that are all the middle
@@ -32,8 +33,9 @@ from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, Tensors,
 from mixedprec_plugin.preset.model import Rule, Scheme
 
 Action = Literal[
-    "as stored", "cast", "quantize", "dequantize", "repack", "requantize", "impossible"
-]
+    "as stored", "cast", "quantize", "dequantize", "repack", "requantize", "calibrate",
+    "impossible",
+]  # fmt: skip
 
 _FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 # SGLang keeps some routers in float32 (models/glm4_moe.py:391, models/deepseek_v2.py:520), and a

@@ -6,16 +6,23 @@ in FP8, one for the keys and one for the values of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.kv_scales import kv_scale
+from mixedprec_plugin.families.names import is_in_decoder, parent_of
+from mixedprec_plugin.methods.stored import TensorSpec
+from mixedprec_plugin.plan.conversion import Conversion
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.preset.model import KvCache, Preset
 
 _Layers = dict[str, dict[str, StoredTensor]]
+# the layers that compute keys, and those that compute them among others
+_KEYS = ("k_proj", "qkv_proj", "query_key_value", "W_pack")
+_CALIBRATED = MappingProxyType({"k_scale": TensorSpec("F32", ()), "v_scale": TensorSpec("F32", ())})
 
 
 class KvScales:
@@ -27,13 +34,29 @@ class KvScales:
     """
 
     def __init__(
-        self, asked: KvCache, sources: Mapping[str, Source], names: Collection[str]
+        self,
+        asked: KvCache,
+        sources: Mapping[str, Source],
+        names: Collection[str],
+        drafts: Collection[str],
     ) -> None:
-        self._keeps = asked.scales is None
+        self._asked, self._keeps = asked, asked.scales is None
         self.source = sources[asked.scales] if asked.scales else None
         self._held = _held(self.source) if self.source is not None else {}
         known = set(names)
         self.alone = tuple(name for name in self._held if name not in known)
+        if asked.calibrates:
+            # as SGLang spells them; no layer of a model's own has this name
+            keys = [n for n in names if is_in_decoder(n, _KEYS) and n not in drafts]
+            attentions = map(parent_of, keys)
+            self.alone = tuple(f"{name}.attn" for name in dict.fromkeys(attentions))
+
+    def conversion(self, name: str) -> Conversion | None:
+        """What is made of text, if a layer is only that."""
+        if not self._asked.calibrates or name not in self.alone:
+            return None
+        size = sum(spec.num_bytes for spec in _CALIBRATED.values())
+        return Conversion("calibrate", _CALIBRATED, 0, size)
 
     def of(self, name: str, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         """Suffix -> tensor of a layer, its scales exchanged for those that are asked for."""
@@ -44,11 +67,21 @@ class KvScales:
 
     def problems(self, preset: Preset) -> list[Problem]:
         """What is wrong with the source that is asked for."""
+        where = f"{preset.path}: kv_cache.scales"
+        if self._asked.calibrates:
+            return list(self._why_not_calibrated(where))
         if self.source is None or self._held:
             return []
-        where = f"{preset.path}: kv_cache.scales"
         what = f"source {self.source.name!r} ({self.source.path}) holds no scales of the KV cache"
         return [Problem(where, what, "name another source, or leave scales out", "kv-scales")]
+
+    def _why_not_calibrated(self, where: str) -> Iterator[Problem]:
+        if self._asked.dtype not in ("auto", "fp8_e4m3"):
+            what = f"calibrate beside dtype: {self._asked.dtype} (expected fp8_e4m3)"
+            yield Problem(where, what, "scales are made for that dtype alone", "kv-scales")
+        if not self.alone:
+            what = "calibrate: no attention layer caches the keys and values of its own projections"
+            yield Problem(where, what, "leave scales out", "kv-scales")
 
 
 def _held(source: Source) -> _Layers:
@@ -68,6 +101,8 @@ def kv_cache_line(plan: Plan) -> str:
     dtype = f"in {asked.dtype}" if asked.dtype != "auto" else "as --kv-cache-dtype says"
     where = ", ".join(sources)
     scales = f"scales of {count} attention layers from {where}" if count else "no scales"
+    if made := len(plan.calibrated_attentions):
+        scales = f"scales of {made} attention layers, which mixedprec convert makes of text"
     return f"KV cache {dtype}, {scales}"
 
 

@@ -93,7 +93,9 @@ class PlannedLayer:
 
     @property
     def asks_for_calibration(self) -> bool:
-        """Whether it is to be rounded as only a conversion can."""
+        """Whether it is to be made as only a conversion can."""
+        if self.action == "calibrate":
+            return True
         asked = self.scheme is not None and self.scheme.arguments.get("rounding")
         return asked == "calibrated" and self.action in ("quantize", "requantize")
 
@@ -176,6 +178,11 @@ class Plan:
         return {layer.name: layer for layer in self.layers}
 
     @property
+    def calibrated_attentions(self) -> tuple[str, ...]:
+        """The layers that hold scales of the KV cache which a conversion makes of text."""
+        return tuple(layer.name for layer in self.layers if layer.action == "calibrate")
+
+    @property
     def errors(self) -> tuple[Problem, ...]:
         """The problems that stop the work."""
         return tuple(p for p in self.problems if p.severity == "error")
@@ -192,13 +199,20 @@ class Plan:
 
     def not_calibrated(self) -> list[Problem]:
         """What keeps it from being composed without a calibration: layers that ask for one."""
-        names = [layer.name for layer in self.layers if layer.asks_for_calibration]
+        scaled = set(self.calibrated_attentions)
+        names = [x.name for x in self.layers if x.asks_for_calibration and x.name not in scaled]
         what = "rounding: calibrated is not done while a model is loaded"
-        remedy = (
+        convert = (
             f"run mixedprec convert --model {self.source.path} --preset {self.preset.path} "
-            "--out DIR and serve DIR, or write rounding: nearest"
+            "--out DIR and serve DIR"
         )
-        return fold_problems(Problem(name, what, remedy, "not-calibrated") for name in names)
+        remedy = f"{convert}, or write rounding: nearest"
+        problems = [Problem(name, what, remedy, "not-calibrated") for name in names]
+        if self.calibrated_attentions:
+            where = f"{self.preset.path}: kv_cache.scales"
+            what = "scales of the KV cache are not calibrated while a model is loaded"
+            problems.append(Problem(where, what, convert, "not-calibrated"))
+        return fold_problems(problems)
 
     def check(self) -> Plan:
         """Return the plan itself if it can be carried out.

@@ -73,7 +73,7 @@ def resolve_plan(
     matches = heads.decided_by_name(matches, preset.rules, (*own, *tied))
     rules = matches.deciding
     taken, problems = _take(names, rules, kinds, sources)
-    scales = KvScales(preset.kv_cache, sources, names)
+    scales = KvScales(preset.kv_cache, sources, names, drafts)
     names = [name for name in names if scales.of(name, taken[name].layers[name])]
     names += scales.alone
     taken |= dict.fromkeys(scales.alone, model)
@@ -103,7 +103,7 @@ def resolve_plan(
         module, shard = fused[name]
         tensors = scales.of(name, {} if name in bare else taken[name].layers[name])
         to_do = Asked(schemes[name], rules.get(name), stored[name], tensors, kinds[name])
-        conversion = conversions.of(to_do)
+        conversion = scales.conversion(name) or conversions.of(to_do)
         planned.append(
             PlannedLayer(
                 name=name,

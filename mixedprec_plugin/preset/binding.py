@@ -19,6 +19,7 @@ from mixedprec_plugin.preset.schema import SCHEME_KEYS
 MODEL = "model"
 # in place of the source of scales
 NONE = "none"
+CALIBRATE = "calibrate"
 
 # keys of a rule or a scheme that are no arguments of its method
 _OTHER_KEYS = ("match", "optional", *SCHEME_KEYS)
@@ -64,11 +65,13 @@ class Binder:
 
     def _kv_cache(self) -> KvCache:
         said, path = self._mapping("kv_cache"), ("kv_cache", "scales")
-        scales, names = said.get("scales"), [MODEL, *self._mapping("sources")]
-        if scales is not None and self.document.is_sound(path) and scales not in (*names, NONE):
-            self._unknown(path, "source", [*names, NONE])
+        scales = said.get("scales")
+        names = [MODEL, *self._mapping("sources"), NONE, CALIBRATE]
+        if scales is not None and self.document.is_sound(path) and scales not in names:
+            self._unknown(path, "source", names)
             scales = None
-        return KvCache(said.get("dtype", "auto"), "" if scales == NONE else scales)
+        none = scales in (NONE, CALIBRATE)
+        return KvCache(said.get("dtype", "auto"), "" if none else scales, scales == CALIBRATE)
 
     def _schemes(self) -> dict[str, Scheme | None]:
         """Every scheme by its name, None where it is broken."""

@@ -139,10 +139,12 @@ class KvCache:
         dtype: of the cache, as --kv-cache-dtype takes it; `auto` leaves it to that option.
         scales: name of the source that its scales come from; empty for none at all, None where they
             stay with the layers that hold them.
+        calibrates: whether a conversion makes them of text instead.
     """
 
     dtype: str = "auto"
     scales: str | None = None
+    calibrates: bool = False
 
     @property
     def is_said(self) -> bool:

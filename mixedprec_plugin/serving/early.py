@@ -14,6 +14,7 @@ from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
 from mixedprec_plugin.families.names import ExpertShard, last_component
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Device
+from mixedprec_plugin.plan.drafts import own_draft
 from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.preset.load import load_preset
@@ -45,7 +46,7 @@ def check_early(args: Any) -> None:
         problems.extend(_expert_problems(args, plan))
         problems.extend(_head_problems(args, plan))
         if plan.preset.draft is not None:
-            problems.extend(_draft_problems(args, plan.preset.draft, device))
+            problems.extend(_draft_problems(args, plan, plan.preset.draft, device))
     elif settings.config:
         load_preset(settings.config, settings.overrides)
     if problems:
@@ -109,19 +110,18 @@ def _kv_problems(args: Any) -> Iterable[Problem]:
         yield Problem(where, what, "leave one of them out", "launch")
 
 
-def _draft_problems(args: Any, preset: Preset, device: Device) -> Iterable[Problem]:
+def _draft_problems(args: Any, plan: Plan, preset: Preset, device: Device) -> Iterable[Problem]:
     """What keeps a draft model from running as the section `draft` says."""
-    if getattr(args, "speculative_algorithm", None) is None:
+    if getattr(args, "speculative_algorithm", None) in _WITHOUT_HEADS:
         return
-    where, path = f"{preset.path}: draft", getattr(args, "speculative_draft_model_path", None)
-    if path in (None, args.model_path):
-        yield Problem(
-            where,
-            "the draft model is made of layers of --model-path itself, which SGLang loads as they "
-            "are stored (expected a checkpoint of its own)",
-            "name one with --speculative-draft-model-path, or remove the section",
-            "draft",
-        )
+    path = getattr(args, "speculative_draft_model_path", None) or args.model_path
+    if path == args.model_path and own_draft(plan.source) is None:
+        known = family_of(plan.source.config).drafts_with
+        what = "--model-path holds no layers of multi-token prediction"
+        if not known:
+            what = "SGLang makes no draft model that is known of --model-path's own layers"
+        remedy = "name one with --speculative-draft-model-path, or remove the section"
+        yield Problem(f"{preset.path}: draft", what, remedy, "draft")
         return
     for field in ("speculative_draft_model_quantization", "speculative_draft_load_format"):
         value = getattr(args, field, None)

@@ -22,7 +22,9 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from sglang.srt.model_loader.weight_utils import _prefetch_all_checkpoints
 from sglang.srt.runtime_context import get_model, get_parallel
 
+from mixedprec_plugin.checkpoint.converted import is_converted
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
+from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.cache import LayerCache, cache_folder
 from mixedprec_plugin.compose.on_device import DeviceRounding
 from mixedprec_plugin.compose.parts import compose_parts
@@ -35,7 +37,9 @@ from mixedprec_plugin.compose.stream import (
 )
 from mixedprec_plugin.cpu.heap import returning_memory, storage_bytes
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.plan.drafts import as_stored, own_draft
 from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.render import format_bytes, plan_as_dict, summary_lines
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
@@ -108,7 +112,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
             PresetError, CheckpointError, PlanError: before a weight is read.
             LoadError: the model and the plan do not fit each other, or a parameter stayed empty.
         """
-        if model_config.is_draft_model and self._draft_preset() is None:
+        folder = self.folder(model_config.model_path, model_config.revision)
+        if model_config.is_draft_model and self._draft_preset(folder) is None:
             # not super(): what it calls is ours
             draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
                 model_config=model_config, device_config=device_config
@@ -116,7 +121,6 @@ class MixedPrecisionLoader(DefaultModelLoader):
             return draft
         model_config.quantization = None
         start = time.perf_counter()
-        folder = self.folder(model_config.model_path, model_config.revision)
         plan = self._plan(folder, model_config).check()
         is_draft = model_config.is_draft_model
         self._report_plan(plan, is_draft=is_draft)
@@ -205,19 +209,28 @@ class MixedPrecisionLoader(DefaultModelLoader):
         )
         tp_size, device = get_parallel().tp_size, serving_device()
         if model_config.is_draft_model:
-            preset = served or self._draft_preset()
+            preset = served or self._draft_preset(folder)
             assert preset is not None
             return make_draft_plan(folder, preset, dtype, tp_size, device)
         planner = planner_of(model_config)
         return planner.plan(folder, self.settings, dtype, tp_size, device, served)
 
-    def _draft_preset(self) -> Preset | None:
-        """The section `draft` of the preset that the model itself is served with."""
-        if _loaded is not None:
-            return _loaded.config.plan.preset.draft
-        if not self.settings.config:
+    def _draft_preset(self, folder: str) -> Preset | None:
+        """The section `draft` of the preset that the model itself is served with.
+
+        Without one a folder that `mixedprec convert` wrote is loaded as it is stored, because
+        SGLang alone does not read it; None for any other.
+        """
+        preset = None if _loaded is None else _loaded.config.plan.preset
+        if preset is None and self.settings.config:
+            preset = load_preset(self.settings.config, self.settings.overrides)
+        if preset is not None and preset.draft is not None:
+            return preset.draft
+        source = open_source(folder)
+        if own_draft(source) is None or not is_converted(source.quantization_config):
             return None
-        return load_preset(self.settings.config, self.settings.overrides).draft
+        preset = preset or preset_for("", source, self.settings.overrides, "--mixedprec-config")
+        return preset.draft or as_stored(preset)
 
     def _remember(
         self, folder: str, config: MixedPrecisionConfig, stage: Stage, *, is_draft: bool

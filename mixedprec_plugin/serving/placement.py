@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mixedprec_plugin.errors import LoadError, Problem
@@ -41,10 +41,12 @@ class Filling:
     Attributes:
         problems: tensors that found no parameter.
         recorder: of what was written.
+        taken_over: ids of the parameters of a draft model that are its model's.
     """
 
     problems: tuple[Problem, ...]
     recorder: WriteRecorder
+    taken_over: frozenset[int]
 
 
 def load_weights(
@@ -84,7 +86,16 @@ def fill(model: torch.nn.Module, config: MixedPrecisionConfig, weights: Weights)
     with recorder:
         load(_place(model, config, weights, recorder, rest, problems))
         _absorb(model, config)
-    return Filling((*problems, *_dropped(model, config, rest, recorder)), recorder)
+    problems += _dropped(model, config, rest, recorder)
+    return Filling(tuple(problems), recorder, _taken_over(model, config))
+
+
+def _taken_over(model: torch.nn.Module, config: MixedPrecisionConfig) -> frozenset[int]:
+    """Embedding and head of layers of multi-token prediction (models/deepseek_v2.py:2888)."""
+    if not family_of(config.plan.source.config).is_draft:
+        return frozenset()
+    ends = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    return frozenset(id(parameter) for module in ends for parameter in module.parameters())
 
 
 def _absorb(model: torch.nn.Module, config: MixedPrecisionConfig) -> None:
@@ -329,6 +340,7 @@ def unfilled(
 ) -> list[Problem]:
     """The parameters that were not filled whole; those of some modules are left out."""
     left_out = {id(parameter) for module in but for parameter in module.parameters()}
+    left_out |= filling.taken_over
     found: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
         written = filling.recorder.written.get(storage_id(parameter.data), 0)

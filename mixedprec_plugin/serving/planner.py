@@ -12,6 +12,7 @@ from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
 from mixedprec_plugin.methods.interface import Device, Target
+from mixedprec_plugin.plan.drafts import resolve_draft_plan
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
@@ -69,7 +70,7 @@ class Planner:
             is_same = (plan.preset, plan.target, dict(plan.sources)) == (preset, target, sources)
             if is_same and planned_state == state:
                 return plan
-        plan = _plan(preset, model, target, others)
+        plan = _servable(resolve_plan(preset, model, target, others))
         self._last = plan, state
         return plan
 
@@ -112,18 +113,18 @@ def make_draft_plan(
     """Plan the section `draft` of a preset over a draft model's local checkpoint.
 
     Args:
+        model_path: the draft model's, or the model's own where its layers are the draft model.
         preset: `Preset.draft`.
     Raises:
         CheckpointError: as the pipeline finds them; plan errors are in the plan.
     """
     source = open_source(model_path)
     target = _target(source, dtype, tp_size, device)
-    return _plan(preset, source, target, open_other_sources(preset))
+    return _servable(resolve_draft_plan(preset, source, target))
 
 
-def _plan(preset: Preset, model: Source, target: Target, others: Mapping[str, Source]) -> Plan:
+def _servable(plan: Plan) -> Plan:
     """A plan that can be served as it is loaded, or says why it cannot."""
-    plan = resolve_plan(preset, model, target, others)
     return dataclasses.replace(plan, problems=(*plan.problems, *plan.not_calibrated()))
 
 

@@ -177,7 +177,31 @@ _MODELS_OF_OTHER_PARTS = {
         block="model.language_model.layers.3.",
     ),
 }
-ROWS = {**ROWS, **_MODELS_OF_OTHER_PARTS}
+# layers of multi-token prediction, as the draft model that SGLang makes of them
+_DRAFTS = {
+    "deepseek-ai/DeepSeek-V3": Row(
+        _names("DeepseekV3ForCausalLMNextN", "deepseek_v3"),
+        _LATENT | _SHARED,
+        ROWS["moonshotai/Kimi-K2-Instruct"].readers,
+        block="model.layers.61.",
+        sglang="model.decoder.",
+    ),
+    "zai-org/GLM-4.5": Row(
+        _names("Glm4MoeForCausalLMNextN", "glm4_moe"),
+        _ATTENTION | _SHARED,
+        {"input_layernorm": _QKV, "post_attention_layernorm": _inputs(_SHARED)},
+        block="model.layers.92.",
+        sglang="model.decoder.",
+    ),
+    "Qwen/Qwen3-Next-80B-A3B-Thinking": Row(
+        _names("Qwen3NextForCausalLMMTP", "qwen3_next"),
+        _ATTENTION | _ROUTED,
+        {"input_layernorm": _QKV, "post_attention_layernorm": _inputs(_ROUTED)},
+        block="mtp.layers.0.",
+        sglang="model.layers.0.",
+    ),
+}
+ROWS = {**ROWS, **_MODELS_OF_OTHER_PARTS, **_DRAFTS}
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
 
@@ -296,3 +320,19 @@ def test_layers_behind_the_last_are_a_draft_models(num_draft: int, drafts: set[s
     config = {"num_hidden_layers": 2, "num_nextn_predict_layers": num_draft}
     names = ["model.layers.1.q_proj", "model.layers.2.q_proj", "mtp.fc", "visual.layers.9.q_proj"]
     assert draft_layers(config, names, DECODER) == {"mtp.fc", *drafts}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer", "kind", "module"),
+    [
+        ("DeepseekV3ForCausalLMNextN", "model.layers.61.eh_proj", "other", "model.eh_proj"),
+        ("Glm4MoeForCausalLMNextN", "model.layers.92.eh_proj", "other", "model.eh_proj"),
+        ("Qwen3NextForCausalLMMTP", "mtp.fc", "other", "fc"),
+    ],
+)
+def test_what_a_draft_model_joins_is_torchs_own(
+    architecture: str, layer: str, kind: str, module: str
+) -> None:
+    family = family_of({"architectures": [architecture]})
+    assert layer_kind(layer, True, family) == kind
+    assert sglang_name(layer, family) == module

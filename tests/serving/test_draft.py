@@ -75,7 +75,7 @@ def test_section_says_what_the_draft_model_runs_in(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "preset.yaml: draft: the draft model is made of layers of --model-path itself"),
+        ({}, "draft: SGLang makes no draft model that is known of --model-path's own layers"),
         (
             {"speculative_draft_model_quantization": "fp8"},
             "--speculative-draft-model-quantization: 'fp8': the preset's section draft says",

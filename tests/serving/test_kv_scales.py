@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mixedprec_plugin.errors import LoadError, PlanError
+from tests.calibrate.models import write_model
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
+from tests.commands import convert
 from tests.presets import write_preset
+from tests.serving.stock import load
 
 pytestmark = pytest.mark.usefixtures("sglang_context")
 
@@ -131,3 +135,26 @@ def test_scales_of_the_source_that_the_preset_names_reach_the_attention(
         attention = model.get_submodule(f"model.layers.{layer}.self_attn.attn")
         assert float(attention.k_scale) == attention.k_scale_float == float(torch.tensor(K))
         assert float(attention.v_scale) == attention.v_scale_float == float(torch.tensor(V))
+
+
+def test_scales_that_convert_made_of_text_are_served(load_model: LoadModel, tmp_path: Path) -> None:
+    from mixedprec_plugin.serving.hooks import asked_for
+
+    head = "kv_cache: {dtype: fp8_e4m3, scales: calibrate}\n"
+    write_model(tmp_path / "model")
+    preset = write_preset(tmp_path, 'match: "*", method: bf16', head=head)
+    out = tmp_path / "out"
+    assert convert(tmp_path / "model", preset, out, "--windows", 4, "--length", 32)[0] == 0
+    stored = load_file(out / "model.safetensors")
+    with asked_for():
+        served = load(out, load_format="mixedprec")
+    for number in range(3):
+        name = f"model.layers.{number}.self_attn.attn"
+        attention = served.get_submodule(name)
+        assert attention.k_scale_float == float(stored[f"{name}.k_scale"])
+        assert attention.v_scale_float == float(stored[f"{name}.v_scale"])
+        assert attention.k_scale_float != attention.v_scale_float
+    with pytest.raises(
+        PlanError, match="are not calibrated while a model is loaded; run mixedprec"
+    ):
+        load_model(tmp_path / "model", preset)
