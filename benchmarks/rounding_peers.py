@@ -1,15 +1,16 @@
-"""Other tools that round to 4 bits, calibrated on the text that `convert --calibrate` writes.
+"""Other tools that round to 4 bits, calibrated on text that the model wrote.
 
 Each runs in an environment of its own below the cache, see benchmarks/third_party. `python -m
-benchmarks.rounding_peers` installs them; the benchmark takes those that are there.
+benchmarks.rounding_peers` installs them; the benchmark takes those that are there, and waits for
+each for MINUTES at most.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.third_party.environments import is_installed, python_of, run_module
 from benchmarks.third_party.recipes import AUTO_ROUND, AUTOAWQ, GPTQMODEL, LLMCOMPRESSOR, Tool
-from mixedprec_plugin.calibrate import LENGTH, WINDOWS
+from mixedprec_plugin.calibrate import LENGTH
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.text import write_text
 from mixedprec_plugin.checkpoint.reader import Reader
@@ -29,6 +30,12 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_resolved
 
 AWQ, GPTQ = "awq, groups of 64", "gptq, groups of 64"
+# pieces of text that they are given, of 128 tokens; and how long each may take
+TEXT_WINDOWS, MINUTES = 16, 60
+
+
+class PeerError(Exception):
+    """A tool made no checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +53,33 @@ class Peer:
     tool: Tool
     arguments: Mapping[str, Any]
 
-    def make(self, model: Path, folder: Path) -> Path | None:
-        """The folder of its checkpoint; None where the tool is not installed, or fails."""
-        if not is_installed(self.tool):
-            return None
+    def is_installed(self) -> bool:
+        """Whether its environment is there."""
+        return is_installed(self.tool)
+
+    def make(self, model: Path, folder: Path) -> Path:
+        """The folder of its checkpoint, made if it is not there.
+
+        Raises:
+            PeerError: it failed, or was not ready in time.
+        """
         out = folder / self.tool.name
-        out.mkdir()
+        if out.exists():
+            return out
+        staging, log = folder / f"{self.tool.name}.tmp", folder / f"{self.tool.name}.log"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         arguments = {**self.arguments, "group_size": 64, "text": str(_text(model, folder))}
-        words = [str(model), str(out), json.dumps(arguments)]
-        log = folder / f"{self.tool.name}.log"
+        words = [str(model), str(staging), json.dumps(arguments)]
         try:
-            run_module(self.tool, f"quantize_{self.tool.script}", words, log)
-        except subprocess.CalledProcessError:
-            end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            print(f"{self.title} failed: {end}", file=sys.stderr)
-            return None
-        return out
+            run_module(self.tool, f"quantize_{self.tool.script}", words, log, 60 * MINUTES)
+        except subprocess.TimeoutExpired as error:
+            raise PeerError(f"not finished in {MINUTES} minutes") from error
+        except subprocess.CalledProcessError as error:
+            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+            raise PeerError(f"failed ({last[:200]})") from error
+        return staging.rename(out)
 
 
 PEERS = (
@@ -73,7 +91,7 @@ PEERS = (
 
 
 def _text(model: Path, folder: Path) -> Path:
-    """What the model writes, as `convert --calibrate` has it write: windows of token ids."""
+    """What the model writes, in the manner of `convert --calibrate`: windows of token ids."""
     path = folder / "windows.json"
     if not path.exists():
         everything = {"version": 1, "rules": [{"match": "*", "method": "auto"}]}
@@ -82,7 +100,7 @@ def _text(model: Path, folder: Path) -> Path:
         with Reader() as reader:
             network = Network(plan, reader, torch.float32, torch.device("cpu"))
             tokenizer = AutoTokenizer.from_pretrained(model)
-            made = write_text(network, tokenizer, WINDOWS, LENGTH, 0)
+            made = write_text(network, tokenizer, TEXT_WINDOWS, LENGTH, 0)
         path.write_text(json.dumps(made.tolist()), encoding="utf-8")
     return path
 

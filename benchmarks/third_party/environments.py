@@ -53,14 +53,18 @@ def python_of(tool: Tool) -> Path:
     return python
 
 
-def run_module(tool: Tool, module: str, arguments: Sequence[str], log: Path) -> None:
+def run_module(
+    tool: Tool, module: str, arguments: Sequence[str], log: Path, seconds: float | None = None
+) -> None:
     """Run one of this folder's modules in a tool's environment.
 
     Args:
         module: its name, such as "quantize_autoround".
         log: file that its output is written to.
+        seconds: how long it may take; None for as long as it does.
     Raises:
         subprocess.CalledProcessError: it failed; the log tells why.
+        subprocess.TimeoutExpired: it took longer, and was ended.
     """
     command = [str(python_of(tool)), "-m", f"benchmarks.third_party.{module}", *arguments]
     offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -73,4 +77,5 @@ def run_module(tool: Tool, module: str, arguments: Sequence[str], log: Path) -> 
             stdout=output,
             stderr=subprocess.STDOUT,
             check=True,
+            timeout=seconds,
         )

@@ -117,7 +117,7 @@ class Calibration:
             folder: where the work is kept; made if it is not there.
         Raises:
             CheckpointError: a source is damaged, or transformers does not have the model's class.
-        PlanError: a layer that transformers' language model does not have.
+            PlanError: a layer that transformers' language model does not have.
         """
         folder.mkdir(exist_ok=True)
         if not self.is_helper:
@@ -248,6 +248,11 @@ class Calibration:
         if not self._files or not self._options.gradients:
             return None
         return float(self.record()["predicted_loss"])
+
+    @property
+    def unseen(self) -> list[str]:
+        """Names of the layers that no token of the text reached: experts of a mixture."""
+        return [record["layer"] for record in self._records if not record["tokens"]]
 
     def record(self) -> dict[str, Any]:
         """What was calibrated on, and each layer's predicted loss in nats a token."""

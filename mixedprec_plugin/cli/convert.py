@@ -93,14 +93,23 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             if calibration is not None:
                 calibration.dismiss()
     loss = calibration.predicted_loss if calibration is not None else None
+    unseen = calibration.unseen if calibration is not None else []
     if args.json:
-        print_json({"folder": args.out, **dataclasses.asdict(done), "predicted_kl": loss}, out)
+        found = {**dataclasses.asdict(done), "predicted_kl": loss, "unseen": unseen}
+        print_json({"folder": args.out, **found}, out)
         return 0
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
     print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
     if loss is not None:
         print(f"predicted KL on the text it was calibrated on: {loss:.4f} nats a token", file=out)
+    if unseen:
+        layers = "1 layer of an expert" if len(unseen) == 1 else f"{len(unseen)} layers of experts"
+        print(
+            f"no token of that text reached {layers}, such as {printable(unseen[0])}: gate and up "
+            "are rounded by what other experts read, down as if its inputs were alike; more "
+            "--windows, or a --text of yours, may reach them", file=out,
+        )  # fmt: skip
     return 0
 
 

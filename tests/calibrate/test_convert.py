@@ -82,6 +82,20 @@ def test_calibrated_folder_costs_less_than_rounding_to_nearest(
     assert command("plan", "--device", "cpu", "--model", tmp_path / "out")[0] == 0
 
 
+def test_experts_that_saw_no_token_are_said(tmp_path: Path) -> None:
+    model, preset = tmp_path / "model", preset_of(tmp_path)
+    write_model(model, "qwen3_moe")
+    # one token beside the first: 4 experts a layer, of which each token goes to 2
+    words = ("--calibrate", "--windows", 1, "--length", 2)
+    printed = convert(model, preset, tmp_path / "out", *words)
+    record = json.loads((tmp_path / "out" / "mixedprec_calibration.json").read_text())
+    unseen = [x["layer"] for x in record["layers"] if ".experts." in x["layer"] and not x["tokens"]]
+    assert unseen
+    assert f"reached {len(unseen)} layers of experts, such as {unseen[0]}:" in printed
+    again = convert(model, preset, tmp_path / "all", "--calibrate", "--windows", 32)
+    assert "no token" not in again
+
+
 def test_export_for_stock_engines_holds_the_same_numbers(tmp_path: Path) -> None:
     model, preset = tmp_path / "model", preset_of(tmp_path)
     write_model(model)
