@@ -12,7 +12,6 @@ import torch
 from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from mixedprec_plugin.calibrate import LENGTH, WINDOWS
 from mixedprec_plugin.calibrate.cached import kv_scale_of
@@ -26,7 +25,7 @@ from mixedprec_plugin.calibrate.sweep import (
     rounded_paths,
     save_whole,
 )
-from mixedprec_plugin.calibrate.text import read_text, write_text
+from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
@@ -170,7 +169,7 @@ class Calibration:
     def _tokens(self, network: Network, folder: Path) -> torch.Tensor:
         options, path = self._options, folder / _TEXT
         if self._ranks.rank == 0 and not path.exists():
-            tokenizer = AutoTokenizer.from_pretrained(self._plan.source.path)
+            tokenizer = open_tokenizer(self._plan.source.path)
             if options.text is not None:
                 made = read_text(options.text, tokenizer, options.windows, options.length)
             else:

@@ -7,13 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from mixedprec_plugin.calibrate.network import Network
-from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.errors import CheckpointError, Problem, UsageError
 
 # documents begin after these, beside the tokenizer's own beginning of a text
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "</s>", "<eos>")
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Open the tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: it has none, or its files are damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = tokenizer("a").input_ids
+    except Exception as error:  # of every kind: the tokenizers library raises bare ones
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise _no_tokenizer(folder, f"cannot be read ({why:.200})") from error
+    if not tokens:
+        raise _no_tokenizer(folder, "is missing, or knows no tokens")
+    return tokenizer
+
+
+def _no_tokenizer(folder: Path, what: str) -> CheckpointError:
+    remedy = "copy tokenizer.json and tokenizer_config.json of the model's release into the folder"
+    return CheckpointError(Problem(str(folder), f"its tokenizer {what}", remedy, "tokenizer"))
 
 
 def starts(tokenizer: Any) -> list[int]:
@@ -91,9 +113,16 @@ def read_text(path: Path, tokenizer: Any, num_windows: int | None, length: int) 
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(Problem("--text", f"{path} cannot be read ({error})")) from error
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        remedy = "name a file of plain text in UTF-8"
+        raise UsageError(Problem("--text", f"{path} cannot be read: {why}", remedy)) from error
+    if not text.strip():
+        raise UsageError(Problem("--text", f"{path} is empty", "name a text of prose or code"))
     begin = list(tokenizer("").input_ids)
     size = length - len(begin)
+    if size < 1:
+        what = f"{length} (expected more than the {len(begin)} tokens that a text begins with)"
+        raise UsageError(Problem("--length", what))
     tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if len(tokens) < size:
         what = f"{path} is {len(tokens):,} tokens (expected {size:,} or more)"

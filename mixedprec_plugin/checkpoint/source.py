@@ -28,6 +28,8 @@ from mixedprec_plugin.errors import CheckpointError, Problem
 
 _NO_GGUF = "is a GGUF file, which is not read (expected a folder of safetensors)"
 INDEX_NAME = "model.safetensors.index.json"
+# where a transform may run: compressed-tensors `TransformLocation`
+_PLACES = ("input", "output", "q_attn", "k_cache")
 # of config.json, what may describe the language model of a larger one
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 
@@ -99,9 +101,11 @@ class Source:
         Experts that are stored in one tensor are layers of their own, where slices of it hold them.
         """
         layers: dict[str, dict[str, StoredTensor]] = {}
+        places = self._transform_places
         for name, tensor in self.tensors.items():
             layer, _, suffix = name.rpartition(".")
-            layers.setdefault(layer, {})[suffix] = tensor
+            if not places or layer.rpartition(".")[2] not in places:
+                layers.setdefault(layer, {})[suffix] = tensor
         experts = 0
         for name in [name for name, tensors in layers.items() if is_fused(name, tensors)]:
             if not why_not_split(layers[name], self.config):
@@ -111,6 +115,28 @@ class Source:
                     raise file_error(self.path, f"its files {what}")
                 layers.update(split_experts(name, layers.pop(name)))
         return MappingProxyType(layers)
+
+    @functools.cached_property
+    def transforms(self) -> Mapping[str, Mapping[str, StoredTensor]]:
+        """`R4_input.weight` -> layer -> matrix, of the groups of compressed-tensors' transforms.
+
+        Layers that share a matrix have it at the first of them.
+        """
+        found: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in self.tensors.items():
+            layer, _, suffix = name.rpartition(".")
+            parent, _, place = layer.rpartition(".")
+            if place in self._transform_places:
+                found.setdefault(f"{place}.{suffix}", {})[parent] = tensor
+        return MappingProxyType(found)
+
+    @functools.cached_property
+    def _transform_places(self) -> frozenset[str]:
+        """The modules that hold a layer's transforms (`TransformFactory._apply_to_module`)."""
+        said = self.quantization_config.get("transform_config")
+        groups = said.get("config_groups") if isinstance(said, Mapping) else None
+        keys = groups if isinstance(groups, Mapping) else {}
+        return frozenset(f"{key}_{place}" for key in keys for place in _PLACES)
 
     @functools.cached_property
     def quantization_config(self) -> Mapping[str, Any]:

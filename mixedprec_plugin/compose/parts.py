@@ -78,9 +78,9 @@ def compose_parts(
     """
     if layer.stored is None:
         return compose_layer(layer, target, reader, quantize)
-    if layer.action in ("as stored", "cast") and not layer.stored.factor:
+    if layer.action in ("as stored", "cast") and not layer.stored.is_composed:
         return _as_stored(layer, target, reader)
-    own = layer.stored.suffixes or {"weight"}
+    own = _own(layer.stored)
     others = {s: reader.read_finite(t) for s, t in layer.inputs.items() if s not in own}
     parts = _Parts(layer, target, reader, cache, quantize)
     return {
@@ -199,13 +199,14 @@ class _Parts:
         layer, cache = self._layer, self._cache
         if cache is None or layer.scheme is None or layer.stored is None:
             return self._make(spans)
-        inputs = [t for s, t in layer.inputs.items() if s in (layer.stored.suffixes or {"weight"})]
+        inputs = [t for s, t in layer.inputs.items() if s in _own(layer.stored)]
         rescale = [] if layer.rescale is None else [layer.rescale.own, layer.rescale.served]
         key = cache.key(
             [*inputs, *rescale],
             action=layer.action,
             scheme=[layer.method, dict(layer.scheme.arguments)],
             stored=[layer.stored.codec, dict(layer.stored.how), layer.stored.factor],
+            turns=layer.stored.turns,
             offset=layer.rescale.offset if layer.rescale else 0.0,
             dtype=self._target.dtype,
             spans=spans and [(span.start, span.stop) for span in spans],
@@ -224,7 +225,7 @@ class _Parts:
         assert layer.stored is not None
         with plain_defaults():
             stored = {}
-            for suffix in layer.stored.suffixes or {"weight"}:
+            for suffix in _own(layer.stored):
                 if suffix in layer.inputs:
                     tensor = layer.inputs[suffix]
                     stored[suffix] = (
@@ -236,6 +237,12 @@ class _Parts:
             if ratio is not None and spans is not None:
                 ratio = ratio[spans[1].start : spans[1].stop]
             return compute(layer, stored, self._target, self._quantize, ratio)
+
+
+def _own(stored: StoredFormat) -> frozenset[str]:
+    """The tensors that must be read together."""
+    bias = {"bias"} if stored.turns_outputs else set()
+    return (stored.suffixes or frozenset({"weight"})) | bias
 
 
 def _is_own(method: str) -> bool:
@@ -258,7 +265,7 @@ def _inputs_of(layer: PlannedLayer, stored: StoredFormat) -> Cuts | None:
     if stored.is_plain:
         return _FLOATS
     method = METHODS.get(stored.method)
-    if method is None or not method.quantizes_parts or stored.factor:
+    if method is None or not method.quantizes_parts or stored.is_composed:
         return None
     arguments = {**method.defaults, **stored.arguments}
     own = {s: t.shape for s, t in layer.inputs.items() if s in stored.suffixes}

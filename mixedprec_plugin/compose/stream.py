@@ -144,8 +144,8 @@ def compose_floats(layer: PlannedLayer, target: Target, reader: Reader) -> Tenso
     with plain_defaults():
         stored = {suffix: reader.read_finite(tensor) for suffix, tensor in layer.inputs.items()}
         if layer.stored is not None and not layer.stored.is_plain:
-            rest = {s: t for s, t in stored.items() if s not in layer.stored.suffixes}
-            stored = rest | {"weight": _dequantize(layer, stored)["weight"]}
+            made, codes = _dequantize(layer, stored), layer.stored.suffixes - {"weight"}
+            stored = {s: t for s, t in made.items() if s not in codes}
         if layer.rescale is not None:
             ratio = rescaling(layer.rescale, target, reader)
             stored["weight"] = stored["weight"].float() * ratio
@@ -195,8 +195,8 @@ def compute(
     """
     if layer.action == "calibrate":
         return quantize(layer, torch.empty(0), target)
-    has_factor = layer.stored is not None and layer.stored.factor
-    if layer.action in ("dequantize", "requantize") or has_factor:
+    is_composed = layer.stored is not None and layer.stored.is_composed
+    if layer.action in ("dequantize", "requantize") or is_composed:
         stored = _dequantize(layer, stored)
     if ratio is not None:
         stored = {**stored, "weight": stored["weight"].float() * ratio}
@@ -258,12 +258,13 @@ def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
     assert layer.stored is not None
     with _naming(layer.name):
         weight = layer.stored.dequantize(stored)
+        bias = {"bias": layer.stored.own_bias(stored)} if "bias" in stored else {}
     if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         what = f"its {layer.stored.description} weights dequantize to NaN or infinite values"
         remedy = "the checkpoint is damaged; download it again"
         raise CheckpointError(Problem(layer.name, what, remedy, "finite"))
     # last: the codes of some formats are named "weight", too
-    return {**stored, "weight": weight}
+    return {**stored, **bias, "weight": weight}
 
 
 def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from transformers import AutoTokenizer
 
 from mixedprec_plugin.calibrate.network import Network
-from mixedprec_plugin.calibrate.text import read_text, write_text
+from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.compose.stream import compose_served
@@ -76,7 +75,7 @@ def evaluate(
         CheckpointError: a source is damaged, or of a class that transformers does not have.
     """
     own = _unquantized(reference, plans)
-    tokenizer = AutoTokenizer.from_pretrained(reference.path)
+    tokenizer = open_tokenizer(reference.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Reader() as reader:
         network = Network(own, reader, torch.float32, device)

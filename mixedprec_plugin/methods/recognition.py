@@ -14,6 +14,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from mixedprec_plugin.checkpoint.fused_experts import is_fused
@@ -35,7 +36,7 @@ from mixedprec_plugin.methods.stored import (
     matches,
     strings,
 )
-from mixedprec_plugin.methods.transforms import why_transformed
+from mixedprec_plugin.methods.transforms import Matrices, patterns, turned, why_transformed
 from mixedprec_plugin.names import without_numbers
 
 _NOT_IN_BLOCKS = re.compile(r"\D*")
@@ -53,7 +54,10 @@ def formats() -> tuple[Format, ...]:
 
 
 def recognize(
-    tensors: Tensors, quantization_config: Mapping[str, Any], name: str = ""
+    tensors: Tensors,
+    quantization_config: Mapping[str, Any],
+    name: str = "",
+    matrices: Matrices = MappingProxyType({}),
 ) -> StoredFormat | None:
     """Tell how a layer with a weight matrix is stored, and where config.json says otherwise.
 
@@ -61,6 +65,7 @@ def recognize(
         tensors: parameter suffix -> tensor, all of one layer.
         quantization_config: what the source's config.json says; may be empty.
         name: the layer's name, which ignore lists and overrides are held against.
+        matrices: as of `Source.transforms`.
     Returns:
         the format; None where the layer holds no weight matrix (a norm, say).
     Raises:
@@ -77,7 +82,8 @@ def recognize(
                 method_said=method,
                 format=one.name,
             )
-            return _with_what_is_beside(found, tensors, quantization_config, name)
+            found = _with_what_is_beside(found, tensors, quantization_config, name)
+            return turned(found, quantization_config, name, matrices)
     # a projection has a matrix, whatever its tensors are called; of experts in one tensor that
     # cannot be sliced the plan says why
     if (is_coded(tensors) or name.endswith("_proj")) and not is_fused(name, tensors):
@@ -266,11 +272,13 @@ class FormatCache:
         tensors, config = source.layers[name], source.quantization_config_of(name)
         if config and id(config) not in self._apart:
             self._apart[id(config)] = _tells_layers_apart(config)
-        alike = name if config and self._apart[id(config)] else without_numbers(name)
+        has_own = any(name in layers for layers in source.transforms.values())
+        is_alone = has_own or (config and self._apart[id(config)])
+        alike = name if is_alone else without_numbers(name)
         signature = tuple([(suffix, t.dtype, t.shape) for suffix, t in tensors.items()])
         key = (source.name, alike, signature, id(config) if config else 0)
         if key not in self._shared:
-            self._shared[key] = recognize(tensors, config, name)
+            self._shared[key] = recognize(tensors, config, name, source.transforms)
         found = self._shared[key]
         if source.name not in self._below:
             self._below[source.name] = _layers_below(source)
@@ -309,6 +317,7 @@ def _tells_layers_apart(config: Mapping[str, Any]) -> bool:
     groups = config.get("config_groups")
     sections = [config.get(key) for key in keys]
     sections += groups.values() if isinstance(groups, Mapping) else []
+    sections.append(patterns(config))
     return any(re.search(r"[\d\\\[]", text) for text in _texts(sections))
 
 

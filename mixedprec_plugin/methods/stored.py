@@ -66,6 +66,54 @@ class Said:
         return self.facts if self.encoding == encoding else {}
 
 
+class Turn(NamedTuple):
+    """A matrix that a checkpoint multiplies a layer's inputs or outputs by as it runs.
+
+    x -> x A or y -> y A, with A [n, n] for each run of n features. In the layer's own weight it is
+    W A^T or A^T W, and its bias b A.
+
+    Attributes:
+        place: `input` or `output`.
+        size: n.
+        matrix: the stored tensor that holds it, by its suffix; empty for Sylvester's, which follows
+            from n.
+        order: the stored tensor that both rows and columns are taken in the order of; may be empty.
+        is_hadamard: whether it holds signs, of which A is the matrix over sqrt(n).
+        is_transposed: whether A is its transpose.
+    """
+
+    place: str
+    size: int
+    matrix: str = ""
+    order: str = ""
+    is_hadamard: bool = True
+    is_transposed: bool = False
+
+    def of_value(self, value: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return value A; of floats [..., features]."""
+        return self._times(value, tensors, self.is_transposed)
+
+    def of_weight(self, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return a weight, float32 [N, K], with A in it."""
+        if self.place == "input":
+            return self._times(weight, tensors, not self.is_transposed).float()
+        return self._times(weight.T, tensors, self.is_transposed).T.float().contiguous()
+
+    def _times(
+        self, value: torch.Tensor, tensors: Mapping[str, torch.Tensor], transposed: bool
+    ) -> torch.Tensor:
+        from mixedprec_plugin.quantize import turns
+
+        if not self.matrix:
+            return turns.times_sylvester(value, self.size)
+        matrix = tensors[self.matrix]
+        matrix = turns.signs(matrix, self.matrix) if self.is_hadamard else matrix.double()
+        if self.order:
+            order = tensors[self.order].long()
+            matrix = matrix[order][:, order]
+        return turns.times(value, matrix.T if transposed else matrix)
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredFormat:
     """How one layer is stored.
@@ -94,6 +142,8 @@ class StoredFormat:
         filled: tensors that the method needs, that are not stored and that follow from the rest.
         factor: tensor [K] that the layer's inputs are multiplied by, and so are the columns of its
             weight; empty if there is none.
+        turns: what its inputs and outputs are multiplied by as it runs, one a side at most.
+        matrices: the tensors of `turns`, which may lie with another layer.
         obstacle: why the layer computes something else than its weight says; empty if it does not.
         method_said: `quant_method` of config.json, by which SGLang chooses its own class.
         disagreements: where the tensors contradict config.json or each other.
@@ -116,6 +166,8 @@ class StoredFormat:
     limit: float = 0.0
     filled: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict)
     factor: str = ""
+    turns: tuple[Turn, ...] = ()
+    matrices: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
     obstacle: str = ""
     method_said: str = ""
     disagreements: tuple[str, ...] = ()
@@ -129,7 +181,17 @@ class StoredFormat:
     @property
     def is_plain(self) -> bool:
         """Whether the stored "weight" is the layer's."""
-        return self.is_float and not self.factor
+        return self.is_float and not self.is_composed
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether more than its codes or floats make the layer's weight."""
+        return bool(self.factor or self.turns)
+
+    @property
+    def turns_outputs(self) -> bool:
+        """Whether its bias is another one than is stored."""
+        return any(turn.place == "output" for turn in self.turns)
 
     @property
     def is_readable(self) -> bool:
@@ -142,7 +204,7 @@ class StoredFormat:
         Args:
             tensors: parameter suffix -> tensor, at least `suffixes`; not modified.
         Raises:
-            ShapeError: as `quantize.codec.Codec.read`.
+            ShapeError: as `quantize.codec.Codec.read`, or a stored matrix is not what it should be.
         """
         from mixedprec_plugin.quantize.codec import load_codec
 
@@ -150,7 +212,18 @@ class StoredFormat:
             weight = load_codec(self.codec).read(tensors, self.how).dequantize()
         else:
             weight = tensors["weight"].float()
-        return weight * tensors[self.factor].float() if self.factor else weight
+        if self.factor:
+            weight = weight * tensors[self.factor].float()
+        for turn in self.turns:
+            weight = turn.of_weight(weight, tensors)
+        return weight
+
+    def own_bias(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the bias [N] of a layer that has one; `tensors` as for `dequantize`."""
+        bias = tensors["bias"]
+        for turn in self.turns:
+            bias = turn.of_value(bias.float(), tensors) if turn.place == "output" else bias
+        return bias
 
     @property
     def is_one_group(self) -> bool:

@@ -182,7 +182,7 @@ def action_of(scheme: Scheme, stored: StoredFormat, tensors: Tensors, dtype: str
     if scheme.method == UNQUANTIZED:
         if not stored.is_float:
             return "dequantize"
-        is_served = stored.arguments["dtype"] == FLOAT_DTYPES.get(dtype) and not stored.factor
+        is_served = stored.arguments["dtype"] == FLOAT_DTYPES.get(dtype) and not stored.is_composed
         return "as stored" if is_served else "cast"
     if scheme.method == AUTO:
         return "as stored"
@@ -196,8 +196,8 @@ def action_of(scheme: Scheme, stored: StoredFormat, tensors: Tensors, dtype: str
 
 
 def _why_not_repack(scheme: Scheme, stored: StoredFormat, tensors: Tensors) -> str | None:
-    if stored.factor:
-        return f"no method multiplies by {stored.factor}"
+    if stored.is_composed:
+        return f"no method multiplies by {stored.factor or 'the matrices of transform_config'}"
     method = METHODS[scheme.method]
     return method.why_not_repack(stored, scheme.arguments, tensors, scheme.requantize)
 
@@ -285,7 +285,7 @@ def _why_not_auto(stored: StoredFormat, target: Target, described: str) -> Reaso
     if stored.format and stored.disagreements:
         text = f"{stored.disagreements[0]}, which method: auto would go by"
         return Reason("auto-config", text, "correct config.json, or name the layer's method")
-    if stored.factor:
+    if stored.is_composed:
         text = f"{described}, which SGLang's class would leave out"
         return Reason("auto-config", text, bf16)
     return None

@@ -197,9 +197,9 @@ def _dequantize(source: Source, name: str, stored: StoredFormat) -> torch.Tensor
     """Read a layer's weight, float32 [N, K]; only leading columns where that is cheaper."""
     from mixedprec_plugin.checkpoint.reader import Reader
 
-    tensors = source.layers[name]
+    tensors: Mapping[str, StoredTensor] = {**source.layers[name], **stored.matrices}
     # these store K first, so that leading columns are leading rows of the file
-    if "qweight" in stored.suffixes:
+    if "qweight" in stored.suffixes and not stored.turns:
         tensors = _leading_columns(tensors, stored)
     with Reader() as reader:
         read = {suffix: reader.read(tensors[suffix]) for suffix in tensors if suffix != "bias"}

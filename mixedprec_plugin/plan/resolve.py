@@ -104,6 +104,7 @@ def resolve_plan(
         tensors = scales.of(name, {} if name in bare else taken[name].layers[name])
         to_do = Asked(schemes[name], rules.get(name), stored[name], tensors, kinds[name])
         conversion = scales.conversion(name) or conversions.of(to_do)
+        matrices = to_do.stored.matrices if to_do.stored else {}
         planned.append(
             PlannedLayer(
                 name=name,
@@ -115,7 +116,7 @@ def resolve_plan(
                 source=taken[name].name,
                 stored=stored[name],
                 action=conversion.action,
-                inputs=tensors,
+                inputs={**tensors, **matrices},
                 outputs=conversion.outputs,
                 # what an embedding is stored for already
                 bytes_before=0 if name in apart else conversion.bytes_before,

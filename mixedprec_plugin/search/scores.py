@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from mixedprec_plugin.calibrate.capture import Held, Seen
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.rounding import LayerRounding, Moments
 from mixedprec_plugin.calibrate.sweep import Sweep, read_records, rounded_paths, save_whole
-from mixedprec_plugin.calibrate.text import read_text, write_text
+from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.compose.stream import (
     Tensors,
@@ -254,7 +253,7 @@ def _text(
     network: Network, model: Path, basis: Basis, folder: Path, progress: Progress
 ) -> torch.Tensor:
     """Windows of text, those that are held out at the end."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = open_tokenizer(model)
     num_windows = basis.windows + basis.held_out
     if basis.text is None:
         path = folder / _TEXT

@@ -260,7 +260,7 @@ class Verifier:
         stored = self._formats.of(self.reference, name)
         if stored is None or not stored.is_readable:
             return None
-        tensors = self.reference.layers[name]
+        tensors = {**self.reference.layers[name], **stored.matrices}
         if stored.is_plain:
             return self.reader.read(tensors["weight"])
         return stored.dequantize({s: self.reader.read(tensors[s]) for s in stored.suffixes})

@@ -95,7 +95,7 @@ def test_bfloat16_becomes_float16_before_ampere() -> None:
         (
             "fp8_channel",
             80,
-            r"fp8_channel does not run .* 8.0 .expected 8.9 or more.; use method: fp8 or gptq or b",
+            r"fp8_channel does not run .* 8.0 .expected 8.9 or more.; use method: fp8 or gptq or i",
         ),
         ("fp8", 75, r"fp8 does not .* 7.5 .expected 8.0 or more.; use method: awq or unquantized"),
         ("gptq", 75, r"gptq does not run on this GPU.*; use method: awq or unquantized"),
@@ -132,13 +132,13 @@ def test_remedy_names_only_what_runs() -> None:
     # 1056 is no multiple of 64, so Marlin takes it no more as GPTQ; a lone layer may end in a
     # partial block
     (found,) = reasons("fp8", 80, linear(N=1056))
-    assert found.endswith("; use method: blockwise_int8 or awq or unquantized")
+    assert found.endswith("; use method: int8_channel or blockwise_int8 or awq or unquantized")
 
 
 @pytest.mark.parametrize(
     ("method", "capability", "message"),
     [
-        ("fp8_channel", 80, "fp8_channel does not .* more.; use method: gptq or blockwise_int8"),
+        ("fp8_channel", 80, "fp8_channel does not .* more.; use method: gptq or int8_channel or b"),
         ("fp8", 80, "fp8 for experts runs in a Triton kernel .* is 8.0 .expected 8.9 or more"),
         ("awq", 75, "awq for experts runs in Marlin kernels"),
     ],

@@ -52,7 +52,8 @@ DOWN = LayerShape(N=768, K=2048, shard_sizes=(768,), parallel="row")
             (
                 "K = 192 per rank is not a multiple of 128, the block size along K and the group "
                 "of its activations",
-                "use weight_block_size: [64, 64], or use method: fp8, or serve with --tp 2",
+                "use weight_block_size: [64, 64], or use method: int8_channel, "
+                "or serve with --tp 2",
             ),
         ),
         (
@@ -67,7 +68,7 @@ DOWN = LayerShape(N=768, K=2048, shard_sizes=(768,), parallel="row")
             LayerShape(192, 768, (192,), "column", tp_size=2),
             (
                 "N = 96 per rank of the layer is not a multiple of 128, the block size along N",
-                "use method: fp8, or serve with --tp 1",
+                "use method: int8_channel, or serve with --tp 1",
             ),
         ),
         (
@@ -109,7 +110,7 @@ DOWN = LayerShape(N=768, K=2048, shard_sizes=(768,), parallel="row")
             LayerShape(96, 1024, (96,), "column", tp_size=4),
             (
                 "N = 24 is not a multiple of 16, which FP8 matmuls need",
-                "use method: awq, or serve with --tp 2",
+                "use method: int8_channel, or serve with --tp 2",
             ),
         ),
         (

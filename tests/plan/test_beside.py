@@ -132,6 +132,18 @@ def transform(*locations: str, target: str = "re:.*k_proj$", **more: Any) -> dic
     return {"config_groups": {"R4": {"type": "hadamard", "apply": steps, **more}}}
 
 
+def test_a_matrix_of_no_step_is_refused_by_name(tmp_path: Path) -> None:
+    model = peer_checkpoint(
+        tmp_path / "model", PACKED, transform_config=transform("input", target="re:.*v_proj$")
+    )
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"{NAME}.R4_input.weight"] = torch.eye(576)
+    (model / "model.safetensors").unlink()
+    save_file(tensors, model / "model.safetensors")
+    found = [error for error in errors(model, "method: bf16") if NAME in error]
+    assert "this release does not know the R4_input.weight below it" in found[0]
+
+
 REFUSED = [
     ({"transform_config": transform("input", "weight_input")},
      "transform_config of config.json transforms it by 'R4' as it runs (input)"),
@@ -140,6 +152,21 @@ REFUSED = [
     ({"transform_config": transform("input", target=NAME)}, "by 'R4' as it runs (input)"),
     ({"transform_config": transform("elsewhere")}, "by 'R4' as it runs (elsewhere)"),
     ({"transform_config": {"config_groups": {"R1": 7}}}, "by 'R1' as it runs (?)"),
+    ({"transform_config": transform("input")}, "its matrix [576, 576] is not stored"),
+    ({"transform_config": transform("input", type="cayley")}, "its type 'cayley' is not known"),
+    ({"transform_config": transform("input", type=["hadamard"])}, "by 'R4' as it runs (?)"),
+    ({"transform_config": transform("input", type="random-matrix", head_dim=64)},
+     "its matrix [64, 64] is not stored"),
+    ({"transform_config": transform("input", head_dim=128)}, "its head_dim 128 does not divide"),
+    ({"transform_config": transform("input", head_dim="64")}, "its head_dim '64' does not"),
+    ({"transform_config": transform("input", head_dim=64, randomize=True)}, "not store which"),
+    ({"transform_config": transform("input", head_dim=64, requires_grad=True)}, "is not stored"),
+    ({"transform_config": transform("input", "input", head_dim=64)}, "another one transforms"),
+    ({"transform_config": transform("input", target="re:.*self_attn$")}, "only what layers are"),
+    ({"transform_config": transform("input", target="LlamaAttention")}, "only what layers are"),
+    ({"transform_config": transform("q_attn", target="re:.*self_attn$")}, "as it runs (q_attn)"),
+    ({"transform_config": transform("q_attn", "k_cache", target="re:.*", type="random-matrix")},
+     "as it runs (q_attn)"),
     ({"rotation": "hadamard"}, "rotation in its quantization_config"),
     ({"meta": {"rotation": "random"}}, "meta.rotation in its quantization_config"),
     ({"algo_config": [{"name": "quarot", "r1": True}]}, "algo_config.name in its"),
@@ -154,6 +181,7 @@ HARMLESS = [
     {"transform_config": transform("weight_input", "weight_output")},
     {"transform_config": transform("q_attn", "k_cache", target="re:.*")},
     {"transform_config": transform("input", target="re:.*down_proj$")},
+    {"transform_config": transform("input", "weight_input", head_dim=64)},
     {"rotation": None, "meta": {"rotation": False, "fallback": {"smooth": None}}},
     {"rotation": "none"},
     {"sparsity_config": {}},

@@ -55,7 +55,7 @@ def test_gpu_needs_fp8_arithmetic(tmp_path: Path, gpu: str, runs: bool) -> None:
     assert bool(texts) is not runs
     for text in texts:
         assert "fp8_channel does not run on this GPU, whose compute capability is 8.0" in text
-        assert "; use method: fp8 or gptq or blockwise_int8 or" in text
+        assert "; use method: fp8 or gptq or int8_channel or blockwise_int8 or" in text
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

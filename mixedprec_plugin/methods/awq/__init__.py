@@ -233,6 +233,7 @@ METHOD = Method(
         Alternative(NAME, integers.GROUP_SIZES),
         Alternative("gptq", integers.GROUP_SIZES),
         Alternative("fp8"),
+        Alternative("int8_channel"),
         Alternative("blockwise_int8"),
     ),
     config_classes={

@@ -108,6 +108,7 @@ METHOD = Method(
     rounding=rounding,
     alternatives=(
         Alternative(NAME, ({"weight_block_size": [64, 64]},)),
+        Alternative("int8_channel"),
         Alternative("fp8"),
         Alternative("gptq", tuple({"bits": 8, **size} for size in GROUP_SIZES)),
         Alternative("awq"),

@@ -213,6 +213,7 @@ METHOD = Method(
     alternatives=(
         Alternative(NAME, ({"weight_block_size": None},)),
         Alternative("gptq", tuple({"bits": 8, **size} for size in GROUP_SIZES)),
+        Alternative("int8_channel"),
         Alternative("blockwise_int8"),
         Alternative("awq"),
     ),

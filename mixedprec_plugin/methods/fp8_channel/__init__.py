@@ -56,6 +56,7 @@ METHOD = Method(
     alternatives=(
         Alternative(fp8.NAME),
         Alternative("gptq", tuple({"bits": 8, **size} for size in GROUP_SIZES)),
+        Alternative("int8_channel"),
         Alternative("blockwise_int8"),
         Alternative("awq"),
     ),
