@@ -138,7 +138,12 @@ def gemma(out: Path) -> Path:
                         shutil.copyfileobj(piece, target)
         read: Any = {"pretrained_model_name_or_path": folder, "gguf_file": whole.name}
         model = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.bfloat16)
-        model.save_pretrained(out)
+        # what was read from a GGUF file is not written again, even dequantized
+        config = model.config
+        del config.quantization_config
+        plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(out)
         AutoTokenizer.from_pretrained(**read).save_pretrained(out)
     return out
 
