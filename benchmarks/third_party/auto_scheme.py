@@ -6,7 +6,9 @@ module alike, rounded to nearest, written with plain weights.
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 from auto_round import AutoRound, AutoScheme  # type: ignore[import-not-found]
 from auto_round.schemes import QuantizationScheme  # type: ignore[import-not-found]
@@ -25,12 +27,15 @@ def main() -> None:
         for number, sym in ((4, False), (8, True))
     ]
     shared = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+    # a dataset goes by its name alone, by which scores are kept for other bits
+    text = Path(out).with_name("auto-scheme.json")
+    text.write_text(json.dumps([tokenizer.decode(window) for window in windows]), encoding="utf-8")
     rounding = AutoRound(
         AutoModelForCausalLM.from_pretrained(model, dtype="auto"),
         tokenizer,
         scheme=AutoScheme(avg_bits=bits, options=options, shared_layers=shared),
         iters=0,
-        dataset=[tokenizer.decode(window) for window in windows],
+        dataset=str(text),
         seqlen=256,
         nsamples=len(windows),
         batch_size=4,

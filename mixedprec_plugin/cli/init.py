@@ -67,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Write a commented preset that fits the model, chosen by a rule of thumb.
+    """Write a commented preset that fits the model.
+
+    It is chosen by the scores that `mixedprec search` kept, or else by a rule of thumb.
 
     Returns:
         0.
@@ -78,8 +80,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         ConvertError: the file is there already.
     """
     source = open_source(args.model)
-    title, schemes, plan = _chosen(args, source)
-    text = _text(title, schemes, plan, _globs(source, plan.target))
+    title, text, plan = _by_scores(args, source) or _by_rule_of_thumb(args, source)
     if args.out:
         write_new(Path(args.out), text)
         if not args.json:
@@ -91,11 +92,44 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
+def _limit(args: argparse.Namespace) -> int:
+    """Bytes of the card of each rank; 0 where none is named."""
+    gpu = gpu_of(args)
+    return parse_size(args.fit, "--fit") if args.fit else gpu.memory_bytes if gpu else 0
+
+
+def _by_scores(args: argparse.Namespace, source: Source) -> tuple[str, str, Plan] | None:
+    """What scores that were kept say for a size; None without scores, or without a size."""
+    from mixedprec_plugin.search.kept import Basis, KeptScores
+
+    target, limit = target_of(args, source), _limit(args)
+    if not (args.bits or limit) or KeptScores(source, target.dtype, Basis()).path is None:
+        return None
+    # needs numpy and scipy
+    from mixedprec_plugin.cli.initial import preset_of_scores
+    from mixedprec_plugin.search.finder import Budget
+
+    budget = Budget(bits=args.bits) if args.bits else Budget(int(_SHARE * limit))
+    name = Path(args.out).name if args.out else "mine.yaml"
+    made = preset_of_scores(source, target, budget, Path(name))
+    if made is None:
+        return None
+    text, plan = made
+    held = rank_bytes(plan.layers, args.tp, source.config)
+    if limit and held > _SHARE * limit:
+        return None
+    title = "by the scores that mixedprec search kept"
+    return title, f"{MODELINE}{os.path.abspath(schema_path(PRESET_SCHEMA))}\n{text}", plan
+
+
+def _by_rule_of_thumb(args: argparse.Namespace, source: Source) -> tuple[str, str, Plan]:
+    title, schemes, plan = _chosen(args, source)
+    return title, _text(title, schemes, plan, _globs(source, plan.target)), plan
+
+
 def _chosen(args: argparse.Namespace, source: Source) -> tuple[str, dict[str, Scheme], Plan]:
     """The first of the ladder that fits: what it is called, its schemes and its plan."""
-    gpu = gpu_of(args)
-    limit = parse_size(args.fit, "--fit") if args.fit else gpu.memory_bytes if gpu else 0
-    target = target_of(args, source)
+    limit, target = _limit(args), target_of(args, source)
     globs = _globs(source, target)
     plan = None
     for title, candidates in _LADDER:

@@ -94,7 +94,7 @@ def _scores(
     given = {name: value for name in _GIVEN if (value := getattr(args, name)) is not None}
     basis = Basis(**given, gradients=not args.no_gradients)
     kept = KeptScores(choices.base.source, choices.base.target.dtype, basis, sources)
-    return find_scores(choices, kept, basis, bar)
+    return find_scores(choices, kept, basis, bar, at_load=args.at_load)
 
 
 def _with_nearest(

@@ -31,6 +31,8 @@ _SECONDS = 20.0
 TOLERANCE = 0.01
 _NUM_PRICES = 400
 _MOST_FILLED = 10_000
+# a share of the loss that is as good as none
+_EXACT = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +143,7 @@ def allocate(table: Table, budget: int) -> Allocation:
     if (smallest := table.smallest) > budget:
         what = f"{budget:,} bytes for the layers that are searched (expected {smallest:,} or more)"
         raise PlanError(Problem("budget", what, "", "budget"))
-    price, choice, bound = _priced(table, budget)
-    choice = _filled(table, choice, budget)
-    choice, bound = _solved(table, budget, price, choice, bound)
-    loss, num_bytes = table.totals(choice)
-    return Allocation(table.named(choice), loss, num_bytes, min(bound, loss))
+    return _allocated(table, budget)
 
 
 def with_fewest_schemes(
@@ -160,18 +158,31 @@ def with_fewest_schemes(
     best = allocate(table, budget)
     limit = best.loss * (1 + tolerance)
     kept, found = set(best.choice.values()), best
-    while True:
+    while len(kept) > 1:
         tries = []
         for name in sorted(kept - set(free)):
             fewer = table.only(kept - {name})
             if fewer.smallest <= budget:
-                made = allocate(fewer, budget)
+                made = _allocated(fewer, budget, limit)
                 if made.loss <= limit:
                     tries.append((made.loss, name, made))
-        if not tries or len(kept) == 1:
-            return dataclasses.replace(found, bound=best.bound)
+        if not tries:
+            break
         found = min(tries, key=lambda one: one[:2])[2]
         kept = set(found.choice.values())
+    if found is not best:
+        found = allocate(table.only(kept), budget)
+    return dataclasses.replace(found, bound=best.bound)
+
+
+def _allocated(table: Table, budget: int, limit: float | None = None) -> Allocation:
+    """The best assignment; with a limit, any that tells on which side of it the best one is."""
+    price, choice, bound = _priced(table, budget)
+    choice = _filled(table, choice, budget)
+    if limit is None or bound <= limit < table.totals(choice)[0]:
+        choice, bound = _solved(table, budget, price, choice, bound)
+    loss, num_bytes = table.totals(choice)
+    return Allocation(table.named(choice), loss, num_bytes, min(bound, loss))
 
 
 def front(table: Table) -> list[Integers]:
@@ -244,7 +255,7 @@ def _solved(
     """Solve what is between the bound and the assignment that is known; and the better bound."""
     known = table.totals(choice)[0]
     gap = known - bound
-    if gap <= 1e-9 * known:
+    if gap <= _EXACT * known:
         return choice, bound
     cost = table.loss + price * table.size
     is_open = cost - cost.min(1, keepdims=True) <= gap

@@ -224,7 +224,8 @@ def _of_methods(methods: Collection[str]) -> Iterator[Candidate]:
                     scheme = Scheme("", name, arguments)
                     words = scheme.summary.replace("-bit", "bit").split()
                     label = "-".join(words) + ("-nearest" if rounding == "nearest" else "")
-                    yield Candidate(label, dataclasses.replace(scheme, label=label))
+                    scheme = dataclasses.replace(scheme, label=label, requantize=True)
+                    yield Candidate(label, scheme)
 
 
 def _of_sources(others: Iterable[str]) -> Iterator[Candidate]:
@@ -313,7 +314,7 @@ def _served(candidate: Candidate, plan: Plan) -> dict[str, tuple[PlannedLayer, .
             layer.scheme is not None
             and layer.source == candidate.scheme.source
             and layer.name not in wrong
-            and layer.action in ("quantize", "as stored", "cast", "repack")
+            and layer.action in ("quantize", "requantize", "as stored", "cast", "repack")
             and layer.stored is not None
             and layer.stored.is_readable
             for layer in layers

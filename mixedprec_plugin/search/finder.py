@@ -105,7 +105,7 @@ class Search:
         allocation = with_fewest_schemes(table, limit, {AS_STORED})
         groups = self._groups(scored.units)
         choice = {unit: allocation.choice[groups[unit]] for unit in scored.units}
-        front = tuple(front_points(scored, total, scores, groups))
+        front = tuple(front_points(scored, total, ranks))
         is_small = len(scored.units) <= _MOST_UNITS_BESIDE
         named = tuple(named_points(scored, scores)) if is_small else ()
         return Found(scored, kind, scores, allocation, choice, num_made, front, named)
@@ -146,11 +146,29 @@ class Search:
         return Table.of(loss, size).together(self._groups(choices.units))
 
 
+def kept_scores(choices: Choices, kept: KeptScores) -> Scores:
+    """The scores that are there, of the candidates that are.
+
+    Raises:
+        CheckpointError: their file is damaged.
+    """
+    return kept.read(_keys(choices, kept))
+
+
+def _keys(choices: Choices, kept: KeptScores) -> dict[str, str]:
+    return {
+        name: kept.key(candidate.key, candidate.scheme.source)
+        for name, candidate in choices.candidates.items()
+    }
+
+
 def find_scores(
-    choices: Choices, kept: KeptScores, basis: Basis, progress: Progress
+    choices: Choices, kept: KeptScores, basis: Basis, progress: Progress, *, at_load: bool = False
 ) -> tuple[Scores, int]:
     """Read scores, and make those that are not there.
 
+    Args:
+        at_load: whether what needs a conversion is not made, as it may not be chosen.
     Returns:
         unit -> candidate -> score; and how many were made.
     Raises:
@@ -158,12 +176,16 @@ def find_scores(
         UsageError: the text cannot be read, or is too short.
         ConvertError: the scores cannot be written.
     """
-    keys = {
-        name: kept.key(candidate.key, candidate.scheme.source)
-        for name, candidate in choices.candidates.items()
-    }
+    keys = _keys(choices, kept)
     known = kept.read(keys)
-    wanted = {name: worth_trying(unit) for name, unit in choices.units.items()}
+    wanted = {
+        name: [
+            x
+            for x in worth_trying(unit)
+            if not (at_load and choices.candidates[x].needs_conversion)
+        ]
+        for name, unit in choices.units.items()
+    }
     missing = {
         unit: [name for name in names if name not in known[unit]] if unit in known else names
         for unit, names in wanted.items()

@@ -52,20 +52,17 @@ def loss_of(scores: Scores, unit: str, candidate: str) -> float:
     return 0.0 if candidate == AS_STORED else scores[unit][candidate]
 
 
-def front_points(
-    choices: Choices, table: Table, scores: Scores, groups: Mapping[str, str]
-) -> list[Point]:
+def front_points(choices: Choices, total: Table, ranks: Table) -> list[Point]:
     """The front, smallest first.
 
     Args:
-        table: what there is to choose from, by group.
-        groups: unit -> the group that it is decided with.
+        total, ranks: what there is to choose from, in bytes over all ranks and of one rank.
     """
     found = []
-    for made in front(table):
-        by_group = table.named(made)
-        choice = {unit: by_group[groups[unit]] for unit in choices.units}
-        found.append(point_of("", choices, choice, scores))
+    for made in front(total):
+        loss, num_bytes = total.totals(made)
+        held = ranks.totals(made)[1] + choices.rest[1]
+        found.append(Point("", 8 * num_bytes / choices.num_weights, held, loss))
     return found
 
 

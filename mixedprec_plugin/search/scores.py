@@ -32,7 +32,6 @@ from mixedprec_plugin.compose.stream import (
     Tensors,
     compose_floats,
     compose_layer,
-    plain_defaults,
     served_floats,
 )
 from mixedprec_plugin.errors import Problem, UsageError
@@ -82,7 +81,7 @@ class Scoring:
         for layer, moments in self._rounding.moments(layers, seen):
             unit = self._unit_of[layer.name]
             own = sums.setdefault(unit.name, _Sums())
-            with torch.no_grad(), plain_defaults():
+            with torch.no_grad():
                 self._add(own, unit, layer, held.pop(layer.name, []), moments)
             waiting[unit.name] -= 1
             if not waiting[unit.name]:

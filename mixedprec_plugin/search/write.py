@@ -60,7 +60,9 @@ def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, Sourc
         lines += [f"  {name}: {_source(references[name])}" for name in sorted(sources)]
     schemes = [name for name in by_share if choices.candidates[name].scheme.method != AUTO]
     if schemes:
-        lines += ["schemes:", *(f"  {name}: {_scheme(choices, name)}" for name in schemes)]
+        again = _requantized(choices, chosen.choice)
+        lines += ["schemes:"]
+        lines += [f"  {name}: {_scheme(choices, name, is_again=name in again)}" for name in schemes]
     lines += ["rules:"]
     for name in [first] * bool(first) + [name for name in by_share if name != first]:
         lines += _rules(choices, chosen, name, is_first=name == first)
@@ -126,12 +128,24 @@ def _source(reference: SourceReference) -> str:
     return _flow({key: value for key, value in given.items() if value is not None})
 
 
-def _scheme(choices: Choices, name: str) -> str:
+def _requantized(choices: Choices, choice: Mapping[str, str]) -> set[str]:
+    """The candidates that change what is stored in another quantized format."""
+    return {
+        name
+        for unit, name in choice.items()
+        for layer in choices.units[unit].options[name].planned
+        if layer.action in ("requantize", "repack")
+    }
+
+
+def _scheme(choices: Choices, name: str, *, is_again: bool) -> str:
     scheme = choices.candidates[name].scheme
     defaults = METHODS[scheme.method].defaults
     given = {key: value for key, value in scheme.arguments.items() if value != defaults[key]}
     if scheme.source != "model":
         given["source"] = scheme.source
+    if is_again:
+        given["requantize"] = True
     return _flow({"method": scheme.method, **given})
 
 

@@ -20,7 +20,7 @@ from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 from tests.calibrate.models import write_model
-from tests.published import qwen3_30b_a3b
+from tests.published import deepseek_v3, qwen3_30b_a3b
 
 TEXT = ("--windows", "6", "--held-out", "4", "--length", "24")
 
@@ -103,6 +103,49 @@ def test_at_load_nothing_needs_a_conversion(model: Path, tmp_path: Path) -> None
     calibrated = found(model, *TEXT, "--bits", 5, "--out", preset)
     assert planned(model, preset).check().not_calibrated()
     assert calibrated["point"]["loss"] < nearest["point"]["loss"]
+
+
+def test_at_load_makes_no_scores_of_what_needs_a_conversion(model: Path, tmp_path: Path) -> None:
+    words = (*TEXT, "--seed", 3, "--bits", 5, "--methods", "awq", "--out", tmp_path / "found.yaml")
+    nearest = found(model, *words, "--at-load")["scores_made"]
+    calibrated = found(model, *words)["scores_made"]
+    assert nearest == calibrated > 0
+    assert found(model, *words, "--at-load")["scores_made"] == 0
+
+
+def test_init_goes_by_scores_that_are_there(model: Path, tmp_path: Path) -> None:
+    copy, out = tmp_path / "model", io.StringIO()
+    shutil.copytree(model, copy, ignore=shutil.ignore_patterns(".mixedprec"))
+    words = ["init", "--device", "cpu", "--model", str(copy), "--bits", "5.5"]
+    assert main(words, out) == 0
+    assert "Chosen by a rule of thumb" in out.getvalue()
+    found(copy, "--at-load", "--bits", 5.5, "--methods", "awq,fp8", "--out", tmp_path / "a.yaml")
+    preset = tmp_path / "mine.yaml"
+    out = io.StringIO()
+    assert main([*words, "--out", str(preset)], out) == 0
+    assert out.getvalue().startswith(f"{preset}: by the scores that mixedprec search kept; ")
+    first, *rest = preset.read_text().splitlines()
+    assert first.startswith("# yaml-language-server: $schema=")
+    # the same schemes and rules, of which searches tell what they cost
+    own = [line for line in (tmp_path / "a.yaml").read_text().splitlines() if line[0] != "#"]
+    assert [line for line in rest if line[0] != "#"] == own
+    # no size, no search
+    out = io.StringIO()
+    assert main(words[:-2], out) == 0
+    assert "Chosen by a rule of thumb" in out.getvalue()
+
+
+def test_quantized_release_is_rounded_again_where_that_is_chosen(tmp_path: Path) -> None:
+    folder = deepseek_v3(num_layers=4).write(tmp_path / "model")
+    preset = tmp_path / "found.yaml"
+    words = ["search", "--model", folder, "--fast", "--bits", 5, "--out", preset]
+    err = io.StringIO()
+    assert main([str(x) for x in words], io.StringIO(), err) == 0, err.getvalue()
+    plan = resolve_plan(load_preset(preset), open_source(folder), Target()).check()
+    actions = {layer.action for layer in plan.layers if layer.kind == "expert"}
+    assert "requantize" in actions
+    asked = {x.scheme.requantize for x in plan.layers if x.scheme and x.action == "requantize"}
+    assert asked == {True}
 
 
 def test_read_only_checkpoint_has_its_scores_in_the_cache(
