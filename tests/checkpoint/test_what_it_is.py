@@ -42,7 +42,10 @@ def test_gguf_is_named(tmp_path: Path, within: bool) -> None:
     file = tmp_path / "some.Q4_K_M.gguf"
     file.write_bytes(b"GGUF\x03\0\0\0")
     said = refusal(tmp_path if within else file)
-    assert said.startswith(f"{file}: is a GGUF file, which is not read (expected a folder of safe")
+    assert said == (
+        f"{file}: is a GGUF file, which is not read (expected a folder of safetensors); "
+        "take the model's safetensors checkpoint, which it was made from"
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

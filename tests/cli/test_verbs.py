@@ -239,14 +239,16 @@ class TestInit:
     def test_the_preset_is_valid_fits_and_is_commented(self, tmp_path: Path) -> None:
         model = published.qwen3_30b_a3b(num_layers=2).write(tmp_path / "model")
         path = tmp_path / "mine.yaml"
-        code, _, err = run("init", "--model", model, "--bits", "4.5", "--gpu", "H100",
-                             "--out", path)  # fmt: skip
+        code, said, err = run("init", "--model", model, "--bits", "4.5", "--gpu", "H100",
+                              "--out", path)  # fmt: skip
         assert (code, err) == (0, "")
         code, planned, err = run("plan", "--model", model, "--preset", path, "--json")
         assert code == 0
         layers = [x for x in json.loads(planned)["layers"] if x["kind"] in ("linear", "expert")]
         weights = sum(x["shape"][0] * x["shape"][1] for x in layers)
-        assert 4 < 8 * sum(x["bytes"] for x in layers) / weights <= 4.5
+        bits = 8 * sum(x["bytes"] for x in layers) / weights
+        assert 4 < bits <= 4.5
+        assert f"{bits:.2f} bits a weight of linear layers and experts" in said
         assert {x["method"] for x in layers} == {"fp8_channel", "awq"}
         assert "# yaml-language-server: $schema=" in path.read_text()
         assert run("init", "--model", model, "--out", path)[0] == 1
