@@ -3,14 +3,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo quick test test-gpu lint format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed bench-rounding
+.PHONY: help install demo quick test test-gpu lint docs format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed bench-rounding
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
 	@echo "make quick    lint, and the tests that need no engine: about a minute"
 	@echo "make test     run all tests"
 	@echo "make test-gpu run the shipped presets on this machine's GPU (tests/gpu)"
-	@echo "make lint     ruff, mypy and the rules of imports"
+	@echo "make lint     ruff, mypy, the rules of imports and the docs"
+	@echo "make docs     build the site of docs/ in build/docs, and fail on a link to nothing"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
@@ -27,7 +28,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there; name a Python from 3.10 to 3.12: make PYTHON=python3 $(MAKECMDGOALS)" >&2; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing SGLang, torch and the rest into $(VENV) (the first time: about 11 GB, 5 minutes)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,lint,demo]'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,lint,demo,docs]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -42,11 +43,14 @@ test: $(INSTALLED)
 test-gpu:
 	@sh tests/gpu/run.sh
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) docs
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
+
+docs: $(INSTALLED)
+	@$(RUN) -m mkdocs build --quiet --strict
 
 format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .

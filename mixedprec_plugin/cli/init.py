@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -96,6 +97,8 @@ def _chosen(args: argparse.Namespace, source: Source) -> tuple[str, dict[str, Sc
     gpu = gpu_of(args)
     limit = parse_size(args.fit, "--fit") if args.fit else gpu.memory_bytes if gpu else 0
     target = target_of(args, source)
+    if target.gpu is not None:  # its memory is held against whole plans, here
+        target = dataclasses.replace(target, gpu=dataclasses.replace(target.gpu, memory_bytes=0))
     globs = _globs(source, target)
     plan = None
     for title, candidates in _LADDER:
