@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo quick test test-gpu lint package format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed bench-rounding
+.PHONY: help install demo quick test test-gpu lint docs package format bench quality memory loading experts tp dryrun compat schemas clean plan-speed composite-speed bench-rounding
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
@@ -11,7 +11,8 @@ help:
 	@echo "make test     run all tests"
 	@echo "make test-gpu run the shipped presets on this machine's GPU (tests/gpu)"
 	@echo "make gpu-kit  pack all of that for a machine without network, in pieces (build/gpu-kit)"
-	@echo "make lint     ruff, mypy, the rules of imports, and make package"
+	@echo "make lint     ruff, mypy, the rules of imports, the docs, and make package"
+	@echo "make docs     build the site of docs/ in build/docs, and fail on a link to nothing"
 	@echo "make package  build sdist, wheel and release notes into dist, and check them"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
@@ -29,7 +30,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there; name a Python from 3.10 to 3.12: make PYTHON=python3 $(MAKECMDGOALS)" >&2; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing SGLang, torch and the rest into $(VENV) (the first time: about 11 GB, 5 minutes)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,lint,demo]' & \
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,lint,demo,docs]' & \
 		pip=$$!; seconds=0; trap 'kill $$pip; exit 130' INT TERM; \
 		while sleep 1 && kill -0 $$pip 2>/dev/null; do \
 			seconds=$$((seconds + 1)); \
@@ -53,7 +54,7 @@ test-gpu:
 gpu-kit: $(INSTALLED)
 	@$(RUN) -m tests.gpu.kit
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) docs
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
@@ -66,6 +67,9 @@ package: $(INSTALLED)
 	@$(RUN) -m build --no-isolation --outdir dist . > /dev/null
 	@$(RUN) -m twine check --strict dist/*
 	@awk '/^## /{part++} part == 1' CHANGELOG.md > dist/NOTES.md
+
+docs: $(INSTALLED)
+	@$(RUN) -m mkdocs build --quiet --strict
 
 format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .

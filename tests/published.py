@@ -102,6 +102,25 @@ class _Tensors:
         self.plain(f"{block}.shared_head.head.weight", vocab, hidden)
 
 
+def llama_3_1_8b(num_layers: int = 32) -> Published:
+    """meta-llama/Llama-3.1-8B-Instruct, bf16."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+        "num_hidden_layers": num_layers, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "intermediate_size": 14336, "hidden_act": "silu",
+        "tie_word_embeddings": False, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    tensors = _Tensors()
+    tensors.ends(config)
+    for layer in range(num_layers):
+        block = f"model.layers.{layer}"
+        tensors.norms(block, 4096)
+        tensors.attention(f"{block}.self_attn", config)
+        tensors.mlp(f"{block}.mlp", 4096, 14336)
+    return Published(config, tensors.all, 4)
+
+
 def qwen3_30b_a3b(num_layers: int = 48) -> Published:
     """Qwen/Qwen3-30B-A3B, bf16."""
     config = {

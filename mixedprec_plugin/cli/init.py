@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -133,6 +134,8 @@ def _by_rule_of_thumb(args: argparse.Namespace, source: Source) -> tuple[str, st
 def _chosen(args: argparse.Namespace, source: Source) -> tuple[str, dict[str, Scheme], Plan]:
     """The first of the ladder that fits: what it is called, its schemes and its plan."""
     limit, target = _limit(args), target_of(args, source)
+    if target.gpu is not None:  # its memory is held against whole plans, here
+        target = dataclasses.replace(target, gpu=dataclasses.replace(target.gpu, memory_bytes=0))
     globs = _globs(source, target)
     plan = None
     for title, candidates in _LADDER:

@@ -18,7 +18,7 @@ EXAMPLES = """
   mixedprec plan --model DIR --preset awq
   mixedprec plan --model Qwen/Qwen3-30B-A3B --preset mine.yaml --gpu 4090 --tp 2
   mixedprec plan --model DIR --preset mine.yaml --set schemes.mlp.group_size=64 --json
-  mixedprec plan --model DIR --preset mine.yaml --gpu H100 --html plan.html --against fp8
+  mixedprec plan --model DIR --preset mine.yaml --gpu H100 --html plan.html --against awq
 """
 
 

@@ -51,15 +51,17 @@ class Served:
             MixedPrecisionError: files that it needs are gone.
         """
         manager = get_global_state().tokenizer_manager
+        args = manager.server_args
+        # the router of several tokenizer workers has none of its own
+        path = getattr(manager, "model_path", args.model_path)
         with self._lock:
-            if self._last is None or self._last[0] != manager.model_path:
+            if self._last is None or self._last[0] != path:
                 before = self._last and self._last[1].preset
-                args = manager.server_args
                 plan = planner_of(args).plan(
-                    _folder(manager.model_path, args), read_settings(args), str(args.dtype),
+                    _folder(path, args), read_settings(args), str(args.dtype),
                     int(args.tp_size), serving_device(), before,
                 )  # fmt: skip
-                self._last = manager.model_path, plan
+                self._last = path, plan
             return self._last[1]
 
 

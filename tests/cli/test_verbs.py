@@ -259,5 +259,13 @@ class TestInit:
             assert code == 1
             assert err.startswith(f"mixedprec: error: {flags[0]}: all in 4 bits is 4.")
 
+    def test_a_card_that_the_stored_model_does_not_fit_gets_fewer_bits(
+        self, tmp_path: Path
+    ) -> None:
+        model = published.qwen3_30b_a3b().write(tmp_path / "model")
+        code, out, err = run("init", "--model", model, "--gpu", "RTX4090")
+        assert (code, err) == (0, "")
+        assert "Experts in 4 bits, the rest in 8" in out
+
     def test_more_room_is_used(self, model: Path) -> None:
         assert "Everything in 8 bits" in run("init", "--model", model, "--fit", "24GB")[1]

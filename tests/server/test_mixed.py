@@ -68,7 +68,7 @@ class TestRunning:
 
     def test_metrics_tell_preset_and_bytes_by_method(self, mixed: Mixed) -> None:
         samples = {
-            (sample.name, tuple(sample.labels.values())): sample.value
+            (sample.name, *sorted(sample.labels.values())): sample.value
             for family in text_string_to_metric_families(
                 httpx.get(f"{mixed.server.address}/metrics", follow_redirects=True).text
             )
@@ -76,10 +76,9 @@ class TestRunning:
             for sample in family.samples
         }
         made = json.loads(mixed.plan_path.read_text())
-        digest = {"digest": made["preset"]["digest"], "preset": "mixed"}
-        expected = {("mixedprec_info", tuple(digest[key] for key in ("preset", "digest"))): 1.0}
+        expected = {("mixedprec_info", *sorted(["mixed", made["preset"]["digest"]])): 1.0}
         for layer in made["layers"]:
-            key = ("mixedprec_weight_bytes", (layer["method"],))
+            key = ("mixedprec_weight_bytes", layer["method"])
             expected[key] = expected.get(key, 0.0) + layer["bytes"]
         assert samples == expected
 
@@ -227,10 +226,12 @@ class TestConverted:
         self, mixed: Mixed, widened_model: Path, converted: Path
     ) -> None:
         before = greedy(mixed.server, self.PROMPTS[0])
-        for path in (converted, widened_model):
+        for path, action in ((converted, "as stored"), (widened_model, "quantize")):
             body = {"model_path": str(path)}
             assert mixed.server.request("/update_weights_from_disk", body)["success"]
             assert greedy(mixed.server, self.PROMPTS[0]) == before
+            layers = mixed.server.request("/mixedprec/plan")["layers"]
+            assert {x["action"] for x in layers if x["method"] == "gptq"} == {action}
 
 
 def test_greedy_output_is_repeatable(mixed: Mixed) -> None:
