@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mixedprec_plugin.methods.registry import METHODS
@@ -10,15 +10,21 @@ from mixedprec_plugin.methods.registry import METHODS
 # field of ServerArgs, the values that go, what it is and why it does not go, what to do
 Option = tuple[str, tuple[Any, ...], str, str]
 
-# whatever the schemes
-_NO_EXPERTS: tuple[Option, ...] = (
+DEEPEP = "deepep"
+_DEEPGEMM_CAPABILITY, _DEEPGEMM_BLOCK = 90, [128, 128]
+_WITHOUT = "start without it: --ep-size alone splits experts over ranks"
+_A_SCHEME = "behind it experts run in block FP8 alone (expected fp8_block for all of the model)"
+_DISPATCHERS: tuple[Option, ...] = (
     (
         "moe_a2a_backend",
-        (None, "none"),
+        (None, DEEPEP, "none"),
         "where a backend dispatches tokens, SGLang chooses the experts' kernels by the class of "
         "the one quantization config of the whole model",
-        "start without it: --ep-size alone splits experts over ranks",
+        _WITHOUT,
     ),
+)
+# whatever the schemes
+_NO_EXPERTS: tuple[Option, ...] = (
     (
         "elastic_ep_backend",
         (None, "none"),
@@ -109,7 +115,11 @@ def why_not_composite(server_args: Any, methods: Collection[str] = ()) -> list[t
 
 
 def why_not_experts(
-    server_args: Any, methods: Collection[str], *, are_alike: bool = True
+    server_args: Any,
+    methods: Collection[str],
+    *,
+    are_alike: bool = True,
+    why_not_deepep: str = _A_SCHEME,
 ) -> list[tuple[str, str]]:
     """Launch options that experts of a plan do not take, be each layer in one scheme or several.
 
@@ -117,12 +127,18 @@ def why_not_experts(
         server_args: as for `why_not_composite`.
         methods: canonical names of the methods that some layer's experts run in.
         are_alike: whether all experts of all layers run in one scheme.
+        why_not_deepep: why they do not run behind DeepEP; empty if they do.
     Returns:
         (what is wrong, remedy) pairs; empty if nothing is.
     """
     if not methods:
         return []
     found = _not_allowed(server_args, _NO_EXPERTS)
+    if getattr(server_args, "moe_a2a_backend", None) == DEEPEP:
+        if why_not_deepep:
+            found.append((f"--moe-a2a-backend {DEEPEP!r}: {why_not_deepep}", _WITHOUT))
+    else:
+        found += _not_allowed(server_args, _DISPATCHERS)
     if not are_alike:
         found += _not_allowed(server_args, _ALIKE_EXPERTS)
     backend = _backend(server_args)
@@ -168,3 +184,24 @@ def _backend(server_args: Any) -> str:
 
 def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
+
+
+def deepep_fault(schemes: Collection[tuple[str, Mapping[str, Any]]], capability: int) -> str:
+    """Why experts do not run behind DeepEP; empty if they do.
+
+    Args:
+        schemes: method and arguments of all experts of the model.
+        capability: the GPU's compute capability, 90 for 9.0; 0 without one.
+    Source: layers/moe/ep_moe/layer.py:106, layers/deep_gemm_wrapper/configurer.py:34,
+    layers/quantization/fp8.py:2190.
+    """
+    for method, arguments in schemes:
+        if method != "fp8" or list(arguments.get("weight_block_size") or ()) != _DEEPGEMM_BLOCK:
+            return _A_SCHEME
+    if capability != _DEEPGEMM_CAPABILITY:
+        return (
+            "SGLang runs block FP8 behind it in DeepGEMM, which is not there below compute "
+            "capability 9.0, and from 10.0 on rounds experts a second time, to scales that are "
+            "powers of two (expected 9.0)"
+        )
+    return ""

@@ -10,13 +10,13 @@ from typing import Any
 
 from mixedprec_plugin.checkpoint.converted import is_converted
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
-from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
+from mixedprec_plugin.experts.launch import DEEPEP, deepep_fault, why_not_composite, why_not_experts
 from mixedprec_plugin.families.names import ExpertShard, last_component
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Device
 from mixedprec_plugin.plan.drafts import own_draft
 from mixedprec_plugin.plan.folding import fold_names, natural_key
-from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.options import why_not_options
@@ -130,7 +130,12 @@ def _draft_problems(args: Any, plan: Plan, preset: Preset, device: Device) -> It
             what = f"{value!r}: the preset's section draft says how the draft model is loaded"
             yield Problem(flag, what, f"start without {flag}", "draft")
     if os.path.isdir(path):
-        yield from make_draft_plan(path, preset, str(args.dtype), int(args.tp_size), device).errors
+        draft = make_draft_plan(path, preset, str(args.dtype), int(args.tp_size), device)
+        yield from draft.errors
+        fault = _why_not_deepep(draft) if _experts(draft) else ""
+        if fault and getattr(args, "moe_a2a_backend", None) == DEEPEP:
+            where, what = f"{preset.path}: draft", f"--moe-a2a-backend {DEEPEP!r}: {fault}"
+            yield Problem(where, what, "start without it", "launch")
 
 
 # what shares no weight with the model's head
@@ -157,13 +162,25 @@ def _head_problems(args: Any, plan: Plan) -> Iterable[Problem]:
             yield Problem(head.name, what, remedy, "launch")
 
 
+def _experts(plan: Plan) -> list[PlannedLayer]:
+    """The projections of experts that the plan's model runs."""
+    return [x for x in plan.layers if isinstance(x.shard, ExpertShard) and x.kind != "draft"]
+
+
+def _why_not_deepep(plan: Plan) -> str:
+    schemes = [(x.method, x.scheme.arguments if x.scheme else {}) for x in _experts(plan)]
+    return deepep_fault(schemes, plan.target.gpu.capability if plan.target.gpu else 0)
+
+
 def _expert_problems(args: Any, plan: Plan) -> Iterable[Problem]:
     """Launch options that the experts of the plan do not go with."""
-    experts = [layer for layer in plan.layers if isinstance(layer.shard, ExpertShard)]
+    experts = _experts(plan)
     methods = {layer.method for layer in experts}
     mixed = [module for module, groups in plan.expert_groups.items() if len(groups) > 1]
     schemes = {group.scheme.identity for groups in plan.expert_groups.values() for group in groups}
-    found = why_not_experts(args, methods, are_alike=len(schemes) < 2)
+    found = why_not_experts(
+        args, methods, are_alike=len(schemes) < 2, why_not_deepep=_why_not_deepep(plan)
+    )
     where = ", ".join(fold_names(sorted({layer.module for layer in experts}, key=natural_key)))
     if mixed:
         found += why_not_composite(args, methods)

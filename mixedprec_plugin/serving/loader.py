@@ -37,6 +37,7 @@ from mixedprec_plugin.compose.stream import (
 )
 from mixedprec_plugin.cpu.heap import returning_memory, storage_bytes
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.experts.deepep import settle_deepep
 from mixedprec_plugin.plan.drafts import as_stored, own_draft
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.preset import preset_for
@@ -133,6 +134,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         with set_default_torch_dtype(model_config.dtype), returning:
             model, stage = build_model(model_config, self.load_config, config, device)
             check_built(plan, config.built, stage)
+            settle_deepep(model)
             setattr(model, _CONFIG_ATTRIBUTE, config)
             weights = self._open(plan, stage)
             if not is_draft:

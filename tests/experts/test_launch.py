@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mixedprec_plugin.experts.launch import why_not_composite, why_not_experts
+from mixedprec_plugin.experts.launch import deepep_fault, why_not_composite, why_not_experts
 
 
 def test_default_launch_goes():
@@ -70,7 +70,7 @@ def test_experts_under_auto_take_no_backend_of_choice():
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [
-        ("moe_a2a_backend", "deepep", "--moe-a2a-backend 'deepep': where a backend dispatches"),
+        ("moe_a2a_backend", "deepep", "--moe-a2a-backend 'deepep': behind it experts run in"),
         ("moe_a2a_backend", "mooncake", "--moe-a2a-backend 'mooncake': where a backend"),
         ("elastic_ep_backend", "mooncake", "--elastic-ep-backend 'mooncake': experts of a lost"),
         ("dwdp_size", 2, "--dwdp-size 2: SGLang copies experts' weights by the names"),
@@ -83,6 +83,30 @@ def test_options_that_no_experts_of_a_preset_take_are_named(field, value, text):
     ((what, _),) = why_not_experts(args, ["bf16"])
     assert what.startswith(text)
     assert why_not_experts(args, []) == []
+
+
+_BLOCKS, _TENSOR = {"weight_block_size": [128, 128]}, {"weight_block_size": None}
+
+
+@pytest.mark.parametrize(
+    ("schemes", "capability", "text"),
+    [
+        ([("fp8", _BLOCKS), ("fp8", _BLOCKS)], 90, ""),
+        ([("fp8", _BLOCKS), ("bf16", {})], 90, "behind it experts run in block FP8 alone"),
+        ([("fp8", _TENSOR)], 90, "behind it experts run in block FP8 alone"),
+        ([("fp8", {"weight_block_size": [64, 128]})], 90, "behind it experts run in block"),
+        # without DeepGEMM, with scales of another kind, and without a GPU
+        ([("fp8", _BLOCKS)], 89, "SGLang runs block FP8 behind it in DeepGEMM"),
+        ([("fp8", _BLOCKS)], 100, "SGLang runs block FP8 behind it in DeepGEMM"),
+        ([("fp8", _BLOCKS)], 0, "SGLang runs block FP8 behind it in DeepGEMM"),
+    ],
+)
+def test_experts_of_a_model_in_block_fp8_alone_run_behind_deepep(schemes, capability, text):
+    fault = deepep_fault(schemes, capability)
+    assert fault.startswith(text)
+    args = SimpleNamespace(moe_a2a_backend="deepep")
+    found = why_not_experts(args, ["fp8"], why_not_deepep=fault)
+    assert [what for what, _ in found] == ([f"--moe-a2a-backend 'deepep': {fault}"] if text else [])
 
 
 def test_experts_are_balanced_only_where_all_layers_are_alike():

@@ -137,9 +137,14 @@ def test_scales_of_the_source_that_the_preset_names_reach_the_attention(
         assert float(attention.v_scale) == attention.v_scale_float == float(torch.tensor(V))
 
 
-def test_scales_that_convert_made_of_text_are_served(load_model: LoadModel, tmp_path: Path) -> None:
+def test_scales_that_convert_made_of_text_are_served(
+    load_model: LoadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixedprec_plugin.serving import loader
     from mixedprec_plugin.serving.hooks import asked_for
 
+    # the preset that another test served is not this folder's
+    monkeypatch.setattr(loader, "_loaded", None)
     head = "kv_cache: {dtype: fp8_e4m3, scales: calibrate}\n"
     write_model(tmp_path / "model")
     preset = write_preset(tmp_path, 'match: "*", method: bf16', head=head)

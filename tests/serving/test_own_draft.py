@@ -18,6 +18,7 @@ from benchmarks.families.newer import NEWER
 from tests.commands import convert
 from tests.presets import write_preset
 from tests.serving.stock import load
+from tests.serving.test_draft import problems
 
 pytestmark = [
     pytest.mark.usefixtures("sglang_context", "forgetful"),
@@ -171,3 +172,14 @@ def test_section_is_served_and_kept_by_convert(written: tuple[Path, Kind], tmp_p
     out = tmp_path / "converted"
     assert convert(path, preset, out)[0] == 0
     assert_same(parameters_of(out, None), served)
+
+
+def test_section_is_checked_at_start(written: tuple[Path, Kind], tmp_path: Path) -> None:
+    path, kind = written
+    good = write_draft_preset(tmp_path / "good", 'match: "*.experts.*", method: fp8_block')
+    assert problems(path, good, path) == []
+    joined = "mtp.fc" if kind is _BELOW_MTP else f"{kind.stored}.eh_proj"
+    bad = write_draft_preset(tmp_path / "bad", f'match: "{joined}", method: fp8')
+    (problem,) = problems(path, bad, path)
+    assert f"{joined} cannot run in " in problem
+    assert "SGLang runs it unquantized" in problem
