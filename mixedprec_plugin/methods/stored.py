@@ -222,7 +222,8 @@ class StoredFormat:
         """Return the bias [N] of a layer that has one; `tensors` as for `dequantize`."""
         bias = tensors["bias"]
         for turn in self.turns:
-            bias = turn.of_value(bias.float(), tensors) if turn.place == "output" else bias
+            if turn.place == "output":
+                bias = turn.of_value(bias.float(), tensors).float()
         return bias
 
     @property
