@@ -16,6 +16,7 @@ help:
 	@echo "make package  build sdist, wheel and release notes into dist, and check them"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
+	@echo "              PART=plan-speed measures that part alone"
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
 	@echo "make compat   see which SGLang releases the plugin fits (docs/compat.md)"
 	@echo "make page     build the page of mixedprec plan --html (needs npm)"
@@ -75,7 +76,12 @@ format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: quality memory experts tp plan-speed composite-speed loading bench-rounding
+PARTS := quality memory experts tp plan-speed quantize-speed composite-speed loading bench-rounding
+bench: $(or $(PART),$(PARTS))
+
+.PHONY: quantize-speed
+quantize-speed: $(INSTALLED)
+	@$(RUN) benchmarks/quantize.py
 
 quality: $(INSTALLED)
 	@$(RUN) -m benchmarks.quality --out docs/quality.md

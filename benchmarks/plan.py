@@ -1,15 +1,25 @@
-"""Seconds that it takes to plan the largest models: `python -m benchmarks.plan`.
+"""Seconds that it takes to plan the largest models, and memory.
+
+    python -m benchmarks.plan [--json FILE] [--plot FILE.svg]
 
 The headers are those of published models (tests/published.py), the rules one for all experts, and
-ten a layer that name twenty experts each.
+ten a layer that name twenty experts each. With --plot, Kimi-K2 of 1 to 90 blocks and of 1 to 600
+rules are planned as well, and the seconds drawn. `start` is what each process of a server of a
+model of a billion parameters does before it builds: imports, preset, headers, plan and checks.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.methods.interface import Target
@@ -24,20 +34,117 @@ _MODELS: dict[str, Callable[[], published.Published]] = {
     "Kimi-K2": published.kimi_k2,
 }
 _REPEATS = 3
+_DENSE = '  - {match: "*.self_attn.*", method: fp8}\n  - {match: "*.mlp.*", method: awq}\n'
+_START = """
+import json, sys, time
+begin = time.perf_counter()
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.serving.planner import Planner
+from mixedprec_plugin.serving.settings import Settings
+imports, begin = time.perf_counter() - begin, time.perf_counter()
+planner, settings = Planner(), Settings(sys.argv[2])
+planner.plan(sys.argv[1], settings, "bfloat16", 1, "cpu").check()
+plan, begin = time.perf_counter() - begin, time.perf_counter()
+planner.plan(sys.argv[1], settings, "bfloat16", 1, "cpu")
+print(json.dumps({"imports": imports, "plan": plan, "again": time.perf_counter() - begin}))
+"""
 _ALL = '  - {match: "*.mlp.experts.*", method: gptq, requantize: true}\n'
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print a line for each model and set of rules."""
-    print("model        layers  rules  read headers s  plan s  plan s (CPU)")
+    parser = argparse.ArgumentParser(description="Seconds and memory of plans.")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--plot", type=Path, help="file for the seconds over tensors and rules")
+    options = parser.parse_args(arguments)
+    found: dict[str, Any] = {"models": []}
+    print("model        layers  rules  read headers s  plan s  both s (CPU)  tensors")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model, make in _MODELS.items():
             made = make()
             made.write(folder / model)
             for rules in (_ALL, _ALL + published.single_expert_rules(made)):
-                _measure(model, folder / model, _preset(folder, rules))
+                preset = _preset(folder, rules)
+                found["models"].append({"model": model, **_measure(model, folder / model, preset)})
+        found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        print(f"peak of the process: {found['peak_mib']} MiB")
+        found["start"] = _start(folder)
+        if options.plot:
+            found |= _scale(folder)
+            _draw(found, options.plot)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _start(folder: Path) -> dict[str, float]:
+    """Least seconds of a process's own work at a start, each of three processes."""
+    _one_billion().write(folder / "1b")
+    preset = folder / "preset.yaml"
+    preset.write_text("version: 1\nrules:\n" + _DENSE, encoding="utf-8")
+    command = [sys.executable, "-c", _START, str(folder / "1b"), str(preset)]
+    runs = [
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        for _ in range(_REPEATS)
+    ]
+    least = {part: min(run[part] for run in runs) for part in runs[0]}
+    print(f"start, 1B: {', '.join(f'{part} {s:.3f} s' for part, s in least.items())}")
+    return least
+
+
+def _one_billion() -> published.Published:
+    """meta-llama/Llama-3.2-1B's shapes, by its config.json."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 64, "intermediate_size": 8192, "tie_word_embeddings": True,
+        "vocab_size": 128256, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        "model.embed_tokens.weight": ("BF16", (128256, 2048)),
+        "model.norm.weight": ("BF16", (2048,)),
+    }
+    shapes = {
+        "self_attn.q_proj": (2048, 2048), "self_attn.k_proj": (512, 2048),
+        "self_attn.v_proj": (512, 2048), "self_attn.o_proj": (2048, 2048),
+        "mlp.gate_proj": (8192, 2048), "mlp.up_proj": (8192, 2048), "mlp.down_proj": (2048, 8192),
+        "input_layernorm": (2048,), "post_attention_layernorm": (2048,),
+    }  # fmt: skip
+    for layer in range(16):
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{layer}.{name}.weight"] = ("BF16", shape)
+    return published.Published(config, tensors, 1)
+
+
+def _scale(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(tensors, seconds) for models of more and more blocks, (rules, seconds) for more rules."""
+    by_tensors, by_rules = [], []
+    for num_blocks in (1, 30, 61, 90):
+        made = published.kimi_k2(num_blocks)
+        path = made.write(folder / f"{num_blocks}")
+        found = _measure(f"{num_blocks} blocks", path, _preset(folder, _ALL))
+        by_tensors.append((found["tensors"], found["headers_s"] + found["plan_s"]))
+    lines = published.single_expert_rules(published.kimi_k2()).splitlines(keepends=True)
+    for count in (1, 150, 300, 600):
+        rules = _ALL + "".join(lines[: count - 1])
+        found = _measure(f"{count} rules", folder / "Kimi-K2", _preset(folder, rules))
+        by_rules.append((count, found["headers_s"] + found["plan_s"]))
+    return {"by_tensors": by_tensors, "by_rules": by_rules}
+
+
+def _draw(found: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    pairs = (("by_tensors", "tensors, one rule"), ("by_rules", "rules, Kimi-K2"))
+    for each, (key, label) in zip(axes, pairs, strict=True):
+        each.plot(*zip(*found[key], strict=True), marker="o")
+        each.set(xlabel=label, ylim=(0, None), xlim=(0, None))
+        each.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds of a core, headers and plan")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _preset(folder: Path, rules: str) -> Preset:
@@ -46,22 +153,29 @@ def _preset(folder: Path, rules: str) -> Preset:
     return load_preset(path)
 
 
-def _measure(model: str, path: Path, preset: Preset) -> None:
+def _measure(model: str, path: Path, preset: Preset) -> dict[str, Any]:
+    """Least seconds of processor time for headers and for the plan."""
     reading: list[float] = []
-    planning: list[tuple[float, float]] = []
+    planning: list[float] = []
     for _ in range(_REPEATS):
-        start = time.perf_counter()
+        start = time.process_time()
         source = open_source(path)
-        reading.append(time.perf_counter() - start)
-        start, used = time.perf_counter(), time.process_time()
+        reading.append(time.process_time() - start)
+        start, wall = time.process_time(), time.perf_counter()
         plan = _plan(preset, source)
-        planning.append((time.perf_counter() - start, time.process_time() - used))
+        planning.append(time.process_time() - start)
+        wall = time.perf_counter() - wall
     assert not plan.errors, plan.errors[0]
-    wall, cpu = min(planning)
+    headers, seconds = min(reading), min(planning)
     print(
-        f"{model:<12} {len(plan.layers):>6}  {len(preset.rules):>5}  {min(reading):>14.2f}  "
-        f"{wall:>6.2f}  {cpu:>12.2f}"
+        f"{model:<12} {len(plan.layers):>6}  {len(preset.rules):>5}  {headers:>14.2f}  "
+        f"{seconds:>6.2f}  {headers + seconds:>12.2f}  {len(source.tensors):>7}",
+        flush=True,
     )
+    return {
+        "layers": len(plan.layers), "tensors": len(source.tensors), "rules": len(preset.rules),
+        "headers_s": headers, "plan_s": seconds, "wall_s": wall,
+    }  # fmt: skip
 
 
 def _plan(preset: Preset, source: Source) -> Plan:

@@ -95,6 +95,11 @@ class Source:
         if problems:
             raise CheckpointError(problems)
 
+    def is_as_opened(self, path: str | Path) -> bool:
+        """Whether a path is this folder, and holds the files that it held when it was opened."""
+        folder = Path(os.path.expanduser(path))
+        return folder == self.path and _facts(folder) == self.facts
+
     @functools.cached_property
     def layers(self) -> Mapping[str, Mapping[str, StoredTensor]]:
         """Layer name -> parameter suffix -> tensor, in the order of the files.

@@ -197,7 +197,7 @@ def _check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) -
     unit = scheme_unit(layer.module, layer.shard), is_down
     with _disable_current_modes():
         # what is made when it is read would keep all of its layer
-        order = g_idx.cpu()
+        order = g_idx.clone().cpu()
         name, first = orders.setdefault(unit, (layer.name, order))
         is_same = torch.equal(first, order)
     if not is_same:

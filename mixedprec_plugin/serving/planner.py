@@ -24,7 +24,7 @@ _ATTRIBUTE = "_mixedprec_planner"
 
 
 class Planner:
-    """Makes plans for a running server, and keeps the last one.
+    """Makes plans for a running server, and keeps the last one, and the headers it was made of.
 
     A start asks several times: the command line, SGLang's model configs, the loader; and coupled
     layers of several sources may need weights to be read each time. The planner goes from one to
@@ -35,6 +35,7 @@ class Planner:
     def __init__(self) -> None:
         # the plan, and the state of its files when it was made
         self._last: tuple[Plan, object] | None = None
+        self._model: Source | None = None
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         return Planner, ()
@@ -56,7 +57,9 @@ class Planner:
             UsageError: no preset was named, and the checkpoint carries none.
             PresetError, CheckpointError: as the pipeline finds them; plan errors are in the plan.
         """
-        model = open_source(model_path)
+        if self._model is None or not self._model.is_as_opened(model_path):
+            self._model = open_source(model_path)
+        model = self._model
         flag = "--mixedprec-config (mixedprec_config in model_loader_extra_config)"
         if settings.config or served is None or embedded_preset(model.quantization_config):
             preset = preset_for(settings.config, model, settings.overrides, flag)

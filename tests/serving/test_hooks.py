@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from mixedprec_plugin.errors import LoadError, RegistrationError
+from mixedprec_plugin.plan.model import Plan
 from tests.checkpoints import write_llama
 from tests.presets import write_preset
 
@@ -195,15 +196,19 @@ class TestPlanner:
 
         planner = Planner()
 
-        def planned(dtype: str) -> object:
+        def planned(dtype: str) -> Plan:
             return planner.plan(str(model), Settings(str(preset)), dtype, 1, "cpu")
 
         first = planned("auto")
         assert planned("bfloat16") is first
         assert planned("float16") is not first
         again = planned("auto")
+        # headers are read once
+        assert again.source is first.source
         os.utime(model / "model.safetensors", ns=(1, 1))
-        assert planned("auto") is not again
+        last = planned("auto")
+        assert last is not again
+        assert last.source is not first.source
 
     def test_start_plans_once_a_process(
         self, sglang_context: SimpleNamespace, model: Path, preset: Path

@@ -17,6 +17,9 @@ from mixedprec_plugin.serving.settings import Settings
 from tests.checkpoints import write_llama
 from tests.presets import plan
 
+# of SGLang's imports
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
 
 @pytest.mark.parametrize(
     ("device", "asked", "is_there"),
