@@ -41,6 +41,7 @@ _FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 # SGLang keeps some routers in float32 (models/glm4_moe.py:391, models/deepseek_v2.py:520), and a
 # draft model is loaded from what is stored
 _UNCAST = frozenset({"router", "draft"})
+_OTHER_FORMAT = "take a checkpoint in another format"
 
 
 class Asked(NamedTuple):
@@ -224,19 +225,17 @@ def _reasons(
     described = f"is stored as {stored.description}"
     bf16 = f"{to_dequantize(target.dtype)} to dequantize it"
     if stored.obstacle:
-        remedy = "take it from another source"
-        yield Reason("stored-format", f"{described}, and {stored.obstacle}", remedy)
+        text = f"{described}, and {stored.obstacle}"
+        yield Reason("stored-format", text, "take it from another source")
         return
     if scheme is None:
         if not stored.is_float:
-            other = "take a checkpoint in another format"
-            remedy = f"match it with {bf16}" if stored.is_readable else other
+            remedy = f"match it with {bf16}" if stored.is_readable else _OTHER_FORMAT
             yield Reason("stored-format", f"{described}: {NEVER_QUANTIZED[kind]}", remedy)
         return
     why_not_auto = None if stored.is_float else _why_not_auto(stored, target, described)
     if is_auto(rule) and not stored.is_float:
-        if why_not_auto is not None:
-            yield why_not_auto
+        yield from () if why_not_auto is None else (why_not_auto,)
         return
     auto = "" if why_not_auto else "match it with method: auto to serve it as it is, "
     served = FLOAT_DTYPES[target.dtype]
@@ -249,7 +248,7 @@ def _reasons(
         yield Reason("dtype", text, f"{remedy}write method: unquantized")
     elif not stored.is_readable:
         text = f"{described}, which this release does not read"
-        otherwise = f"{'or ' if auto else ''}take a checkpoint in another format"
+        otherwise = f"{'or ' if auto else ''}{_OTHER_FORMAT}"
         yield Reason("stored-format", text, f"{auto}{otherwise}")
     elif not stored.method and (action == "impossible" or rule is None):
         reason = _why_not_repack(scheme, stored, tensors)
@@ -306,8 +305,7 @@ def _mismatch(
     asked = ", ".join(f"{key}: {scheme.arguments[key]}" for key in different)
     # a name such as fp8_block would contradict what it implies
     implied = {key for given in METHODS[scheme.method].aliases.values() for key in given}
-    own = _settings(different)
-    remedy = f"write {_as_written(stored) if implied & different.keys() else own}"
+    remedy = f"write {_as_written(stored) if implied & different.keys() else _settings(different)}"
     return Reason("stored-format", f"{described}, not with {asked}", remedy)
 
 

@@ -34,8 +34,9 @@ from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.serving.building import build_model
 from mixedprec_plugin.serving.config import MixedPrecisionConfig, Others
+from mixedprec_plugin.serving.filling import unfilled
 from mixedprec_plugin.serving.late import check_built, shape_problems
-from mixedprec_plugin.serving.placement import fill, unfilled
+from mixedprec_plugin.serving.placement import fill
 from mixedprec_plugin.serving.recorder import storage_id
 from mixedprec_plugin.serving.source_configs import REFUSALS, words_of
 from mixedprec_plugin.serving.stages import Stage

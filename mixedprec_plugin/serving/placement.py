@@ -1,12 +1,11 @@
-"""Tensors -> the parameters' own weight loaders, and the proof that every one was filled."""
+"""Tensors -> the parameters' own weight loaders."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from mixedprec_plugin.experts.loading import check_expert_part, load_expert_tens
 from mixedprec_plugin.families.names import ExpertShard, last_component, scheme_unit
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.registry import AUTO
-from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.filling import Filling, dropped, unfilled
 from mixedprec_plugin.serving.kv_scales import place_kv_scale
-from mixedprec_plugin.serving.recorder import WriteRecorder, storage_id
+from mixedprec_plugin.serving.recorder import WriteRecorder
 from mixedprec_plugin.serving.source_configs import refusals
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -32,21 +31,6 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 GROUP_INDICES = ("g_idx", "weight_g_idx")
 # what has one group index -> the layer whose came first, and that one
 Orders = dict[tuple[str, bool], tuple[str, torch.Tensor]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Filling:
-    """What became of the tensors of a plan.
-
-    Attributes:
-        problems: tensors that found no parameter.
-        recorder: of what was written.
-        taken_over: ids of the parameters of a draft model that are its model's.
-    """
-
-    problems: tuple[Problem, ...]
-    recorder: WriteRecorder
-    taken_over: frozenset[int]
 
 
 def load_weights(
@@ -86,7 +70,7 @@ def fill(model: torch.nn.Module, config: MixedPrecisionConfig, weights: Weights)
     with recorder:
         load(_place(model, config, weights, recorder, rest, problems))
         _absorb(model, config)
-    problems += _dropped(model, config, rest, recorder)
+    problems += dropped(model, config, rest, recorder)
     return Filling(tuple(problems), recorder, _taken_over(model, config))
 
 
@@ -310,50 +294,3 @@ def _parameter(module: torch.nn.Module, suffix: str, layer: PlannedLayer) -> Any
             )
         )
     return parameter
-
-
-def _dropped(
-    model: torch.nn.Module,
-    config: MixedPrecisionConfig,
-    rest: list[str],
-    recorder: WriteRecorder,
-) -> list[Problem]:
-    ties = bool(config.plan.source.config.get("tie_word_embeddings"))
-    dropped = [
-        name
-        for name in rest
-        if name not in recorder.arrived and not (ties and name == "lm_head.weight")
-    ]
-    return [
-        Problem(
-            folded,
-            f"is in the checkpoint, but {type(model).__name__} has no parameter for it",
-            "the model in SGLang and the checkpoint are not of one architecture",
-            "dropped-tensor",
-        )
-        for folded in fold_names(dropped)
-    ]
-
-
-def unfilled(
-    model: torch.nn.Module, filling: Filling, but: Collection[torch.nn.Module] = ()
-) -> list[Problem]:
-    """The parameters that were not filled whole; those of some modules are left out."""
-    left_out = {id(parameter) for module in but for parameter in module.parameters()}
-    left_out |= filling.taken_over
-    found: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters():
-        written = filling.recorder.written.get(storage_id(parameter.data), 0)
-        if written < parameter.numel() and id(parameter) not in left_out:
-            share = f"{written:,} of {parameter.numel():,} elements"
-            found.setdefault(share, []).append(name)
-    return [
-        Problem(
-            folded,
-            f"{share} were filled from the checkpoint",
-            "the checkpoint lacks a tensor, or SGLang's model loads it under another name",
-            "unfilled-parameter",
-        )
-        for share, names in found.items()
-        for folded in fold_names(names)
-    ]
