@@ -22,10 +22,7 @@ def run_all(_card: Card, folder: Path) -> dict[str, dict[str, Any]]:
 
     from mixedprec_plugin.methods.interface import Target
     from mixedprec_plugin.serving.config import MixedPrecisionConfig
-    from mixedprec_plugin.serving.outline import _Asked
     from tests.dryrun.experts import write
-    from tests.dryrun.fake_device import fake_card
-    from tests.dryrun.rank import rank
     from tests.presets import plan
 
     checkpoint = write(folder / "experts", 512)
@@ -34,10 +31,6 @@ def run_all(_card: Card, folder: Path) -> dict[str, dict[str, Any]]:
         rule, target = f'match: "*", method: {method}', Target("cuda", 1, "BF16")
         made = plan(checkpoint, rule, target=target).check()
         found[method] = _run(lambda made=made: MixedPrecisionConfig(made))
-    # without weights, every layer is built in floats
-    with rank(1), fake_card(), _deepep():
-        layer = _build(_Asked(made)).layer
-    found["outline"] = {"class": type(layer.quant_method).__name__}
     return found
 
 

@@ -31,7 +31,3 @@ def test_block_fp8_of_a_preset_runs_as_sglangs_own(results: Mapping[str, Any]) -
 def test_marlins_experts_have_no_way_behind_it(results: Mapping[str, Any]) -> None:
     """Which the plan says before a start, see experts/launch.py."""
     assert "MARLIN requires a fused func for a2a backend deepep" in results["awq"]["broken"]
-
-
-def test_model_without_weights_is_built_behind_it_too(results: Mapping[str, Any]) -> None:
-    assert results["outline"] == {"class": "UnquantizedFusedMoEMethod"}
