@@ -122,7 +122,7 @@ def test_fp8_without_fp8_units_needs_marlins_tiles() -> None:
     narrow = linear(N=256, tp_size=8)
     assert reasons("fp8", 86, narrow) == [
         "its share of a rank is [32, 1024], and FP8 runs in Marlin kernels on this GPU "
-        "(expected multiples of [64, 128] or [128, 64]); use method: unquantized"
+        "(expected multiples of [64, 128] or [128, 64]); use method: int8_channel or unquantized"
     ]
     assert not reasons("fp8", 89, narrow)
     assert not reasons("fp8", 80, linear())

@@ -92,7 +92,7 @@ DOWN = LayerShape(N=768, K=2048, shard_sizes=(768,), parallel="row")
             LayerShape(100, 768, (100, 100), "column"),
             (
                 "N = 100 is not a multiple of 8, the values packed in a word",
-                "use method: unquantized",
+                "use method: int8_channel",
             ),
         ),
         (
