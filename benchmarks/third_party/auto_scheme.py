@@ -42,7 +42,10 @@ def main() -> None:
         device_map="cpu",
         enable_torch_compile=False,
     )
-    rounding.quantize_and_save(out, format="fake")
+    rounding.quantize_and_save(f"{out}.work", format="fake")
+    # it names a folder inside after the scheme of most layers
+    (made,) = Path(f"{out}.work").glob("**/config.json")
+    made.parent.rename(out)
 
 
 if __name__ == "__main__":
