@@ -98,7 +98,7 @@ def _lines(page: Path) -> list[Command]:
     return [c for c in commands_of(page) if c.is_whole and c.words[0] == "mixedprec"]
 
 
-@pytest.mark.parametrize("page", filter(_lines, PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", list(filter(_lines, PAGES)), ids=lambda page: page.name)
 def test_commands_on_lines_of_their_own_run(page: Path, desk: Path) -> None:
     commands = _lines(page)
     prepare(desk, commands)
