@@ -54,14 +54,14 @@ class DeviceRounding:
             self._buffers = [
                 (
                     torch.empty(_PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True),
-                    torch.cuda.Event(),
+                    torch.cuda.Event(),  # type: ignore[no-untyped-call]
                 )
                 for _ in range(2)
             ]
         made = torch.empty_like(weight, device=self.device).view(-1)
         pieces = zip(
-            made.split(_PIECE_BYTES // weight.itemsize),
-            weight.reshape(-1).split(_PIECE_BYTES // weight.itemsize),
+            made.split(_PIECE_BYTES // weight.itemsize),  # type: ignore[no-untyped-call]
+            weight.reshape(-1).split(_PIECE_BYTES // weight.itemsize),  # type: ignore[no-untyped-call]
             strict=True,
         )
         for number, (there, here) in enumerate(pieces):
