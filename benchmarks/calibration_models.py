@@ -141,7 +141,8 @@ def gemma(out: Path) -> Path:
         # what was read from a GGUF file is not written again, even dequantized
         config = model.config
         del config.quantization_config
-        plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        models: Any = AutoModelForCausalLM
+        plain = models.from_config(config, dtype=torch.bfloat16)
         plain.load_state_dict(model.state_dict())
         plain.save_pretrained(out)
         AutoTokenizer.from_pretrained(**read).save_pretrained(out)

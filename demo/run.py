@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from demo.gguf_model import DemoModelError
 from demo.model import checkpoint
@@ -119,9 +120,9 @@ def unquantized_answer(model_path: Path, question: str) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(
         _chat(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -53,7 +53,7 @@ class CuredLinear(LinearMethodBase):
         self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[..., K] -> [..., N]; the bias [N] is added to the rounded product."""
-        out = super().apply(layer, x, None)
+        out: torch.Tensor = super().apply(layer, x, None)
         return out if bias is None else out + bias
 
 
@@ -78,12 +78,14 @@ class ModelOptNvFp4FusedMoEMethod(modelopt_quant.ModelOptNvFp4FusedMoEMethod):
     experts looks for that (moe/fused_moe_triton/layer.py:1457).
     """
 
+    _moe_runner_backend: Any
+
     @property
     def is_marlin(self) -> bool:
         """Whether no other kernels than Marlin's are asked for, or made for the GPU."""
         backend = get_moe_runner_backend()
         is_weight_only = self.quant_config.is_w4a16 or get_device_capability() < (10, 0)
-        return backend.is_marlin() or (backend.is_auto() and is_weight_only)
+        return bool(backend.is_marlin() or (backend.is_auto() and is_weight_only))
 
     def create_weights(self, layer: FusedMoE, *args: Any, **kwargs: Any) -> None:
         """Create SGLang's parameters, for Marlin without those that only other kernels read."""
@@ -150,7 +152,7 @@ def _share(scales: torch.Tensor, wholes: torch.Tensor, rows: list[int], where: s
     largest = wholes.max()
     if bool((wholes == largest).all()):
         return
-    for part, whole in zip(scales.split(rows), wholes, strict=True):
+    for part, whole in zip(torch.split(scales, rows), wholes, strict=True):
         shared = share_scale(part, whole, largest)
         if shared is None:
             what = (
@@ -197,10 +199,11 @@ class RepairedConfig(modelopt_quant.ModelOptFp4Config):
         return cured(super().get_quant_method(layer, prefix))
 
 
-def cured(method: QuantizeMethodBase | None) -> QuantizeMethodBase | None:
+def cured(method: Any) -> QuantizeMethodBase | None:
     """A method of SGLang's for NVFP4 with its faults cured; others as they are."""
     own = _CURED.get(type(method))
-    return method if own is None else own(method.quant_config)
+    made: QuantizeMethodBase | None = method if own is None else own(method.quant_config)
+    return made
 
 
 def repaired(config: QuantizationConfig) -> QuantizationConfig:
