@@ -16,8 +16,9 @@ from mixedprec_plugin.cli.planning import gpu_of, target_of
 from mixedprec_plugin.cli.presets import MODELINE
 from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.methods.cards import Gpu
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.memory import rank_bytes
+from mixedprec_plugin.plan.memory import rank_bytes, why_not_in_memory
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes, totals, totals_line
 from mixedprec_plugin.plan.resolve import resolve_plan
@@ -83,12 +84,16 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """
     source = open_source(args.model)
     title, text, plan = _by_scores(args, source) or _by_rule_of_thumb(args, source)
+    crowded = _why_not_started(args, plan)
+    text = text.replace("version: 1\n", "".join(f"# {x}\n" for x in crowded) + "version: 1\n", 1)
     if args.out:
         write_new(Path(args.out), text)
         if not args.json:
             page = Page(out)
             page.print(f"{args.out}: {title}, {_bits_line(plan)}")
             page.print(totals_line(plan))
+            for line in crowded:
+                page.print(line)
     elif not args.json:
         print(text, end="", file=out)
     if args.json:
@@ -100,6 +105,14 @@ def _limit(args: argparse.Namespace) -> int:
     """Bytes of the card of each rank; 0 where none is named."""
     gpu = gpu_of(args)
     return parse_size(args.fit, "--fit") if args.fit else gpu.memory_bytes if gpu else 0
+
+
+def _why_not_started(args: argparse.Namespace, plan: Plan) -> list[str]:
+    """What SGLang's own reserve on the card leaves no room for, and what to do."""
+    gpu = dataclasses.replace(gpu_of(args) or Gpu("a card", 0), memory_bytes=_limit(args))
+    target = dataclasses.replace(plan.target, gpu=gpu)
+    problems = why_not_in_memory(plan.layers, target, plan.source.config)
+    return [f"{problem.what}: {problem.remedy}" for problem in problems]
 
 
 def _by_scores(args: argparse.Namespace, source: Source) -> tuple[str, str, Plan] | None:

@@ -263,9 +263,16 @@ class TestInit:
         self, tmp_path: Path
     ) -> None:
         model = published.qwen3_30b_a3b().write(tmp_path / "model")
-        code, out, err = run("init", "--model", model, "--gpu", "RTX4090")
+        path = tmp_path / "mine.yaml"
+        code, out, err = run("init", "--model", model, "--gpu", "RTX4090", "--out", path)
         assert (code, err) == (0, "")
-        assert "Experts in 4 bits, the rest in 8" in out
+        assert "experts in 4 bits, the rest in 8" in out
+        # SGLang's reserve has its place, too, and the remedy works
+        assert "leave no room for a KV cache on RTX 4090 of 24 GB" in out
+        assert "--mem-fraction-static 0.9" in path.read_text()
+        serve = ("serve", path, "--model", model, "--gpu", "RTX4090", "--check")
+        assert run(*serve)[0] == 1
+        assert run(*serve, "--mem-fraction-static", "0.9")[0] == 0
 
     def test_more_room_is_used(self, model: Path) -> None:
         assert "Everything in 8 bits" in run("init", "--model", model, "--fit", "24GB")[1]
