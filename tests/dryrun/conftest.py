@@ -50,5 +50,8 @@ def result_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def _title(item: pytest.Item) -> str:
+    """The card that a test asks results of; "" if it asks for none."""
+    if "result_of" not in getattr(item, "fixturenames", ()):
+        return ""
     params: Mapping[str, object] = getattr(getattr(item, "callspec", None), "params", {})
     return str(params.get("title", ""))
