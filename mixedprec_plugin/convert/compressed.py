@@ -69,12 +69,11 @@ class CompressedForm:
         rest = {suffix: t for suffix, t in composed.items() if suffix not in served.suffixes}
         numbers = load_codec(served.codec).read(composed, served.how)
         how = {
-            "bits": served.facts.get("bits"),
+            "bits": served.facts["bits"],
             "symmetric": compressed_tensors.is_written_symmetric(served),
         }
         dtype = next(iter(composed.values())).dtype
-        codec = load_codec(compressed_tensors.codec_of(served))
-        made = codec.write(numbers, how, dtype)
+        made = load_codec(compressed_tensors.CODEC).write(numbers, how, dtype)
         outputs = compressed_tensors.written(served, layer.outputs)
         return {suffix: t.reshape(outputs[suffix].shape) for suffix, t in made.items()} | rest
 

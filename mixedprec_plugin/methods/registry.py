@@ -27,7 +27,6 @@ _FOLDERS = (
     "int8_channel",
     "awq",
     "gptq",
-    "nvfp4",
     "auto",
 )
 
