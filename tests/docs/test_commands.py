@@ -151,7 +151,7 @@ def test_modules_that_are_run_are_there() -> None:
 
 
 @pytest.mark.sglang
-def test_servers_are_started_with_options_that_sglang_takes(sglang_context: object) -> None:
+def test_servers_are_started_with_options_that_sglang_takes() -> None:
     import argparse
 
     from sglang.srt.server_args import ServerArgs

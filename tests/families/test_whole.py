@@ -175,7 +175,9 @@ EVERY = pytest.mark.parametrize("architecture", MODELS)
 
 
 def test_every_known_family_of_transformers_is_here() -> None:
-    known = {name for family in FAMILIES for name in (*family.architectures, *family.model_types)}
+    # layers of multi-token prediction are SGLang's models, and part of transformers' checkpoints
+    families = [family for family in FAMILIES if not family.is_draft]
+    known = {name for family in families for name in (*family.architectures, *family.model_types)}
     # part of larger models, or their code comes with the checkpoints
     others = {"baichuan", "kimi_k2", "minicpm", "ministral", "t5gemma"}
     types = {getattr(transformers, name).config_class.model_type for name in MODELS}

@@ -123,7 +123,7 @@ def test_init_goes_by_scores_that_are_there(model: Path, tmp_path: Path) -> None
     preset = tmp_path / "mine.yaml"
     out = io.StringIO()
     assert main([*words, "--out", str(preset)], out) == 0
-    assert out.getvalue().startswith(f"{preset}: by the scores that mixedprec search kept; ")
+    assert out.getvalue().startswith(f"{preset}: by the scores that mixedprec search kept, ")
     first, *rest = preset.read_text().splitlines()
     assert first.startswith("# yaml-language-server: $schema=")
     # the same schemes and rules, of which searches tell what they cost

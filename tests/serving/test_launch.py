@@ -159,7 +159,7 @@ def test_experts_of_one_layer_in_several_schemes_may_not_be_split_by_expert(mixt
 @pytest.mark.parametrize("rules", [ALIKE, BY_EXPERT])
 def test_dispatch_of_tokens_is_refused(mixtral: Path, rules: tuple[str, ...]) -> None:
     (problem,) = check(mixtral, rules, "--tp", "2", "--moe-a2a-backend", "deepep")
-    assert "--moe-a2a-backend 'deepep': where a backend dispatches tokens" in problem
+    assert "--moe-a2a-backend 'deepep': behind it experts run in block FP8 alone" in problem
 
 
 @pytest.mark.parametrize(
