@@ -59,8 +59,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mixedprec-quantize-on",
         choices=PLACES,
-        help="Where weights are quantized while they are loaded: on the device that serves them "
-        "(the default), or on the CPU.",
+        help="Where weights are quantized while they are loaded: on the CPU (the default), or on "
+        "the device that serves them.",
     )
 
 

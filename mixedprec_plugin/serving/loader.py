@@ -268,7 +268,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
 
 def rounding_for(plan: Plan, settings: Settings) -> Quantize:
     """What quantizes weights while they are loaded: where the settings say."""
-    if plan.target.device == "cpu" or settings.quantize_on == "cpu":
+    if plan.target.device == "cpu" or settings.quantize_on != "device":
         return round_to_nearest
     return DeviceRounding(torch.device(plan.target.device))
 

@@ -35,7 +35,7 @@ class Settings:
         verify: checkpoint folder that the composed layers are compared with; empty for none.
         cache: most bytes of layers that are kept for the next start, such as `64GiB` or `0`; empty
             for MIXEDPREC_CACHE_SIZE, or 64GiB.
-        quantize_on: where weights are quantized, `cpu` or `device`; empty for the latter.
+        quantize_on: where weights are quantized, `cpu` or `device`; empty for the former.
     """
 
     config: str = ""

@@ -90,8 +90,7 @@ def load(folder: Path, preset: Path, card: Card) -> Any:
             check_filled(model, *_CAST)
             MixedPrecisionLoader.postprocess_weights(model, target_device)
 
-    # pinned memory needs a device; tests/compose/test_on_device.py quantizes fake tensors
-    settings = {"mixedprec_config": str(preset), "mixedprec_quantize_on": "cpu"}
+    settings = {"mixedprec_config": str(preset)}
     loader = Loader(LoadConfig(load_format="mixedprec", model_loader_extra_config=settings))
     return loader.load_model(
         model_config=ModelConfig(str(folder), dtype=card.dtype),

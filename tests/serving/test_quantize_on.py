@@ -23,9 +23,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 @pytest.mark.parametrize(
     ("device", "asked", "is_there"),
-    [("cuda", "", True), ("cuda", "device", True), ("cuda", "cpu", False), ("cpu", "", False)],
+    [
+        ("cuda", "", False),
+        ("cuda", "device", True),
+        ("cuda", "cpu", False),
+        ("cpu", "device", False),
+    ],
 )
-def test_weights_are_quantized_where_they_are_served_unless_the_option_says_otherwise(
+def test_weights_are_quantized_on_the_cpu_unless_the_option_says_otherwise(
     tmp_path: Path, device: Device, asked: str, is_there: bool
 ) -> None:
     from mixedprec_plugin.serving.loader import rounding_for
