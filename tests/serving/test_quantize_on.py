@@ -55,4 +55,5 @@ def test_of_a_shard_the_order_of_its_groups_is_kept_and_no_more(tmp_path: Path) 
         _check_act_order(orders, layer, order)
     ((_, kept),) = orders.values()
     assert type(kept) is torch.Tensor
-    assert kept.untyped_storage().nbytes() == 4 * layer.K
+    assert layer.stored is not None
+    assert kept.untyped_storage().nbytes() == 4 * layer.stored.K

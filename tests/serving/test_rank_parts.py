@@ -81,7 +81,9 @@ def _load_whole(
     with monkeypatch.context() as patch:
         patch.setattr(
             "mixedprec_plugin.serving.loader.compose_parts",
-            lambda layer, target, reader, cache: compose_layer(layer, target, reader),
+            lambda layer, target, reader, cache, quantize: compose_layer(
+                layer, target, reader, quantize
+            ),
         )
         return _load(*args, **kwargs)
 
