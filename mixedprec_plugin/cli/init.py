@@ -109,6 +109,8 @@ def _limit(args: argparse.Namespace) -> int:
 
 def _why_not_started(args: argparse.Namespace, plan: Plan) -> list[str]:
     """What SGLang's own reserve on the card leaves no room for, and what to do."""
+    if args.device != "cuda":
+        return []
     gpu = dataclasses.replace(gpu_of(args) or Gpu("a card", 0), memory_bytes=_limit(args))
     target = dataclasses.replace(plan.target, gpu=gpu)
     problems = why_not_in_memory(plan.layers, target, plan.source.config)

@@ -227,14 +227,13 @@ def round_to_nearest(layer: PlannedLayer, weight: torch.Tensor, target: Target) 
     """Quantize a weight [N, K] as its scheme says, each weight to the nearest code.
 
     Raises:
-        CheckpointError: it is not made of a weight, but of text.
+        CheckpointError: it is computed from text, not from a weight.
     """
     if layer.action == "calibrate":
-        what, remedy = (
-            "is made of text",
-            "run mixedprec convert, and take the folder that it writes",
+        remedy = "run mixedprec convert, and take the folder that it writes"
+        raise CheckpointError(
+            Problem(layer.name, "is computed from text", remedy, "not-calibrated")
         )
-        raise CheckpointError(Problem(layer.name, what, remedy, "not-calibrated"))
     assert layer.scheme is not None
     codec = load_codec(METHODS[layer.scheme.method].codec)
     with _naming(f"{layer.name}.weight"):

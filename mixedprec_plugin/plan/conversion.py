@@ -6,7 +6,7 @@
     dequantize   codes, to be served unquantized
     repack       codes of another format that holds the same numbers; nothing is lost
     requantize   codes of another format, dequantized and rounded a second time
-    calibrate    nothing is stored; a conversion makes it of text
+    calibrate    nothing is stored; a conversion computes it from text
     impossible   none of these, for reasons that come with remedies
 
 Decided from headers and config.json. What only the values tell (zero points that are all the middle

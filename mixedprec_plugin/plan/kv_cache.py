@@ -52,7 +52,7 @@ class KvScales:
             self.alone = tuple(f"{name}.attn" for name in dict.fromkeys(attentions))
 
     def conversion(self, name: str) -> Conversion | None:
-        """What is made of text, if a layer is only that."""
+        """What a conversion computes from text, if a layer is only that."""
         if not self._asked.calibrates or name not in self.alone:
             return None
         size = sum(spec.num_bytes for spec in _CALIBRATED.values())
@@ -102,7 +102,7 @@ def kv_cache_line(plan: Plan) -> str:
     where = ", ".join(sources)
     scales = f"scales of {count} attention layers from {where}" if count else "no scales"
     if made := len(plan.calibrated_attentions):
-        scales = f"scales of {made} attention layers, which mixedprec convert makes of text"
+        scales = f"scales of {made} attention layers, which mixedprec convert computes from text"
     return f"KV cache {dtype}, {scales}"
 
 

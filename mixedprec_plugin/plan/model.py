@@ -179,7 +179,7 @@ class Plan:
 
     @property
     def calibrated_attentions(self) -> tuple[str, ...]:
-        """The layers that hold scales of the KV cache which a conversion makes of text."""
+        """The layers that hold scales of the KV cache which a conversion computes from text."""
         return tuple(layer.name for layer in self.layers if layer.action == "calibrate")
 
     @property

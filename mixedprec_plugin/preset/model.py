@@ -139,7 +139,7 @@ class KvCache:
         dtype: of the cache, as --kv-cache-dtype takes it; `auto` leaves it to that option.
         scales: name of the source that its scales come from; empty for none at all, None where they
             stay with the layers that hold them.
-        calibrates: whether a conversion makes them of text instead.
+        calibrates: whether a conversion computes them from text instead.
     """
 
     dtype: str = "auto"

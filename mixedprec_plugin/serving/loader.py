@@ -114,7 +114,9 @@ class MixedPrecisionLoader(DefaultModelLoader):
             LoadError: the model and the plan do not fit each other, or a parameter stayed empty.
         """
         folder = self.folder(model_config.model_path, model_config.revision)
-        if model_config.is_draft_model and self._draft_preset(folder) is None:
+        is_draft = model_config.is_draft_model
+        section = self._draft_preset(folder) if is_draft else None
+        if is_draft and section is None:
             # not super(): what it calls is ours
             draft: torch.nn.Module = DefaultModelLoader(self.load_config).load_model(
                 model_config=model_config, device_config=device_config
@@ -122,8 +124,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             return draft
         model_config.quantization = None
         start = time.perf_counter()
-        plan = self._plan(folder, model_config).check()
-        is_draft = model_config.is_draft_model
+        plan = self._plan(folder, model_config, section).check()
         self._report_plan(plan, is_draft=is_draft)
         outline = outline_of(plan, model_config, self.load_config).check()
         if outline.unchecked:
@@ -211,9 +212,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         )
         tp_size, device = get_parallel().tp_size, serving_device()
         if model_config.is_draft_model:
-            preset = served or self._draft_preset(folder)
-            assert preset is not None
-            return make_draft_plan(folder, preset, dtype, tp_size, device)
+            assert served is not None
+            return make_draft_plan(folder, served, dtype, tp_size, device)
         planner = planner_of(model_config)
         return planner.plan(folder, self.settings, dtype, tp_size, device, served)
 

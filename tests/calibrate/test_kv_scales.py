@@ -90,7 +90,7 @@ def test_plan_tells_of_scales_to_come(tmp_path: Path, model: Path) -> None:
     preset = write_preset(tmp_path, 'match: "*.mlp.*", method: fp8', head=_KV)
     code, printed, _ = run("plan", "--model", model, "--preset", preset, "--device", "cpu")
     assert code == 0
-    line = "scales of 3 attention layers, which mixedprec convert makes of text"
+    line = "scales of 3 attention layers, which mixedprec convert computes from text"
     assert f"KV cache in fp8_e4m3, {line}" in " ".join(printed.split())
 
 

@@ -107,16 +107,8 @@ def requirements() -> list[str]:
 def _download(wanted: list[str], folder: Path) -> list[str]:
     """Fetch wheels, and return those that there are none of."""
     folder.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-    ]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--dest", str(folder)]
     command += ["--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
     command += [f"--platform={name}_x86_64" for name in _PLATFORMS] + ["--platform=any"]
     if not subprocess.run([*command, *wanted], check=False).returncode:
