@@ -151,11 +151,14 @@ def test_modules_that_are_run_are_there() -> None:
 
 
 @pytest.mark.sglang
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
 def test_servers_are_started_with_options_that_sglang_takes() -> None:
     import argparse
 
+    from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
+    load_plugins()  # as a server does first: our flags are there, too
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     known = set(parser._option_string_actions)
