@@ -37,7 +37,7 @@ _WORDS_TEXT = """
     dtype shape data_offsets __metadata__ weight_map metadata preset layers names config rules
     match method scheme schemes source sources path revision lists extends optional requantize
     draft description on_fused_conflict trust_sources inputs files provenance file num_bytes
-    sha256
+    sha256 apply location inverse randomize requires_grad precision rotation
 """
 _WORDS = tuple(_WORDS_TEXT.split())
 _VALUES_TEXT = """
@@ -46,13 +46,15 @@ _VALUES_TEXT = """
     int-quantized float-quantized naive-quantized nvfp4-pack-quantized channel tensor block
     group token static Linear BF16 F16 F32 F64 F8_E4M3 F8_E5M2 F8_E8M0 F4 I4 I8 U8 I16 U16 I32
     U32 I64 U64 BOOL C64 bfloat16 float16 float32 llama LlamaForCausalLM deepseek_v3 qwen3_next
-    gemma3 granitemoe
+    gemma3 granitemoe hadamard random-hadamard random-matrix input output weight_input
+    weight_output q_attn k_cache Embedding
 """
 _VALUES = tuple(_VALUES_TEXT.split())
 _SUFFIXES_TEXT = """
     weight qweight qzeros scales g_idx bias weight_scale weight_scale_inv input_scale
     weight_packed weight_shape weight_zero_point weight_g_idx weight_global_scale k_scale
     v_scale pre_quant_scale smooth_factor channel_scale weight_scale_2 SCB
+    R4_input.weight v_input.weight v_input.perm u_output.weight
 """
 _SUFFIXES = tuple(_SUFFIXES_TEXT.split())
 _YAML = (

@@ -21,6 +21,8 @@ Files = dict[str, tuple[bytes, ...]]
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "I32": 4}
+# checkpoints whose layers are multiplied by matrices as they run
+TRANSFORMS = Path(__file__).parents[1] / "data" / "transforms"
 H, F, V = 128, 256, 64
 
 PRESETS = (
@@ -167,6 +169,9 @@ def models() -> Iterator[Files]:
     yield model(config(**oss, quantization_config={"quant_method": "mxfp4"}), mxfp4())
     for folder in FOLDERS:
         yield peer(folder)
+    for path in sorted(TRANSFORMS.glob("*/config.json")):
+        whole = split((path.parent / "model.safetensors").read_bytes())
+        yield {"model/config.json": (path.read_bytes(),), "model/model.safetensors": whole}
     modelopt = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8",
                 "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}  # fmt: skip
     fp8 = {name: ("F8_E4M3" if "_proj." in name else "BF16", spec[1])
