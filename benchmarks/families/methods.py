@@ -11,6 +11,7 @@ METHODS = {
     "fp8_channel": "method: fp8_channel",
     "fp8_block": "method: fp8_block",
     "int8": "method: blockwise_int8",
+    "int8_channel": "method: int8_channel",
     "awq": "method: awq",
     "gptq": "method: gptq_int4",
     "gptq_int8": "method: gptq_int8",
