@@ -11,16 +11,17 @@ finds for the first one: they need one source and one stored format, on the CPU 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import ExpertShard, last_component
 from mixedprec_plugin.methods.interface import Fault, LayerShape, Target
 from mixedprec_plugin.methods.recognition import faults_as_stored
-from mixedprec_plugin.methods.registry import AUTO
+from mixedprec_plugin.methods.registry import AUTO, METHODS, bind
 from mixedprec_plugin.methods.remedies import find_faults
 from mixedprec_plugin.methods.stored import StoredFormat
-from mixedprec_plugin.plan.conversion import is_auto
+from mixedprec_plugin.plan.conversion import action_of, is_auto
 from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.preset.model import Rule
@@ -74,11 +75,7 @@ def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
         that a source's lists and patterns know.
     """
     experts = [layer for layer in layers if isinstance(layer.shard, ExpertShard)]
-    automatic = {
-        layer.module
-        for layer in experts
-        if is_auto(layer.rule) and layer.stored is not None and not layer.stored.is_float
-    }
+    automatic = {layer.module for layer in experts if is_bound(layer)}
     modules: dict[str, dict[tuple[str, str], set[int]]] = {}
     for layer in experts:
         if layer.module in automatic and isinstance(layer.shard, ExpertShard):
@@ -95,6 +92,31 @@ def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
         for module, forms in modules.items()
         if len(forms) > 1
     )
+
+
+def by_method(layer: PlannedLayer, target: Target) -> PlannedLayer:
+    """A quantized expert under `auto`, which has all experts of a layer alike, by its own method.
+
+    As it is, where no method runs what is stored.
+    """
+    scheme, rule, stored = layer.scheme, layer.rule, layer.stored
+    if not is_bound(layer) or scheme is None or rule is None or stored is None:
+        return layer
+    if stored.method not in METHODS:
+        return layer
+    known = METHODS[stored.method].schema
+    given = {key: value for key, value in stored.arguments.items() if key in known}
+    method, arguments = bind(stored.method, given)
+    named = dataclasses.replace(scheme, method=method, arguments=arguments)
+    if action_of(named, stored, layer.inputs, target.dtype) != "as stored":
+        return layer
+    return dataclasses.replace(layer, scheme=named, rule=dataclasses.replace(rule, scheme=named))
+
+
+def is_bound(layer: PlannedLayer) -> bool:
+    """Whether a layer is an expert that only runs as all others of its layer do."""
+    is_quantized = layer.stored is not None and not layer.stored.is_float
+    return layer.kind == "expert" and is_auto(layer.rule) and is_quantized
 
 
 def _form(layer: PlannedLayer) -> tuple[str, str]:

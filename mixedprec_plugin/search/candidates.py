@@ -18,6 +18,7 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, bind, method_names
 from mixedprec_plugin.names import without_numbers
+from mixedprec_plugin.plan.auto import by_method
 from mixedprec_plugin.plan.checks import layer_faults
 from mixedprec_plugin.plan.memory import bytes_by_layer
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
@@ -330,4 +331,5 @@ def _option(
 ) -> Option:
     ranks = bytes_by_layer(planned, plan.target.tp_size, plan.source.config)
     total = sum(layer.bytes_after for layer in planned)
+    planned = tuple(by_method(layer, plan.target) for layer in planned)
     return Option(candidate, own, planned, total, sum(ranks))

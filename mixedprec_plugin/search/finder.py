@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.families.names import ExpertShard
+from mixedprec_plugin.plan.auto import is_bound
 from mixedprec_plugin.search.allocate import Allocation, Table, with_fewest_schemes
 from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit
 from mixedprec_plugin.search.front import Point, front_points, loss_of, named_points, point_of
@@ -137,7 +138,11 @@ class Search:
         loss: dict[str, dict[str, float]] = {}
         size: dict[str, dict[str, int]] = {}
         for name, unit in choices.units.items():
-            own = [x for x in unit.options if x in allowed]
+            own = [
+                x
+                for x, option in unit.options.items()
+                if x in allowed and (self.is_by_layer or not is_bound(option.planned[0]))
+            ]
             loss[name] = {x: loss_of(scores, name, x) for x in own}
             options = unit.options
             size[name] = {

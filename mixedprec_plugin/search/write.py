@@ -9,20 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.methods.registry import AUTO, METHODS
+from mixedprec_plugin.plan.conversion import is_auto
 from mixedprec_plugin.plan.folding import natural_key
 from mixedprec_plugin.plan.matching import Candidates
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
-from mixedprec_plugin.preset.model import SourceReference
+from mixedprec_plugin.preset.model import Scheme, SourceReference
 from mixedprec_plugin.search.candidates import AS_STORED, Choices
 
 _WIDTH = 100
@@ -67,7 +68,7 @@ def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, Sourc
     for name in [first] * bool(first) + [name for name in by_share if name != first]:
         lines += _rules(choices, chosen, name, is_first=name == first)
         if name == first and (others := _not_searched(choices)):
-            lines += ["  # not searched: as stored", *_rule(others, f"method: {AUTO}")]
+            lines += ["  # not searched: as stored", *_rule(others, [f"method: {AUTO}"])]
     return "\n".join(lines) + "\n"
 
 
@@ -139,49 +140,61 @@ def _requantized(choices: Choices, choice: Mapping[str, str]) -> set[str]:
 
 
 def _scheme(choices: Choices, name: str, *, is_again: bool) -> str:
-    scheme = choices.candidates[name].scheme
+    again = {"requantize": True} if is_again else {}
+    return _flow(_given(choices.candidates[name].scheme) | again)
+
+
+def _given(scheme: Scheme) -> dict[str, Any]:
+    """What of a scheme is to be written: what is no default."""
     defaults = METHODS[scheme.method].defaults
     given = {key: value for key, value in scheme.arguments.items() if value != defaults[key]}
     if scheme.source != "model":
         given["source"] = scheme.source
-    if is_again:
-        given["requantize"] = True
-    return _flow({"method": scheme.method, **given})
+    return {"method": scheme.method, **given}
 
 
 def _flow(values: Mapping[str, Any]) -> str:
-    def shown(value: Any) -> str:
-        is_plain = isinstance(value, str) and value.replace("_", "").isalnum()
-        return str(value) if is_plain else json.dumps(value)
+    return "{" + ", ".join(f"{key}: {_shown(value)}" for key, value in values.items()) + "}"
 
-    return "{" + ", ".join(f"{key}: {shown(value)}" for key, value in values.items()) + "}"
+
+def _shown(value: Any) -> str:
+    is_plain = isinstance(value, str) and value.replace("_", "").isalnum()
+    return str(value) if is_plain else json.dumps(value)
 
 
 def _rules(choices: Choices, chosen: Chosen, name: str, *, is_first: bool) -> list[str]:
     """The rules of one candidate, each under what it takes and costs."""
-    scheme = choices.candidates[name].scheme
-    says = f"scheme: {name}" if scheme.method != AUTO else f"method: {AUTO}"
-    if scheme.method == AUTO and scheme.source != "model":
-        says += f", source: {scheme.source}"
     units = [unit for unit, candidate in chosen.choice.items() if candidate == name]
     if is_first:
-        return [_remark(choices, chosen, units), *_rule(["*"], says)]
+        return [_remark(choices, chosen, units), *_rule(["*"], [f"scheme: {name}"])]
     names = _quantizable(choices)
     lines = []
-    for part in _parts(choices, units):
+    for says, part in _parts(choices, name, units):
         layers = [layer.name for unit in part for layer in choices.units[unit].layers]
         lines += [_remark(choices, chosen, part), *_rule(patterns(layers, names), says)]
     return lines
 
 
-def _parts(choices: Choices, units: Sequence[str]) -> list[list[str]]:
-    """Units by what they are: attention, the MLP, experts."""
-    found: dict[str, list[str]] = {}
+def _parts(
+    choices: Choices, name: str, units: Sequence[str]
+) -> Iterator[tuple[Sequence[str], list[str]]]:
+    """Units by what they are (attention, the MLP, experts), and what a rule says of each kind."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for unit in units:
         parent = choices.units[unit].layers[0].name.rpartition(".")[0]
         kind = ".".join(part for part in parent.split(".") if not part.isdecimal())
-        found.setdefault(kind, []).append(unit)
-    return list(found.values())
+        found.setdefault((kind, _says(choices, name, unit)), []).append(unit)
+    return ((says, part) for (_, says), part in found.items())
+
+
+def _says(choices: Choices, name: str, unit: str) -> tuple[str, ...]:
+    """What a rule says of a unit, `key: value` each."""
+    asked = choices.candidates[name].scheme
+    if asked.method != AUTO:
+        return (f"scheme: {name}",)
+    layer = choices.units[unit].options[name].planned[0]
+    scheme = asked if is_auto(layer.rule) or layer.scheme is None else layer.scheme
+    return tuple(f"{key}: {_shown(value)}" for key, value in _given(scheme).items())
 
 
 def _remark(choices: Choices, chosen: Chosen, units: Sequence[str]) -> str:
@@ -191,13 +204,13 @@ def _remark(choices: Choices, chosen: Chosen, units: Sequence[str]) -> str:
     return f"  # {count} module{'s' if count > 1 else ''}, {format_bytes(size)}, loss {loss:.4f}"
 
 
-def _rule(found: Sequence[str], says: str) -> list[str]:
+def _rule(found: Sequence[str], says: Sequence[str]) -> list[str]:
     if len(found) == 1:
-        line = f"  - {{match: {json.dumps(found[0])}, {says}}}"
+        line = f"  - {{match: {json.dumps(found[0])}, {', '.join(says)}}}"
         if len(line) <= _WIDTH:
             return [line]
     lines = ["  - match:", *(f"      - {json.dumps(pattern)}" for pattern in found)]
-    return [*lines, *(f"    {one}" for one in says.split(", "))]
+    return [*lines, *(f"    {one}" for one in says)]
 
 
 def _quantizable(choices: Choices) -> list[str]:

@@ -14,11 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.cli.main import main
+from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.memory import rank_bytes
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.search.candidates import find_choices
+from mixedprec_plugin.search.finder import Budget, Search
+from mixedprec_plugin.search.rule import guessed
+from mixedprec_plugin.search.write import Chosen, preset_text, publish
 from tests.calibrate.models import write_model
 from tests.published import deepseek_v3, qwen3_30b_a3b
 
@@ -146,6 +151,31 @@ def test_quantized_release_is_rounded_again_where_that_is_chosen(tmp_path: Path)
     assert "requantize" in actions
     asked = {x.scheme.requantize for x in plan.layers if x.scheme and x.action == "requantize"}
     assert asked == {True}
+
+
+def test_experts_of_a_quantized_release_stay_as_stored_one_by_one(tmp_path: Path) -> None:
+    folder = deepseek_v3(num_layers=4).write(tmp_path / "model")
+    choices = find_choices(open_source(folder), Target(), ["awq"])
+    # every third expert is touchy
+    scores = {
+        unit: {name: score * (1000 if int(unit.split(".")[5]) % 3 == 0 else 1)
+               for name, score in own.items()}
+        for unit, own in guessed(choices).items() if ".experts." in unit
+    }  # fmt: skip
+    found = Search(choices).run(Budget(bits=6.0), scores, "guesses")
+    preset = tmp_path / "found.yaml"
+    text = preset_text(found.choices, Chosen(found.choice, found.losses, []), {})
+    plan = publish(text, found.choices, found.choice, {}, preset)
+    made = {
+        (layer.action, layer.method, layer.shard.expert % 3 == 0)
+        for layer in plan.layers
+        if isinstance(layer.shard, ExpertShard)
+    }
+    assert made >= {("as stored", "fp8", True), ("requantize", "awq", False)}
+    # by their method, as `auto` has all experts of a layer alike
+    assert "method: fp8" in preset.read_text()
+    layerwise = Search(choices, is_by_layer=True).run(Budget(bits=6.0), scores, "guesses")
+    assert layerwise.point.loss > found.point.loss
 
 
 def test_read_only_checkpoint_has_its_scores_in_the_cache(
