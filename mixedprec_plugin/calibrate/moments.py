@@ -4,7 +4,8 @@
 
 E H E' / 2, summed over rows and divided by the number of tokens, is the divergence in nats that an
 error E causes, with rows and positions taken as independent. Correlations that few tokens tell are
-noise: they are shrunk towards 0 by the estimate of Ledoit and Wolf.
+noise: they are shrunk towards 0 by the estimate of Ledoit and Wolf. So are weights that few tokens
+have: see `tempered`.
 Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices".
 """
 
@@ -14,10 +15,20 @@ import itertools
 
 import torch
 
+_TEMPER = 0.75
 # tokens that are looked at once: few enough to stay in the processor's caches
 _PRODUCT_TOKENS, _SQUARE_TOKENS = 2048, 256
 # H is symmetric: of so many stripes of it, those on one side are multiplied
 _STRIPES = 4
+
+
+def tempered(weights: torch.Tensor) -> torch.Tensor:
+    """What tokens count for H: a power of their weights, [T].
+
+    A weight comes from one label that was drawn, and a few tokens have most of all weight. Between
+    counting them so and counting all alike is where rounding loses least on other text.
+    """
+    return weights.pow(_TEMPER)
 
 
 def second_moment(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:

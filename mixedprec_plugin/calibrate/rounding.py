@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mixedprec_plugin.calibrate.capture import Seen
-from mixedprec_plugin.calibrate.moments import second_moment
+from mixedprec_plugin.calibrate.moments import second_moment, tempered
 from mixedprec_plugin.calibrate.sweep import unit_of
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES, Reader
 from mixedprec_plugin.compose.stream import Tensors, compose_floats
@@ -26,6 +26,8 @@ Record = dict[str, Any]
 
 # above, a layer's inputs are taken in blocks between which nothing is fed back
 _MAX_INPUTS = 16384
+# of rows, from which a loss is estimated
+_NUM_SUMS = 64
 
 
 def is_rounded_so(layer: PlannedLayer) -> bool:
@@ -95,7 +97,7 @@ class LayerRounding:
                 )
             )
             if len(x):
-                H, _ = second_moment(x.to(self._device), weights.to(self._device))
+                H, _ = second_moment(x.to(self._device), tempered(weights).to(self._device))
                 pools[pool] = H.mul_(len(x) / len(experts))
         return pools
 
@@ -113,17 +115,17 @@ class LayerRounding:
             group_size = grid.columns or K
         else:
             group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)
-        pieces, loss, shrunk = [], 0.0, []
+        pieces, shrunk = [], []
         for columns in _blocks(K, group_size):
             H, amount = moments.of(columns)
-            piece = round_with_feedback(weight[:, columns], H, group_size, grid)
-            pieces.append(piece)
-            loss += 0.5 * _loss(piece, amount) / num_tokens
+            pieces.append(round_with_feedback(weight[:, columns], H, group_size, grid))
             shrunk.append(round(amount, 4))
         numbers = _numbers(pieces, group_size, grid)
-        count = moments.num_tokens
-        record = {"loss": loss if count else None, "tokens": count, "shrunk": shrunk}
-        return codec.write(numbers, arguments, dtype), record
+        count, errors = moments.num_tokens, torch.cat([piece.errors for piece in pieces], 1)
+        loss = moments.loss(errors) / num_tokens if count else None
+        return codec.write(numbers, arguments, dtype), {
+            "loss": loss, "tokens": count, "shrunk": shrunk,
+        }  # fmt: skip
 
 
 class Moments:
@@ -131,7 +133,7 @@ class Moments:
 
     Args:
         x, weights: what it saw, [T, K] and [T].
-        pool: what experts borrow, [K, K]; None for others.
+        pool: what experts borrow, [K, K], of tempered weights; None for others.
     """
 
     def __init__(self, x: torch.Tensor, weights: torch.Tensor, pool: torch.Tensor | None) -> None:
@@ -143,8 +145,20 @@ class Moments:
         """The sum of w x x' over tokens, and by how much its correlations were shrunk."""
         key = (columns.start, columns.stop)
         if key not in self._known:
-            self._known[key] = _moment(self._x[:, columns], self._weights, columns, self._pool)
+            weights = tempered(self._weights)
+            self._known[key] = _moment(self._x[:, columns], weights, columns, self._pool)
         return self._known[key]
+
+    def loss(self, errors: torch.Tensor) -> float:
+        """What errors of the weight [N, K] cost on these tokens: half the sum of w |E x|^2.
+
+        By random sums of rows, which estimate it without bias: rows' errors are hardly correlated.
+        """
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (_NUM_SUMS, len(errors)), generator=generator).mul_(2).sub_(1)
+        sums = signs.to(errors) @ errors / _NUM_SUMS**0.5
+        products = self._x.to(errors.dtype) @ sums.t()
+        return 0.5 * float(self._weights.double() @ products.square_().sum(1).double())
 
 
 def _joined(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,13 +186,6 @@ def _moment(
         H.add_(pool[columns, columns], alpha=few / (few + count))
         return H, 0.0
     return (H, amount) if float(H.diagonal().sum()) > 0 else (H.fill_diagonal_(1), 1.0)
-
-
-def _loss(piece: Rounded, amount: float) -> float:
-    """tr(E H E') of what was rounded, for H as the tokens have it: shrunk, it counts too much."""
-    if amount >= 1:
-        return piece.loss
-    return (piece.loss - amount * piece.diagonal_loss) / (1 - amount)
 
 
 def _numbers(pieces: Sequence[Rounded], group_size: int, grid: AnyGrid) -> Numbers:

@@ -40,15 +40,15 @@ class Rounded(NamedTuple):
         codes: [N, K], uint8, or of the tiles' dtype.
         scales: float32 [N, groups], numbers of the grid's dtype.
         zeros: int16 [N, groups].
+        errors: E, float32 [N, K].
         loss: tr(E H E'), over all rows.
-        diagonal_loss: the same of H's diagonal alone.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
+    errors: torch.Tensor
     loss: float
-    diagonal_loss: float = 0.0
 
 
 def round_with_feedback(
@@ -74,7 +74,6 @@ def round_with_feedback(
     groups = _ordered(H, group_size)
     order = torch.cat(groups)
     H = H[order][:, order].div_(mean)
-    diagonal = H.diagonal().clone()
     H.diagonal().add_(_DAMPING)
     M, D = _factor(H)
     targets = weight.t()[order].float()
@@ -87,8 +86,7 @@ def round_with_feedback(
     # what was added to the diagonal is no loss
     gradient.add_(state.errors, alpha=-_DAMPING)
     loss = mean * float((state.errors * gradient).sum(dtype=torch.float64))
-    alone = mean * float(state.errors.square().sum(1).double() @ diagonal.double())
-    return _in_order(state, order, group_size, loss, alone)
+    return _in_order(state, order, group_size, loss)
 
 
 class _State(NamedTuple):
@@ -316,17 +314,15 @@ def _move_codes(
         gradient.addr_(H[k], change[k])
 
 
-def _in_order(
-    state: _State, order: torch.Tensor, group_size: int, loss: float, alone: float
-) -> Rounded:
+def _in_order(state: _State, order: torch.Tensor, group_size: int, loss: float) -> Rounded:
     """The codes where their columns lie in the weight."""
     dtype = state.grid.dtype if isinstance(state.grid, Tiles) else torch.uint8
-    codes = torch.empty_like(state.codes)
-    codes[order] = state.codes
+    codes, errors = torch.empty_like(state.codes), torch.empty_like(state.errors)
+    codes[order], errors[order] = state.codes, state.errors
     groups = torch.stack([order[columns.start] for columns in state.columns]) // group_size
     scales, zeros = torch.empty_like(state.scales), torch.empty_like(state.zeros)
     scales[groups], zeros[groups] = state.scales, state.zeros
     return Rounded(
         codes.t().contiguous().to(dtype), scales.t().contiguous(), zeros.t().contiguous().short(),
-        loss, alone,
+        errors.t(), loss,
     )  # fmt: skip
