@@ -137,7 +137,8 @@ def gemma(out: Path) -> Path:
         plain = models.from_config(config, dtype=torch.bfloat16)
         plain.load_state_dict(model.state_dict())
         plain.save_pretrained(out)
-        AutoTokenizer.from_pretrained(**read).save_pretrained(out)
+        # what a GGUF file says of a text's beginning is not read
+        AutoTokenizer.from_pretrained(**read, add_bos_token=True).save_pretrained(out)
     return out
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.errors import CheckpointError, Problem, UsageError
 
-# documents begin after these, beside the tokenizer's own beginning of a text
+# special tokens that documents begin after, beside the tokenizer's own beginning of a text
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "</s>", "<eos>")
 
 
@@ -41,10 +41,14 @@ def _no_tokenizer(folder: Path, what: str) -> CheckpointError:
 def starts(tokenizer: Any) -> list[int]:
     """Tokens that texts of different kinds begin with, each once; a space where none is known.
 
-    The beginning of a chat or of prose, and of what follows the end of another text: web and code.
+    Where every text begins alike, that alone: such a model writes nothing sensible without it.
+    Else the beginning of a chat or of prose, and of what follows the end of another text: web and
+    code.
     """
-    vocabulary = tokenizer.get_vocab()
-    ends = [vocabulary[text] for text in _ENDS_OF_TEXT if text in vocabulary]
+    if always := tokenizer("").input_ids[:1]:
+        return [int(always[0])]
+    special = {str(x): n for n, x in tokenizer.added_tokens_decoder.items() if x.special}
+    ends = [special[text] for text in _ENDS_OF_TEXT if text in special]
     found = [tokenizer.bos_token_id, *ends[:1], tokenizer.eos_token_id]
     known = list(dict.fromkeys(token for token in found if token is not None))
     return known[:2] or [int(tokenizer(" ", add_special_tokens=False).input_ids[0])]
