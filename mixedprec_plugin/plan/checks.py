@@ -36,7 +36,7 @@ from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.near_globs import NearGlobs
-from mixedprec_plugin.preset.model import Preset
+from mixedprec_plugin.preset.model import Preset, Rule
 
 
 def check_rules(
@@ -67,11 +67,7 @@ def check_rules(
             remedy = remedy.replace("?; ", "? ")
             problems.append(Problem(where, what, remedy, "unmatched-rule"))
         elif matched and rule.index not in decided:
-            later = sorted({matches.deciding[name].index for name in matched})
-            listed = ", ".join(map(str, later))
-            what = f"decides no layer: rules {listed} match all of its layers after it"
-            remedy = "move it after them or remove it"
-            problems.append(Problem(where, what, remedy, "shadowed-rule", "warning"))
+            problems.append(_why_nothing_decided(rule, matched, matches))
         elif (
             matched
             and rule.scheme.method not in (UNQUANTIZED, AUTO)
@@ -89,6 +85,21 @@ def check_rules(
             what = f"{folded} cannot run in {rule.scheme.label}: {reason}"
             problems.append(Problem(where, what, remedy, "never-quantized"))
     return problems
+
+
+def _why_nothing_decided(rule: Rule, matched: frozenset[str], matches: Matches) -> Problem:
+    """Say why a rule that matches layers decides none of them."""
+    where = str(rule.location)
+    later = sorted({matches.deciding[name].index for name in matched & matches.deciding.keys()})
+    if not later:
+        head = min(matched)
+        what = f"decides no layer: a rule that quantizes {head} spells its name"
+        remedy = f"write match: {head}, or remove the rule"
+        return Problem(
+            where, what, remedy, "unmatched-rule", "warning" if rule.optional else "error"
+        )
+    what = f"decides no layer: rules {', '.join(map(str, later))} match all of its layers after it"
+    return Problem(where, what, "move it after them or remove it", "shadowed-rule", "warning")
 
 
 def check_layers(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[Problem]:

@@ -107,6 +107,19 @@ def test_shadowed_rule_is_a_warning(model: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("more", "severity"), [("", "error"), (", optional: true", "warning")])
+def test_rule_that_matches_a_head_and_does_not_spell_it_is_told_to(
+    model: Path, more: str, severity: str
+) -> None:
+    (problem,) = plan(model, f'match: "lm_*", method: awq, group_size: 64{more}').problems
+    assert problem.severity == severity
+    text = "rules[0]: decides no layer: a rule that quantizes lm_head spells its name; write match"
+    assert text in str(problem)
+    # which is asked then: this model ties its head
+    (problem,) = plan(model, f'match: "lm_head", method: awq, group_size: 64{more}').problems
+    assert "untie_lm_head: true" in str(problem)
+
+
 def test_fused_conflict_names_both_rules_and_the_remedy(model: Path) -> None:
     made = plan(model, 'match: "*", method: gptq', 'match: "*.q_proj", method: fp8')
     (problem,) = made.errors
