@@ -13,7 +13,7 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.plan.family_checks import shared_experts_line
 from mixedprec_plugin.plan.folding import fold_names, fold_numbers
 from mixedprec_plugin.plan.kv_cache import kv_cache_as_dict, kv_cache_line
-from mixedprec_plugin.plan.memory import memory_lines
+from mixedprec_plugin.plan.memory import memory_lines, usual_load
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.tables import Page, Table
 
@@ -212,7 +212,7 @@ def print_plan(plan: Plan, page: Page) -> None:
     page.print(table)
     page.print()
     page.print(totals_line(plan))
-    for line in memory_lines(plan.layers, plan.target, plan.source.config):
+    for line in memory_lines(plan, usual_load(plan.preset)):
         page.print(line)
     for line in filter(None, (kv_cache_line(plan), _shared_experts(plan))):
         page.print(printable(line))
