@@ -33,7 +33,7 @@ class Measured:
     text: str
 
 
-def header_lines(found: Found, path: Path, model: str) -> list[str]:
+def header_lines(found: Found, path: Path, model: str, verb: str = "search") -> list[str]:
     """The comment at the top of a preset: what it is, how to serve it, what it is predicted."""
     point, (unit, what) = found.point, _KINDS[found.kind]
     config = shlex.quote(path.name)
@@ -54,7 +54,7 @@ def header_lines(found: Found, path: Path, model: str) -> list[str]:
     lines = [f"{point.bits:.3f} bits a weight, scales counted; {size}."]
     lines += [f"Loss {point.loss:.4f} {unit}".rstrip() + f": {what}."]
     return [
-        *_labelled("Purpose", [f"Found by mixedprec search for {printable(model)}.", *lines]),
+        *_labelled("Purpose", [f"Found by mixedprec {verb} for {printable(model)}.", *lines]),
         *_labelled("Command", command),
     ]
 
