@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--fit", metavar="SIZE", help="memory of the card of each rank, as 24GB")
     size.add_argument(
-        "--bits", type=float, metavar="N", help="bits a weight of linear layers, as 4.5"
+        "--bits",
+        type=float,
+        metavar="N",
+        help="bits a weight of linear layers, as 4.5",
     )
     parser.add_argument("--gpu", default="", metavar="NAME", help="card to fit, as H100 or 8.9")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         if not args.json:
             page = Page(out)
             how = "a rule of thumb" if found.kind == "guesses" else "scores of mixedprec search"
-            page.print(f"{args.out}: {_bits_line(plan)}, chosen by {how}")
+            page.print(f"{args.out}: chosen by {how}")
             page.print(totals_line(plan))
             for line in crowded:
                 page.print(line)
@@ -119,15 +122,3 @@ def _why_not_started(args: argparse.Namespace, plan: Plan) -> list[str]:
     target = dataclasses.replace(plan.target, gpu=gpu)
     problems = why_not_in_memory(plan.layers, target, plan.source.config)
     return [f"{problem.what}: {problem.remedy}" for problem in problems]
-
-
-def _bits(plan: Plan) -> float:
-    """Served bits a weight of what is quantized: linear layers and experts, scales counted."""
-    layers = [layer for layer in plan.layers if layer.kind in ("linear", "expert")]
-    num_weights = sum(layer.num_weights for layer in layers)
-    return 8 * sum(layer.bytes_after for layer in layers) / max(num_weights, 1)
-
-
-def _bits_line(plan: Plan) -> str:
-    """What --bits counts, which is less than the bits of all that is served."""
-    return f"{_bits(plan):.2f} bits a weight of linear layers and experts"

@@ -34,7 +34,7 @@ class Budget:
 
     Attributes:
         num_bytes: of weights on a rank, everything counted; None if bits are given.
-        bits: of a weight of the units, scales counted.
+        bits: a weight of linear layers, scales counted.
     """
 
     num_bytes: int | None = None
@@ -233,7 +233,7 @@ def _too_small(budget: Budget, choices: Choices, table: Table) -> PlanError:
     """The error of a budget that nothing is within, with the nearest that is."""
     if budget.num_bytes is None:
         nearest = 8 * table.smallest / choices.num_weights
-        what = f"{budget.bits:g} bits a weight is less than anything takes"
+        what = f"{budget.bits:g} bits a weight of linear layers is less than anything takes"
         where, expected = "--bits", f"(expected {nearest + 0.005:.2f} or more)"
     else:
         size = (table.smallest + choices.rest[1]) / 2**30

@@ -104,7 +104,8 @@ def test_totals_and_card_are_the_plans(page: Browser, planned: Planned) -> None:
     sums = totals(planned.plan)
     exact = page.run("document.querySelector('.figures dd').title")
     assert _number(exact) == sums["bytes"]
-    assert f"{sums['bits_per_weight']:.2f}" in _text(page, ".figures")
+    for key in ("bits_per_weight", "bits_per_linear_weight"):
+        assert f"{sums[key]:.2f}" in _text(page, ".figures")
     assert f"{sums['layers']:,}" in _text(page, ".figures")
     gigabytes = dict(
         re.findall(
