@@ -59,7 +59,7 @@ def preset_for(
         search, scores = Search(choices, True, True, _TOLERANCE), guessed(choices)
         asked = budgets or [Budget(bits=2 * _FLOATS)]
         found = _smallest([search.run(budget, scores, "guesses") for budget in asked])
-    about = header_lines(found, path, str(model.path), "init")
+    about = header_lines(found, path, model.shown, "init")
     text = preset_text(found.choices, Chosen(found.choice, found.losses, about), {})
     with tempfile.TemporaryDirectory() as folder:
         plan = publish(text, found.choices, found.choice, {}, Path(folder) / path.name)

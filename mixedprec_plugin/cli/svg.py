@@ -67,7 +67,7 @@ def map_of(plan: Plan) -> str:
     whole = Rect(0, _HEAD, _WIDTH, _HEIGHT)
     places = squarified([kind.num_bytes for kind in kinds], whole)
     tiles = [_tile(*pair, scale) for pair in zip(kinds, places, strict=True)]
-    title = f"{plan.preset.path.rpartition('/')[2]} over {plan.source.path.name}"
+    title = f"{plan.preset.path.rpartition('/')[2]} over {plan.source.shown.rpartition('/')[2]}"
     height = _HEAD + _HEIGHT + _FOOT
     return "\n".join(
         [

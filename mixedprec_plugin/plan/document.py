@@ -107,7 +107,7 @@ class _Document:
         return {
             "format": FORMAT,
             "model": {
-                "path": str(plan.source.path),
+                "path": plan.source.shown,
                 "architecture": next(iter(self._config.get("architectures") or ()), ""),
             },
             "preset": {
