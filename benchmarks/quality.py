@@ -185,7 +185,7 @@ def _loss(log_probs: torch.Tensor, tokens: list[int]) -> float:
 def table(results: list[Result]) -> str:
     """Return the results as a markdown table."""
     lines = [
-        "| preset | bits a weight | PPL engine | PPL reference | ratio | mean KL | limit "
+        "| preset | bits a weight of all | PPL engine | PPL reference | ratio | mean KL | limit "
         "| KL to fp32 | PPL bf16 | KL to bf16 |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]

@@ -6,10 +6,12 @@ import graphlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import grimp
 
 import mixedprec_plugin
+from tests.checkpoints import write_llama
 
 # what decides from files alone, without what of a method needs torch or SGLang
 ROOMS = ("names", "resources", "lazy", "errors", "families", "methods", "preset", "plan", "cli")
@@ -32,5 +34,15 @@ def test_what_decides_from_files_imports_neither_torch_nor_sglang() -> None:
     assert len(names) > 50
     script = "".join(f"import {name}\n" for name in names)
     script += "import sys\nprint({'torch', 'sglang'} & set(sys.modules))\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
+def test_a_plain_plan_imports_neither_numpy_nor_omegaconf(tmp_path: Path) -> None:
+    """Both take a tenth of its time or more."""
+    command = ["plan", "--model", str(write_llama(tmp_path / "model")), "--preset", "awq"]
+    script = "import sys\nfrom mixedprec_plugin.cli.main import main\n"
+    script += f"assert main({command}, sys.stderr) == 0\n"
+    script += "print({'torch', 'numpy', 'omegaconf'} & set(sys.modules))\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr

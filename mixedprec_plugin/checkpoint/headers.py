@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -21,6 +22,7 @@ from mixedprec_plugin.checkpoint.files import (
     file_remedy,
     open_plain,
 )
+from mixedprec_plugin.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,11 +88,37 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             data = file.read(min(int.from_bytes(start, "little"), MAX_BYTES))
             check_not_pointer(start + data[:64], path)
             check_size(data, path)
+            size = os.fstat(file.fileno()).st_size
+        if found := _plain_header(data, size - 8, path):
+            return found
     except OSError:
         pass  # said below
     with open_tensors(path, "numpy") as tensors:
         pieces = ((name, tensors.get_slice(name)) for name in tensors.offset_keys())
         return lay_out(((name, x.get_dtype(), x.get_shape()) for name, x in pieces), path)
+
+
+def _plain_header(data: bytes, num_bytes: int, path: Path) -> dict[str, StoredTensor]:
+    """What a header says that is as the format demands; empty for any other.
+
+    The library imports numpy, a fifth of a plan's time; what is wrong is its to say.
+
+    Args:
+        data: the header.
+        num_bytes: of header and tensors.
+    """
+    try:
+        entries = json.loads(data.decode())
+        notes = entries.pop("__metadata__", {}).values()
+        said = sorted((*x.pop("data_offsets"), name, x) for name, x in entries.items())
+        found = lay_out(((name, x.pop("dtype"), x.pop("shape")) for _, _, name, x in said), path)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError):
+        return {}
+    laid = [(x.start, x.start + x.num_bytes, x.name) for x in found.values()]
+    is_plain = laid == [x[:3] for x in said] and not any(x[3] for x in said)
+    is_plain = is_plain and all(isinstance(note, str) for note in notes)
+    end = laid[-1][1] if laid else 0
+    return found if is_plain and len(data) + end == num_bytes else {}
 
 
 def open_tensors(path: Path, framework: str, remedy: str = "") -> safe_open:

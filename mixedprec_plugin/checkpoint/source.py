@@ -95,6 +95,12 @@ class Source:
         if problems:
             raise CheckpointError(problems)
 
+    @property
+    def shown(self) -> str:
+        """What people call it: the id on the Hub that it is a snapshot of, or the folder."""
+        repository = hub.repository_of(self.path)
+        return repository[0] if repository else str(self.path)
+
     def is_as_opened(self, path: str | Path) -> bool:
         """Whether a path is this folder, and holds the files that it held when it was opened."""
         folder = Path(os.path.expanduser(path))

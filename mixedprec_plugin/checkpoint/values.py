@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, TypeAlias
 
 from mixedprec_plugin.checkpoint.files import file_error
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_bytes
 from mixedprec_plugin.checkpoint.hub import is_remote, read_remote
 
-Array: TypeAlias = npt.NDArray[np.float32]
+if TYPE_CHECKING:  # most plans read no values, and numpy takes a fifth of their time
+    import numpy as np
+    import numpy.typing as npt
 
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
-    "BOOL": np.bool_,
+    Array: TypeAlias = npt.NDArray[np.float32]
+
+# safetensors name -> numpy's
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
+    "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
 # of routers, the largest that are read, a model of 1,000 experts has 64 MiB
 _MAX_BYTES = 256 << 20
@@ -80,6 +81,8 @@ def are_equal(first: Array, second: Array, dtypes: Sequence[str]) -> bool:
     Args:
         dtypes: safetensors names of the dtypes that the numbers went through.
     """
+    import numpy as np
+
     if first.shape != second.shape:
         return False
     # the coarsest counts, and an eighth more for a second rounding to one of the others
@@ -95,10 +98,12 @@ def _bytes(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
 
 
 def _decoded(data: bytes, tensor: StoredTensor) -> Array:
+    import numpy as np
+
     if tensor.dtype not in _DTYPES:
         what = f"{tensor.name!r} is {tensor.dtype}, whose values the plan cannot read"
         raise file_error(tensor.path, what, remedy="")
-    array = np.frombuffer(data, dtype=np.dtype(_DTYPES[tensor.dtype]).newbyteorder("<"))
+    array = np.frombuffer(data, dtype=_DTYPES[tensor.dtype])
     assert len(array) * array.itemsize == len(data), (tensor, math.prod(tensor.shape))
     if tensor.dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)

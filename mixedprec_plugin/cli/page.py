@@ -20,26 +20,6 @@ from mixedprec_plugin.resources import page_path
 _DATA = "/*DATA*/"
 
 
-def add_page_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that ask for them."""
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE",
-        help="write the plan as one page to look at, and to try other methods in",
-    )  # fmt: skip
-    parser.add_argument(
-        "--svg", type=Path, metavar="FILE", help="write a map of its bytes for a report"
-    )
-    parser.add_argument(
-        "--against", default="", metavar="PRESET",
-        help="with --html: another preset beside it, or the address of a server that runs",
-    )  # fmt: skip
-    parser.add_argument(
-        "--overlay", type=Path, metavar="FILE", action="append", default=[],
-        help="with --html: what verify --json printed, search's scores, or a folder of convert "
-        "--calibrate, to colour layers by; repeatable",
-    )  # fmt: skip
-
-
 def write_pages(args: argparse.Namespace, plan: Plan) -> None:
     """Write what the command line asks for.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TextIO
 
 from mixedprec_plugin.cli.build import with_build
 from mixedprec_plugin.cli.output import print_json
-from mixedprec_plugin.cli.page import add_page_arguments, write_pages
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_draft_plan, make_plan
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.plan.render import plan_as_dict, print_plan
@@ -33,7 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--build", action="store_true",
         help="build SGLang's model without weights as well, and hold the plan against it",
     )  # fmt: skip
-    add_page_arguments(parser)
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE",
+        help="write the plan as one page to look at, and to try other methods in",
+    )  # fmt: skip
+    parser.add_argument(
+        "--svg", type=Path, metavar="FILE", help="write a map of its bytes for a report"
+    )
+    parser.add_argument(
+        "--against", default="", metavar="PRESET",
+        help="with --html: another preset beside it, or the address of a server that runs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overlay", type=Path, metavar="FILE", action="append", default=[],
+        help="with --html: what verify --json printed, search's scores, or a folder of convert "
+        "--calibrate, to colour layers by; repeatable",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
@@ -52,7 +67,10 @@ def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
     if args.build:
         plan, *drafts = with_build(args, [plan] + ([draft] if draft else []))
         draft = drafts[0] if drafts else None
-    write_pages(args, plan)
+    if args.html or args.svg or args.against or args.overlay:
+        from mixedprec_plugin.cli.page import write_pages
+
+        write_pages(args, plan)
     page = Page(out)
     if args.json:
         print_json(plan_as_dict(plan) | ({"draft": plan_as_dict(draft)} if draft else {}), out)

@@ -11,15 +11,12 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import Gpu, find_gpu, served_dtype
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.budget import Load
+from mixedprec_plugin.plan.budget import KV_BYTES, Load
 from mixedprec_plugin.plan.drafts import own_draft, resolve_draft_plan
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
-
-# --kv-cache-dtype -> bytes of a number in the KV cache
-KV_BYTES = {"auto": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
 def add_planning_arguments(

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="MODEL", help="checkpoint folder, or a Hugging Face id"
     )
     wanted = parser.add_argument_group("budget", "one of these, or --gpu with --context")
-    wanted.add_argument("--bits", type=float, metavar="N", help="bits a weight, scales counted")
+    wanted.add_argument(
+        "--bits", type=float, metavar="N", help="bits a weight of linear layers, scales counted"
+    )
     wanted.add_argument(
         "--budget", type=_size, metavar="SIZE",
         help="bytes of weights on each rank, everything counted: 12GiB",

@@ -7,6 +7,7 @@ machines; what only SGLang can tell is said by the server itself.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import shutil
@@ -17,10 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from mixedprec_plugin.cli.arguments import positive
 from mixedprec_plugin.cli.output import print_json, report
 from mixedprec_plugin.cli.planning import make_plan
-from mixedprec_plugin.errors import LoadError, PlanError, Problem, UsageError
-from mixedprec_plugin.plan.memory import RESERVE, memory_lines
+from mixedprec_plugin.errors import LoadError, Problem, UsageError
+from mixedprec_plugin.plan.budget import KV_BYTES, Load
+from mixedprec_plugin.plan.memory import MEMORY_RULES, memory_lines, usual_load, why_not_in_memory
+from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import plan_as_dict, totals_line
 from mixedprec_plugin.plan.tables import Page
 from mixedprec_plugin.preset.parents import locate_preset
@@ -60,6 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="as SGLang's (127.0.0.1)")
     parser.add_argument("--port", type=int, default=30000, metavar="N", help="as SGLang's (30000)")
+    memory = parser.add_argument_group("memory of the GPU", "as SGLang's")
+    memory.add_argument("--mem-fraction-static", type=_fraction, metavar="SHARE")
+    memory.add_argument("--context-length", type=positive, metavar="TOKENS")
+    memory.add_argument("--max-running-requests", type=positive, metavar="N")
+    memory.add_argument("--kv-cache-dtype", metavar="DTYPE")
+    memory.add_argument(
+        "--pp-size", "--pipeline-parallel-size", dest="pp_size", type=positive, default=1,
+        metavar="N", help="of several stages the memory is not checked",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="start nothing")
     parser.epilog = f"Any other option is SGLang's, and is handed on.\n\n{parser.epilog or ''}"
     parser.set_defaults(passed_on=[])
@@ -78,10 +91,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         args.gpu = found
     args.device = "cuda" if args.gpu else "cpu"
     plan = make_plan(args)
-    has_fraction = any(word.startswith("--mem-fraction-static") for word in args.passed_on)
-    errors = [p for p in plan.errors if not (has_fraction and p.rule == RESERVE)]
-    if errors:
-        raise PlanError(errors)
+    load = _load(args, plan)
+    memory = (
+        []
+        if load is None
+        else why_not_in_memory(plan.layers, plan.target, plan.source.config, load)
+    )
+    others = (p for p in plan.problems if p.rule not in MEMORY_RULES)
+    plan = dataclasses.replace(plan, problems=(*others, *memory)).check()
     if problems := [*plan.not_calibrated(), *_port_problems(args.host, args.port)]:
         raise LoadError(problems)
     command = _command(args)
@@ -90,15 +107,34 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     else:
         page = Page(out)
         page.print(totals_line(plan))
-        where = "no GPU: served by the CPU platform" if args.device == "cpu" else ""
-        memory = memory_lines(plan.layers, plan.target, plan.source.config)
-        for line in memory or filter(None, [where]):
+        if args.device == "cpu":
+            page.print("no GPU: served by the CPU platform")
+        for line in memory_lines(plan, load, args.max_running_requests) if load else ():
             page.print(line)
-        report([p for p in plan.problems if p.severity != "error"], sys.stderr)
+        report(plan.problems, sys.stderr)
         print(f"$ {shlex.join(command)}", file=out, flush=True)
     if not args.check:
         os.execv(command[0], command)
     return 0
+
+
+def _fraction(text: str) -> float:
+    """Read a share of memory from the command line."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share (expected more than 0, less than 1)")
+    return value
+
+
+def _load(args: argparse.Namespace, plan: Plan) -> Load | None:
+    """What the options ask of a GPU; None where this is not known: of stages, and of formats."""
+    load = usual_load(plan.preset)
+    dtype = args.kv_cache_dtype
+    kv_bytes = KV_BYTES.get(dtype) if dtype not in (None, "auto") else load.kv_bytes
+    if args.pp_size > 1 or kv_bytes is None:
+        return None
+    context = args.context_length or load.context
+    return Load(context, 1, kv_bytes, args.mem_fraction_static)
 
 
 def _command(args: argparse.Namespace) -> list[str]:
@@ -117,7 +153,15 @@ def _command(args: argparse.Namespace) -> list[str]:
         command += ["--mixedprec-config", _path(args.preset)]
     for override in args.overrides:
         command += ["--mixedprec-set", override]
-    said = {"--tp-size": (args.tp, 1), "--dtype": (args.dtype, "auto")}
+    said = {
+        "--tp-size": (args.tp, 1),
+        "--pp-size": (args.pp_size, 1),
+        "--dtype": (args.dtype, "auto"),
+        "--mem-fraction-static": (args.mem_fraction_static, None),
+        "--context-length": (args.context_length, None),
+        "--max-running-requests": (args.max_running_requests, None),
+        "--kv-cache-dtype": (args.kv_cache_dtype, None),
+    }
     for flag, (value, default) in said.items():
         command += [flag, str(value)] if value != default else []
     return [*command, "--host", args.host, "--port", str(args.port), *args.passed_on]

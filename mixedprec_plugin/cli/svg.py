@@ -67,7 +67,7 @@ def map_of(plan: Plan) -> str:
     whole = Rect(0, _HEAD, _WIDTH, _HEIGHT)
     places = squarified([kind.num_bytes for kind in kinds], whole)
     tiles = [_tile(*pair, scale) for pair in zip(kinds, places, strict=True)]
-    title = f"{plan.preset.path.rpartition('/')[2]} over {plan.source.path.name}"
+    title = f"{plan.preset.path.rpartition('/')[2]} over {plan.source.shown.rpartition('/')[2]}"
     height = _HEAD + _HEIGHT + _FOOT
     return "\n".join(
         [
@@ -175,8 +175,10 @@ def _color(bits: float, scale: dict[str, Any]) -> str:
 
 
 def _ink_on(color: str) -> str:
-    red, green, blue = ((int(color[k : k + 2], 16) / 255) ** 2.2 for k in (1, 3, 5))
-    return "#111111" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.2 else "#ffffff"
+    """The better of black and white, as the page's `inkOn`."""
+    parts = (int(color[k : k + 2], 16) / 255 for k in (1, 3, 5))
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+    return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
 
 
 def _cut(text: str, letters: int) -> str:

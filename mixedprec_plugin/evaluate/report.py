@@ -26,6 +26,7 @@ from mixedprec_plugin.evaluate.divergence import (
 )
 from mixedprec_plugin.evaluate.server import Server
 from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.render import totals
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.preset.load import load_resolved
@@ -41,7 +42,7 @@ class Row:
     """What one preset costs.
 
     Attributes:
-        bits: of a weight of the layers that can be quantized, scales counted.
+        bits: served ones a weight of linear layers, scales counted.
         num_bytes: of all that is served.
     """
 
@@ -88,7 +89,7 @@ def evaluate(
         found = _found(network, plans, tokens, reader, folder, progress, servers)
     rows = {UNQUANTIZED: own, **plans}
     return [
-        Row(name, _bits(plan), plan.bytes_after, one)
+        Row(name, totals(plan)["bits_per_linear_weight"], plan.bytes_after, one)
         for (name, plan), one in zip(rows.items(), found.values(), strict=True)
     ]
 
@@ -128,13 +129,6 @@ def _unquantized(reference: Source, plans: Mapping[str, Plan]) -> Plan:
     return plan.check()
 
 
-def _bits(plan: Plan) -> float:
-    """Served bits a weight of linear layers and experts, scales counted."""
-    layers = [layer for layer in plan.layers if layer.kind in ("linear", "expert")]
-    num_weights = sum(layer.num_weights for layer in layers)
-    return 8 * sum(layer.bytes_after for layer in layers) / num_weights if num_weights else 0.0
-
-
 def _with_error(mean: Mean, digits: int) -> str:
     error = "" if mean.error is None else f" ± {mean.error:.{digits}f}"
     return f"{mean.value:.{digits}f}{error}"
@@ -144,7 +138,7 @@ def print_rows(
     rows: Sequence[Row], text: Path | None, page: Page, *, is_served: bool = False
 ) -> None:
     """Print a table of what was found."""
-    numbers = ("bits", "KL, nats a token", "perplexity", "top-1 agreement")
+    numbers = ("linear bits", "KL, nats a token", "perplexity", "top-1 agreement")
     table = Table(("preset", False), *((title, True) for title in numbers))
     for row in rows:
         found = row.found
@@ -192,7 +186,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         kl = row.found.kl
         axes.errorbar(row.bits, kl.value, yerr=kl.error or 0, fmt="o")
         axes.annotate(row.name, (row.bits, kl.value), xytext=(5, 5), textcoords="offset points")
-    axes.set(xlabel="bits a weight", ylabel="KL, nats a token", ylim=(0, None))
+    axes.set(xlabel="bits a weight of linear layers", ylabel="KL, nats a token", ylim=(0, None))
     axes.grid(alpha=0.3)
     try:
         figure.savefig(path)

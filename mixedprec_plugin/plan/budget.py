@@ -18,6 +18,8 @@ from mixedprec_plugin.families.config import Config, count_of, text_config
 from mixedprec_plugin.methods.cards import Gpu
 
 KV_CACHE = "KV cache"
+# --kv-cache-dtype -> bytes of a number in the KV cache
+KV_BYTES = {"auto": 2, "bf16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _MIB = 1 << 20
 # memory below so many MiB -> tokens of a chunk of prefill, requests of the largest CUDA graph on
 # fewer than four ranks, and on more
@@ -44,11 +46,13 @@ class Load:
         context: tokens of one request, prompt and answer.
         concurrency: requests.
         kv_bytes: bytes of a number in the KV cache, 1 for --kv-cache-dtype fp8_e4m3.
+        fraction: --mem-fraction-static; None for SGLang's default.
     """
 
     context: int
     concurrency: int
     kv_bytes: int = 2
+    fraction: float | None = None
 
 
 class Line(NamedTuple):
@@ -92,11 +96,16 @@ def gpu_budget(gpu: Gpu, tp_size: int, config: Config, load: Load) -> Budget:
         what = f"the memory of {gpu.name} is not known (expected a name, such as H100)"
         raise UsageError(Problem("--gpu", what, "name the GPU, or give --budget", "gpu"))
     memory = Line("memory", gpu.memory_bytes, f"{gpu.name}, {gpu.memory_bytes // 10**9} GB")
-    taken = (_reserve(gpu.memory_bytes, tp_size, config), *_cache(config, tp_size, load))
-    return Budget(memory, taken)
+    if load.fraction is None:
+        reserve = _default_reserve(gpu.memory_bytes, tp_size, config)
+    else:
+        title = f"left free by --mem-fraction-static {load.fraction:g}"
+        free = gpu.memory_bytes - int(gpu.memory_bytes * load.fraction)
+        reserve = Line(title, free, "as asked")
+    return Budget(memory, (reserve, *_cache(config, tp_size, load)))
 
 
-def _reserve(memory_bytes: int, tp_size: int, config: Config) -> Line:
+def _default_reserve(memory_bytes: int, tp_size: int, config: Config) -> Line:
     """What SGLang keeps for activations and CUDA graphs by default, on a server of one node."""
     memory = memory_bytes / _MIB
     defaults = (row[1:] for row in _DEFAULTS if memory < row[0])

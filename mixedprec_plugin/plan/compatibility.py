@@ -14,13 +14,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
-from mixedprec_plugin.checkpoint.values import Array, Values, are_equal
+from mixedprec_plugin.checkpoint.values import Values, are_equal
 from mixedprec_plugin.errors import Problem, Severity
 from mixedprec_plugin.families.config import architecture, sizes
 from mixedprec_plugin.families.table import family_of
@@ -28,6 +26,9 @@ from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.transforms import TRANSFORMS, of_weights
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
+
+if TYPE_CHECKING:
+    from mixedprec_plugin.checkpoint.values import Array
 from mixedprec_plugin.preset.model import Preset
 
 # tools pad the vocabulary to multiples of up to 512 rows
@@ -154,6 +155,8 @@ def _matrix(name: str, source: Source) -> StoredTensor | None:
 
 
 def _cosine(first: Array, second: Array) -> float:
+    import numpy as np
+
     length = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float((first * second).sum()) / length if length else 0.0
 
@@ -162,6 +165,8 @@ def _norm_differences(
     layers: Iterable[PlannedLayer], source: Source, model: Source, values: Values
 ) -> list[str]:
     """Norms that are no positive multiple, feature by feature: scales that tools fold are."""
+    import numpy as np
+
     names = []
     offset = family_of(model.config).norm_offset
     if offset is None:

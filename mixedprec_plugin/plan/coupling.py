@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
-from mixedprec_plugin.checkpoint.values import Array, Values, are_equal
+from mixedprec_plugin.checkpoint.values import Values, are_equal
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component
 from mixedprec_plugin.families.table import family_of
@@ -30,6 +29,9 @@ from mixedprec_plugin.families.wiring import Unit, coupled_units
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.model import PlannedLayer, Rescale
+
+if TYPE_CHECKING:
+    from mixedprec_plugin.checkpoint.values import Array
 
 _CHANGEABLE = frozenset({"cast", "quantize", "dequantize", "requantize"})
 # what is compared beside a norm: routers' biases, short convolutions; not stacked experts
@@ -247,6 +249,8 @@ class Coupling:
 
     def _distance(self, norm: str, first: str, second: str) -> float:
         """The largest factor between two sources' norms."""
+        import numpy as np
+
         one, other = self._norm(norm, first), self._norm(norm, second)
         suffix = "weight" if "weight" in one.keys() & other.keys() else next(iter(one), "")
         if suffix not in other or one[suffix].shape != other[suffix].shape:
@@ -264,6 +268,8 @@ class Coupling:
 
 def _ratio(own: Array, served: Array) -> Array | None:
     """own / served, 1 where both are zero; None where only one is."""
+    import numpy as np
+
     if own.shape != served.shape or bool(np.any((own == 0) != (served == 0))):
         return None
     zero = served == 0

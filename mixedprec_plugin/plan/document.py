@@ -24,11 +24,11 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.names import scheme_unit, sglang_name
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.kernels import config_class
-from mixedprec_plugin.plan.budget import KV_CACHE, Load, gpu_budget
+from mixedprec_plugin.plan.budget import KV_CACHE, gpu_budget
 from mixedprec_plugin.plan.checks import kernel_among, with_shards
 from mixedprec_plugin.plan.choices import Choices, scheme_as_dict
 from mixedprec_plugin.plan.folding import unfold_names
-from mixedprec_plugin.plan.memory import parts_of, rank_bytes
+from mixedprec_plugin.plan.memory import parts_of, rank_bytes, usual_load
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.render import totals
 from mixedprec_plugin.preset.model import Scheme
@@ -107,7 +107,7 @@ class _Document:
         return {
             "format": FORMAT,
             "model": {
-                "path": str(plan.source.path),
+                "path": plan.source.shown,
                 "architecture": next(iter(self._config.get("architectures") or ()), ""),
             },
             "preset": {
@@ -258,7 +258,8 @@ def _card(plan: Plan) -> dict[str, Any] | None:
         return None
     weights = rank_bytes(plan.layers, target.tp_size, config)
     try:
-        budget = gpu_budget(target.gpu, target.tp_size, config, Load(context=1, concurrency=1))
+        load = dataclasses.replace(usual_load(plan.preset), context=1)
+        budget = gpu_budget(target.gpu, target.tp_size, config, load)
     except UsageError as error:
         return {"weights": weights, "unknown": error.problems[0].what}
     cache = next(line for line in budget.taken if line.title == KV_CACHE)

@@ -12,15 +12,15 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import bandwidth_of
 from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.registry import METHODS
-from mixedprec_plugin.plan.budget import KV_CACHE, Load, gpu_budget
-from mixedprec_plugin.plan.model import PlannedLayer
+from mixedprec_plugin.plan.budget import KV_BYTES, KV_CACHE, Load, gpu_budget
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.preset.model import Preset
 
-# tokens of the requests that the KV cache is told in
-_CONTEXT = 8192
 # compute capability of a GPU with units for every format
 _NEWER = 90
-# rule of what another --mem-fraction-static would help
-RESERVE = "memory-reserve"
+# rules of problems: weights that no option makes room for, and others
+MEMORY_RULES = _TOO_LARGE, _NO_ROOM = ("memory", "memory-reserve")
+_ONE = Load(context=1, concurrency=1)
 _MOST = 0.9
 _SPLIT_KINDS = ("linear", "expert", "embedding", "lm_head")
 
@@ -54,25 +54,38 @@ def parts_of(tp_size: int, config: Config) -> Callable[[PlannedLayer], int]:
     return num_parts
 
 
-def memory_lines(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[str]:
-    """What a rank's GPU holds, a line each in one unit; empty where its memory is not known."""
+def usual_load(preset: Preset) -> Load:
+    """Requests of 8,192 tokens by SGLang's defaults, the KV cache as a preset says."""
+    return Load(8192, 1, KV_BYTES[preset.kv_cache.dtype])
+
+
+def memory_lines(plan: Plan, load: Load, most_requests: int | None = None) -> list[str]:
+    """What a rank's GPU holds, a line each in one unit; empty where its memory is not known.
+
+    Args:
+        load: what requests are, and how much of the memory SGLang may take.
+        most_requests: that are served at once.
+    """
+    layers, target, config = plan.layers, plan.target, plan.source.config
     gpu = target.gpu
     if gpu is None or not gpu.memory_bytes:
         return []
     held, lines = rank_bytes(layers, target.tp_size, config), []
     title = f"{gpu.name} of {_gigabytes(gpu.memory_bytes)}, each of {target.tp_size}:"
     try:
-        reserve, token = _reserve_and_token(target, config)
+        reserve, token = _reserve_and_token(target, config, load)
     except UsageError as error:
         return [title, f"  {_gigabytes(held):>8}  weights", f"  {error.problems[0].what}"]
     room = max(0, gpu.memory_bytes - reserve - held)
     tokens = room // token if token else 0
-    requests = f", {tokens // _CONTEXT} requests of {_CONTEXT:,}" if tokens >= _CONTEXT else ""
+    num_requests = min(tokens // load.context, most_requests or tokens)
+    requests = f", {num_requests} requests of {load.context:,}" if num_requests else ""
+    whose = ", by SGLang's default" if load.fraction is None else ""
     fraction = f"{1 - reserve / gpu.memory_bytes:.3g}"
     lines += [
         title,
         f"  {_gigabytes(held):>8}  weights",
-        f"  {_gigabytes(reserve):>8}  activations and CUDA graphs, by SGLang's default "
+        f"  {_gigabytes(reserve):>8}  activations and CUDA graphs{whose} "
         f"(--mem-fraction-static {fraction})",
         f"  {_gigabytes(room):>8}  KV cache: {tokens:,} tokens{requests}",
     ]
@@ -85,14 +98,15 @@ def memory_lines(layers: Sequence[PlannedLayer], target: Target, config: Config)
     return lines + [f"  {text}" for text in _weight_only(layers, target)]
 
 
-def _reserve_and_token(target: Target, config: Config) -> tuple[int, int]:
+def _reserve_and_token(target: Target, config: Config, load: Load) -> tuple[int, int]:
     """Bytes that SGLang keeps free of weights and KV cache, and that a token adds to the cache.
 
     Raises:
         UsageError: what a request keeps is not known.
     """
     assert target.gpu is not None
-    taken = gpu_budget(target.gpu, target.tp_size, config, Load(1, 1)).taken
+    one = dataclasses.replace(load, context=1, concurrency=1)
+    taken = gpu_budget(target.gpu, target.tp_size, config, one).taken
     token = sum(line.num_bytes for line in taken if line.title == KV_CACHE)
     return sum(line.num_bytes for line in taken) - token, token
 
@@ -145,7 +159,7 @@ def _kernels(layer: PlannedLayer, target: Target) -> dict[str, None]:
 
 
 def why_not_in_memory(
-    layers: Sequence[PlannedLayer], target: Target, config: Config
+    layers: Sequence[PlannedLayer], target: Target, config: Config, load: Load = _ONE
 ) -> list[Problem]:
     """Find whether SGLang would not start on the GPU of a rank: no room beside the weights."""
     if target.gpu is None or not target.gpu.memory_bytes:
@@ -155,7 +169,7 @@ def why_not_in_memory(
     def fits(held: int, tp_size: int) -> bool:
         try:
             reserve, token = _reserve_and_token(
-                dataclasses.replace(target, tp_size=tp_size), config
+                dataclasses.replace(target, tp_size=tp_size), config, load
             )
         except UsageError:  # what a request keeps is not known; the weights are
             reserve, token = 0, 0
@@ -175,12 +189,12 @@ def why_not_in_memory(
             ways.append(f"--tp {size}")
             break
     card = f"{target.gpu.name} of {_gigabytes(memory)}"
-    what, rule = f"the weights do not fit: {_gigabytes(held)} a rank on {card}", "memory"
+    what, rule = f"the weights do not fit: {_gigabytes(held)} a rank on {card}", _TOO_LARGE
     if held <= memory:
-        rule = RESERVE
-        if held < _MOST * memory:
+        rule = _NO_ROOM
+        if held < _MOST * memory and (load.fraction or 0) < _MOST:
             ways.append(f"--mem-fraction-static {_MOST}, which leaves less for activations")
-        reserve, _ = _reserve_and_token(target, config)
+        reserve, _ = _reserve_and_token(target, config, load)
         what = (
             f"SGLang would not start: {_gigabytes(held)} of weights a rank and "
             f"{_gigabytes(reserve)} for activations and CUDA graphs leave no room for a KV cache "

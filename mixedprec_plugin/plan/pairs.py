@@ -26,8 +26,6 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.checkpoint.values import Values
@@ -145,6 +143,7 @@ class Pairs:
         Half of the difference for each side: as a whole, an uneven norm leaves few columns to
         average the noise over.
         """
+        import numpy as np
         import torch
 
         norm = self.norms.get(producer, "")
@@ -231,6 +230,8 @@ def _leading_columns(
 
 
 def _is_in_order(g_idx: StoredTensor | None, group_size: int) -> bool:
+    import numpy as np
+
     if g_idx is None:
         return True
     order = Values().of(g_idx)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mixedprec_plugin.errors import printable
@@ -13,7 +13,7 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.plan.family_checks import shared_experts_line
 from mixedprec_plugin.plan.folding import fold_names, fold_numbers
 from mixedprec_plugin.plan.kv_cache import kv_cache_as_dict, kv_cache_line
-from mixedprec_plugin.plan.memory import memory_lines
+from mixedprec_plugin.plan.memory import memory_lines, usual_load
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.tables import Page, Table
 
@@ -173,9 +173,13 @@ def _layer_as_dict(layer: PlannedLayer, family: Family) -> dict[str, Any]:
 
 
 def totals(plan: Plan) -> dict[str, Any]:
-    """Sums over the plan; `bytes_unquantized` is the same model wholly in its running dtype."""
+    """Sums over the plan; `bytes_unquantized` is the same model wholly in its running dtype.
+
+    Bits a weight are served ones, scales and zero points counted: of all matrices, and of linear
+    layers, experts among them, which leaves out embeddings and `lm_head`.
+    """
     matrices = [layer for layer in plan.layers if layer.num_weights and layer.kind != "draft"]
-    num_weights = sum(layer.num_weights for layer in matrices)
+    linear = [layer for layer in matrices if layer.kind in ("linear", "expert")]
     served = sum(layer.bytes_after for layer in matrices)
     # a head that was untied would share the embedding's weight
     own = sum(layer.num_weights for layer in matrices if layer.bytes_before)
@@ -185,8 +189,15 @@ def totals(plan: Plan) -> dict[str, Any]:
         "bytes_before": plan.bytes_before,
         "bytes": plan.bytes_after,
         "bytes_unquantized": unquantized,
-        "bits_per_weight": round(8 * served / num_weights, 4) if num_weights else 0.0,
+        "bits_per_weight": _bits(matrices),
+        "bits_per_linear_weight": _bits(linear),
     }
+
+
+def _bits(layers: Sequence[PlannedLayer]) -> float:
+    num_weights = sum(layer.num_weights for layer in layers)
+    served = sum(layer.bytes_after for layer in layers)
+    return round(8 * served / num_weights, 4) if num_weights else 0.0
 
 
 def print_plan(plan: Plan, page: Page) -> None:
@@ -212,7 +223,7 @@ def print_plan(plan: Plan, page: Page) -> None:
     page.print(table)
     page.print()
     page.print(totals_line(plan))
-    for line in memory_lines(plan.layers, plan.target, plan.source.config):
+    for line in memory_lines(plan, usual_load(plan.preset)):
         page.print(line)
     for line in filter(None, (kv_cache_line(plan), _shared_experts(plan))):
         page.print(printable(line))
@@ -228,7 +239,8 @@ def totals_line(plan: Plan) -> str:
     saved = 1 - sums["bytes"] / sums["bytes_unquantized"] if sums["bytes_unquantized"] else 0.0
     return (
         f"{sums['layers']} layers: {format_bytes(sums['bytes_before'])} stored, "
-        f"{format_bytes(sums['bytes'])} served, {sums['bits_per_weight']:.2f} bits a weight; "
+        f"{format_bytes(sums['bytes'])} served, {sums['bits_per_linear_weight']:.2f} bits a weight "
+        f"of linear layers, {sums['bits_per_weight']:.2f} of all; "
         f"unquantized {format_bytes(sums['bytes_unquantized'])}, {saved:.0%} saved"
     )
 

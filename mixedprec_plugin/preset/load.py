@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from mixedprec_plugin.errors import PresetError
 from mixedprec_plugin.preset.binding import Binder
 from mixedprec_plugin.preset.document import Document, Findings, Path, RefusedError, at, join_path
@@ -18,7 +16,6 @@ from mixedprec_plugin.preset.interpolation import (
     escape,
     is_interpolated,
     refuse_environment,
-    resolve,
 )
 from mixedprec_plugin.preset.model import KvCache, Location, Preset
 from mixedprec_plugin.preset.parents import find_preset, merge, read_with_parents
@@ -81,7 +78,11 @@ def _load(documents: list[Document], overrides: Sequence[str], findings: Finding
         document = merge(documents)
         _override_all(document, overrides)
         _check_given(document)
-        data, shown = resolve(document)
+        data = shown = document.data
+        if any(is_interpolated(value) for _, value in document.parts()):
+            from mixedprec_plugin.preset.resolver import resolve
+
+            data, shown = resolve(document)
         if data is not None:
             check_preset(data, shown, document)
             bound = Binder(data, shown, document)
@@ -157,6 +158,8 @@ def _apply(document: Document, override: str, place: Location) -> None:
     value = read_value(text, place.file, document.findings)
     if value is None:
         return
+    from omegaconf import OmegaConf
+
     path = _locate(document.data, keys)
     config = OmegaConf.create(document.data)
     is_merged = isinstance(at(document.data, path), dict) and isinstance(value.data, dict)

@@ -172,7 +172,21 @@ def with_fewest_schemes(
         kept = set(found.choice.values())
     if found is not best:
         found = allocate(table.only(kept), budget)
-    return dataclasses.replace(found, bound=best.bound)
+    return dataclasses.replace(found, choice=_in_runs(table, found.choice), bound=best.bound)
+
+
+def _in_runs(table: Table, choice: Mapping[str, str]) -> dict[str, str]:
+    """The same, but that of units which are alike the first ones have the larger candidates."""
+    alike: dict[bytes, list[int]] = {}
+    for row, (loss, size) in enumerate(zip(table.loss, table.size, strict=True)):
+        alike.setdefault(loss.tobytes() + size.tobytes(), []).append(row)
+    column = {name: index for index, name in enumerate(table.candidates)}
+    found = dict(choice)
+    for rows in alike.values():
+        units, size = [table.units[row] for row in rows], table.size[rows[0]]
+        names = sorted((choice[unit] for unit in units), key=lambda x: (-size[column[x]], x))
+        found.update(zip(units, names, strict=True))
+    return found
 
 
 def _allocated(table: Table, budget: int, limit: float | None = None) -> Allocation:

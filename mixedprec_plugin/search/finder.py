@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.auto import is_bound
-from mixedprec_plugin.search.allocate import Allocation, Table, with_fewest_schemes
+from mixedprec_plugin.search.allocate import TOLERANCE, Allocation, Table, with_fewest_schemes
 from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit
 from mixedprec_plugin.search.front import Point, front_points, loss_of, named_points, point_of
 from mixedprec_plugin.search.kept import Basis, KeptScores, Scores
@@ -34,7 +34,7 @@ class Budget:
 
     Attributes:
         num_bytes: of weights on a rank, everything counted; None if bits are given.
-        bits: of a weight of the units, scales counted.
+        bits: a weight of linear layers, scales counted.
     """
 
     num_bytes: int | None = None
@@ -51,7 +51,7 @@ class Found:
         allocation: the candidate of each unit, or of each layer of experts.
         choice: the candidate of each unit.
         num_made: how many scores were made, and not read.
-        front, named: points to compare it with.
+        tables: what there was to choose from, in bytes over all ranks and of one rank.
     """
 
     choices: Choices
@@ -60,13 +60,23 @@ class Found:
     allocation: Allocation
     choice: Mapping[str, str]
     num_made: int
-    front: tuple[Point, ...]
-    named: tuple[Point, ...]
+    tables: tuple[Table, Table]
 
     @property
     def point(self) -> Point:
         """Where the choice stands."""
         return point_of("", self.choices, self.choice, self.scores)
+
+    @functools.cached_property
+    def front(self) -> tuple[Point, ...]:
+        """The best for other budgets."""
+        return tuple(front_points(self.choices, *self.tables))
+
+    @functools.cached_property
+    def named(self) -> tuple[Point, ...]:
+        """Presets that ship, and sources."""
+        is_small = len(self.choices.units) <= _MOST_UNITS_BESIDE
+        return tuple(named_points(self.choices, self.scores)) if is_small else ()
 
     @functools.cached_property
     def losses(self) -> dict[str, float]:
@@ -81,11 +91,13 @@ class Search:
     Attributes:
         at_load: whether only what needs no conversion may be chosen.
         is_by_layer: whether all experts of a layer run alike.
+        tolerance: by which share the loss may rise for fewer schemes.
     """
 
     choices: Choices
     at_load: bool = False
     is_by_layer: bool = False
+    tolerance: float = TOLERANCE
 
     def run(self, budget: Budget, scores: Scores, kind: Kind, num_made: int = 0) -> Found:
         """Choose.
@@ -103,13 +115,10 @@ class Search:
             table, limit = total, int(budget.bits * scored.num_weights / 8)
         if table.smallest > limit:
             raise _too_small(budget, scored, table)
-        allocation = with_fewest_schemes(table, limit, {AS_STORED})
+        allocation = with_fewest_schemes(table, limit, {AS_STORED}, self.tolerance)
         groups = self._groups(scored.units)
         choice = {unit: allocation.choice[groups[unit]] for unit in scored.units}
-        front = tuple(front_points(scored, total, ranks))
-        is_small = len(scored.units) <= _MOST_UNITS_BESIDE
-        named = tuple(named_points(scored, scores)) if is_small else ()
-        return Found(scored, kind, scores, allocation, choice, num_made, front, named)
+        return Found(scored, kind, scores, allocation, choice, num_made, (total, ranks))
 
     def smallest(self, scores: Scores) -> int:
         """Bytes of a rank, everything counted, that nothing is smaller than."""
@@ -224,7 +233,7 @@ def _too_small(budget: Budget, choices: Choices, table: Table) -> PlanError:
     """The error of a budget that nothing is within, with the nearest that is."""
     if budget.num_bytes is None:
         nearest = 8 * table.smallest / choices.num_weights
-        what = f"{budget.bits:g} bits a weight is less than anything takes"
+        what = f"{budget.bits:g} bits a weight of linear layers is less than anything takes"
         where, expected = "--bits", f"(expected {nearest + 0.005:.2f} or more)"
     else:
         size = (table.smallest + choices.rest[1]) / 2**30

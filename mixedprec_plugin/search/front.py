@@ -21,7 +21,7 @@ class Point:
 
     Attributes:
         name: of the preset or the source; empty for points of the front.
-        bits: of a weight of the units, scales counted.
+        bits: a weight of linear layers, scales counted.
         rank_bytes: of all that one rank holds.
         loss: what it is predicted to cost.
     """

@@ -53,7 +53,11 @@ def _draw_front(found: Found, axes: Any) -> None:
                 fontsize=7,
             )  # fmt: skip
     axes.plot(found.point.bits, found.point.loss, "o", color="red", label="this preset")
-    axes.set(xlabel="bits a weight, scales counted", ylabel=_LABELS[found.kind], yscale="log")
+    axes.set(
+        xlabel="bits a weight of linear layers, scales counted",
+        ylabel=_LABELS[found.kind],
+        yscale="log",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
 

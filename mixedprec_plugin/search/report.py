@@ -33,7 +33,7 @@ class Measured:
     text: str
 
 
-def header_lines(found: Found, path: Path, model: str) -> list[str]:
+def header_lines(found: Found, path: Path, model: str, verb: str = "search") -> list[str]:
     """The comment at the top of a preset: what it is, how to serve it, what it is predicted."""
     point, (unit, what) = found.point, _KINDS[found.kind]
     config = shlex.quote(path.name)
@@ -51,10 +51,10 @@ def header_lines(found: Found, path: Path, model: str) -> list[str]:
             f"sglang serve --model-path {name} --load-format mixedprec --mixedprec-config {config}"
         ]
     size = f"{format_bytes(point.rank_bytes)} a rank"
-    lines = [f"{point.bits:.3f} bits a weight, scales counted; {size}."]
+    lines = [f"{point.bits:.3f} bits a weight of linear layers, scales counted; {size}."]
     lines += [f"Loss {point.loss:.4f} {unit}".rstrip() + f": {what}."]
     return [
-        *_labelled("Purpose", [f"Found by mixedprec search for {printable(model)}.", *lines]),
+        *_labelled("Purpose", [f"Found by mixedprec {verb} for {printable(model)}.", *lines]),
         *_labelled("Command", command),
     ]
 
@@ -88,8 +88,8 @@ def print_found(
     page.print(table)
     point, allocation = found.point, found.allocation
     said = [
-        f"{point.bits:.3f} bits a weight, {format_bytes(point.rank_bytes)} a rank; loss "
-        f"{point.loss:.4f} {unit}".rstrip()
+        f"{point.bits:.3f} bits a weight of linear layers, "
+        f"{format_bytes(point.rank_bytes)} a rank; loss {point.loss:.4f} {unit}".rstrip()
         + f" ({what})",
         f"at most {max(allocation.gap, 0):.2%} above the least that is possible (bound "
         f"{allocation.bound:.4f}); up to {TOLERANCE:.0%} is given for a scheme less",

@@ -118,7 +118,7 @@ def _description(choices: Choices, weights: Mapping[str, int]) -> str:
     total = sum(weights.values())
     shares = sorted(weights.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{count / total:.0%} in {name}" for name, count in shares)
-    return f"Found for {choices.base.source.path.name}: {listed}."
+    return f"Found for {choices.base.source.shown.rpartition('/')[2]}: {listed}."
 
 
 def _source(reference: SourceReference) -> str:

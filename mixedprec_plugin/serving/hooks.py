@@ -164,7 +164,10 @@ def _before_listening(_: Any, server_args: Any = None) -> None:
     if server_args is not None and server_args.load_format == LOAD_FORMAT:
         from mixedprec_plugin.serving.live import tell
 
-        tell(server_args)
+        try:
+            tell(server_args)
+        except MixedPrecisionError as error:
+            exit_with(error)
 
 
 HOOKS = (

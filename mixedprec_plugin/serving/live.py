@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -25,8 +24,6 @@ from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import plan_as_dict
 from mixedprec_plugin.serving.planner import planner_of, serving_device
 from mixedprec_plugin.serving.settings import read_settings
-
-logger = logging.getLogger(__name__)
 
 PATH = "/mixedprec/plan"
 DOCUMENT_PATH = f"{PATH}/document"
@@ -55,9 +52,13 @@ class Served:
         # the router of several tokenizer workers has none of its own
         path = getattr(manager, "model_path", args.model_path)
         with self._lock:
+            planner = planner_of(args)
+            if self._last is None and planner.last is not None:
+                # what this process checked before it loaded, whose files may be gone by now
+                self._last = path, planner.last
             if self._last is None or self._last[0] != path:
                 before = self._last and self._last[1].preset
-                plan = planner_of(args).plan(
+                plan = planner.plan(
                     _folder(path, args), read_settings(args), str(args.dtype),
                     int(args.tp_size), serving_device(), before,
                 )  # fmt: skip
@@ -69,13 +70,13 @@ _served = Served()
 
 
 def tell(server_args: Any) -> None:
-    """Have the app of this process answer, and its metrics tell the preset, before it listens."""
+    """Have the app of this process answer, and its metrics tell the preset, before it listens.
+
+    Raises:
+        MixedPrecisionError: as for `Served.plan`.
+    """
     app.include_router(router)
-    try:
-        plan = _served.plan()
-    except MixedPrecisionError as error:
-        logger.warning("mixedprec: GET %s cannot say what runs: %s", PATH, error)
-        return
+    plan = _served.plan()
     if server_args.enable_metrics:
         _tell_metrics(plan)
 

@@ -40,6 +40,11 @@ class Planner:
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         return Planner, ()
 
+    @property
+    def last(self) -> Plan | None:
+        """The last plan, whatever has become of its files; None before the first."""
+        return None if self._last is None else self._last[0]
+
     def plan(
         self,
         model_path: str,

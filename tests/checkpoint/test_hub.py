@@ -84,6 +84,20 @@ save_file({n: t.contiguous() for n, t in open_virtual_checkpoint(*sys.argv[1:3])
 """
 
 
+def test_what_init_writes_names_the_model_by_its_id(hub: Hub, tmp_path: Path) -> None:
+    preset, page = tmp_path / "mine.yaml", tmp_path / "plan.html"
+    done = run(PLAN, tmp_path, hub, "init", "--model", REPO, "--bits", "5", "--out", str(preset))
+    assert done.returncode == 0, done.stderr
+    text = preset.read_text()
+    assert f"--model-path {REPO} --load-format mixedprec" in text
+    assert 'description: "Found for tiny-model: ' in text
+    words = ("plan", "--model", REPO, "--preset", str(preset), "--html", str(page))
+    done = run(PLAN, tmp_path, hub, *words)
+    assert done.returncode == 0, done.stderr
+    assert f'"path":"{REPO}"' in page.read_text()
+    assert COMMIT not in text
+
+
 def test_plan_reads_headers_and_only_the_planned_file_is_downloaded(
     hub: Hub, model: Path, preset: Path, tmp_path: Path
 ) -> None:

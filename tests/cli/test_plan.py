@@ -39,8 +39,8 @@ def test_plan_prints_folded_groups_totals_and_exits_0(model: Path, tmp_path: Pat
         "bfloat16 quantize 384.0 KiB 192.0 KiB 8.00",
         "model.norm - as stored 512 B 512 B",
         "lm_head - tied to model.embed_tokens as stored",
-        "29 layers: 3.5 MiB stored, 1.3 MiB served, 5.96 bits a weight; unquantized 3.5 MiB, 63% "
-        "saved",
+        "29 layers: 3.5 MiB stored, 1.3 MiB served, 5.49 bits a weight of linear layers, "
+        "5.96 of all; unquantized 3.5 MiB, 63% saved",
     ]
 
 

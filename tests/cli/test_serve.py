@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import published
 from tests.checkpoints import write_llama
 from tests.commands import converted, run, run_without_torch
 from tests.presets import write_preset
@@ -58,8 +59,8 @@ def test_check_prints_the_command_and_hands_sglangs_options_on(model: Path) -> N
     assert words == [
         "serve", "--model-path", str(model), "--load-format", "mixedprec",
         "--mixedprec-config", "awq", "--mixedprec-set", "schemes.all.group_size=64",
-        "--tp-size", "2", "--host", "127.0.0.1", "--port", str(port),
-        "--mem-fraction-static", "0.5", "--disable-radix-cache",
+        "--tp-size", "2", "--mem-fraction-static", "0.5", "--host", "127.0.0.1",
+        "--port", str(port), "--disable-radix-cache",
     ]  # fmt: skip
 
 
@@ -96,6 +97,37 @@ def test_what_does_not_fit_the_card_is_refused(model: Path) -> None:
     code, _, err = run("serve", "fp8-block", "--model", model, "--gpu", "RTX 2080 Ti")
     assert code == 1
     assert "does not run on this GPU, whose compute capability is 7.5" in err
+
+
+def test_the_lines_of_the_card_go_by_the_options(tmp_path: Path) -> None:
+    folder = published.qwen3_30b_a3b().write(tmp_path / "model")
+    preset = write_preset(tmp_path, 'match: "*_proj", method: awq')
+    words = ("serve", preset, "--model", folder, "--gpu", "RTX4090", "--check",
+             "--port", free_port(), "--mem-fraction-static", 0.9)  # fmt: skip
+
+    def tokens(*options: object) -> tuple[int, str]:
+        code, out, err = run(*words, *options)
+        assert code == 0, err
+        # a tenth of 24 GB
+        assert "2.4 GB  activations and CUDA graphs (--mem-fraction-static 0.9)" in out
+        said, _, rest = out.split("KV cache: ")[1].split("\n")[0].partition(" tokens")
+        return int(said.replace(",", "")), rest
+
+    num, rest = tokens()
+    assert rest == f", {num // 8192} requests of 8,192"
+    halves, rest = tokens("--kv-cache-dtype", "fp8_e4m3", "--context-length", 2048)
+    assert halves in (2 * num, 2 * num + 1)
+    assert rest == f", {halves // 2048} requests of 2,048"
+    assert tokens("--max-running-requests", 3, "--context-length", 1024)[1] == (
+        ", 3 requests of 1,024"
+    )
+    code, _, err = run(*words[:-1], 0.7)
+    assert code == 1
+    assert "7.2 GB for activations and CUDA graphs leave no room for a KV cache" in err
+    assert run(*words[:-1], 0.7, "--pp-size", 2)[0] == 0
+    code, _, err = run(*words[:-1], 1.5)
+    assert code == 2
+    assert err.startswith("mixedprec: error: --mem-fraction-static: 1.5 is no share")
 
 
 def test_the_driver_names_the_card(

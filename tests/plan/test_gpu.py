@@ -10,7 +10,7 @@ import pytest
 
 from mixedprec_plugin.methods.cards import find_gpu
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.memory import memory_lines, rank_bytes
+from mixedprec_plugin.plan.memory import memory_lines, rank_bytes, usual_load
 from mixedprec_plugin.plan.model import Plan
 from tests.checkpoints import write_llama
 from tests.presets import plan, problem_texts
@@ -107,7 +107,7 @@ def test_lines_of_memory_add_up_to_the_card(tmp_path: Path) -> None:
     made = on("A6000", qwen3_30b_a3b().write(tmp_path / "moe"), 'match: "*_proj", method: awq',
               'match: "*.self_attn.*", method: fp8')  # fmt: skip
     assert not made.errors
-    title, *lines = memory_lines(made.layers, made.target, made.source.config)
+    title, *lines = memory_lines(made, usual_load(made.preset))
     assert title == "RTX A6000 of 48 GB, each of 1:"
     sizes = [float(line.split(" GB")[0]) for line in lines[:3]]
     assert sum(sizes) == pytest.approx(48, abs=0.2)
@@ -118,7 +118,7 @@ def test_lines_of_memory_add_up_to_the_card(tmp_path: Path) -> None:
     assert re.search(r"which reads 2\.\d GB of weights", lines[3])
     assert lines[4].startswith("  fp8 is weight-only on RTX A6000, which has no units for it")
     newer = on("H100", tmp_path / "moe", 'match: "*.self_attn.*", method: fp8')
-    assert not any("weight-only" in x for x in memory_lines(newer.layers, newer.target, {}))
+    assert not any("weight-only" in x for x in memory_lines(newer, usual_load(newer.preset)))
 
 
 def test_memory_is_not_judged_where_it_is_not_known(mixtral: Path) -> None:

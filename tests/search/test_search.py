@@ -123,12 +123,12 @@ def test_init_goes_by_scores_that_are_there(model: Path, tmp_path: Path) -> None
     shutil.copytree(model, copy, ignore=shutil.ignore_patterns(".mixedprec"))
     words = ["init", "--device", "cpu", "--model", str(copy), "--bits", "5.5"]
     assert main(words, out) == 0
-    assert "Chosen by a rule of thumb" in out.getvalue()
+    assert "a rule of thumb from shapes alone" in out.getvalue()
     found(copy, "--at-load", "--bits", 5.5, "--methods", "awq,fp8", "--out", tmp_path / "a.yaml")
     preset = tmp_path / "mine.yaml"
     out = io.StringIO()
     assert main([*words, "--out", str(preset)], out) == 0
-    assert out.getvalue().startswith(f"{preset}: by the scores that mixedprec search kept, ")
+    assert "chosen by scores of mixedprec search" in out.getvalue()
     first, *rest = preset.read_text().splitlines()
     assert first.startswith("# yaml-language-server: $schema=")
     # the same schemes and rules, of which searches tell what they cost
@@ -137,7 +137,7 @@ def test_init_goes_by_scores_that_are_there(model: Path, tmp_path: Path) -> None
     # no size, no search
     out = io.StringIO()
     assert main(words[:-2], out) == 0
-    assert "Chosen by a rule of thumb" in out.getvalue()
+    assert "a rule of thumb from shapes alone" in out.getvalue()
 
 
 def test_quantized_release_is_rounded_again_where_that_is_chosen(tmp_path: Path) -> None:
@@ -277,7 +277,10 @@ def test_card_that_holds_nothing_of_it_is_refused_with_what_fits(tmp_path: Path)
     ("words", "message"),
     [
         # a fifth of the weights, down_proj's 96 inputs, only in groups of 32: 4.3125 and 4.625
-        (["--bits", "2"], r"2 bits a weight is less than anything takes \(expected 4.38 or more\)"),
+        (
+            ["--bits", "2"],
+            r"2 bits a weight of linear layers is .* \(expected 4.38 or more\)",
+        ),
         (["--budget", "50KiB"], r"less than anything takes \(expected .*GiB or more\)"),
         ([], "name one of --bits N, --budget SIZE, or --gpu NAME --context TOKENS"),
         (["--bits", "5", "--budget", "1GiB"], "--bits and --budget"),

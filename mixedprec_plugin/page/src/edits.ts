@@ -59,11 +59,11 @@ export function bitsOf(state: State, i: number): number {
   return shape && shape[0] * shape[1] && state.bytes[i] ? (8 * state.bytes[i]) / (shape[0] * shape[1]) : NaN;
 }
 
-export interface Totals { bytes: number; before: number; unquantized: number; bits: number; rank: number }
+export interface Totals { bytes: number; before: number; unquantized: number; bits: number; linear: number; rank: number }
 
 export function totalsOf(state: State): Totals {
   const { plan, bytes } = state;
-  let [sum, before, weights, served, rank] = [0, 0, 0, 0, 0];
+  let [sum, before, weights, served, linearWeights, linear, rank] = [0, 0, 0, 0, 0, 0, 0];
   for (let i = 0; i < plan.size; i++) {
     const form = plan.formOf(i);
     sum += bytes[i];
@@ -73,9 +73,14 @@ export function totalsOf(state: State): Totals {
     if (form.shape && form.shape[0]) {
       weights += form.shape[0] * form.shape[1];
       served += bytes[i];
+      if (form.kind === "linear" || form.kind === "expert") {
+        linearWeights += form.shape[0] * form.shape[1];
+        linear += bytes[i];
+      }
     }
   }
-  return { bytes: sum, before, unquantized: sum - served + 2 * weights, bits: weights ? (8 * served) / weights : 0, rank };
+  const bits = (bytes: number, of: number) => (of ? (8 * bytes) / of : 0);
+  return { bytes: sum, before, unquantized: sum - served + 2 * weights, bits: bits(served, weights), linear: bits(linear, linearWeights), rank };
 }
 
 export interface Fault { text: string; layers: number[] }

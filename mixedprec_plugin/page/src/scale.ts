@@ -97,10 +97,13 @@ export function matched(plan: Plan, other: Plan): Int32Array {
   return index;
 }
 
-/** The better of black and white on a colour. */
+/** The better of black and white on a colour: a contrast of 4.58 or more, by WCAG's relative luminance. */
 export function inkOn(color: string): string {
-  const [r, g, b] = [1, 3, 5].map((k) => (parseInt(color.slice(k, k + 2), 16) / 255) ** 2.2);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.2 ? "#111" : "#fff";
+  const [r, g, b] = [1, 3, 5].map((k) => {
+    const part = parseInt(color.slice(k, k + 2), 16) / 255;
+    return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 }
 
 export function short(value: number): string {

@@ -24,8 +24,9 @@ export function Head({ plan, totals, planned, other, isEdited, numErrors }: {
       {there && <p class="legend-against">beside it: <b>{other.plan.doc.preset.path.split("/").pop()}</b></p>}
       <dl class="figures">
         {figure("served", bytesText(totals.bytes), bytesText(was.bytes), there && bytesText(there.bytes), totals.bytes)}
-        {figure("bits a weight", totals.bits.toFixed(2), was.bits.toFixed(2), there && there.bits.toFixed(2))}
-        {figure("saved of unquantized", saved(totals), saved(was), there && saved(there))}
+        {figure("bits a weight of linear layers", totals.linear.toFixed(2), was.linear.toFixed(2), there && there.linear.toFixed(2))}
+        {figure("bits a weight of all", totals.bits.toFixed(2), was.bits.toFixed(2), there && there.bits.toFixed(2))}
+        {figure("saved against unquantized", saved(totals), saved(was), there && saved(there))}
         {figure("stored", bytesText(totals.before), bytesText(was.before), null)}
         {figure("layers", thousands(plan.size), thousands(plan.size), null)}
         <div class={numErrors ? "error" : ""}><dt>faults</dt><dd><a href="#faults-title">{numErrors ? thousands(numErrors) : numWarnings ? `${numWarnings} warning${numWarnings > 1 ? "s" : ""}` : "none"}</a></dd></div>

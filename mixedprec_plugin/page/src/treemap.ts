@@ -129,8 +129,8 @@ function draw(context: CanvasRenderingContext2D, look: Look, root: Rect, cells: 
       context.lineWidth = 2;
       context.strokeRect(cell.x + 1, cell.y + 1, cell.w - 2, cell.h - 2);
     }
-    // a word where there is room for it
-    if (cell.w > 64 && cell.h > 30) label(context, cell, state, inkOn(color));
+    // a word where there is room for it, and it can be read
+    if (isLit[k] && cell.w > 64 && cell.h > 30) label(context, cell, state, inkOn(color));
   }
   context.globalAlpha = 1;
   titles(context, look, root);
@@ -159,10 +159,7 @@ function label(context: CanvasRenderingContext2D, cell: Cell, state: State, ink:
   const block = state.plan.block[i];
   const head = summaryOf(state, i) || "as stored";
   context.fillText(clipped(context, block < 0 ? head : `${block}  ${head}`, cell.w - 10), cell.x + 5, cell.y + 5);
-  if (cell.h > 44) {
-    context.globalAlpha *= 0.8;
-    context.fillText(clipped(context, bytesText(bytes), cell.w - 10), cell.x + 5, cell.y + 20);
-  }
+  if (cell.h > 44) context.fillText(clipped(context, bytesText(bytes), cell.w - 10), cell.x + 5, cell.y + 20);
 }
 
 function titles(context: CanvasRenderingContext2D, look: Look, root: Rect): void {
