@@ -109,13 +109,18 @@ def _plain_header(data: bytes, num_bytes: int, path: Path) -> dict[str, StoredTe
     """
     try:
         entries = json.loads(data.decode())
+        # a key may stand there twice, or be spelled in escapes
+        counts = [data.count(key) for key in (b'"dtype"', b'"shape"', b'"data_offsets"')]
+        is_plain = b"\\" not in data and data.count(b'"__metadata__"') < 2
         notes = entries.pop("__metadata__", {}).values()
+        is_plain = is_plain and counts == [len(entries)] * 3
         said = sorted((*x.pop("data_offsets"), name, x) for name, x in entries.items())
         found = lay_out(((name, x.pop("dtype"), x.pop("shape")) for _, _, name, x in said), path)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError):
         return {}
     laid = [(x.start, x.start + x.num_bytes, x.name) for x in found.values()]
-    is_plain = laid == [x[:3] for x in said] and not any(x[3] for x in said)
+    is_plain = is_plain and laid == [x[:3] for x in said] and not any(x[3] for x in said)
+    is_plain = is_plain and all(type(end) is int for x in said for end in x[:2])
     is_plain = is_plain and all(isinstance(note, str) for note in notes)
     end = laid[-1][1] if laid else 0
     return found if is_plain and len(data) + end == num_bytes else {}

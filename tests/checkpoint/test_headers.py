@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mixedprec_plugin.checkpoint.headers import read_header
@@ -36,6 +36,38 @@ def test_header_agrees_with_the_safetensors_library(file: Path) -> None:
         for name, tensor in header.items():
             piece = library.get_slice(name)
             assert (tensor.dtype, list(tensor.shape)) == (piece.get_dtype(), piece.get_shape())
+
+
+TENSOR = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
+ODD = [
+    f'{{"a":{TENSOR}}}', f' {{"a":{TENSOR}}}  ', f'{{"a":{TENSOR},"a":{TENSOR}}}',
+    '{"a":{"dtype":"U8","dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
+    '{"a":{"dtype":"U8","\\u0064type":"U8","shape":[2],"data_offsets":[0,2]}}',
+    '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2],"more":1}}',
+    '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2.0]}}',
+    '{"a":{"dtype":"U8","shape":[2],"data_offsets":[false,2]}}',
+    '{"a":{"dtype":"U8","shape":[true,2],"data_offsets":[0,2]}}',
+    '{"a":{"dtype":"U8","shape":[-2,-1],"data_offsets":[0,2]}}',
+    '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2,2]}}',
+    f'{{"__metadata__":{{}},"__metadata__":{{}},"a":{TENSOR}}}',
+    f'{{"__metadata__":{{"x":"1","x":"2"}},"a":{TENSOR}}}',
+    f'{{"__metadata__":{{"x":1}},"a":{TENSOR}}}', f'{{"__metadata__":null,"a":{TENSOR}}}',
+    f'{{"\\ud800":{TENSOR}}}', "{}", "[]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_header_is_what_the_safetensors_library_takes_it_for(tmp_path: Path, text: str) -> None:
+    path, raw = tmp_path / "model.safetensors", text.encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(0 if text == "{}" else 2))
+    try:
+        with safe_open(path, framework="pt") as library:
+            expected = set(library.keys())
+    except SafetensorError:
+        with pytest.raises(CheckpointError):
+            read_header(path)
+        return
+    assert set(read_header(path)) == expected
 
 
 def test_reader_agrees_with_the_safetensors_library(file: Path) -> None:
