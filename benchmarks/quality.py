@@ -32,7 +32,8 @@ from benchmarks.reference_model import (
     windowed_log_probabilities,
 )
 from benchmarks.rounding import round_as_kernels
-from demo.model import checkpoint
+from demo.model import cache_dir, checkpoint
+from mixedprec_plugin.cli.main import main as mixedprec
 from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.evaluate.engine import WINDOW, distributions
 from mixedprec_plugin.evaluate.server import Server
@@ -41,6 +42,9 @@ from mixedprec_plugin.methods.interface import Target
 ROOT = Path(__file__).resolve().parents[1]
 PROSE = ROOT / "benchmarks" / "data" / "prose.txt"
 UNQUANTIZED = "(bf16, no preset)"
+# what stands behind the name of a preset that is rounded by `convert --calibrate`
+CALIBRATED = ", calibrated"
+BOTH_WAYS = ("awq", "gptq")
 WEIGHT_ONLY_LIMIT = 0.002
 QUANTIZED_INPUT_LIMIT = 0.01
 PERPLEXITY_TOLERANCE = 0.01
@@ -90,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model_path = checkpoint("widened")
-    names = options.preset or [UNQUANTIZED, *fitting_presets(model_path)]
+    presets = fitting_presets(model_path)
+    names = options.preset or [UNQUANTIZED, *presets, *map(f"{{}}{CALIBRATED}".format, BOTH_WAYS)]
     known = _read(options.out) if options.preset else {}
     tokens = AutoTokenizer.from_pretrained(model_path)(PROSE.read_text(encoding="utf-8"))[
         "input_ids"
@@ -108,13 +113,15 @@ def measure(name: str, model_path: Path, tokens: list[int], unquantized: torch.T
     """Compare one preset's server with its reference.
 
     Args:
-        name: a shipped preset, or UNQUANTIZED for a stock server.
+        name: a shipped preset, with CALIBRATED or without, or UNQUANTIZED for a stock server.
         tokens: T token ids.
         unquantized: [T - 1, V] log-probabilities of the bf16 weights in fp32.
     """
     preset_path, bits, limit = None, 16.0, WEIGHT_ONLY_LIMIT
     if name != UNQUANTIZED:
-        preset_path = PRESETS / f"{name}.yaml"
+        preset_path = PRESETS / f"{name.removesuffix(CALIBRATED)}.yaml"
+        if name.endswith(CALIBRATED):
+            preset_path = _calibrated(model_path, preset_path)
         plan = open_virtual_checkpoint(model_path, preset_path, Target(device="cpu")).plan
         layers = [layer for layer in plan.layers if layer.num_weights]
         bits = 8 * sum(x.bytes_after for x in layers) / sum(x.num_weights for x in layers)
@@ -145,6 +152,21 @@ def measure(name: str, model_path: Path, tokens: list[int], unquantized: torch.T
         limit=limit,
         num_tokens=count,
     )
+
+
+def _calibrated(model_path: Path, preset_path: Path) -> Path:
+    """A preset of what a preset is calibrated to; converted once, below the cache."""
+    folder = cache_dir() / "quality" / f"{model_path.name}-{preset_path.stem}"
+    if not folder.exists():
+        words = ["--model", model_path, "--preset", preset_path, "--out", folder, "--calibrate"]
+        code = mixedprec(["convert", "--device", "cpu", *map(str, words)])
+        if code:
+            raise SystemExit(code)
+    found = folder.with_suffix(".yaml")
+    rules = [{"match": "*_proj", "method": "auto", "source": "made"}]
+    content = {"version": 1, "sources": {"made": {"path": str(folder)}}, "rules": rules}
+    found.write_text(json.dumps(content), encoding="utf-8")
+    return found
 
 
 def _run_reference(
@@ -247,7 +269,8 @@ vocabulary of 49,152 tokens, nothing cut off, for {tokens} tokens of English pro
   is chaotic (a rounding that turns over makes others do so), and two correct implementations
   that round at different points, or sum in another order, end up about this far from each other.
 - *PPL bf16*, *KL to bf16*: the unquantized weights in fp32, and how far the preset is from them:
-  what the preset costs on this very small model, without calibration.
+  what the preset costs on this very small model; *calibrated* is what `convert --calibrate` makes
+  of it, on text that the model writes.
 
 {table}"""
 
