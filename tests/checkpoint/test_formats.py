@@ -37,6 +37,10 @@ DETECTED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "llmcompressor-w4a16-asym-g64": (
         "", {}, "pack-quantized", "pack-quantized 4-bit group 64 asymmetric"
     ),
+    "modelopt-nvfp4": (
+        "nvfp4", {"activation_scheme": "static"}, "nvfp4", "nvfp4 with input scales"
+    ),
+    "compressedtensors-nvfp4": ("", {}, "nvfp4-pack-quantized", "nvfp4-pack-quantized"),
     "bf16": ("bf16", {"dtype": "bfloat16"}, "float", "bfloat16"),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ CASES = [
     Case("int8_channel", {}),
     Case("awq", {"bits": 4, "group_size": 128}),
     Case("gptq", {"bits": 4, "group_size": 128}),
+    Case("nvfp4", {"activation_scheme": "none"}),
 ]
 
 

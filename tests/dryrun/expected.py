@@ -47,6 +47,8 @@ _NO_CARD: Mapping[str, set[tuple[str, int]]] = {
     "gptq_int8": _GPTQ,
     "gptq_column": _GPTQ,
     "gptq_act_order": _GPTQ,
+    # what Marlin's tiles do not fit is padded: marlin_utils_fp4.py:149
+    "nvfp4": set(),
 }
 # FP8 before 8.9 goes through Marlin (fp8.py:1300), so its shapes are Marlin's
 _NOT_IN_MARLIN = _GPTQ
@@ -110,6 +112,8 @@ def _kernels(card: Card, name: str, kind: str, dtype: str) -> tuple[str, tuple[s
         return "BlockInt8LinearMethod", _INT8_BLOCK
     if name == "int8_channel":
         return "W8A8Int8LinearMethod", _INT8_CHANNEL
+    if name == "nvfp4":
+        return "ModelOptNvFp4A16LinearMethod", _MARLIN
     if name == "awq":
         if card.architecture < 80 or kind == "ragged":
             return "AWQLinearMethod/AWQLinearScheme", _AWQ_PLAIN

@@ -28,6 +28,7 @@ RUNS_AS = {
     "gptq_int4": [_GPTQ],
     "gptq_int8": [_GPTQ],
     "gptq_column": [_GPTQ],
+    "nvfp4": ["ModelOptNvFp4FusedMoEMethod"],
     # in the order of each group's first expert
     "several": ["UnquantizedFusedMoEMethod", "BlockInt8MoEMethod", _AWQ, _GPTQ],
     "several, with FP8": [_GPTQ, "Fp8MoEMethod", "Fp8MoEMethod", "W8A8FP8MoEMethod"],
@@ -45,7 +46,7 @@ MATMULS = {
             "int8_channel",
         )
     },
-    **{key: {_MARLIN} for key in ("awq", "gptq_int4", "gptq_int8", "gptq_column")},
+    **{key: {_MARLIN} for key in ("awq", "gptq_int4", "gptq_int8", "gptq_column", "nvfp4")},
     **{key: {_TRITON, _MARLIN} for key in ("several", "several, with FP8")},
 }
 # get_min_capability: blockwise_int8.py:83, gptq/gptq.py:386; AWQ's experts are Marlin's; FP8 in

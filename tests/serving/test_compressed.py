@@ -21,7 +21,7 @@ SCHEMES = {
     "model.layers.0.self_attn.qkv_proj": "CompressedTensorsW8A8Fp8",
     "model.layers.0.self_attn.o_proj": "CompressedTensorsW8A8Fp8",
     "model.layers.0.mlp.gate_up_proj": "CompressedTensorsWNA16",
-    "model.layers.0.mlp.down_proj": "CompressedTensorsWNA16",
+    "model.layers.0.mlp.down_proj": "CompressedTensorsW4A16Fp4",
     "model.layers.1.self_attn.qkv_proj": None,
     "model.layers.1.self_attn.o_proj": None,
     "model.layers.1.mlp.gate_up_proj": "CompressedTensorsWNA16",
