@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from mixedprec_plugin.checkpoint.reader import Reader
+from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint, compose_served
 from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.sources import open_other_sources
 from tests.checkpoints import write_checkpoint, write_mixtral
-from tests.presets import plan
+from tests.presets import plan, preset
 from tests.reference.dequantize import nvfp4
 
 ATTENTION, EXPERT = (
@@ -88,14 +91,14 @@ def test_it_is_planned_as_it_is_stored_without_a_word(
 
 def test_its_experts_are_mixed_with_those_of_a_bf16_source(folders: tuple[Path, Path]) -> None:
     mixed, original = folders
-    made = plan(
-        mixed,
+    rules = preset(
+        mixed.parent / "presets",
         'match: "*.experts.*", method: nvfp4',
         'match: "*.self_attn.*", method: fp8, activation_scheme: static',
         'match: "model.layers.0.*.experts.*", method: bf16, source: original',
         head=f"sources:\n  original: {{path: {original}}}\n",
-        target=Target("cpu"),
     )
+    made = resolve_plan(rules, open_source(mixed), Target("cpu"), open_other_sources(rules))
     assert not made.errors
     assert [made.by_name[name].action for name in (ATTENTION, EXPERT, OTHER)] == [
         "as stored", "repack", "as stored"

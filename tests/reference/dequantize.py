@@ -105,6 +105,7 @@ def nvfp4(tensors: Arrays, _arguments: Mapping[str, Any]) -> np.ndarray:
 
 def e2m1(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Sign, two bits of exponent, one of mantissa; the low nibble is the even column."""
+    packed = packed.astype(np.uint8)
     codes = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)
     exponent, mantissa = (codes >> 1) & 3, codes & 1
     # OCP Microscaling v1.0: 2^(e-1) (1 + m/2), and m/2 where e is 0

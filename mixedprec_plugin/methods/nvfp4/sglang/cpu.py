@@ -62,6 +62,9 @@ class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4Fus
         modelopt_quant.ModelOptNvFp4FusedMoEMethod.create_weights(self, layer, *args, **kwargs)
         drop_unused(layer, self.quant_config)
 
+    def get_moe_runner_backend(self, layer: FusedMoE) -> None:
+        """None: SGLang's name for a method that runs without one of its runners."""
+
     def process_weights_after_loading(self, layer: FusedMoE) -> None:
         """Give gate and up one scale; the parameters can be loaded again."""
         share_expert_scales(layer)
