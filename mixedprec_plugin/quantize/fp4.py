@@ -39,8 +39,8 @@ class Fp4:
     Attributes:
         packed: uint8 [N, K/2].
         scales: [N, K/G], float8.
-        global_scale: float32, one element; multiplies.
-        input_scale: of activations with a static scale, one element.
+        global_scale: float32 []; multiplies.
+        input_scale: of activations with a static scale, float32 [].
     """
 
     packed: torch.Tensor
@@ -52,9 +52,8 @@ class Fp4:
         """Return float32 [N, K]; q * scale is exact, its product with the global scale rounded."""
         N, K = self.packed.shape[0], 2 * self.packed.shape[1]
         weight = torch.empty((N, K), device=self.packed.device)
-        scale = self.global_scale.float().reshape(())
         for rows in row_chunks(N, K):
-            decode(self.packed[rows], self.scales[rows], weight[rows]).mul_(scale)
+            decode(self.packed[rows], self.scales[rows], weight[rows]).mul_(self.global_scale)
         return weight
 
 

@@ -189,6 +189,7 @@ def alike(suffix: str, like: Any, N: int, K: int) -> Any:
 
     sizes = {
         _N: N, _K: K, _N // 8: N // 8, _K // 8: K // 8, _K // 64: K // 64, 1: 1,
+        _K // 2: K // 2, _K // 16: K // 16,
         2: math.ceil(N / 128), 5: math.ceil(K / 128),
     }  # fmt: skip
     if suffix == "weight_shape":

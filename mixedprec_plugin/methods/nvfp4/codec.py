@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mixedprec_plugin.methods.nvfp4 import GROUP_SIZE
-from mixedprec_plugin.quantize.checks import take, take_matrix
+from mixedprec_plugin.quantize.checks import take, take_matrix, take_one
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
 from mixedprec_plugin.quantize.fp4 import Fp4, quantize_blocks
 
@@ -33,8 +33,8 @@ def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
     scales = take_matrix(tensors, "weight_scale", torch.float8_e4m3fn, "[N, K/16]")
     N, K = packed.shape[0], 2 * packed.shape[1]
     take(tensors, "weight_scale", (N, K // GROUP_SIZE))
-    whole = tensors["weight_scale_2"]
-    return Fp4(packed, scales, whole.reshape(()), tensors.get("input_scale"))
+    inputs = take_one(tensors, "input_scale") if "input_scale" in tensors else None
+    return Fp4(packed, scales, take_one(tensors, "weight_scale_2"), inputs)
 
 
 def write(numbers: Numbers, arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
@@ -43,9 +43,9 @@ def write(numbers: Numbers, arguments: Arguments, _dtype: torch.dtype) -> Tensor
     made = {
         "weight": numbers.packed,
         "weight_scale": numbers.scales,
-        "weight_scale_2": numbers.global_scale.float().reshape(()),
+        "weight_scale_2": numbers.global_scale,
     }
     if arguments["activation_scheme"] == "static":
         assert numbers.input_scale is not None
-        made["input_scale"] = numbers.input_scale.float().reshape(())
+        made["input_scale"] = numbers.input_scale
     return made

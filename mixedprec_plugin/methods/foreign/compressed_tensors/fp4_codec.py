@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from mixedprec_plugin.methods.nvfp4 import GROUP_SIZE
-from mixedprec_plugin.quantize.checks import take, take_matrix
+from mixedprec_plugin.quantize.checks import take, take_matrix, take_one
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
 from mixedprec_plugin.quantize.fp4 import Fp4
 
@@ -27,9 +27,10 @@ def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
     packed = take_matrix(tensors, "weight_packed", torch.uint8, "[N, K/2]")
     scales = take_matrix(tensors, "weight_scale", torch.float8_e4m3fn, "[N, K/16]")
     take(tensors, "weight_scale", (packed.shape[0], 2 * packed.shape[1] // GROUP_SIZE))
-    inputs = tensors.get("input_global_scale")
-    whole = _reciprocal(tensors["weight_global_scale"])
-    return Fp4(packed, scales, whole, None if inputs is None else _reciprocal(inputs))
+    whole, inputs = take_one(tensors, "weight_global_scale").reciprocal(), None
+    if "input_global_scale" in tensors:
+        inputs = take_one(tensors, "input_global_scale").reciprocal()
+    return Fp4(packed, scales, whole, inputs)
 
 
 def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
@@ -38,12 +39,9 @@ def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> Tenso
     made = {
         "weight_packed": numbers.packed,
         "weight_scale": numbers.scales,
-        "weight_global_scale": _reciprocal(numbers.global_scale).reshape(1),
+        "weight_global_scale": numbers.global_scale.reciprocal().reshape(1),
     }
     if numbers.input_scale is not None:
-        made["input_global_scale"] = _reciprocal(numbers.input_scale).reshape(1)
+        made["input_global_scale"] = numbers.input_scale.reciprocal().reshape(1)
     return made
 
-
-def _reciprocal(scale: torch.Tensor) -> torch.Tensor:
-    return scale.float().reshape(()).reciprocal()
