@@ -25,7 +25,17 @@ def _empty(cls: type) -> torch.nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def test_constructor_of_nvfp4_is_that_of_its_config_on_cuda(linear_module):
+    import inspect
+
+    from mixedprec_plugin.methods.construct import load_class
+    from mixedprec_plugin.methods.registry import METHODS
+
+    ours = type(make_config(CASES[-1]))
+    assert inspect.signature(ours) == inspect.signature(load_class(METHODS["nvfp4"], "cuda"))
+
+
+@pytest.mark.parametrize("case", CASES[:-1], ids=str)
 def test_constructor_is_the_parents(linear_module, case):
     import inspect
 

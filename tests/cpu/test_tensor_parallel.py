@@ -135,7 +135,7 @@ def test_row_parallel_ranks_add_up_to_the_whole(linear_module, case, num_tokens,
         )
     total = sum(part.float() for part in parts)
     expected = whole.quant_method.apply(whole, x).float()
-    if case.method not in ("awq", "gptq"):
+    if case.method not in ("awq", "gptq", "nvfp4"):
         assert torch.equal(total, expected)
         return
     # Where only weights are quantized each rank rounds its part to bfloat16, as on CUDA.

@@ -99,7 +99,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
         ("fp8_blok", "did you mean 'fp8_block' or 'int8_block'?"),
         ("FP8", "did you mean 'fp8'?"),
         ("int4", "did you mean 'awq_int4' or 'gptq_int4'?"),
-        ("w4a16", "did you mean 'awq' or 'gptq'?"),
+        ("w4a16", "did you mean 'awq' or 'gptq' or 'nvfp4'?"),
         ("int3", "mixedprec methods explains them"),
         ("bitsandbytes", "mixedprec methods explains them"),
     ],

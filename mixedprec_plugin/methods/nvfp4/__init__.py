@@ -144,15 +144,11 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
 
 
 def _static_faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
-    """What activations in FP4 do not run on; older GPUs leave them in 16 bits."""
-    if arguments["activation_scheme"] == "none":
+    """What activations in FP4 do not run on; older GPUs and the CPU leave them in 16 bits."""
+    gpu, is_weight_only = target.gpu, arguments["activation_scheme"] == "none"
+    if is_weight_only or gpu is None or gpu.capability < _FP4_CAPABILITY or not shape.is_expert:
         return []
     remedy = "write activation_scheme: none, to leave activations in 16 bits"
-    if target.device == "cpu":
-        return [Fault("shape", "activations in FP4 do not run on the CPU platform", remedy)]
-    gpu = target.gpu
-    if gpu is None or gpu.capability < _FP4_CAPABILITY or not shape.is_expert:
-        return []
     text = (
         "experts with activations in FP4 run in FlashInfer's kernels on compute capability "
         f"{version(gpu.capability)}, which this release does not lay weights out for"

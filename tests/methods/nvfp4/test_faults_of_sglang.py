@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytestmark = [pytest.mark.sglang, pytest.mark.filterwarnings("ignore")]
 N, K = 128, 128
 
 

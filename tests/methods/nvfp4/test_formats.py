@@ -102,6 +102,8 @@ def test_experts_of_an_fp8_checkpoint_may_be_nvfp4() -> None:
     assert found(MODELOPT, said, "model.layers.0.self_attn.o_proj").disagreements != ()
 
 
+@pytest.mark.sglang
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheme", ["none", "static"])
 def test_what_is_declared_is_what_sglang_reads(scheme: str) -> None:
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
@@ -155,5 +157,5 @@ def test_activations_in_fp4_are_refused_where_they_do_not_run() -> None:
     assert texts(linear(256, 256, is_expert=True), "H100", **static) == []
     (text,) = texts(linear(256, 256, is_expert=True), "B200", **static)
     assert "which this release does not lay weights out for; write activation_scheme: none" in text
-    (text,) = texts(linear(256, 256), device="cpu", **static)
-    assert "do not run on the CPU platform; write activation_scheme: none" in text
+    # weight-only, as on an H100
+    assert texts(linear(256, 256), device="cpu", **static) == []

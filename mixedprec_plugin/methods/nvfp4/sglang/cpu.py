@@ -24,13 +24,8 @@ from mixedprec_plugin.methods.nvfp4.sglang.cuda import (
 )
 
 
-class ModelOptNvFp4A16LinearMethod(QuantizedLinear, modelopt_quant.ModelOptNvFp4A16LinearMethod):
-    """SGLang's `ModelOptNvFp4A16LinearMethod` with torch arithmetic."""
-
-    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
-        """Create SGLang's parameters but "input_scale", which no kernel reads."""
-        super().create_weights(layer, *args, **kwargs)
-        del layer.input_scale
+class MarlinLinear(QuantizedLinear):
+    """Multiplies a linear layer as Marlin's kernels do."""
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Give the shards one scale; the parameters can be loaded again."""
@@ -39,6 +34,22 @@ class ModelOptNvFp4A16LinearMethod(QuantizedLinear, modelopt_quant.ModelOptNvFp4
     def multiply(self, layer: LinearBase, rows: torch.Tensor) -> torch.Tensor:
         product = multiply(rows, layer.weight.data, layer.weight_scale.data)
         return product.mul_(whole_scale(layer.weight_scale_2.data[0], rows.dtype))
+
+
+class ModelOptNvFp4A16LinearMethod(MarlinLinear, modelopt_quant.ModelOptNvFp4A16LinearMethod):
+    """SGLang's `ModelOptNvFp4A16LinearMethod` with torch arithmetic."""
+
+    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
+        """Create SGLang's parameters but "input_scale", which no kernel reads."""
+        super().create_weights(layer, *args, **kwargs)
+        del layer.input_scale
+
+
+class ModelOptFp4LinearMethod(MarlinLinear, modelopt_quant.ModelOptFp4LinearMethod):
+    """SGLang's `ModelOptFp4LinearMethod` with torch arithmetic, as on GPUs that have no FP4.
+
+    Its "input_scale" is loaded, and not read: activations stay in 16 bits.
+    """
 
 
 class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4FusedMoEMethod):
@@ -101,7 +112,11 @@ class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4Fus
 class CpuNvFp4Config(CpuConfig, SerializedConfig):
     """`ModelOptFp4Config` on the CPU."""
 
-    methods = (ModelOptNvFp4A16LinearMethod, ModelOptNvFp4FusedMoEMethod)
+    methods = (
+        ModelOptNvFp4A16LinearMethod,
+        ModelOptFp4LinearMethod,
+        ModelOptNvFp4FusedMoEMethod,
+    )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The layer's method; None where the layer is none that is quantized.
