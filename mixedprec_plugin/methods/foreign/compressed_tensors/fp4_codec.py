@@ -44,4 +44,3 @@ def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> Tenso
     if numbers.input_scale is not None:
         made["input_global_scale"] = numbers.input_scale.reciprocal().reshape(1)
     return made
-
