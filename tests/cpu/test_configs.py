@@ -55,7 +55,7 @@ def test_embeddings_and_attention_are_not_quantized_and_heads_where_cuda_serves_
     for cls in (VocabParallelEmbedding, RadixAttention):
         assert make_config(case).get_quant_method(_empty(cls), "layer") is None
     method = make_config(case).get_quant_method(_empty(ParallelLMHead), "lm_head")
-    assert (method is not None) == (case.method in ("awq", "gptq"))
+    assert (method is not None) == (case.method in ("awq", "gptq", "nvfp4"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -71,7 +71,7 @@ def expect(card: Card, method: Method, kind: str, tp_size: int, dtype: str) -> E
     name = method.title
     if kind == "lm_head" and name == "fp8_static":
         return Expected(refused="needs input scales")
-    if kind == "lm_head" and not name.startswith(("unquantized", "awq", "gptq")):
+    if kind == "lm_head" and not name.startswith(("unquantized", "awq", "gptq", "nvfp4")):
         return Expected(refused="SGLang leaves lm_head unquantized in")
     if kind == "lm_head" and name == "awq" and card.architecture < 80:
         # AWQConfig has no method for it: awq/awq.py:160

@@ -193,8 +193,8 @@ METHOD = Method(
         Alternative("fp8"),
     ),
     config_classes={
-        "cuda": "mixedprec_plugin.methods.nvfp4.sglang.cuda:NvFp4Config",
-        "cpu": "mixedprec_plugin.methods.nvfp4.sglang.cpu:CpuNvFp4Config",
+        "cuda": "mixedprec_plugin.methods.nvfp4.sglang:NvFp4Config",
+        "cpu": "mixedprec_plugin.methods.nvfp4.sglang:CpuNvFp4Config",
     },
     config_arguments=config_arguments,
     codec=CODEC,
@@ -203,6 +203,7 @@ METHOD = Method(
     why_not_quantize=why_not_quantize,
     sglang="mixedprec_plugin.methods.nvfp4.sglang",
     kernel=kernel,
+    serves_heads=True,
     moe_kernels="marlin",
     moe_backends=frozenset({"marlin"}),
 )

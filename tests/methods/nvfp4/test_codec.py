@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixedprec_plugin.errors import ShapeError
-from mixedprec_plugin.methods.foreign.compressed_tensors import fp4_codec
+from mixedprec_plugin.methods.foreign.compressed_tensors.fp4 import codec as fp4_codec
 from mixedprec_plugin.methods.nvfp4 import codec
 from mixedprec_plugin.quantize import fp4
 from tests.checkpoint.peers import peer_checkpoint

@@ -24,7 +24,7 @@ from mixedprec_plugin.methods.stored import (
 )
 
 PACKED = "nvfp4-pack-quantized"
-CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.fp4_codec"
+CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.fp4.codec"
 # of `QuantizationArgs`, as SGLang looks for them (compressed_tensors.py:589, 618)
 BLOCKS = {
     "num_bits": 4,
