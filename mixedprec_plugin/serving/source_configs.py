@@ -75,7 +75,7 @@ def config_of_source(
 def _taken_over(said: Mapping[str, Any], name: str) -> str | None:
     """The name of the class that says it reads this checkpoint better, if one does.
 
-    ModelOpt's are told apart by `quant_algo`, for one who asked for "modelopt" (base_config.py:242).
+    ModelOpt's are told apart by `quant_algo` where "modelopt" is asked for (base_config.py:242).
     """
     asked = name if name == _MODELOPT else None
     for config_class in QUANTIZATION_METHODS.values():

@@ -38,7 +38,7 @@ DETECTED: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "", {}, "pack-quantized", "pack-quantized 4-bit group 64 asymmetric"
     ),
     "modelopt-nvfp4": (
-        "nvfp4", {"activation_scheme": "static"}, "nvfp4", "nvfp4 with input scales"
+        "nvfp4", {"keep_input_scale": True}, "nvfp4", "nvfp4 with input scales"
     ),
     "compressedtensors-nvfp4": ("", {}, "nvfp4-pack-quantized", "nvfp4-pack-quantized"),
     "bf16": ("bf16", {"dtype": "bfloat16"}, "float", "bfloat16"),

@@ -14,7 +14,7 @@ CASES = [
     Case("int8_channel", {}),
     Case("awq", {"bits": 4, "group_size": 128}),
     Case("gptq", {"bits": 4, "group_size": 128}),
-    Case("nvfp4", {"activation_scheme": "none"}),
+    Case("nvfp4", {"keep_input_scale": False}),
 ]
 
 

@@ -26,7 +26,7 @@ CASES = [
     Case("gptq", {"bits": 4, "group_size": -1}),
     Case("gptq", {"bits": 8, "group_size": 64}),
     Case("gptq", {"bits": 8, "group_size": -1}),
-    Case("nvfp4", {"activation_scheme": "none"}),
+    Case("nvfp4", {"keep_input_scale": False}),
 ]
 # Greatest relative error of a token's outputs that the method may cost, as a root mean square.
 # FP8 rounds activations by up to 2**-4 of a value, 0.026 in the mean square. INT8 truncates them by

@@ -25,7 +25,7 @@ CASES = [
     Case("gptq", {"bits": 4, "group_size": 128}),
     Case("gptq", {"bits": 4, "group_size": -1}),
     Case("gptq", {"bits": 8, "group_size": 64}),
-    Case("nvfp4", {"activation_scheme": "none"}),
+    Case("nvfp4", {"keep_input_scale": False}),
 ]
 
 

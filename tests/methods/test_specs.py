@@ -75,8 +75,8 @@ def test_nvfp4_stores_what_modelopt_writes() -> None:
     made = {"weight": ("U8", (576, 768)), "weight_scale": ("F8_E4M3", (576, 96)),
             "weight_scale_2": ("F32", ())}  # fmt: skip
     assert stored("nvfp4", {}, 576, 1536) == made
-    static = stored("nvfp4", {"activation_scheme": "static"}, 576, 1536)
-    assert static == made | {"input_scale": ("F32", ())}
+    kept = stored("nvfp4", {"keep_input_scale": True}, 576, 1536)
+    assert kept == made | {"input_scale": ("F32", ())}
 
 
 def test_static_fp8_stores_an_input_scale() -> None:

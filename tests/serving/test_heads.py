@@ -26,7 +26,7 @@ RULES = {
     "awq": ("method: awq, group_size: 64", {"group_size": 64}),
     "gptq": ("method: gptq, group_size: 64", {"bits": 4, "group_size": 64}),
     "gptq_int8": ("method: gptq_int8, group_size: 64", {"bits": 8, "group_size": 64}),
-    "nvfp4": ("method: nvfp4", {"activation_scheme": "none"}),
+    "nvfp4": ("method: nvfp4", {"keep_input_scale": False}),
 }
 
 

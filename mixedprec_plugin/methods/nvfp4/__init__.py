@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixedprec_plugin.methods import shapes
-from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.integers import GROUP_SIZES
 from mixedprec_plugin.methods.interface import (
     Alternative,
@@ -25,6 +24,8 @@ CODEC = "mixedprec_plugin.methods.nvfp4.codec"
 GROUP_SIZE = 16
 
 _MATRIX = ("weight", "weight_scale", "weight_scale_2")
+# of ModelOpt's, and of compressed-tensors' checkpoints
+_INPUTS = frozenset({"input_scale", "input_global_scale"})
 _SCALARS = ((), (1,))
 # measured on a million normal numbers
 _ERROR = 0.082
@@ -36,15 +37,14 @@ _FP4_CAPABILITY = 100
 
 def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
     """Return the constructor arguments of `NvFp4Config`, or of its twin on the CPU."""
-    return {"is_w4a16": arguments["activation_scheme"] == "none"}
+    return {"keeps_input_scale": arguments["keep_input_scale"]}
 
 
 def declare(arguments: Arguments) -> dict[str, Any]:
     """Return what ModelOpt writes into config.json."""
-    is_weight_only = arguments["activation_scheme"] == "none"
     return {
         "quant_method": "modelopt",
-        "quant_algo": "W4A16_NVFP4" if is_weight_only else "NVFP4",
+        "quant_algo": "NVFP4" if arguments["keep_input_scale"] else "W4A16_NVFP4",
         "group_size": GROUP_SIZE,
     }
 
@@ -63,7 +63,7 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
     """Return the stored tensors.
 
     "weight" uint8 [N, K/2], "weight_scale" e4m3 [N, K/16], "weight_scale_2" [], W = q *
-    weight_scale * weight_scale_2; "input_scale" [] where activations have a static scale.
+    weight_scale * weight_scale_2; "input_scale" [] where it is kept.
 
     Source: `ModelOptNvFp4A16LinearMethod.create_weights` (layers/quantization/modelopt_quant.py:
     2197).
@@ -73,7 +73,7 @@ def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, Tenso
         "weight_scale": TensorSpec("F8_E4M3", (N, shapes.num_groups(K, GROUP_SIZE))),
         "weight_scale_2": TensorSpec("F32", ()),
     }
-    if arguments["activation_scheme"] == "static":
+    if arguments["keep_input_scale"]:
         tensors["input_scale"] = TensorSpec("F32", ())
     return tensors
 
@@ -90,10 +90,9 @@ def recognize(tensors: Tensors, _said: Said) -> StoredFormat | None:
     is_scalar = all(t.shape in _SCALARS for t in (whole, inputs) if t is not None)
     if scale.shape != (N, K // GROUP_SIZE) or K % GROUP_SIZE or not is_scalar:
         return None
-    scheme = "none" if inputs is None else "static"
     return StoredFormat(
         NAME,
-        {"activation_scheme": scheme},
+        {"keep_input_scale": inputs is not None},
         N,
         K,
         "nvfp4" if inputs is None else "nvfp4 with input scales",
@@ -102,7 +101,6 @@ def recognize(tensors: Tensors, _said: Said) -> StoredFormat | None:
         facts={"group_size": GROUP_SIZE},
         suffixes=frozenset({*_MATRIX, "input_scale"} & tensors.keys()),
         codec=CODEC,
-        how={"activation_scheme": scheme},
         like=NAME,
         limit=LIMIT,
     )
@@ -114,20 +112,18 @@ def why_not_repack(
     """Say whether FP4 in blocks of 16 can be served so; input scales can be left, not made."""
     if stored.numbers != "fp4" or stored.facts.get("group_size") != GROUP_SIZE:
         return None
-    needs_inputs = arguments["activation_scheme"] == "static"
-    if needs_inputs and stored.how.get("activation_scheme") != "static":
-        return "it holds no input scales"
-    return ""
+    has_inputs = stored.suffixes & _INPUTS
+    return "it holds no input scales" if arguments["keep_input_scale"] and not has_inputs else ""
 
 
 def why_not_quantize(arguments: Arguments) -> str:
-    """A static activation scale is measured on sample inputs; there are none at load."""
-    if arguments["activation_scheme"] == "static":
-        return "activation_scheme: 'static' needs input scales that only a calibrated source has"
+    """An input scale is measured on sample inputs; there are none at load."""
+    if arguments["keep_input_scale"]:
+        return "keep_input_scale: true needs input scales, which only a calibrated source has"
     return ""
 
 
-def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
+def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
     """Return what SGLang's NVFP4 methods refuse of a layer.
 
     A linear layer needs whole blocks of inputs; what Marlin's tiles do not fit is padded
@@ -140,43 +136,36 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
         found.append(f"K = {inputs}{where} is not a multiple of 16, the block that has a scale")
     elif shape.is_expert and target.device == "cuda":
         found += shapes.marlin_faults(GROUP_SIZE, shape)
-    return shapes.shape_faults(found) + _static_faults(arguments, shape, target)
+    return shapes.shape_faults(found)
 
 
-def _static_faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
-    """What activations in FP4 do not run on; older GPUs and the CPU leave them in 16 bits."""
-    gpu, is_weight_only = target.gpu, arguments["activation_scheme"] == "none"
-    if is_weight_only or gpu is None or gpu.capability < _FP4_CAPABILITY or not shape.is_expert:
-        return []
-    remedy = "write activation_scheme: none, to leave activations in 16 bits"
-    text = (
-        "experts with activations in FP4 run in FlashInfer's kernels on compute capability "
-        f"{version(gpu.capability)}, which this release does not lay weights out for"
-    )
-    return [Fault("gpu", text, remedy)]
+def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
+    """What SGLang's own class refuses of experts under `auto`.
 
-
-def kernel(arguments: Arguments, _shape: LayerShape, capability: int) -> str:
-    """Source: `ModelOptNvFp4A16LinearMethod`, and `initialize_fp4_gemm_config` (fp4_utils.py)."""
-    is_weight_only = arguments["activation_scheme"] == "none" or capability < _FP4_CAPABILITY
-    return "Marlin" if is_weight_only else "FlashInfer mm_fp4"
+    With input scales they run with activations in FP4 where the GPU has such arithmetic.
+    """
+    remedy = f"write method: {NAME}, to leave activations in 16 bits"
+    has_units = target.gpu is not None and target.gpu.capability >= _FP4_CAPABILITY
+    if shape.is_expert and has_units and stored.suffixes & _INPUTS:
+        text = (
+            "experts with input scales run in FlashInfer's kernels on compute capability 10.0 and "
+            "up, which this release does not lay weights out for"
+        )
+        return [Fault("gpu", text, remedy)]
+    return faults({}, shape, target)
 
 
 METHOD = Method(
     name=NAME,
     title="4-bit floating point (e2m1) in blocks of 16 with FP8 scales",
-    description="4-bit floating point (e2m1) in blocks of 16 along K, with e4m3 scales and one "
-    "float32 scale, as ModelOpt and compressed-tensors store NVFP4.",
-    aliases={
-        **{alias: {"activation_scheme": "none"} for alias in ("nvfp4a16", "w4a16_nvfp4")},
-        "modelopt_fp4": {},
-    },
+    description="4-bit floating point (e2m1) weights in blocks of 16 along K, with e4m3 scales and "
+    "one float32 scale, as ModelOpt and compressed-tensors store NVFP4; activations in 16 bits.",
+    aliases={"nvfp4a16": {}, "w4a16_nvfp4": {}, "modelopt_fp4": {}},
     schema={
-        "activation_scheme": choice(
-            "none: weight-only, activations stay in 16 bits. static: where the GPU has FP4 "
-            "arithmetic (compute capability 10.0), activations are quantized to FP4 with the "
-            "input_scale that the source must hold; elsewhere as none.",
-            ["none", "static"],
+        "keep_input_scale": choice(
+            "true: an input_scale that the source holds is kept, as convert writes it; false: it "
+            "is left out. It is not computed with: activations stay in 16 bits on every GPU.",
+            [False, True],
         ),
     },
     stored=stored,
@@ -184,10 +173,10 @@ METHOD = Method(
     read_config=dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mixed"), read_config),
     declare=declare,
     faults=faults,
+    faults_as_stored=faults_as_stored,
     # a block of 16 is nearer than integers in groups of 32, which have a zero point
     rounding=lambda _arguments: Rounding(rank=4.6, limit=LIMIT, error=lambda _N, _K: _ERROR),
     alternatives=(
-        Alternative(NAME, ({"activation_scheme": "none"},)),
         Alternative("awq", GROUP_SIZES),
         Alternative("gptq", GROUP_SIZES),
         Alternative("fp8"),
@@ -202,7 +191,7 @@ METHOD = Method(
     why_not_repack=why_not_repack,
     why_not_quantize=why_not_quantize,
     sglang="mixedprec_plugin.methods.nvfp4.sglang",
-    kernel=kernel,
+    kernel=lambda _arguments, _shape, _capability: "Marlin",
     serves_heads=True,
     moe_kernels="marlin",
     moe_backends=frozenset({"marlin"}),

@@ -45,7 +45,7 @@ def write(numbers: Numbers, arguments: Arguments, _dtype: torch.dtype) -> Tensor
         "weight_scale": numbers.scales,
         "weight_scale_2": numbers.global_scale,
     }
-    if arguments["activation_scheme"] == "static":
+    if arguments["keep_input_scale"]:
         assert numbers.input_scale is not None
         made["input_scale"] = numbers.input_scale
     return made

@@ -22,6 +22,7 @@ from sglang.srt.layers.moe.moe_runner import MoeRunner, MoeRunnerConfig
 from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
 from sglang.srt.layers.quantization import modelopt_quant
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.utils.common import get_device_capability
 
 from mixedprec_plugin.cpu.config import CpuConfig
@@ -38,11 +39,10 @@ UNSUMMED_EXPERTS = (modelopt_quant.ModelOptNvFp4FusedMoEMethod,)
 def _cure_linear(method: Any) -> None:
     """Let a method of SGLang's give shards one scale of the whole, and leave biases in order."""
     create, process = method.create_weights, method.process_weights_after_loading
-    is_weight_only = isinstance(method, modelopt_quant.ModelOptNvFp4A16LinearMethod)
 
     def create_weights(layer: torch.nn.Module, *args: Any, **keywords: Any) -> None:
         create(layer, *args, **keywords)
-        if is_weight_only:
+        if method.quant_config.is_w4a16 and not _keeps_input_scale(method):
             # a placeholder that no kernel reads
             del layer.input_scale
 
@@ -64,7 +64,7 @@ def _cure_linear(method: Any) -> None:
 def _cure_experts(method: Any) -> None:
     """Let a method of SGLang's give gate and up one scale, and run in Marlin's kernels.
 
-    In others only where they are asked for, or activations have static scales and the GPU FP4.
+    In others only where they are asked for, or a checkpoint's own config says so under `auto`.
     """
     create, process = method.create_weights, method.process_weights_after_loading
     run = method.create_moe_runner
@@ -75,7 +75,7 @@ def _cure_experts(method: Any) -> None:
     def create_weights(layer: FusedMoE, *args: Any, **keywords: Any) -> None:
         create(layer, *args, **keywords)
         if is_marlin:
-            drop_unused(layer, method.quant_config)
+            drop_unused(layer, method)
 
     def create_moe_runner(layer: FusedMoE, moe_runner_config: MoeRunnerConfig) -> None:
         run(layer, moe_runner_config)
@@ -98,10 +98,14 @@ _CURES = {
 }
 
 
-def drop_unused(layer: FusedMoE, config: modelopt_quant.ModelOptFp4Config) -> None:
+def _keeps_input_scale(method: Any) -> bool:
+    return bool(getattr(method.quant_config, "keeps_input_scale", not method.quant_config.is_w4a16))
+
+
+def drop_unused(layer: FusedMoE, method: Any) -> None:
     """Take away parameters of experts that no checkpoint fills, and Marlin does not read."""
     unused = ["w13_blockscale_swizzled", "w2_blockscale_swizzled"]
-    unused += ["w13_input_scale", "w2_input_scale"] if config.is_w4a16 else []
+    unused += [] if _keeps_input_scale(method) else ["w13_input_scale", "w2_input_scale"]
     for name in unused:
         delattr(layer, name)
 
@@ -152,13 +156,13 @@ def _share(scales: torch.Tensor, wholes: torch.Tensor, rows: list[int], where: s
 
 
 class SerializedConfig(modelopt_quant.ModelOptFp4Config):
-    """`ModelOptFp4Config` of a serialized checkpoint whose layers are all quantized.
+    """`ModelOptFp4Config` of a serialized checkpoint whose layers are all quantized, weight-only.
 
     Args:
-        is_w4a16: whether activations stay in 16 bits.
+        keeps_input_scale: whether the checkpoint has input scales, which nothing computes with.
     """
 
-    def __init__(self, is_w4a16: bool) -> None:
+    def __init__(self, keeps_input_scale: bool) -> None:
         super().__init__(
             is_checkpoint_nvfp4_serialized=True,
             group_size=GROUP_SIZE,
@@ -166,7 +170,7 @@ class SerializedConfig(modelopt_quant.ModelOptFp4Config):
             packed_modules_mapping={},
             use_per_token_activation=False,
         )
-        self.is_w4a16 = is_w4a16
+        self.is_w4a16, self.keeps_input_scale = True, keeps_input_scale
 
 
 class CuredConfig(QuantizationConfig):
@@ -206,8 +210,14 @@ def repaired(config: QuantizationConfig) -> QuantizationConfig:
     return made
 
 
-class MarlinLinear(QuantizedLinear):
-    """Multiplies a linear layer as Marlin's kernels do."""
+class ModelOptNvFp4A16LinearMethod(QuantizedLinear, modelopt_quant.ModelOptNvFp4A16LinearMethod):
+    """SGLang's `ModelOptNvFp4A16LinearMethod` with torch arithmetic."""
+
+    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
+        """Create SGLang's parameters, but an "input_scale" that no checkpoint fills."""
+        super().create_weights(layer, *args, **kwargs)
+        if not _keeps_input_scale(self):
+            del layer.input_scale
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Give the shards one scale; the parameters can be loaded again."""
@@ -218,20 +228,8 @@ class MarlinLinear(QuantizedLinear):
         return product.mul_(whole_scale(layer.weight_scale_2.data[0], rows.dtype))
 
 
-class ModelOptNvFp4A16LinearMethod(MarlinLinear, modelopt_quant.ModelOptNvFp4A16LinearMethod):
-    """SGLang's `ModelOptNvFp4A16LinearMethod` with torch arithmetic."""
-
-    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
-        """Create SGLang's parameters but "input_scale", which no kernel reads."""
-        super().create_weights(layer, *args, **kwargs)
-        del layer.input_scale
-
-
-class ModelOptFp4LinearMethod(MarlinLinear, modelopt_quant.ModelOptFp4LinearMethod):
-    """SGLang's `ModelOptFp4LinearMethod` with torch arithmetic, as on GPUs that have no FP4.
-
-    Its "input_scale" is loaded, and not read: activations stay in 16 bits.
-    """
+class NvFp4HeadLinearMethod(ModelOptNvFp4A16LinearMethod):
+    """The same for `lm_head`, where SGLang goes by the name (logits_processor.py:143)."""
 
 
 class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4FusedMoEMethod):
@@ -253,7 +251,7 @@ class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4Fus
         """
         check_experts(layer, self.preset_name, ("silu",), "block of inputs", (GROUP_SIZE,))
         modelopt_quant.ModelOptNvFp4FusedMoEMethod.create_weights(self, layer, *args, **kwargs)
-        drop_unused(layer, self.quant_config)
+        drop_unused(layer, self)
 
     def get_moe_runner_backend(self, layer: FusedMoE) -> None:
         """None: SGLang's name for a method that runs without one of its runners."""
@@ -294,11 +292,7 @@ class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4Fus
 class CpuNvFp4Config(CpuConfig, SerializedConfig):
     """`ModelOptFp4Config` on the CPU."""
 
-    methods = (
-        ModelOptNvFp4A16LinearMethod,
-        ModelOptFp4LinearMethod,
-        ModelOptNvFp4FusedMoEMethod,
-    )
+    methods = (ModelOptNvFp4A16LinearMethod, ModelOptNvFp4FusedMoEMethod)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The layer's method; None where the layer is none that is quantized.
@@ -307,4 +301,6 @@ class CpuNvFp4Config(CpuConfig, SerializedConfig):
         """
         if isinstance(layer, FusedMoE):
             return ModelOptNvFp4FusedMoEMethod(self)
+        if isinstance(layer, ParallelLMHead):
+            return NvFp4HeadLinearMethod(self)
         return super().get_quant_method(layer, prefix)

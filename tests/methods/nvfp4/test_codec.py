@@ -27,7 +27,7 @@ from tests.reference.dequantize import dequantize_checkpoint, nvfp4
 
 layers = pytest.mark.parametrize("layer", LAYERS)
 MODELOPT, COMPRESSED = "modelopt-nvfp4", "compressedtensors-nvfp4"
-NONE = {"activation_scheme": "none"}
+NONE = {"keep_input_scale": False}
 
 
 @layers

@@ -39,16 +39,16 @@ def found(specs: dict[str, Any], said: dict[str, Any] | None = None, name: str =
 def test_modelopts_tensors_are_served_as_they_are() -> None:
     plain = found(MODELOPT)
     assert (plain.method, plain.N, plain.K) == ("nvfp4", 64, 96)
-    assert plain.arguments == {"activation_scheme": "none"}
+    assert plain.arguments == {"keep_input_scale": False}
     static = found({**MODELOPT, "input_scale": ("F32", ())})
-    assert static.arguments == {"activation_scheme": "static"}
+    assert static.arguments == {"keep_input_scale": True}
     assert static.obstacle == plain.obstacle == ""
 
 
 def test_compressed_tensors_are_read() -> None:
     assert found(COMPRESSED).numbers == "fp4"
     static = found({**COMPRESSED, "input_global_scale": ("F32", (1,))})
-    assert static.how == {"activation_scheme": "static"}
+    assert static.suffixes - found(COMPRESSED).suffixes == {"input_global_scale"}
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_experts_of_an_fp8_checkpoint_may_be_nvfp4() -> None:
 
 @pytest.mark.sglang
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scheme", ["none", "static"])
-def test_what_is_declared_is_what_sglang_reads(scheme: str) -> None:
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_what_is_declared_is_what_sglang_reads(is_kept: bool) -> None:
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
 
-    declared = METHODS["nvfp4"].declare({"activation_scheme": scheme})
+    declared = METHODS["nvfp4"].declare({"keep_input_scale": is_kept})
     config = ModelOptFp4Config.from_config(json.loads(json.dumps(declared)))
     assert config.is_checkpoint_nvfp4_serialized
-    assert (config.is_w4a16, config.group_size) == (scheme == "none", 16)
+    assert (config.is_w4a16, config.group_size) == (not is_kept, 16)
 
 
 def texts(shape: LayerShape, gpu: str = "", device: Any = "cuda", **given: Any) -> list[str]:
@@ -150,12 +150,18 @@ def test_shapes_that_sglang_refuses(shape: LayerShape, message: str) -> None:
     assert all(message in text for text in made)
 
 
-def test_activations_in_fp4_are_refused_where_they_do_not_run() -> None:
-    static = {"activation_scheme": "static"}
-    assert texts(linear(256, 256), "B200", **static) == []
-    assert texts(linear(256, 256), "H100", **static) == []
-    assert texts(linear(256, 256, is_expert=True), "H100", **static) == []
-    (text,) = texts(linear(256, 256, is_expert=True), "B200", **static)
-    assert "which this release does not lay weights out for; write activation_scheme: none" in text
-    # weight-only, as on an H100
-    assert texts(linear(256, 256), device="cpu", **static) == []
+def test_experts_with_input_scales_are_refused_under_auto_where_the_gpu_has_fp4() -> None:
+    """SGLang would run them in FlashInfer's kernels (modelopt_quant.py:3123)."""
+    stored = found({**MODELOPT, "input_scale": ("F32", ())})
+    faults_of = METHODS["nvfp4"].faults_as_stored
+    assert faults_of is not None
+    layer = linear(256, 256, is_expert=True)
+    for gpu, count in (("H100", 0), ("B200", 1), ("RTX 5090", 1)):
+        faults = faults_of(stored, layer, Target("cuda", gpu=find_gpu(gpu)))
+        assert len(faults) == count, gpu
+        assert all("does not lay weights out for" in fault.text for fault in faults)
+        assert all(fault.remedy.startswith("write method: nvfp4") for fault in faults)
+    assert faults_of(found(MODELOPT), layer, Target("cuda", gpu=find_gpu("B200"))) == []
+    # the method leaves activations in 16 bits
+    for kept in (False, True):
+        assert texts(layer, "B200", keep_input_scale=kept) == []

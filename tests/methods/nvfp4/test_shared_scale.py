@@ -21,7 +21,7 @@ from tests.cpu.expert_layers import (
 )
 from tests.cpu.layers import Case, K, fill, make_config, make_layer
 
-CASE = Case("nvfp4", {"activation_scheme": "none"})
+CASE = Case("nvfp4", {"keep_input_scale": False})
 
 
 def stored(size: int, whole: float, seed: int, columns: int = K) -> dict[str, torch.Tensor]:

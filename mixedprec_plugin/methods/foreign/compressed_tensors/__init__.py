@@ -189,7 +189,7 @@ def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Faul
     if target.device != "cuda" or not shape.is_expert:
         return []
     if stored.numbers == "fp4":
-        return fp4.faults(shape, target)
+        return fp4.faults(stored, shape, target)
     if stored.numbers != "integers":
         return []
     texts = []

@@ -70,16 +70,15 @@ def recognize(tensors: Tensors) -> StoredFormat:
         facts={"group_size": nvfp4.GROUP_SIZE},
         suffixes=frozenset(_NAMES.keys() & tensors.keys()),
         codec=CODEC,
-        how={"activation_scheme": "static" if has_inputs else "none"},
         like=nvfp4.NAME,
         limit=nvfp4.LIMIT,
     )
 
 
-def faults(shape: LayerShape, target: Target) -> list[Fault]:
+def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
     """What SGLang's class for such experts, which run in Marlin's kernels, does not take."""
-    found = nvfp4.faults({"activation_scheme": "none"}, shape, target)
-    return [fault._replace(remedy=AS_STORED_REMEDY) for fault in found]
+    found = nvfp4.faults_as_stored(stored, shape, target)
+    return [fault._replace(remedy=fault.remedy or AS_STORED_REMEDY) for fault in found]
 
 
 def written(served: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
