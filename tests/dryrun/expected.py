@@ -56,6 +56,10 @@ _NOT_IN_MARLIN = _GPTQ
 # awq/awq.py:109
 _LEAST = {"unquantized": 0, "awq": 75, "fp8_channel": 89}
 
+# What SGLang asks the numbers of shards' scales, which are fake, and we before it: whether all are
+# one, which `test_shared_scale.py` shows for real ones. Where they are not, SGLang warns.
+SHARED_SCALES = frozenset({"_local_scalar_dense", "_unique2", "allclose"})
+
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
