@@ -106,9 +106,9 @@ def test_class_and_kernels_are_what_sglangs_sources_say(result_of: Results, titl
         matmuls = {kernel for kernel in cell["kernels"] if kernel in (_TRITON, _MARLIN)}
         assert matmuls == MATMULS[cell["method"]], _name(cell)
         assert ("ranks:all_reduce" in cell["kernels"]) == (cell["tp_size"] > 1), _name(cell)
-        assert set(cell["made_up"]) <= (
-            SHARED_SCALES if cell["method"] == "nvfp4" else set()
-        ), _name(cell)
+        assert set(cell["made_up"]) <= (SHARED_SCALES if cell["method"] == "nvfp4" else set()), (
+            _name(cell)
+        )
 
 
 def test_parameters_are_of_the_ranks_sizes(result_of: Results, title: str) -> None:
