@@ -148,7 +148,7 @@ def _float4(held: dict[str, torch.Tensor], _rows: list[int]) -> Read:
     packed, scales = held["weight_packed"].numpy(), held["weight_scale"].float()
     whole = held["weight_global_scale"].float()
     read = torch.from_numpy(e2m1(packed, scales.numpy())) / whole
-    # half of their distance, and what is beyond 6 where a scale was rounded down, by a fifth at most
+    # half of their distance; or what is beyond 6 where a scale was rounded down, a fifth at most
     return read, 1.3 * scales.repeat_interleave(16, 1) / whole
 
 
