@@ -18,6 +18,8 @@ import torch
 
 from mixedprec_plugin.quantize.checks import refuse, require_finite, weight_shape
 from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
+from mixedprec_plugin.quantize.rounding import Levels, Tiles
+from mixedprec_plugin.quantize.scaled import Scaled
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = VALUES[-1]
@@ -30,6 +32,7 @@ _SCALE_STEPS = (-1, 0, 1, 4, 5)
 # Of weights no larger than 21, which nearly all are: shards of a fused module share it so, whoever
 # quantizes them. As a power of two it is exact in 16 bits, to which Marlin rounds it.
 _USUAL_GLOBAL_EXPONENT = -7
+USUAL_GLOBAL = 2.0**_USUAL_GLOBAL_EXPONENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,52 @@ class Fp4:
         for rows in row_chunks(N, K):
             decode(self.packed[rows], self.scales[rows], weight[rows]).mul_(self.global_scale)
         return weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp4Tiles(Tiles):
+    """FP4 codes, held in e4m3, with an e4m3 scale a block beside the usual scale of the whole."""
+
+    # with 1.5 the largest magnitude is 4
+    ratios = (*Tiles.ratios, 1.5, 1.4, 1.3, 1.2)
+
+    @property
+    def largest_code(self) -> float:
+        """The largest code."""
+        return LARGEST
+
+    @property
+    def levels(self) -> Levels:
+        """The codes between."""
+        return Levels(1.0, 0.5, 2)
+
+    def candidates(
+        self, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales to try for blocks that range from `low` to `high`; see `Grid.candidates`.
+
+        Raises:
+            ShapeError: a weight is larger than the usual scale of the whole allows.
+        """
+        largest, limit = float(torch.maximum(high, -low).max()), LARGEST * 448 * USUAL_GLOBAL
+        if largest > limit:
+            what = f"values as large as {largest:.6g} are not calibrated (expected {limit} or less)"
+            refuse("weight", what, "keep this layer in bf16", "scale-overflow")
+        return super().candidates(low, high)
+
+    def store(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """Scales as they are stored, times that of the whole, float32; never zero."""
+        codes = (magnitude / USUAL_GLOBAL).clamp_(2.0**-9, 448).to(E4M3)
+        return codes.float().mul_(USUAL_GLOBAL)
+
+
+def packed_tiles(numbers: Scaled) -> Fp4:
+    """Pack what was rounded on `Fp4Tiles`."""
+    N, K = numbers.codes.shape
+    packed = torch.empty((N, K // 2), dtype=torch.uint8)
+    for rows in row_chunks(N, K):
+        packed[rows] = pack(numbers.codes[rows].float())
+    return Fp4(packed, (numbers.scales / USUAL_GLOBAL).to(E4M3), torch.tensor(USUAL_GLOBAL))
 
 
 def decode(packed: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

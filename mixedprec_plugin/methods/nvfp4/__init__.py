@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixedprec_plugin.methods import shapes
-from mixedprec_plugin.methods.integers import GROUP_SIZES
+from mixedprec_plugin.methods.integers import GROUP_SIZES, ROUNDING_SCHEMA
 from mixedprec_plugin.methods.interface import (
     Alternative,
     Arguments,
@@ -167,6 +167,7 @@ METHOD = Method(
             "is left out. It is not computed with: activations stay in 16 bits on every GPU.",
             [False, True],
         ),
+        "rounding": ROUNDING_SCHEMA,
     },
     stored=stored,
     recognize=recognize,

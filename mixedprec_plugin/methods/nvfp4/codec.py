@@ -7,7 +7,8 @@ import torch
 from mixedprec_plugin.methods.nvfp4 import GROUP_SIZE
 from mixedprec_plugin.quantize.checks import take, take_matrix, take_one
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
-from mixedprec_plugin.quantize.fp4 import Fp4, quantize_blocks
+from mixedprec_plugin.quantize.fp4 import E4M3, Fp4, Fp4Tiles, packed_tiles, quantize_blocks
+from mixedprec_plugin.quantize.scaled import Scaled
 
 
 def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
@@ -21,6 +22,11 @@ def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -
     """
     packed, scales, whole = quantize_blocks(weight, GROUP_SIZE)
     return {"weight": packed, "weight_scale": scales, "weight_scale_2": whole}
+
+
+def grid(_arguments: Arguments, _dtype: torch.dtype) -> Fp4Tiles:
+    """FP4 codes with a scale for each block."""
+    return Fp4Tiles(E4M3, 1, GROUP_SIZE)
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
@@ -38,7 +44,9 @@ def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
 
 
 def write(numbers: Numbers, arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
-    """Store the same numbers under ModelOpt's names; input scales are left where none is asked."""
+    """Store numbers, or what was rounded on `grid`, as ModelOpt does; input scales where kept."""
+    if isinstance(numbers, Scaled):
+        numbers = packed_tiles(numbers)
     assert isinstance(numbers, Fp4)
     made = {
         "weight": numbers.packed,
