@@ -141,7 +141,7 @@ def _share(scales: torch.Tensor, wholes: torch.Tensor, rows: list[int], where: s
     largest = wholes.max()
     if bool((wholes == largest).all()):
         return
-    parts: tuple[torch.Tensor, ...] = torch.split(scales, rows)  # type: ignore[no-untyped-call]
+    parts: tuple[torch.Tensor, ...] = torch.split(scales, rows)
     for part, whole in zip(parts, wholes, strict=True):
         shared = share_scale(part, whole, largest)
         if shared is None:
