@@ -102,6 +102,14 @@ def _keeps_input_scale(method: Any) -> bool:
     return bool(getattr(method.quant_config, "keeps_input_scale", not method.quant_config.is_w4a16))
 
 
+def cured(method: Any) -> Any:
+    """A method of SGLang's, whose faults are cured where it is one of NVFP4's."""
+    cure = _CURES.get(type(method))
+    if cure is not None:
+        cure(method)
+    return method
+
+
 def drop_unused(layer: FusedMoE, method: Any) -> None:
     """Take away parameters of experts that no checkpoint fills, and Marlin does not read."""
     unused = ["w13_blockscale_swizzled", "w2_blockscale_swizzled"]
@@ -178,10 +186,7 @@ class CuredConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """SGLang's own method, cured where it is one of NVFP4's; None for what is not quantized."""
-        method = super().get_quant_method(layer, prefix)
-        cure = _CURES.get(type(method))
-        if cure is not None:
-            cure(method)
+        method: QuantizeMethodBase | None = cured(super().get_quant_method(layer, prefix))
         return method
 
 
