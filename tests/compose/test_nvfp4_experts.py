@@ -51,8 +51,11 @@ def modelopt_attention(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_mixed(tmp_path_factory.mktemp("nvfp4"))
+
+
+def write_mixed(base: Path) -> tuple[Path, Path]:
     """A Mixtral in NVFP4 and FP8, with the config.json of such checkpoints; and the bf16 one."""
-    base = tmp_path_factory.mktemp("nvfp4")
     original = write_mixtral(base / "original")
     config: dict[str, Any] = json.loads((original / "config.json").read_text())
     generator = torch.Generator().manual_seed(0)
