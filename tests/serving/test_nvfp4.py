@@ -1,4 +1,4 @@
-"""A checkpoint in NVFP4 and FP8 as ModelOpt writes it, in SGLang's own model on the CPU platform."""
+"""A checkpoint in NVFP4 and FP8 as ModelOpt writes it, loaded on the CPU platform."""
 
 from __future__ import annotations
 
