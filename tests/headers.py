@@ -12,7 +12,7 @@ Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 _BITS = {
     "BF16": 16, "F16": 16, "F32": 32, "F8_E4M3": 8, "I8": 8, "I32": 32, "F4": 4, "F6_E2M3": 6,
-    "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "C64": 64, "U16": 16,
+    "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "C64": 64, "U8": 8, "U16": 16,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ EXPORTED = (
     'match: "*", method: fp8',
     'match: "*.self_attn.*", method: fp8_block',
     'match: "*.0.mlp.*", method: awq',
+    'match: "*.0.mlp.down_proj", method: nvfp4',
     'match: "*.1.mlp.*", method: gptq, group_size: -1',
     'match: "*.1.mlp.down_proj", method: gptq_int8, group_size: 64',
     'match: "*.1.self_attn.*", method: unquantized',

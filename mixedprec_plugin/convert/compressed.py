@@ -69,11 +69,12 @@ class CompressedForm:
         rest = {suffix: t for suffix, t in composed.items() if suffix not in served.suffixes}
         numbers = load_codec(served.codec).read(composed, served.how)
         how = {
-            "bits": served.facts["bits"],
+            "bits": served.facts.get("bits"),
             "symmetric": compressed_tensors.is_written_symmetric(served),
         }
         dtype = next(iter(composed.values())).dtype
-        made = load_codec(compressed_tensors.CODEC).write(numbers, how, dtype)
+        codec = load_codec(compressed_tensors.codec_of(served))
+        made = codec.write(numbers, how, dtype)
         outputs = compressed_tensors.written(served, layer.outputs)
         return {suffix: t.reshape(outputs[suffix].shape) for suffix, t in made.items()} | rest
 

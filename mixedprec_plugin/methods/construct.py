@@ -105,7 +105,7 @@ def load_class(spec: Method, key: str) -> type[QuantizationConfig]:
 
 
 def repaired(config: QuantizationConfig, methods: Iterable[str]) -> QuantizationConfig:
-    """The config whose experts compute rightly, where one of some methods knows a cure."""
+    """The config whose layers compute rightly, where one of some methods knows a cure."""
     for method in methods:
         cure = offered(method, "repaired")
         config = config if cure is None else cure(config)

@@ -182,7 +182,7 @@ class Method(Format):
             where a model is built. Each of these names may be in it:
             `UNSUMMED_EXPERTS: tuple[type, ...]`: SGLang's methods for its experts that can return
             every choice's output; on CUDA where they run in Triton's or Marlin's kernels.
-            `repaired(config) -> config`: a config of SGLang's for it -> the one whose experts
+            `repaired(config) -> config`: a config of SGLang's for it -> the one whose layers
             compute rightly; all others are returned as they are.
             `CPU_EXPERTS: type`: its method for groups of experts on the CPU platform, where it has
             no config class.

@@ -125,10 +125,10 @@ class StoredFormat:
         N: output features; 0 where the tensors do not tell.
         K: input features; 0 where the tensors do not tell.
         description: for people, such as `gptq 4-bit group 128`.
-        encoding: `float`, `awq`, `gptq`, `fp8`, `int8`, `pack-quantized`, `torchao`, or an empty
-            string where we only know a name; what config.json says is held against it.
+        encoding: `float`, `awq`, `gptq`, `fp8`, `int8`, `pack-quantized`, `nvfp4`, `torchao`, or an
+            empty string where we only know a name; what config.json says is held against it.
         numbers: what the codes are, once read: `integers` in groups along K, 8-bit codes that are
-            `scaled` by tiles, or neither.
+            `scaled` by tiles, `fp4` in blocks along K, or neither.
         facts: what the tensors tell of `bits`, `group_size`, `block`, `strategy`, `symmetric`.
         said: what config.json says of the layer, where it speaks of the same encoding: the same
             facts, and what tensors cannot tell: `desc_act`, and `inputs`, how the layer's
@@ -156,7 +156,7 @@ class StoredFormat:
     K: int
     description: str
     encoding: str = ""
-    numbers: Literal["", "integers", "scaled"] = ""
+    numbers: Literal["", "integers", "scaled", "fp4"] = ""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     said: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     suffixes: frozenset[str] = frozenset()

@@ -137,6 +137,16 @@ def take(tensors: Mapping[str, torch.Tensor], suffix: str, shape: tuple[int, ...
     return tensor
 
 
+def take_one(tensors: Mapping[str, torch.Tensor], suffix: str) -> torch.Tensor:
+    """Return a stored number, stored as [] or [1], as float32 [].
+
+    Raises:
+        ShapeError: it is missing or has another shape.
+    """
+    is_vector = suffix in tensors and tensors[suffix].dim() == 1
+    return take(tensors, suffix, (1,) if is_vector else ()).float().reshape(())
+
+
 def take_matrix(
     tensors: Mapping[str, torch.Tensor], suffix: str, dtype: torch.dtype, layout: str
 ) -> torch.Tensor:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from mixedprec_plugin.quantize import feedback_cpu
-from mixedprec_plugin.quantize.rounding import Grid, Levels, Tiles, store_scale
+from mixedprec_plugin.quantize.rounding import Grid, Levels, Tiles
 
 NUM_SWEEPS = 3
 # of the mean of H's diagonal, for the factorization alone
@@ -273,7 +273,7 @@ def _move_group(state: _State, gradient: torch.Tensor, H: torch.Tensor, group: i
     curved = H @ centred
     slope, curve = (state.shared((centred * x).sum(0)) for x in (gradient, curved))
     moved = scale - torch.where(curve > 0, slope / curve, 0.0)
-    moved = store_scale(moved.abs(), grid.scale_dtype) * scale.sign()
+    moved = grid.store(moved.abs()) * scale.sign()
     step = moved - scale
     # the loss is a parabola along a scale, and where the scale can be stored it may be higher
     step = torch.where(step * (2 * slope + step * curve) < 0, step, 0.0)

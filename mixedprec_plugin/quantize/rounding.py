@@ -74,6 +74,8 @@ class Tiles:
 
     symmetric = True
     scale_dtype = torch.float32
+    # multiples of the plain scale that are tried
+    ratios = _SYMMETRIC_RATIOS
 
     @property
     def largest_code(self) -> float:
@@ -95,8 +97,12 @@ class Tiles:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales to try for tiles that range from `low` to `high`; see `Grid.candidates`."""
         plain = torch.maximum(high, -low) / self.largest_code
-        scales = store_scale(_multiples(plain, _SYMMETRIC_RATIOS), self.scale_dtype)
+        scales = self.store(_multiples(plain, self.ratios))
         return scales, torch.zeros_like(scales)
+
+    def store(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """Scales as they are stored, float32; see `store_scale`."""
+        return store_scale(magnitude, self.scale_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +152,10 @@ class Grid:
         middle = (half - 0.5 - (low + high) / 2 / scales).round_()
         zeros = torch.cat([(middle + step).clamp_(0, self.largest_code) for step in (0, -1, 1)])
         return scales.repeat(3, 1), zeros
+
+    def store(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """Scales as they are stored, float32; see `store_scale`."""
+        return store_scale(magnitude, self.scale_dtype)
 
     def fit(self, low: torch.Tensor, high: torch.Tensor) -> Pair:
         """Return scale and zero point for groups that range from `low` to `high`.

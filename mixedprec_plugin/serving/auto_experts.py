@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.quantization.awq.awq import AWQMoEMethod
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, QuantizationConfig
 from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16MoE
-from sglang.srt.layers.quantization.gptq.gptq import GPTQMarlinMoEMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from mixedprec_plugin.errors import LoadError, Problem
@@ -46,15 +44,14 @@ def experts_method_under_auto(
 
 
 def _method_of(config: QuantizationConfig, layer: FusedMoE, prefix: str) -> Any:
-    """What a config gives, of the repaired config of its kind if it has a method of Marlin's.
+    """What a config gives, of the repaired config of its kind if there is one.
 
     auto-round's makes GPTQ's and AWQ's configs as it is asked (auto_round.py:400, 537).
     """
     method = config.get_quant_method(layer, prefix)
-    if not isinstance(method, GPTQMarlinMoEMethod | AWQMoEMethod):
-        return method
-    cured = repaired(method.quant_config, METHODS)
-    if cured is not method.quant_config:
+    own: Any = getattr(method, "quant_config", None)
+    cured: Any = own and repaired(own, METHODS)
+    if cured is not own:
         layer.scheme = None
         method = cured.get_quant_method(layer, prefix)
     return method

@@ -21,7 +21,7 @@ from mixedprec_plugin.experts.composite import experts_method
 from mixedprec_plugin.experts.groups import ExpertGroup
 from mixedprec_plugin.families.kv_scales import kv_scale
 from mixedprec_plugin.families.table import family_of
-from mixedprec_plugin.methods.construct import build_config, offered
+from mixedprec_plugin.methods.construct import build_config, offered, repaired
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
@@ -201,11 +201,12 @@ class MixedPrecisionConfig(QuantizationConfig):
         is_auto = scheme.method == AUTO
         child = self._child_under_auto(planned) if is_auto else self._child(scheme)
         with refusals(prefix, type(child).__name__) if is_auto else contextlib.nullcontext():
-            method = child.get_quant_method(layer, prefix)
+            asked = repaired(child, METHODS) if is_auto else child
+            method = asked.get_quant_method(layer, prefix)
         if method is None or isinstance(method, UnquantizedLinearMethod):
             owner = f" ({type(child).__name__})" if is_auto else ""
-            asked = "as it is stored" if is_auto else f"in {scheme.label}"
-            text = f"SGLang{owner} would leave it unquantized, not {asked}"
+            wanted = "as it is stored" if is_auto else f"in {scheme.label}"
+            text = f"SGLang{owner} would leave it unquantized, not {wanted}"
             raise LoadError(Problem(prefix, text, rule="left-unquantized"))
         return guard(method, prefix) if is_auto else method
 

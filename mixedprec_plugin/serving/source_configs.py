@@ -34,6 +34,8 @@ REFUSALS = (
     TypeError,
     ValueError,
 )
+# one name for formats that each have a class
+_MODELOPT = "modelopt"
 _GUARDED = ("create_weights", "process_weights_after_loading")
 
 
@@ -64,18 +66,22 @@ def config_of_source(
         )
     said["packed_modules_mapping"] = {k: list(v) for k, v in packed_modules.items()}
     with refusals(where, f"{name!r} of source {source.name!r}"):
-        config_class = get_quantization_config(_taken_over(said) or name)
+        config_class = get_quantization_config(_taken_over(said, name) or name)
         config = config_class.from_config(said)
         config.update_packed_modules_mapping(said["packed_modules_mapping"])
     return config
 
 
-def _taken_over(said: Mapping[str, Any]) -> str | None:
-    """The name of the class that says it reads this checkpoint better, if one does."""
+def _taken_over(said: Mapping[str, Any], name: str) -> str | None:
+    """The name of the class that says it reads this checkpoint better, if one does.
+
+    ModelOpt's are told apart by `quant_algo` where "modelopt" is asked for (base_config.py:242).
+    """
+    asked = name if name == _MODELOPT else None
     for config_class in QUANTIZATION_METHODS.values():
-        name: str | None = config_class.override_quantization_method(said, None)
-        if name:
-            return name
+        found: str | None = config_class.override_quantization_method(said, asked)
+        if found:
+            return found
     return None
 
 

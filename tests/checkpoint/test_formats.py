@@ -37,6 +37,10 @@ DETECTED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "llmcompressor-w4a16-asym-g64": (
         "", {}, "pack-quantized", "pack-quantized 4-bit group 64 asymmetric"
     ),
+    "modelopt-nvfp4": (
+        "nvfp4", {"keep_input_scale": True}, "nvfp4", "nvfp4 with input scales"
+    ),
+    "compressedtensors-nvfp4": ("", {}, "nvfp4-pack-quantized", "nvfp4-pack-quantized"),
     "bf16": ("bf16", {"dtype": "bfloat16"}, "float", "bfloat16"),
 }  # fmt: skip
 
@@ -194,11 +198,10 @@ class TestConventions:
          "fp8 with weight_scale of [3, 7], which fits no usual block size"),
         (tensors(weight=("F8_E4M3", (N, K)), weight_scale=("F8_E8M0", (N, 18))), {},
          "fp8 with weight_scale of F8_E8M0"),
-        (tensors(weight=("U8", (N, K // 2)), weight_scale=("F8_E4M3", (N, 36)),
+        (tensors(weight=("U8", (N, K // 2)), weight_scale=("F8_E4M3", (N, 18)),
                  weight_scale_2=("F32", ())), {}, "modelopt nvfp4"),
-        (tensors(weight_packed=("U8", (N, K // 2)), weight_scale=("F8_E4M3", (N, 36)),
-                 weight_global_scale=("F32", (1,))), {},
-         "compressed-tensors nvfp4-pack-quantized"),
+        (tensors(weight_packed=("U8", (N, K // 2)), weight_scale=("U8", (N, 18))), {},
+         "compressed-tensors mxfp4-pack-quantized"),
         (tensors(weight=("I8", (N, K)), SCB=("F32", (N,))), {}, "bitsandbytes 8-bit"),
         (tensors(weight_packed=("I32", (N, 72)), weight_scale=("BF16", (N, 9))), {},
          "pack-quantized in bits that config.json does not tell"),

@@ -108,6 +108,8 @@ def test_every_peer_is_shown_as_json(tmp_path: Path, folder: str) -> None:
         ("llmcompressor-w4a16-g64", "repack as awq, repack as gptq, dequantize"),
         ("llmcompressor-fp8-block", "repack as fp8, dequantize"),
         ("llmcompressor-w8a8-int8", "serve as int8_channel, dequantize"),
+        ("modelopt-nvfp4", "serve as nvfp4, dequantize"),
+        ("compressedtensors-nvfp4", "repack as nvfp4, dequantize"),
     ],
 )
 def test_what_a_plan_can_do_without_a_rounding_is_shown(
@@ -120,7 +122,7 @@ def test_what_a_plan_can_do_without_a_rounding_is_shown(
     assert layer["use"] == use
     alias = {"fp8": "fp8_block"}
     for method in (text.split()[-1] for text in use.split(", ") if text.startswith("repack as")):
-        size = "" if method == "fp8" else ", group_size: 64"
+        size = "" if method in ("fp8", "nvfp4") else ", group_size: 64"
         rule = f'match: "*_proj", method: {alias.get(method, method)}{size}'
         made = plan(model, rule, target=Target(device="cpu"))
         assert made.by_name[layer["name"]].action == "repack"

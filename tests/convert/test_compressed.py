@@ -84,6 +84,7 @@ def test_every_layer_is_a_target_or_ignored_once(tmp_path: Path) -> None:
         ("llmcompressor-w4a16-asym-g64", "method: awq, group_size: 64"),
         ("llmcompressor-fp8-dynamic", "method: fp8_channel"),
         ("llmcompressor-w8a8-int8", "method: int8_channel"),
+        ("compressedtensors-nvfp4", "method: nvfp4"),
     ],
 )
 def test_layer_comes_back_as_llm_compressor_wrote_it(tmp_path: Path, tool: str, rule: str) -> None:

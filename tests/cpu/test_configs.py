@@ -14,6 +14,7 @@ CASES = [
     Case("int8_channel", {}),
     Case("awq", {"bits": 4, "group_size": 128}),
     Case("gptq", {"bits": 4, "group_size": 128}),
+    Case("nvfp4", {"keep_input_scale": False}),
 ]
 
 
@@ -24,7 +25,17 @@ def _empty(cls: type) -> torch.nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def test_constructor_of_nvfp4_is_that_of_its_config_on_cuda(linear_module):
+    import inspect
+
+    from mixedprec_plugin.methods.construct import load_class
+    from mixedprec_plugin.methods.registry import METHODS
+
+    ours = type(make_config(CASES[-1]))
+    assert inspect.signature(ours) == inspect.signature(load_class(METHODS["nvfp4"], "cuda"))
+
+
+@pytest.mark.parametrize("case", CASES[:-1], ids=str)
 def test_constructor_is_the_parents(linear_module, case):
     import inspect
 
@@ -44,7 +55,7 @@ def test_embeddings_and_attention_are_not_quantized_and_heads_where_cuda_serves_
     for cls in (VocabParallelEmbedding, RadixAttention):
         assert make_config(case).get_quant_method(_empty(cls), "layer") is None
     method = make_config(case).get_quant_method(_empty(ParallelLMHead), "lm_head")
-    assert (method is not None) == (case.method in ("awq", "gptq"))
+    assert (method is not None) == (case.method in ("awq", "gptq", "nvfp4"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

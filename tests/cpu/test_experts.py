@@ -31,6 +31,7 @@ WEIGHT_ONLY: list[Case | None] = [
     Case("gptq", {"bits": 4, "group_size": -1}),
     Case("gptq", {"bits": 8, "group_size": 64}),
     Case("gptq", {"bits": 8, "group_size": -1}),
+    Case("nvfp4", {"keep_input_scale": False}),
 ]
 QUANTIZED: list[Case | None] = [
     Case("fp8", {"weight_block_size": None}),

@@ -26,6 +26,7 @@ CASES = [
     Case("gptq", {"bits": 4, "group_size": -1}),
     Case("gptq", {"bits": 8, "group_size": 64}),
     Case("gptq", {"bits": 8, "group_size": -1}),
+    Case("nvfp4", {"keep_input_scale": False}),
 ]
 # Greatest relative error of a token's outputs that the method may cost, as a root mean square.
 # FP8 rounds activations by up to 2**-4 of a value, 0.026 in the mean square. INT8 truncates them by
@@ -34,7 +35,7 @@ CASES = [
 # methods round weights and outputs to bfloat16, by up to 2**-9.
 TOLERANCE = {
     "fp8": 0.035, "fp8_channel": 0.035, "blockwise_int8": 0.035, "int8_channel": 0.015,
-    "awq": 0.004, "gptq": 0.004,
+    "awq": 0.004, "gptq": 0.004, "nvfp4": 0.004,
 }  # fmt: skip
 
 
@@ -102,7 +103,8 @@ def test_class_names_are_sglangs_own(linear_module, case):
     ours, *bases = type(layer.quant_method).__mro__
     theirs = next(base for base in bases if base.__module__.startswith("sglang."))
     assert ours.__name__ == theirs.__name__
-    has_v1 = ours.__name__ in ("W8A8Fp8LinearMethod", "W8A8Int8LinearMethod")
+    with_v1 = ("W8A8Fp8LinearMethod", "W8A8Int8LinearMethod", "ModelOptNvFp4A16LinearMethod")
+    has_v1 = ours.__name__ in with_v1
     assert (ours.__name__ in linear_module.WEIGHT_LOADER_V2_SUPPORTED) is not has_v1
 
 

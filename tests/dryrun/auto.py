@@ -189,6 +189,7 @@ def alike(suffix: str, like: Any, N: int, K: int) -> Any:
 
     sizes = {
         _N: N, _K: K, _N // 8: N // 8, _K // 8: K // 8, _K // 64: K // 64, 1: 1,
+        _K // 2: K // 2, _K // 16: K // 16,
         2: math.ceil(N / 128), 5: math.ceil(K / 128),
     }  # fmt: skip
     if suffix == "weight_shape":
@@ -198,6 +199,9 @@ def alike(suffix: str, like: Any, N: int, K: int) -> Any:
     shape = [sizes[size] for size in like.shape]
     if suffix == "qzeros" and bool((like == like[0, 0]).all()):
         return like[0, 0].expand(shape).contiguous()
+    if like.is_floating_point() and like.numel() == 1:
+        # shards of a fused module share it
+        return like.clone()
     if like.is_floating_point():
         return (torch.rand(shape) + 0.5).to(like.dtype)
     limits = torch.iinfo(like.dtype)

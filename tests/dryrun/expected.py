@@ -47,12 +47,18 @@ _NO_CARD: Mapping[str, set[tuple[str, int]]] = {
     "gptq_int8": _GPTQ,
     "gptq_column": _GPTQ,
     "gptq_act_order": _GPTQ,
+    # what Marlin's tiles do not fit is padded: marlin_utils_fp4.py:149
+    "nvfp4": set(),
 }
 # FP8 before 8.9 goes through Marlin (fp8.py:1300), so its shapes are Marlin's
 _NOT_IN_MARLIN = _GPTQ
 # get_min_capability: fp8.py:329, w8a8_fp8.py:66, blockwise_int8.py:83, gptq/gptq.py:386,
 # awq/awq.py:109
 _LEAST = {"unquantized": 0, "awq": 75, "fp8_channel": 89}
+
+# What SGLang asks the numbers of shards' scales, which are fake, and we before it: whether all are
+# one, which `test_shared_scale.py` shows for real ones. Where they are not, SGLang warns.
+SHARED_SCALES = frozenset({"_local_scalar_dense", "_unique2", "allclose"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,7 @@ def expect(card: Card, method: Method, kind: str, tp_size: int, dtype: str) -> E
     name = method.title
     if kind == "lm_head" and name == "fp8_static":
         return Expected(refused="needs input scales")
-    if kind == "lm_head" and not name.startswith(("unquantized", "awq", "gptq")):
+    if kind == "lm_head" and not name.startswith(("unquantized", "awq", "gptq", "nvfp4")):
         return Expected(refused="SGLang leaves lm_head unquantized in")
     if kind == "lm_head" and name == "awq" and card.architecture < 80:
         # AWQConfig has no method for it: awq/awq.py:160
@@ -110,6 +116,8 @@ def _kernels(card: Card, name: str, kind: str, dtype: str) -> tuple[str, tuple[s
         return "BlockInt8LinearMethod", _INT8_BLOCK
     if name == "int8_channel":
         return "W8A8Int8LinearMethod", _INT8_CHANNEL
+    if name == "nvfp4":
+        return "ModelOptNvFp4A16LinearMethod", _MARLIN
     if name == "awq":
         if card.architecture < 80 or kind == "ragged":
             return "AWQLinearMethod/AWQLinearScheme", _AWQ_PLAIN

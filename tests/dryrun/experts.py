@@ -28,6 +28,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "gptq_int4": ('match: "*", method: gptq_int4',),
     "gptq_int8": ('match: "*", method: gptq_int8',),
     "gptq_column": ('match: "*", method: gptq_int4, group_size: -1',),
+    "nvfp4": ('match: "*", method: nvfp4',),
     "several": (
         'match: "*", method: unquantized',
         'match: "*.experts.1.*", method: blockwise_int8',

@@ -45,7 +45,7 @@ def _gemm(
     a: torch.Tensor,
     words: torch.Tensor,
     scales: torch.Tensor,
-    _global_scale: torch.Tensor,
+    global_scale: torch.Tensor,
     zeros: torch.Tensor,
     g_idx: torch.Tensor,
     order: torch.Tensor,
@@ -62,8 +62,13 @@ def _gemm(
     packed = words.shape[1] // size_n
     assert tuple(words.shape) == (size_k // _TILE_K, size_n * packed)
     assert packed in (2, 4)
-    # the host does not look at the dtype of the scales, and reads them as the activations'
-    _expect(scales, a.dtype, scales.shape[0], size_n)
+    if global_scale.numel():
+        # of FP4 in blocks of 16, and only of that: marlin_template.h:492, 1366
+        _expect(global_scale.reshape(()), a.dtype)
+        _expect(scales, torch.float8_e4m3fn, size_k // 16, size_n)
+    else:
+        # the host does not look at the dtype of the scales, and reads them as the activations'
+        _expect(scales, a.dtype, scales.shape[0], size_n)
     if g_idx.numel() and order.numel():
         _expect(g_idx, torch.int32, size_k)
         _expect(order, torch.int32, size_k)

@@ -35,6 +35,7 @@ METHODS = tuple(
         ("gptq_int8", "method: gptq_int8"),
         ("gptq_column", "method: gptq_int4, group_size: -1"),
         ("gptq_act_order", "method: gptq_int4, desc_act: true", "gptq_act_order"),
+        ("nvfp4", "method: nvfp4"),
     )
 )
 TP_SIZES = (1, 2, 8)

@@ -44,6 +44,7 @@ class OneStage:
 @contextlib.contextmanager
 def rank(tp_size: int) -> Iterator[None]:
     """Publish SGLang's context of the last of `tp_size` ranks."""
+    from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
     from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
 
     last = tp_size - 1
@@ -51,6 +52,8 @@ def rank(tp_size: int) -> Iterator[None]:
     graphs = default_cuda_graph_config()
     override = get_context().override_server_args(tp_size=tp_size, cuda_graph_config=graphs)
     override.install()
+    # as the scheduler does
+    initialize_fp4_gemm_config()
     parallel = get_parallel()
     parallel.override_permanently(
         tp_rank=last,

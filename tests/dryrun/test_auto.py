@@ -31,6 +31,10 @@ RUNS: Mapping[str, Any] = {
         ["jit:awq_dequantize", "aten:mm"],
     ),
     "bf16": ("UnquantizedLinearMethod", ["aten:mm"]),
+    "compressedtensors-nvfp4": (
+        "CompressedTensorsLinearMethod/CompressedTensorsW4A16Fp4",
+        MARLIN,
+    ),
     "gptqmodel-asym-g64": r"\('gptq' of source 'model': Invalid quantization method: gptq",
     "gptqmodel-fp8-row": r"\('fp8' of source 'model': Cannot find any of \['activation_scheme'\]",
     "gptqmodel-gptq-g64": GPTQ,
@@ -39,6 +43,7 @@ RUNS: Mapping[str, Any] = {
     "llmcompressor-w4a16-asym-g64": WNA16,
     "llmcompressor-w4a16-g64": WNA16,
     "llmcompressor-w8a8-int8": W8A8,
+    "modelopt-nvfp4": ("ModelOptFp4LinearMethod", MARLIN),
 }
 ON_A100: Mapping[str, Any] = {
     **RUNS,

@@ -17,6 +17,7 @@ AWQ = ("AWQMoEMethod/RepairedAWQMoEScheme", _MARLIN, "refused")
 GPTQ = ("GPTQMarlinMoEMethod/RepairedGPTQMarlinMoEScheme", _MARLIN, "refused")
 WNA16 = ("CompressedTensorsFusedMoEMethod/CompressedTensorsWNA16MoE", _MARLIN, "taken")
 FP8 = ("CompressedTensorsFusedMoEMethod/CompressedTensorsW8A8Fp8MoE", _TRITON, "taken")
+FP4 = ("CompressedTensorsFusedMoEMethod/CompressedTensorsW4A16Nvfp4MoE", _MARLIN, "refused")
 W8A8 = r"CompressedTensorsConfig: The W8A8Int8 Fused MoE scheme is implemented only for NPU"
 # peer -> the same, or why it is refused
 RUNS: Mapping[str, Any] = {
@@ -28,6 +29,7 @@ RUNS: Mapping[str, Any] = {
     # SGLang's class has no place for the zero points of what it takes for symmetric
     "autoround-sym-awqpack-g64": "has no parameter 'w2_qzeros' in MoeWNA16Method",
     "bf16": ("UnquantizedFusedMoEMethod", _TRITON, "taken"),
+    "compressedtensors-nvfp4": FP4,
     "deepseek": ("Fp8MoEMethod", _TRITON, "taken"),
     "gptqmodel-asym-g64": r"\('gptq' of source 'model': Invalid quantization method: gptq",
     "gptqmodel-fp8-row": r"\('fp8' of source 'model': Cannot find any of \['activation_scheme'\]",
@@ -37,7 +39,12 @@ RUNS: Mapping[str, Any] = {
     "llmcompressor-w4a16-asym-g64": "SGLang reads the zero points of such experts as if they were",
     "llmcompressor-w4a16-g64": WNA16,
     "llmcompressor-w8a8-int8": W8A8,
+    "modelopt-nvfp4": ("ModelOptNvFp4FusedMoEMethod", _MARLIN, "refused"),
 }
+# on a GPU that computes in FP4
+ON_B200: Mapping[str, Any] = {
+    **RUNS, "modelopt-nvfp4": "experts with input scales run in FlashInfer's kernels on compute cap"
+}  # fmt: skip
 _IN_FP8 = (
     "deepseek", "gptqmodel-fp8-row", "llmcompressor-fp8-block", "llmcompressor-fp8-dynamic"
 )  # fmt: skip
@@ -55,7 +62,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_every_peer_runs_in_sglangs_own_class_or_is_refused(results: Results) -> None:
     title, found = results
     assert set(RUNS) == {*FOLDERS, "deepseek"}
-    for peer, expected in RUNS.items():
+    for peer, expected in (ON_B200 if title == "B200" else RUNS).items():
         for tp_size in (1, 2):
             got = found[f"{peer} {tp_size}"]
             if title == "A100" and peer in _IN_FP8:

@@ -15,6 +15,7 @@ from tests.presets import EXPORTED, write_preset
 RULES = (*EXPORTED[:-2], EXPORTED[-1], 'match: "*.2.self_attn.o_proj", method: fp8')
 PACKED = "CompressedTensorsLinearMethod/CompressedTensorsWNA16"
 FP8 = "CompressedTensorsLinearMethod/CompressedTensorsW8A8Fp8"
+FP4 = "CompressedTensorsLinearMethod/CompressedTensorsW4A16Fp4"
 INT8 = "CompressedTensorsLinearMethod/CompressedTensorsW8A8Int8"
 PLAIN = "UnquantizedLinearMethod/NoneType"
 
@@ -34,7 +35,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
 
 def test_every_layer_runs_in_the_class_that_the_export_means(found: Mapping[str, Any]) -> None:
     classes = {
-        0: (FP8, FP8, PACKED, PACKED),
+        0: (FP8, FP8, PACKED, FP4),
         1: (PLAIN, PLAIN, PACKED, PACKED),
         2: (FP8, FP8, FP8, INT8),
     }

@@ -10,7 +10,7 @@ import pytest
 
 from tests.dryrun.cards import CARDS
 from tests.dryrun.conftest import ALWAYS, TITLES, Results
-from tests.dryrun.expected import expect
+from tests.dryrun.expected import SHARED_SCALES, expect
 from tests.dryrun.methods import METHODS
 from tests.dryrun.tables import SECTIONS, between, cells_of, render, said_of
 
@@ -98,6 +98,7 @@ def test_no_result_depends_on_made_up_data(result_of: Results, title: str) -> No
         # layers/quantization/utils.py, `requantize_with_max_scale`: whether the scale of the last
         # shard was loaded, which `check_filled` proves; and one scale, as a number
         assert {made_up.pop(name)[0] for name in ("fp8", "fp8_static")} == {"_local_scalar_dense"}
+    assert set(made_up.pop("nvfp4", ())) <= SHARED_SCALES
     assert not made_up
 
 

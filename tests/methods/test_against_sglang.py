@@ -39,7 +39,7 @@ def sglang() -> None:
 QUANTIZED = [scheme for scheme in SCHEMES if scheme[0] != "unquantized"]
 KEYS = [(name, given, key) for name, given in QUANTIZED for key in ("cuda", "cpu")]
 DTYPES = {"F16": torch.float16, "F32": torch.float32, "I32": torch.int32, "I8": torch.int8}
-DTYPES["F8_E4M3"] = torch.float8_e4m3fn
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 
 
 @pytest.mark.parametrize(("name", "given", "key"), KEYS)
@@ -53,9 +53,8 @@ def test_builder_fits_the_installed_constructor(name: str, given: dict[str, Any]
 def test_config_constructs_on_the_cpu(name: str, given: dict[str, Any]) -> None:
     method, arguments = bind(name, given)
     config = build_config(method, arguments, "cpu")
-    assert config.get_name() == {"gptq": "gptq_marlin", "int8_channel": "w8a8_int8"}.get(
-        method, method
-    )
+    names = {"gptq": "gptq_marlin", "int8_channel": "w8a8_int8", "nvfp4": "modelopt_fp4"}
+    assert config.get_name() == names.get(method, method)
 
 
 def test_constructed_configs_say_what_was_asked() -> None:
@@ -89,7 +88,7 @@ def test_marlin_for_awq_constructs_on_a_gpu() -> None:
 
 
 def test_capabilities_are_the_classes_own() -> None:
-    for name in ("fp8", "fp8_channel", "blockwise_int8", "int8_channel", "gptq"):
+    for name in ("fp8", "fp8_channel", "blockwise_int8", "int8_channel", "gptq", "nvfp4"):
         config = build_config(*bind(name, {}), "cuda")
         assert config.get_min_capability() == METHODS[name].min_capability
     spec = METHODS["awq"]
@@ -180,6 +179,7 @@ def linear_method(name: str, given: dict[str, Any], key: str = "cpu") -> tuple[A
     from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8LinearMethod
     from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
     from sglang.srt.layers.quantization.gptq.gptq import GPTQLinearMethod
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptNvFp4A16LinearMethod
     from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8LinearMethod
     from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8LinearMethod
 
@@ -188,6 +188,9 @@ def linear_method(name: str, given: dict[str, Any], key: str = "cpu") -> tuple[A
         return W8A8Fp8LinearMethod(config), None
     if name == "int8_channel":
         return W8A8Int8LinearMethod(config), None
+    if name == "nvfp4":
+        # of SGLang's parameters all but "input_scale", which it makes and never reads
+        return ModelOptNvFp4A16LinearMethod(config), None
     if name.startswith("fp8"):
         return Fp8LinearMethod(config), None
     if name.startswith("int8"):
@@ -207,6 +210,8 @@ def test_stored_tensors_are_sglangs_parameters(name: str, given: dict[str, Any])
     layer = create_weights(*reorder(linear_method(name, given), shape))
     expected = METHODS[method].stored(arguments, shape.N, shape.K, "F16")
     parameters = dict(layer.named_parameters())
+    if name == "nvfp4":
+        del parameters["input_scale"]
     assert set(parameters) == set(expected)
     for suffix, tensor in expected.items():
         assert tuple(parameters[suffix].shape) == (tensor.shape or (1,)), suffix

@@ -209,4 +209,4 @@ def test_every_remedy_works(name: str, given: dict[str, Any], device: Device) ->
                     shape.N, shape.K, shape.shard_sizes, shape.parallel, int(fewer[1])
                 )
                 assert check(name, given, smaller, device) == [], (shape, remedy)
-    assert tried or name in ("unquantized", "fp8", "fp8_channel", "int8_channel")
+    assert tried or name in ("unquantized", "fp8", "fp8_channel", "int8_channel", "nvfp4")

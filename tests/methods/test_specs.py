@@ -71,6 +71,14 @@ def test_int8_channel_stores_what_llm_compressor_writes() -> None:
     }
 
 
+def test_nvfp4_stores_what_modelopt_writes() -> None:
+    made = {"weight": ("U8", (576, 768)), "weight_scale": ("F8_E4M3", (576, 96)),
+            "weight_scale_2": ("F32", ())}  # fmt: skip
+    assert stored("nvfp4", {}, 576, 1536) == made
+    kept = stored("nvfp4", {"keep_input_scale": True}, 576, 1536)
+    assert kept == made | {"input_scale": ("F32", ())}
+
+
 def test_static_fp8_stores_an_input_scale() -> None:
     assert stored("fp8", {"activation_scheme": "static"}, 16, 16)["input_scale"] == ("F32", ())
 
@@ -124,6 +132,7 @@ def test_precision_follows_bits_then_quality() -> None:
         ("gptq", {"group_size": 32}),
         ("awq", {}),
         ("awq", {"group_size": 32}),
+        ("nvfp4", {}),
         ("fp8", {}),
         ("fp8_channel", {}),
         ("fp8_block", {}),

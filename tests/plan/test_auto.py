@@ -21,6 +21,7 @@ from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, wri
 from tests.commands import run_without_torch
 from tests.presets import plan, preset, problem_texts, write_preset
 from tests.quantize.peers import FILE, LAYERS, PEERS, torch_layer
+from tests.tensors import same_bytes
 
 CPU = Target(device="cpu")
 AUTO = 'match: "*_proj", method: auto'
@@ -41,9 +42,7 @@ def test_every_tensor_passes_as_stored_to_cuda(tmp_path: Path, folder: str) -> N
         stored = torch_layer(folder, name)
         assert layer.outputs.keys() - stored.keys() <= {"g_idx"}
         for suffix, tensor in stored.items():
-            served = stream[f"{name}.{suffix}"]
-            assert served.dtype == tensor.dtype
-            assert torch.equal(served.view(torch.uint8), tensor.view(torch.uint8))
+            assert same_bytes(stream[f"{name}.{suffix}"], tensor)
 
 
 def test_missing_group_index_is_in_order_under_auto_too(tmp_path: Path) -> None:
@@ -78,9 +77,8 @@ def test_cpu_dequantizes_the_rest_and_the_plan_says_so(tmp_path: Path, folder: s
     layer = made.by_name[LAYERS[0]]
     assert (layer.method, layer.action) == ("bf16", "dequantize")
     assert layer.outputs == {"weight": TensorSpec("BF16", (192, 576))}
-    activations = ", with quantized activations" if "w4a16" not in folder else ""
-    if folder.startswith("gptqmodel"):
-        activations = ""
+    is_weight_only = folder.startswith("gptqmodel") or "w4a16" in folder or "nvfp4" in folder
+    activations = "" if is_weight_only else ", with quantized activations"
     assert problem_texts(made) == [
         f"warning: {BOTH}: is dequantized here: no method of the CPU platform runs "
         f"{DETECTED[folder][3]}; on CUDA it runs as stored{activations}"

@@ -36,6 +36,7 @@ CPU = Target(device="cpu")
         ("gptq", {"group_size": 64, "desc_act": False}),
         ("gptq", {"group_size": -1, "desc_act": False}),
         ("gptq_int8", {"group_size": 128, "desc_act": False}),
+        ("nvfp4", {}),
     ],
 )
 def test_foretold_error_is_what_quantizers_make_of_normal_numbers(

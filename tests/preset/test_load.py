@@ -97,6 +97,7 @@ def decide(preset: Preset, name: str) -> str:
         ("int8-block", [], {"blockwise_int8"}),
         ("awq", [], {"awq4"}),
         ("gptq", [], {"gptq4"}),
+        ("nvfp4", [], {"nvfp4"}),
     ],
 )
 def test_whole_presets_cover_every_layer(

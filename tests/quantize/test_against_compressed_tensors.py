@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mixedprec_plugin.methods.foreign.compressed_tensors import codec as pack_quantized
+from mixedprec_plugin.methods.foreign.compressed_tensors.fp4 import codec as fp4_packed
+from mixedprec_plugin.methods.nvfp4 import codec as nvfp4
 from mixedprec_plugin.quantize import scaled
 
 N, K = 72, 192
@@ -116,3 +118,14 @@ def test_older_unpacked_zero_points_read_as_packed_ones() -> None:
     ours = pack_quantized.read({**stored, "weight_zero_point": unpacked}, arguments).dequantize()
     scales = stored["weight_scale"].repeat_interleave(32, dim=1)
     assert torch.equal(ours, (codes - spread) * scales)
+
+
+def test_what_nvfp4_exports_is_what_the_library_dequantizes() -> None:
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
+    numbers = nvfp4.read(nvfp4.quantize(weight, {}, torch.bfloat16), {})
+    stored = fp4_packed.write(numbers, {}, torch.bfloat16)
+    made = scheme(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+    # the library multiplies in bfloat16, which holds these products: the global scale is 2**-7
+    weight = theirs("nvfp4-pack-quantized", stored, made)
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight.float(), numbers.dequantize())

@@ -18,6 +18,7 @@ SAFETENSORS_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int8: "I8",
+    torch.uint8: "U8",
     torch.int32: "I32",
 }
 methods = pytest.mark.parametrize("method", CASES, ids=str)

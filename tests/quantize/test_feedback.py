@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixedprec_plugin.quantize import feedback
+from mixedprec_plugin.errors import ShapeError
+from mixedprec_plugin.quantize import feedback, fp4
 from mixedprec_plugin.quantize.feedback import Rounded, round_with_feedback
+from mixedprec_plugin.quantize.fp4 import Fp4, Fp4Tiles, packed_tiles
 from mixedprec_plugin.quantize.rounding import Grid, Tiles, round_groups
 from mixedprec_plugin.quantize.scaled import Scaled, quantize_blocks
 
@@ -19,8 +21,11 @@ GPTQ = Grid(bits=4, symmetric=True, scale_dtype=torch.bfloat16)
 GPTQ_8 = Grid(bits=8, symmetric=True, scale_dtype=torch.bfloat16)
 INT8 = Tiles(torch.int8, rows=16, columns=None)
 FP8 = Tiles(torch.float8_e4m3fn, rows=1, columns=None)
+FP4 = Fp4Tiles(torch.float8_e4m3fn, rows=1, columns=16)
 GRIDS = pytest.mark.parametrize(
-    "grid", [AWQ, GPTQ, GPTQ_8, INT8, FP8], ids=["awq", "gptq", "gptq8", "int8", "fp8"]
+    "grid",
+    [AWQ, GPTQ, GPTQ_8, INT8, FP8, FP4],
+    ids=["awq", "gptq", "gptq8", "int8", "fp8", "fp4"],
 )
 
 
@@ -52,6 +57,8 @@ def loss(weight: torch.Tensor, other: torch.Tensor, H: torch.Tensor) -> float:
 
 
 def nearest(weight: torch.Tensor, group_size: int, grid: Grid | Tiles) -> torch.Tensor:
+    if isinstance(grid, Fp4Tiles):
+        return Fp4(*fp4.quantize_blocks(weight, group_size)).dequantize()
     if isinstance(grid, Tiles):
         block = (grid.rows or len(weight), group_size)
         made = quantize_blocks(weight, block, grid.dtype)
@@ -113,6 +120,16 @@ def test_a_tile_has_one_scale_and_codes_of_its_dtype(grid: Tiles) -> None:
     assert made.loss == pytest.approx(loss(weight, dequantize(made, columns), H), rel=1e-3)
     plain = loss(weight, nearest(weight, columns, grid), H)
     assert made.loss < 0.6 * plain
+
+
+def test_fp4_is_packed_as_it_was_rounded() -> None:
+    weight, H = weight_of(20, 96), correlated(96)
+    made = round_with_feedback(weight, H, 16, FP4)
+    numbers = packed_tiles(Scaled(made.codes, made.scales, (1, 16)))
+    assert torch.equal(numbers.dequantize(), dequantize(made, 16))
+    assert loss(weight, numbers.dequantize(), H) < 0.6 * loss(weight, nearest(weight, 16, FP4), H)
+    with pytest.raises(ShapeError, match=r"values as large as 22 are not calibrated \(expected 21"):
+        round_with_feedback(torch.full((4, 96), 22.0), H, 16, FP4)
 
 
 @given(st.integers(-20, 4), st.sampled_from([1, -1]), st.integers(0, 1000))

@@ -33,7 +33,7 @@ def dequantize_method(method: str, tensors: Arrays, arguments: Mapping[str, Any]
         if block is None:
             return by_channel(tensors["weight"], tensors["weight_scale"])
         return by_block(tensors["weight"], tensors["weight_scale_inv"], block)
-    readers = {"awq": awq, "gptq": gptq}
+    readers = {"awq": awq, "gptq": gptq, "nvfp4": nvfp4}
     return readers[method](tensors, arguments)
 
 
@@ -49,6 +49,8 @@ def dequantize_checkpoint(tensors: Arrays, config: Mapping[str, Any]) -> np.ndar
         ValueError: a quant_method that is not known here.
     """
     method = config["quant_method"]
+    if method == "modelopt":
+        return nvfp4(tensors, config)
     if method == "compressed-tensors":
         return compressed(tensors, config["config_groups"]["group_0"])
     if method == "fp8" and config.get("weight_scale_semantics") == "inverse":
@@ -95,6 +97,23 @@ def gptq(tensors: Arrays, arguments: Mapping[str, Any]) -> np.ndarray:
     return ((codes - zeros[group]).astype(F32) * tensors["scales"][group]).T
 
 
+def nvfp4(tensors: Arrays, _arguments: Mapping[str, Any]) -> np.ndarray:
+    """ModelOpt's NVFP4: codes, times the scale of their 16, times that of the whole."""
+    whole = tensors["weight_scale_2"].reshape(())
+    return e2m1(tensors["weight"], tensors["weight_scale"]) * whole
+
+
+def e2m1(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Sign, two bits of exponent, one of mantissa; the low nibble is the even column."""
+    packed = packed.astype(np.uint8)
+    codes = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)
+    exponent, mantissa = (codes >> 1) & 3, codes & 1
+    # OCP Microscaling v1.0: 2^(e-1) (1 + m/2), and m/2 where e is 0
+    values = np.where(exponent == 0, mantissa / 2, 2.0 ** (exponent - 1) * (1 + mantissa / 2))
+    signed = np.where(codes & 8, -values, values).astype(F32)
+    return signed * np.repeat(scale, signed.shape[1] // scale.shape[1], axis=1)
+
+
 def by_channel(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """One scale for the tensor, or for every row: q * scale."""
     return weight.astype(F32) * scale.reshape(-1, 1)
@@ -114,6 +133,9 @@ def by_block(
 def compressed(tensors: Arrays, group: Mapping[str, Any]) -> np.ndarray:
     """compressed-tensors: pack-quantized, float-quantized and int-quantized."""
     scale, weights = tensors["weight_scale"], group["weights"]
+    if group["format"] == "nvfp4-pack-quantized":
+        whole = F32(1) / tensors["weight_global_scale"].reshape(())
+        return e2m1(tensors["weight_packed"], scale) * whole
     if group["format"] == "pack-quantized":
         return _pack_quantized(tensors, weights)
     if weights["strategy"] == "block":

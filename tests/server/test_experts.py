@@ -1,4 +1,4 @@
-"""Experts of one layer in four schemes, served by a real server."""
+"""Experts of one layer in four schemes, and all in FP4, served by a real server."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tests.server.conftest import chat, nearness
 
 FOUR_SCHEMES = Path(__file__).with_name("experts.yaml")
 WEIGHT_ONLY = Path(__file__).with_name("experts_weight_only.yaml")
+NVFP4 = Path(__file__).with_name("experts_nvfp4.yaml")
 # preset -> KL in nats a token, from the same weights dequantized by other code
-LIMITS = {FOUR_SCHEMES: 0.01, WEIGHT_ONLY: 0.002}
+LIMITS = {FOUR_SCHEMES: 0.01, WEIGHT_ONLY: 0.002, NVFP4: 0.002}
 
 
 @pytest.fixture(scope="module", params=LIMITS, ids=lambda preset: preset.stem)

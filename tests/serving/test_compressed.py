@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests.checkpoints import llama_config, llama_tensors, write_llama
 from tests.commands import converted
 from tests.presets import EXPORTED, write_preset
+from tests.reference.dequantize import e2m1
 from tests.serving.stock import load
 from tests.tensors import as_integers, raw
 
@@ -21,7 +22,7 @@ SCHEMES = {
     "model.layers.0.self_attn.qkv_proj": "CompressedTensorsW8A8Fp8",
     "model.layers.0.self_attn.o_proj": "CompressedTensorsW8A8Fp8",
     "model.layers.0.mlp.gate_up_proj": "CompressedTensorsWNA16",
-    "model.layers.0.mlp.down_proj": "CompressedTensorsWNA16",
+    "model.layers.0.mlp.down_proj": "CompressedTensorsW4A16Fp4",
     "model.layers.1.self_attn.qkv_proj": None,
     "model.layers.1.self_attn.o_proj": None,
     "model.layers.1.mlp.gate_up_proj": "CompressedTensorsWNA16",
@@ -142,9 +143,18 @@ def _int8(held: dict[str, torch.Tensor], _rows: list[int]) -> Read:
     return held["weight"].float() * held["weight_scale"], held["weight_scale"] * 0.5001
 
 
+def _float4(held: dict[str, torch.Tensor], _rows: list[int]) -> Read:
+    """A scale for each 16 codes, of which the two largest are 4 and 6."""
+    packed, scales = held["weight_packed"].numpy(), held["weight_scale"].float()
+    whole = held["weight_global_scale"].float()
+    read = torch.from_numpy(e2m1(packed, scales.numpy())) / whole
+    # half of their distance; or what is beyond 6 where a scale was rounded down, a fifth at most
+    return read, 1.3 * scales.repeat_interleave(16, 1) / whole
+
+
 _READ = {
     None: _plain, "CompressedTensorsWNA16": _packed, "CompressedTensorsW8A8Fp8": _float8,
-    "CompressedTensorsW8A8Int8": _int8,
+    "CompressedTensorsW8A8Int8": _int8, "CompressedTensorsW4A16Fp4": _float4,
 }  # fmt: skip
 
 

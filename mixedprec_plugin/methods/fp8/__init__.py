@@ -47,8 +47,10 @@ def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
     }
 
 
-def read_config(config: Mapping[str, Any], _name: str) -> Said:
-    """Read what config.json says of a layer."""
+def read_config(config: Mapping[str, Any], name: str) -> Said:
+    """Read what config.json says of a layer; experts may be in another format, which it names."""
+    if config.get("moe_quant_algo") and ".experts." in name:
+        return Said(label=str(config["moe_quant_algo"]))
     facts = scaled.block_facts(config)
     if strategy := _STRATEGIES.get(str(config.get("weight_scale_method"))):
         facts["strategy"] = strategy

@@ -8,7 +8,8 @@ Its pack-quantized holds integers packed along K:
     weight_zero_point  I32 [N/(32/bits), K/G], packed along N, or (older) I8 [N, K/G]
     weight_g_idx       I32 [K], where groups are in activation order
 
-Its int-, float- and naive-quantized are 8-bit weights beside a scale: see `methods.scaled`.
+Its nvfp4-pack-quantized is told in `fp4`. Its int-, float- and naive-quantized are 8-bit weights
+beside a scale: see `methods.scaled`.
 Source: compressed-tensors `QuantizationConfig` and `PackedQuantizationCompressor`, and what SGLang
 0.5.23 makes of them (layers/quantization/compressed_tensors/compressed_tensors.py).
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.methods import gptq, integers
+from mixedprec_plugin.methods.foreign.compressed_tensors import fp4
 from mixedprec_plugin.methods.interface import (
     AS_STORED_REMEDY,
     Fault,
@@ -61,12 +63,12 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
     label = str(group.get("format") or config.get("format") or "")
     kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
     naive = {"float8": "fp8", "int8": "int8"}.get(kind)
-    encodings = {PACKED: PACKED, "dense": FLOAT}
+    encodings = {PACKED: PACKED, fp4.PACKED: fp4.PACKED, "dense": FLOAT}
     encodings |= {label: encoding for encoding, (_, label) in _KINDS.items()}
     encodings |= {"naive-quantized": naive} if naive else {}
     strategy, block = weights.get("strategy"), block_of(weights.get("block_structure"))
     facts = said_keys(weights, bits="num_bits", symmetric="symmetric", strategy="strategy")
-    if strategy == "group":
+    if strategy in ("group", "tensor_group"):
         facts |= said_keys(weights, group_size="group_size")
     elif strategy == "channel" and label == PACKED:
         facts["group_size"] = -1
@@ -121,8 +123,7 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     if "meta" in tensors:
         return unusable(tensors, "compressed-tensors marlin-24")
     if packed.dtype == "U8":
-        name = "nvfp4" if "weight_global_scale" in tensors else "mxfp4"
-        return unusable(tensors, f"compressed-tensors {name}-{PACKED}")
+        return fp4.recognize(tensors)
     if scale is None:
         return incomplete(tensors, PACKED, ["weight_scale"], PACKED)
     if packed.dtype != "I32" or len(packed.shape) != 2 or scale.dtype not in FLOAT_DTYPES:
@@ -185,7 +186,11 @@ def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Faul
     On compute capability 10.0 symmetric int4 in groups of 32 or 128 runs in Triton's kernel
     (compressed_tensors.py:925).
     """
-    if target.device != "cuda" or not shape.is_expert or stored.numbers != "integers":
+    if target.device != "cuda" or not shape.is_expert:
+        return []
+    if stored.numbers == "fp4":
+        return fp4.faults(stored, shape, target)
+    if stored.numbers != "integers":
         return []
     texts = []
     has_order = bool(stored.said.get("desc_act"))
@@ -211,6 +216,8 @@ def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
     Args:
         stored: as one of our methods serves it.
     """
+    if stored.numbers == "fp4":
+        return ""
     if stored.numbers == "scaled":
         # compressed_tensors.py:836 and :983, below layers/quantization/compressed_tensors
         is_block = stored.facts["strategy"] == "block"
@@ -222,6 +229,11 @@ def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
     if is_expert and not is_written_symmetric(stored):
         return "SGLang reads no experts with zero points there"
     return ""
+
+
+def codec_of(stored: StoredFormat) -> str:
+    """The lazy module whose `write` gives a layer's numbers in this form."""
+    return fp4.CODEC if stored.numbers == "fp4" else CODEC
 
 
 def is_written_symmetric(stored: StoredFormat) -> bool:
@@ -237,6 +249,8 @@ def written(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str,
         served: its tensors.
     """
     N, K = stored.N, stored.K
+    if stored.numbers == "fp4":
+        return fp4.written(served)
     if stored.numbers == "scaled":
         scale = served[stored.how["scale"]]
         scale = scale._replace(shape=scale.shape or (1,))
@@ -257,6 +271,10 @@ def written(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str,
 def group_for(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str, Any]:
     """One `config_groups` entry, without its targets; arguments as of `written`."""
     facts = stored.facts
+    if stored.numbers == "fp4":
+        weights = _arguments(**fp4.BLOCKS)
+        inputs = _arguments(**fp4.BLOCKS, **fp4.INPUTS) if "input_scale" in served else None
+        return {"format": fp4.PACKED, "weights": weights, "input_activations": inputs}
     if stored.numbers == "integers":
         size = stored.said.get("group_size", facts["group_size"])
         weights = _arguments(

@@ -1,0 +1,46 @@
+"""compressed-tensors' nvfp4-pack-quantized: scales of the whole are stored as reciprocals.
+
+SGLang turns them round in float32 too (compressed_tensors_w4a16_nvfp4.py:214).
+Source: compressed-tensors `NVFP4PackedCompressor`, and `generate_gparam` for the direction.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mixedprec_plugin.methods.nvfp4 import GROUP_SIZE
+from mixedprec_plugin.quantize.checks import take, take_matrix, take_one
+from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
+from mixedprec_plugin.quantize.fp4 import Fp4
+
+
+def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
+    """Tell the numbers of a weight.
+
+    Args:
+        tensors: "weight_packed" uint8 [N, K/2], "weight_scale" e4m3 [N, K/16],
+            "weight_global_scale" and optionally "input_global_scale", one float32 each; not
+            modified.
+    Raises:
+        ShapeError: a tensor is missing, or of another shape or dtype.
+    """
+    packed = take_matrix(tensors, "weight_packed", torch.uint8, "[N, K/2]")
+    scales = take_matrix(tensors, "weight_scale", torch.float8_e4m3fn, "[N, K/16]")
+    take(tensors, "weight_scale", (packed.shape[0], 2 * packed.shape[1] // GROUP_SIZE))
+    whole, inputs = take_one(tensors, "weight_global_scale").reciprocal(), None
+    if "input_global_scale" in tensors:
+        inputs = take_one(tensors, "input_global_scale").reciprocal()
+    return Fp4(packed, scales, whole, inputs)
+
+
+def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
+    """Store the same numbers as `read` tells them."""
+    assert isinstance(numbers, Fp4)
+    made = {
+        "weight_packed": numbers.packed,
+        "weight_scale": numbers.scales,
+        "weight_global_scale": numbers.global_scale.reciprocal().reshape(1),
+    }
+    if numbers.input_scale is not None:
+        made["input_global_scale"] = numbers.input_scale.reciprocal().reshape(1)
+    return made
