@@ -36,6 +36,7 @@ GROUP, BLOCK = 64, [64, 64]
 PRESETS: dict[str, dict[str, Any]] = {
     "awq, groups of 64": {"method": "awq", "group_size": GROUP},
     "gptq, groups of 64": {"method": "gptq", "group_size": GROUP},
+    "nvfp4": {"method": "nvfp4"},
     "fp8_channel": {"method": "fp8_channel"},
     "blockwise_int8, 64 x 64": {"method": "blockwise_int8", "weight_block_size": BLOCK},
 }

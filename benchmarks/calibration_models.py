@@ -153,7 +153,7 @@ SUBJECTS = (
             (GPTQ, "llm-compressor's GPTQ"),
             *(
                 (preset, rounding)
-                for preset in ("fp8_channel", "blockwise_int8, 64 x 64")
+                for preset in ("nvfp4", "fp8_channel", "blockwise_int8, 64 x 64")
                 for rounding in ("nearest", "calibrated")
             ),
         ],

@@ -12,6 +12,7 @@ METHODS = {
     "fp8_block": "method: fp8_block",
     "int8": "method: blockwise_int8",
     "int8_channel": "method: int8_channel",
+    "nvfp4": "method: nvfp4",
     "awq": "method: awq",
     "gptq": "method: gptq_int4",
     "gptq_int8": "method: gptq_int8",
