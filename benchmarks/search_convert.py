@@ -55,23 +55,23 @@ class _RoundsForAll:
         self._plans, self._rounding, self._work = plans, rounding, work
 
     def __call__(
-        self, layers: Sequence[PlannedLayer], seen: dict[str, Seen], num_tokens: int
+        self, layers: Sequence[PlannedLayer], seen: dict[str, Seen], _num_held: int
     ) -> Iterator[tuple[PlannedLayer, Tensors, dict[str, Any]]]:
         tensors: dict[str, Tensors] = {name: {} for name in self._plans}
         records: dict[str, list[dict[str, Any]]] = {name: [] for name in self._plans}
         for layer, moments in self._rounding.moments(layers, seen):
-            made: dict[object, tuple[Tensors, dict[str, Any]]] = {}
+            made: dict[object, tuple[Tensors, Any, dict[str, Any]]] = {}
             for name, plan in self._plans.items():
                 planned = plan.by_name[layer.name]
                 if planned.asks_for_calibration:
                     assert planned.scheme is not None
                     key = planned.scheme.identity
                     if key not in made:
-                        made[key] = self._rounding.round(planned, moments, num_tokens)
-                    own, record = made[key]
+                        made[key] = self._rounding.round(planned, moments)
+                    own, _, record = made[key]
                     # files share no memory
                     tensors[name] |= {f"{layer.name}.{k}": t.clone() for k, t in own.items()}
-                    records[name].append({"layer": layer.name, **record})
+                    records[name].append({"layer": layer.name, "loss": None, **record})
             yield layer, {}, {"loss": 0.0}
         (index,) = {int(layer.name.split(".")[2]) for layer in layers}
         for name in self._plans:

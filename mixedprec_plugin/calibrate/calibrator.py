@@ -25,7 +25,7 @@ from mixedprec_plugin.calibrate.sweep import (
     rounded_paths,
     save_whole,
 )
-from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, write_text
+from mixedprec_plugin.calibrate.text import held_last, open_tokenizer, read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
@@ -45,7 +45,8 @@ class Options:
 
     Attributes:
         text: a file, or None for text that the model writes.
-        windows: number of windows; fewer where the file is shorter.
+        windows: number of windows; fewer where the file is shorter. An eighth as many more are held
+            out, on which losses are predicted.
         length: tokens of a window.
         seed: of the text and of the labels.
         gradients: whether tokens are weighed by the gradient of the model's own predictions.
@@ -56,6 +57,11 @@ class Options:
     length: int = LENGTH
     seed: int = 0
     gradients: bool = True
+
+    @property
+    def held_out(self) -> int:
+        """The number of windows that are held out, where the text has enough."""
+        return max(self.windows // 8, 1)
 
 
 class Calibration:
@@ -104,7 +110,8 @@ class Calibration:
         """
         said, options = text_config(self._plan.source.config), self._options
         num_states = count_of(said, "num_hidden_layers") + 3 if options.gradients else 2
-        floats = num_states * options.windows * options.length * count_of(said, "hidden_size")
+        num_tokens = (options.windows + options.held_out) * options.length
+        floats = num_states * num_tokens * count_of(said, "hidden_size")
         layers = (x.bytes_after for x in self._plan.layers if x.name in self._names)
         kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         return max(4 * floats + sum(layers) - kept, 0)
@@ -145,6 +152,7 @@ class Calibration:
                 sweep = Sweep(
                     network, tokens, folder, options.seed,
                     gradients=gradients, ranks=self._ranks,
+                    held_out=min(options.held_out, len(tokens) // 2),
                 )  # fmt: skip
                 sweep.run(self._names, rounding, advance)
                 self._progress.remove_task(task)
@@ -170,11 +178,13 @@ class Calibration:
         options, path = self._options, folder / _TEXT
         if self._ranks.rank == 0 and not path.exists():
             tokenizer = open_tokenizer(self._plan.source.path)
+            count = options.windows + options.held_out
             if options.text is not None:
-                made = read_text(options.text, tokenizer, options.windows, options.length)
+                made = read_text(options.text, tokenizer, count, options.length)
+                made = held_last(made, min(options.held_out, len(made) // 2))
             else:
                 task = self._progress.add_task("writing text", total=None)
-                made = write_text(network, tokenizer, options.windows, options.length, options.seed)
+                made = write_text(network, tokenizer, count, options.length, options.seed)
                 self._progress.remove_task(task)
             save_whole({"tokens": made}, path)
         self._ranks.everyone(None)
@@ -243,10 +253,9 @@ class Calibration:
 
     @property
     def predicted_loss(self) -> float | None:
-        """KL in nats a token that H predicts; None before, or without gradients."""
-        if not self._files or not self._options.gradients:
-            return None
-        return float(self.record()["predicted_loss"])
+        """KL in nats a token of text that is held out; None before, or without gradients."""
+        losses = [one["loss"] for one in self._records if one["loss"] is not None]
+        return math.fsum(losses) if losses else None
 
     @property
     def unseen(self) -> list[str]:
@@ -257,7 +266,7 @@ class Calibration:
         """What was calibrated on, and each layer's predicted loss in nats a token."""
         return {
             **self.facts(),
-            "predicted_loss": math.fsum(one["loss"] or 0.0 for one in self._records),
+            "predicted_loss": self.predicted_loss,
             "kv_scales": {
                 name: {suffix: float(scale) for suffix, scale in made.items()}
                 for name, made in self._scales.items()

@@ -31,6 +31,12 @@ def tempered(weights: torch.Tensor) -> torch.Tensor:
     return weights.pow(_TEMPER)
 
 
+def nats(change: torch.Tensor) -> torch.Tensor:
+    """What changes of a label's log-likelihood cost: half their square, beyond 1 what is linear."""
+    change = change.abs()
+    return torch.where(change < 1, 0.5 * change.square(), change - 0.5)
+
+
 def second_moment(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Sum w x x' over tokens and shrink its correlations.
 

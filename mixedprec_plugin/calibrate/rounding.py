@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mixedprec_plugin.calibrate.capture import Seen
-from mixedprec_plugin.calibrate.moments import second_moment, tempered
+from mixedprec_plugin.calibrate.capture import Held, Seen
+from mixedprec_plugin.calibrate.moments import nats, second_moment, tempered
 from mixedprec_plugin.calibrate.sweep import unit_of
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES, Reader
 from mixedprec_plugin.compose.stream import Tensors, compose_floats
@@ -26,8 +26,6 @@ Record = dict[str, Any]
 
 # above, a layer's inputs are taken in blocks between which nothing is fed back
 _MAX_INPUTS = 16384
-# of rows, from which a loss is estimated
-_NUM_SUMS = 64
 
 
 def is_rounded_so(layer: PlannedLayer) -> bool:
@@ -50,19 +48,23 @@ class LayerRounding:
         self._target, self._reader, self._device = target, reader, device
 
     def __call__(
-        self, layers: Sequence[PlannedLayer], seen: dict[str, Seen], num_tokens: int
+        self, layers: Sequence[PlannedLayer], seen: dict[str, Seen], num_held: int
     ) -> Iterator[tuple[PlannedLayer, Tensors, Record]]:
         """Round the layers of a decoder layer.
 
         Args:
             seen: layer name -> tokens, each taken out once it was used.
-            num_tokens: of the whole text.
+            num_held: tokens of the text that is held out.
         Yields:
-            the tensors of each one's method, and its record: "loss" in nats a token, "tokens" that
-            it saw, how far correlations were shrunk in each block of its inputs.
+            the tensors of each one's method, and its record: "loss" in nats a token of the text
+            that is held out, None without gradients; "tokens" that it saw of the other; how far
+            correlations were shrunk in each block of its inputs.
         """
+        held = {name: one.held for name, one in seen.items()}
         for layer, moments in self.moments(layers, seen):
-            yield layer, *self.round(layer, moments, num_tokens)
+            tensors, errors, record = self.round(layer, moments)
+            loss = _loss(held.pop(layer.name, []), errors) if num_held else None
+            yield layer, tensors, {"loss": loss and loss / num_held, **record}
 
     def moments(
         self, layers: Sequence[PlannedLayer], seen: dict[str, Seen]
@@ -101,10 +103,8 @@ class LayerRounding:
                 pools[pool] = H.mul_(len(x) / len(experts))
         return pools
 
-    def round(
-        self, layer: PlannedLayer, moments: Moments, num_tokens: int
-    ) -> tuple[Tensors, Record]:
-        """Round one layer to the tensors of its method; and its record, see `__call__`."""
+    def round(self, layer: PlannedLayer, moments: Moments) -> tuple[Tensors, torch.Tensor, Record]:
+        """Round one layer to the tensors of its method; its errors [N, K]; what is recorded."""
         assert layer.scheme is not None
         codec, dtype = load_codec(METHODS[layer.method].codec), TORCH_DTYPES[self._target.dtype]
         arguments = layer.scheme.arguments
@@ -121,11 +121,9 @@ class LayerRounding:
             pieces.append(round_with_feedback(weight[:, columns], H, group_size, grid))
             shrunk.append(round(amount, 4))
         numbers = _numbers(pieces, group_size, grid)
-        count, errors = moments.num_tokens, torch.cat([piece.errors for piece in pieces], 1)
-        loss = moments.loss(errors) / num_tokens if count else None
-        return codec.write(numbers, arguments, dtype), {
-            "loss": loss, "tokens": count, "shrunk": shrunk,
-        }  # fmt: skip
+        errors = torch.cat([piece.errors for piece in pieces], 1)
+        record = {"tokens": moments.num_tokens, "shrunk": shrunk}
+        return codec.write(numbers, arguments, dtype), errors, record
 
 
 class Moments:
@@ -148,17 +146,6 @@ class Moments:
             weights = tempered(self._weights)
             self._known[key] = _moment(self._x[:, columns], weights, columns, self._pool)
         return self._known[key]
-
-    def loss(self, errors: torch.Tensor) -> float:
-        """What errors of the weight [N, K] cost on these tokens: half the sum of w |E x|^2.
-
-        By random sums of rows, which estimate it without bias: rows' errors are hardly correlated.
-        """
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(2, (_NUM_SUMS, len(errors)), generator=generator).mul_(2).sub_(1)
-        sums = signs.to(errors) @ errors / _NUM_SUMS**0.5
-        products = self._x.to(errors.dtype) @ sums.t()
-        return 0.5 * float(self._weights.double() @ products.square_().sum(1).double())
 
 
 def _joined(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +173,20 @@ def _moment(
         H.add_(pool[columns, columns], alpha=few / (few + count))
         return H, 0.0
     return (H, amount) if float(H.diagonal().sum()) > 0 else (H.fill_diagonal_(1), 1.0)
+
+
+def _loss(held: Sequence[Held], errors: torch.Tensor) -> float | None:
+    """What errors of a weight [N, K] cost tokens that are held out, in nats.
+
+    By the gradient that each has, as if errors of different layers were independent; None without.
+    """
+    total = 0.0
+    for one in held:
+        if one.gradients is None:
+            return None
+        pulled = one.gradients.to(errors) @ errors
+        total += float(nats((pulled * one.x.to(errors)).sum(1)).sum(dtype=torch.float64))
+    return total
 
 
 def _numbers(pieces: Sequence[Rounded], group_size: int, grid: AnyGrid) -> Numbers:

@@ -36,7 +36,7 @@ from mixedprec_plugin.plan.model import PlannedLayer
 # tokens that are computed at once, and whose predictions are
 _BATCH_TOKENS, _HEAD_TOKENS = 2048, 512
 
-# layers, what each saw, tokens of the text -> each layer's tensors and record
+# layers, what each saw, tokens that are held out -> each layer's tensors and record
 Rounding = Callable[
     [Sequence[PlannedLayer], dict[str, Seen], int],
     Iterable[tuple[PlannedLayer, dict[str, torch.Tensor], dict[str, Any]]],
@@ -70,7 +70,8 @@ class Sweep:
         own = self._ranks.windows(len(tokens))
         held = max(len(tokens) - held_out - own.start, 0)
         self._first_window, self._first_held = own.start, held
-        self._num_tokens = tokens[: len(tokens) - held_out].numel()
+        # all but the first of each window
+        self._num_held = held_out * max(tokens.shape[1] - 1, 1)
         self._network, self._tokens, self._folder, self._seed = network, tokens[own], folder, seed
         self._own = folder / f"rank-{self._ranks.rank}-of-{self._ranks.count}"
         self._own.mkdir(exist_ok=True)
@@ -257,7 +258,7 @@ class Sweep:
         seen = ranks.exchange(capture.seen, owners, [*wanted])
         self._check_seen(wanted, set().union(*ranks.everyone(set(seen))))
         own = [layer for name, layer in wanted.items() if owners[name] == ranks.rank]
-        for layer, made, record in rounding(own, seen, self._num_tokens):
+        for layer, made, record in rounding(own, seen, self._num_held):
             tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in made.items()}
             records.append({"layer": layer.name, **record})
         path = rounded_paths(self._folder, index, ranks.count)[ranks.rank]

@@ -135,3 +135,10 @@ def read_text(path: Path, tokenizer: Any, num_windows: int | None, length: int) 
     if num_windows is not None and num_windows < len(windows):
         windows = [windows[i * len(windows) // num_windows] for i in range(num_windows)]
     return torch.tensor(windows)
+
+
+def held_last(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Windows [W, L], so many of them from all over the text behind the others."""
+    order = torch.arange(len(tokens))
+    is_held = order * count // len(tokens) != (order + 1) * count // len(tokens)
+    return torch.cat([tokens[~is_held], tokens[is_held]])

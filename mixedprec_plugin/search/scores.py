@@ -23,10 +23,11 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from mixedprec_plugin.calibrate.capture import Held, Seen
+from mixedprec_plugin.calibrate.moments import nats
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.rounding import LayerRounding, Moments
 from mixedprec_plugin.calibrate.sweep import Sweep, read_records, rounded_paths, save_whole
-from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, write_text
+from mixedprec_plugin.calibrate.text import held_last, open_tokenizer, read_text, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.compose.stream import (
     Tensors,
@@ -54,21 +55,20 @@ class Scoring:
         choices: the units with their options.
         wanted: unit name -> names of the candidates to score.
         rounding: rounds what is calibrated.
-        num_held: tokens of the text that is held out.
     """
 
     def __init__(
         self, choices: Choices, wanted: _Wanted, rounding: LayerRounding, reader: Reader,
-        device: torch.device, num_held: int,
+        device: torch.device,
     ) -> None:  # fmt: skip
         self._choices, self._wanted, self._rounding = choices, wanted, rounding
-        self._reader, self._device, self._num_held = reader, device, num_held
+        self._reader, self._device = reader, device
         self._unit_of = {
             layer.name: unit for unit in choices.units.values() for layer in unit.layers
         }
 
     def __call__(
-        self, layers: Sequence[PlannedLayer], seen: dict[str, Seen], _num_tokens: int
+        self, layers: Sequence[PlannedLayer], seen: dict[str, Seen], num_held: int
     ) -> Iterator[tuple[PlannedLayer, Tensors, dict[str, Any]]]:
         """Score them.
 
@@ -85,7 +85,7 @@ class Scoring:
                 self._add(own, unit, layer, held.pop(layer.name, []), moments)
             waiting[unit.name] -= 1
             if not waiting[unit.name]:
-                scores = sums.pop(unit.name).scores(self._num_held)
+                scores = sums.pop(unit.name).scores(num_held)
                 known = {name: scores.get(name, 0.0) for name in self._wanted[unit.name]}
                 yield layer, {}, {"loss": 0.0, "unit": unit.name, "scores": known}
 
@@ -113,7 +113,7 @@ class Scoring:
 
     def _tensors(self, option: Option, layer: PlannedLayer, moments: Moments) -> Tensors:
         if option.candidate.needs_conversion:
-            return self._rounding.round(layer, moments, 1)[0]
+            return self._rounding.round(layer, moments)[0]
         return compose_layer(layer, self._choices.base.target, self._reader)
 
 
@@ -185,18 +185,12 @@ class _Sums:
         """The score of each candidate."""
         if self._has_gradients:
             return {
-                name: float(_nats(error.abs()).sum()) / num_tokens
-                for name, error in self._errors.items()
+                name: float(nats(error).sum()) / num_tokens for name, error in self._errors.items()
             }
         return {
             name: float(error.sum()) / max(self._outputs, 1e-30) * len(error) / num_tokens
             for name, error in self._errors.items()
         }
-
-
-def _nats(change: torch.Tensor) -> torch.Tensor:
-    """Half the square of changes up to a nat, and their magnitude less a half beyond."""
-    return torch.where(change < 1, 0.5 * change.square(), change - 0.5)
 
 
 def make_scores(
@@ -218,9 +212,7 @@ def make_scores(
         tokens = _text(network, choices.base.source.path, basis, folder, progress)
         held = basis.held_out
         rounding = LayerRounding(choices.base.target, reader, device)
-        # all but the first of each window
-        num_held = held * max(basis.length - 1, 1)
-        scoring = Scoring(choices, wanted, rounding, reader, device, num_held)
+        scoring = Scoring(choices, wanted, rounding, reader, device)
         count = len(network.layers)
         task = progress.add_task("scoring", total=(2 if basis.gradients else 1) * count)
         names = {layer.name for unit in wanted for layer in choices.units[unit].layers}
@@ -269,7 +261,4 @@ def _text(
             f"{num_windows}, {basis.held_out} of them held out)"
         )
         raise UsageError(Problem("--text", what, "name a longer text, or give fewer --windows"))
-    # every so many of them, so that both parts are from all over the text
-    order = torch.arange(num_windows)
-    is_held = order * basis.held_out // num_windows != (order + 1) * basis.held_out // num_windows
-    return torch.cat([made[~is_held], made[is_held]])
+    return held_last(made, basis.held_out)

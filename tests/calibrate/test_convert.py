@@ -82,6 +82,8 @@ def test_calibrated_folder_costs_less_than_rounding_to_nearest(
     same, nearest, made = (row["found"]["kl"]["value"] for row in rows)
     assert same == pytest.approx(0, abs=1e-6)
     assert made < 0.85 * nearest
+    # by text that was held out
+    assert record["predicted_loss"] == pytest.approx(made, rel=0.35)
     assert command("plan", "--device", "cpu", "--model", tmp_path / "out")[0] == 0
 
 
