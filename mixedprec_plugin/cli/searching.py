@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.output import print_json, progress_for
@@ -47,11 +48,12 @@ def search(args: argparse.Namespace, out: TextIO) -> None:
     choices = find_choices(model, target_of(args, model), methods, others)
     budget, card = _budget(args, choices)
     with progress_for(args) as bar:
-        scores, made = _scores(args, choices, sources, bar)
+        scores, made, about_scores = _scores(args, choices, sources, bar)
         own = Search(choices, args.at_load, args.experts == "layer")
-        kind: Kind = "guesses" if args.fast else "shares" if args.no_gradients else "nats"
+        kind: Kind = "guesses" if args.fast else "nats" if _basis(args).gradients else "shares"
         try:
             found = own.run(budget, scores, kind, made)
+            found = dataclasses.replace(found, **about_scores)
         except PlanError as error:
             raise _with_nearest(args, error, choices, own.smallest(scores), card) from None
         about = header_lines(found, args.out, args.model)
@@ -88,13 +90,32 @@ def _budget(args: argparse.Namespace, choices: Choices) -> tuple[Budget, CardBud
 
 def _scores(
     args: argparse.Namespace, choices: Choices, sources: Mapping[str, Source], bar: Progress
-) -> tuple[Scores, int]:
+) -> tuple[Scores, int, dict[str, Any]]:
+    """The scores, how many were made, and what `Found` says of them."""
     if args.fast:
-        return guessed(choices), 0
+        return guessed(choices), 0, {}
+    basis, base = _basis(args), choices.base
+    if basis.inputs is None:
+        kept = KeptScores(base.source, base.target.dtype, basis, sources)
+        return *find_scores(choices, kept, basis, bar, at_load=args.at_load), {}
+    # only this needs torch
+    from mixedprec_plugin.calibrate.gathered import Gathered
+    from mixedprec_plugin.search.gathered import unscored
+
+    gathered = Gathered(basis.inputs, base)
+    without = unscored(choices, gathered)
+    kept = KeptScores(base.source, base.target.dtype, basis, sources, gathered.facts)
+    made = find_scores(
+        choices, kept, basis, bar, at_load=args.at_load, gathered=gathered, without=without
+    )
+    what = f"{gathered.num_tokens:,} tokens that an engine gathered in {basis.inputs}"
+    return *made, {"scored_on": what, "unscored": without}
+
+
+def _basis(args: argparse.Namespace) -> Basis:
     given = {name: value for name in _GIVEN if (value := getattr(args, name)) is not None}
-    basis = Basis(**given, gradients=not args.no_gradients)
-    kept = KeptScores(choices.base.source, choices.base.target.dtype, basis, sources)
-    return find_scores(choices, kept, basis, bar, at_load=args.at_load)
+    gradients = not (args.no_gradients or args.inputs)
+    return Basis(**given, gradients=gradients, inputs=args.inputs)
 
 
 def _with_nearest(
