@@ -85,11 +85,16 @@ class Gathered:
         facts: what each file says of itself.
         num_tokens: of each module.
         unseen: modules that the engine built and whose inputs it did not see.
+        shares: module -> how much of the residual stream behind its branch of the decoder layer
+            that branch added, 0 to 1 or a little more; empty where it is not known of each module.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self._plan = folder, plan
-        self._paths = sorted(folder.glob("inputs-tp*-pp*.safetensors"))
+        # by number: columns are put together in this order
+        self._paths = sorted(
+            folder.glob("inputs-tp*-pp*.safetensors"), key=lambda path: natural_key(path.name)
+        )
         if not self._paths:
             raise self._wrong("holds no inputs that an engine gathered", _SERVE)
         self.facts = [self._facts(path) for path in self._paths]
@@ -97,6 +102,9 @@ class Gathered:
         self.num_tokens: int = first["num_tokens"]
         self.unseen = frozenset(name for facts in self.facts for name in facts["unseen"])
         self._check(first)
+        shares = {name: x for facts in self.facts for name, x in facts["shares"].items()}
+        seen = {name for facts in self.facts for name in facts["modules"]}
+        self.shares: dict[str, float] = shares if seen <= shares.keys() else {}
 
     def _facts(self, path: Path) -> dict[str, Any]:
         with self._opened(path) as file:
@@ -108,7 +116,7 @@ class Gathered:
 
     def _check(self, first: Mapping[str, Any]) -> None:
         sizes = range(first["tp_size"]), range(first["pp_size"])
-        expected = sorted(rank_path(self.folder, tp, pp) for tp in sizes[0] for pp in sizes[1])
+        expected = [rank_path(self.folder, tp, pp) for tp in sizes[0] for pp in sizes[1]]
         if self._paths != expected:
             missing = [x.name for x in expected if x not in self._paths]
             more = [x.name for x in self._paths if x not in expected]

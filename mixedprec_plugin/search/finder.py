@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # of more, planning every preset that ships would take longer than the search
 _MOST_UNITS_BESIDE = 2000
 
-Kind = Literal["nats", "shares", "guesses"]
+Kind = Literal["nats", "shares", "parts", "guesses"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Found:
 
     Attributes:
         choices: the units that were scored, with what was.
-        kind: what scores are: nats a token, shares of outputs that are error, or guesses.
+        kind: what scores are: nats a token, shares of outputs that are error, parts of the residual
+            stream that are, or guesses.
         allocation: the candidate of each unit, or of each layer of experts.
         choice: the candidate of each unit.
         num_made: how many scores were made, and not read.
@@ -218,7 +219,8 @@ def find_scores(
     if missing and gathered is not None:
         from mixedprec_plugin.search.gathered import score_gathered
 
-        kept.write(score_gathered(choices, missing, gathered, progress), keys)
+        for made in score_gathered(choices, missing, gathered, progress):
+            kept.write(made, keys)
         known = kept.read(keys)
     elif missing:
         # only this needs torch
@@ -226,8 +228,7 @@ def find_scores(
 
         digest = hashlib.sha256(json.dumps([kept.facts, missing], default=str).encode()).hexdigest()
         work = kept.folder(f"work-{digest[:16]}")
-        made = make_scores(choices, missing, basis, work, progress)
-        kept.write(made, keys)
+        kept.write(make_scores(choices, missing, basis, work, progress), keys)
         shutil.rmtree(work)
         known = kept.read(keys)
     return known, sum(map(len, missing.values()))

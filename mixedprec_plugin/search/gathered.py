@@ -1,12 +1,14 @@
 """Scores by what a serving engine's layers read; no forward pass, and no gradients.
 
-What `scores` does without gradients, of tokens that were gathered. Of experts the engine shows what
+What `scores` does without gradients, of tokens that were gathered, times how much of the residual
+stream is what the unit's branch adds, where that is known: the same share of error in two branches
+matters as much as the branches do. Of experts the engine shows what
 goes in: what the down projection reads is computed here from the other two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from rich.progress import Progress
@@ -62,11 +64,13 @@ def score_gathered(
     wanted: Mapping[str, Collection[str]],
     gathered: Gathered,
     progress: Progress,
-) -> Scores:
+) -> Iterator[Scores]:
     """Score candidates, a module at a time.
 
     Args:
         wanted: unit name -> names of the candidates to score; of units that can be scored.
+    Yields:
+        the scores of a module's units.
     Raises:
         CheckpointError: a source or a file is damaged.
     """
@@ -74,7 +78,6 @@ def score_gathered(
     for name in wanted:
         for layer in choices.units[name].layers:
             modules.setdefault(layer.module, []).append(layer)
-    found: Scores = {}
     is_held = gathered.is_held_out()
     task = progress.add_task("scoring", total=len(modules))
     with Reader() as reader:
@@ -97,12 +100,16 @@ def score_gathered(
                     gate, up = (x.to(device).float() @ weight(layer).t() for layer in own[:2])
                     seen[down[0].name] = _seen((silu(gate) * up).bfloat16().cpu(), held)
                 seen |= {layer.name: _seen(x, held) for layer in own if not _is_down(layer)}
-            for _, _, record in scoring(layers, seen, gathered.num_tokens):
-                found[record["unit"]] = record["scores"]
+            records = [record for _, _, record in scoring(layers, seen, gathered.num_tokens)]
+            share = gathered.shares.get(module, 1.0)
+            found: Scores = {
+                record["unit"]: {name: share * x for name, x in record["scores"].items()}
+                for record in records
+            }
+            fill_unseen(found, choices)
+            yield found
             progress.advance(task)
     progress.remove_task(task)
-    fill_unseen(found, choices)
-    return found
 
 
 def _read_by(

@@ -21,6 +21,7 @@ from mixedprec_plugin.search.finder import Found
 _KINDS = {
     "nats": ("nats a token", "predicted KL on the text that was scored on"),
     "shares": ("", "sum of the shares of outputs that are error; no divergence"),
+    "parts": ("", "sum of the parts of the residual stream that are error; no divergence"),
     "guesses": ("", "a rule of thumb from shapes alone; no divergence, nothing was measured"),
 }
 

@@ -7,6 +7,9 @@ keeps its graphs; those of prefilling are refused, see `options.why_not_gather`.
 
 Every rank takes the same tokens of a pass, evenly spaced over it. The first of a sequence is none:
 it is an attention sink, whose states are a thousand times as large as others'.
+
+Between two norms that read the residual stream lies a branch, which adds to it. How much of the
+stream behind a branch is the branch's tells how much an error in it matters.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from sglang.srt.runtime_context import get_parallel
 from mixedprec_plugin.calibrate.gathered import metadata, model_digest, rank_path
 from mixedprec_plugin.calibrate.sweep import save_whole
 from mixedprec_plugin.errors import ConvertError, LoadError, Problem
+from mixedprec_plugin.families.config import text_config
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.loader import served_config, served_model
 
@@ -91,11 +95,22 @@ class Gathering:
         self._seen: dict[str, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
         self._counts = dict.fromkeys(self._modules, 0)
         self._count, self._next_write = 0, min(_FIRST_WRITE, num_tokens)
-        # of the pass that runs: which of how many tokens
+        # of the pass that runs: which of how many tokens; the stream, [T, hidden size]; and the
+        # modules of the branch that runs
         self._rows, self._num_rows = torch.empty(0, dtype=torch.int64), 0
+        self._stream: torch.Tensor | None = None
+        self._branch: list[str] = []
+        # of each module: sums of squares of what its branch adds, and of the stream behind it
+        self._sums: dict[str, torch.Tensor] = {}
         self._handles = [
             module.register_forward_pre_hook(functools.partial(self._see, name), with_kwargs=True)
             for name, module in self._modules.items()
+        ]
+        size = text_config(self._plan.source.config).get("hidden_size")
+        self._handles += [
+            module.register_forward_pre_hook(self._see_stream, with_kwargs=True)
+            for module in model.modules()
+            if {tuple(x.shape) for x in module.parameters(recurse=False)} == {(size,)}
         ]
         built = {id(module) for module in self._modules.values()}
         for child in model.children():
@@ -109,7 +124,7 @@ class Gathering:
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         """Choose the tokens of a pass."""
-        self._rows = self._rows[:0]
+        self._rows, self._stream, self._branch = self._rows[:0], None, []
         batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, ForwardBatch)), None)
         if batch is None or not batch.forward_mode.is_extend():
             return
@@ -138,6 +153,28 @@ class Gathering:
             kept = x[self._rows].to("cpu", torch.bfloat16)
             self._seen.setdefault(name, []).append((kept, experts))
             self._counts[name] += len(kept)
+            self._branch.append(name)
+
+    def _see_stream(
+        self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Close a branch at a norm, which in SGLang takes what was added and the stream before."""
+        x, residual = [*args, *kwargs.values(), None, None][:2]
+        if not len(self._rows):
+            return
+        if not isinstance(x, torch.Tensor) or len(x) != self._num_rows:
+            self._stream, self._branch = None, []
+            return
+        stream = x[self._rows].float()
+        if residual is not None:
+            stream += residual[self._rows].float()
+        elif self._stream is not None:
+            return  # it reads something else
+        if self._stream is not None:
+            pair = torch.stack([y.square().sum() for y in (stream - self._stream, stream)])
+            for name in self._branch:
+                self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        self._stream, self._branch = stream, []
 
     def _end_pass(self, *_: object) -> None:
         self._rows = self._rows[:0]
@@ -168,6 +205,7 @@ class Gathering:
             **self._facts, "made": time.time_ns(), "num_tokens": self._count,
             "modules": [name for name in whole if f"{name}.x" in tensors],
             "unseen": sorted(self._modules.keys() - whole),
+            "shares": {name: float(sums[0] / sums[1]) for name, sums in self._sums.items()},
         }  # fmt: skip
         try:
             save_whole(tensors, self._path, metadata(facts))

@@ -46,42 +46,44 @@ def folder(plan: Plan, tmp_path: Path) -> Path:
     return write(tmp_path / "inputs", plan)
 
 
-def write(folder: Path, plan: Plan, unseen: str = "", **other: Any) -> Path:
-    """Two ranks' files: row-parallel layers' columns are split, the first rank has the rest."""
-    folder.mkdir()
+def inputs_of(plan: Plan) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     names = [name for name in plan.modules if name.endswith(tuple(SIZES))]
     assert len(names) == 12
-    whole = {
+    return {
         name: torch.randn(NUM_TOKENS, SIZES[name.rpartition(".")[2]], generator=generator)
         for name in names
-        if name != unseen
     }
-    for rank in (0, 1):
+
+
+def write(folder: Path, plan: Plan, unseen: str = "", num_ranks: int = 2, **other: Any) -> Path:
+    """Ranks' files: row-parallel layers' columns are split, the first rank has the rest."""
+    folder.mkdir()
+    whole = {name: x for name, x in inputs_of(plan).items() if name != unseen}
+    for rank in range(num_ranks):
         tensors = {
-            f"{name}.x": x.bfloat16().chunk(2, 1)[rank].contiguous()
+            f"{name}.x": x.bfloat16().chunk(num_ranks, 1)[rank].contiguous()
             if name.endswith(SPLIT)
             else x.bfloat16()
             for name, x in whole.items()
             if name.endswith(SPLIT) or rank == 0
         }
         facts = {
-            "version": 1, "model": model_digest(plan), "path": "there", "tp_size": 2, "pp_size": 1,
-            "num_tokens": NUM_TOKENS, "modules": [key.removesuffix(".x") for key in tensors],
-            "unseen": [unseen] if unseen else [], **other,
+            "version": 1, "model": model_digest(plan), "path": "there", "pp_size": 1,
+            "tp_size": num_ranks, "num_tokens": NUM_TOKENS,
+            "modules": [key.removesuffix(".x") for key in tensors],
+            "unseen": [unseen] if unseen else [], "shares": {}, **other,
         }  # fmt: skip
         path = folder / f"inputs-tp{rank}-pp0.safetensors"
         save_file(tensors, path, {"gathered": json.dumps(facts)})
     return folder
 
 
-def test_columns_of_the_ranks_are_put_together(plan: Plan, folder: Path) -> None:
-    gathered = Gathered(folder, plan)
-    for name in ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
-        K = SIZES[name.rpartition(".")[2]]
-        x = gathered.tokens(name, K).x
-        assert x.shape == (NUM_TOKENS, K)
-        assert x.float().std() == pytest.approx(1, abs=0.02)
+@pytest.mark.parametrize("num_ranks", [1, 2, 16])
+def test_columns_of_the_ranks_are_put_together(plan: Plan, tmp_path: Path, num_ranks: int) -> None:
+    gathered = Gathered(write(tmp_path / "inputs", plan, num_ranks=num_ranks), plan)
+    for name, x in inputs_of(plan).items():
+        assert torch.equal(gathered.tokens(name, x.shape[1]).x, x.bfloat16())
     assert int(gathered.is_held_out().sum()) == NUM_TOKENS // 5
 
 
@@ -98,6 +100,25 @@ def test_search_scores_on_them_and_says_so(model: Path, folder: Path, tmp_path: 
     # calibrated candidates are made of them as well, and lose less
     better = found(model, "--inputs", folder, "--bits", 6, "--out", preset)
     assert better["point"]["loss"] < first["point"]["loss"]
+
+
+def test_errors_count_by_what_their_branch_adds_where_that_is_known_of_all(
+    model: Path, plan: Plan, tmp_path: Path
+) -> None:
+    names = list(inputs_of(plan))
+    made = {}
+    for kind, shares in (
+        ("none", {}),
+        ("some", dict.fromkeys(names[1:], 0.25)),
+        ("all", dict.fromkeys(names, 0.25)),
+    ):
+        folder = write(tmp_path / kind, plan, shares=shares)
+        words = ("--inputs", folder, "--at-load", "--methods", "fp8_channel", "--bits", 9)
+        made[kind] = found(model, *words, "--out", tmp_path / "found.yaml")
+    assert [one["kind"] for one in made.values()] == ["shares", "shares", "parts"]
+    losses = [one["point"]["loss"] for one in made.values()]
+    assert losses[0] > 0
+    assert losses == pytest.approx([losses[0], losses[0], losses[0] / 4])
 
 
 def test_what_the_engine_did_not_see_stays_as_it_is(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(model, prompts, inputs, log.read_text())
 
 
-def read_by_transformers(run: Run) -> dict[str, torch.Tensor]:
+def read_by_transformers(run: Run, *names: str) -> dict[str, torch.Tensor]:
     """Module -> what goes into it, [640, K], the first token of each prompt left out."""
     model: Any = AutoModelForCausalLM.from_pretrained(
         run.model, dtype=torch.bfloat16, experts_implementation="eager"
@@ -66,11 +68,11 @@ def read_by_transformers(run: Run) -> dict[str, torch.Tensor]:
         found[name] = x.view(NUM_PROMPTS, LENGTH, -1)[:, 1:].flatten(0, 1)
 
     for name, module in model.named_modules():
-        if name.endswith(("q_proj", "o_proj", "mlp.experts")):
+        if name.endswith(names):
             module.register_forward_pre_hook(functools.partial(keep, name), with_kwargs=True)
     with torch.no_grad():
         model(run.prompts)
-    return {name.replace("q_proj", "qkv_proj"): x for name, x in found.items()}
+    return found
 
 
 def test_every_module_has_what_transformers_layers_read(run: Run) -> None:
@@ -78,9 +80,10 @@ def test_every_module_has_what_transformers_layers_read(run: Run) -> None:
     gathered = Gathered(run.inputs, plan)
     assert gathered.num_tokens == 640
     assert not gathered.unseen
-    expected = read_by_transformers(run)
+    expected = read_by_transformers(run, "q_proj", "o_proj", "mlp.experts")
     assert len(expected) == 9
-    for name, x in expected.items():
+    for layer, x in expected.items():
+        name = layer.replace("q_proj", "qkv_proj")
         tokens = gathered.tokens(name, x.shape[1])
         distance = (tokens.x.float() - x.float()).norm() / x.float().norm()
         # roundings to bfloat16 (2^-9 each) of another order, in up to three decoder layers
@@ -88,6 +91,22 @@ def test_every_module_has_what_transformers_layers_read(run: Run) -> None:
         # the same order of tokens, and each rank's columns in their place
         assert torch.nn.functional.cosine_similarity(tokens.x.float(), x.float(), 1).min() > 0.99
     assert "no more are gathered" in run.log
+
+
+def test_shares_are_those_of_what_branches_add_to_the_residual_stream(run: Run) -> None:
+    plan = find_choices(open_source(run.model), Target("cpu")).base
+    names = ("input_layernorm", "post_attention_layernorm", "model.norm")
+    read = read_by_transformers(run, *names)
+    points = [
+        read[f"model.layers.{layer}.{name}"].float() for layer in range(3) for name in names[:2]
+    ] + [read["model.norm"].float()]
+    expected = {}
+    for branch, (before, after) in enumerate(itertools.pairwise(points)):
+        share = float((after - before).square().sum() / after.square().sum())
+        layer, is_mlp = divmod(branch, 2)
+        for name in ("mlp.experts",) if is_mlp else ("self_attn.qkv_proj", "self_attn.o_proj"):
+            expected[f"model.layers.{layer}.{name}"] = share
+    assert Gathered(run.inputs, plan).shares == pytest.approx(expected, rel=0.02)
 
 
 def test_scores_are_those_of_the_same_text_in_transformers(run: Run, tmp_path: Path) -> None:
@@ -101,9 +120,11 @@ def test_scores_are_those_of_the_same_text_in_transformers(run: Run, tmp_path: P
     basis = Basis(text, windows=12, held_out=4, length=LENGTH, gradients=False)
     with Progress(disable=True) as bar:
         assert not unscored(choices, gathered)
-        made = score_gathered(choices, wanted, gathered, bar)
+        made = functools.reduce(operator.or_, score_gathered(choices, wanted, gathered, bar))
         expected = make_scores(choices, wanted, basis, tmp_path, bar)
     assert made.keys() == expected.keys()
+    shares = {name: gathered.shares[unit.layers[0].module] for name, unit in choices.units.items()}
+    made = {unit: {k: x / shares[unit] for k, x in own.items()} for unit, own in made.items()}
     ours, theirs = flat(made), flat(expected)
     assert len(ours) == 18 * 5
     # on other tokens of the text
@@ -111,7 +132,7 @@ def test_scores_are_those_of_the_same_text_in_transformers(run: Run, tmp_path: P
     assert ratio.mean().abs() < 0.1
     assert ratio.std() < 0.3
     ranks = torch.stack([x.argsort().argsort().double() for x in (ours, theirs)])
-    assert torch.corrcoef(ranks)[0, 1] > 0.95
+    assert torch.corrcoef(ranks)[0, 1] > 0.9
 
 
 def flat(scores: Scores) -> torch.Tensor:
