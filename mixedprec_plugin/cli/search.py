@@ -22,6 +22,7 @@ EXAMPLES = """
   mixedprec search --model DIR --bits 4.5 --out mine.yaml
   mixedprec search --model DIR --gpu RTX4090 --context 32k --concurrency 16 --out mine.yaml
   mixedprec search --model DIR --budget 12GiB --tp 2 --sources all.yaml --out mine.yaml
+  mixedprec search --model DIR --bits 5 --inputs FOLDER --out mine.yaml
 """
 
 _UNITS = {"": 1, "K": 1000, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -67,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scored.add_argument(
         "--no-gradients", action="store_true",
         help="score by errors of outputs, for models that cannot be differentiated",
+    )  # fmt: skip
+    scored.add_argument(
+        "--inputs", type=Path, metavar="FOLDER",
+        help="score by errors of outputs, on what the layers of a server with --mixedprec-inputs "
+        "FOLDER read",
     )  # fmt: skip
     scored.add_argument(
         "--fast", action="store_true", help="no scores: a rule of thumb from shapes alone"
@@ -119,7 +125,11 @@ def _check_options(args: argparse.Namespace) -> None:
     load_of(args)
     text = ("text", "windows", "length", "seed", "held_out")
     unused = [f"--{x.replace('_', '-')}" for x in text if getattr(args, x) is not None]
-    if args.fast and (unused := unused + ["--no-gradients"] * args.no_gradients):
+    if args.inputs and unused:
+        what = "is for text, and --inputs is there in its place"
+        raise UsageError(Problem(", ".join(unused), what))
+    unused += ["--no-gradients"] * args.no_gradients + ["--inputs"] * bool(args.inputs)
+    if args.fast and unused:
         raise UsageError(Problem(", ".join(unused), "is for scores, and --fast makes none"))
 
 

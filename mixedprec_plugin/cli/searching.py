@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.output import print_json, progress_for
@@ -47,15 +48,14 @@ def search(args: argparse.Namespace, out: TextIO) -> None:
     choices = find_choices(model, target_of(args, model), methods, others)
     budget, card = _budget(args, choices)
     with progress_for(args) as bar:
-        scores, made = _scores(args, choices, sources, bar)
+        scores, made, about = _scores(args, choices, sources, bar)
         own = Search(choices, args.at_load, args.experts == "layer")
-        kind: Kind = "guesses" if args.fast else "shares" if args.no_gradients else "nats"
         try:
-            found = own.run(budget, scores, kind, made)
+            found = dataclasses.replace(own.run(budget, scores, about.kind, made), **about.more)
         except PlanError as error:
             raise _with_nearest(args, error, choices, own.smallest(scores), card) from None
-        about = header_lines(found, args.out, args.model)
-        text = preset_text(found.choices, Chosen(found.choice, found.losses, about), references)
+        lines = header_lines(found, args.out, args.model)
+        text = preset_text(found.choices, Chosen(found.choice, found.losses, lines), references)
         plan = publish(text, found.choices, found.choice, sources, args.out)
         seconds = time.monotonic() - begun
         measured = _converted(args, plan, bar)
@@ -88,13 +88,41 @@ def _budget(args: argparse.Namespace, choices: Choices) -> tuple[Budget, CardBud
 
 def _scores(
     args: argparse.Namespace, choices: Choices, sources: Mapping[str, Source], bar: Progress
-) -> tuple[Scores, int]:
+) -> tuple[Scores, int, _About]:
+    """The scores, how many were made, and what they are."""
     if args.fast:
-        return guessed(choices), 0
+        return guessed(choices), 0, _About("guesses", {})
+    basis, base = _basis(args), choices.base
+    if basis.inputs is None:
+        kept = KeptScores(base.source, base.target.dtype, basis, sources)
+        about = _About("nats" if basis.gradients else "shares", {})
+        return *find_scores(choices, kept, basis, bar, at_load=args.at_load), about
+    # only this needs torch
+    from mixedprec_plugin.calibrate.gathered import Gathered
+    from mixedprec_plugin.search.gathered import unscored
+
+    gathered = Gathered(basis.inputs, base)
+    without = unscored(choices, gathered)
+    kept = KeptScores(base.source, base.target.dtype, basis, sources, gathered.facts)
+    made = find_scores(
+        choices, kept, basis, bar, at_load=args.at_load, gathered=gathered, without=without
+    )
+    what = f"{gathered.num_tokens:,} tokens that an engine gathered in {basis.inputs}"
+    more = {"scored_on": what, "unscored": without}
+    return *made, _About("parts" if gathered.shares else "shares", more)
+
+
+class _About(NamedTuple):
+    """What scores are, and what else `Found` says of them."""
+
+    kind: Kind
+    more: dict[str, Any]
+
+
+def _basis(args: argparse.Namespace) -> Basis:
     given = {name: value for name in _GIVEN if (value := getattr(args, name)) is not None}
-    basis = Basis(**given, gradients=not args.no_gradients)
-    kept = KeptScores(choices.base.source, choices.base.target.dtype, basis, sources)
-    return find_scores(choices, kept, basis, bar, at_load=args.at_load)
+    gradients = not (args.no_gradients or args.inputs)
+    return Basis(**given, gradients=gradients, inputs=args.inputs)
 
 
 def _with_nearest(

@@ -22,10 +22,12 @@ from mixedprec_plugin.search.rule import worth_trying
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from mixedprec_plugin.calibrate.gathered import Gathered
+
 # of more, planning every preset that ships would take longer than the search
 _MOST_UNITS_BESIDE = 2000
 
-Kind = Literal["nats", "shares", "guesses"]
+Kind = Literal["nats", "shares", "parts", "guesses"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +49,14 @@ class Found:
 
     Attributes:
         choices: the units that were scored, with what was.
-        kind: what scores are: nats a token, shares of outputs that are error, or guesses.
+        kind: what scores are: nats a token, shares of outputs that are error, parts of the residual
+            stream that are, or guesses.
         allocation: the candidate of each unit, or of each layer of experts.
         choice: the candidate of each unit.
         num_made: how many scores were made, and not read.
         tables: what there was to choose from, in bytes over all ranks and of one rank.
+        scored_on: what the scores stand on, where that is no text.
+        unscored: units that stay as they are stored, and why.
     """
 
     choices: Choices
@@ -61,6 +66,8 @@ class Found:
     choice: Mapping[str, str]
     num_made: int
     tables: tuple[Table, Table]
+    scored_on: str = ""
+    unscored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def point(self) -> Point:
@@ -177,12 +184,15 @@ def _keys(choices: Choices, kept: KeptScores) -> dict[str, str]:
 
 
 def find_scores(
-    choices: Choices, kept: KeptScores, basis: Basis, progress: Progress, *, at_load: bool = False
-) -> tuple[Scores, int]:
+    choices: Choices, kept: KeptScores, basis: Basis, progress: Progress, *, at_load: bool = False,
+    gathered: Gathered | None = None, without: Collection[str] = (),
+) -> tuple[Scores, int]:  # fmt: skip
     """Read scores, and make those that are not there.
 
     Args:
         at_load: whether what needs a conversion is not made, as it may not be chosen.
+        gathered: what a serving engine's layers read, to score on in place of a text.
+        without: units that are not scored.
     Returns:
         unit -> candidate -> score; and how many were made.
     Raises:
@@ -199,20 +209,26 @@ def find_scores(
             if not (at_load and choices.candidates[x].needs_conversion)
         ]
         for name, unit in choices.units.items()
+        if name not in without
     }
     missing = {
         unit: [name for name in names if name not in known[unit]] if unit in known else names
         for unit, names in wanted.items()
     }
     missing = {unit: names for unit, names in missing.items() if names}
-    if missing:
+    if missing and gathered is not None:
+        from mixedprec_plugin.search.gathered import score_gathered
+
+        for made in score_gathered(choices, missing, gathered, progress):
+            kept.write(made, keys)
+        known = kept.read(keys)
+    elif missing:
         # only this needs torch
         from mixedprec_plugin.search.scores import make_scores
 
         digest = hashlib.sha256(json.dumps([kept.facts, missing], default=str).encode()).hexdigest()
         work = kept.folder(f"work-{digest[:16]}")
-        made = make_scores(choices, missing, basis, work, progress)
-        kept.write(made, keys)
+        kept.write(make_scores(choices, missing, basis, work, progress), keys)
         shutil.rmtree(work)
         known = kept.read(keys)
     return known, sum(map(len, missing.values()))

@@ -40,6 +40,8 @@ class Basis:
         length: tokens of a piece.
         seed: of the text and the labels.
         gradients: whether errors are weighed by the gradient of the model's own predictions.
+        inputs: a folder of what a serving engine's layers read, in place of any text; see
+            `calibrate.gathered`.
     """
 
     text: Path | None = None
@@ -48,6 +50,7 @@ class Basis:
     length: int = 128
     seed: int = 0
     gradients: bool = True
+    inputs: Path | None = None
 
 
 class KeptScores:
@@ -57,13 +60,15 @@ class KeptScores:
         model: the checkpoint; one on the Hub is looked at where its cache is.
         dtype: what the model runs in.
         others: further sources, by name.
+        inputs: what the files of `basis.inputs` say of themselves.
     Raises:
         CheckpointError: the text cannot be read.
     """
 
     def __init__(
-        self, model: Source, dtype: str, basis: Basis, others: Mapping[str, Source] | None = None
-    ) -> None:
+        self, model: Source, dtype: str, basis: Basis, others: Mapping[str, Source] | None = None,
+        inputs: object = None,
+    ) -> None:  # fmt: skip
         self._others = {name: _identity(source) for name, source in (others or {}).items()}
         self.facts = {
             "version": _VERSION, "model": _identity(model), "dtype": dtype,
@@ -71,6 +76,10 @@ class KeptScores:
             "text": file_digest(basis.text) if basis.text else "written by the model",
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }  # fmt: skip
+        # what has none keeps the name that it had before there were any
+        del self.facts["inputs"]
+        if inputs is not None:
+            self.facts["inputs"] = inputs
         self._digest = _digest(self.facts)[:16]
         self._places = [model.path / _FOLDER, cache_root() / "scores"]
 

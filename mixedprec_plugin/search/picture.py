@@ -14,6 +14,7 @@ from mixedprec_plugin.search.finder import Found
 _LABELS = {
     "nats": "predicted KL, nats a token",
     "shares": "sum of relative errors of outputs",
+    "parts": "sum of relative errors of the residual stream",
     "guesses": "rule of thumb",
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mixedprec_plugin.errors import printable
 from mixedprec_plugin.plan.budget import Budget as CardBudget
+from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.render import format_bytes
 from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.search.allocate import TOLERANCE
@@ -20,6 +21,7 @@ from mixedprec_plugin.search.finder import Found
 _KINDS = {
     "nats": ("nats a token", "predicted KL on the text that was scored on"),
     "shares": ("", "sum of the shares of outputs that are error; no divergence"),
+    "parts": ("", "sum of the parts of the residual stream that are error; no divergence"),
     "guesses": ("", "a rule of thumb from shapes alone; no divergence, nothing was measured"),
 }
 
@@ -53,6 +55,7 @@ def header_lines(found: Found, path: Path, model: str, verb: str = "search") -> 
     size = f"{format_bytes(point.rank_bytes)} a rank"
     lines = [f"{point.bits:.3f} bits a weight of linear layers, scales counted; {size}."]
     lines += [f"Loss {point.loss:.4f} {unit}".rstrip() + f": {what}."]
+    lines += [f"Scored on {printable(found.scored_on)}."] * bool(found.scored_on)
     return [
         *_labelled("Purpose", [f"Found by mixedprec {verb} for {printable(model)}.", *lines]),
         *_labelled("Command", command),
@@ -100,6 +103,10 @@ def print_found(
             f"measured KL {measured.kl:.4f}{error} nats a token, predicted {point.loss:.4f} "
             f"({measured.text})"
         )
+    said += [f"scored on {found.scored_on}"] * bool(found.scored_on)
+    for why in dict.fromkeys(found.unscored.values()):
+        units = fold_names(unit for unit, own in found.unscored.items() if own == why)
+        said.append(f"left as stored: {', '.join(units)}: {why}")
     said += [f"left out: source {name}: {why}" for name, why in found.choices.apart.items()]
     made = f"{found.num_made:,} scores made" if found.num_made else "scores were there"
     said.append(f"{path}: written ({made}, {seconds:.1f} s)")
@@ -137,6 +144,8 @@ def as_dict(
     allocation = found.allocation
     return {
         "kind": found.kind,
+        "scored_on": found.scored_on,
+        "unscored": dict(found.unscored),
         "point": dataclasses.asdict(found.point),
         "bound": allocation.bound,
         "gap": allocation.gap,

@@ -223,11 +223,11 @@ def make_scores(
         paths = [path for index in range(count) for path in rounded_paths(folder, index, 1)]
         records = [one for path in paths for one in read_records(path)]
     found: Scores = {record["unit"]: record["scores"] for record in records}
-    _fill_unseen(found, choices)
+    fill_unseen(found, choices)
     return found
 
 
-def _fill_unseen(scores: Scores, choices: Choices) -> None:
+def fill_unseen(scores: Scores, choices: Choices) -> None:
     """Have experts that saw no token cost what the cheapest of their layer does."""
     modules: dict[str, list[str]] = {}
     for unit in scores:

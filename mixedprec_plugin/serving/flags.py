@@ -21,7 +21,8 @@ LOAD_FORMAT = "mixedprec"
 # in the order of the fields of `Settings`
 _FLAGS = (
     "--mixedprec-config", "--mixedprec-set", "--mixedprec-plan", "--mixedprec-verify",
-    "--mixedprec-cache", "--mixedprec-quantize-on",
+    "--mixedprec-cache", "--mixedprec-quantize-on", "--mixedprec-inputs",
+    "--mixedprec-inputs-tokens",
 )  # fmt: skip
 
 
@@ -62,6 +63,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Where weights are quantized while they are loaded: on the CPU (the default), or on "
         "the device that serves them.",
     )
+    group.add_argument(
+        "--mixedprec-inputs",
+        metavar="FOLDER",
+        help="Gather what each layer reads of the first prompts, for mixedprec search --inputs. "
+        "It slows prefill until there are enough tokens, and prompts can be read out of it.",
+    )
+    group.add_argument(
+        "--mixedprec-inputs-tokens",
+        metavar="N",
+        help="How many tokens are gathered, an eighth of them of one pass at most (default: 2048).",
+    )
 
 
 def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
@@ -81,7 +93,7 @@ def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
             raise UsageError(Problem(flags, "needs --load-format mixedprec", "add it", "flags"))
         return args
     before = in_extra or Settings()
-    config, overrides, plan_path, verify, cache, quantize_on = given.values()
+    config, overrides, plan_path, verify, cache, quantize_on, inputs, tokens = given.values()
     settings = Settings(
         _absolute(config) if config else before.config,
         tuple(overrides or before.overrides),
@@ -89,8 +101,11 @@ def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
         _absolute_file(verify) or before.verify,
         cache or before.cache,
         quantize_on or before.quantize_on,
+        _absolute_file(inputs) or before.inputs,
+        tokens or before.input_tokens,
     )
-    _ = settings.cache_bytes  # said now if it is no size
+    # said now if they are none
+    _ = settings.cache_bytes, settings.num_input_tokens
     args.model_loader_extra_config = json.dumps({**rest, **settings.to_extra_config()})
     return args
 

@@ -67,8 +67,10 @@ def _resolve_once(original: Callable[[Any], None], server_args: Any) -> None:
         return
     from mixedprec_plugin.serving.early import set_kv_dtype
     from mixedprec_plugin.serving.late import keep_auto
+    from mixedprec_plugin.serving.options import ask_for_hooks
 
     set_kv_dtype(server_args)
+    ask_for_hooks(server_args)
     original(server_args)
     keep_auto(server_args)
 

@@ -69,11 +69,18 @@ class Loaded:
     model_path: str
     config: MixedPrecisionConfig
     stage: Stage
+    model: torch.nn.Module
 
 
 _loaded: Loaded | None = None
 # the draft model of speculative decoding, where a preset says how it runs
 _loaded_draft: Loaded | None = None
+
+
+def served_model() -> torch.nn.Module:
+    """The model that this process serves; not a draft model."""
+    assert _loaded is not None
+    return _loaded.model
 
 
 # where a served model keeps the config that it was built with
@@ -142,7 +149,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
                 weights = self._verified(plan, weights)
             self.load_weights_and_postprocess(model, weights, device)
         close_to_unquantized(model)
-        self._remember(folder, config, stage, is_draft=is_draft)
+        self._remember(Loaded(self.settings, folder, config, stage, model), is_draft=is_draft)
         self._report(plan, stage, model, time.perf_counter() - start)
         return model.eval()
 
@@ -234,11 +241,8 @@ class MixedPrecisionLoader(DefaultModelLoader):
         preset = preset or preset_for("", source, self.settings.overrides, "--mixedprec-config")
         return preset.draft or as_stored(preset)
 
-    def _remember(
-        self, folder: str, config: MixedPrecisionConfig, stage: Stage, *, is_draft: bool
-    ) -> None:
+    def _remember(self, loaded: Loaded, *, is_draft: bool) -> None:
         global _loaded, _loaded_draft
-        loaded = Loaded(self.settings, folder, config, stage)
         if is_draft:
             _loaded_draft = loaded
         else:

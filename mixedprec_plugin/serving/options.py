@@ -6,13 +6,18 @@ is read and ignored. docs/launch.md says what becomes of the others.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.interface import Device
-from mixedprec_plugin.serving.settings import parse_extra_config, split_extra_config
+from mixedprec_plugin.serving.settings import (
+    parse_extra_config,
+    read_settings,
+    split_extra_config,
+)
 
 _OTHER_LOADER = "it belongs to another load format, which this one would not ask"
 _MODELOPT = "ModelOpt quantizes a whole model in its own loader"
@@ -107,18 +112,18 @@ def why_not_options(args: Any, device: Device) -> list[Problem]:
         a problem for each; empty if all go.
     """
     table = _EVERYWHERE + (_ON_CPU if device == "cpu" else ())
-    found = [
-        Problem(
-            flag,
-            f"{value!r}: {reason} (expected {served[-1]!r})",
-            f"start without {flag}",
-            "launch",
-        )
-        for field, served, reason in table
-        if (value := getattr(args, field, None)) not in served
-        for flag in ["--" + field.replace("_", "-")]
-    ]
-    return [*found, *_extra_problems(args), *_override_problems(args)]
+    found = list(_refused(args, table))
+    more = (_extra_problems(args), _override_problems(args), _gathering_problems(args, device))
+    return [*found, *itertools.chain(*more)]
+
+
+def _refused(args: Any, table: Iterable[tuple[str, tuple[Any, ...], str]]) -> Iterable[Problem]:
+    for field, served, reason in table:
+        value = getattr(args, field, None)
+        if value not in served:
+            flag = "--" + field.replace("_", "-")
+            what = f"{value!r}: {reason} (expected {served[-1]!r})"
+            yield Problem(flag, what, f"start without {flag}", "launch")
 
 
 def _extra_problems(args: Any) -> Iterable[Problem]:
@@ -143,3 +148,56 @@ def _override_problems(args: Any) -> Iterable[Problem]:
             "leave it out",
             "launch",
         )
+
+
+_SEVERAL = "every rank of one replica must see the same tokens"
+_MOVED = "experts that are moved are not told apart"
+
+# what --mixedprec-inputs does not go with: as above
+_GATHERING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("dp_size", (None, 1), _SEVERAL),
+    ("attn_dp_size", (None, 1), _SEVERAL),
+    ("enable_dp_attention", (None, False), _SEVERAL),
+    ("attn_cp_size", (None, 1), _SEVERAL),
+    ("enable_eplb", (None, False), _MOVED),
+    ("ep_num_redundant_experts", (None, 0), _MOVED),
+    ("init_expert_location", (None, "trivial"), _MOVED),
+)
+_HOOKS = "mixedprec"
+
+
+def _gathering_problems(args: Any, device: Device) -> Iterable[Problem]:
+    """What keeps the inputs of layers from being gathered, where that is asked for."""
+    if not read_settings(args).inputs:
+        return
+    yield from _refused(args, _GATHERING)
+    said = getattr(args, "cuda_graph_config", None)
+    said = said.to_dict() if said is not None and not isinstance(said, Mapping) else said or {}
+    is_eager = "disabled" in (
+        said.get("prefill", {}).get("backend"),
+        getattr(args, "cuda_graph_backend_prefill", None),
+    )
+    is_off = ("disable_prefill_cuda_graph", "disable_cuda_graph", "disable_piecewise_cuda_graph")
+    if device == "cuda" and not is_eager and not any(getattr(args, x, False) for x in is_off):
+        what = "prompts run in CUDA graphs, where no layer's inputs are seen"
+        remedy = "add --cuda-graph-backend-prefill disabled"
+        yield Problem("--mixedprec-inputs", what, remedy, "launch")
+
+
+def ask_for_hooks(server_args: Any) -> None:
+    """Have SGLang call `begin`, where the user asks for inputs.
+
+    Args:
+        server_args: ServerArgs, not resolved yet.
+    """
+    settings = read_settings(server_args)
+    given = list(server_args.forward_hooks or ())
+    if settings.inputs and all(spec.get("name") != _HOOKS for spec in given):
+        # the model itself, which SGLang never calls by its __call__: only the factory is wanted
+        spec = {
+            "name": _HOOKS,
+            "target_modules": [""],
+            "hook_factory": "mixedprec_plugin.serving.gather:begin",
+            "config": {"folder": settings.inputs, "num_tokens": settings.num_input_tokens},
+        }
+        server_args.forward_hooks = [*given, spec]

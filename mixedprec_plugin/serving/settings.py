@@ -19,8 +19,11 @@ KEYS: Mapping[str, str] = {
     "verify": "mixedprec_verify",
     "cache": "mixedprec_cache",
     "quantize_on": "mixedprec_quantize_on",
+    "inputs": "mixedprec_inputs",
+    "input_tokens": "mixedprec_inputs_tokens",
 }
 PLACES = ("device", "cpu")
+_INPUT_TOKENS = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Settings:
         cache: most bytes of layers that are kept for the next start, such as `64GiB` or `0`; empty
             for MIXEDPREC_CACHE_SIZE, or 64GiB.
         quantize_on: where weights are quantized, `cpu` or `device`; empty for the former.
+        inputs: folder that what the layers read is gathered in; empty for none.
+        input_tokens: how many tokens of it; empty for 2,048.
     """
 
     config: str = ""
@@ -44,6 +49,8 @@ class Settings:
     verify: str = ""
     cache: str = ""
     quantize_on: str = ""
+    inputs: str = ""
+    input_tokens: str = ""
 
     @property
     def cache_bytes(self) -> int:
@@ -56,6 +63,23 @@ class Settings:
         if not size:
             size, where = os.environ.get("MIXEDPREC_CACHE_SIZE", "64GiB"), "MIXEDPREC_CACHE_SIZE"
         return 0 if size == "0" else parse_size(size, where)
+
+    @property
+    def num_input_tokens(self) -> int:
+        """How many tokens are gathered.
+
+        Raises:
+            UsageError: it is no number of them.
+        """
+        if not self.input_tokens:
+            return _INPUT_TOKENS
+        # only this needs torch
+        from mixedprec_plugin.calibrate.gathered import MIN_TOKENS
+
+        if not self.input_tokens.isdecimal() or int(self.input_tokens) < MIN_TOKENS:
+            what = f"{self.input_tokens!r} is no number of tokens (expected {MIN_TOKENS} or more)"
+            raise UsageError(Problem("--mixedprec-inputs-tokens", what))
+        return int(self.input_tokens)
 
     def to_extra_config(self) -> dict[str, Any]:
         """The settings as entries of SGLang's `model_loader_extra_config`."""

@@ -27,7 +27,7 @@ def config_of(kind: str, sizes: Mapping[str, int]) -> Any:
     if kind == "llama":
         return LlamaConfig(**sizes)
     return Qwen3MoeConfig(
-        **sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        **{"moe_intermediate_size": 32, **sizes}, num_experts=4, num_experts_per_tok=2,
         decoder_sparse_step=1, norm_topk_prob=True,
     )  # fmt: skip
 

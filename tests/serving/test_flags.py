@@ -59,6 +59,21 @@ def test_place_to_quantize_on_that_is_none_is_refused() -> None:
         split_extra_config({"mixedprec_quantize_on": "gpu"})
 
 
+def test_inputs_go_to_a_folder_that_every_rank_can_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ("--load-format", "mixedprec", "--mixedprec-inputs", "inputs")
+    settings, _ = split_extra_config(
+        parse_extra_config(fold_flags(parse(*asked)).model_loader_extra_config)
+    )
+    assert settings == Settings(inputs=str(tmp_path / "inputs"))
+    assert settings.num_input_tokens == 2048
+    for wrong in ("many", "319"):
+        with pytest.raises(UsageError, match=rf"'{wrong}' is no number .*\(expected 320 or more\)"):
+            fold_flags(parse(*asked, "--mixedprec-inputs-tokens", wrong))
+
+
 def test_name_of_a_packaged_preset_stays_a_name() -> None:
     args = fold_flags(parse("--load-format", "mixedprec", "--mixedprec-config", "fp8-block"))
     assert parse_extra_config(args.model_loader_extra_config) == {"mixedprec_config": "fp8-block"}

@@ -264,3 +264,65 @@ def test_files_are_prefetched_by_sglang_if_that_is_asked_for(
     with get_model().override(weight_loader_prefetch_checkpoints=is_said):
         load_model(llama, preset, mixedprec_plan=str(tmp_path / "plan.json"))
     assert ("prefetching 1/1 checkpoint shards" in caplog.text) == is_said
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--dp-size", "2"), "--dp-size: 2: every rank of one replica must see the same tokens"),
+        (("--tp", "2", "--attn-dp-size", "2"), "--attn-dp-size: 2: every rank of one replica"),
+        (("--init-expert-location", "there"), "--init-expert-location: 'there': experts that are"),
+    ],
+)
+def test_option_that_inputs_are_not_gathered_under_is_refused(
+    llama: Path, argv: tuple[str, ...], message: str
+) -> None:
+    asked = ("--mixedprec-inputs", "inputs")
+    assert check(llama, DENSE, *asked) == []
+    assert [text for text in check(llama, DENSE, *asked, *argv) if text.startswith(message)]
+    assert check(llama, DENSE, *argv) == []
+
+
+def test_inputs_are_gathered_on_a_gpu_where_prompts_run_in_no_graphs(llama: Path) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    from mixedprec_plugin.serving.flags import fold_flags
+    from mixedprec_plugin.serving.options import why_not_options
+
+    def refused(*argv: str) -> list[str]:
+        parser = argparse.ArgumentParser()
+        ServerArgs.add_cli_args(parser)
+        said = ["--model-path", str(llama), "--load-format", "mixedprec", *argv]
+        return [str(one) for one in why_not_options(fold_flags(parser.parse_args(said)), "cuda")]
+
+    asked = ("--mixedprec-inputs", "inputs")
+    text = (
+        "--mixedprec-inputs: prompts run in CUDA graphs, where no layer's inputs are seen; add "
+        "--cuda-graph-backend-prefill disabled"
+    )
+    assert refused() == []
+    assert refused(*asked) == [text]
+    assert refused(*asked, "--cuda-graph-backend-decode", "disabled") == [text]
+    for off in (
+        ("--cuda-graph-backend-prefill", "disabled"),
+        ("--disable-prefill-cuda-graph",),
+        ("--cuda-graph-config", '{"prefill": {"backend": "disabled"}}'),
+    ):
+        assert refused(*asked, *off) == []
+
+
+def test_sglang_is_asked_for_hooks_where_inputs_are_to_be_gathered() -> None:
+    from mixedprec_plugin.serving.options import ask_for_hooks
+
+    def hooks(given: Any, **said: str) -> Any:
+        args = argparse.Namespace(forward_hooks=given, model_loader_extra_config=said)
+        ask_for_hooks(args)
+        ask_for_hooks(args)  # SGLang may resolve what another process resolved
+        return args.forward_hooks
+
+    users = {"name": "users", "target_modules": ["*"], "hook_factory": "a:b"}
+    assert hooks(None, mixedprec_config="awq") is None
+    assert hooks([users], mixedprec_config="awq") == [users]
+    first, ours = hooks([users], mixedprec_inputs="there", mixedprec_inputs_tokens="640")
+    assert first == users
+    assert ours["config"] == {"folder": "there", "num_tokens": 640}
