@@ -84,7 +84,7 @@ def score_gathered(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         target = choices.base.target
         rounding = LayerRounding(target, reader, device)
-        scoring = Scoring(choices, wanted, rounding, reader, device, int(is_held.sum()))
+        scoring = Scoring(choices, wanted, rounding, reader, device)
 
         def weight(layer: PlannedLayer) -> torch.Tensor:
             return compose_floats(layer, target, reader)["weight"].to(device).float()
@@ -100,7 +100,7 @@ def score_gathered(
                     gate, up = (x.to(device).float() @ weight(layer).t() for layer in own[:2])
                     seen[down[0].name] = _seen((silu(gate) * up).bfloat16().cpu(), held)
                 seen |= {layer.name: _seen(x, held) for layer in own if not _is_down(layer)}
-            records = [record for _, _, record in scoring(layers, seen, gathered.num_tokens)]
+            records = [record for _, _, record in scoring(layers, seen, int(is_held.sum()))]
             share = gathered.shares.get(module, 1.0)
             found: Scores = {
                 record["unit"]: {name: share * x for name, x in record["scores"].items()}

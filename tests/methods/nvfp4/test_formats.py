@@ -69,7 +69,12 @@ def test_other_layouts_are_not_taken_for_it(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"weight_scale": ("F8_E4M3", (64, 3))}, {"weight_global_scale": ("F32", (64,))}],
+    [
+        {"weight_scale": ("F8_E4M3", (64, 3))},
+        {"weight_global_scale": ("F32", (64,))},
+        {"weight_packed": ("U8", ())},
+        {"weight_packed": ("U8", (64, 2, 48))},
+    ],
 )
 def test_other_layouts_of_compressed_tensors_are_not_read(changes: dict[str, Any]) -> None:
     assert not found({**COMPRESSED, **changes}).is_readable

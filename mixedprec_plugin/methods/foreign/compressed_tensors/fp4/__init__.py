@@ -51,7 +51,9 @@ def recognize(tensors: Tensors) -> StoredFormat:
         return unusable(tensors, "compressed-tensors mxfp4-pack-quantized")
     if scale is None:
         return incomplete(tensors, PACKED, [_SCALE], PACKED)
-    N, K = packed.shape[0], 2 * packed.shape[-1]
+    if len(packed.shape) != 2:
+        return unusable(tensors, f"{PACKED} with weight_packed {list(packed.shape)}")
+    N, K = packed.shape[0], 2 * packed.shape[1]
     wholes = [tensors[suffix] for suffix in (_WHOLE, _INPUTS) if suffix in tensors]
     is_one = all(math.prod(tensor.shape) == 1 for tensor in wholes)
     is_blocks = scale.shape == (N, K // nvfp4.GROUP_SIZE) and K % nvfp4.GROUP_SIZE == 0
