@@ -27,8 +27,8 @@ token by `mixedprec eval`, weights only, ± its standard error over windows: {wi
 tokens on texts that nothing was chosen on, Python's manual pages and the source of its library; and
 64 of 128 that the model wrote, of another seed than what was calibrated on. "Of nearest": the share
 of what rounding to nearest costs on the manual, on code and on the model's own text, ± the standard
-error of the ratio, windows taken in pairs. "Predicted": by the quadratic form, on the text that was
-calibrated on. CPU seconds are of the whole conversion, the text included.
+error of the ratio, windows taken in pairs. "Predicted": by the gradients of tokens that the model
+wrote with those and that were held out. CPU seconds are of the whole conversion, the text included.
 """
 
 
