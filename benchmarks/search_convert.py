@@ -117,10 +117,12 @@ def _sweep(
         path = work / "text.safetensors"
         if not path.exists():
             tokenizer = AutoTokenizer.from_pretrained(plan.source.path)
-            made = write_text(network, tokenizer, options.windows, options.length, options.seed)
+            count = options.windows + options.held_out
+            made = write_text(network, tokenizer, count, options.length, options.seed)
             save_whole({"tokens": made}, path)
         names = {x.name for p in plans.values() for x in p.layers if x.asks_for_calibration}
         rounding = _RoundsForAll(plans, LayerRounding(plan.target, reader, device), work)
-        Sweep(network, load_file(path)["tokens"], work, options.seed).run(
+        tokens, held_out = load_file(path)["tokens"], options.held_out
+        Sweep(network, tokens, work, options.seed, held_out=held_out).run(
             names, rounding, lambda _: say("a decoder layer")
         )
