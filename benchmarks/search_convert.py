@@ -21,7 +21,7 @@ from mixedprec_plugin.calibrate.capture import Seen
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.rounding import LayerRounding
 from mixedprec_plugin.calibrate.sweep import Sweep, rounded_paths, save_whole
-from mixedprec_plugin.calibrate.text import write_text
+from mixedprec_plugin.calibrate.text import num_held_out, write_text
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import Tensors
@@ -117,12 +117,11 @@ def _sweep(
         path = work / "text.safetensors"
         if not path.exists():
             tokenizer = AutoTokenizer.from_pretrained(plan.source.path)
-            count = options.windows + options.held_out
-            made = write_text(network, tokenizer, count, options.length, options.seed)
+            made = write_text(network, tokenizer, options.all_windows, options.length, options.seed)
             save_whole({"tokens": made}, path)
         names = {x.name for p in plans.values() for x in p.layers if x.asks_for_calibration}
         rounding = _RoundsForAll(plans, LayerRounding(plan.target, reader, device), work)
-        tokens, held_out = load_file(path)["tokens"], options.held_out
-        Sweep(network, tokens, work, options.seed, held_out=held_out).run(
+        tokens = load_file(path)["tokens"]
+        Sweep(network, tokens, work, options.seed, held_out=num_held_out(len(tokens))).run(
             names, rounding, lambda _: say("a decoder layer")
         )

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _SECONDS = 60.0
 _KEYS = {
@@ -25,6 +27,11 @@ def browser_path() -> str:
     """The browser of this machine; empty where there is none. MIXEDPREC_BROWSER names another."""
     named = os.environ.get("MIXEDPREC_BROWSER", "")
     return named or next(filter(None, map(shutil.which, NAMES)), "")
+
+
+needs_browser = pytest.mark.skipif(
+    not browser_path(), reason=f"needs a browser: {', '.join(NAMES)}, or MIXEDPREC_BROWSER"
+)
 
 
 class Browser:
@@ -142,6 +149,17 @@ class Browser:
     def type(self, text: str) -> None:
         """Type into what has the focus."""
         self.call("Input.insertText", text=text)
+
+    def choose(self, selector: str, contains: str) -> None:
+        """Choose an option of a select by its text, as a person does."""
+        self.run(
+            f"""(() => {{
+                const select = document.querySelector({selector!r});
+                const option = [...select.options].find((o) => o.text.includes({contains!r}));
+                select.value = option.value;
+                select.dispatchEvent(new Event("change", {{bubbles: true}}));
+            }})()"""
+        )
 
     def _call(
         self, method: str, arguments: Mapping[str, Any] | None = None, session: str = ""

@@ -25,7 +25,13 @@ from mixedprec_plugin.calibrate.sweep import (
     rounded_paths,
     save_whole,
 )
-from mixedprec_plugin.calibrate.text import held_last, open_tokenizer, read_text, write_text
+from mixedprec_plugin.calibrate.text import (
+    held_last,
+    num_held_out,
+    open_tokenizer,
+    read_text,
+    write_text,
+)
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
@@ -59,9 +65,9 @@ class Options:
     gradients: bool = True
 
     @property
-    def held_out(self) -> int:
-        """The number of windows that are held out, where the text has enough."""
-        return max(self.windows // 8, 1)
+    def all_windows(self) -> int:
+        """Windows of text, with those that are held out."""
+        return self.windows + max(self.windows // 8, 1)
 
 
 class Calibration:
@@ -110,7 +116,7 @@ class Calibration:
         """
         said, options = text_config(self._plan.source.config), self._options
         num_states = count_of(said, "num_hidden_layers") + 3 if options.gradients else 2
-        num_tokens = (options.windows + options.held_out) * options.length
+        num_tokens = options.all_windows * options.length
         floats = num_states * num_tokens * count_of(said, "hidden_size")
         layers = (x.bytes_after for x in self._plan.layers if x.name in self._names)
         kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -152,7 +158,7 @@ class Calibration:
                 sweep = Sweep(
                     network, tokens, folder, options.seed,
                     gradients=gradients, ranks=self._ranks,
-                    held_out=min(options.held_out, len(tokens) // 2),
+                    held_out=num_held_out(len(tokens)),
                 )  # fmt: skip
                 sweep.run(self._names, rounding, advance)
                 self._progress.remove_task(task)
@@ -178,10 +184,10 @@ class Calibration:
         options, path = self._options, folder / _TEXT
         if self._ranks.rank == 0 and not path.exists():
             tokenizer = open_tokenizer(self._plan.source.path)
-            count = options.windows + options.held_out
+            count = options.all_windows
             if options.text is not None:
                 made = read_text(options.text, tokenizer, count, options.length)
-                made = held_last(made, min(options.held_out, len(made) // 2))
+                made = held_last(made, num_held_out(len(made)))
             else:
                 task = self._progress.add_task("writing text", total=None)
                 made = write_text(network, tokenizer, count, options.length, options.seed)

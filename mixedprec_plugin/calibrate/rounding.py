@@ -57,14 +57,14 @@ class LayerRounding:
             num_held: tokens of the text that is held out.
         Yields:
             the tensors of each one's method, and its record: "loss" in nats a token of the text
-            that is held out, None without gradients; "tokens" that it saw of the other; how far
-            correlations were shrunk in each block of its inputs.
+            that is held out, None without it or gradients; "tokens" that it saw of the other; how
+            far correlations were shrunk in each block of its inputs.
         """
         held = {name: one.held for name, one in seen.items()}
         for layer, moments in self.moments(layers, seen):
             tensors, errors, record = self.round(layer, moments)
-            loss = _loss(held.pop(layer.name, []), errors) if num_held else None
-            yield layer, tensors, {"loss": loss and loss / num_held, **record}
+            loss = _loss(held.pop(layer.name, []), errors, num_held)
+            yield layer, tensors, {"loss": loss, **record}
 
     def moments(
         self, layers: Sequence[PlannedLayer], seen: dict[str, Seen]
@@ -175,18 +175,21 @@ def _moment(
     return (H, amount) if float(H.diagonal().sum()) > 0 else (H.fill_diagonal_(1), 1.0)
 
 
-def _loss(held: Sequence[Held], errors: torch.Tensor) -> float | None:
-    """What errors of a weight [N, K] cost tokens that are held out, in nats.
+def _loss(held: Sequence[Held], errors: torch.Tensor, num_tokens: int) -> float | None:
+    """What errors of a weight [N, K] cost, in nats a token of those that are held out.
 
-    By the gradient that each has, as if errors of different layers were independent; None without.
+    By the gradient that each has, as if errors of different layers were independent; None without
+    gradients, or tokens.
     """
+    if not num_tokens:
+        return None
     total = 0.0
     for one in held:
         if one.gradients is None:
             return None
         pulled = one.gradients.to(errors) @ errors
         total += float(nats((pulled * one.x.to(errors)).sum(1)).sum(dtype=torch.float64))
-    return total
+    return total / num_tokens
 
 
 def _numbers(pieces: Sequence[Rounded], group_size: int, grid: AnyGrid) -> Numbers:

@@ -137,6 +137,11 @@ def read_text(path: Path, tokenizer: Any, num_windows: int | None, length: int) 
     return torch.tensor(windows)
 
 
+def num_held_out(num_windows: int) -> int:
+    """How many of all windows are held out of a calibration: a ninth, one at least of two."""
+    return max(num_windows // 9, 1) if num_windows > 1 else 0
+
+
 def held_last(tokens: torch.Tensor, count: int) -> torch.Tensor:
     """Windows [W, L], so many of them from all over the text behind the others."""
     order = torch.arange(len(tokens))

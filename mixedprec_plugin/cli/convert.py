@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
     print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
     if loss is not None:
-        print(f"predicted KL on a part of the text held out: {loss:.4f} nats a token", file=out)
+        print(f"predicted KL on text that was held out: {loss:.4f} nats a token", file=out)
     if unseen:
         layers = "1 layer of an expert" if len(unseen) == 1 else f"{len(unseen)} layers of experts"
         print(

@@ -38,10 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--fit", metavar="SIZE", help="memory of the card of each rank, as 24GB")
     size.add_argument(
-        "--bits",
-        type=float,
-        metavar="N",
-        help="bits a weight of linear layers, as 4.5",
+        "--bits", type=float, metavar="N", help="bits a weight of linear layers, as 4.5"
     )
     parser.add_argument("--gpu", default="", metavar="NAME", help="card to fit, as H100 or 8.9")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")

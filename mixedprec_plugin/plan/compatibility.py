@@ -26,10 +26,10 @@ from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.transforms import TRANSFORMS, of_weights
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
+from mixedprec_plugin.preset.model import Preset
 
 if TYPE_CHECKING:
     from mixedprec_plugin.checkpoint.values import Array
-from mixedprec_plugin.preset.model import Preset
 
 # tools pad the vocabulary to multiples of up to 512 rows
 _PADDING = 512

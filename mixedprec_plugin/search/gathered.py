@@ -2,8 +2,8 @@
 
 What `scores` does without gradients, of tokens that were gathered, times how much of the residual
 stream is what the unit's branch adds, where that is known: the same share of error in two branches
-matters as much as the branches do. Of experts the engine shows what
-goes in: what the down projection reads is computed here from the other two.
+matters as much as the branches do. Of experts the engine shows what goes in: what the down
+projection reads is computed here from the other two.
 """
 
 from __future__ import annotations

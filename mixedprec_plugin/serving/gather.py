@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _MAX_SHARE = 8
 # written first with so many tokens, and again whenever they are twice as many
 _FIRST_WRITE = 512
+# between two tries to write
+_RETRY_SECONDS = 60.0
 
 
 _gathering: Gathering | None = None
@@ -94,7 +96,7 @@ class Gathering:
         }
         self._seen: dict[str, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
         self._counts = dict.fromkeys(self._modules, 0)
-        self._count, self._next_write = 0, min(_FIRST_WRITE, num_tokens)
+        self._count, self._next_write, self._not_before = 0, min(_FIRST_WRITE, num_tokens), 0.0
         # of the pass that runs: which of how many tokens; the stream, [T, hidden size]; and the
         # modules of the branch that runs
         self._rows, self._num_rows = torch.empty(0, dtype=torch.int64), 0
@@ -178,10 +180,16 @@ class Gathering:
 
     def _end_pass(self, *_: object) -> None:
         self._rows = self._rows[:0]
-        if self._count < self._next_write:
+        if self._count < self._next_write or time.monotonic() < self._not_before:
+            return
+        try:
+            self._write()
+        except ConvertError as error:
+            # users are served meanwhile, and what was gathered is kept
+            self._not_before = time.monotonic() + _RETRY_SECONDS
+            logger.error("mixedprec: gathered inputs: %s; tried again in a minute", error)
             return
         self._next_write = min(2 * self._count, self._num_tokens)
-        self._write()
         if self._count == self._num_tokens:
             for handle in self._handles:
                 handle.remove()
@@ -189,6 +197,11 @@ class Gathering:
             self._seen.clear()
 
     def _write(self) -> None:
+        """Write what all modules have seen.
+
+        Raises:
+            ConvertError: it cannot be written.
+        """
         whole = [name for name, count in self._counts.items() if count == self._count]
         tensors: dict[str, torch.Tensor] = {}
         for name in whole:
@@ -207,11 +220,7 @@ class Gathering:
             "unseen": sorted(self._modules.keys() - whole),
             "shares": {name: float(sums[0] / sums[1]) for name, sums in self._sums.items()},
         }  # fmt: skip
-        try:
-            save_whole(tensors, self._path, metadata(facts))
-        except ConvertError as error:
-            logger.error("mixedprec: gathered inputs: %s", error)
-            return
+        save_whole(tensors, self._path, metadata(facts))
         if get_parallel().tp_rank == 0:
             logger.info(
                 "mixedprec: %s: what %d modules read of %d tokens%s",

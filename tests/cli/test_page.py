@@ -19,14 +19,10 @@ from mixedprec_plugin.plan.render import totals
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 from tests import published
-from tests.browser import NAMES, Browser, browser_path
+from tests.browser import Browser, needs_browser
 from tests.checkpoints import write_llama
 from tests.commands import run
 from tests.presets import write_preset
-
-needs_browser = pytest.mark.skipif(
-    not browser_path(), reason=f"needs a browser: {', '.join(NAMES)}, or MIXEDPREC_BROWSER"
-)
 
 
 class Planned(NamedTuple):
@@ -90,18 +86,6 @@ def _text(page: Browser, selector: str) -> str:
 
 def _number(text: str) -> int:
     return int(re.sub(r"\D", "", text))
-
-
-def _choose(page: Browser, selector: str, contains: str) -> None:
-    """Choose an option by its text, as a person does."""
-    page.run(
-        f"""(() => {{
-            const select = document.querySelector({selector!r});
-            const option = [...select.options].find((o) => o.text.includes({contains!r}));
-            select.value = option.value;
-            select.dispatchEvent(new Event("change", {{bubbles: true}}));
-        }})()"""
-    )
 
 
 @needs_browser
@@ -224,14 +208,14 @@ def test_preset_that_the_page_gives_back_has_the_bytes_that_it_showed(
     as_planned = json.loads(out)["totals"]["bytes"]
     assert _number(page.run("document.querySelector('.figures dd').title")) == as_planned
     page.run("document.querySelectorAll('.rules button')[0].click()")
-    _choose(page, ".panel select", "gptq 8-bit g64")
+    page.choose(".panel select", "gptq 8-bit g64")
     page.run("document.querySelector('#filter').focus()")
     page.type("model.layers.4.self_attn.o_proj")
     page.wait("document.querySelectorAll('tbody tr').length === 1")
     page.run("document.querySelector('tbody button').click()")
     page.wait("document.querySelector('#layer-name')")
-    _choose(page, "select[aria-label='of which layers']", "in all blocks")
-    _choose(page, "select[aria-label='method']", "awq 4-bit g32")
+    page.choose("select[aria-label='of which layers']", "in all blocks")
+    page.choose("select[aria-label='method']", "awq 4-bit g32")
     edited = tmp_path / "edited.yaml"
     edited.write_text(str(page.run("document.querySelector('#yaml').value")))
     shown = _number(page.run("document.querySelector('.figures dd').title"))
@@ -255,91 +239,6 @@ def test_page_fits_a_phone_and_turns_dark(page: Browser) -> None:
     assert page.run("document.documentElement.scrollWidth") <= 390
     background = page.run("getComputedStyle(document.documentElement).backgroundColor")
     assert max(map(int, re.findall(r"\d+", background))) < 60
-
-
-# every text of the page and of its pictures: itself, its colour, and what is behind it, in 0 to 255
-TEXTS = """(() => {
-    const solid = (e) => {
-        const found = getComputedStyle(e).backgroundColor;
-        return found === "rgba(0, 0, 0, 0)" && e.parentElement ? solid(e.parentElement) : found;
-    };
-    const numbers = (color) => color.match(/\\d+/g).slice(0, 3).map(Number);
-    const made = [...window.drawn], filter = document.querySelector("#filter");
-    const hint = getComputedStyle(filter, "::placeholder").color;
-    made.push([filter.placeholder, numbers(hint), numbers(solid(filter))]);
-    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-    while (walker.nextNode()) {
-        const e = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
-        if (!text || !e.checkVisibility() || e.matches("script, style, option")) continue;
-        made.push([text, numbers(getComputedStyle(e).color), numbers(solid(e))]);
-    }
-    return made;
-})()"""
-# what pictures write, seen before it is written
-WATCH = """
-    window.drawn = [];
-    const original = CanvasRenderingContext2D.prototype.fillText;
-    CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
-        const at = this.getTransform().transformPoint(new DOMPoint(x, y));
-        let behind = [...this.getImageData(at.x + 2, at.y + 2, 1, 1).data];
-        if (!behind[3]) {
-            const page = getComputedStyle(document.documentElement).backgroundColor;
-            behind = page.match(/\\d+/g).map(Number);
-        }
-        const alpha = this.globalAlpha, ink = [1, 3, 5].map((at, k) =>
-            parseInt(this.fillStyle.slice(at, at + 2), 16) * alpha + behind[k] * (1 - alpha));
-        window.drawn.push([text, ink, behind.slice(0, 3)]);
-        original.apply(this, arguments);
-    };
-"""
-
-
-def _contrast(one: list[float], other: list[float]) -> float:
-    """WCAG 2.2's contrast ratio of two colours."""
-
-    def luminance(color: list[float]) -> float:
-        linear = (
-            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-            for part in (x / 255 for x in color)
-        )  # fmt: skip
-        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@needs_browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_every_text_can_be_read(llama: Path, tmp_path: Path, dark: bool) -> None:
-    rules = ['match: "*", method: fp8', 'match: "*.q_proj", method: int8_channel']
-    rules += [
-        'match: "*.{gate,up}_proj", method: awq, group_size: 32',
-        'match: "*.absent", method: awq',
-    ]
-    preset = write_preset(tmp_path / "one", *rules)
-    other = write_preset(tmp_path / "two", 'match: "*.mlp.*", method: awq')
-    errors = tmp_path / "verify.json"
-    records = [
-        {"layer": f"model.layers.{block}.mlp.{name}_proj", "relative_error": 0.01 * 3**at}
-        for at, (block, name) in enumerate((b, n) for b in range(3) for n in ("up", "down"))
-    ]
-    errors.write_text(json.dumps({"layers": records}))
-    html = tmp_path / "plan.html"
-    run("plan", "--model", llama, "--preset", preset, "--html", html, "--gpu", "T4",
-        "--against", other, "--overlay", errors)  # fmt: skip
-    # of its own: it notes that pictures are read so often
-    with Browser(tmp_path / "profile") as browser:
-        browser.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
-        browser.look(1440, 1000, dark=dark)
-        browser.open(html)
-        browser.run("document.querySelectorAll('.rules button')[1].click()")
-        for measure in ("bits", "change", "relative"):
-            _choose(browser, "#measure", measure)
-            browser.run("new Promise((done) => setTimeout(done, 200))")
-        texts = browser.run(TEXTS)
-    assert any(text.startswith("fp8") for text, _, _ in texts)
-    poor = {t: _contrast(ink, ground) for t, ink, ground in texts if _contrast(ink, ground) < 4.5}
-    assert not poor
 
 
 @needs_browser
