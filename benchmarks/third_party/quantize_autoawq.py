@@ -15,7 +15,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows = windows_of(tokenizer, options.arguments)
     model = AutoAWQForCausalLM.from_pretrained(
-        str(options.model), device_map="cpu", dtype=torch.float32, use_cache=False
+        str(options.model), device_map="cpu", torch_dtype=torch.float32, use_cache=False
     )
     model.quantize(
         tokenizer,

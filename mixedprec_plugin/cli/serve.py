@@ -37,6 +37,12 @@ EXAMPLES = """
   mixedprec serve mine.yaml --model DIR --check    the checks, and the command that would run
 """
 _NUM_PORTS_TRIED = 100
+# what options of SGLang's begin with that change what a GPU holds, or what is kept free of it
+_CHANGE_MEMORY = (
+    "--cuda-graph", "--disable-cuda-graph", "--speculative", "--enable-dp-attention",
+    "--moe-a2a-backend", "--disaggregation-mode", "--cpu-offload-gb", "--offload-",
+    "--max-total-tokens", "--mamba-", "--max-mamba-", "--lora-paths",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--context-length", type=positive, metavar="TOKENS")
     memory.add_argument("--max-running-requests", type=positive, metavar="N")
     memory.add_argument("--kv-cache-dtype", metavar="DTYPE")
+    memory.add_argument("--chunked-prefill-size", type=int, metavar="TOKENS")
     memory.add_argument(
         "--pp-size", "--pipeline-parallel-size", dest="pp_size", type=positive, default=1,
         metavar="N", help="of several stages the memory is not checked",
@@ -109,8 +116,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         page.print(totals_line(plan))
         if args.device == "cpu":
             page.print("no GPU: served by the CPU platform")
-        for line in memory_lines(plan, load, args.max_running_requests) if load else ():
+        for line in memory_lines(plan, load) if load else ():
             page.print(line)
+        if load is None and plan.target.gpu is not None:
+            page.print(f"not checked, with {_changes_memory(args)}: whether it fits the memory")
         report(plan.problems, sys.stderr)
         print(f"$ {shlex.join(command)}", file=out, flush=True)
     if not args.check:
@@ -127,14 +136,31 @@ def _fraction(text: str) -> float:
 
 
 def _load(args: argparse.Namespace, plan: Plan) -> Load | None:
-    """What the options ask of a GPU; None where this is not known: of stages, and of formats."""
+    """What the options ask of a GPU; None where they make memory what is not known here."""
+    if _changes_memory(args):
+        return None
     load = usual_load(plan.preset)
     dtype = args.kv_cache_dtype
-    kv_bytes = KV_BYTES.get(dtype) if dtype not in (None, "auto") else load.kv_bytes
-    if args.pp_size > 1 or kv_bytes is None:
-        return None
-    context = args.context_length or load.context
-    return Load(context, 1, kv_bytes, args.mem_fraction_static)
+    return Load(
+        context=args.context_length or load.context,
+        concurrency=1,
+        kv_bytes=load.kv_bytes if dtype in (None, "auto") else KV_BYTES[dtype],
+        fraction=args.mem_fraction_static,
+        chunk=args.chunked_prefill_size,
+        most_requests=args.max_running_requests,
+    )
+
+
+def _changes_memory(args: argparse.Namespace) -> str:
+    """The option that divides the memory of a GPU as is not known here; empty for none."""
+    if args.pp_size > 1:
+        return "--pp-size"
+    if args.kv_cache_dtype not in (None, *KV_BYTES):
+        return "--kv-cache-dtype"
+    if (args.chunked_prefill_size or 1) < 1:
+        return "--chunked-prefill-size"
+    given = (word.partition("=")[0] for word in args.passed_on)
+    return next((word for word in given if word.startswith(_CHANGE_MEMORY)), "")
 
 
 def _command(args: argparse.Namespace) -> list[str]:
@@ -161,6 +187,7 @@ def _command(args: argparse.Namespace) -> list[str]:
         "--context-length": (args.context_length, None),
         "--max-running-requests": (args.max_running_requests, None),
         "--kv-cache-dtype": (args.kv_cache_dtype, None),
+        "--chunked-prefill-size": (args.chunked_prefill_size, None),
     }
     for flag, (value, default) in said.items():
         command += [flag, str(value)] if value != default else []

@@ -17,7 +17,7 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.config import Config, count_of, text_config
 from mixedprec_plugin.methods.cards import Gpu
 
-KV_CACHE = "KV cache"
+KV_CACHE, STATES = "KV cache", "states of linear attention"
 # --kv-cache-dtype -> bytes of a number in the KV cache
 KV_BYTES = {"auto": 2, "bf16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _MIB = 1 << 20
@@ -30,6 +30,8 @@ _DEFAULTS = (
     (160 << 10, 8192, 256, 512),
 )
 _LARGEST_DEFAULTS = (16384, 512, 512)
+# what a shorter chunk of prefill is counted as
+_LEAST_CHUNK = 2048
 # tokens of the CUDA graphs of prefill: ranges as (first, behind the last, step)
 _PREFILL_GRAPHS = (
     (4, 33, 4), (48, 257, 16), (288, 513, 32), (576, 1025, 64), (1280, 4097, 256),
@@ -47,12 +49,16 @@ class Load:
         concurrency: requests.
         kv_bytes: bytes of a number in the KV cache, 1 for --kv-cache-dtype fp8_e4m3.
         fraction: --mem-fraction-static; None for SGLang's default.
+        chunk: tokens that --chunked-prefill-size names; None for SGLang's default.
+        most_requests: --max-running-requests; None for as many as fit.
     """
 
     context: int
     concurrency: int
     kv_bytes: int = 2
     fraction: float | None = None
+    chunk: int | None = None
+    most_requests: int | None = None
 
 
 class Line(NamedTuple):
@@ -97,7 +103,7 @@ def gpu_budget(gpu: Gpu, tp_size: int, config: Config, load: Load) -> Budget:
         raise UsageError(Problem("--gpu", what, "name the GPU, or give --budget", "gpu"))
     memory = Line("memory", gpu.memory_bytes, f"{gpu.name}, {gpu.memory_bytes // 10**9} GB")
     if load.fraction is None:
-        reserve = _default_reserve(gpu.memory_bytes, tp_size, config)
+        reserve = _default_reserve(gpu.memory_bytes, tp_size, config, load)
     else:
         title = f"left free by --mem-fraction-static {load.fraction:g}"
         free = gpu.memory_bytes - int(gpu.memory_bytes * load.fraction)
@@ -105,20 +111,22 @@ def gpu_budget(gpu: Gpu, tp_size: int, config: Config, load: Load) -> Budget:
     return Budget(memory, (reserve, *_cache(config, tp_size, load)))
 
 
-def _default_reserve(memory_bytes: int, tp_size: int, config: Config) -> Line:
+def _default_reserve(memory_bytes: int, tp_size: int, config: Config, load: Load) -> Line:
     """What SGLang keeps for activations and CUDA graphs by default, on a server of one node."""
     memory = memory_bytes / _MIB
     defaults = (row[1:] for row in _DEFAULTS if memory < row[0])
     chunk, few, many = next(defaults, _LARGEST_DEFAULTS)
-    max_bs = few if tp_size < 4 else many
+    chunk = load.chunk or chunk
+    max_bs = min(few if tp_size < 4 else many, load.most_requests or few + many)
     if count_of(text_config(config), "kv_lora_rank"):
         graphs, told = 1536, "1,536 MiB for graphs of latent attention"
     else:
         sizes = [size for r in _PREFILL_GRAPHS for size in range(r[0], min(r[1], chunk + 1), r[2])]
         graphs, told = 8 * len(sizes), f"8 MiB x {len(sizes)} graphs of prefill"
-    reserve = 512 + 1.5 * chunk + 128 * tp_size + 2 * max_bs + graphs
+    tokens = max(chunk, _LEAST_CHUNK)
+    reserve = 512 + 1.5 * tokens + 128 * tp_size + 2 * max_bs + graphs
     formula = (
-        f"512 MiB + 1.5 MiB x {chunk:,} tokens of prefill + 128 MiB x {tp_size} "
+        f"512 MiB + 1.5 MiB x {tokens:,} tokens of prefill + 128 MiB x {tp_size} "
         f"rank{'s' if tp_size > 1 else ''} + 2 MiB x {max_bs} requests of a graph + {told}"
     )
     if memory > 60 << 10 and reserve < 10 << 10:
@@ -184,7 +192,7 @@ def _states(said: Config, num_layers: int, tp_size: int, load: Load) -> Line:
         f"{load.concurrency:,} requests x {num_layers} layers x ({values} heads x {key_size} x "
         f"{value_size} x 4 bytes + {channels:,} channels x {last} x 2 bytes) / {tp_size}"
     )
-    return Line("states of linear attention", load.concurrency * num_layers * size, formula)
+    return Line(STATES, load.concurrency * num_layers * size, formula)
 
 
 def nearest_that_fits(

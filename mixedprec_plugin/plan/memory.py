@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.config import Config, count_of, num_kv_ranks, text_config
@@ -12,7 +13,7 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import bandwidth_of
 from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.registry import METHODS
-from mixedprec_plugin.plan.budget import KV_BYTES, KV_CACHE, Load, gpu_budget
+from mixedprec_plugin.plan.budget import KV_BYTES, KV_CACHE, STATES, Load, gpu_budget
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Preset
 
@@ -22,6 +23,12 @@ _NEWER = 90
 MEMORY_RULES = _TOO_LARGE, _NO_ROOM = ("memory", "memory-reserve")
 _ONE = Load(context=1, concurrency=1)
 _MOST = 0.9
+# --mamba-full-memory-ratio 0.9: what states of linear attention get of the room beside the weights;
+# and how many of them a request takes where prefixes are kept; one more is there for padding
+# Source: `_handle_max_mamba_cache` and `_calculate_mamba_ratio`, SGLang 0.5.23's
+# mem_cache/kv_cache_configurator.py
+_STATES_SHARE = 0.9 / 1.9
+_STATES_A_REQUEST = 3
 _SPLIT_KINDS = ("linear", "expert", "embedding", "lm_head")
 
 
@@ -59,12 +66,11 @@ def usual_load(preset: Preset) -> Load:
     return Load(8192, 1, KV_BYTES[preset.kv_cache.dtype])
 
 
-def memory_lines(plan: Plan, load: Load, most_requests: int | None = None) -> list[str]:
+def memory_lines(plan: Plan, load: Load) -> list[str]:
     """What a rank's GPU holds, a line each in one unit; empty where its memory is not known.
 
     Args:
         load: what requests are, and how much of the memory SGLang may take.
-        most_requests: that are served at once.
     """
     layers, target, config = plan.layers, plan.target, plan.source.config
     gpu = target.gpu
@@ -73,12 +79,18 @@ def memory_lines(plan: Plan, load: Load, most_requests: int | None = None) -> li
     held, lines = rank_bytes(layers, target.tp_size, config), []
     title = f"{gpu.name} of {_gigabytes(gpu.memory_bytes)}, each of {target.tp_size}:"
     try:
-        reserve, token = _reserve_and_token(target, config, load)
+        needs = _needs(target, config, load)
     except UsageError as error:
         return [title, f"  {_gigabytes(held):>8}  weights", f"  {error.problems[0].what}"]
-    room = max(0, gpu.memory_bytes - reserve - held)
-    tokens = room // token if token else 0
-    num_requests = min(tokens // load.context, most_requests or tokens)
+    reserve, room = needs.reserve, max(0, gpu.memory_bytes - needs.reserve - held)
+    tokens, states = needs.held_in(room)
+    num_requests = min(tokens // load.context, load.most_requests or tokens)
+    cache = room
+    if needs.state:
+        cache, num_requests = (
+            room - states * needs.state,
+            min(num_requests, max(0, states - 1) // _STATES_A_REQUEST),
+        )
     requests = f", {num_requests} requests of {load.context:,}" if num_requests else ""
     whose = ", by SGLang's default" if load.fraction is None else ""
     fraction = f"{1 - reserve / gpu.memory_bytes:.3g}"
@@ -87,8 +99,12 @@ def memory_lines(plan: Plan, load: Load, most_requests: int | None = None) -> li
         f"  {_gigabytes(held):>8}  weights",
         f"  {_gigabytes(reserve):>8}  activations and CUDA graphs{whose} "
         f"(--mem-fraction-static {fraction})",
-        f"  {_gigabytes(room):>8}  KV cache: {tokens:,} tokens{requests}",
     ]
+    if needs.state:
+        lines.append(
+            f"  {_gigabytes(room - cache):>8}  {STATES}: {states:,}, {_STATES_A_REQUEST} a request"
+        )
+    lines.append(f"  {_gigabytes(cache):>8}  KV cache: {tokens:,} tokens{requests}")
     if bandwidth := bandwidth_of(gpu):
         read = bytes_read(layers, target.tp_size, config)
         lines.append(
@@ -98,8 +114,38 @@ def memory_lines(plan: Plan, load: Load, most_requests: int | None = None) -> li
     return lines + [f"  {text}" for text in _weight_only(layers, target)]
 
 
-def _reserve_and_token(target: Target, config: Config, load: Load) -> tuple[int, int]:
-    """Bytes that SGLang keeps free of weights and KV cache, and that a token adds to the cache.
+class _Needs(NamedTuple):
+    """What a rank keeps beside the weights, in bytes.
+
+    Attributes:
+        reserve: neither weights nor what requests keep.
+        token: that a token adds to the KV cache.
+        state: of linear attention; 0 for a model without.
+    """
+
+    reserve: int
+    token: int
+    state: int
+
+    def held_in(self, room: int) -> tuple[int, int]:
+        """Tokens of the KV cache, and states, that SGLang makes of the room beside the weights."""
+        states = 0
+        if self.state:
+            states = max(0, int(room * _STATES_SHARE / self.state))
+            room -= states * self.state
+        return (room // self.token if self.token else 0), states
+
+    @property
+    def least(self) -> int:
+        """Bytes beside the weights for a request of one token."""
+        if not self.state:
+            return self.reserve + self.token
+        states = self.state * (_STATES_A_REQUEST + 1) / _STATES_SHARE
+        return self.reserve + max(round(states), round(self.token / (1 - _STATES_SHARE)))
+
+
+def _needs(target: Target, config: Config, load: Load) -> _Needs:
+    """What a rank keeps beside the weights.
 
     Raises:
         UsageError: what a request keeps is not known.
@@ -107,8 +153,9 @@ def _reserve_and_token(target: Target, config: Config, load: Load) -> tuple[int,
     assert target.gpu is not None
     one = dataclasses.replace(load, context=1, concurrency=1)
     taken = gpu_budget(target.gpu, target.tp_size, config, one).taken
-    token = sum(line.num_bytes for line in taken if line.title == KV_CACHE)
-    return sum(line.num_bytes for line in taken) - token, token
+    sizes = {line.title: line.num_bytes for line in taken}
+    token, state = sizes.pop(KV_CACHE), sizes.pop(STATES, 0)
+    return _Needs(sum(sizes.values()), token, state)
 
 
 def bytes_read(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> int:
@@ -168,12 +215,10 @@ def why_not_in_memory(
 
     def fits(held: int, tp_size: int) -> bool:
         try:
-            reserve, token = _reserve_and_token(
-                dataclasses.replace(target, tp_size=tp_size), config, load
-            )
+            least = _needs(dataclasses.replace(target, tp_size=tp_size), config, load).least
         except UsageError:  # what a request keeps is not known; the weights are
-            reserve, token = 0, 0
-        return held + reserve + token <= memory
+            least = 0
+        return held + least <= memory
 
     held = rank_bytes(layers, target.tp_size, config)
     if fits(held, target.tp_size):
@@ -194,7 +239,7 @@ def why_not_in_memory(
         rule = _NO_ROOM
         if held < _MOST * memory and (load.fraction or 0) < _MOST:
             ways.append(f"--mem-fraction-static {_MOST}, which leaves less for activations")
-        reserve, _ = _reserve_and_token(target, config, load)
+        reserve = _needs(target, config, load).reserve
         what = (
             f"SGLang would not start: {_gigabytes(held)} of weights a rank and "
             f"{_gigabytes(reserve)} for activations and CUDA graphs leave no room for a KV cache "

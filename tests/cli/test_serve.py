@@ -124,10 +124,35 @@ def test_the_lines_of_the_card_go_by_the_options(tmp_path: Path) -> None:
     code, _, err = run(*words[:-1], 0.7)
     assert code == 1
     assert "7.2 GB for activations and CUDA graphs leave no room for a KV cache" in err
-    assert run(*words[:-1], 0.7, "--pp-size", 2)[0] == 0
+    code, out, _ = run(*words[:-1], 0.7, "--pp-size", 2)
+    assert code == 0
+    assert "not checked, with --pp-size: whether it fits the memory" in out
+    for option in ("--enable-dp-attention", "--cuda-graph-max-bs-decode=8"):
+        code, out, _ = run(*words, option)
+        assert code == 0
+        assert f"not checked, with {option.partition('=')[0]}: " in out
+        assert "KV cache" not in out
     code, _, err = run(*words[:-1], 1.5)
     assert code == 2
     assert err.startswith("mixedprec: error: --mem-fraction-static: 1.5 is no share")
+
+
+def test_a_longer_chunk_of_prefill_takes_from_the_cache(tmp_path: Path) -> None:
+    folder = published.qwen3_30b_a3b().write(tmp_path / "model")
+    words = ("serve", "awq", "--model", folder, "--gpu", "A6000", "--check", "--port", free_port())
+
+    def reserve(*options: object) -> float:
+        code, out, err = run(*words, *options)
+        assert code == 0, err
+        return float(out.split(" GB  activations")[0].split()[-1])
+
+    # 4,096 tokens on such a card: 1.5 MiB each, and graphs of up to so many
+    assert reserve("--chunked-prefill-size", 4096) == reserve()
+    assert reserve("--chunked-prefill-size", 16384) > reserve() + 1.5 * 12288 * 2**20 / 1e9
+    code, out, _ = run(*words, "--chunked-prefill-size", -1)
+    assert code == 0
+    assert "not checked, with --chunked-prefill-size" in out
+    assert "--chunked-prefill-size -1" in out
 
 
 def test_the_driver_names_the_card(

@@ -27,9 +27,14 @@ QWEN3_NEXT = llama_config(
 
 
 def fraction_of_sglang(
-    monkeypatch: pytest.MonkeyPatch, memory_bytes: int, tp_size: int, *, is_mla: bool
+    monkeypatch: pytest.MonkeyPatch,
+    memory_bytes: int,
+    tp_size: int,
+    *,
+    is_mla: bool,
+    **options: Any,
 ) -> float:
-    """What SGLang's own code sets --mem-fraction-static to."""
+    """What SGLang's own code sets --mem-fraction-static to, by options of its server."""
     from sglang.srt.arg_groups import memory_hook
 
     phase = functools.partial(SimpleNamespace, max_bs=None, bs=None, backend="full")
@@ -40,6 +45,7 @@ def fraction_of_sglang(
         "mem_fraction_static": None, "disaggregation_mode": "null", "moe_a2a_backend": "none",
         "disable_cuda_graph_padding": False, "speculative_algorithm": None,
         "enable_symm_mem": False, "language_only": False, "language_model_only": False,
+        **options,
     }  # fmt: skip
     args = SimpleNamespace(**values)
     patched = {
@@ -80,6 +86,22 @@ def test_reserve_is_what_sglang_keeps_by_default(
     reserve = gpu_budget(found, tp_size, config, Load(1, 1)).taken[0]
     assert 1 - reserve.num_bytes / found.memory_bytes == pytest.approx(expected, abs=1e-9)
     assert f"--mem-fraction-static {expected:g})" in reserve.title
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize(
+    ("chunk", "most"), [(16384, None), (1024, None), (None, 16), (4096, 1000), (2048, 1)]
+)
+@pytest.mark.parametrize("gpu", ["RTX 4090", "B200"])
+def test_reserve_follows_the_servers_options(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, chunk: int | None, most: int | None
+) -> None:
+    found = find_gpu(gpu)
+    options = {"chunked_prefill_size": chunk, "max_running_requests": most}
+    expected = fraction_of_sglang(monkeypatch, found.memory_bytes, 2, is_mla=False, **options)
+    load = Load(1, 1, chunk=chunk, most_requests=most)
+    reserve = gpu_budget(found, 2, LLAMA_8B, load).taken[0]
+    assert 1 - reserve.num_bytes / found.memory_bytes == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,6 +120,64 @@ def test_lines_of_memory_add_up_to_the_card(tmp_path: Path) -> None:
     assert lines[4].startswith("  fp8 is weight-only on RTX A6000, which has no units for it")
     newer = on("H100", tmp_path / "moe", 'match: "*.self_attn.*", method: fp8')
     assert not any("weight-only" in x for x in memory_lines(newer, usual_load(newer.preset)))
+
+
+@pytest.mark.sglang
+@pytest.mark.filterwarnings("ignore")
+def test_states_of_linear_attention_get_what_sglang_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_llama(
+        tmp_path / "hybrid", full_attention_interval=4, linear_num_key_heads=16,
+        linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128,
+        linear_conv_kernel_dim=4, num_hidden_layers=4,
+    )  # fmt: skip
+    made = on("RTX 4090", model, 'match: "*", method: unquantized')
+    _, weights, reserve, states, cache = memory_lines(made, usual_load(made.preset))[:5]
+    room = 24e9 - sum(float(line.split(" GB")[0]) * 1e9 for line in (weights, reserve))
+    state = 3 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
+    left, slots, a_request = _of_sglang(monkeypatch, room / 2**30, state)
+    # sizes are printed to a tenth of a GB
+    count, _, each = states.partition("linear attention: ")[2].partition(", ")
+    assert int(count.replace(",", "")) == pytest.approx(slots + 1, rel=0.01)
+    assert each == f"{a_request} a request"
+    assert float(cache.split(" GB")[0]) == pytest.approx(left * 2**30 / 1e9, abs=0.11)
+    heads, size = made.source.config["num_key_value_heads"], made.source.config["head_dim"]
+    tokens = int(cache.split(": ")[1].split(" tokens")[0].replace(",", ""))
+    assert tokens == pytest.approx(left * 2**30 / (heads * 2 * size * 2), rel=0.01)
+    # as many requests as states allow, and not as many as the cache does
+    most = int(cache.partition("tokens, ")[2].split(" requests")[0].replace(",", ""))
+    assert most == pytest.approx(min(slots // a_request, tokens // 8192), abs=1)
+
+
+def _of_sglang(monkeypatch: pytest.MonkeyPatch, room: float, state: int) -> tuple[float, int, int]:
+    """GiB that are left for keys and values, states, and states of a request: SGLang's own code."""
+    from sglang.srt.mem_cache import kv_cache_configurator as theirs
+
+    schedule = SimpleNamespace(
+        max_mamba_cache_size=None, max_running_requests=None, mamba_full_memory_ratio=0.9
+    )
+    context = SimpleNamespace(override=lambda _name, **found: schedule.__dict__.update(found))
+    mamba = SimpleNamespace(enable_linear_replayssm_spec=False, enable_mamba_extra_buffer=False)
+    found = {
+        "get_schedule": schedule, "get_context": context, "get_exec": SimpleNamespace(mamba=mamba),
+        "get_memory": SimpleNamespace(disable_radix_cache=False),
+    }  # fmt: skip
+    for name, value in found.items():
+        monkeypatch.setattr(theirs, name, lambda value=value: value)
+    params = SimpleNamespace(layers=[0, 1, 2], mamba_cache_per_req=state)
+    server = SimpleNamespace(
+        mambaish_config=SimpleNamespace(mamba2_cache_params=params), pp_size=1,
+        fused_entry_bytes=lambda _: None, spec_algorithm=SimpleNamespace(is_none=lambda: True),
+        hybrid_gdn_config=None, hybrid_kda_config=None, extra_mamba_cache_bytes_per_req=0,
+    )  # fmt: skip
+    own = next(
+        x
+        for x in vars(theirs).values()
+        if isinstance(x, type) and hasattr(x, "_handle_max_mamba_cache")
+    )
+    left = own._handle_max_mamba_cache(server, room)
+    return left, schedule.max_mamba_cache_size, own._calculate_mamba_ratio(server)
 
 
 def test_memory_is_not_judged_where_it_is_not_known(mixtral: Path) -> None:
