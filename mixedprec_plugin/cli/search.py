@@ -75,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "FOLDER read",
     )  # fmt: skip
     scored.add_argument(
+        "--in-engine", action="store_true",
+        help="score by KL of single units, measured in a server that is started for it; "
+        "with --at-load",
+    )  # fmt: skip
+    scored.add_argument(
         "--fast", action="store_true", help="no scores: a rule of thumb from shapes alone"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the preset, YAML")
@@ -128,7 +133,18 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.inputs and unused:
         what = "is for text, and --inputs is there in its place"
         raise UsageError(Problem(", ".join(unused), what))
-    unused += ["--no-gradients"] * args.no_gradients + ["--inputs"] * bool(args.inputs)
+    others = ("no_gradients", "inputs", "in_engine")
+    ways = [f"--{x.replace('_', '-')}" for x in others if getattr(args, x)]
+    if len(ways) > 1:
+        what = "are ways to make scores (expected one)"
+        raise UsageError(Problem(", ".join(ways), what))
+    if args.in_engine and not args.at_load:
+        what = "measures no candidate that needs a conversion"
+        raise UsageError(Problem("--in-engine", what, "add --at-load"))
+    if args.in_engine and args.windows is not None:
+        what = "is for what candidates are made on, and --in-engine makes none"
+        raise UsageError(Problem("--windows", what, "say with --held-out how many are measured"))
+    unused += ways
     if args.fast and unused:
         raise UsageError(Problem(", ".join(unused), "is for scores, and --fast makes none"))
 

@@ -24,7 +24,7 @@ from mixedprec_plugin.plan.tables import Page
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import SourceReference
 from mixedprec_plugin.search.candidates import Choices, canonical_methods, find_choices
-from mixedprec_plugin.search.finder import Budget, Kind, Search, find_scores
+from mixedprec_plugin.search.finder import AnotherWay, Budget, Kind, Search, find_scores
 from mixedprec_plugin.search.kept import Basis, KeptScores, Scores
 from mixedprec_plugin.search.report import Measured, as_dict, header_lines, print_found
 from mixedprec_plugin.search.rule import guessed
@@ -93,23 +93,44 @@ def _scores(
     if args.fast:
         return guessed(choices), 0, _About("guesses", {})
     basis, base = _basis(args), choices.base
+    if basis.in_engine:
+        return _measured(args, choices, sources, basis, bar)
     if basis.inputs is None:
         kept = KeptScores(base.source, base.target.dtype, basis, sources)
         about = _About("nats" if basis.gradients else "shares", {})
         return *find_scores(choices, kept, basis, bar, at_load=args.at_load), about
     # only this needs torch
     from mixedprec_plugin.calibrate.gathered import Gathered
-    from mixedprec_plugin.search.gathered import unscored
+    from mixedprec_plugin.search.gathered import score_gathered, unscored
 
     gathered = Gathered(basis.inputs, base)
-    without = unscored(choices, gathered)
-    kept = KeptScores(base.source, base.target.dtype, basis, sources, gathered.facts)
-    made = find_scores(
-        choices, kept, basis, bar, at_load=args.at_load, gathered=gathered, without=without
+    another = AnotherWay(
+        lambda wanted, bar: score_gathered(choices, wanted, gathered, bar),
+        unscored(choices, gathered),
     )
+    kept = KeptScores(base.source, base.target.dtype, basis, sources, gathered.facts)
+    made = find_scores(choices, kept, basis, bar, at_load=args.at_load, another=another)
     what = f"{gathered.num_tokens:,} tokens that an engine gathered in {basis.inputs}"
-    more = {"scored_on": what, "unscored": without}
+    more = {"scored_on": what, "unscored": another.without}
     return *made, _About("parts" if gathered.shares else "shares", more)
+
+
+def _measured(
+    args: argparse.Namespace, choices: Choices, sources: Mapping[str, Source], basis: Basis,
+    bar: Progress,
+) -> tuple[Scores, int, _About]:  # fmt: skip
+    """KL of single units in an engine of the unquantized model, which is started for it."""
+    from mixedprec_plugin.search.measured import can_measure, measure_scores, unmeasured
+
+    with tempfile.TemporaryDirectory(prefix="mixedprec-search-") as name:
+        another = AnotherWay(
+            lambda wanted, bar: measure_scores(choices, wanted, basis, Path(name), bar),
+            unmeasured(choices),
+            can_measure,
+        )
+        kept = KeptScores(choices.base.source, choices.base.target.dtype, basis, sources)
+        made = find_scores(choices, kept, basis, bar, at_load=args.at_load, another=another)
+    return *made, _About("measured", {"unscored": another.without})
 
 
 class _About(NamedTuple):
@@ -121,8 +142,8 @@ class _About(NamedTuple):
 
 def _basis(args: argparse.Namespace) -> Basis:
     given = {name: value for name in _GIVEN if (value := getattr(args, name)) is not None}
-    gradients = not (args.no_gradients or args.inputs)
-    return Basis(**given, gradients=gradients, inputs=args.inputs)
+    gradients = not (args.no_gradients or args.inputs or args.in_engine)
+    return Basis(**given, gradients=gradients, inputs=args.inputs, in_engine=args.in_engine)
 
 
 def _with_nearest(

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from mixedprec_plugin.errors import PlanError, Problem
@@ -22,12 +22,27 @@ from mixedprec_plugin.search.rule import worth_trying
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from mixedprec_plugin.calibrate.gathered import Gathered
-
 # of more, planning every preset that ships would take longer than the search
 _MOST_UNITS_BESIDE = 2000
 
-Kind = Literal["nats", "shares", "parts", "guesses"]
+Kind = Literal["nats", "measured", "shares", "parts", "guesses"]
+# unit name -> names of candidates
+Wanted = Mapping[str, Collection[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnotherWay:
+    """Scores that no sweep over the model makes.
+
+    Attributes:
+        score: makes those that are wanted, a few at a time.
+        without: units that it cannot score, and why.
+        can_score: whether it can score a unit's candidate.
+    """
+
+    score: Callable[[Wanted, Progress], Iterator[Scores]]
+    without: Mapping[str, str]
+    can_score: Callable[[Unit, str], bool] = lambda _unit, _name: True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +64,8 @@ class Found:
 
     Attributes:
         choices: the units that were scored, with what was.
-        kind: what scores are: nats a token, shares of outputs that are error, parts of the residual
-            stream that are, or guesses.
+        kind: what scores are: nats a token, predicted or measured; shares of outputs that are
+            error, parts of the residual stream that are, or guesses.
         allocation: the candidate of each unit, or of each layer of experts.
         choice: the candidate of each unit.
         num_made: how many scores were made, and not read.
@@ -185,19 +200,19 @@ def _keys(choices: Choices, kept: KeptScores) -> dict[str, str]:
 
 def find_scores(
     choices: Choices, kept: KeptScores, basis: Basis, progress: Progress, *, at_load: bool = False,
-    gathered: Gathered | None = None, without: Collection[str] = (),
+    another: AnotherWay | None = None,
 ) -> tuple[Scores, int]:  # fmt: skip
     """Read scores, and make those that are not there.
 
     Args:
         at_load: whether what needs a conversion is not made, as it may not be chosen.
-        gathered: what a serving engine's layers read, to score on in place of a text.
-        without: units that are not scored.
+        another: makes scores in another way than by a sweep over the model.
     Returns:
         unit -> candidate -> score; and how many were made.
     Raises:
         CheckpointError: a source is damaged, or transformers does not have the model's class.
         UsageError: the text cannot be read, or is too short.
+        ServerError: an engine is asked, and fails.
         ConvertError: the scores cannot be written.
     """
     keys = _keys(choices, kept)
@@ -207,19 +222,18 @@ def find_scores(
             x
             for x in worth_trying(unit)
             if not (at_load and choices.candidates[x].needs_conversion)
+            and (another is None or another.can_score(unit, x))
         ]
         for name, unit in choices.units.items()
-        if name not in without
+        if another is None or name not in another.without
     }
     missing = {
         unit: [name for name in names if name not in known[unit]] if unit in known else names
         for unit, names in wanted.items()
     }
     missing = {unit: names for unit, names in missing.items() if names}
-    if missing and gathered is not None:
-        from mixedprec_plugin.search.gathered import score_gathered
-
-        for made in score_gathered(choices, missing, gathered, progress):
+    if missing and another is not None:
+        for made in another.score(missing, progress):
             kept.write(made, keys)
         known = kept.read(keys)
     elif missing:

@@ -42,6 +42,7 @@ class Basis:
         gradients: whether errors are weighed by the gradient of the model's own predictions.
         inputs: a folder of what a serving engine's layers read, in place of any text; see
             `calibrate.gathered`.
+        in_engine: whether a serving engine is measured; of a text only what is held out counts.
     """
 
     text: Path | None = None
@@ -51,6 +52,7 @@ class Basis:
     seed: int = 0
     gradients: bool = True
     inputs: Path | None = None
+    in_engine: bool = False
 
 
 class KeptScores:
@@ -80,6 +82,8 @@ class KeptScores:
         del self.facts["inputs"]
         if inputs is not None:
             self.facts["inputs"] = inputs
+        if not basis.in_engine:
+            del self.facts["in_engine"]
         self._digest = _digest(self.facts)[:16]
         self._places = [model.path / _FOLDER, cache_root() / "scores"]
 

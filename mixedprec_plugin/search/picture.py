@@ -13,6 +13,7 @@ from mixedprec_plugin.search.finder import Found
 
 _LABELS = {
     "nats": "predicted KL, nats a token",
+    "measured": "sum of the KL of single units, nats a token",
     "shares": "sum of relative errors of outputs",
     "parts": "sum of relative errors of the residual stream",
     "guesses": "rule of thumb",

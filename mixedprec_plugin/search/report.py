@@ -20,6 +20,7 @@ from mixedprec_plugin.search.finder import Found
 # what a loss is -> its unit, and what is said of it
 _KINDS = {
     "nats": ("nats a token", "predicted KL on the text that was scored on"),
+    "measured": ("nats a token", "sum of the KL of single units, measured in the engine"),
     "shares": ("", "sum of the shares of outputs that are error; no divergence"),
     "parts": ("", "sum of the parts of the residual stream that are error; no divergence"),
     "guesses": ("", "a rule of thumb from shapes alone; no divergence, nothing was measured"),

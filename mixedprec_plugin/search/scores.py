@@ -14,9 +14,9 @@ share of the tokens that the unit sees: a number to rank by, in no unit.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -117,6 +117,25 @@ class Scoring:
         return compose_layer(layer, self._choices.base.target, self._reader)
 
 
+class InputRounding(NamedTuple):
+    """How a method rounds what its kernels read: by `round`, of inputs, tensors and arguments."""
+
+    method: str
+    arguments: Mapping[str, Any]
+    round: Callable[[torch.Tensor, Tensors, Mapping[str, Any]], torch.Tensor]
+
+
+def input_rounding(layer: PlannedLayer) -> InputRounding | None:
+    """How a planned layer's kernels round their inputs; None where they do not."""
+    assert layer.scheme is not None
+    method, arguments = layer.method, layer.scheme.arguments
+    if method == AUTO and layer.stored is not None:
+        method, arguments = layer.stored.method or AUTO, layer.stored.arguments
+    codec = METHODS[method].codec
+    found = getattr(load_codec(codec), "round_inputs", None) if codec else None
+    return None if found is None else InputRounding(method, arguments, found)
+
+
 class _Tokens:
     """What a layer saw of the text that is held out.
 
@@ -141,14 +160,10 @@ class _Tokens:
 
     def rounded(self, layer: PlannedLayer, tensors: Tensors) -> torch.Tensor:
         """The inputs as a layer's kernels see them."""
-        assert layer.scheme is not None
-        method, arguments = layer.method, layer.scheme.arguments
-        if method == AUTO and layer.stored is not None:
-            method, arguments = layer.stored.method or AUTO, layer.stored.arguments
-        codec = METHODS[method].codec
-        round_inputs = getattr(load_codec(codec), "round_inputs", None) if codec else None
-        if round_inputs is None:
+        found = input_rounding(layer)
+        if found is None:
             return self.x
+        method, arguments, round_inputs = found
         key = f"{method} {dict(arguments)}"
         if key not in self._rounded or "input_scale" in tensors:
             self._rounded[key] = round_inputs(self.x, tensors, arguments).float()
