@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +23,12 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.platforms import current_platform
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.experts.groups import ExpertGroup, check_groups, routing_table
+from mixedprec_plugin.experts.groups import (
+    ExpertGroup,
+    check_groups,
+    groups_within,
+    routing_table,
+)
 from mixedprec_plugin.experts.launch import backend_fault
 from mixedprec_plugin.experts.loading import GROUPS, OWNERS, add_routers
 from mixedprec_plugin.methods.construct import offered, repaired
@@ -69,8 +77,11 @@ class CompositeMoEMethod(FusedMoEMethodBase):
     write zeros to masked rows of the intermediate; under expert parallelism they leave rubbish, of
     which FP8 per tensor would take the greatest magnitude.
 
+    Under expert parallelism a rank has children for the groups that its own experts are in, which
+    differ from rank to rank; SGLang's dispatcher hands it its own ids, and sums over ranks.
+
     Args:
-        groups: the groups of the layer; at least two.
+        groups: the groups of the layer, over all ranks; at least two.
     """
 
     runner = None
@@ -97,21 +108,24 @@ class CompositeMoEMethod(FusedMoEMethodBase):
                 a composite cannot serve.
             MethodError, ShapeError: as the groups' methods raise.
         """
-        check_groups(layer.layer_name, self.groups, num_experts)
+        check_groups(layer.layer_name, self.groups, layer.num_experts)
         _check_layer(layer, self.groups)
         is_fused = weight_loader == layer.weight_loader_fused
-        children = torch.nn.ModuleList(
-            _build_child(layer, group, index, params_dtype, moe_intermediate_size, is_fused)
-            for index, group in enumerate(self.groups)
-        )
+        first = layer.moe_ep_rank * num_experts
+        groups = groups_within(self.groups, range(first, first + num_experts))
+        with _without_expert_parallelism(layer):
+            children = torch.nn.ModuleList(
+                _build_child(layer, group, index, params_dtype, moe_intermediate_size, is_fused)
+                for index, group in enumerate(groups)
+            )
         layer.add_module(GROUPS, children)
         owners = {
             expert: (index, local)
-            for index, group in enumerate(self.groups)
+            for index, group in enumerate(groups)
             for local, expert in enumerate(group.ids)
         }
         setattr(layer, OWNERS, owners)
-        table = routing_table(self.groups, num_experts)
+        table = routing_table(groups, num_experts, first)
         layer.register_buffer(_TABLE, table, persistent=False)
         add_routers(layer, params_dtype)
 
@@ -166,6 +180,22 @@ def _run_child(
     own = StandardDispatchOutput(dispatch_output.hidden_states, None, topk_output)
     out: torch.Tensor = child.run_moe_core(own).hidden_states
     return out.sum(1, dtype=torch.float32) if out.dim() == 3 else out.float()
+
+
+def _without_expert_parallelism(layer: FusedMoE) -> AbstractContextManager[Any]:
+    """Build layers that hold all of their experts on a rank of expert parallelism."""
+    if layer.moe_ep_size == 1:
+        return contextlib.nullcontext()
+    from sglang.srt.runtime_context import get_parallel
+
+    ranks = get_parallel()
+    # a child sends nothing: the layer sums over ranks
+    alone = SimpleNamespace(world_size=1, rank_in_group=0)
+    found: AbstractContextManager[Any] = ranks.override(
+        moe_ep_size=1, moe_ep_rank=0, moe_ep_group=alone,
+        moe_dp_size=ranks.moe_dp_size * ranks.moe_ep_size,
+    )  # fmt: skip
+    return found
 
 
 def _build_child(
@@ -238,11 +268,6 @@ def _check_layer(layer: FusedMoE, groups: Sequence[ExpertGroup]) -> None:
     dispatcher = get_moe_a2a_backend().value
     faults = (
         (backend != "", backend, "start without --moe-runner-backend"),
-        (
-            layer.moe_ep_size > 1,
-            f"experts in several schemes cannot be split over {layer.moe_ep_size} ranks by expert",
-            "start without --ep-size",
-        ),
         (
             dispatcher != "none",
             f"--moe-a2a-backend {dispatcher!r} needs all experts of a layer in one scheme",

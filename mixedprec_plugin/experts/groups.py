@@ -61,9 +61,21 @@ def check_groups(where: str, groups: Sequence[ExpertGroup], num_experts: int) ->
         raise LoadError(problems)
 
 
-def routing_table(groups: Sequence[ExpertGroup], num_experts: int) -> torch.Tensor:
+def groups_within(groups: Sequence[ExpertGroup], ids: range) -> list[ExpertGroup]:
+    """The part of each group that is in a range of experts, where there is any."""
+    own = [
+        dataclasses.replace(group, ids=tuple(expert for expert in group.ids if expert in ids))
+        for group in groups
+    ]
+    return [group for group in own if group.ids]
+
+
+def routing_table(groups: Sequence[ExpertGroup], num_experts: int, first: int = 0) -> torch.Tensor:
     """The local id of every expert in every group, on the default device.
 
+    Args:
+        num_experts: of a rank.
+        first: the first of them.
     Returns:
         int32 [number of groups, num_experts + 1]; -1 for experts of other groups, and in the last
         column, where a masked id of -1 reads.
@@ -71,5 +83,5 @@ def routing_table(groups: Sequence[ExpertGroup], num_experts: int) -> torch.Tens
     table = [[-1] * (num_experts + 1) for _ in groups]
     for row, group in zip(table, groups, strict=True):
         for local, expert in enumerate(group.ids):
-            row[expert] = local
+            row[expert - first] = local
     return torch.tensor(table, dtype=torch.int32)

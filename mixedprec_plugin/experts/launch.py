@@ -69,13 +69,6 @@ _LORA = (
 # where the experts of one layer are in several schemes
 _OPTIONS: tuple[Option, ...] = (
     (
-        "ep_size",
-        (None, 1),
-        "expert parallelism gives every rank an equal part of the experts, whose schemes would "
-        "differ from rank to rank",
-        "start without it: tensor parallelism splits each expert",
-    ),
-    (
         "enable_eplb",
         (None, False),
         "the expert balancer moves weights between experts, which needs them in one scheme",
@@ -84,13 +77,13 @@ _OPTIONS: tuple[Option, ...] = (
     (
         "ep_num_redundant_experts",
         (None, 0),
-        "copies of experts belong to expert parallelism",
+        "a copy of an expert would need a place in its scheme's group",
         "start without it",
     ),
     (
         "init_expert_location",
         (None, "trivial"),
-        "expert placement belongs to expert parallelism",
+        "a placed expert would need a place in its scheme's group",
         "start without it",
     ),
     ("enable_lora", (None, False), *_LORA),

@@ -18,18 +18,21 @@ _UNREAD = ("weight_shape", "qzeros")
 _FLOAT_CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def expert_owner(layer: FusedMoE, expert: int) -> tuple[FusedMoE, int]:
+def expert_owner(layer: FusedMoE, expert: int) -> tuple[FusedMoE, int] | None:
     """Find the layer that holds an expert's weights.
 
     Args:
         layer: a layer of experts, composite or not.
         expert: its id in the checkpoint.
     Returns:
-        the layer itself or a child, and the expert's id there.
+        the layer itself or a child, and the expert's id there; None of a composite whose other
+        ranks hold it.
     """
     owners = getattr(layer, OWNERS, None)
     if owners is None:
         return layer, expert
+    if expert not in owners:
+        return None
     child, local = owners[expert]
     return getattr(layer, GROUPS)[child], local
 
@@ -49,7 +52,10 @@ def load_expert_tensor(
         LoadError: the expert's scheme has no such parameter.
     """
     name = ("w2_" if shard == "w2" else "w13_") + suffix
-    owner, local = expert_owner(layer, expert)
+    found = expert_owner(layer, expert)
+    if found is None:
+        return
+    owner, local = found
     parameter = _parameter(layer, owner, expert, name)
     parameter.weight_loader(parameter, tensor, f"{layer.layer_name}.{name}", shard, local)
 
@@ -86,7 +92,10 @@ class _Router:
         if expert_id is None:
             self._load_fused(loaded_weight, weight_name, shard_id)
             return
-        owner, local = expert_owner(self._layer, expert_id)
+        found = expert_owner(self._layer, expert_id)
+        if found is None:
+            return
+        owner, local = found
         parameter = _parameter(self._layer, owner, expert_id, self._name)
         parameter.weight_loader(parameter, loaded_weight, weight_name, shard_id, local)
 

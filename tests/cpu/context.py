@@ -43,6 +43,20 @@ def one_of_two_ranks(rank: int) -> contextlib.AbstractContextManager[object]:
     return context
 
 
+def one_of_two_owners(rank: int) -> contextlib.AbstractContextManager[object]:
+    """Play one of two ranks that share experts, each whole, while layers are built and run."""
+    from sglang.srt.runtime_context import get_parallel
+
+    group = SimpleNamespace(rank_in_group=rank, world_size=2)
+    alone = SimpleNamespace(rank_in_group=0, world_size=1)
+    context: contextlib.AbstractContextManager[object] = get_parallel().override(
+        tp_size=2, attn_tp_size=2, moe_ep_size=2, moe_tp_size=1,
+        tp_rank=rank, attn_tp_rank=rank, moe_ep_rank=rank, moe_tp_rank=0,
+        tp_group=group, attn_tp_group=group, moe_ep_group=group, moe_tp_group=alone,
+    )  # fmt: skip
+    return context
+
+
 def interpret(module: str, folder: Path) -> dict[str, Any]:
     """What a module writes that runs kernels in Triton's interpreter, in a process of its own."""
     import torch

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mixedprec_plugin.errors import LoadError
-from tests.cpu.context import one_of_two_ranks
+from tests.cpu.context import one_of_two_owners, one_of_two_ranks
 from tests.cpu.expert_layers import (
     HIDDEN,
     INTERMEDIATE,
@@ -256,6 +256,31 @@ def test_ranks_add_up_to_the_whole(expert_layer):
         assert layer.expert_groups[0].w2_weight.shape == (1, HIDDEN, INTERMEDIATE // 2)
         total += layer(x, topk).float()
     assert relative_error(total, exact(cases, x, topk)) < 0.07
+
+
+@pytest.mark.parametrize("cases", [MIXED, WEIGHT_ONLY, [AWQ] * 4 + [FP8] * 4, [None] + [AWQ] * 7])
+def test_ranks_that_share_experts_add_up_to_the_whole(expert_layer, cases):
+    """Of the last two, a rank has experts of one scheme alone."""
+    from mixedprec_plugin.experts.loading import load_expert_tensor
+
+    x, topk = inputs(9), route(9, num_experts=NUM_EXPERTS)
+    whole = loaded(expert_layer, cases)
+    total, held = torch.zeros(9, HIDDEN), 0
+    for rank in range(2):
+        with one_of_two_owners(rank):
+            layer = make_layer(expert_layer, cases, reduce_results=False)
+            for expert, projections in enumerate(stored(cases)):
+                for shard, tensors in projections.items():
+                    for suffix, tensor in tensors.items():
+                        load_expert_tensor(layer, expert, shard, suffix, tensor)
+            process(layer)
+            schemes = {str(case) for case in cases[4 * rank : 4 * rank + 4]}
+            assert len(layer.expert_groups) == len(schemes)
+            held += sum(child.num_experts for child in layer.expert_groups)
+            total += layer(x, topk).float()
+    assert held == NUM_EXPERTS
+    # each rank rounds its sum to bfloat16
+    assert relative_error(total, whole(x, topk).float().numpy()) < 0.006
 
 
 @pytest.mark.parametrize(

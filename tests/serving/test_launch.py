@@ -143,17 +143,9 @@ def test_option_that_a_cpu_has_no_means_for_is_refused(
     assert message in problem
 
 
-@pytest.mark.parametrize("rules", [ALIKE, BY_LAYER])
-def test_experts_in_one_scheme_a_layer_may_be_split_by_expert(
-    mixtral: Path, rules: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("rules", [ALIKE, BY_LAYER, BY_EXPERT])
+def test_experts_may_be_spread_over_ranks_whole(mixtral: Path, rules: tuple[str, ...]) -> None:
     assert check(mixtral, rules, "--tp", "2", "--ep-size", "2") == []
-
-
-def test_experts_of_one_layer_in_several_schemes_may_not_be_split_by_expert(mixtral: Path) -> None:
-    (problem,) = check(mixtral, BY_EXPERT, "--tp", "2", "--ep-size", "2")
-    assert problem.startswith("model.layers.0-1.block_sparse_moe.experts: --ep-size 2: expert")
-    assert problem.endswith("start without it: tensor parallelism splits each expert")
 
 
 @pytest.mark.parametrize("rules", [ALIKE, BY_EXPERT])
@@ -231,7 +223,8 @@ def test_option_that_contradicts_the_presets_kv_cache_is_refused(
 
 
 def test_all_problems_of_a_launch_are_told_at_once(mixtral: Path) -> None:
-    flags = ("--quantization", "fp8", "--enable-lora", "--ep-size", "2", "--tp", "2")
+    flags = ("--quantization", "fp8", "--enable-lora", "--ep-num-redundant-experts", "2",
+             "--ep-size", "2", "--tp", "2")  # fmt: skip
     assert len(check(mixtral, BY_EXPERT, *flags)) == 4
 
 

@@ -112,11 +112,13 @@ def test_ranks_hold_what_they_did_and_read_only_that(
 
 @pytest.mark.usefixtures("sglang_context")
 @pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("others", [(), ('match: "*.experts.{0,3}.*", method: gptq',)])
 def test_experts_are_read_by_the_ranks_that_run_them(
-    mixture: Path, tmp_path: Path, ep_size: int, counted: Counter[str],
+    mixture: Path, tmp_path: Path, ep_size: int, counted: Counter[str], others: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    preset = write_preset(tmp_path, 'match: "*.experts.*", method: awq, group_size: 64')
+    rules = ('match: "*.experts.*", method: awq, group_size: 64', *others)
+    preset = write_preset(tmp_path, *rules)
     whole = [_load_whole(monkeypatch, mixture, preset, rank, ep_size) for rank in range(2)]
     twice = sum(counted.values())
     counted.clear()
