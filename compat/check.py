@@ -17,8 +17,9 @@ from compat.places import elsewhere, modules_elsewhere
 from compat.signatures import call_signature, kind, misfit, rejected, signature
 from compat.sources import Sources
 from compat.uses import OURS, SGLANG, Call, Use, collect
+from mixedprec_plugin.methods.registry import METHODS
 
-METHOD_FEATURES = ("fp8", "fp8_channel", "blockwise_int8", "awq", "gptq")
+METHOD_FEATURES = tuple(name for name, method in METHODS.items() if method.config_classes)
 FEATURES = (
     "plugin framework",
     "hooks",

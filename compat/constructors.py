@@ -9,7 +9,7 @@ from typing import Any
 from compat.definitions import Definition, Missing, find
 from compat.signatures import call_signature, misfit
 from compat.sources import Sources
-from mixedprec_plugin.cli.doctor import VARIANTS
+from mixedprec_plugin.cli.doctor import variants
 from mixedprec_plugin.methods.registry import METHODS, bind
 
 
@@ -36,7 +36,7 @@ class Construction:
 
 def constructions(ours: Sources) -> Iterator[Construction]:
     """Every config class of the registry with what its builder makes of defaults and variants."""
-    for name, given in VARIANTS:
+    for name, given in variants():
         method, arguments = bind(name, given)
         spec = METHODS[method]
         label = " ".join([name, *(f"{key}={value}" for key, value in given.items())])

@@ -27,8 +27,8 @@ EXAMPLES = """
   mixedprec doctor --json
 """
 
-# Names as people type them, with the arguments that are worth a try beside the defaults.
-VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+# names as people type them, with the arguments that are worth a try beside the defaults
+_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fp8", {}),
     ("fp8_block", {}),
     ("fp8", {"activation_scheme": "static"}),
@@ -47,6 +47,14 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 TESTED = "0.5.23"
 PACKAGES = ("mixedprec-plugin", "sglang", "torch", "transformers", "safetensors")
 _STYLES: Mapping[Status, str] = {"ok": "green", "absent": "yellow", "failed": "red"}
+
+
+def variants() -> list[tuple[str, dict[str, Any]]]:
+    """Every method as people may write it, with its defaults at least: name and arguments."""
+    from mixedprec_plugin.methods.registry import METHODS, bind
+
+    tried = {bind(name, arguments)[0] for name, arguments in _VARIANTS}
+    return [*_VARIANTS, *((name, {}) for name in METHODS if name not in tried)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,10 +161,8 @@ def examine_configs(active: str) -> list[Finding]:
     from mixedprec_plugin.methods.construct import config_key, cuda_capability
     from mixedprec_plugin.methods.registry import METHODS, bind
 
-    tried = {bind(name, arguments)[0] for name, arguments in VARIANTS}
-    variants = [*VARIANTS, *((name, {}) for name in METHODS if name not in tried)]
     findings = []
-    for name, given in variants:
+    for name, given in variants():
         method, arguments = bind(name, given)
         spec = METHODS[method]
         label = " ".join([name, *(f"{key}={value}" for key, value in given.items())])
