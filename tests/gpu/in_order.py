@@ -52,7 +52,7 @@ def _tests(name: str, minutes: float, *arguments: str) -> Step:
 
 
 STEPS = (
-    Step("facts", ("-c", _FACTS), 3),
+    Step("facts", ("-c", _FACTS), 5),
     _tests("start", 4, "tests/gpu/test_presets.py"),
     _tests("decode", 8, "tests/gpu/test_speed.py"),
     Step("composite", ("-m", "benchmarks.composite_experts", "--device", "cuda"), 3),
