@@ -72,9 +72,9 @@ def round_rows(
         The slice of rows, and what `rounding.round_groups` makes of them; the codes are valid until
         the next step.
     """
-    buffer = torch.empty(0, dtype=torch.uint8)
+    (N, K), buffer = weight.shape, torch.empty(0, dtype=torch.uint8)
     factor = _CHUNKS * torch.get_num_threads()
-    for rows in row_chunks(*weight.shape, multiple, factor=factor):
+    for rows in row_chunks(N, K, multiple, factor=factor):
         chunk = weight[rows]
         scale, zero = grid.fit(*_low_high(chunk, group_size))
         if buffer.numel() < chunk.numel():

@@ -194,9 +194,9 @@ def _blocks(
     weight: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of small tiles."""
-    block_n, block_k = block
-    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    scales = torch.empty(grid_shape(*weight.shape, block), device=weight.device)
+    (N, K), (block_n, block_k) = weight.shape, block
+    codes = torch.empty((N, K), dtype=dtype, device=weight.device)
+    scales = torch.empty(grid_shape(N, K, block), device=weight.device)
     for rows, columns, values in float_block_chunks(weight, block_n, block_k):
         tops = torch.maximum(values.amax(0), -values.amin(0))
         ragged = -len(tops) % block_k
