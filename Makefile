@@ -15,8 +15,8 @@ help:
 	@echo "make docs     build the site of docs/ in build/docs, and fail on a link to nothing"
 	@echo "make package  build sdist, wheel and release notes into dist, and check them"
 	@echo "make format   let ruff rewrite what it can"
-	@echo "make bench    measure quality, memory, loading and tensor parallel (docs/quality.md, memory.md, loading.md, …)"
-	@echo "              PART=plan-speed measures that part alone"
+	@echo "make bench    measure quality, memory, speed and tensor parallel: ours, a peer's, the limit, in"
+	@echo "              build/bench.json and bench.svg; PART=plan-speed measures that part alone"
 	@echo "make dryrun   see what runs on which GPU, without one (docs/cuda.md)"
 	@echo "make compat   see which SGLang releases the plugin fits (docs/compat.md)"
 	@echo "make page     build the page of mixedprec plan --html (needs npm)"
@@ -76,12 +76,18 @@ format: $(INSTALLED)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-PARTS := quality memory experts tp plan-speed quantize-speed composite-speed loading bench-rounding
-bench: $(or $(PART),$(PARTS))
+PARTS := quality memory experts tp plan-speed page-speed quantize-speed cpu-speed composite-speed loading bench-rounding
+bench: $(INSTALLED)
+	@$(MAKE) --no-print-directory --keep-going $(or $(PART),$(PARTS)); code=$$?; \
+		$(RUN) -m benchmarks.figures; exit $$code
 
 .PHONY: quantize-speed
 quantize-speed: $(INSTALLED)
-	@$(RUN) benchmarks/quantize.py
+	@$(RUN) -m benchmarks.quantize
+
+.PHONY: cpu-speed
+cpu-speed: $(INSTALLED)
+	@$(RUN) -W ignore -m benchmarks.cpu_linear
 
 quality: $(INSTALLED)
 	@$(RUN) -m benchmarks.quality --out docs/quality.md
@@ -107,6 +113,9 @@ tp: $(INSTALLED)
 
 plan-speed: $(INSTALLED)
 	@$(RUN) -m benchmarks.plan
+
+.PHONY: page-speed
+page-speed: $(INSTALLED)
 	@$(RUN) -m benchmarks.page
 
 composite-speed: $(INSTALLED)

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibration_models import SUBJECTS, Subject
-from benchmarks.calibration_page import CODE, MANUAL, NEAREST, OWN, Rows, write_page
+from benchmarks.calibration_page import CODE, MANUAL, NEAREST, OWN, Rows, figures_of, write_page
+from benchmarks.figures import keep
 from benchmarks.rounding_peers import PEERS, PeerError
 from mixedprec_plugin.cli.main import main as mixedprec
 
@@ -192,11 +193,11 @@ def main() -> None:
     with contextlib.redirect_stderr(sys.__stderr__):
         for part in itertools.islice(parts, args.parts):
             print(part, file=sys.stderr, flush=True)
-    page = write_page(bench.rows, args.windows, args.length)
+    if first := bench.rows.get(SUBJECTS[0].title):
+        keep("rounding", figures_of(first))
     if not args.out:
-        print(page)
         return
-    args.out.write_text(page, encoding="utf-8")
+    args.out.write_text(write_page(bench.rows, args.windows, args.length), encoding="utf-8")
     numbers = json.dumps(bench.rows, indent=1).replace(str(args.work), "")
     args.out.with_suffix(".json").write_text(numbers + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibration_models import SUBJECTS, Subject
+from benchmarks.figures import Figure
 
 Row = dict[str, Any]
 # "preset | rounding" -> row
@@ -79,16 +80,30 @@ def table(subject: Subject, rows: Rows) -> str:
     return "\n".join(lines)
 
 
+# what, preset, rounding, another rounding, text, the most that one KL may be of the other
+WANTED = (
+    ("AWQ, of nearest", AWQ, CALIBRATED, NEAREST, MANUAL, 0.40),
+    ("AWQ, of nearest", AWQ, CALIBRATED, NEAREST, CODE, 0.35),
+    ("AWQ, of AutoAWQ's", AWQ, CALIBRATED, "AutoAWQ", MANUAL, 0.70),
+    ("symmetric GPTQ, of nearest", GPTQ, CALIBRATED, NEAREST, MANUAL, 0.45),
+)
+
+
+def figures_of(rows: Rows) -> list[Figure]:
+    """The KLs that something was asked for, of those that were measured."""
+    figures = []
+    for what, preset, own, other, text, most in WANTED:
+        pair = [rows.get(f"{preset} | {rounding}", {}).get(text) for rounding in (own, other)]
+        if all(pair):
+            ours, peer = (one["kl"]["value"] for one in pair if one)
+            figures.append(Figure(f"{what}, {text}, KL", ours, peer, most * peer))
+    return figures
+
+
 def asked(rows: Rows) -> str:
     """Markdown of what calibration was to reach, and what it does."""
-    wanted: list[tuple[str, str, str, str, str, float]] = [
-        ("AWQ, of nearest", AWQ, CALIBRATED, NEAREST, MANUAL, 0.40),
-        ("AWQ, of nearest", AWQ, CALIBRATED, NEAREST, CODE, 0.35),
-        ("AWQ, of AutoAWQ's", AWQ, CALIBRATED, "AutoAWQ", MANUAL, 0.70),
-        ("symmetric GPTQ, of nearest", GPTQ, CALIBRATED, NEAREST, MANUAL, 0.45),
-    ]
     lines = ["| what | text | at most | found |", "|---|---|--:|--:|"]
-    for what, preset, own, other, text, most in wanted:
+    for what, preset, own, other, text, most in WANTED:
         found = ratio(rows.get(f"{preset} | {own}", {}), rows.get(f"{preset} | {other}", {}), text)
         said = "not measured" if found is None else f"{found[0]:.3f} ± {found[1]:.3f}"
         lines.append(f"| {what} | {text} | {most:.2f} | {said} |")

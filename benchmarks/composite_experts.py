@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import Figure, keep
 from mixedprec_plugin.methods.construct import build_config
 from mixedprec_plugin.methods.registry import METHODS, bind
 from mixedprec_plugin.quantize.codec import load_codec
@@ -170,8 +171,9 @@ def _captured(layer: Any, x: torch.Tensor, routed: Any) -> Callable[[], float]:
     return clock
 
 
-def table(device: str) -> str:
-    """One line for each method and number of tokens."""
+def table(device: str) -> tuple[str, list[Figure]]:
+    """One line for each method and number of tokens; and each layer's time as a figure."""
+    figures = []
     heads = " | ".join(f"{count} groups" for count in NUM_GROUPS[1:])
     lines = [
         f"| method | tokens | 1 group, ms | {heads} |",
@@ -183,15 +185,19 @@ def table(device: str) -> str:
             base, *others = measure(layers, num_tokens, device)
             ratios = " | ".join(f"{value / base:.2f}" for value in others)
             lines.append(f"| {name} | {num_tokens} | {base:.3f} | {ratios} |")
-    return "\n".join(lines)
+            figures += [
+                Figure(f"{name}, {num_tokens} tokens, {count} groups, ms", value, base)
+                for count, value in zip(NUM_GROUPS[1:], others, strict=True)
+            ]
+    return "\n".join(lines), figures
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table, or write it to a file."""
+    """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", help="write the table to this file")
+    parser.add_argument("--out", help="write the page to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     # SGLang warns at import that AWQ and GGUF need a GPU.
@@ -208,12 +214,11 @@ def main(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.inference_mode():
-        text = table(options.device)
-    text = _page(text, options.device, options.threads)
+        text, figures = table(options.device)
+    keep(f"composite experts, {options.device}", figures)
     if options.out:
-        Path(options.out).write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+        page = _page(text, options.device, options.threads)
+        Path(options.out).write_text(page, encoding="utf-8")
 
 
 def _page(text: str, device: str, threads: int) -> str:

@@ -1,17 +1,16 @@
 """Speed of the CPU platform's linear layers beside torch's bf16 linear.
 
-    python -m benchmarks.cpu_linear [--threads 1] [--tokens 1,16,64,256] [--json]
+    python -m benchmarks.cpu_linear [--threads 1] [--tokens 1,8,16,64,256] [--shapes 768x768,...]
 
-The layers are SGLang's, filled by the package's quantizers, in the shapes of the demo model. Every
-column is milliseconds for so many tokens and, in brackets, how many times as long as bf16 that is.
-`bits` counts everything the layer keeps in memory, scales included. With
+The layers are SGLang's, filled by the package's quantizers, by default in the shapes of the demo
+model. Milliseconds, of the processor where there is one thread, for so many tokens; the peer is
+torch's bf16 linear. `bits` counts everything the layer keeps in memory, scales included. With
 `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` torch behaves much as on a CPU without AVX-512.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -21,12 +20,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import Figure, keep
 from mixedprec_plugin.methods.construct import build_config
 from mixedprec_plugin.methods.registry import METHODS, bind
 from mixedprec_plugin.quantize.codec import load_codec
 
 # (N, K): the demo model's fused qkv is wider than o_proj; gate_up and down are its MLP.
-SHAPES = ((768, 768), (1536, 768), (768, 1536))
+SHAPES = "768x768,1536x768,768x1536"
 SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fp8", {}),
     ("fp8_block", {}),
@@ -38,6 +38,8 @@ SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gptq", {"bits": 8, "group_size": -1}),
 )
 REPEATS = 15
+# more tokens in a forward are prefill
+DECODE_TOKENS = 32
 
 
 def make_layer(name: str, given: dict[str, Any], N: int, K: int) -> Any:
@@ -61,12 +63,13 @@ def make_layer(name: str, given: dict[str, Any], N: int, K: int) -> Any:
 
 def milliseconds(function: Callable[[], object]) -> float:
     """The least of some runs, after two that warm up."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best = float("inf")
     for index in range(REPEATS + 2):
-        start = time.perf_counter()
+        start = clock()
         function()
         if index >= 2:
-            best = min(best, time.perf_counter() - start)
+            best = min(best, clock() - start)
     return best * 1e3
 
 
@@ -83,46 +86,39 @@ def bits_per_weight(layer: torch.nn.Module, num_weights: int) -> float:
     return sum(storages.values()) * 8 / num_weights
 
 
-def measure(token_counts: Sequence[int]) -> list[dict[str, Any]]:
-    """One record for every shape and method, bf16 first."""
-    records = []
-    for N, K in SHAPES:
+def limit_for(num_bits: int, num_tokens: int, base: float) -> float | None:
+    """What 4 bits may take: as long as bf16, half as long in decode from 8 requests on."""
+    if num_bits != 4:
+        return None
+    return base / 2 if 8 <= num_tokens <= DECODE_TOKENS else base
+
+
+def measure(shapes: Sequence[tuple[int, int]], token_counts: Sequence[int]) -> list[Figure]:
+    """The layers' times and bits, by shape and method."""
+    figures = []
+    for N, K in shapes:
         inputs = {count: torch.randn(count, K).bfloat16() for count in token_counts}
         weight = torch.randn(N, K).bfloat16()
         linear = partial(torch.nn.functional.linear, weight=weight)
         base = {count: milliseconds(partial(linear, x)) for count, x in inputs.items()}
-        records.append({"shape": [N, K], "method": "bf16", "bits": 16.0, "ms": base})
         for name, given in SCHEMES:
             layer = make_layer(name, given, N, K)
-            times = {count: milliseconds(partial(layer, x)) for count, x in inputs.items()}
-            label = " ".join([name, *(f"{key}={value}" for key, value in given.items())])
-            bits = round(bits_per_weight(layer, N * K), 2)
-            records.append({"shape": [N, K], "method": label, "bits": bits, "ms": times})
-    return records
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """The records as lines of text."""
-    lines = []
-    for record in records:
-        times = record["ms"]
-        if record["method"] == "bf16":
-            base = times
-            heads = "".join(f"{f'{count} tokens':>16}" for count in times)
-            lines += ["", f"{'x'.join(map(str, record['shape'])):<32}{'bits':>6}{heads}"]
-        cells = "".join(
-            f"{f'{value:.2f} ({value / base[count]:.1f})':>16}" for count, value in times.items()
-        )
-        lines.append(f"{record['method']:<32}{record['bits']:>6.2f}{cells}")
-    return "\n".join(lines[1:])
+            label = " ".join([f"{N}x{K} {name}", *(f"{key}={given[key]}" for key in given)])
+            figures.append(Figure(f"{label}, bits", bits_per_weight(layer, N * K), 16.0))
+            num_bits = 4 if name == "awq" else given.get("bits", 8)
+            for count, x in inputs.items():
+                ours = milliseconds(partial(layer, x))
+                limit = limit_for(num_bits, count, base[count])
+                figures.append(Figure(f"{label}, {count} tokens, ms", ours, base[count], limit))
+    return figures
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table or, with --json, the records."""
+    """Measure every shape and method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", default="1,16,64,256", help="token counts, comma-separated")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tokens", default="1,8,16,64,256", help="token counts, comma-separated")
+    parser.add_argument("--shapes", default=SHAPES, help="NxK, comma-separated")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     # SGLang warns at import that AWQ and GGUF need a GPU.
@@ -131,13 +127,10 @@ def main(arguments: Sequence[str]) -> None:
 
     get_context().override_server_args(tp_size=1).install()
     with torch.inference_mode():
-        records = measure([int(count) for count in options.tokens.split(",")])
-    capability = torch.backends.cpu.get_cpu_capability()
-    if options.json:
-        print(json.dumps({"capability": capability, "layers": records}, indent=2))
-    else:
-        print(f"{capability}, {options.threads} threads; milliseconds (times bf16)\n")
-        print(table(records))
+        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+        counts = [int(count) for count in options.tokens.split(",")]
+        keep("cpu-linear", measure([(N, K) for N, K in shapes], counts))
+    print(f"{torch.backends.cpu.get_cpu_capability()}, {options.threads} threads")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Seconds that it takes to plan the largest models, and memory.
 
-    python -m benchmarks.plan [--json FILE] [--plot FILE.svg]
+    python -m benchmarks.plan [--plot FILE.svg]
 
 The headers are those of published models (tests/published.py), the rules one for all experts, and
 ten a layer that name twenty experts each. With --plot, Kimi-K2 of 1 to 90 blocks and of 1 to 600
@@ -19,8 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.figures import Figure, keep
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
@@ -52,13 +52,11 @@ _ALL = '  - {match: "*.mlp.experts.*", method: gptq, requantize: true}\n'
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each model and set of rules."""
+    """Plan each model by one rule and by many; 1 where that takes longer than it may."""
     parser = argparse.ArgumentParser(description="Seconds and memory of plans.")
-    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--plot", type=Path, help="file for the seconds over tensors and rules")
     options = parser.parse_args(arguments)
-    found: dict[str, Any] = {"models": []}
-    print("model        layers  rules  read headers s  plan s  both s (CPU)  tensors")
+    figures = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model, make in _MODELS.items():
@@ -66,16 +64,18 @@ def main(arguments: list[str] | None = None) -> int:
             made.write(folder / model)
             for rules in (_ALL, _ALL + published.single_expert_rules(made)):
                 preset = _preset(folder, rules)
-                found["models"].append({"model": model, **_measure(model, folder / model, preset)})
-        found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        print(f"peak of the process: {found['peak_mib']} MiB")
-        found["start"] = _start(folder)
+                _, reading, planning = measure(folder / model, preset)
+                name = f"{model}, rules: {len(preset.rules)}"
+                figures.append(Figure(f"{name}, headers, s", reading))
+                figures.append(Figure(f"{name}, headers and plan, s", reading + planning, limit=1))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        figures.append(Figure("peak of the process, MiB", peak, limit=300))
+        start = _start(folder)
+        figures += [Figure(f"start, 1B, {part}, s", s) for part, s in start.items()]
+        figures.append(Figure("start, 1B, s", sum(start.values()), limit=0.3))
         if options.plot:
-            found |= _scale(folder)
-            _draw(found, options.plot)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 0
+            _draw(_scale(folder), options.plot)
+    return int(not keep("plan", figures))
 
 
 def _start(folder: Path) -> dict[str, float]:
@@ -88,9 +88,7 @@ def _start(folder: Path) -> dict[str, float]:
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         for _ in range(_REPEATS)
     ]
-    least = {part: min(run[part] for run in runs) for part in runs[0]}
-    print(f"start, 1B: {', '.join(f'{part} {s:.3f} s' for part, s in least.items())}")
-    return least
+    return {part: min(run[part] for run in runs) for part in runs[0]}
 
 
 def _one_billion() -> published.Published:
@@ -123,17 +121,17 @@ def _scale(folder: Path) -> dict[str, list[tuple[int, float]]]:
     for num_blocks in (1, 30, 61, 90):
         made = published.kimi_k2(num_blocks)
         path = made.write(folder / f"{num_blocks}")
-        found = _measure(f"{num_blocks} blocks", path, _preset(folder, _ALL))
-        by_tensors.append((found["tensors"], found["headers_s"] + found["plan_s"]))
+        num_tensors, reading, planning = measure(path, _preset(folder, _ALL))
+        by_tensors.append((num_tensors, reading + planning))
     lines = published.single_expert_rules(published.kimi_k2()).splitlines(keepends=True)
     for count in (1, 150, 300, 600):
         rules = _ALL + "".join(lines[: count - 1])
-        found = _measure(f"{count} rules", folder / "Kimi-K2", _preset(folder, rules))
-        by_rules.append((count, found["headers_s"] + found["plan_s"]))
+        _, reading, planning = measure(folder / "Kimi-K2", _preset(folder, rules))
+        by_rules.append((count, reading + planning))
     return {"by_tensors": by_tensors, "by_rules": by_rules}
 
 
-def _draw(found: dict[str, Any], path: Path) -> None:
+def _draw(found: dict[str, list[tuple[int, float]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -153,29 +151,19 @@ def _preset(folder: Path, rules: str) -> Preset:
     return load_preset(path)
 
 
-def _measure(model: str, path: Path, preset: Preset) -> dict[str, Any]:
-    """Least seconds of processor time for headers and for the plan."""
+def measure(path: Path, preset: Preset) -> tuple[int, float, float]:
+    """How many tensors there are, and least seconds of processor for headers and for the plan."""
     reading: list[float] = []
     planning: list[float] = []
     for _ in range(_REPEATS):
         start = time.process_time()
         source = open_source(path)
         reading.append(time.process_time() - start)
-        start, wall = time.process_time(), time.perf_counter()
+        start = time.process_time()
         plan = _plan(preset, source)
         planning.append(time.process_time() - start)
-        wall = time.perf_counter() - wall
     assert not plan.errors, plan.errors[0]
-    headers, seconds = min(reading), min(planning)
-    print(
-        f"{model:<12} {len(plan.layers):>6}  {len(preset.rules):>5}  {headers:>14.2f}  "
-        f"{seconds:>6.2f}  {headers + seconds:>12.2f}  {len(source.tensors):>7}",
-        flush=True,
-    )
-    return {
-        "layers": len(plan.layers), "tensors": len(source.tensors), "rules": len(preset.rules),
-        "headers_s": headers, "plan_s": seconds, "wall_s": wall,
-    }  # fmt: skip
+    return len(source.tensors), min(reading), min(planning)
 
 
 def _plan(preset: Preset, source: Source) -> Plan:

@@ -1,47 +1,63 @@
-"""Speed of the quantizers, in GB of bf16 weight a second.
+"""Speed of the quantizers, in seconds a GB of bf16 weight.
 
-    python benchmarks/quantize.py [--rows 4096] [--columns 4096] [--threads 1] [--device cuda]
-        [--json]
+    python -m benchmarks.quantize [--rows 4096] [--columns 4096] [--threads 1] [--device cuda]
+        [--case NAME ...]
 
-Every method is timed beside a copy of the weight (the same bytes, no arithmetic) and beside the
-obvious torch implementation of the usual formula on whole tensors, whose relative RMS error is
-printed too. `temporary` is the growth of a process's peak memory beyond the returned tensors.
+Every method is timed beside the obvious torch implementation of the usual formula on whole tensors,
+the peer; so is the way back, and a copy of the weight (the same bytes, no arithmetic). `MiB beside`
+is the growth of a process's peak memory beyond the returned tensors.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from mixedprec_plugin.methods.awq import codec as awq
-from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
-from mixedprec_plugin.methods.fp8 import codec as fp8
-from mixedprec_plugin.methods.gptq import codec as gptq
+from benchmarks.figures import Figure, keep
+from mixedprec_plugin.methods.registry import METHODS, bind
+from mixedprec_plugin.quantize.codec import Codec, load_codec
 
 Tensors = dict[str, torch.Tensor]
-CASES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
-    "fp8": (fp8, {"weight_block_size": None}),
-    "fp8 128x128": (fp8, {"weight_block_size": [128, 128]}),
-    "blockwise_int8 128x128": (blockwise_int8, {"weight_block_size": [128, 128]}),
-    "awq 4 bits, group 128": (awq, {"group_size": 128}),
-    "gptq 4 bits, group 128": (gptq, {"bits": 4, "group_size": 128}),
-    "gptq 8 bits, group 128": (gptq, {"bits": 8, "group_size": 128}),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8": ("fp8", {}),
+    "fp8 128x128": ("fp8_block", {}),
+    "fp8_channel": ("fp8_channel", {}),
+    "blockwise_int8 128x128": ("blockwise_int8", {}),
+    "int8_channel": ("int8_channel", {}),
+    "awq 4 bits, group 128": ("awq", {"group_size": 128}),
+    "gptq 4 bits, group 128": ("gptq", {"bits": 4, "group_size": 128}),
+    "gptq 8 bits, group 128": ("gptq", {"bits": 8, "group_size": 128}),
+    "nvfp4": ("nvfp4", {}),
 }
+# seconds that a GB of bf16 may take
+LIMIT = 1.0
 
 
-def naive(name: str, weight: torch.Tensor, arguments: Mapping[str, Any]) -> Tensors:
-    """Quantize by the formula, as one would write it first."""
+def case(name: str) -> tuple[Codec, dict[str, Any]]:
+    """A method's codec, and its arguments."""
+    method, arguments = bind(*CASES[name])
+    return load_codec(METHODS[method].codec), arguments
+
+
+def naive(name: str, weight: torch.Tensor, arguments: Mapping[str, Any]) -> Tensors | None:
+    """Quantize by the formula, as one would write it first; None where there is no usual one."""
+    if name == "nvfp4":
+        return None
     values = weight.float()
     N, K = values.shape
+    if "channel" in name:
+        largest = 448 if name.startswith("fp8") else 127
+        channels = values.abs().amax(1, keepdim=True) / largest
+        scaled = values / channels
+        codes = scaled.to(torch.float8_e4m3fn) if largest == 448 else scaled.round().to(torch.int8)
+        return {"weight": codes, "weight_scale": channels}
     if name == "fp8":
         scale = values.abs().max() / 448
         return {"weight": (values / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
@@ -96,62 +112,73 @@ def _pack(columns: torch.Tensor, order: Any, bits: int) -> torch.Tensor:
     return words
 
 
+def gigabytes(weight: torch.Tensor) -> float:
+    """Bytes of a weight, in GB."""
+    return weight.numel() * weight.itemsize / 1e9
+
+
 def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Least time of some calls, after one that is not counted."""
-    wait = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else int
+    """Least seconds of some calls, after one that is not counted.
+
+    Of the processor where the process has one thread: another process's do not count.
+    """
+    on_device = torch.get_default_device().type == "cuda"
+    wait = torch.cuda.synchronize if on_device else int
+    alone = not on_device and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     function()
     wait()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         function()
         wait()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
 
 
-def measure(name: str, weight: torch.Tensor, repeats: int) -> dict[str, Any]:
-    """Time one method on one weight."""
-    module, arguments = CASES[name]
+def measure(name: str, weight: torch.Tensor, repeats: int) -> list[Figure]:
+    """Time one method on one weight, and compare what it makes with the formula's."""
+    codec, arguments = case(name)
     dtype = torch.bfloat16
-    gigabytes = weight.numel() * weight.itemsize / 1e9
-    tensors: Tensors = module.quantize(weight, arguments, dtype)
-    again = module.read(tensors, arguments).dequantize()
-    row: dict[str, Any] = {
-        "method": name,
-        "quantize_gb_s": gigabytes
-        / seconds(lambda: module.quantize(weight, arguments, dtype), repeats),
-        "dequantize_gb_s": gigabytes
-        / seconds(lambda: module.read(tensors, arguments).dequantize(), repeats),
-        "relative_rms": float((again - weight.float()).norm() / weight.float().norm()),
-        "memcpy_gb_s": gigabytes / seconds(weight.clone, repeats),
-        "naive_gb_s": None,
-        "naive_relative_rms": None,
-    }
+    tensors = codec.quantize(weight, arguments, dtype)
     by_formula = naive(name, weight, arguments)
-    if by_formula is not None:
-        again = module.read(by_formula, arguments).dequantize()
-        row["naive_relative_rms"] = float((again - weight.float()).norm() / weight.float().norm())
-        row["naive_gb_s"] = gigabytes / seconds(lambda: naive(name, weight, arguments), repeats)
-    return row
+
+    def speed(function: Callable[[], object]) -> float:
+        return seconds(function, repeats) / gigabytes(weight)
+
+    def error(made: Tensors) -> float:
+        again = codec.read(made, arguments).dequantize()
+        return float((again - weight.float()).norm() / weight.float().norm())
+
+    there = speed(lambda: codec.quantize(weight, arguments, dtype))
+    back = speed(lambda: codec.read(tensors, arguments).dequantize())
+    usual = speed(lambda: naive(name, weight, arguments)) if by_formula else None
+    usual_error = error(by_formula) if by_formula else None
+    return [
+        Figure(f"{name}, s a GB", there, usual, LIMIT),
+        Figure(f"{name}, back, s a GB", back, limit=LIMIT),
+        Figure(f"{name}, relative RMS", error(tensors), usual_error),
+    ]
 
 
 def temporary_bytes(name: str, N: int, K: int) -> int:
     """Peak growth of a fresh process while it quantizes, beyond the tensors that it returns."""
-    command = [sys.executable, __file__, "--rows", str(N), "--columns", str(K), "--peak", name]
+    command = [sys.executable, "-m", "benchmarks.quantize", "--peak", name]
+    command += ["--rows", str(N), "--columns", str(K)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout)
 
 
 def print_peak(name: str, weight: torch.Tensor) -> None:
     """Print the growth of this process's peak memory, beyond the result, in bytes."""
-    module, arguments = CASES[name]
+    codec, arguments = case(name)
     # Threads, code and allocator are there before the peak is read.
-    module.quantize(weight[:256].clone(), arguments, torch.bfloat16)
+    codec.quantize(weight[:256].clone(), arguments, torch.bfloat16)
     # Importing torch peaks higher than what follows: start the high-water mark from here.
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_kib()
-    tensors: Tensors = module.quantize(weight, arguments, torch.bfloat16)
+    tensors = codec.quantize(weight, arguments, torch.bfloat16)
     grown = (peak_kib() - before) * 1024
     print(max(0, grown - sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())))
 
@@ -164,33 +191,15 @@ def peak_kib() -> int:
     raise OSError("/proc/self/status has no VmHWM")
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print the measurements for people."""
-    print(
-        f"{'method':26}{'quantize':>9}{'of memcpy':>11}{'x naive':>9}{'dequantize':>12}"
-        f"{'rel. RMS':>10}{'naive':>8}{'temporary':>11}"
-    )
-    for row in rows:
-        speed, by_formula = row["quantize_gb_s"], row["naive_gb_s"]
-        faster = f"{speed / by_formula:.1f}" if by_formula else "-"
-        rms = f"{row['naive_relative_rms']:.4f}" if by_formula else "-"
-        print(
-            f"{row['method']:26}{speed:9.2f}{speed / row['memcpy_gb_s']:11.2f}{faster:>9}"
-            f"{row['dequantize_gb_s']:12.2f}{row['relative_rms']:10.4f}{rms:>8}"
-            f"{row['temporary_bytes'] / 2**20:7.1f} MiB"
-        )
-    print(f"GB of bf16 a second; memcpy {rows[0]['memcpy_gb_s']:.2f}; bell-shaped random weight")
-
-
 def main() -> None:
-    """Measure every method and print a table or JSON."""
+    """Measure every method, or some."""
     parser = argparse.ArgumentParser(description="Speed of the quantizers.")
     parser.add_argument("--rows", type=int, default=4096, help="N, a multiple of 128")
     parser.add_argument("--columns", type=int, default=4096, help="K, a multiple of 128")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--case", action="append", choices=CASES, help="repeatable")
     parser.add_argument("--peak", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -202,15 +211,13 @@ def main() -> None:
         return
     torch.set_default_device(options.device)
     weight = weight.to(options.device)
-    rows = []
-    for name in CASES:
-        row = measure(name, weight, options.repeats)
-        row["temporary_bytes"] = temporary_bytes(name, options.rows, options.columns)
-        rows.append(row)
-    if options.json:
-        print(json.dumps({"shape": [options.rows, options.columns], "methods": rows}, indent=1))
-    else:
-        print_table(rows)
+    figures = [Figure("copy, s a GB", seconds(weight.clone, options.repeats) / gigabytes(weight))]
+    for name in options.case or CASES:
+        figures += measure(name, weight, options.repeats)
+        if options.device == "cpu":
+            peak = temporary_bytes(name, options.rows, options.columns) / 2**20
+            figures.append(Figure(f"{name}, MiB beside", peak))
+    keep("quantize", figures)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import Figure, keep
 from demo.model import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ class Comparison:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print and write the tables."""
+    """Measure, and write the tables beside rounding alone."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tensor_parallel")
     parser.add_argument("--dtype", action="append", choices=("float16", "bfloat16"))
     parser.add_argument("--out", type=Path, help="write the tables here")
@@ -86,13 +87,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.ranks is not None:
         _run_ranks(options.ranks, dtypes[0], options.folder)
         return 0
-    tables = []
+    tables, figures = [], []
     for dtype in dtypes:
         one, two = (generate(num_ranks, dtype) for num_ranks in (1, 2))
         ranks = {method: compare(one[method], two[method]) for method in METHODS}
         rounding = {method: compare(one[method], one[method + _NUDGED]) for method in METHODS}
         tables.append(table(dtype, ranks, rounding))
-        print(tables[-1], flush=True)
+        figures += [
+            Figure(f"{dtype}, {name}, mean change of a logit", x.change, rounding[name].change)
+            for name, x in ranks.items()
+        ]
+    keep("tensor parallel", figures)
     if options.out is not None:
         page = _PAGE.format(
             sglang=version("sglang"), torch=version("torch"), prompts=len(PROMPTS),

@@ -15,12 +15,16 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
+from mixedprec_plugin.cpu.widen import widen_int4
+
 # Group sizes that the kernel takes (aten/src/ATen/native/LinearAlgebra.cpp), the widest first.
 _GROUP_SIZES = (256, 128, 64, 32)
 # Up to so many tokens torch's kernels of 4 and of 8 bits are faster than dequantizing; measured by
 # benchmarks/cpu_linear.py.
-_INT4_TOKENS = 48
+_INT4_TOKENS = 28
 _INT8_TOKENS = 16
+# Rows, a multiple of every block's, that are dequantized at once.
+_WIDE_ROWS = 256
 # Codes that are widened to int32 at once: 1 MiB.
 _CHUNK = 1 << 18
 # Flips the sign bit: code - 128 as int8.
@@ -127,11 +131,25 @@ class Int4Weight:
         (8 - z) * scale. Many tokens are multiplied by the weight as CUDA rounds it.
         """
         if x.shape[0] > _INT4_TOKENS:
-            return multiply(x, dequantize(self.unpack(), self.zeros, self.scales))
+            return self._multiply_wide(x)
         group_size = x.shape[1] // self.pairs.shape[0]
         out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), self.packed, group_size, self.pairs
         )
+        return out
+
+    def _multiply_wide(self, x: torch.Tensor) -> torch.Tensor:
+        """Dequantize some rows after the other, in the cache, and multiply by them."""
+        (T, K), N, rows = x.shape, len(self.packed), block_rows()
+        assert rows is not None
+        out = torch.empty(T, N, dtype=x.dtype)
+        buffer = torch.empty(K * min(_WIDE_ROWS, N), dtype=x.dtype)
+        for start in range(0, N, _WIDE_ROWS):
+            part = slice(start, min(start + _WIDE_ROWS, N))
+            zeros = self.zeros[part] if isinstance(self.zeros, torch.Tensor) else self.zeros
+            made = buffer[: K * (part.stop - start)].view(K, -1)
+            weight = widen_int4(self.packed[part], zeros, self.scales[:, part], rows, made)
+            out[:, part] = multiply(x, weight)
         return out
 
 

@@ -11,22 +11,45 @@ import torch
 CHUNK_BYTES = 1 << 21
 # beyond the CPU there is no such cache, and a call takes longer
 DEVICE_FACTOR = 16
+# Weights of fewer elements stay with torch: compiling would take longer than it gains.
+LEAST_COMPILED = 1 << 20
+
+
+def is_compiled(tensor: torch.Tensor, num_weights: int | None = None) -> bool:
+    """Whether compiled loops work on a weight or on its codes, and not torch.
+
+    Args:
+        num_weights: of the whole weight that the tensor is a part of; its own if None.
+    """
+    num_weights = tensor.numel() if num_weights is None else num_weights
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.bfloat16, torch.uint8)
+        and tensor.is_contiguous()
+        and num_weights >= LEAST_COMPILED
+    )
 
 
 def row_chunks(
-    num_rows: int, row_length: int, multiple: int = 1, device: torch.device | None = None
+    num_rows: int,
+    row_length: int,
+    multiple: int = 1,
+    device: torch.device | None = None,
+    factor: int = 1,
 ) -> Iterator[slice]:
     """Cut rows into slices whose float32 copy takes about `CHUNK_BYTES`.
 
     Args:
         multiple: every slice but the last starts and ends at a multiple of this many rows.
         device: what works on them; they are larger beyond the CPU.
+        factor: how many times as large slices are.
     Yields:
         Slices that cover 0..num_rows in order, each of at least `multiple` rows (the last may be
         shorter).
     """
     is_cpu = device is None or device.type == "cpu"
-    num_bytes = CHUNK_BYTES if is_cpu else DEVICE_FACTOR * CHUNK_BYTES
+    num_bytes = CHUNK_BYTES * (factor if is_cpu else DEVICE_FACTOR)
     rows = max(num_bytes // (4 * max(row_length, 1)) // multiple, 1) * multiple
     for start in range(0, num_rows, rows):
         yield slice(start, min(start + rows, num_rows))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from mixedprec_plugin.quantize import feedback_cpu
+from mixedprec_plugin.quantize.loops import over_rows
 from mixedprec_plugin.quantize.rounding import Grid, Levels, Tiles
 
 NUM_SWEEPS = 3
@@ -231,7 +232,7 @@ def _limits(grid: AnyGrid) -> tuple[float, float, Any]:
 
 
 def _run(kernel: Any, shaped: torch.Tensor, *arguments: Any) -> None:
-    feedback_cpu.over_rows(kernel, torch.get_num_threads(), shaped.shape[1], *arguments)
+    over_rows(kernel, shaped.shape[1], *arguments, multiple=feedback_cpu.TILE)
 
 
 def _is_compiled(tensor: torch.Tensor) -> bool:

@@ -7,42 +7,17 @@ order as torch's, but for sums over a group.
 
 from __future__ import annotations
 
-import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
 
+from mixedprec_plugin.quantize.loops import compiled
 from mixedprec_plugin.quantize.rounding import Levels
 
-_TILE = 32
+TILE = 32
 
 Array = Any
-
-
-def _compiled(function: Any) -> Any:
-    return numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
-
-
-def over_rows(kernel: Any, num_threads: int, num_rows: int, *arguments: Any) -> None:
-    """Run one of the loops below over all output features, some of them in each thread."""
-    tiles = -(-num_rows // _TILE)
-    size = -(-tiles // num_threads) * _TILE
-
-    def run(first: int) -> None:
-        kernel(*arguments, first, min(first + size, num_rows))
-
-    if size >= num_rows:
-        run(0)
-    else:
-        # an error of a thread is raised here
-        list(_threads(num_threads).map(run, range(0, num_rows, size)))
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, "feedback")
 
 
 def code_levels(levels: Levels) -> Array:
@@ -62,7 +37,7 @@ def _nearest(x: Any, least: Any, step: Any, factor: Any) -> Any:
     return large - (large - x)
 
 
-@_compiled
+@compiled
 def _load(tile: Array, source: Array, first: int, n: int) -> None:
     """Copy `n` columns of [G, N] to the tile; what is beside them is left over and not used."""
     for j in range(len(tile)):
@@ -70,7 +45,7 @@ def _load(tile: Array, source: Array, first: int, n: int) -> None:
             tile[j, r] = source[j, first + r]
 
 
-@_compiled
+@compiled
 def search(
     targets: Array, importance: Array, scales: Array, zeros: Array, low: float, top: float,
     levels: Array, losses: Array, start: int, stop: int,
@@ -89,12 +64,12 @@ def search(
     G = len(targets)
     lowest, last = np.float32(low), np.float32(top)
     least, step, factor = levels
-    tile = np.zeros((G, _TILE), np.float32)
-    scale, inverse = np.ones(_TILE, np.float32), np.ones(_TILE, np.float32)
-    below, above = np.zeros(_TILE, np.float32), np.zeros(_TILE, np.float32)
-    loss = np.empty(_TILE, np.float32)
-    for first in range(start, stop, _TILE):
-        n = min(_TILE, stop - first)
+    tile = np.zeros((G, TILE), np.float32)
+    scale, inverse = np.ones(TILE, np.float32), np.ones(TILE, np.float32)
+    below, above = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    loss = np.empty(TILE, np.float32)
+    for first in range(start, stop, TILE):
+        n = min(TILE, stop - first)
         _load(tile, targets, first, n)
         for c in range(len(scales)):
             for r in range(n):
@@ -105,7 +80,7 @@ def search(
             loss[:] = np.float32(0)
             for j in range(G):
                 weight = importance[j]
-                for r in range(_TILE):
+                for r in range(TILE):
                     x = tile[j, r]
                     code = _nearest(x * inverse[r], least, step, factor)
                     code = min(max(code, below[r]), above[r])
@@ -115,7 +90,7 @@ def search(
                 losses[c, first + r] = loss[r]
 
 
-@_compiled
+@compiled
 def round_columns(
     targets: Array, weight: Array, M: Array, scale: Array, zero: Array, low: float, top: float,
     levels: Array, codes: Array, errors: Array, start: int, stop: int,
@@ -134,11 +109,11 @@ def round_columns(
     G = len(targets)
     lowest, last = np.float32(low), np.float32(top)
     least, step, factor = levels
-    tile = np.zeros((G, _TILE), np.float32)
-    inverse, own = np.ones(_TILE, np.float32), np.ones(_TILE, np.float32)
-    shift, error = np.zeros(_TILE, np.float32), np.zeros(_TILE, np.float32)
-    for first in range(start, stop, _TILE):
-        n = min(_TILE, stop - first)
+    tile = np.zeros((G, TILE), np.float32)
+    inverse, own = np.ones(TILE, np.float32), np.ones(TILE, np.float32)
+    shift, error = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    for first in range(start, stop, TILE):
+        n = min(TILE, stop - first)
         _load(tile, targets, first, n)
         for r in range(n):
             own[r] = scale[first + r]
@@ -153,11 +128,11 @@ def round_columns(
                 errors[j, first + r] = error[r]
             for k in range(j + 1, G):
                 multiple = M[j, k]
-                for r in range(_TILE):
+                for r in range(TILE):
                     tile[k, r] -= multiple * error[r]
 
 
-@_compiled
+@compiled
 def move_codes(
     codes: Array, gradient: Array, H: Array, scale: Array, low: float, top: float,
     levels: Array, change: Array, start: int, stop: int,
@@ -177,11 +152,11 @@ def move_codes(
     G = len(codes)
     lowest, last = np.float32(low), np.float32(top)
     least, step, factor = levels
-    tile = np.zeros((G, _TILE), np.float32)
-    own, inverse = np.ones(_TILE, np.float32), np.ones(_TILE, np.float32)
-    moves = np.zeros(_TILE, np.float32)
-    for first in range(start, stop, _TILE):
-        n = min(_TILE, stop - first)
+    tile = np.zeros((G, TILE), np.float32)
+    own, inverse = np.ones(TILE, np.float32), np.ones(TILE, np.float32)
+    moves = np.zeros(TILE, np.float32)
+    for first in range(start, stop, TILE):
+        n = min(TILE, stop - first)
         _load(tile, gradient, first, n)
         for r in range(n):
             own[r] = scale[first + r]
@@ -200,7 +175,7 @@ def move_codes(
             if moved:
                 for k in range(G):
                     multiple = H[j, k]
-                    for r in range(_TILE):
+                    for r in range(TILE):
                         tile[k, r] += multiple * moves[r]
         for j in range(G):
             for r in range(n):

@@ -15,7 +15,7 @@ from mixedprec_plugin.quantize.checks import (
     resolve_group_size,
     weight_shape,
 )
-from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
+from mixedprec_plugin.quantize.chunks import float_chunks, is_compiled, row_chunks
 from mixedprec_plugin.quantize.codec import Arguments, NotTheSameNumbersError, TensorDict
 from mixedprec_plugin.quantize.rounding import Grid, round_groups
 
@@ -121,12 +121,15 @@ class Words:
         bits: of a code.
         along_k: input features in a word of "qweight"; 1 where its words are along N.
         pack: codes uint8 [R, K] -> columns of "qweight".
+        pack_compiled: the same on a CPU: takes codes, and "qweight" with the first of its columns
+            that they fill.
         pack_zeros: zero points [R, K/G] -> [K/G, R * bits / 32], columns of "qzeros".
     """
 
     bits: int
     along_k: int
     pack: Callable[[torch.Tensor], torch.Tensor]
+    pack_compiled: Callable[[torch.Tensor, torch.Tensor, int], None]
     pack_zeros: Callable[[torch.Tensor], torch.Tensor]
 
     def quantize(self, weight: torch.Tensor, arguments: Arguments, grid: Grid) -> TensorDict:
@@ -144,8 +147,7 @@ class Words:
         scales = torch.empty((K // group_size, N), dtype=grid.scale_dtype, device=weight.device)
 
         def rounded() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-            for rows, values in float_chunks(weight, multiple=WHOLE_WORDS):
-                codes, scale, zeros = round_groups(values, group_size, grid)
+            for rows, codes, scale, zeros in _rounded(weight, group_size, grid):
                 scales[:, rows] = scale.t()
                 yield rows, codes, zeros
 
@@ -176,10 +178,26 @@ class Words:
         qweight = empty((K // self.along_k, N // along_n))
         qzeros = empty((num_groups, N * self.bits // 32))
         for rows, codes, zeros in pieces:
-            qweight[:, rows.start // along_n : rows.stop // along_n] = self.pack(codes)
+            if is_compiled(codes, num_weights=N * K):
+                self.pack_compiled(codes, qweight, rows.start // along_n)
+            else:
+                qweight[:, rows.start // along_n : rows.stop // along_n] = self.pack(codes)
             first, last = rows.start * self.bits // 32, rows.stop * self.bits // 32
             qzeros[:, first:last] = self.pack_zeros(zeros)
         return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+
+
+def _rounded(
+    weight: torch.Tensor, group_size: int, grid: Grid
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What `round_groups` makes of some rows after the other."""
+    if is_compiled(weight):
+        from mixedprec_plugin.quantize.compiled import round_rows
+
+        yield from round_rows(weight, group_size, grid, WHOLE_WORDS)
+        return
+    for rows, values in float_chunks(weight, multiple=WHOLE_WORDS):
+        yield rows, *round_groups(values, group_size, grid)
 
 
 def plain_order(K: int, group_size: int, device: torch.device | None = None) -> torch.Tensor:

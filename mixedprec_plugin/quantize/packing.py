@@ -37,6 +37,18 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
 
 
+def pack_into(bits: int, codes: torch.Tensor, words: torch.Tensor, first: int) -> None:
+    """Write what `pack` makes, transposed, by compiled loops.
+
+    Args:
+        codes: uint8 [R, K], contiguous, on a CPU.
+        words: int32 [K * bits / 32, N]; R columns are filled, from `first` on.
+    """
+    from mixedprec_plugin.quantize import compiled_packing
+
+    compiled_packing.pack_along_k(codes, bits, words, first)
+
+
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Undo `pack`.
 
@@ -70,6 +82,18 @@ def pack_awq(codes: torch.Tensor) -> torch.Tensor:
         for low, high in zip(AWQ_ORDER[0::2], AWQ_ORDER[1::2], strict=True)
     ]
     return torch.stack(octets, dim=-1).view(torch.int32).squeeze(-1).t()
+
+
+def pack_awq_into(codes: torch.Tensor, words: torch.Tensor, first: int) -> None:
+    """Write what `pack_awq` makes, by compiled loops.
+
+    Args:
+        codes: uint8 [R, K], contiguous, on a CPU.
+        words: int32 [K, N/8]; R/8 columns are filled, from `first` on.
+    """
+    from mixedprec_plugin.quantize import compiled_packing
+
+    compiled_packing.pack_awq(codes, words, first)
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,12 @@ from collections.abc import Sequence
 import torch
 
 from mixedprec_plugin.quantize.checks import refuse, require_finite, take, take_matrix, weight_shape
-from mixedprec_plugin.quantize.chunks import float_block_chunks, float_chunks, row_chunks
+from mixedprec_plugin.quantize.chunks import (
+    float_block_chunks,
+    float_chunks,
+    is_compiled,
+    row_chunks,
+)
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
 from mixedprec_plugin.quantize.rounding import LARGEST_CODE, divided
 
@@ -165,10 +170,33 @@ def quantize_blocks(weight: torch.Tensor, block: Sequence[int], dtype: torch.dty
     Raises:
         ShapeError: not a matrix of floats, or not finite.
     """
-    N, K = weight_shape(weight)
+    weight_shape(weight)
     block_n, block_k = block
+    make = _compiled_tiles if is_compiled(weight) else _blocks
+    codes, scales = make(weight, (block_n, block_k), dtype)
+    require_finite(scales, weight)
+    return {"weight": codes, "weight_scale_inv": scales}
+
+
+def _compiled_tiles(
+    weight: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [N, K] and scales [ceil(N/bn), ceil(K/bk)] of any tiles."""
+    from mixedprec_plugin.quantize import compiled
+
+    codes = torch.empty(weight.shape, dtype=dtype)
+    scales = scales_for(compiled.tops(weight, block), dtype)
+    compiled.encode(weight, scales, block, codes)
+    return codes, scales
+
+
+def _blocks(
+    weight: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of small tiles."""
+    (N, K), (block_n, block_k) = weight.shape, block
     codes = torch.empty((N, K), dtype=dtype, device=weight.device)
-    scales = torch.empty(grid_shape(N, K, (block_n, block_k)), device=weight.device)
+    scales = torch.empty(grid_shape(N, K, block), device=weight.device)
     for rows, columns, values in float_block_chunks(weight, block_n, block_k):
         tops = torch.maximum(values.amax(0), -values.amin(0))
         ragged = -len(tops) % block_k
@@ -178,8 +206,7 @@ def quantize_blocks(weight: torch.Tensor, block: Sequence[int], dtype: torch.dty
         scales[rows.start // block_n, first : first + len(scale)] = scale
         spread = scale.repeat_interleave(block_k)[: values.shape[1]]
         encode(values.div_(spread), codes[rows, columns])
-    require_finite(scales, weight)
-    return {"weight": codes, "weight_scale_inv": scales}
+    return codes, scales
 
 
 def quantize_channels(weight: torch.Tensor, dtype: torch.dtype) -> TensorDict:
@@ -193,15 +220,54 @@ def quantize_channels(weight: torch.Tensor, dtype: torch.dtype) -> TensorDict:
     Raises:
         ShapeError: not a matrix of floats, or not finite.
     """
-    N, K = weight_shape(weight)
-    codes = torch.empty((N, K), dtype=dtype, device=weight.device)
-    scales = torch.empty((N, 1), device=weight.device)
+    _, K = weight_shape(weight)
+    make = _compiled_tiles if is_compiled(weight) else _channels
+    codes, scales = make(weight, (1, K), dtype)
+    require_finite(scales, weight)
+    return {"weight": codes, "weight_scale": scales}
+
+
+def _channels(
+    weight: torch.Tensor, _block: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [N, K] and scales [N, 1]."""
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scales = torch.empty((len(weight), 1), device=weight.device)
     for rows, values in float_chunks(weight):
         low, high = torch.aminmax(values, dim=1, keepdim=True)
         scales[rows] = scales_for(torch.maximum(high, -low), dtype)
         encode(values.div_(scales[rows]), codes[rows])
-    require_finite(scales, weight)
-    return {"weight": codes, "weight_scale": scales}
+    return codes, scales
+
+
+def quantize_whole(weight: torch.Tensor, dtype: torch.dtype) -> TensorDict:
+    """Scale a weight so that its largest magnitude is the largest code; encode it.
+
+    Args:
+        weight: [N, K], floating point; not modified.
+        dtype: of the codes.
+    Returns:
+        "weight" [N, K] of `dtype`, "weight_scale" float32 [], weight ~= q * scale.
+    Raises:
+        ShapeError: not a matrix of floats, or not finite.
+    """
+    N, K = weight_shape(weight)
+    make = _compiled_tiles if is_compiled(weight) else _whole
+    codes, scale = make(weight, (N, K), dtype)
+    require_finite(scale, weight)
+    return {"weight": codes, "weight_scale": scale.view(())}
+
+
+def _whole(
+    weight: torch.Tensor, _block: tuple[int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [N, K] and a scale."""
+    low, high = torch.aminmax(weight)
+    scale = scales_for(torch.maximum(high, -low), dtype)
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows, values in float_chunks(weight):
+        encode(values.div_(scale), codes[rows])
+    return codes, scale
 
 
 def write_channels(numbers: Numbers) -> TensorDict:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mixedprec_plugin.cpu import packed, scaled_matmul
 from mixedprec_plugin.cpu.packed import Int4Weight, Int8Weight, dequantize, multiply
 from mixedprec_plugin.cpu.scaled_matmul import block_matmul, channel_matmul, exact_in_bfloat16
+from mixedprec_plugin.cpu.widen import widen_int4
 
 SIZES = st.sampled_from([1, 2, 63, 64, 65, 128, 192, 257, 300, 576])
 TOKENS = st.sampled_from([1, 3, 16, 17, 64, 65, 257])
@@ -170,6 +171,21 @@ def _pack_by_definition(codes: torch.Tensor, rows: int) -> torch.Tensor:
 def test_both_int4_layouts_can_be_undone(rows):
     codes = _int4(128, 96, 32, 0)[0]
     assert torch.equal(packed._unpack_blocks(_pack_by_definition(codes, rows), rows), codes)
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize("has_zeros", [False, True])
+def test_widening_rounds_once_in_both_layouts(rows, has_zeros):
+    codes, zeros, scales = _int4(192, 96, 32, 0)
+    scales[0, :8] = torch.tensor([1e-40, 1e-38, 3e38, -0.5, 0.0, 1.0, 2.0**-126, -1e-39])
+    points = zeros if has_zeros else torch.full_like(zeros, 8)
+    steps = codes.double() - points.double().repeat_interleave(32, 1)
+    exact = steps * scales.double().t().repeat_interleave(32, 1)
+    made = torch.empty(96, 192, dtype=torch.bfloat16)
+    got = widen_int4(
+        _pack_by_definition(codes, rows), zeros if has_zeros else 8, scales, rows, made
+    )
+    assert torch.equal(got, exact.bfloat16())
 
 
 def test_packing_some_rows_at_a_time_gives_the_layout_of_the_whole():

@@ -52,12 +52,12 @@ def _tests(name: str, minutes: float, *arguments: str) -> Step:
 
 
 STEPS = (
-    Step("facts", ("-c", _FACTS), 3),
+    Step("facts", ("-c", _FACTS), 5),
     _tests("start", 4, "tests/gpu/test_presets.py"),
     _tests("decode", 8, "tests/gpu/test_speed.py"),
     Step("composite", ("-m", "benchmarks.composite_experts", "--device", "cuda"), 3),
     _tests("quantize", 3, "tests/gpu/test_quantize_on_device.py"),
-    Step("quantizers", ("benchmarks/quantize.py", "--device", "cuda", "--json"), 2),
+    Step("quantizers", ("-m", "benchmarks.quantize", "--device", "cuda"), 2),
     _tests("layers", 6, "tests/gpu/test_layers.py", "tests/gpu/test_experts.py"),
     _tests("kernels", 4, "tests/gpu/test_marlin.py", "tests/gpu/test_triton.py"),
     _tests("serving", 10, "tests/gpu/test_serving.py", "tests/gpu/test_serving_converted.py"),

@@ -19,13 +19,14 @@ from mixedprec_plugin.quantize.codec import (
     Tensors,
 )
 from mixedprec_plugin.quantize.integers import Integers, Words
-from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq
+from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, pack_awq_into, unpack_awq
 from mixedprec_plugin.quantize.rounding import Grid
 
 _WORDS = Words(
     bits=4,
     along_k=1,
     pack=pack_awq,
+    pack_compiled=pack_awq_into,
     pack_zeros=lambda zeros: pack_awq(zeros.to(torch.uint8)),
 )
 

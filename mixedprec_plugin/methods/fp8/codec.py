@@ -15,8 +15,6 @@ from mixedprec_plugin.cpu.activation import (
 )
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.quantize import scaled
-from mixedprec_plugin.quantize.checks import require_finite, weight_shape
-from mixedprec_plugin.quantize.chunks import float_chunks
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
 from mixedprec_plugin.quantize.rounding import Tiles
 
@@ -42,14 +40,7 @@ def quantize(weight: torch.Tensor, arguments: Arguments, _dtype: torch.dtype) ->
         )
     if block := arguments.get("weight_block_size"):
         return scaled.quantize_blocks(weight, block, scaled.E4M3)
-    N, K = weight_shape(weight)
-    low, high = torch.aminmax(weight)
-    scale = scaled.scales_for(torch.maximum(high, -low), scaled.E4M3)
-    require_finite(scale, weight)
-    codes = torch.empty((N, K), dtype=scaled.E4M3, device=weight.device)
-    for rows, values in float_chunks(weight):
-        scaled.encode(values.div_(scale), codes[rows])
-    return {"weight": codes, "weight_scale": scale}
+    return scaled.quantize_whole(weight, scaled.E4M3)
 
 
 def grid(arguments: Arguments, _dtype: torch.dtype) -> Tiles:

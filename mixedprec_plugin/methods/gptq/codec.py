@@ -9,6 +9,8 @@ Source: AutoGPTQ and GPTQModel `QuantLinear.pack` and `dequantize_weight`, GPTQM
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
@@ -21,7 +23,7 @@ from mixedprec_plugin.quantize.codec import (
     Tensors,
 )
 from mixedprec_plugin.quantize.integers import Integers, Words, plain_order
-from mixedprec_plugin.quantize.packing import pack, unpack
+from mixedprec_plugin.quantize.packing import pack, pack_into, unpack
 from mixedprec_plugin.quantize.rounding import Grid
 
 _V2 = "gptq_v2"
@@ -35,7 +37,13 @@ def _words(bits: int) -> Words:
         rows = (zeros - 1).to(torch.uint8).t().clone(memory_format=torch.contiguous_format)
         return pack(rows, bits)
 
-    return Words(bits, 32 // bits, lambda codes: pack(codes, bits).t(), pack_zeros)
+    return Words(
+        bits,
+        along_k=32 // bits,
+        pack=lambda codes: pack(codes, bits).t(),
+        pack_compiled=partial(pack_into, bits),
+        pack_zeros=pack_zeros,
+    )
 
 
 def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> TensorDict:

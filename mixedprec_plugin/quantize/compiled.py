@@ -1,0 +1,206 @@
+"""Rounding to nearest, compiled for a CPU: what `quantize.scaled` and `.integers` do.
+
+Weights are bfloat16. Scales and zero points are torch's; the least and the largest values that they
+are made of, and the codes, have the bits that torch's arithmetic gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from mixedprec_plugin.quantize.chunks import row_chunks
+from mixedprec_plugin.quantize.loops import compiled, over_rows
+from mixedprec_plugin.quantize.rounding import Grid
+
+Array = Any
+# without a float32 copy, so many of torch's chunks are worked on at once
+_CHUNKS = 4
+# added and taken off again, it leaves a float32 below 2**22 rounded to a whole number, ties to even
+_WHOLE = np.float32(1.5 * 2**23)
+# bits of float32: e4m3's least normal number; and what its subnormal ones are added to
+_LEAST_NORMAL, _TINY_BITS, _SUBNORMAL = np.int32(121 << 23), np.int32(141 << 23), np.float32(2**14)
+# moves float32's exponent to e4m3's, and rounds up what is above half a unit
+_REBIAS = np.int32(((7 - 127) << 23) + 0x7FFFF)
+
+
+def tops(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Tell the largest magnitude of each tile: float32 [ceil(N/bn), ceil(K/bk)]; NaN if it has any.
+
+    Args:
+        weight: bfloat16 [N, K], contiguous.
+        block: (bn, bk).
+    """
+    low, high = _low_high(weight, block[1])
+    rows = torch.maximum(high, -low)
+    ragged = -len(rows) % block[0]
+    whole = torch.nn.functional.pad(rows, (0, 0, 0, ragged))
+    return whole.view(-1, block[0], rows.shape[1]).amax(1)
+
+
+def encode(
+    weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], codes: torch.Tensor
+) -> None:
+    """Round to the nearest code, ties to even.
+
+    Args:
+        weight: bfloat16 [N, K], contiguous.
+        scales: float32 [ceil(N/bn), ceil(K/bk)], as `scaled.scales_for` makes them.
+        block: (bn, bk).
+        codes: int8 or float8_e4m3fn [N, K], filled.
+    """
+    is_int8 = codes.dtype == torch.int8
+    kernel, made = (_int8, codes) if is_int8 else (_e4m3, codes.view(torch.uint8))
+    arguments = (_bits(weight), scales.numpy(), *block, made.numpy())
+    over_rows(kernel, len(weight), *arguments)
+
+
+def round_rows(
+    weight: torch.Tensor, group_size: int, grid: Grid, multiple: int
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Round a weight to a grid of codes, some rows at a time.
+
+    Args:
+        weight: bfloat16 [N, K], contiguous.
+        group_size: elements along K that share a scale; divides K.
+        multiple: as for `row_chunks`.
+    Yields:
+        The slice of rows, and what `rounding.round_groups` makes of them; the codes are valid until
+        the next step.
+    """
+    (N, K), buffer = weight.shape, torch.empty(0, dtype=torch.uint8)
+    factor = _CHUNKS * torch.get_num_threads()
+    for rows in row_chunks(N, K, multiple, factor=factor):
+        chunk = weight[rows]
+        scale, zero = grid.fit(*_low_high(chunk, group_size))
+        if buffer.numel() < chunk.numel():
+            buffer = torch.empty(chunk.numel(), dtype=torch.uint8)
+        codes = buffer[: chunk.numel()].view(chunk.shape)
+        arguments = (scale.numpy(), zero.numpy(), float(grid.largest_code), codes.numpy())
+        over_rows(_integers, len(chunk), _bits(chunk), *arguments)
+        yield rows, codes, scale, zero
+
+
+def _low_high(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    N, K = weight.shape
+    low, high = torch.empty(2, N, -(-K // size))
+    over_rows(_ranges, N, _bits(weight), size, low.numpy(), high.numpy())
+    return low, high
+
+
+def _bits(weight: torch.Tensor) -> Array:
+    return weight.view(torch.int16).numpy()
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _float(bits: Any) -> Any:
+    return np.int32(np.int32(bits) << 16).view(np.float32)
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _ordered(bits: Any) -> Any:
+    """Bits of bfloat16 as integers in the order of the numbers, and back."""
+    return np.int16(bits ^ (np.int16(bits >> 15) & np.int16(0x7FFF)))
+
+
+@compiled
+def _ranges(weight: Array, size: int, low: Array, high: Array, start: int, stop: int) -> None:
+    """Tell the least and the largest value of each `size` columns of a row.
+
+    Args:
+        weight: int16 [N, K], the bits of bfloat16.
+        low, high: float32 [N, ceil(K/size)], filled; NaN or Inf where there is any.
+        start, stop: the rows to do.
+    """
+    for row in range(start, stop):
+        for group in range(low.shape[1]):
+            least, most = np.int16(0x7FFF), np.int16(-0x8000)
+            source = weight[row, group * size : (group + 1) * size]
+            for j in range(len(source)):
+                key = _ordered(source[j])
+                least, most = min(least, key), max(most, key)
+            low[row, group] = _float(_ordered(least))
+            high[row, group] = _float(_ordered(most))
+
+
+@compiled
+def _int8(
+    weight: Array, scales: Array, rows: int, columns: int, codes: Array, start: int, stop: int
+) -> None:
+    """Round to int8.
+
+    Args:
+        weight: int16 [N, K], the bits of bfloat16.
+        scales: float32 [ceil(N/rows), ceil(K/columns)].
+        codes: int8 [N, K], filled.
+        start, stop: the rows to do.
+    """
+    for row in range(start, stop):
+        for tile in range(scales.shape[1]):
+            scale = scales[row // rows, tile]
+            source = weight[row, tile * columns : (tile + 1) * columns]
+            target = codes[row, tile * columns : (tile + 1) * columns]
+            for j in range(len(source)):
+                code = (_float(source[j]) / scale + _WHOLE) - _WHOLE
+                target[j] = np.int8(np.int32(code))
+
+
+@compiled
+def _e4m3(
+    weight: Array, scales: Array, rows: int, columns: int, codes: Array, start: int, stop: int
+) -> None:
+    """Round to e4m3, ties to even.
+
+    Args:
+        weight: int16 [N, K], the bits of bfloat16.
+        scales: float32 [ceil(N/rows), ceil(K/columns)]; no quotient is above e4m3's largest number.
+        codes: uint8 [N, K], filled.
+        start, stop: the rows to do.
+    Source:
+        torch/headeronly/util/Float8_e4m3fn.h, fp8e4m3fn_from_fp32_value.
+    """
+    for row in range(start, stop):
+        for tile in range(scales.shape[1]):
+            scale = scales[row // rows, tile]
+            source = weight[row, tile * columns : (tile + 1) * columns]
+            target = codes[row, tile * columns : (tile + 1) * columns]
+            for j in range(len(source)):
+                scaled = np.float32(_float(source[j]) / scale)
+                bits = np.int32(np.float32(abs(scaled)).view(np.int32))
+                tiny = np.int32(np.float32(abs(scaled) + _SUBNORMAL).view(np.int32) - _TINY_BITS)
+                odd = np.int32(np.int32(bits >> 20) & np.int32(1))
+                normal = np.int32(np.int32(bits + _REBIAS + odd) >> 20)
+                code = tiny if bits < _LEAST_NORMAL else normal
+                target[j] = np.uint8(
+                    code | np.int32(np.int32(scaled.view(np.int32) >> 24) & np.int32(0x80))
+                )
+
+
+@compiled
+def _integers(
+    weight: Array, scales: Array, zeros: Array, top: float, codes: Array, start: int, stop: int
+) -> None:
+    """Round to unsigned integers.
+
+    Args:
+        weight: int16 [N, K], the bits of bfloat16.
+        scales, zeros: float32 [N, K/G].
+        top: the largest code.
+        codes: uint8 [N, K], filled.
+        start, stop: the rows to do.
+    """
+    size = weight.shape[1] // scales.shape[1]
+    last = np.float32(top)
+    for row in range(start, stop):
+        for group in range(scales.shape[1]):
+            scale, zero = scales[row, group], zeros[row, group]
+            source = weight[row, group * size : (group + 1) * size]
+            target = codes[row, group * size : (group + 1) * size]
+            for j in range(len(source)):
+                code = (_float(source[j]) / scale + _WHOLE) - _WHOLE + zero
+                code = min(max(code, np.float32(0)), last)
+                target[j] = np.uint8(np.int32(code))
