@@ -10,8 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3MoeConfig,
 )
 
@@ -24,8 +26,11 @@ SIZES = {
 
 
 def config_of(kind: str, sizes: Mapping[str, int]) -> Any:
-    if kind == "llama":
-        return LlamaConfig(**sizes)
+    dense = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3_text": Gemma3TextConfig}
+    if kind == "llama with biases":
+        return LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
+    if kind in dense:
+        return dense[kind](**sizes)
     return Qwen3MoeConfig(
         **{"moe_intermediate_size": 32, **sizes}, num_experts=4, num_experts_per_tok=2,
         decoder_sparse_step=1, norm_topk_prob=True,
