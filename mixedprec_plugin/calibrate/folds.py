@@ -139,8 +139,10 @@ def _why_no_norm(coupled: Coupled, plan: Plan, family: Family, names: Set[str]) 
     readers = [plan.by_name[name] for name in coupled.consumers]
     if any(layer.kind in ("expert", "router") for layer in readers):
         return "a router and experts read it"
-    if coupled.fixed:
-        return f"it is not known whether {last_component(coupled.fixed[0])} reads it"
+    # attention itself, where it holds scales of the KV cache, reads no norm
+    fixed = [name for name in coupled.fixed if not plan.by_name[name].outputs.keys() <= KV_SUFFIXES]
+    if fixed:
+        return f"it is not known whether {last_component(fixed[0])} reads it"
     if last_component(coupled.norm) in family.latent_norms:
         return "the KV cache holds what it makes"
     if other := [layer for layer in readers if layer.name not in names]:

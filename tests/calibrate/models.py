@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3MoeConfig,
+    Starcoder2Config,
 )
 
 VOCABULARY = 96
@@ -26,7 +28,10 @@ SIZES = {
 
 
 def config_of(kind: str, sizes: Mapping[str, int]) -> Any:
-    dense = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3_text": Gemma3TextConfig}
+    dense = {
+        "llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3_text": Gemma3TextConfig,
+        "arcee": ArceeConfig, "starcoder2": Starcoder2Config,
+    }  # fmt: skip
     if kind == "llama with biases":
         return LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
     if kind in dense:

@@ -45,16 +45,24 @@ def write_uneven(folder: Path, kind: str = "llama") -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-def plan_of(folder: Path, rules: list[dict[str, Any]] | None = None) -> Plan:
-    rules = rules or [{"match": "*_proj", "method": "gptq", "bits": 8, "group_size": 32}]
-    preset = load_resolved({"version": 1, "rules": rules}, "test")
+QUANTIZED = "*{_proj,c_fc}"
+
+
+def plan_of(
+    folder: Path, rules: list[dict[str, Any]] | None = None, more: dict[str, Any] | None = None
+) -> Plan:
+    rules = rules or [{"match": QUANTIZED, "method": "gptq", "bits": 8, "group_size": 32}]
+    preset = load_resolved({"version": 1, "rules": rules, **(more or {})}, "test")
     return resolve_plan(preset, open_source(folder), Target("cpu")).check()
+
+
+def rounded(plan: Plan) -> set[str]:
+    return {layer.name for layer in plan.layers if not layer.is_unquantized}
 
 
 def searched(plan: Plan) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:
     """The scales of layers, and the norms, by inputs of uneven sizes."""
-    names = {layer.name for layer in plan.layers if layer.name.endswith("_proj")}
-    folds, generator = find_folds(plan, names), torch.Generator().manual_seed(1)
+    folds, generator = find_folds(plan, rounded(plan)), torch.Generator().manual_seed(1)
     scales: dict[str, Scales] = {}
     norms: dict[str, torch.Tensor] = {}
     with Reader() as reader:
@@ -86,8 +94,7 @@ def test_folded_model_makes_the_same_predictions(
     write_uneven(tmp_path, kind)
     plan = plan_of(tmp_path)
     scales, norms = searched(plan)
-    names = {layer.name for layer in plan.layers if layer.name.endswith("_proj")}
-    assert find_folds(plan, names).num_units == 3 * per_block
+    assert find_folds(plan, rounded(plan)).num_units == 3 * per_block
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokens = torch.arange(3, VOCABULARY).view(3, -1)
     with torch.no_grad():
@@ -110,24 +117,48 @@ def test_folded_model_makes_the_same_predictions(
     assert float(difference) < 1e-3 * float(expected.std())
 
 
-def test_what_cannot_be_folded_is_left_and_said(tmp_path: Path) -> None:
-    write_model(tmp_path / "moe", "qwen3_moe")
-    write_model(tmp_path / "dense")
-    plan = plan_of(tmp_path / "moe")
-    names = {layer.name for layer in plan.layers if layer.name.endswith("_proj")}
-    said = [str(problem) for problem in find_folds(plan, names).left]
-    assert said == [
-        "model.layers.0-2.mlp.experts.0-3.down_proj: experts are left as they are",
-        "model.layers.0-2.post_attention_layernorm: a router and experts read it",
-    ]
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("qwen3_moe", [
+            "model.layers.0-2.mlp.experts.0-3.down_proj: experts are left as they are",
+            "model.layers.0-2.post_attention_layernorm: a router and experts read it",
+        ]),
+        ("arcee", [
+            "model.layers.0-2.mlp.down_proj: its inputs are not linear in what up_proj alone makes",
+        ]),
+        ("starcoder2", [
+            "model.layers.0-2.mlp.c_proj: its inputs are not linear in what c_fc alone makes",
+            "model.layers.0-2.input_layernorm, model.layers.0-2.post_attention_layernorm: "
+            "it holds bias, weight (expected a weight alone)",
+        ]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_folded_is_left_and_said(tmp_path: Path, kind: str, said: list[str]) -> None:
+    write_model(tmp_path, kind)
+    plan = plan_of(tmp_path, [{"match": QUANTIZED, "method": "awq", "group_size": 32}])
+    assert [str(problem) for problem in find_folds(plan, rounded(plan)).left] == said
+
+
+def test_layers_beside_others_that_stay_are_left_as_they_are(tmp_path: Path) -> None:
+    write_model(tmp_path)
     rules = [
-        {"match": "*_proj", "method": "awq", "group_size": 32},
+        {"match": QUANTIZED, "method": "awq", "group_size": 32},
         {"match": "*.0.self_attn.{q,k,v}_proj", "method": "bf16"},
+        {"match": "*.1.mlp.{gate,up}_proj", "method": "bf16"},
     ]
-    plan = plan_of(tmp_path / "dense", rules)
-    names = {x.name for x in plan.layers if x.name.endswith("_proj") and x.method == "awq"}
-    said = [str(problem) for problem in find_folds(plan, names).left]
-    assert said == ["model.layers.0.self_attn.o_proj: v_proj is not calibrated"]
+    plan = plan_of(tmp_path, rules)
+    folds = find_folds(plan, rounded(plan))
+    assert [str(problem) for problem in folds.left] == [
+        "model.layers.0.self_attn.o_proj: v_proj is not calibrated",
+        "model.layers.1.mlp.down_proj: up_proj is not calibrated",
+    ]
+    assert folds.num_units == 12 - 4
+    more = {"kv_cache": {"dtype": "fp8_e4m3", "scales": "calibrate"}}
+    plan = plan_of(tmp_path, rules[:1], more)
+    assert [str(problem) for problem in find_folds(plan, rounded(plan)).left] == [
+        "model.layers.0-2.self_attn.o_proj: the KV cache has scales for what v_proj makes"
+    ]
 
 
 def test_folded_folder_is_served_verified_and_never_mixed_wrongly(tmp_path: Path) -> None:
