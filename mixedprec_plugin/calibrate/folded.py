@@ -5,14 +5,14 @@
 rms is of a unit's inputs, weighed as for H, of all its readers; e is searched for each unit by the
 loss of some of the readers' rows. Columns that are read loudly get finer codes for their size. A
 norm is served in the model's dtype: columns are multiplied by what it was divided by there, so that
-nothing but float32's rounding is lost. Where layers of a group cost no less together than without
-folding, on text that is held out, the group is left as it was.
+nothing but float32's rounding is lost. A unit whose layers then cost no less together, on text that
+is held out, stays as it was; without gradients the loss by H tells.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -68,29 +68,32 @@ class FoldedRounding(LayerRounding):
         layers = layers_of(group)
         held = {layer.name: seen[layer.name].held for layer in layers}
         moments = {layer.name: found for layer, found in self.moments(layers, seen)}
-        plain = {layer.name: self._no_scales(layer) for layer in layers}
+        scales = {layer.name: self._no_scales(layer) for layer in layers}
 
-        def made(scales: Mapping[str, Scales]) -> tuple[list[Made], float]:
-            """All layers, and what they lose together: by H, where no text is held out."""
-            found: list[Made] = []
-            for layer in layers:
-                own = moments[layer.name], scales[layer.name]
-                tensors, errors, record = self.round(layer, *own)
-                loss = held_loss(held[layer.name], errors, num_held)
-                found.append((layer, tensors, {"loss": loss, **record}))
-            losses = [record["loss"] for _, _, record in found]
-            if None in losses:
-                losses = [self.loss(x, moments[x.name], scales[x.name]) for x in layers]
-            return found, math.fsum(losses)
+        def rounded(layer: PlannedLayer, by: Mapping[str, Scales]) -> Made:
+            tensors, errors, record = self.round(layer, moments[layer.name], by[layer.name])
+            loss = held_loss(held[layer.name], errors, num_held)
+            return layer, tensors, {"loss": loss, **record}
+
+        def cost(made: Iterable[Made], by: Mapping[str, Scales]) -> float:
+            losses = []
+            for layer, _, record in made:
+                loss: float | None = record["loss"]
+                own = moments[layer.name], by[layer.name]
+                losses.append(self.loss(layer, *own) if loss is None else loss)
+            return math.fsum(losses)
 
         # first: it makes the moments
-        best, least = made(plain)
-        scales, divided = self._search(group, moments, plain)
-        if divided:
-            folded, loss = made(scales)
-            if loss < least:
-                best = [*folded, *divided]
-        return best
+        best = {layer.name: rounded(layer, scales) for layer in layers}
+        divided: list[Made] = []
+        for unit in group:
+            exponent, new, tensors = self._search(unit, moments, scales)
+            if exponent:
+                made = {layer.name: rounded(layer, new) for layer in layers_of([unit])}
+                if cost(made.values(), new) < cost((best[name] for name in made), scales):
+                    best, scales = {**best, **made}, new
+                    divided.append((unit.maker, tensors, {"exponent": exponent}))
+        return [*best.values(), *divided]
 
     def _no_scales(self, layer: PlannedLayer) -> Scales:
         assert layer.stored is not None
@@ -98,23 +101,18 @@ class FoldedRounding(LayerRounding):
         return Scales(torch.ones(N, device=self._device), torch.ones(K, device=self._device))
 
     def _search(
-        self, group: Sequence[Unit], moments: Mapping[str, Moments], scales: Mapping[str, Scales]
-    ) -> tuple[Mapping[str, Scales], list[Made]]:
-        """Choose each unit's exponent: the scales of all layers, and what others become."""
-        divided: list[Made] = []
-        for unit in group:
-            diagonals = [moments[reader.name].diagonal for reader in unit.readers]
-            squares = torch.stack(diagonals).sum(0, dtype=torch.float64).cpu()
-            tried = []
-            for exponent in EXPONENTS:
-                new, tensors = self._divide(unit, factors(squares, exponent, unit), scales)
-                losses = [self.loss(x, moments[x.name], new[x.name]) for x in unit.readers]
-                tried.append((math.fsum(losses), exponent, new, tensors))
-            _, exponent, new, tensors = min(tried, key=lambda one: one[:2])
-            if exponent:
-                scales = new
-                divided.append((unit.maker, tensors, {"exponent": exponent}))
-        return scales, divided
+        self, unit: Unit, moments: Mapping[str, Moments], scales: Mapping[str, Scales]
+    ) -> tuple[float, dict[str, Scales], Tensors]:
+        """Choose an exponent: with it the scales of all layers, and the tensors of a norm."""
+        diagonals = [moments[reader.name].diagonal for reader in unit.readers]
+        squares = torch.stack(diagonals).sum(0, dtype=torch.float64).cpu()
+        tried = []
+        for exponent in EXPONENTS:
+            new, tensors = self._divide(unit, factors(squares, exponent, unit), scales)
+            losses = [self.loss(x, moments[x.name], new[x.name]) for x in unit.readers]
+            tried.append((math.fsum(losses), exponent, new, tensors))
+        _, exponent, new, tensors = min(tried, key=lambda one: one[:2])
+        return exponent, new, tensors
 
     def _divide(
         self, unit: Unit, by: torch.Tensor, scales: Mapping[str, Scales]

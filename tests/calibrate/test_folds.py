@@ -76,10 +76,13 @@ def searched(plan: Plan) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:
                 x = torch.randn(50, K, generator=generator) * sizes
                 moments[layer.name] = Moments(x, torch.ones(50), None)
                 moments[layer.name].of(slice(0, K))
-            plain = {layer.name: rounding._no_scales(layer) for layer in layers_of(group)}
-            found, divided = rounding._search(group, moments, plain)
-            scales |= found
-            norms |= {maker.name: made["weight"] for maker, made, _ in divided if made}
+            scales |= {layer.name: rounding._no_scales(layer) for layer in layers_of(group)}
+            for unit in group:
+                exponent, new, made = rounding._search(unit, moments, scales)
+                assert exponent == 0.5
+                scales |= new
+                if made:
+                    norms[unit.maker.name] = made["weight"]
     return scales, norms
 
 
