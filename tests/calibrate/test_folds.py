@@ -207,6 +207,22 @@ def test_folded_folder_is_served_verified_and_never_mixed_wrongly(tmp_path: Path
     assert rows[1]["found"]["kl"]["value"] < kl
 
 
+def test_export_for_stock_engines_is_folded_alike(tmp_path: Path) -> None:
+    model, preset, plain = tmp_path / "model", preset_of(tmp_path), tmp_path / "bf16.yaml"
+    write_uneven(model)
+    options = ("--calibrate", "--windows", 8, "--fold")
+    convert(model, preset, tmp_path / "ours", *options)
+    convert(model, preset, tmp_path / "theirs", *options, "--format", "compressed-tensors")
+    plain.write_text("version: 1\nrules:\n  - {match: '*_proj', method: bf16}\n")
+    ours, theirs = (
+        evaluate(tmp_path / name, "--reference", model, "--preset", plain)[1]
+        for name in ("ours", "theirs")
+    )
+    assert ours["found"] == theirs["found"]
+    own = json.loads((tmp_path / "theirs" / "mixedprec_calibration.json").read_text())
+    assert own["folded"]
+
+
 def test_killed_and_by_two_ranks_it_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
