@@ -42,7 +42,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "blockwise_int8, 64 x 64": {"method": "blockwise_int8", "weight_block_size": BLOCK},
 }
 # how ours is rounded -> what `convert --calibrate` is told besides
-OURS = {"calibrated": [], "calibrated, no gradients": ["--no-gradients"]}
+OURS = {
+    "calibrated": [],
+    "calibrated, folded": ["--fold"],
+    "calibrated, no gradients": ["--no-gradients"],
+}
 # the model's own text: of another seed than what was calibrated on
 OWN_SIZE = ("--windows", 64, "--length", 128, "--seed", 1)
 ROOT = Path(__file__).resolve().parents[1]

@@ -148,7 +148,8 @@ SUBJECTS = (
     Subject(
         "SmolLM2", "SmolLM2-135M-Instruct", lambda _: checkpoint("original"),
         [
-            *_OURS, (AWQ, "calibrated, no gradients"), (AWQ, "AutoAWQ"), (AWQ, "auto-round's AWQ"),
+            *_OURS, (AWQ, "calibrated, folded"), (AWQ, "calibrated, no gradients"),
+            (AWQ, "AutoAWQ"), (AWQ, "auto-round's AWQ"),
             (GPTQ, "nearest"), (GPTQ, "calibrated"), (GPTQ, "GPTQModel"),
             (GPTQ, "llm-compressor's GPTQ"),
             *(

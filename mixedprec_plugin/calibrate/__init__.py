@@ -7,6 +7,8 @@ ranks        several processes, each with some windows and some layers
 moments      both as one matrix, H
 sweep        forward and backward over the whole model, kept on disk
 rounding     one layer: H and its weight -> codes
+folds        where scales can be folded between layers
+folded       rounding with these
 calibrator   all of it: a plan -> the codes of its layers
 """
 

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from mixedprec_plugin.calibrate import LENGTH, WINDOWS
 from mixedprec_plugin.calibrate.cached import kv_scale_of
+from mixedprec_plugin.calibrate.folded import FoldedRounding
+from mixedprec_plugin.calibrate.folds import NO_FOLDS, Folds, find_folds
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
-from mixedprec_plugin.calibrate.rounding import LayerRounding, is_rounded_so
+from mixedprec_plugin.calibrate.rounding import is_rounded_so
 from mixedprec_plugin.calibrate.sweep import (
     Sweep,
     read_maxima,
@@ -34,7 +36,7 @@ from mixedprec_plugin.calibrate.text import (
 )
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
-from mixedprec_plugin.compose.stream import Tensors, round_to_nearest
+from mixedprec_plugin.compose.stream import Tensors, compose_layer, round_to_nearest
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.families.config import count_of, text_config
 from mixedprec_plugin.families.names import parent_of
@@ -56,6 +58,7 @@ class Options:
         length: tokens of a window.
         seed: of the text and of the labels.
         gradients: whether tokens are weighed by the gradient of the model's own predictions.
+        fold: whether scales are folded between layers, where that loses less.
     """
 
     text: Path | None = None
@@ -63,6 +66,7 @@ class Options:
     length: int = LENGTH
     seed: int = 0
     gradients: bool = True
+    fold: bool = False
 
     @property
     def all_windows(self) -> int:
@@ -78,7 +82,8 @@ class Calibration:
         everything: whether all layers are calibrated that can be, or those whose scheme asks.
         progress: shows how far it is.
     Raises:
-        PlanError: no layer of the plan is rounded to codes, and no scale is asked for.
+        PlanError: no layer of the plan is rounded to codes, and no scale is asked for; or no unit
+            of them can be folded.
         UsageError: the text cannot be read.
     """
 
@@ -92,10 +97,16 @@ class Calibration:
         if not self._names and not self._attentions:
             what = "no layer of the plan is rounded to codes (expected a quantized one)"
             raise PlanError(Problem("--calibrate", what, "leave it out", "calibrate"))
+        self._folds = find_folds(plan, self._names) if options.fold else NO_FOLDS
+        if options.fold and not self._folds.groups:
+            why = ", ".join(dict.fromkeys(problem.what for problem in self._folds.left))
+            what = f"no layers of the plan can be folded ({why or 'none is rounded to codes'})"
+            raise PlanError(Problem("--fold", what, "leave it out", "calibrate"))
         self._ranks = Ranks()
         self._is_begun = False
         self._files: dict[str, Path] = {}
         self._records: list[dict[str, Any]] = []
+        self._folded: list[dict[str, Any]] = []
         self._scales: dict[str, Tensors] = {}
 
     def facts(self) -> dict[str, Any]:
@@ -153,12 +164,12 @@ class Calibration:
                     text = f"calibrating, KL so far {total:.4f}" if total else "calibrating"
                     self._progress.update(task, advance=1, description=text)
 
-                rounding = LayerRounding(self._plan.target, reader, self._ranks.device)
-                options = self._options
+                device, options = self._ranks.device, self._options
+                rounding = FoldedRounding(self._plan.target, reader, device, self._folds)
                 sweep = Sweep(
                     network, tokens, folder, options.seed,
                     gradients=gradients, ranks=self._ranks,
-                    held_out=num_held_out(len(tokens)),
+                    held_out=num_held_out(len(tokens)), together=rounding.groups,
                 )  # fmt: skip
                 sweep.run(self._names, rounding, advance)
                 self._progress.remove_task(task)
@@ -224,8 +235,9 @@ class Calibration:
             return False
         for path in paths:
             records = read_records(path)
-            self._records += records
             self._files |= {record["layer"]: path for record in records}
+            self._records += [record for record in records if "exponent" not in record]
+            self._folded += [record for record in records if "exponent" in record]
         return True
 
     def _scale(self, network: Network, folder: Path) -> None:
@@ -252,6 +264,15 @@ class Calibration:
             return dict(self._scales[layer.name])
         if layer.name not in self._names:
             return round_to_nearest(layer, weight, target)
+        return self._kept(layer)
+
+    def compose(self, layer: PlannedLayer, target: Target, reader: Reader) -> Tensors:
+        """Compose a layer with what was calibrated of it; see `compose_layer`."""
+        outputs = compose_layer(layer, target, reader, self.quantize)
+        is_divided = layer.kind == "norm" and layer.name in self._files
+        return {**outputs, **self._kept(layer)} if is_divided else outputs
+
+    def _kept(self, layer: PlannedLayer) -> Tensors:
         with safe_open(self._files[layer.name], framework="pt") as file:
             prefix = f"{layer.name}."
             names = [name for name in file.offset_keys() if name.rpartition(".")[0] == layer.name]
@@ -262,6 +283,16 @@ class Calibration:
         """KL in nats a token of text that is held out; None before, or without gradients."""
         losses = [one["loss"] for one in self._records if one["loss"] is not None]
         return math.fsum(losses) if losses else None
+
+    @property
+    def folded(self) -> list[str]:
+        """Names of the norms and layers that were divided for those that read them."""
+        return [record["layer"] for record in self._folded]
+
+    @property
+    def folds(self) -> Folds:
+        """What could be folded, and what not; empty where that was not asked for."""
+        return self._folds
 
     @property
     def unseen(self) -> list[str]:
@@ -277,5 +308,6 @@ class Calibration:
                 name: {suffix: float(scale) for suffix, scale in made.items()}
                 for name, made in self._scales.items()
             },
+            "folded": self._folded,
             "layers": self._records,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,8 @@ Record = dict[str, Any]
 
 # above, a layer's inputs are taken in blocks between which nothing is fed back
 _MAX_INPUTS = 16384
+# of so many rows, one tells what scales cost
+_ROWS = 4
 
 
 def is_rounded_so(layer: PlannedLayer) -> bool:
@@ -33,6 +35,18 @@ def is_rounded_so(layer: PlannedLayer) -> bool:
     if layer.scheme is None or layer.action not in ("quantize", "requantize"):
         return False
     return hasattr(load_codec(METHODS[layer.method].codec), "grid")
+
+
+class Scales(NamedTuple):
+    """What a weight is multiplied by before it is rounded; what it reads is divided by it.
+
+    Attributes:
+        rows: float32 [N].
+        columns: float32 [K].
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
 
 
 class LayerRounding:
@@ -63,7 +77,7 @@ class LayerRounding:
         held = {name: one.held for name, one in seen.items()}
         for layer, moments in self.moments(layers, seen):
             tensors, errors, record = self.round(layer, moments)
-            loss = _loss(held.pop(layer.name, []), errors, num_held)
+            loss = held_loss(held.pop(layer.name, []), errors, num_held)
             yield layer, tensors, {"loss": loss, **record}
 
     def moments(
@@ -103,27 +117,69 @@ class LayerRounding:
                 pools[pool] = H.mul_(len(x) / len(experts))
         return pools
 
-    def round(self, layer: PlannedLayer, moments: Moments) -> tuple[Tensors, torch.Tensor, Record]:
-        """Round one layer to the tensors of its method; its errors [N, K]; what is recorded."""
+    def round(
+        self, layer: PlannedLayer, moments: Moments, scales: Scales | None = None
+    ) -> tuple[Tensors, torch.Tensor, Record]:
+        """Round one layer to the tensors of its method.
+
+        Args:
+            scales: multiply the weight before; its errors are told without them.
+        Returns:
+            the tensors, its bias among them where its rows are scaled; its errors [N, K]; what is
+            recorded.
+        """
         assert layer.scheme is not None
-        codec, dtype = load_codec(METHODS[layer.method].codec), TORCH_DTYPES[self._target.dtype]
-        arguments = layer.scheme.arguments
-        weight = compose_floats(layer, self._target, self._reader)["weight"].to(dtype).float()
-        weight = weight.to(self._device)
-        K, grid = weight.shape[1], codec.grid(arguments, dtype)
-        if isinstance(grid, Tiles):
-            group_size = grid.columns or K
-        else:
-            group_size = resolve_group_size(K, arguments["group_size"], pack_factor=1)
-        pieces, shrunk = [], []
-        for columns in _blocks(K, group_size):
-            H, amount = moments.of(columns)
-            pieces.append(round_with_feedback(weight[:, columns], H, group_size, grid))
-            shrunk.append(round(amount, 4))
+        dtype = TORCH_DTYPES[self._target.dtype]
+        floats = compose_floats(layer, self._target, self._reader)
+        grid, group_size = self.grid(layer, floats["weight"].shape[1])
+        pieces, shrunk = self._pieces(layer, floats["weight"], moments, scales, 1)
         numbers = _numbers(pieces, group_size, grid)
         errors = torch.cat([piece.errors for piece in pieces], 1)
         record = {"tokens": moments.num_tokens, "shrunk": shrunk}
-        return codec.write(numbers, arguments, dtype), errors, record
+        codec = load_codec(METHODS[layer.method].codec)
+        tensors = codec.write(numbers, layer.scheme.arguments, dtype)
+        if scales is not None:
+            errors = errors / scales.rows[:, None] / scales.columns
+            if "bias" in layer.outputs:
+                tensors = {**tensors, "bias": floats["bias"].float() * scales.rows.cpu()}
+        return tensors, errors, record
+
+    def loss(self, layer: PlannedLayer, moments: Moments, scales: Scales) -> float:
+        """What rounding some rows of a layer costs by H; of all, where rows share scales."""
+        weight = compose_floats(layer, self._target, self._reader)["weight"]
+        grid, _ = self.grid(layer, weight.shape[1])
+        step = _ROWS if grid.rows == 1 else 1
+        pieces, _ = self._pieces(layer, weight, moments, scales, step)
+        losses = sum(piece.losses for piece in pieces)
+        return float((losses / scales.rows[::step].double().square()).sum())
+
+    def grid(self, layer: PlannedLayer, K: int) -> tuple[AnyGrid, int]:
+        """What the codes of a layer stand for, and how many columns share a scale."""
+        assert layer.scheme is not None
+        arguments = layer.scheme.arguments
+        codec = load_codec(METHODS[layer.method].codec)
+        grid: AnyGrid = codec.grid(arguments, TORCH_DTYPES[self._target.dtype])
+        if isinstance(grid, Tiles):
+            return grid, grid.columns or K
+        return grid, resolve_group_size(K, arguments["group_size"], pack_factor=1)
+
+    def _pieces(
+        self, layer: PlannedLayer, weight: torch.Tensor, moments: Moments, scales: Scales | None,
+        step: int,
+    ) -> tuple[list[Rounded], list[float]]:  # fmt: skip
+        """Some rows of a weight, rounded block by block; how far each one's H is shrunk."""
+        weight = weight[::step].to(TORCH_DTYPES[self._target.dtype]).float().to(self._device)
+        if scales is not None:
+            weight = weight * scales.rows[::step, None] * scales.columns
+        grid, group_size = self.grid(layer, weight.shape[1])
+        pieces, shrunk = [], []
+        for columns in _blocks(weight.shape[1], group_size):
+            H, amount = moments.of(columns)
+            if scales is not None:
+                H = H / scales.columns[columns] / scales.columns[columns, None]
+            pieces.append(round_with_feedback(weight[:, columns], H, group_size, grid))
+            shrunk.append(round(amount, 4))
+        return pieces, shrunk
 
 
 class Moments:
@@ -146,6 +202,11 @@ class Moments:
             weights = tempered(self._weights)
             self._known[key] = _moment(self._x[:, columns], weights, columns, self._pool)
         return self._known[key]
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """The diagonals of all blocks that were made, float32 [K]."""
+        return torch.cat([self._known[key][0].diagonal() for key in sorted(self._known)])
 
 
 def _joined(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +236,7 @@ def _moment(
     return (H, amount) if float(H.diagonal().sum()) > 0 else (H.fill_diagonal_(1), 1.0)
 
 
-def _loss(held: Sequence[Held], errors: torch.Tensor, num_tokens: int) -> float | None:
+def held_loss(held: Sequence[Held], errors: torch.Tensor, num_tokens: int) -> float | None:
     """What errors of a weight [N, K] cost, in nats a token of those that are held out.
 
     By the gradient that each has, as if errors of different layers were independent; None without

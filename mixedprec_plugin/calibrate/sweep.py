@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class Sweep:
         gradients: whether tokens are weighed by them; without, all count alike.
         ranks: the processes that share the work; this one alone if None.
         held_out: how many windows, the last ones, are kept apart; see `capture.Seen`.
+        together: layer name -> what names the layers that one rank rounds with it, where that is
+            more than `unit_of` says.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Sweep:
         gradients: bool = True,
         ranks: Ranks | None = None,
         held_out: int = 0,
+        together: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self._ranks = ranks or Ranks()
         own = self._ranks.windows(len(tokens))
@@ -77,7 +81,7 @@ class Sweep:
         self._own.mkdir(exist_ok=True)
         self._batches = self._slices(_BATCH_TOKENS)
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        self._gradients = gradients
+        self._gradients, self._together = gradients, together
 
     def run(
         self, to_round: set[str], rounding: Rounding, progress: Callable[[float], None]
@@ -252,7 +256,8 @@ class Sweep:
         ranks = self._ranks
         units: dict[object, int] = {}
         owners = {
-            name: units.setdefault(unit_of(layer), len(units)) % ranks.count
+            name: units.setdefault(self._together.get(name, unit_of(layer)), len(units))
+            % ranks.count
             for name, layer in wanted.items()
         }
         seen = ranks.exchange(capture.seen, owners, [*wanted])
@@ -263,7 +268,7 @@ class Sweep:
             records.append({"layer": layer.name, **record})
         path = rounded_paths(self._folder, index, ranks.count)[ranks.rank]
         save_whole(tensors, path, {"records": json.dumps(records)})
-        loss = math.fsum(record["loss"] or 0.0 for record in records)
+        loss = math.fsum(record.get("loss") or 0.0 for record in records)
         return math.fsum(ranks.everyone(loss))
 
     def _check_seen(self, wanted: dict[str, PlannedLayer], seen: set[str]) -> None:

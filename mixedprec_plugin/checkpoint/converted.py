@@ -3,7 +3,8 @@
     {"quant_method": "mixedprec", "preset": {…}, "layers": [{"config": {…}, "names": […]}, …], …}
 
 `config` is what a checkpoint that is wholly stored so would say, `names` are layer names, a run of
-numbers in place of the first number: `model.layers.0-3,7.mlp.up_proj`.
+numbers in place of the first number: `model.layers.0-3,7.mlp.up_proj`. `folded` names, in the same
+way, norms and layers whose outputs are divided for what reads them in this checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mixedprec_plugin.errors import CheckpointError, Problem
 QUANT_METHOD = "mixedprec"
 PRESET_KEY = "preset"
 LAYERS_KEY = "layers"
+FOLDED_KEY = "folded"
 
 _NUMBER = re.compile(r"\d+")
 # no layer has more digits
@@ -48,14 +50,29 @@ def configs_by_layer(
     """
     configs: dict[str, Mapping[str, Any]] = {}
     for entry in quantization_config.get(LAYERS_KEY) or ():
-        for name in entry["names"]:
-            max_layers -= sum(map(len, _ranges(name)))
-            if max_layers < 0:
-                where = f"{path}: quantization_config.{LAYERS_KEY}"
-                what = f"{name!r:.200} names more layers than the checkpoint holds tensors"
-                raise CheckpointError(Problem(where, what, "download it again", "record"))
-            configs.update(dict.fromkeys(unfold(name), entry["config"]))
+        names = _unfold_all(entry["names"], max_layers, path, LAYERS_KEY)
+        max_layers -= len(names)
+        configs.update(dict.fromkeys(names, entry["config"]))
     return configs
+
+
+def folded_layers(
+    quantization_config: Mapping[str, Any], max_layers: int, path: Path
+) -> frozenset[str]:
+    """The layers that are right only with what reads them here; see `configs_by_layer`."""
+    names = quantization_config.get(FOLDED_KEY) if is_converted(quantization_config) else None
+    return frozenset(_unfold_all(names or (), max_layers, path, FOLDED_KEY))
+
+
+def _unfold_all(names: Iterable[str], max_layers: int, path: Path, key: str) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        if len(found) + sum(map(len, _ranges(name))) > max_layers:
+            where = f"{path}: quantization_config.{key}"
+            what = f"{name!r:.200} names more layers than the checkpoint holds tensors"
+            raise CheckpointError(Problem(where, what, "download it again", "record"))
+        found += unfold(name)
+    return found
 
 
 def fold_layers(names: Iterable[str]) -> list[str]:

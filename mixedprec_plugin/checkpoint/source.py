@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mixedprec_plugin.checkpoint import hub
-from mixedprec_plugin.checkpoint.converted import configs_by_layer, is_converted
+from mixedprec_plugin.checkpoint.converted import configs_by_layer, folded_layers, is_converted
 from mixedprec_plugin.checkpoint.files import check_place, file_error, read_json
 from mixedprec_plugin.checkpoint.fused_experts import (
     MAX_EXPERTS,
@@ -175,6 +175,12 @@ class Source:
         # every layer has a tensor at least
         path = self.path / "config.json"
         return MappingProxyType(configs_by_layer(config, len(self.tensors), path))
+
+    @functools.cached_property
+    def folded(self) -> frozenset[str]:
+        """Norms and layers that `convert` divided for what reads them, by its own mark."""
+        path = self.path / "config.json"
+        return folded_layers(self.quantization_config, len(self.tensors), path)
 
 
 def open_source(path: str | Path, name: str = "model", revision: str | None = None) -> Source:

@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-gradients", action="store_true",
         help="weigh all tokens alike: half the time, for models that cannot be differentiated",
     )  # fmt: skip
+    calibrated.add_argument(
+        "--fold", action="store_true",
+        help="scale the columns of layers, and norms, v_proj and up_proj the other way, where that "
+        "loses less; rounding takes about three times as long",
+    )  # fmt: skip
     add_text_arguments(calibrated, "calibrate on", "the model", WINDOWS, LENGTH)
 
 
@@ -96,6 +101,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     unseen = calibration.unseen if calibration is not None else []
     if args.json:
         found = {**dataclasses.asdict(done), "predicted_kl": loss, "unseen": unseen}
+        if args.fold and calibration is not None:
+            found["folded"] = calibration.folded
+            found["not_folded"] = [dataclasses.asdict(one) for one in calibration.folds.left]
         print_json({"folder": args.out, **found}, out)
         return 0
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
@@ -103,6 +111,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
     if loss is not None:
         print(f"predicted KL on text that was held out: {loss:.4f} nats a token", file=out)
+    if args.fold and calibration is not None:
+        num_folded, num_units = len(calibration.folded), calibration.folds.num_units
+        print(f"scales folded in {num_folded} of {num_units} units of layers", file=out)
+        for left in calibration.folds.left:
+            print(f"not folded: {printable(left.where)}: {left.what}", file=out)
     if unseen:
         layers = "1 layer of an expert" if len(unseen) == 1 else f"{len(unseen)} layers of experts"
         print(
@@ -136,12 +149,13 @@ def _calibration(args: argparse.Namespace, plan: Plan, bar: Progress) -> Calibra
     given = {name: getattr(args, name) for name in ("text", "windows", "length", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     if not args.calibrate and not plan.not_calibrated():
-        if unused := [f"--{name}" for name in given] + ["--no-gradients"] * args.no_gradients:
+        unused = [f"--{name}" for name in given] + ["--no-gradients"] * args.no_gradients
+        if unused := unused + ["--fold"] * args.fold:
             raise UsageError(Problem(", ".join(unused), "is for calibration", "add --calibrate"))
         return None
     from mixedprec_plugin.calibrate.calibrator import Calibration, Options
 
-    options = Options(**given, gradients=not args.no_gradients)
+    options = Options(**given, gradients=not args.no_gradients, fold=args.fold)
     return Calibration(plan, options, bar, everything=args.calibrate)
 
 

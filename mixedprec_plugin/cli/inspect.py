@@ -124,6 +124,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             print(
                 "written by mixedprec convert; carries the preset that it was made with", file=out
             )
+        if folded := source.folded:
+            what = f"{len(folded)} norms and layers are divided for what reads them"
+            print(f"scales are folded between layers: {what}", file=out)
     return 1 if problems else 0
 
 

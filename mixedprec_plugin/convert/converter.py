@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixedprec_plugin.checkpoint.converted import FOLDED_KEY, fold_layers, is_converted
 from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, damage, file_digest, reading
 from mixedprec_plugin.checkpoint.source import INDEX_NAME
-from mixedprec_plugin.compose.stream import in_file_order
+from mixedprec_plugin.compose.stream import compose_layer, in_file_order
 from mixedprec_plugin.convert import folder
 from mixedprec_plugin.convert.form import Form
 from mixedprec_plugin.convert.inputs import (
@@ -205,8 +206,8 @@ def _write_parts(job: _Job, kept: set[str], journal: Journal, progress: Progress
             continue
         path = journal.path.with_name(part.file)
         temporary = path.with_name(f"{part.file}.tmp")
-        quantize = job.calibration.quantize if job.calibration else None
-        layers = write_part(part, job.plan, job.form, temporary, advance, quantize)
+        compose = job.calibration.compose if job.calibration else compose_layer
+        layers = write_part(part, job.plan, job.form, temporary, advance, compose)
         advance(len(part.header))
         finished = FinishedPart(part.file, file_digest(temporary), layers)
         temporary.rename(path)
@@ -244,7 +245,8 @@ def _publish(job: _Job, journal: Journal) -> None:
             "inputs": job.inputs,
         }
     )
-    written[folder.CONFIG_NAME] = _json(_config(job.plan, job.form))
+    folded = job.calibration.folded if job.calibration else []
+    written[folder.CONFIG_NAME] = _json(_config(job.plan, job.form, folded))
     folder.publish(job.out, written)
 
 
@@ -267,12 +269,20 @@ def _index(parts: tuple[Part, ...]) -> dict[str, Any]:
     }
 
 
-def _config(plan: Plan, form: Form) -> dict[str, Any]:
-    """The model's config.json for the written weights."""
+def _config(plan: Plan, form: Form, folded: Sequence[str]) -> dict[str, Any]:
+    """The model's config.json for the written weights.
+
+    Args:
+        folded: norms and layers that are divided for what reads them; other engines' configs have
+            no place for it.
+    """
     config = _of_written(plan.source.config, _TORCH_NAMES[plan.target.dtype])
     if "dtype" not in config:
         config["torch_dtype"] = _TORCH_NAMES[plan.target.dtype]
-    return config | {"quantization_config": form.quantization_config(plan)}
+    said = form.quantization_config(plan)
+    if folded and is_converted(said):
+        said[FOLDED_KEY] = fold_layers(folded)
+    return config | {"quantization_config": said}
 
 
 def _of_written(said: Mapping[str, Any], dtype: str) -> dict[str, Any]:

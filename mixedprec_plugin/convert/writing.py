@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.checkpoint.headers import read_header
-from mixedprec_plugin.compose.stream import Quantize, compose_layer
+from mixedprec_plugin.checkpoint.reader import Reader
+from mixedprec_plugin.compose.stream import Tensors, compose_layer
 from mixedprec_plugin.convert.folder import create
 from mixedprec_plugin.convert.form import Form
 from mixedprec_plugin.convert.parts import Part, tensor_name
 from mixedprec_plugin.convert.provenance import HashingReader, bytes_of, layer_provenance
-from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+
+Compose = Callable[[PlannedLayer, Target, Reader], Tensors]
 
 
 def write_part(
@@ -27,14 +31,14 @@ def write_part(
     form: Form,
     path: Path,
     advance: Callable[[int], None],
-    quantize: Quantize | None = None,
+    compose: Compose = compose_layer,
 ) -> list[dict[str, Any]]:
     """Write one file, with one layer in memory at a time, and see it to the disk.
 
     Args:
         path: the file, replaced if it is there.
         advance: called with the number of bytes after each tensor.
-        quantize: as for `compose_layer`.
+        compose: gives what a layer is served as, `compose_layer` or like it.
     Returns:
         the provenance of its layers.
     Raises:
@@ -45,7 +49,7 @@ def write_part(
     with create(path) as file, HashingReader() as reader:
         file.write(part.header)
         for layer in part.layers:
-            tensors = form.tensors(layer, compose_layer(layer, plan.target, reader, quantize))
+            tensors = form.tensors(layer, compose(layer, plan.target, reader))
             for suffix, tensor in tensors.items():
                 place, data = part.tensors[tensor_name(layer.name, suffix)], bytes_of(tensor)
                 assert data.nbytes == place.num_bytes, (place, tensor.dtype, tensor.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from types import MappingProxyType
 
-from mixedprec_plugin.checkpoint.converted import LAYERS_KEY, is_converted
+from mixedprec_plugin.checkpoint.converted import FOLDED_KEY, LAYERS_KEY, is_converted
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.families.names import draft_layers, last_component
 from mixedprec_plugin.families.table import family_of
@@ -39,7 +39,8 @@ def own_draft(source: Source) -> Source | None:
     if is_converted(source.quantization_config):
         said = {name: source.quantization_config_of(name) for name in sorted(drafts)}
         layers = [{"config": own, "names": [name]} for name, own in said.items() if own]
-        config["quantization_config"] = {**source.quantization_config, LAYERS_KEY: layers}
+        own_layers = {LAYERS_KEY: layers, FOLDED_KEY: []}
+        config["quantization_config"] = {**source.quantization_config, **own_layers}
     return dataclasses.replace(
         source, config=MappingProxyType(config), tensors=MappingProxyType(tensors)
     )

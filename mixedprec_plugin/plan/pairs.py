@@ -1,7 +1,8 @@
 """Layers whose columns may make up for another layer's rows: up -> down, v -> o.
 
 AWQ and its kin divide the rows of up_proj and multiply the columns of down_proj, which no norm
-shows. Where the two come from different sources, the rows of the producer are compared between the
+shows. `mixedprec convert --fold` marks in config.json where it did so. Where the two come from
+different sources and no mark tells, the rows of the producer are compared between the
 sources: behind their own norms, they are the same but for quantization, or scaled row by row.
 
 For every row, c = <a, b> / <b, b> is the scale between the sources, e the relative error that is
@@ -111,6 +112,9 @@ class Pairs:
         return fold_problems(problems)
 
     def _why_wrong(self, producer: str, first: str, second: str) -> str:
+        for source in (first, second):
+            if producer in self.sources[source].folded:
+                return f"{source!r} is marked to have scales folded between the two"
         found = self._compare(producer, first, second)
         if isinstance(found, str):
             return "" if self.trusted else found

@@ -42,14 +42,19 @@ class Rounded(NamedTuple):
         scales: float32 [N, groups], numbers of the grid's dtype.
         zeros: int16 [N, groups].
         errors: E, float32 [N, K].
-        loss: tr(E H E'), over all rows.
+        losses: the diagonal of E H E', float64 [N].
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
     errors: torch.Tensor
-    loss: float
+    losses: torch.Tensor
+
+    @property
+    def loss(self) -> float:
+        """tr(E H E'), over all rows."""
+        return float(self.losses.sum())
 
 
 def round_with_feedback(
@@ -86,8 +91,8 @@ def round_with_feedback(
         _descend(state, gradient, H)
     # what was added to the diagonal is no loss
     gradient.add_(state.errors, alpha=-_DAMPING)
-    loss = mean * float((state.errors * gradient).sum(dtype=torch.float64))
-    return _in_order(state, order, group_size, loss)
+    losses = (state.errors * gradient).sum(0, dtype=torch.float64).mul_(mean)
+    return _in_order(state, order, group_size, losses)
 
 
 class _State(NamedTuple):
@@ -315,7 +320,7 @@ def _move_codes(
         gradient.addr_(H[k], change[k])
 
 
-def _in_order(state: _State, order: torch.Tensor, group_size: int, loss: float) -> Rounded:
+def _in_order(state: _State, order: torch.Tensor, group_size: int, losses: torch.Tensor) -> Rounded:
     """The codes where their columns lie in the weight."""
     dtype = state.grid.dtype if isinstance(state.grid, Tiles) else torch.uint8
     codes, errors = torch.empty_like(state.codes), torch.empty_like(state.errors)
@@ -325,5 +330,5 @@ def _in_order(state: _State, order: torch.Tensor, group_size: int, loss: float) 
     scales[groups], zeros[groups] = state.scales, state.zeros
     return Rounded(
         codes.t().contiguous().to(dtype), scales.t().contiguous(), zeros.t().contiguous().short(),
-        errors.t(), loss,
+        errors.t(), losses,
     )  # fmt: skip

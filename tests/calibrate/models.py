@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3MoeConfig,
+    Starcoder2Config,
 )
 
 VOCABULARY = 96
@@ -24,8 +28,14 @@ SIZES = {
 
 
 def config_of(kind: str, sizes: Mapping[str, int]) -> Any:
-    if kind == "llama":
-        return LlamaConfig(**sizes)
+    dense = {
+        "llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3_text": Gemma3TextConfig,
+        "arcee": ArceeConfig, "starcoder2": Starcoder2Config,
+    }  # fmt: skip
+    if kind == "llama with biases":
+        return LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
+    if kind in dense:
+        return dense[kind](**sizes)
     return Qwen3MoeConfig(
         **{"moe_intermediate_size": 32, **sizes}, num_experts=4, num_experts_per_tok=2,
         decoder_sparse_step=1, norm_topk_prob=True,

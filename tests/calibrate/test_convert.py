@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mixedprec_plugin.calibrate import calibrator
 from mixedprec_plugin.calibrate.network import Network
+from mixedprec_plugin.calibrate.rounding import LayerRounding
 from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.convert import converter, folder
 from tests.calibrate.models import VOCABULARY, write_model
@@ -123,7 +123,7 @@ def test_killed_it_goes_on_and_ends_the_same(
     write_model(model)
     options = ("--calibrate", "--windows", 8)
     convert(model, preset, tmp_path / "whole", *options)
-    rounding, calls = calibrator.LayerRounding.__call__, []
+    rounding, calls = LayerRounding.__call__, []
 
     def killed(*args: Any) -> Any:
         calls.append(args)
@@ -131,7 +131,7 @@ def test_killed_it_goes_on_and_ends_the_same(
             raise Killed
         return rounding(*args)
 
-    monkeypatch.setattr(calibrator.LayerRounding, "__call__", killed)
+    monkeypatch.setattr(LayerRounding, "__call__", killed)
     with pytest.raises(Killed):
         convert(model, preset, tmp_path / "out", *options)
     convert(model, preset, tmp_path / "out", *options)

@@ -64,7 +64,7 @@ def nearest(weight: torch.Tensor, group_size: int, grid: Grid | Tiles) -> torch.
         made = quantize_blocks(weight, block, grid.dtype)
         return Scaled(made["weight"], made["weight_scale_inv"], block).dequantize()
     codes, scales, zeros = round_groups(weight.clone(), group_size, grid)
-    return dequantize(Rounded(codes, scales, zeros.short(), weight, 0.0), group_size)
+    return dequantize(Rounded(codes, scales, zeros.short(), weight, torch.zeros(0)), group_size)
 
 
 @GRIDS
