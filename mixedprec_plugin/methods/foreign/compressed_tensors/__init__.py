@@ -8,8 +8,8 @@ Its pack-quantized holds integers packed along K:
     weight_zero_point  I32 [N/(32/bits), K/G], packed along N, or (older) I8 [N, K/G]
     weight_g_idx       I32 [K], where groups are in activation order
 
-Its nvfp4-pack-quantized is told in `fp4`. Its int-, float- and naive-quantized are 8-bit weights
-beside a scale: see `methods.scaled`.
+Its nvfp4- and mxfp4-pack-quantized are told in `fp4`. Its int-, float- and naive-quantized are
+8-bit weights beside a scale: see `methods.scaled`.
 Source: compressed-tensors `QuantizationConfig` and `PackedQuantizationCompressor`, and what SGLang
 0.5.23 makes of them (layers/quantization/compressed_tensors/compressed_tensors.py).
 """
@@ -51,6 +51,8 @@ PACKED = "pack-quantized"
 _KINDS = {"fp8": ("float", "float-quantized"), "int8": ("int", "int-quantized")}
 CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.codec"
 _CODES = "weight_packed"
+# what a group says arguments of
+_QUANTIZED = ("weights", "input_activations")
 
 
 def read_config(config: Mapping[str, Any], name: str) -> Said:
@@ -63,7 +65,8 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
     label = str(group.get("format") or config.get("format") or "")
     kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
     naive = {"float8": "fp8", "int8": "int8"}.get(kind)
-    encodings = {PACKED: PACKED, fp4.PACKED: fp4.PACKED, "dense": FLOAT}
+    encodings = {PACKED: PACKED, "dense": FLOAT}
+    encodings |= {label: label for label in (fp4.PACKED, fp4.MX_PACKED)}
     encodings |= {label: encoding for encoding, (_, label) in _KINDS.items()}
     encodings |= {"naive-quantized": naive} if naive else {}
     strategy, block = weights.get("strategy"), block_of(weights.get("block_structure"))
@@ -272,9 +275,9 @@ def group_for(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[st
     """One `config_groups` entry, without its targets; arguments as of `written`."""
     facts = stored.facts
     if stored.numbers == "fp4":
-        weights = _arguments(**fp4.BLOCKS)
-        inputs = _arguments(**fp4.BLOCKS, **fp4.INPUTS) if "input_scale" in served else None
-        return {"format": fp4.PACKED, "weights": weights, "input_activations": inputs}
+        group = fp4.group_for(stored, served)
+        said = {key: group[key] and _arguments(**group[key]) for key in _QUANTIZED}
+        return {"format": group["format"], **said}
     if stored.numbers == "integers":
         size = stored.said.get("group_size", facts["group_size"])
         weights = _arguments(
