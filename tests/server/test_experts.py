@@ -13,8 +13,9 @@ from tests.server.conftest import chat, nearness
 FOUR_SCHEMES = Path(__file__).with_name("experts.yaml")
 WEIGHT_ONLY = Path(__file__).with_name("experts_weight_only.yaml")
 NVFP4 = Path(__file__).with_name("experts_nvfp4.yaml")
+MXFP4 = Path(__file__).with_name("experts_mxfp4.yaml")
 # preset -> KL in nats a token, from the same weights dequantized by other code
-LIMITS = {FOUR_SCHEMES: 0.01, WEIGHT_ONLY: 0.002, NVFP4: 0.002}
+LIMITS = {FOUR_SCHEMES: 0.01, WEIGHT_ONLY: 0.002, NVFP4: 0.002, MXFP4: 0.002}
 
 
 @pytest.fixture(scope="module", params=LIMITS, ids=lambda preset: preset.stem)
