@@ -52,7 +52,7 @@ def _create_weights(method: Any, create: Any, layer: FusedMoE, *args: Any, **key
         del layer.w13_weight_bias, layer.w2_weight_bias
 
 
-def _run_in_marlin(method: Any) -> Any:
+def run_in_marlin(method: Any) -> Any:
     """Let a method of SGLang's be what it is with --moe-runner-backend marlin."""
     method.use_marlin = True
     method.fuse_routed_scaling_factor_in_topk = True
@@ -86,7 +86,7 @@ class Mxfp4ExpertsConfig(SerializedConfig):
         """SGLang's own method for experts; None for everything else."""
         if not isinstance(layer, FusedMoE):
             return None
-        method: QuantizeMethodBase = _run_in_marlin(super().get_quant_method(layer, prefix))
+        method: QuantizeMethodBase = run_in_marlin(super().get_quant_method(layer, prefix))
         return method
 
 

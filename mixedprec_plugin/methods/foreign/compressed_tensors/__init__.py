@@ -51,8 +51,6 @@ PACKED = "pack-quantized"
 _KINDS = {"fp8": ("float", "float-quantized"), "int8": ("int", "int-quantized")}
 CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.codec"
 _CODES = "weight_packed"
-# what a group says arguments of
-_QUANTIZED = ("weights", "input_activations")
 
 
 def read_config(config: Mapping[str, Any], name: str) -> Said:
@@ -220,7 +218,7 @@ def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
         stored: as one of our methods serves it.
     """
     if stored.numbers == "fp4":
-        return ""
+        return fp4.why_not_written(stored)
     if stored.numbers == "scaled":
         # compressed_tensors.py:836 and :983, below layers/quantization/compressed_tensors
         is_block = stored.facts["strategy"] == "block"
@@ -275,9 +273,9 @@ def group_for(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[st
     """One `config_groups` entry, without its targets; arguments as of `written`."""
     facts = stored.facts
     if stored.numbers == "fp4":
-        group = fp4.group_for(stored, served)
-        said = {key: group[key] and _arguments(**group[key]) for key in _QUANTIZED}
-        return {"format": group["format"], **said}
+        weights = _arguments(**fp4.BLOCKS)
+        inputs = _arguments(**fp4.BLOCKS, **fp4.INPUTS) if "input_scale" in served else None
+        return {"format": fp4.PACKED, "weights": weights, "input_activations": inputs}
     if stored.numbers == "integers":
         size = stored.said.get("group_size", facts["group_size"])
         weights = _arguments(

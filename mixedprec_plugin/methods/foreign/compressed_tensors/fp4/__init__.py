@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from mixedprec_plugin.methods import mxfp4, nvfp4
 from mixedprec_plugin.methods.interface import AS_STORED_REMEDY, Fault, LayerShape, Target
@@ -28,15 +27,17 @@ from mixedprec_plugin.methods.stored import (
 
 PACKED, MX_PACKED = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.fp4.codec"
-# of `QuantizationArgs`, as SGLang looks for them (compressed_tensors.py:589, 618, 676)
-_BLOCKS = {
-    nvfp4.GROUP_SIZE: (PACKED, {"strategy": "tensor_group"}),
-    mxfp4.GROUP_SIZE: (MX_PACKED, {"strategy": "group", "scale_dtype": "torch.uint8"}),
+# of `QuantizationArgs`, as SGLang looks for them (compressed_tensors.py:589, 618)
+BLOCKS = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": nvfp4.GROUP_SIZE,
 }
-_INPUT_BLOCKS = {"dynamic": "local"}
+INPUTS = {"dynamic": "local"}
 
 _SCALE, _WHOLE, _INPUTS = "weight_scale", "weight_global_scale", "input_global_scale"
-# name there -> as ModelOpt has it, and SGLang's MXFP4 experts
+# name there -> as ModelOpt has it
 _NAMES = {
     "weight_packed": "weight",
     _SCALE: "weight_scale",
@@ -104,16 +105,17 @@ def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Faul
     return [fault._replace(remedy=fault.remedy or AS_STORED_REMEDY) for fault in found]
 
 
+def why_not_written(stored: StoredFormat) -> str:
+    """Say why SGLang does not read a layer of `nvfp4` or `mxfp4` in this form; empty if it does.
+
+    Of MXFP4 only its models of Kimi K3 and DeepSeek V4 do. In others the experts' parameters have
+    another name, and what is stored is skipped (compressed_tensors.py:237, models/qwen3_moe.py).
+    """
+    is_mx = stored.facts["group_size"] == mxfp4.GROUP_SIZE
+    return "SGLang's models pass MXFP4 experts over there, without a word" if is_mx else ""
+
+
 def written(served: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The tensors of a layer that `nvfp4` or `mxfp4` serves, in these names."""
+    """The tensors of a layer that `nvfp4` serves, in these names."""
     made = {name: served[own] for name, own in _NAMES.items() if own in served}
     return {name: spec._replace(shape=spec.shape or (1,)) for name, spec in made.items()}
-
-
-def group_for(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """What a `config_groups` entry says, as far as it is not every format's; see `written`."""
-    size = stored.facts["group_size"]
-    label, how = _BLOCKS[size]
-    blocks = {"num_bits": 4, "type": "float", "group_size": size, **how}
-    inputs = {**blocks, **_INPUT_BLOCKS} if "input_scale" in served else None
-    return {"format": label, "weights": blocks, "input_activations": inputs}

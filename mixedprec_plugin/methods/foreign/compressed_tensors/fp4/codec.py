@@ -12,7 +12,7 @@ from mixedprec_plugin.methods.mxfp4 import codec as mxfp4
 from mixedprec_plugin.methods.nvfp4 import GROUP_SIZE
 from mixedprec_plugin.quantize.checks import take, take_matrix, take_one
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
-from mixedprec_plugin.quantize.fp4 import E8M0, Fp4
+from mixedprec_plugin.quantize.fp4 import Fp4
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
@@ -37,10 +37,8 @@ def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
 
 
 def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
-    """Store the same numbers as `read` tells them."""
+    """Store NVFP4's numbers as `read` tells them."""
     assert isinstance(numbers, Fp4)
-    if numbers.scales.dtype == E8M0:
-        return {"weight_packed": numbers.packed, "weight_scale": numbers.scales.view(torch.uint8)}
     made = {
         "weight_packed": numbers.packed,
         "weight_scale": numbers.scales,
