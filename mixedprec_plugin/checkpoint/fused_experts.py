@@ -50,11 +50,6 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
         tensors: parameter suffix -> tensor, of a layer that `is_fused`.
         config: the model's config.json.
     """
-    if "gate_up_proj_blocks" in tensors:
-        return (
-            "its experts are in MXFP4 as gpt-oss has them, whose rows of gate and up alternate, so "
-            "that gate and up of one are no runs of bytes"
-        )
     unknown = sorted(tensors.keys() - _PARTS.keys())
     if unknown or not tensors.keys() >= _HALVES.keys():
         named = ", ".join(sorted(tensors.keys() - {"weight"}))
