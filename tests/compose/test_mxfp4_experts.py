@@ -21,8 +21,9 @@ from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
 from tests.checkpoints import write_checkpoint, write_mixtral
+from tests.commands import converted, run
 from tests.methods.mxfp4.test_codec import theirs_of
-from tests.presets import plan, preset
+from tests.presets import plan, preset, write_preset
 from tests.published import Published, qwen3_30b_a3b
 from tests.reference.dequantize import e2m1, e8m0
 
@@ -173,3 +174,17 @@ def test_gpt_oss_is_refused_by_what_its_checkpoint_is(tmp_path: Path, method: st
     made = plan(model, f'match: "*.experts*", method: {method}', target=Target())
     refused = [problem.what for problem in made.errors if problem.where.endswith(".experts")]
     assert any("its rows of gate and up alternate" in what for what in refused)
+
+
+def test_what_was_converted_is_told_and_verified(folders: tuple[Path, Path]) -> None:
+    rules = write_preset(folders[1].parent, 'match: "*.experts.*", method: mxfp4')
+    out = converted(folders[1], rules, folders[1].parent / "converted")
+    told = {}
+    for folder in (folders[0], out):
+        code, printed, err = run("inspect", folder, "--json")
+        assert code == 0, err
+        by_name = {layer["name"]: layer for layer in json.loads(printed)["layers"]}
+        told[folder] = by_name[EXPERT]["use"]
+    assert told == {folders[0]: "repack as mxfp4, dequantize", out: "serve as mxfp4, dequantize"}
+    code, _, err = run("verify", "--model", out, "--reference", folders[1])
+    assert code == 0, err

@@ -1,4 +1,4 @@
-"""A checkpoint with experts in MXFP4 as compressed-tensors writes it, loaded on the CPU platform."""
+"""Experts in MXFP4 as compressed-tensors writes them, loaded on the CPU platform."""
 
 from __future__ import annotations
 
