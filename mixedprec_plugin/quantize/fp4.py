@@ -24,8 +24,8 @@ from mixedprec_plugin.quantize.scaled import Scaled
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = VALUES[-1]
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
-# dtype of scales -> the least code that is tried, and the largest
-_SCALE_CODES = {E4M3: (1, int(torch.tensor(448.0).to(E4M3).view(torch.uint8))), E8M0: (1, 254)}
+# dtype of scales -> the least code that is tried, and the largest number's
+_SCALE_CODES = {E4M3: (1, 0x7E), E8M0: (1, 0xFE)}
 # Codes around the one that makes a block's largest magnitude 6. Of e4m3, by squared error, the best
 # of these five is 16% nearer to real weights than the one, and the best of ten 17%; four and five
 # further, the largest magnitude becomes 4, and the codes 3, 4 and 6 lie closer together. Of e8m0 no
@@ -144,7 +144,11 @@ def decode(packed: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor) -> 
     torch.bitwise_or(packed & 0x80, (packed & 0x70) >> 3, out=high[..., 1])
     halves = high.to(torch.int16).bitwise_left_shift_(8).view(torch.float16)
     grouped = weight.copy_(halves.flatten(1)).view(*scales.shape, -1)
-    grouped.mul_(scales.float().mul_(2**14).unsqueeze(2))
+    factors = scales.float()
+    # e8m0 goes as far as float32
+    larger = weight if scales.dtype == E8M0 else factors
+    larger.mul_(2**14)
+    grouped.mul_(factors.unsqueeze(2))
     return weight
 
 
