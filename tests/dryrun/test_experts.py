@@ -57,7 +57,7 @@ MATMULS = {
 # Triton's kernel needs e4m3 arithmetic
 _LEAST = {
     "unquantized": 75, "fp8": 89, "fp8_block": 89, "fp8_channel": 89, "several, with FP8": 89,
-    # mxfp4.py:659
+    # mxfp4.py:655
     "mxfp4": 90, "several, in FP4": 90,
 }  # fmt: skip
 

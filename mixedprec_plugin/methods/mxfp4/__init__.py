@@ -96,7 +96,7 @@ def why_not_repack(
 def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
     """Return what SGLang's MXFP4 class refuses of a layer: all but experts, and parts of blocks.
 
-    Source: `Mxfp4Config.get_quant_method` has no method for linear layers on CUDA (mxfp4.py:331).
+    Source: `Mxfp4Config.get_quant_method` has no method for linear layers on CUDA (mxfp4.py:356).
     Of experts Marlin needs hidden sizes in multiples of 64, and pads the inner features of a rank,
     which are whole blocks (`check_moe_marlin_supports_layer`, marlin_utils.py:227).
     """
@@ -120,7 +120,7 @@ def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) ->
     """What becomes of experts under `auto`: SGLang's own class makes 16 bits of them.
 
     Where no backend is asked for it dequantizes while it loads, by a package that it does not
-    install everywhere (mxfp4.py:1115).
+    install everywhere (mxfp4.py:1116).
     """
     found = faults({}, shape, target)
     if found or target.device != "cuda":
@@ -157,7 +157,7 @@ METHOD = Method(
     },
     config_arguments=config_arguments,
     codec=CODEC,
-    # "MXFP4 Marlin requires SM90+" (mxfp4.py:659)
+    # "MXFP4 Marlin requires SM90+" (mxfp4.py:655)
     min_capability=90,
     why_not_repack=why_not_repack,
     sglang="mixedprec_plugin.methods.mxfp4.sglang",

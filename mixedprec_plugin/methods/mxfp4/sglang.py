@@ -1,11 +1,11 @@
 """MXFP4 experts in SGLang: its own method, made to run in Marlin, and Marlin's arithmetic.
 
 SGLang 0.5.23 runs them in Marlin only where --moe-runner-backend marlin is given, which other
-methods do not take; else it dequantizes them to 16 bits while it loads (mxfp4.py:1115). In Marlin
-it pads hidden sizes to 256, for which its loader of single experts has no place (layer.py:870),
+methods do not take; else it dequantizes them to 16 bits while it loads (mxfp4.py:1116). In Marlin
+it pads hidden sizes to 256, for which its loader of single experts has no place (layer.py:864),
 though Marlin needs 64, and the inner features of a rank to 128, which repacking pads by itself
-(marlin_utils_fp4.py:388). It gives every layer biases. Marlin's runner leaves the factor of routed
-experts to the router, which is not told so (fused_marlin_moe.py:468, layer.py:109).
+(marlin_utils_fp4.py:367). It gives every layer biases. Marlin's runner leaves the factor of routed
+experts to the router, which is not told so (fused_marlin_moe.py:418, layer.py:109).
 
 What a layer gets on CUDA is SGLang's own method; its `apply` is left alone.
 """
@@ -79,7 +79,7 @@ class Mxfp4ExpertsConfig(SerializedConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """That of Marlin's kernels for it (mxfp4.py:659)."""
+        """That of Marlin's kernels for it (mxfp4.py:655)."""
         return 90
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

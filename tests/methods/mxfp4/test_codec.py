@@ -105,7 +105,7 @@ def test_no_other_power_of_two_would_do_better() -> None:
 def test_every_size_of_weight_has_a_scale(size: float) -> None:
     weight = torch.linspace(-size, size, 64).reshape(2, 32)
     made = codec.quantize(weight, {}, torch.bfloat16)
-    # Marlin takes the exponent 0 for zero (dequant.h:495), and 255 is not a number
+    # Marlin takes the exponent 0 for zero (dequant.h:493), and 255 is not a number
     assert 1 <= int(made["weight_scale"].min()) <= int(made["weight_scale"].max()) <= 254
     error = (codec.read(made, {}).dequantize() - weight).abs().max()
     assert error <= max(size / 5, 2.0**-128)

@@ -80,7 +80,7 @@ def texts(shape: LayerShape, gpu: str = "", device: Any = "cuda") -> list[str]:
 
 
 def test_gpus_before_hopper_are_refused() -> None:
-    """`RuntimeError("MXFP4 Marlin requires SM90+.")` (mxfp4.py:659)."""
+    """`RuntimeError("MXFP4 Marlin requires SM90+.")` (mxfp4.py:655)."""
     expert = linear(256, 256, is_expert=True)
     for gpu in ("A100", "RTX 3090", "RTX 4090"):
         (text,) = texts(expert, gpu)
@@ -124,7 +124,7 @@ def as_expert(shape: LayerShape) -> LayerShape:
 def test_under_auto_they_are_refused_as_sglang_would_serve_sixteen_bits(
     tensors: dict[str, Any],
 ) -> None:
-    """Without a backend it calls `upcast_from_mxfp` (mxfp4.py:1115)."""
+    """Without a backend it calls `upcast_from_mxfp` (mxfp4.py:1116)."""
     from mixedprec_plugin.methods.foreign.compressed_tensors import FORMAT
 
     stored = found(tensors, name=NAME)

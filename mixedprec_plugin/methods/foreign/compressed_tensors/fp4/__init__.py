@@ -109,7 +109,7 @@ def why_not_written(stored: StoredFormat) -> str:
     """Say why SGLang does not read a layer of `nvfp4` or `mxfp4` in this form; empty if it does.
 
     Of MXFP4 only its models of Kimi K3 and DeepSeek V4 do. In others the experts' parameters have
-    another name, and what is stored is skipped (compressed_tensors.py:237, models/qwen3_moe.py).
+    another name, and what is stored is skipped (compressed_tensors.py:236, models/qwen3_moe.py).
     """
     is_mx = stored.facts["group_size"] == mxfp4.GROUP_SIZE
     return "SGLang's models pass MXFP4 experts over there, without a word" if is_mx else ""
