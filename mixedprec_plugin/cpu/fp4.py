@@ -1,10 +1,12 @@
 """FP4 weights multiplied as Marlin's kernels do: the scale of the whole last, and rounded twice.
 
-q * scale is exact in 16 bits, sums are float32. A sum is rounded to the activation's dtype, then
-multiplied by the scale of the whole, which is rounded to it, too. Sums are 2^-7 of what they stand
-for, and the scale of the whole 2^7: float16 would not hold them.
+q * scale is exact in 16 bits, sums are float32. A sum is rounded to the activation's dtype. NVFP4's
+is then multiplied by the scale of the whole, which is rounded to it, too: sums are 2^-7 of what
+they stand for, and the scale of the whole 2^7: float16 would not hold them. MXFP4 has no such
+scale, and its activations are bfloat16 alone.
 Source: SGLang 0.5.23, kernels/jit/csrc/gemm/marlin/marlin_template.h:1352-1367 and
-marlin_moe/marlin_template.h:584, 1631; marlin_utils_fp4.py:39-57 folds scales without rounding.
+marlin_moe/marlin_template.h:394, 584, 1631; marlin_utils_fp4.py:39-57 folds scales without
+rounding.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from mixedprec_plugin.quantize.fp4 import decode
 _SUM_SCALE = 2.0**-7
 
 
-def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def multiply(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, sum_scale: float = _SUM_SCALE
+) -> torch.Tensor:
     """Multiply by q * scale * 2^-7; the rest, `whole_scale`, is left to the caller.
 
     Args:
         x: [T, K], bfloat16 or float16.
         packed: uint8 [N, K/2].
         scales: float8 [N, K/G].
+        sum_scale: what sums are multiplied by; 1 where there is no scale of the whole.
     Returns:
         [T, N] in the dtype of x.
     """
@@ -36,7 +41,7 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> tor
         if buffer.numel() < 2 * chunk.numel():
             buffer = torch.empty(2 * chunk.numel())
         weight = buffer[: 2 * chunk.numel()].view(len(chunk), -1)
-        out[:, rows] = linear(values, decode(chunk, scales[rows], weight)).mul_(_SUM_SCALE)
+        out[:, rows] = linear(values, decode(chunk, scales[rows], weight)).mul_(sum_scale)
     return out
 
 

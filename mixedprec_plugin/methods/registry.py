@@ -28,6 +28,7 @@ _FOLDERS = (
     "awq",
     "gptq",
     "nvfp4",
+    "mxfp4",
     "auto",
 )
 

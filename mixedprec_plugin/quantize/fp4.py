@@ -1,12 +1,12 @@
 """FP4 e2m1 in blocks along K, two codes a byte: W = q * scale * global_scale.
 
     packed   uint8 [N, K/2]; a byte holds an even column in its low nibble and the next in its high
-    scales   e4m3 [N, K/16]
-    global   one float32
+    scales   [N, K/G]: NVFP4's are e4m3, MXFP4's powers of two, e8m0
+    global   one float32; of MXFP4 1
 
 A code is a sign above three bits that count up 0, 0.5, 1, 1.5, 2, 3, 4, 6.
-Source: OCP Microscaling v1.0, 5.3.3 (e2m1); ModelOpt `NVFP4QTensor`, compressed-tensors
-`NVFP4PackedCompressor`.
+Source: OCP Microscaling v1.0, 5.3.3 (e2m1), 5.4.1 (e8m0); ModelOpt `NVFP4QTensor`,
+compressed-tensors `NVFP4PackedCompressor` and `MXFP4PackedCompressor`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from mixedprec_plugin.quantize.scaled import Scaled
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = VALUES[-1]
-E4M3 = torch.float8_e4m3fn
-_LARGEST_SCALE = int(torch.tensor(448.0).to(E4M3).view(torch.uint8))
-# Codes of e4m3 around the one that makes a block's largest magnitude 6. By squared error the best
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+# dtype of scales -> the least code that is tried, and the largest number's
+_SCALE_CODES = {E4M3: (1, 0x7E), E8M0: (1, 0xFE)}
+# Codes around the one that makes a block's largest magnitude 6. Of e4m3, by squared error, the best
 # of these five is 16% nearer to real weights than the one, and the best of ten 17%; four and five
-# further, the largest magnitude becomes 4, and the codes 3, 4 and 6 lie closer together.
-_SCALE_STEPS = (-1, 0, 1, 4, 5)
+# further, the largest magnitude becomes 4, and the codes 3, 4 and 6 lie closer together. Of e8m0 no
+# third one is ever the best.
+_SCALE_STEPS = {E4M3: (-1, 0, 1, 4, 5), E8M0: (0, 1)}
 # Of weights no larger than 21, which nearly all are: shards of a fused module share it so, whoever
 # quantizes them. As a power of two it is exact in 16 bits, to which Marlin rounds it.
 _USUAL_GLOBAL_EXPONENT = -7
@@ -97,13 +99,31 @@ class Fp4Tiles(Tiles):
         return codes.float().mul_(USUAL_GLOBAL)
 
 
-def packed_tiles(numbers: Scaled) -> Fp4:
-    """Pack what was rounded on `Fp4Tiles`."""
+class Mxfp4Tiles(Fp4Tiles):
+    """The same with a power of two a block."""
+
+    # a smaller one cuts off more than it makes finer
+    ratios = (1.0, 2.0)
+
+    def candidates(
+        self, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales to try for blocks that range from `low` to `high`; see `Grid.candidates`."""
+        return Tiles.candidates(self, low, high)
+
+    def store(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """The nearest powers of two that e8m0 holds, float32; never zero."""
+        return magnitude.log2().round_().clamp_(-126, 127).exp2_()
+
+
+def packed_tiles(numbers: Scaled, dtype: torch.dtype = E4M3) -> Fp4:
+    """Pack what was rounded on `Fp4Tiles`, with scales of a dtype."""
     N, K = numbers.codes.shape
     packed = torch.empty((N, K // 2), dtype=torch.uint8)
     for rows in row_chunks(N, K):
         packed[rows] = pack(numbers.codes[rows].float())
-    return Fp4(packed, (numbers.scales / USUAL_GLOBAL).to(E4M3), torch.tensor(USUAL_GLOBAL))
+    whole = USUAL_GLOBAL if dtype == E4M3 else 1.0
+    return Fp4(packed, (numbers.scales / whole).to(dtype), torch.tensor(whole))
 
 
 def decode(packed: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -124,20 +144,26 @@ def decode(packed: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor) -> 
     torch.bitwise_or(packed & 0x80, (packed & 0x70) >> 3, out=high[..., 1])
     halves = high.to(torch.int16).bitwise_left_shift_(8).view(torch.float16)
     grouped = weight.copy_(halves.flatten(1)).view(*scales.shape, -1)
-    grouped.mul_(scales.float().mul_(2**14).unsqueeze(2))
+    factors = scales.float()
+    # e8m0 goes as far as float32
+    larger = weight if scales.dtype == E8M0 else factors
+    larger.mul_(2**14)
+    grouped.mul_(factors.unsqueeze(2))
     return weight
 
 
 def quantize_blocks(
-    weight: torch.Tensor, group_size: int
+    weight: torch.Tensor, group_size: int, dtype: torch.dtype = E4M3
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round a weight to the nearest codes, ties to even, with the block scales of least error.
 
     Args:
         weight: [N, K], floating point; not modified.
         group_size: elements along K that share a scale.
+        dtype: of scales, e4m3 or e8m0.
     Returns:
-        packed uint8 [N, K/2], scales e4m3 [N, K/G] and the global scale, float32, a power of two.
+        packed uint8 [N, K/2], scales [N, K/G] and the global scale, float32, a power of two, beside
+        e8m0 1.
     Raises:
         ShapeError: not a matrix of floats, not finite, or K no multiple of the group size.
     """
@@ -146,13 +172,15 @@ def quantize_blocks(
         what = f"K = {K} is not whole blocks (expected a multiple of {group_size})"
         refuse("weight", what, "keep this layer in bf16", "group-size")
     packed = torch.empty((N, K // 2), dtype=torch.uint8, device=weight.device)
-    scales = torch.empty((N, K // group_size), dtype=E4M3, device=weight.device)
+    scales = torch.empty((N, K // group_size), dtype=dtype, device=weight.device)
     global_scale = _global_scale(weight)
+    if dtype == E8M0:
+        global_scale.fill_(1.0)
     for rows, values in float_chunks(weight):
         blocks = values.view(-1, group_size).div_(global_scale)
-        chosen = _best_scales(blocks.abs())
-        scales[rows] = chosen.view(-1, K // group_size).view(E4M3)
-        magnitudes = nearest((blocks.abs() / chosen.view(E4M3).float()).clamp_(max=LARGEST))
+        chosen = _best_scales(blocks.abs(), dtype)
+        scales[rows] = chosen.view(-1, K // group_size)
+        magnitudes = nearest((blocks.abs() / chosen.float()).clamp_(max=LARGEST))
         packed[rows] = pack(magnitudes.copysign_(blocks).view(-1, K))
     return packed, scales, global_scale
 
@@ -166,14 +194,14 @@ def _global_scale(weight: torch.Tensor) -> torch.Tensor:
     return torch.tensor(2.0 ** max(_USUAL_GLOBAL_EXPONENT, needed), device=weight.device)
 
 
-def _best_scales(magnitudes: torch.Tensor) -> torch.Tensor:
-    """The e4m3 codes with which blocks [B, G] are rounded with the least squares, uint8 [B, 1]."""
-    first = (magnitudes.amax(1, keepdim=True) / LARGEST).to(E4M3).view(torch.uint8).int()
+def _best_scales(magnitudes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The scales with which blocks [B, G] are rounded with the least squares, [B, 1]."""
+    first = (magnitudes.amax(1, keepdim=True) / LARGEST).to(dtype).view(torch.uint8).int()
     least = codes = torch.empty(0)
-    for step in _SCALE_STEPS:
+    for step in _SCALE_STEPS[dtype]:
         # the least scale serves blocks of zeros, too
-        tried = (first + step).clamp_(1, _LARGEST_SCALE).to(torch.uint8)
-        scale = tried.view(E4M3).float()
+        tried = (first + step).clamp_(*_SCALE_CODES[dtype]).to(torch.uint8)
+        scale = tried.view(dtype).float()
         rounded = nearest((magnitudes / scale).clamp_(max=LARGEST))
         error = rounded.mul_(scale).sub_(magnitudes).square_().sum(1, keepdim=True)
         if not len(codes):
@@ -181,7 +209,7 @@ def _best_scales(magnitudes: torch.Tensor) -> torch.Tensor:
         else:
             codes = torch.where(error < least, tried, codes)
             least = torch.minimum(error, least)
-    return codes
+    return codes.view(dtype)
 
 
 def nearest(magnitudes: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,9 @@ def command(*words: object) -> tuple[int, str, str]:
 
 def preset_of(folder: Path, method: str = "awq", extra: str = "") -> Path:
     path = folder / f"{method}{len(extra)}.yaml"
-    text = PRESET.replace(", group_size: 32", "") if method == "nvfp4" else PRESET
+    text = PRESET.replace(", group_size: 32", "") if method.endswith("fp4") else PRESET
+    if method == "mxfp4":
+        text = text.replace("*_proj", "*.experts.*")
     path.write_text(text.replace("METHOD", method + extra), encoding="utf-8")
     return path
 
@@ -67,7 +69,8 @@ def evaluate(model: Path, *more: object) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("llama", "awq"), ("qwen3_moe", "gptq"), ("llama", "nvfp4")]
+    ("kind", "method"),
+    [("llama", "awq"), ("qwen3_moe", "gptq"), ("llama", "nvfp4"), ("qwen3_moe", "mxfp4")],
 )
 def test_calibrated_folder_costs_less_than_rounding_to_nearest(
     tmp_path: Path, kind: str, method: str

@@ -32,6 +32,7 @@ CASES = [
     Case("gptq", {"bits": 4, "group_size": -1}),
     Case("gptq", {"bits": 8, "group_size": 64}),
     Case("nvfp4", {"keep_input_scale": False}),
+    Case("mxfp4", {}),
 ]
 
 

@@ -29,6 +29,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "gptq_int8": ('match: "*", method: gptq_int8',),
     "gptq_column": ('match: "*", method: gptq_int4, group_size: -1',),
     "nvfp4": ('match: "*", method: nvfp4',),
+    "mxfp4": ('match: "*", method: mxfp4',),
+    "several, in FP4": (
+        'match: "*", method: nvfp4',
+        'match: "*.experts.{1..2}.*", method: mxfp4',
+    ),
     "several": (
         'match: "*", method: unquantized',
         'match: "*.experts.1.*", method: blockwise_int8',

@@ -30,8 +30,10 @@ RUNS_AS = {
     "gptq_int8": [_GPTQ],
     "gptq_column": [_GPTQ],
     "nvfp4": ["ModelOptNvFp4FusedMoEMethod"],
+    "mxfp4": ["Mxfp4MoEMethod"],
     # in the order of each group's first expert
     "several": ["UnquantizedFusedMoEMethod", "BlockInt8MoEMethod", _AWQ, _GPTQ],
+    "several, in FP4": ["ModelOptNvFp4FusedMoEMethod", "Mxfp4MoEMethod"],
     "several, with FP8": [_GPTQ, "Fp8MoEMethod", "Fp8MoEMethod", "W8A8FP8MoEMethod"],
 }
 _TRITON, _MARLIN = "triton:fused_moe_kernel", "jit:moe_wna16_marlin_gemm"
@@ -48,15 +50,20 @@ MATMULS = {
         )
     },
     **{key: {_MARLIN} for key in ("awq", "gptq_int4", "gptq_int8", "gptq_column", "nvfp4")},
+    **{key: {_MARLIN} for key in ("mxfp4", "several, in FP4")},
     **{key: {_TRITON, _MARLIN} for key in ("several", "several, with FP8")},
 }
 # get_min_capability: blockwise_int8.py:83, gptq/gptq.py:386; AWQ's experts are Marlin's; FP8 in
 # Triton's kernel needs e4m3 arithmetic
 _LEAST = {
     "unquantized": 75, "fp8": 89, "fp8_block": 89, "fp8_channel": 89, "several, with FP8": 89,
+    # mxfp4.py:655
+    "mxfp4": 90, "several, in FP4": 90,
 }  # fmt: skip
 
 
+# whose shards' scales are asked whether they are one
+_SHARING = {"nvfp4", "several, in FP4"}
 # at tensor parallel 8 a rank has 64 inner features of 512: half a block of 128 (fp8.py:1588,
 # blockwise_int8.py:284), and half a group of 128, which Marlin does not take (marlin_utils.py:227)
 _TOO_NARROW = {
@@ -106,7 +113,7 @@ def test_class_and_kernels_are_what_sglangs_sources_say(result_of: Results, titl
         matmuls = {kernel for kernel in cell["kernels"] if kernel in (_TRITON, _MARLIN)}
         assert matmuls == MATMULS[cell["method"]], _name(cell)
         assert ("ranks:all_reduce" in cell["kernels"]) == (cell["tp_size"] > 1), _name(cell)
-        assert set(cell["made_up"]) <= (SHARED_SCALES if cell["method"] == "nvfp4" else set()), (
+        assert set(cell["made_up"]) <= (SHARED_SCALES if cell["method"] in _SHARING else set()), (
             _name(cell)
         )
 

@@ -95,7 +95,7 @@ def tolerance(methods: Sequence[str], hidden: int, inner: int) -> float:
 
 def _tolerance(method: str, hidden: int, inner: int) -> float:
     first = last = 1.0
-    if method in ("awq", "gptq", "nvfp4"):
+    if method in ("awq", "gptq", "nvfp4", "mxfp4"):
         # weights times scales; and parts of K that are added up in bfloat16, see exact.py
         first += 1 + (hidden / _MARLIN_TILE_K + 1) / 2
         last += 1 + (inner / _MARLIN_TILE_K + 1) / 2

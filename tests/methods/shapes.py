@@ -23,6 +23,7 @@ SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("gptq", {"group_size": size}) for size in (32, 64, 128, -1)),
     *(("gptq_int8", {"group_size": size}) for size in (32, 64, 128, -1)),
     ("nvfp4", {}),
+    ("mxfp4", {}),
 )
 
 

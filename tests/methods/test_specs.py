@@ -79,6 +79,11 @@ def test_nvfp4_stores_what_modelopt_writes() -> None:
     assert kept == made | {"input_scale": ("F32", ())}
 
 
+def test_mxfp4_stores_what_compressed_tensors_writes() -> None:
+    made = {"weight": ("U8", (576, 768)), "weight_scale": ("U8", (576, 48))}
+    assert stored("mxfp4", {}, 576, 1536) == made
+
+
 def test_static_fp8_stores_an_input_scale() -> None:
     assert stored("fp8", {"activation_scheme": "static"}, 16, 16)["input_scale"] == ("F32", ())
 
@@ -127,6 +132,7 @@ def test_gptq_without_a_choice_of_act_order_builds_without() -> None:
 
 def test_precision_follows_bits_then_quality() -> None:
     order: list[tuple[str, dict[str, Any]]] = [
+        ("mxfp4", {}),
         ("gptq", {"group_size": -1}),
         ("gptq", {}),
         ("gptq", {"group_size": 32}),

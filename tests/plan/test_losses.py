@@ -37,6 +37,7 @@ CPU = Target(device="cpu")
         ("gptq", {"group_size": -1, "desc_act": False}),
         ("gptq_int8", {"group_size": 128, "desc_act": False}),
         ("nvfp4", {}),
+        ("mxfp4", {}),
     ],
 )
 def test_foretold_error_is_what_quantizers_make_of_normal_numbers(

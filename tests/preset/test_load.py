@@ -72,6 +72,7 @@ def test_shipped_presets_are_the_promised_ones() -> None:
         "down-proj-finer",
         "moe-experts-int4",
         "moe-experts-awq",
+        "moe-experts-mxfp4",
         "moe-finer-first-shared",
         "moe-hot-experts",
         "qwen3-30b-a3b",

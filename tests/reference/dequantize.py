@@ -33,7 +33,7 @@ def dequantize_method(method: str, tensors: Arrays, arguments: Mapping[str, Any]
         if block is None:
             return by_channel(tensors["weight"], tensors["weight_scale"])
         return by_block(tensors["weight"], tensors["weight_scale_inv"], block)
-    readers = {"awq": awq, "gptq": gptq, "nvfp4": nvfp4}
+    readers = {"awq": awq, "gptq": gptq, "nvfp4": nvfp4, "mxfp4": mxfp4}
     return readers[method](tensors, arguments)
 
 
@@ -103,6 +103,16 @@ def nvfp4(tensors: Arrays, _arguments: Mapping[str, Any]) -> np.ndarray:
     return e2m1(tensors["weight"], tensors["weight_scale"]) * whole
 
 
+def mxfp4(tensors: Arrays, _arguments: Mapping[str, Any]) -> np.ndarray:
+    """OCP Microscaling's MXFP4: codes, times a power of two whose exponent is biased by 127."""
+    return e2m1(tensors["weight"], e8m0(tensors["weight_scale"]))
+
+
+def e8m0(exponents: np.ndarray) -> np.ndarray:
+    """Scales that are exponents alone."""
+    return np.ldexp(F32(1), exponents.astype(np.int32) - 127)
+
+
 def e2m1(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Sign, two bits of exponent, one of mantissa; the low nibble is the even column."""
     packed = packed.astype(np.uint8)
@@ -136,6 +146,8 @@ def compressed(tensors: Arrays, group: Mapping[str, Any]) -> np.ndarray:
     if group["format"] == "nvfp4-pack-quantized":
         whole = F32(1) / tensors["weight_global_scale"].reshape(())
         return e2m1(tensors["weight_packed"], scale) * whole
+    if group["format"] == "mxfp4-pack-quantized":
+        return e2m1(tensors["weight_packed"], e8m0(scale))
     if group["format"] == "pack-quantized":
         return _pack_quantized(tensors, weights)
     if weights["strategy"] == "block":

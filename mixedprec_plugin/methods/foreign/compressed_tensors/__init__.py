@@ -8,8 +8,8 @@ Its pack-quantized holds integers packed along K:
     weight_zero_point  I32 [N/(32/bits), K/G], packed along N, or (older) I8 [N, K/G]
     weight_g_idx       I32 [K], where groups are in activation order
 
-Its nvfp4-pack-quantized is told in `fp4`. Its int-, float- and naive-quantized are 8-bit weights
-beside a scale: see `methods.scaled`.
+Its nvfp4- and mxfp4-pack-quantized are told in `fp4`. Its int-, float- and naive-quantized are
+8-bit weights beside a scale: see `methods.scaled`.
 Source: compressed-tensors `QuantizationConfig` and `PackedQuantizationCompressor`, and what SGLang
 0.5.23 makes of them (layers/quantization/compressed_tensors/compressed_tensors.py).
 """
@@ -63,7 +63,8 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
     label = str(group.get("format") or config.get("format") or "")
     kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
     naive = {"float8": "fp8", "int8": "int8"}.get(kind)
-    encodings = {PACKED: PACKED, fp4.PACKED: fp4.PACKED, "dense": FLOAT}
+    encodings = {PACKED: PACKED, "dense": FLOAT}
+    encodings |= {label: label for label in (fp4.PACKED, fp4.MX_PACKED)}
     encodings |= {label: encoding for encoding, (_, label) in _KINDS.items()}
     encodings |= {"naive-quantized": naive} if naive else {}
     strategy, block = weights.get("strategy"), block_of(weights.get("block_structure"))
@@ -217,7 +218,7 @@ def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
         stored: as one of our methods serves it.
     """
     if stored.numbers == "fp4":
-        return ""
+        return fp4.why_not_written(stored)
     if stored.numbers == "scaled":
         # compressed_tensors.py:836 and :983, below layers/quantization/compressed_tensors
         is_block = stored.facts["strategy"] == "block"

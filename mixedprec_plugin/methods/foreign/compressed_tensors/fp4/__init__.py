@@ -1,21 +1,23 @@
-"""compressed-tensors' nvfp4-pack-quantized: NVFP4 with reciprocal scales of the whole.
+"""compressed-tensors' FP4: nvfp4-pack-quantized, and mxfp4-pack-quantized.
 
     weight_packed        U8 [N, K/2], two codes a byte
-    weight_scale         F8_E4M3 [N, K/16]
-    weight_global_scale  F32 [1]; W = q * weight_scale / weight_global_scale
+    weight_scale         F8_E4M3 [N, K/16]; of MXFP4 U8 [N, K/32], exponents that are biased by 127
+    weight_global_scale  F32 [1]; W = q * weight_scale / weight_global_scale; of NVFP4 alone
     input_global_scale   F32 [1], where activations are quantized
 
-Source: compressed-tensors `NVFP4PackedCompressor`.
+Source: compressed-tensors `NVFP4PackedCompressor`, `MXFP4PackedCompressor`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
-from mixedprec_plugin.methods import nvfp4
+from mixedprec_plugin.methods import mxfp4, nvfp4
 from mixedprec_plugin.methods.interface import AS_STORED_REMEDY, Fault, LayerShape, Target
 from mixedprec_plugin.methods.stored import (
+    Said,
     StoredFormat,
     Tensors,
     TensorSpec,
@@ -23,7 +25,7 @@ from mixedprec_plugin.methods.stored import (
     unusable,
 )
 
-PACKED = "nvfp4-pack-quantized"
+PACKED, MX_PACKED = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.fp4.codec"
 # of `QuantizationArgs`, as SGLang looks for them (compressed_tensors.py:589, 618)
 BLOCKS = {
@@ -47,10 +49,11 @@ _NAMES = {
 def recognize(tensors: Tensors) -> StoredFormat:
     """Tell how a layer is stored whose `weight_packed` is bytes."""
     packed, scale = tensors["weight_packed"], tensors.get(_SCALE)
-    if _WHOLE not in tensors:
-        return unusable(tensors, "compressed-tensors mxfp4-pack-quantized")
     if scale is None:
-        return incomplete(tensors, PACKED, [_SCALE], PACKED)
+        label = PACKED if _WHOLE in tensors else MX_PACKED
+        return incomplete(tensors, label, [_SCALE], label)
+    if _WHOLE not in tensors:
+        return _recognize_mx(tensors)
     if len(packed.shape) != 2:
         return unusable(tensors, f"{PACKED} with weight_packed {list(packed.shape)}")
     N, K = packed.shape[0], 2 * packed.shape[1]
@@ -77,10 +80,39 @@ def recognize(tensors: Tensors) -> StoredFormat:
     )
 
 
+def _recognize_mx(tensors: Tensors) -> StoredFormat:
+    """Tell MXFP4, whose numbers are those of the method's own."""
+    packed, scale = tensors["weight_packed"], tensors[_SCALE]
+    found = mxfp4.recognize({"weight": packed, "weight_scale": scale}, Said())
+    if found is None or "weight_zero_point" in tensors:
+        text = f"{MX_PACKED} {list(packed.shape)} with {_SCALE} {scale.dtype} {list(scale.shape)}"
+        zeros = " and weight_zero_point" if "weight_zero_point" in tensors else ""
+        return unusable(tensors, text + zeros, encoding=MX_PACKED)
+    return dataclasses.replace(
+        found,
+        method="",
+        description=MX_PACKED,
+        encoding=MX_PACKED,
+        suffixes=frozenset({"weight_packed", _SCALE}),
+        codec=CODEC,
+    )
+
+
 def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
-    """What SGLang's class for such experts, which run in Marlin's kernels, does not take."""
-    found = nvfp4.faults_as_stored(stored, shape, target)
+    """What SGLang's classes for such experts do not take; NVFP4's run in Marlin's kernels."""
+    is_mx = stored.encoding == MX_PACKED
+    found = (mxfp4 if is_mx else nvfp4).faults_as_stored(stored, shape, target)
     return [fault._replace(remedy=fault.remedy or AS_STORED_REMEDY) for fault in found]
+
+
+def why_not_written(stored: StoredFormat) -> str:
+    """Say why SGLang does not read a layer of `nvfp4` or `mxfp4` in this form; empty if it does.
+
+    Of MXFP4 only its models of Kimi K3 and DeepSeek V4 do. In others the experts' parameters have
+    another name, and what is stored is skipped (compressed_tensors.py:236, models/qwen3_moe.py).
+    """
+    is_mx = stored.facts["group_size"] == mxfp4.GROUP_SIZE
+    return "SGLang's models pass MXFP4 experts over there, without a word" if is_mx else ""
 
 
 def written(served: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

@@ -1,4 +1,4 @@
-"""compressed-tensors' nvfp4-pack-quantized: scales of the whole are stored as reciprocals.
+"""compressed-tensors' FP4: NVFP4's scales of the whole are stored as reciprocals.
 
 SGLang turns them round in float32 too (compressed_tensors_w4a16_nvfp4.py:214).
 Source: compressed-tensors `NVFP4PackedCompressor`, and `generate_gparam` for the direction.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from mixedprec_plugin.methods.mxfp4 import codec as mxfp4
 from mixedprec_plugin.methods.nvfp4 import GROUP_SIZE
 from mixedprec_plugin.quantize.checks import take, take_matrix, take_one
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
@@ -19,11 +20,13 @@ def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
 
     Args:
         tensors: "weight_packed" uint8 [N, K/2], "weight_scale" e4m3 [N, K/16],
-            "weight_global_scale" and optionally "input_global_scale", one float32 each; not
-            modified.
+            "weight_global_scale" and optionally "input_global_scale", one float32 each; or
+            "weight_packed" and "weight_scale" uint8 [N, K/32] alone, of MXFP4; not modified.
     Raises:
         ShapeError: a tensor is missing, or of another shape or dtype.
     """
+    if "weight_global_scale" not in tensors:
+        return mxfp4.numbers_of(tensors, "weight_packed")
     packed = take_matrix(tensors, "weight_packed", torch.uint8, "[N, K/2]")
     scales = take_matrix(tensors, "weight_scale", torch.float8_e4m3fn, "[N, K/16]")
     take(tensors, "weight_scale", (packed.shape[0], 2 * packed.shape[1] // GROUP_SIZE))
@@ -34,7 +37,7 @@ def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
 
 
 def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
-    """Store the same numbers as `read` tells them."""
+    """Store NVFP4's numbers as `read` tells them."""
     assert isinstance(numbers, Fp4)
     made = {
         "weight_packed": numbers.packed,

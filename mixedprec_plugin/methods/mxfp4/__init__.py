@@ -1,0 +1,166 @@
+"""Method `mxfp4`: experts in 4-bit floating point (e2m1), a power of two for each 32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixedprec_plugin.methods import shapes
+from mixedprec_plugin.methods.integers import GROUP_SIZES, ROUNDING_SCHEMA
+from mixedprec_plugin.methods.interface import (
+    Alternative,
+    Arguments,
+    Fault,
+    LayerShape,
+    Method,
+    Rounding,
+    Target,
+)
+from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
+
+NAME = "mxfp4"
+CODEC = "mixedprec_plugin.methods.mxfp4.codec"
+GROUP_SIZE = 32
+
+_MATRIX = ("weight", "weight_scale")
+# measured on a million normal numbers
+_ERROR = 0.112
+# of a number between two neighbours the error is a sixth at most, of one below 0.5 more
+LIMIT = 0.2
+
+
+def config_arguments(_arguments: Arguments, _platform: str) -> dict[str, Any]:
+    """Return the constructor arguments of `Mxfp4Config`'s heirs: none."""
+    return {}
+
+
+def declare(_arguments: Arguments) -> dict[str, Any]:
+    """Return what config.json says of such experts, as gpt-oss's does."""
+    return {"quant_method": NAME}
+
+
+def read_config(_config: Mapping[str, Any], name: str) -> Said:
+    """Read what config.json says of a layer: experts are in MXFP4, and nothing else is."""
+    if ".experts" not in name:
+        return Said()
+    return Said(NAME, {"group_size": GROUP_SIZE}, NAME)
+
+
+def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
+    """Return the stored tensors.
+
+    "weight" uint8 [N, K/2], "weight_scale" uint8 [N, K/32], W = q * 2^(weight_scale - 127).
+
+    Source: `Mxfp4MoEMethod.create_weights` (layers/quantization/mxfp4.py:444).
+    """
+    return {
+        "weight": TensorSpec("U8", (N, K // 2)),
+        "weight_scale": TensorSpec("U8", (N, shapes.num_groups(K, GROUP_SIZE))),
+    }
+
+
+def recognize(tensors: Tensors, _said: Said) -> StoredFormat | None:
+    """Take two codes a byte beside an exponent for each 32 of them."""
+    if any(suffix not in tensors for suffix in _MATRIX):
+        return None
+    weight, scale = (tensors[suffix] for suffix in _MATRIX)
+    if weight.dtype != "U8" or scale.dtype != "U8" or len(weight.shape) != 2:
+        return None
+    N, K = weight.shape[0], 2 * weight.shape[1]
+    if scale.shape != (N, K // GROUP_SIZE) or K % GROUP_SIZE:
+        return None
+    return StoredFormat(
+        NAME,
+        {},
+        N,
+        K,
+        NAME,
+        encoding=NAME,
+        numbers="fp4",
+        facts={"group_size": GROUP_SIZE},
+        suffixes=frozenset(_MATRIX),
+        codec=CODEC,
+        like=NAME,
+        limit=LIMIT,
+    )
+
+
+def why_not_repack(
+    stored: StoredFormat, _arguments: Arguments, _tensors: Tensors, _may_round: bool
+) -> str | None:
+    """Say whether a layer's numbers are FP4 in blocks of 32, which can be served so."""
+    is_same = stored.numbers == "fp4" and stored.facts.get("group_size") == GROUP_SIZE
+    return "" if is_same else None
+
+
+def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
+    """Return what SGLang's MXFP4 class refuses of a layer: all but experts, and parts of blocks.
+
+    Source: `Mxfp4Config.get_quant_method` has no method for linear layers on CUDA (mxfp4.py:356).
+    Of experts Marlin needs hidden sizes in multiples of 64, and pads the inner features of a rank,
+    which are whole blocks (`check_moe_marlin_supports_layer`, marlin_utils.py:227).
+    """
+    if not shape.is_expert:
+        return shapes.shape_faults(["SGLang runs MXFP4 in experts alone, not in linear layers"])
+    hidden = (shapes.EXPERT_K, "which Marlin kernels for experts need")
+    inner = (GROUP_SIZE, "the block that has a scale")
+    is_down, on_cuda = shape.parallel == "row", target.device == "cuda"
+    sizes = [
+        ("N", "column", min(shapes.outputs_per_rank(shape)), hidden if is_down else inner),
+        ("K", "row", shapes.inputs_per_rank(shape), inner if is_down or not on_cuda else hidden),
+    ]
+    return shapes.shape_faults(
+        f"{name} = {size}{shapes.per_rank(shape, split)} is not a multiple of {unit}, {why}"
+        for name, split, size, (unit, why) in sizes
+        if size % unit and (name == "K" or on_cuda)
+    )
+
+
+def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
+    """What becomes of experts under `auto`: SGLang's own class makes 16 bits of them.
+
+    Where no backend is asked for it dequantizes while it loads, by a package that it does not
+    install everywhere (mxfp4.py:1116).
+    """
+    found = faults({}, shape, target)
+    if found or target.device != "cuda":
+        return found
+    text = "SGLang's own class would dequantize them while it loads, and serve 16 bits"
+    return [Fault("shape", text, f"write method: {NAME}")]
+
+
+METHOD = Method(
+    name=NAME,
+    title="experts in 4-bit floating point (e2m1), a power of two for each 32",
+    description="4-bit floating point (e2m1) weights of experts in blocks of 32 along K, with a "
+    "power of two (e8m0) each, as gpt-oss and compressed-tensors store MXFP4; activations in "
+    "bfloat16.",
+    aliases={"mxfp4a16": {}, "w4a16_mxfp4": {}},
+    schema={"rounding": ROUNDING_SCHEMA},
+    stored=stored,
+    recognize=recognize,
+    read_config={NAME: read_config},
+    declare=declare,
+    faults=faults,
+    faults_as_stored=faults_as_stored,
+    # a power of two fits a block less than other scales do
+    rounding=lambda _arguments: Rounding(rank=4.3, limit=LIMIT, error=lambda _N, _K: _ERROR),
+    alternatives=(
+        Alternative("nvfp4"),
+        Alternative("awq", GROUP_SIZES),
+        Alternative("gptq", GROUP_SIZES),
+        Alternative("fp8"),
+    ),
+    config_classes={
+        "cuda": "mixedprec_plugin.methods.mxfp4.sglang:Mxfp4ExpertsConfig",
+        "cpu": "mixedprec_plugin.methods.mxfp4.sglang:CpuMxfp4Config",
+    },
+    config_arguments=config_arguments,
+    codec=CODEC,
+    # "MXFP4 Marlin requires SM90+" (mxfp4.py:655)
+    min_capability=90,
+    why_not_repack=why_not_repack,
+    sglang="mixedprec_plugin.methods.mxfp4.sglang",
+    moe_kernels="marlin",
+    moe_backends=frozenset({"marlin"}),
+)
