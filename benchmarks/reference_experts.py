@@ -38,6 +38,8 @@ class ReferenceExperts(torch.nn.Module):
 
     Source of the roundings: SGLang's fused_moe_kernel multiplies an expert's down projection by
     the router's weight in float32 and rounds once; moe_sum adds a token's experts in float32.
+    Marlin rounds MXFP4's down projection, and the router's weight, before it multiplies them
+    (kernels/jit/csrc/gemm/marlin_moe/marlin_template.h, `sh_block_topk_weights`, 0.5.23).
 
     Args:
         experts: what transformers built; its activation function is used.
@@ -50,6 +52,7 @@ class ReferenceExperts(torch.nn.Module):
         self.num_ranks = num_ranks
         self.activation: Callable[[torch.Tensor], torch.Tensor] = experts.act_fn
         self.projections: list[dict[str, Projection]] = [{} for _ in range(experts.num_experts)]
+        self._rounded_before: set[int] = set()
 
     def put(self, layer: PlannedLayer, tensors: Tensors) -> None:
         """Set one projection.
@@ -72,6 +75,8 @@ class ReferenceExperts(torch.nn.Module):
             else:
                 projection = Projection(module)
         self.projections[layer.shard.expert][layer.shard.projection] = projection
+        if layer.method == "mxfp4":
+            self._rounded_before.add(layer.shard.expert)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -81,8 +86,11 @@ class ReferenceExperts(torch.nn.Module):
         total = torch.zeros(hidden_states.shape)
         places = [torch.where(top_k_index == expert) for expert in range(len(self.projections))]
         outputs = self._outputs(hidden_states, [tokens for tokens, _ in places])
-        for (tokens, choices), out in zip(places, outputs, strict=True):
-            weighted = out.float() * top_k_weights[tokens, choices, None].float()
+        for expert, ((tokens, choices), out) in enumerate(zip(places, outputs, strict=True)):
+            weights = top_k_weights[tokens, choices, None]
+            if expert in self._rounded_before:
+                out, weights = out.to(dtype), weights.to(dtype)
+            weighted = out.float() * weights.float()
             total.index_add_(0, tokens, weighted.to(dtype).float())
         return total.to(dtype)
 
