@@ -169,11 +169,10 @@ class Source:
 
     @functools.cached_property
     def _configs_by_layer(self) -> Mapping[str, Mapping[str, Any]] | None:
-        config = self.quantization_config
+        config, path = self.quantization_config, self.path / "config.json"
         if not is_converted(config):
             return None
         # every layer has a tensor at least
-        path = self.path / "config.json"
         return MappingProxyType(configs_by_layer(config, len(self.tensors), path))
 
     @functools.cached_property
