@@ -9,9 +9,16 @@ from transformers import AutoTokenizer
 from benchmarks.third_party.calibration import parse_arguments, windows_of
 
 
+def _cloned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()
+
+
 def main() -> None:
     """Quantize a checkpoint and write it with its tokenizer."""
     options = parse_arguments()
+    # AutoAWQ keeps the weights that it restores by `.cpu()`, which on a CPU copies nothing: they
+    # would stay scaled (awq/quantize/quantizer.py:393, 0.2.9)
+    torch.Tensor.cpu = _cloned  # type: ignore[assignment]
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows = windows_of(tokenizer, options.arguments)
     model = AutoAWQForCausalLM.from_pretrained(
