@@ -27,6 +27,7 @@ _FOLDERS = (
     "int8_channel",
     "awq",
     "gptq",
+    "humming",
     "nvfp4",
     "auto",
 )

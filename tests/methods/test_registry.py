@@ -20,7 +20,7 @@ from tests.methods.packages import GROUP, install
 def test_table_keys_are_the_specs_names() -> None:
     assert list(METHODS) == [
         "bf16", "fp8", "fp8_channel", "blockwise_int8", "int8_channel", "awq", "gptq",
-        "nvfp4", "auto",
+        "humming", "nvfp4", "auto",
     ]  # fmt: skip
     assert all(name == spec.name for name, spec in METHODS.items())
 

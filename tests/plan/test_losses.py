@@ -36,6 +36,9 @@ CPU = Target(device="cpu")
         ("gptq", {"group_size": 64, "desc_act": False}),
         ("gptq", {"group_size": -1, "desc_act": False}),
         ("gptq_int8", {"group_size": 128, "desc_act": False}),
+        ("humming_int2", {}),
+        ("humming_int3", {"group_size": 64}),
+        ("humming", {}),
         ("nvfp4", {}),
     ],
 )
