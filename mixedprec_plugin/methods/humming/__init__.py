@@ -36,9 +36,9 @@ _GROUP_SIZES = tuple({"group_size": size} for size in _SIZES)
 # humming-kernels' names of what it reads in config.json (humming/schema/humming.py, KWARGS_ALIAS)
 _DTYPE_KEYS = ("b_dtype", "weight_dtype", "dtype")
 _GROUP_KEYS = ("weight_scale_group_size", "group_size")
-# it pads the rest with zeros; outputs that it writes are whole vectors (kernel/humming.py:291)
+# it pads the rest with zeros; outputs that it writes are whole vectors (kernel/humming.py:323)
 _UNIT_N = 8
-_BF16_CAPABILITY = 80
+BF16_CAPABILITY = 80
 
 
 def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, Tensor
     W = (q - 2**(bits-1)) * weight_scale.
 
     Source: `HummingWeightSchema.get_tensors_attrs` (humming-kernels 0.1.12, humming/schema/
-    humming.py), which `HummingLinearMethod.create_weights` asks (quantization/humming.py:832).
+    humming.py), which `HummingLinearMethod.create_weights` asks (quantization/humming.py:861).
     """
     groups = shapes.num_groups(K, arguments["group_size"])
     return {
@@ -151,7 +151,7 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
 
     Groups and words are whole on every rank; the kernel pads to its tiles, 256 outputs and 128
     inputs (quantization/humming.py:951), and stores outputs in vectors (humming-kernels,
-    kernel/humming.py:291, which asserts). bfloat16 is refused before 8.0 (:361).
+    kernel/humming.py:323, which asserts). bfloat16 is refused before 8.0 (:378).
     """
     if shape.is_expert:
         text = f"{NAME} is served for linear layers only, and this is an expert"
@@ -160,7 +160,7 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
     if target.device == "cuda":
         found += shapes.output_faults(shape, _UNIT_N, "the outputs that humming's kernel stores")
     gpu = target.gpu
-    if gpu is None or gpu.capability >= _BF16_CAPABILITY or shape.dtype != "BF16":
+    if gpu is None or gpu.capability >= BF16_CAPABILITY or shape.dtype != "BF16":
         return shapes.shape_faults(found)
     text = f"{NAME} does not run in bfloat16 on this GPU (expected float16)"
     return [*shapes.shape_faults(found), Fault("gpu", text)]
@@ -210,7 +210,7 @@ METHOD = Method(
         Alternative("fp8"),
     ),
     config_classes={
-        "cuda": "mixedprec_plugin.methods.humming.sglang:BiasedHummingConfig",
+        "cuda": "mixedprec_plugin.methods.humming.sglang:HummingConfig",
         "cpu": "mixedprec_plugin.methods.humming.sglang:CpuHummingConfig",
     },
     config_arguments=config_arguments,
