@@ -100,7 +100,8 @@ def test_unknown_name_suggests_the_nearest() -> None:
         ("FP8", "did you mean 'fp8'?"),
         ("int4", "did you mean 'awq_int4' or 'gptq_int4'?"),
         ("w4a16", "did you mean 'awq' or 'gptq' or 'nvfp4'?"),
-        ("int3", "mixedprec methods explains them"),
+        ("int3", "did you mean 'humming_int3'?"),
+        ("int1", "mixedprec methods explains them"),
         ("bitsandbytes", "mixedprec methods explains them"),
     ],
 )
