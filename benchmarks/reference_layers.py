@@ -19,7 +19,17 @@ from mixedprec_plugin.plan.model import PlannedLayer
 from tests.reference.dequantize import dequantize_method
 
 QUANTIZED = frozenset(
-    {"fp8", "fp8_channel", "blockwise_int8", "int8_channel", "awq", "gptq", "nvfp4", "mxfp4"}
+    {
+        "fp8",
+        "fp8_channel",
+        "blockwise_int8",
+        "int8_channel",
+        "awq",
+        "gptq",
+        "humming",
+        "nvfp4",
+        "mxfp4",
+    }
 )
 Tensors = Mapping[str, torch.Tensor]
 Linear = QuantizedInputLinear | WeightOnlyLinear

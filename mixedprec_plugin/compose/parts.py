@@ -48,10 +48,14 @@ _MANY = 45 << 14
 
 
 class Cut(NamedTuple):
-    """Of one dimension of a tensor: rows (0) or columns (1) of the weight an element."""
+    """Of one dimension of a tensor: rows (0) or columns (1) of the weight in so many elements.
+
+    The smallest numbers of both: 32 columns are 3 words of codes of 3 bits.
+    """
 
     axis: int | None
     step: int
+    elements: int = 1
 
 
 Cuts = Mapping[str, tuple[Cut, ...]]
@@ -170,7 +174,7 @@ class _Parts:
         shifts = [0] * len(box)
         if spans is not None and self._outputs is not None:
             shifts = [
-                spans[cut.axis].start // cut.step if cut.axis is not None else 0
+                spans[cut.axis].start // cut.step * cut.elements if cut.axis is not None else 0
                 for cut in self._outputs[suffix]
             ]
         inside = [slice(r.start - n, r.stop - n) for r, n in zip(box, shifts, strict=True)]
@@ -189,7 +193,8 @@ class _Parts:
             wanted = range(size)
             for indices, cut in zip(box, cuts, strict=True):
                 if cut.axis == axis:
-                    wanted = range(indices.start * cut.step, indices.stop * cut.step)
+                    first, last = indices.start // cut.elements, -(-indices.stop // cut.elements)
+                    wanted = range(first * cut.step, last * cut.step)
             first = wanted.start // tile * tile
             spans.append(range(first, min(-(-wanted.stop // tile) * tile, size)))
         return spans[0], spans[1]
@@ -255,7 +260,10 @@ def _box(tensor: StoredTensor, cuts: tuple[Cut, ...], spans: tuple[range, range]
     return tuple(
         range(size)
         if cut.axis is None
-        else range(spans[cut.axis].start // cut.step, -(-spans[cut.axis].stop // cut.step))
+        else range(
+            spans[cut.axis].start // cut.step * cut.elements,
+            -(-spans[cut.axis].stop // cut.step) * cut.elements,
+        )
         for size, cut in zip(tensor.shape, cuts, strict=True)
     )
 
@@ -299,10 +307,15 @@ def _cuts(method: str, arguments: str) -> Cuts:
         grown = zip(spec.shape, higher[suffix].shape, wider[suffix].shape, strict=True)
         axes = [0 if n > now else 1 if k > now else None for now, n, k in grown]
         found[suffix] = tuple(
-            Cut(axis, 1 if axis is None else size[axis] // length)
+            Cut(None, 1) if axis is None else _cut(axis, size[axis], length)
             for axis, length in zip(axes, spec.shape, strict=True)
         )
     return found
+
+
+def _cut(axis: int, size: int, length: int) -> Cut:
+    common = math.gcd(size, length)
+    return Cut(axis, size // common, length // common)
 
 
 _FLOATS = {"weight": (Cut(0, 1), Cut(1, 1))}

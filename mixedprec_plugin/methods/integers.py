@@ -60,9 +60,11 @@ def symmetric_error(bits: int, group: int) -> float:
 
     A group's step is the range that its largest weights span, over the number of codes; the error
     is uniform within a step, so its RMS is step / sqrt(12). Symmetric codes reach half a step
-    beyond half of the range.
+    beyond half of the range on the side of the largest weight, half a step less on the other.
     """
-    return largest(group) / ((1 << (bits - 1)) + 0.5) / math.sqrt(12)
+    half = 1 << (bits - 1)
+    other = _NORMAL.inv_cdf((1 - 0.5**0.5) ** (1 / group))
+    return max(largest(group) / (half + 0.5), other / (half - 0.5)) / math.sqrt(12)
 
 
 def asymmetric_error(bits: int, group: int) -> float:
@@ -80,11 +82,14 @@ def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return said_keys(config, bits="bits", group_size="group_size", symmetric="sym")
 
 
-def why_not_integers(stored: StoredFormat, arguments: Mapping[str, Any]) -> str | None:
+def why_not_integers(
+    stored: StoredFormat, arguments: Mapping[str, Any], *, has_words_along_n: bool = True
+) -> str | None:
     """Say why integers in groups cannot be those of a method that has the same.
 
     Args:
         arguments: the method's `bits` and `group_size`.
+        has_words_along_n: whether its words, of codes or zero points, run along N.
     Returns:
         empty if they can; None where the layer is stored in something else.
     """
@@ -97,7 +102,8 @@ def why_not_integers(stored: StoredFormat, arguments: Mapping[str, Any]) -> str 
         return f"it has {bits} bits"
     if elements(size, K) != elements(arguments["group_size"], K):
         return f"it has groups of {size}"
-    if stored.N % (32 // bits) or K % (32 // bits):
+    codes = 32 // math.gcd(32, bits)
+    if (has_words_along_n and stored.N % codes) or K % codes:
         return f"[{stored.N}, {K}] does not fill whole words"
     return ""
 

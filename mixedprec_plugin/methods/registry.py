@@ -27,6 +27,7 @@ _FOLDERS = (
     "int8_channel",
     "awq",
     "gptq",
+    "humming",
     "nvfp4",
     "mxfp4",
     "auto",
@@ -137,6 +138,7 @@ def suggest_method(name: str) -> str:
     near = list({id(_of_name(known)): known for known in reversed(near)}.values())[::-1]
     if same := [known for known in near if known.lower() == name.lower()]:
         near = same
+    near = near or [known for known in method_names() if known.endswith(f"_{name.lower()}")]
     if not near and numbers:
         bits = int(numbers[0])
         near = [spec.name for spec in METHODS.values() if bits and _bits(spec) == bits]

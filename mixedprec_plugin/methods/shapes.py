@@ -168,6 +168,12 @@ def _uneven_groups(shape: LayerShape, group_size: int) -> list[str]:
     return [] if is_even else [f"group_size {group_size} does not divide K = {K}{where}"]
 
 
+def output_faults(shape: LayerShape, unit: int, why: str) -> list[str]:
+    """Return where a rank's outputs, all shards together, are no multiple of a unit."""
+    sizes = [sum(outputs_per_rank(shape))]
+    return _uneven_outputs(sizes, per_rank(shape, "column"), unit, why)
+
+
 def fp8_marlin_fault(N: int, K: int) -> str:
     """Return why Marlin does not take an FP8 weight [N, K] of one rank; empty if it does.
 

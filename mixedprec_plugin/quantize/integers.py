@@ -94,6 +94,21 @@ class Integers:
                 chunk.sub_(zeros[rows][:, order]).mul_(scales[rows][:, order])
         return weight
 
+    def require_symmetric(self, bits: int, method: str) -> None:
+        """Check that each zero point is the middle of the range.
+
+        Raises:
+            NotTheSameNumbersError: one is not, and the method is served symmetric only.
+        """
+        middle = 1 << (bits - 1)
+        odd = int((self.zeros != middle).sum())
+        if odd:
+            what = (
+                f"{odd:,} of its {self.zeros.numel():,} zero points are not {middle}, and {method} "
+                "is served symmetric only"
+            )
+            raise NotTheSameNumbersError(what, can_round=True)
+
     def scales_in(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the scales in the dtype that the model runs in, transposed: [K/G, N].
 

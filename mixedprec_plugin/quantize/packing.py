@@ -1,15 +1,18 @@
-"""Unsigned 4- and 8-bit codes in int32 words, as GPTQ and AWQ checkpoints store them.
+"""Unsigned codes in int32 words, as GPTQ, AWQ and humming checkpoints store them.
 
-A word holds 32 / bits codes. Three layouts are in use:
+A word holds 32 / bits codes, and where that is no whole number a code may lie in two words. Four
+layouts are in use:
 
-    along K, low bits first       GPTQ `qweight` [K/pf, N]
+    along K, low bits first       humming `weight` [N, K*bits/32]
+    the same, transposed          GPTQ `qweight` [K/pf, N]
     along N, low bits first       GPTQ `qzeros` [K/G, N/pf]
     along N, interleaved          AWQ `qweight` [K, N/8] and `qzeros` [K/G, N/8]: nibble i of a
                                   word, from the low end, holds column `AWQ_ORDER[i]` of its eight
 
 Words are read and written as bytes where that is faster, which takes a little-endian machine: all
 that torch runs on are.
-Source: AutoGPTQ `QuantLinear.pack`, AutoAWQ `WQLinear_GEMM.from_linear`.
+Source: AutoGPTQ `QuantLinear.pack`, AutoAWQ `WQLinear_GEMM.from_linear`, humming-kernels
+`common_pack_weight` (include/humming/kernel/pack_weight.cuh).
 """
 
 from __future__ import annotations
@@ -24,14 +27,23 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes along the last dimension, low bits first.
 
     Args:
-        codes: uint8 [..., n], each below 2**bits; n is a multiple of 32 / bits; not modified.
-        bits: 4 or 8.
+        codes: uint8 [..., n], each below 2**bits, in whole words; not modified.
+        bits: 2 to 8.
     Returns:
         int32 [..., n * bits / 32], contiguous.
     """
     codes = codes.contiguous()
     if bits == 8:
         return codes.view(torch.int32)
+    if bits != 4:
+        # eight codes are as many bytes as a code has bits
+        octets = codes.new_zeros(bits, *codes.shape[:-1], codes.shape[-1] // 8)
+        for i in range(8):
+            first, shift = divmod(bits * i, 8)
+            octets[first] |= codes[..., i::8] << shift
+            if shift + bits > 8:
+                octets[first + 1] |= codes[..., i::8] >> (8 - shift)
+        return torch.stack(octets.unbind(), -1).flatten(-2).view(torch.int32)
     # Two codes, one a byte, read as a 16-bit word: the high byte's low nibble moves down by four.
     pairs = codes.view(torch.int16)
     return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
@@ -54,13 +66,23 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         words: int32 [..., n]; not modified.
-        bits: 4 or 8.
+        bits: 2 to 8.
     Returns:
         uint8 [..., n * 32 / bits], contiguous.
     """
     octets = words.contiguous().view(torch.uint8)
     if bits == 8:
         return octets
+    if bits != 4:
+        octets = octets.view(*octets.shape[:-1], -1, bits).movedim(-1, 0).contiguous()
+        lanes = []
+        for i in range(8):
+            first, shift = divmod(bits * i, 8)
+            lane = octets[first] >> shift
+            if shift + bits > 8:
+                lane |= octets[first + 1] << (8 - shift)
+            lanes.append(lane.bitwise_and_((1 << bits) - 1))
+        return torch.stack(lanes, -1).flatten(-2)
     codes = torch.empty((*octets.shape, 2), dtype=torch.uint8, device=words.device)
     torch.bitwise_and(octets, 15, out=codes[..., 0])
     torch.bitwise_right_shift(octets, 4, out=codes[..., 1])

@@ -70,7 +70,13 @@ def evaluate(model: Path, *more: object) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [("llama", "awq"), ("qwen3_moe", "gptq"), ("llama", "nvfp4"), ("qwen3_moe", "mxfp4")],
+    [
+        ("llama", "awq"),
+        ("qwen3_moe", "gptq"),
+        ("llama", "humming"),
+        ("llama", "nvfp4"),
+        ("qwen3_moe", "mxfp4"),
+    ],
 )
 def test_calibrated_folder_costs_less_than_rounding_to_nearest(
     tmp_path: Path, kind: str, method: str

@@ -26,6 +26,7 @@ SCHEMES = {
     "fp8_channel": ("fp8_channel",),
     "blockwise_int8": ("blockwise_int8",),
     "int8_channel": ("int8_channel",),
+    "humming": ("humming_int3, group_size: 64", "humming, bits: 6", "humming_int5, group_size: 32"),
     "bf16": ("unquantized",),
 }
 EVERY = [scheme for of in SCHEMES.values() for scheme in of]

@@ -81,6 +81,7 @@ def test_every_layer_is_a_target_or_ignored_once(tmp_path: Path) -> None:
     ("tool", "rule"),
     [
         ("llmcompressor-w4a16-g64", "method: gptq, group_size: 64"),
+        ("llmcompressor-w4a16-g64", "method: humming, bits: 4, group_size: 64"),
         ("llmcompressor-w4a16-asym-g64", "method: awq, group_size: 64"),
         ("llmcompressor-fp8-dynamic", "method: fp8_channel"),
         ("llmcompressor-w8a8-int8", "method: int8_channel"),
@@ -124,6 +125,11 @@ def test_blocks_are_described_as_llm_compressor_does(tmp_path: Path) -> None:
             'match: "*.mlp.*", method: int8',
             "model.layers.0-2.mlp.down_proj, model.layers.0-2.mlp.gate_proj, "
             "model.layers.0-2.mlp.up_proj: int8 cannot be written: SGLang reads no INT8 in blocks",
+        ),
+        (
+            'match: "*.0.mlp.down_proj", method: humming_int5',
+            "model.layers.0.mlp.down_proj: humming_int5 cannot be written: SGLang reads no "
+            "integers of 5 bits there",
         ),
     ],
 )

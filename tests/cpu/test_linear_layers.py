@@ -26,6 +26,7 @@ CASES = [
     Case("gptq", {"bits": 4, "group_size": -1}),
     Case("gptq", {"bits": 8, "group_size": 64}),
     Case("gptq", {"bits": 8, "group_size": -1}),
+    Case("humming", {"bits": 3, "group_size": 64}),
     Case("nvfp4", {"keep_input_scale": False}),
 ]
 # Greatest relative error of a token's outputs that the method may cost, as a root mean square.
@@ -35,7 +36,7 @@ CASES = [
 # methods round weights and outputs to bfloat16, by up to 2**-9.
 TOLERANCE = {
     "fp8": 0.035, "fp8_channel": 0.035, "blockwise_int8": 0.035, "int8_channel": 0.015,
-    "awq": 0.004, "gptq": 0.004, "nvfp4": 0.004,
+    "awq": 0.004, "gptq": 0.004, "humming": 0.004, "nvfp4": 0.004,
 }  # fmt: skip
 
 

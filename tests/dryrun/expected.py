@@ -47,6 +47,8 @@ _NO_CARD: Mapping[str, set[tuple[str, int]]] = {
     "gptq_int8": _GPTQ,
     "gptq_column": _GPTQ,
     "gptq_act_order": _GPTQ,
+    # what its tiles do not fit is padded: quantization/humming.py:951; 132 outputs are no vectors
+    "humming_int3": {("ragged", 8)},
     # what Marlin's tiles do not fit is padded: marlin_utils_fp4.py:149
     "nvfp4": set(),
 }
@@ -54,7 +56,7 @@ _NO_CARD: Mapping[str, set[tuple[str, int]]] = {
 _NOT_IN_MARLIN = _GPTQ
 # get_min_capability: fp8.py:329, w8a8_fp8.py:66, blockwise_int8.py:83, gptq/gptq.py:386,
 # awq/awq.py:109
-_LEAST = {"unquantized": 0, "awq": 75, "fp8_channel": 89}
+_LEAST = {"unquantized": 0, "awq": 75, "humming_int3": 75, "fp8_channel": 89}
 
 # What SGLang asks the numbers of shards' scales, which are fake, and we before it: whether all are
 # one, which `test_shared_scale.py` shows for real ones. Where they are not, SGLang warns.
@@ -89,8 +91,8 @@ def expect(card: Card, method: Method, kind: str, tp_size: int, dtype: str) -> E
     if name == "int8_channel" and card.architecture > 90:
         # sgl-kernel/csrc/gemm/int8_gemm_kernel.cu
         return Expected(refused="has no kernel for this GPU")
-    if name == "awq" and card.architecture < 80 and dtype == "bfloat16":
-        # AWQConfig: awq/awq.py:105
+    if name in ("awq", "humming_int3") and card.architecture < 80 and dtype == "bfloat16":
+        # AWQConfig: awq/awq.py:105; humming-kernels: humming/kernel/humming.py:378
         return Expected(refused="does not run in bfloat16")
     if name.startswith("fp8") and card.architecture < 89 and (kind, tp_size) in _NOT_IN_MARLIN:
         return Expected(refused="FP8 runs in Marlin kernels on this GPU")
@@ -116,6 +118,8 @@ def _kernels(card: Card, name: str, kind: str, dtype: str) -> tuple[str, tuple[s
         return "BlockInt8LinearMethod", _INT8_BLOCK
     if name == "int8_channel":
         return "W8A8Int8LinearMethod", _INT8_CHANNEL
+    if name == "humming_int3":
+        return "HummingLinearMethod", ("humming:humming_gemm",)
     if name == "nvfp4":
         return "ModelOptNvFp4A16LinearMethod", _MARLIN
     if name == "awq":

@@ -35,6 +35,7 @@ METHODS = tuple(
         ("gptq_int8", "method: gptq_int8"),
         ("gptq_column", "method: gptq_int4, group_size: -1"),
         ("gptq_act_order", "method: gptq_int4, desc_act: true", "gptq_act_order"),
+        ("humming_int3", "method: humming_int3"),
         ("nvfp4", "method: nvfp4"),
     )
 )

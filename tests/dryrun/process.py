@@ -32,6 +32,7 @@ def run_on_card(run: Callable[[Card, Path], Any]) -> None:
 def _boot(card: Card, library: Path) -> None:
     """Play the card, and put every recorder in place, before SGLang is imported."""
     os.environ["SGLANG_JIT_DEEPGEMM_PRECOMPILE"] = "0"
+    os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"
     load_stub(library)
     from tests.dryrun.played_cuda import play
 

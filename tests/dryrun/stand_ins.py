@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests.dryrun import humming_checks
+
 
 def _scaled_mm(
     a: torch.Tensor, b: torch.Tensor, _sa: Any, _sb: Any, dtype: torch.dtype, _bias: Any = None
@@ -35,6 +37,7 @@ STAND_INS: Mapping[str, Callable[..., Any]] = {
     "sgl_kernel::int8_scaled_mm": _scaled_mm,
     "deep_gemm::get_mn_major_tma_aligned_packed_ue8m0_tensor": _packed_scales,
     "deep_gemm::get_mn_major_tma_aligned_tensor": _aligned_scales,
+    "humming::humming_gemm": humming_checks.gemm,
 }
 
 
@@ -49,7 +52,8 @@ def _pack_cols(codes: torch.Tensor, bits: int, size_k: int, size_n: int) -> torc
 
 
 def install() -> None:
-    """Replace SGLang's packing of zero points, which goes through numpy."""
+    """Replace SGLang's packing of zero points, which goes through numpy, and humming's compiler."""
+    humming_checks.install()
     from sglang.srt.layers.quantization import marlin_utils, utils
 
     from sglang.srt.hardware_backend.gpu.quantization import gptq_kernels  # isort: skip

@@ -19,6 +19,7 @@ _WORDS = {
     "aten:mm": "mm",
     "aten:addmm": "mm",
     "jit:gptq_marlin_gemm": "Marlin",
+    "humming:humming_gemm": "humming",
     "jit:awq_dequantize": "awq_dequantize",
     "aten:_scaled_mm": "torch._scaled_mm",
     "sgl_kernel:fp8_scaled_mm": "fp8_scaled_mm",

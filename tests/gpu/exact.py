@@ -95,7 +95,7 @@ def tolerance(
     if method == "unquantized":
         # cuBLAS may split K, and round each part
         roundings += 1
-    if method.startswith(("awq", "gptq", "nvfp4")):
+    if method.startswith(("awq", "gptq", "humming", "nvfp4")):
         roundings += 1 if is_marlin else 2
     is_atomic = K >= _ATOMIC_K and N < _ATOMIC_N and math.ceil(num_tokens / 64) * N <= _ATOMIC_N
     if is_marlin and is_atomic:

@@ -42,6 +42,7 @@ _LAUNCHED = {
     "triton:_per_token_group_quant_int8": "_per_token_group_quant_int8",
     "triton:_w8a8_block_int8_matmul": "_w8a8_block_int8_matmul",
     "jit:gptq_marlin_gemm": "[Mm]arlin",
+    "humming:humming_gemm": "humming",
 }
 
 

@@ -22,6 +22,8 @@ SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("awq", {"group_size": size}) for size in (32, 64, 128, -1)),
     *(("gptq", {"group_size": size}) for size in (32, 64, 128, -1)),
     *(("gptq_int8", {"group_size": size}) for size in (32, 64, 128, -1)),
+    *(("humming_int3", {"group_size": size}) for size in (32, 64, 128)),
+    ("humming_int6", {}),
     ("nvfp4", {}),
     ("mxfp4", {}),
 )

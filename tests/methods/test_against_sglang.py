@@ -88,7 +88,8 @@ def test_marlin_for_awq_constructs_on_a_gpu() -> None:
 
 
 def test_capabilities_are_the_classes_own() -> None:
-    for name in ("fp8", "fp8_channel", "blockwise_int8", "int8_channel", "gptq", "nvfp4", "mxfp4"):
+    for name in ("fp8", "fp8_channel", "blockwise_int8", "int8_channel", "gptq", "humming",
+                 "nvfp4", "mxfp4"):  # fmt: skip
         config = build_config(*bind(name, {}), "cuda")
         assert config.get_min_capability() == METHODS[name].min_capability
     spec = METHODS["awq"]
@@ -179,6 +180,7 @@ def linear_method(name: str, given: dict[str, Any], key: str = "cpu") -> tuple[A
     from sglang.srt.layers.quantization.blockwise_int8 import BlockInt8LinearMethod
     from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
     from sglang.srt.layers.quantization.gptq.gptq import GPTQLinearMethod
+    from sglang.srt.layers.quantization.humming import HummingLinearMethod
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptNvFp4A16LinearMethod
     from sglang.srt.layers.quantization.w8a8_fp8 import W8A8Fp8LinearMethod
     from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8LinearMethod
@@ -188,6 +190,8 @@ def linear_method(name: str, given: dict[str, Any], key: str = "cpu") -> tuple[A
         return W8A8Fp8LinearMethod(config), None
     if name == "int8_channel":
         return W8A8Int8LinearMethod(config), None
+    if name.startswith("humming"):
+        return HummingLinearMethod(config.get_quant_config_for_layer("layer", "linear")), None
     if name == "nvfp4":
         # of SGLang's parameters all but "input_scale", which it makes and never reads
         return ModelOptNvFp4A16LinearMethod(config), None

@@ -20,7 +20,7 @@ from tests.methods.packages import GROUP, install
 def test_table_keys_are_the_specs_names() -> None:
     assert list(METHODS) == [
         "bf16", "fp8", "fp8_channel", "blockwise_int8", "int8_channel", "awq", "gptq",
-        "nvfp4", "mxfp4", "auto",
+        "humming", "nvfp4", "mxfp4", "auto",
     ]  # fmt: skip
     assert all(name == spec.name for name, spec in METHODS.items())
 
@@ -100,7 +100,8 @@ def test_unknown_name_suggests_the_nearest() -> None:
         ("FP8", "did you mean 'fp8'?"),
         ("int4", "did you mean 'awq_int4' or 'gptq_int4'?"),
         ("w4a16", "did you mean 'awq' or 'gptq' or 'nvfp4' or 'mxfp4'?"),
-        ("int3", "mixedprec methods explains them"),
+        ("int3", "did you mean 'humming_int3'?"),
+        ("int1", "mixedprec methods explains them"),
         ("bitsandbytes", "mixedprec methods explains them"),
     ],
 )

@@ -98,6 +98,7 @@ def decide(preset: Preset, name: str) -> str:
         ("int8-block", [], {"blockwise_int8"}),
         ("awq", [], {"awq4"}),
         ("gptq", [], {"gptq4"}),
+        ("humming", [], {"humming6"}),
         ("nvfp4", [], {"nvfp4"}),
     ],
 )

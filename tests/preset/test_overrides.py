@@ -95,7 +95,7 @@ def test_pattern_needs_no_quotes(write: Write) -> None:
         (
             "rules.1.method=awk",
             "unknown method 'awk' (expected bf16, fp8, fp8_channel, blockwise_int8, "
-            "int8_channel, awq, gptq, nvfp4, mxfp4, "
+            "int8_channel, awq, gptq, humming, nvfp4, mxfp4, "
             "auto); did you mean 'awq'?",
         ),
         ("rules.0.match=a{", "'a{' opens a '{' that nothing closes"),

@@ -18,7 +18,9 @@ TOP_KEYS = (
     "version, description, extends, sources, schemes, lists, rules, draft, kv_cache, "
     "on_fused_conflict, trust_sources, untie_lm_head"
 )
-METHOD_NAMES = "bf16, fp8, fp8_channel, blockwise_int8, int8_channel, awq, gptq, nvfp4, mxfp4, auto"
+METHOD_NAMES = (
+    "bf16, fp8, fp8_channel, blockwise_int8, int8_channel, awq, gptq, humming, nvfp4, mxfp4, auto"
+)
 
 RULES = "rules: [{match: '*', method: awq}]\n"
 

@@ -14,6 +14,7 @@ from mixedprec_plugin.methods.blockwise_int8 import codec as blockwise_int8
 from mixedprec_plugin.methods.fp8 import codec as fp8
 from mixedprec_plugin.methods.fp8_channel import codec as fp8_channel
 from mixedprec_plugin.methods.gptq import codec as gptq
+from mixedprec_plugin.methods.humming import codec as humming
 from mixedprec_plugin.methods.int8_channel import codec as int8_channel
 from mixedprec_plugin.methods.mxfp4 import codec as mxfp4
 from mixedprec_plugin.methods.nvfp4 import codec as nvfp4
@@ -21,8 +22,8 @@ from mixedprec_plugin.methods.registry import bind
 
 MODULES = {
     "fp8": fp8, "fp8_channel": fp8_channel, "blockwise_int8": blockwise_int8,
-    "int8_channel": int8_channel, "awq": awq, "gptq": gptq, "nvfp4": nvfp4,
-    "mxfp4": mxfp4,
+    "int8_channel": int8_channel, "awq": awq, "gptq": gptq,
+    "humming": humming, "nvfp4": nvfp4, "mxfp4": mxfp4,
 }  # fmt: skip
 
 
@@ -71,6 +72,8 @@ CASES = (
     case("gptq", bits=4, group_size=32),
     case("gptq", bits=4, group_size=-1),
     case("gptq", bits=8, group_size=32),
+    case("humming", bits=3, group_size=32),
+    case("humming", bits=6, group_size=64),
     case("nvfp4"),
     case("mxfp4"),
 )

@@ -33,7 +33,7 @@ def dequantize_method(method: str, tensors: Arrays, arguments: Mapping[str, Any]
         if block is None:
             return by_channel(tensors["weight"], tensors["weight_scale"])
         return by_block(tensors["weight"], tensors["weight_scale_inv"], block)
-    readers = {"awq": awq, "gptq": gptq, "nvfp4": nvfp4, "mxfp4": mxfp4}
+    readers = {"awq": awq, "gptq": gptq, "humming": humming, "nvfp4": nvfp4, "mxfp4": mxfp4}
     return readers[method](tensors, arguments)
 
 
@@ -95,6 +95,16 @@ def gptq(tensors: Arrays, arguments: Mapping[str, Any]) -> np.ndarray:
     if group is None:
         group = _group_of_row(len(codes), arguments["group_size"])
     return ((codes - zeros[group]).astype(F32) * tensors["scales"][group]).T
+
+
+def humming(tensors: Arrays, arguments: Mapping[str, Any]) -> np.ndarray:
+    """humming: a stream of bits along K, the lowest first; the zero point is the middle code."""
+    bits = arguments["bits"]
+    words = np.ascontiguousarray(tensors["weight"])
+    stream = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+    codes = stream.reshape(len(words), -1, bits).astype(np.int64) @ (1 << np.arange(bits))
+    scale = np.repeat(tensors["weight_scale"], arguments["group_size"], axis=1)
+    return ((codes - 2 ** (bits - 1)) * scale).astype(np.float32)
 
 
 def nvfp4(tensors: Arrays, _arguments: Mapping[str, Any]) -> np.ndarray:

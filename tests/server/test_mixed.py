@@ -36,17 +36,17 @@ def test_server_answers_over_the_openai_api(mixed: Mixed) -> None:
 def test_log_shows_the_plan(mixed: Mixed, widened_model: Path) -> None:
     log = mixed.log_path.read_text()
     assert f"mixedprec: {MIXED} over {widened_model}" in log
-    assert "model.layers.18-23.mlp.gate_up_proj  awq (awq 4-bit g128)  quantize" in log
+    assert "model.layers.18-22.mlp.gate_up_proj  awq (awq 4-bit g128)  quantize" in log
     assert "model.layers.6-8.self_attn.qkv_proj  fp8  quantize" in log
 
 
 def test_plan_file_says_what_runs(mixed: Mixed) -> None:
     made = json.loads(mixed.plan_path.read_text())
     methods = {layer["name"]: layer["method"] for layer in made["layers"]}
-    numbers = (0, 6, 9, 12, 15, 18, 24, 27, 28, 29)
+    numbers = (0, 6, 9, 12, 15, 18, 23, 24, 27, 28, 29)
     assert [methods[f"model.layers.{n}.mlp.up_proj"] for n in numbers] == [
-        "fp8", "fp8", "fp8_channel", "int8_channel", "blockwise_int8", "awq", "gptq", "gptq",
-        "nvfp4", "bf16",
+        "fp8", "fp8", "fp8_channel", "int8_channel", "blockwise_int8", "awq", "humming",
+        "gptq", "gptq", "nvfp4", "bf16",
     ]  # fmt: skip
     assert made["target"] == {
         "device": "cpu", "tp_size": 1, "dtype": "BF16", "gpu": None

@@ -22,7 +22,7 @@ from tests.tensors import as_integers, raw
 LoadModel = Callable[..., Any]
 METHODS = (
     "bf16", "fp8", "fp8_block", "fp8_channel", "int8", "int8_channel", "awq", "gptq", "gptq_int8",
-    "nvfp4",
+    "humming_int3", "nvfp4",
 )  # fmt: skip
 
 
@@ -69,6 +69,7 @@ def test_every_stored_number_arrives_in_its_parameter(
         ("int8_channel", {"weight": 0, "weight_scale": 0}),
         ("awq", {"qweight": 1, "qzeros": 1, "scales": 1}),
         ("gptq", {"qweight": 1, "qzeros": 1, "scales": 1}),
+        ("humming_int3", {"weight": 0, "weight_scale": 0}),
         ("nvfp4", {"weight": 0, "weight_scale": 0}),
         ("bf16", {"weight": 0}),
     ],

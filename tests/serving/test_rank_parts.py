@@ -19,7 +19,10 @@ from tests.serving.stock import load
 from tests.tensors import raw
 
 # what is split without a statistic that spans the parts
-SPLIT = ("unquantized", "fp8_block", "int8", "awq, group_size: 64", "gptq", "gptq_int8")
+SPLIT = (
+    "unquantized", "fp8_block", "int8", "awq, group_size: 64", "gptq", "gptq_int8",
+    "humming_int3, group_size: 64",
+)  # fmt: skip
 # FP8 has one scale for a tensor, or one for all inputs of an output feature
 EVERY = (*SPLIT, "fp8", "fp8_channel", "int8_channel")
 

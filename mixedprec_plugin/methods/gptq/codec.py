@@ -182,14 +182,7 @@ def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorD
     if not arguments["desc_act"] and numbers.order is not None:
         remedy = "write desc_act: true" if numbers.keeps_order else ""
         raise NotTheSameNumbersError("its groups are in act order", remedy)
-    middle = 1 << (bits - 1)
-    odd = int((numbers.zeros != middle).sum())
-    if odd:
-        what = (
-            f"{odd:,} of its {numbers.zeros.numel():,} zero points are not {middle}, and gptq is "
-            "served symmetric only"
-        )
-        raise NotTheSameNumbersError(what, can_round=True)
+    numbers.require_symmetric(bits, "gptq")
     g_idx = numbers.g_idx if arguments["desc_act"] else None
     if g_idx is None:
         g_idx = plain_order(numbers.K, numbers.group_size)

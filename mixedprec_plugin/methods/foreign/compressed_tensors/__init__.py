@@ -29,7 +29,7 @@ from mixedprec_plugin.methods.interface import (
     LayerShape,
     Target,
 )
-from mixedprec_plugin.methods.shapes import group_size_of, marlin_faults
+from mixedprec_plugin.methods.shapes import group_size_of, marlin_faults, num_groups
 from mixedprec_plugin.methods.stored import (
     FLOAT,
     FLOAT_DTYPES,
@@ -225,6 +225,9 @@ def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
         is_read = stored.encoding == "fp8" or not (is_block or is_expert)
         where = "for experts" if is_expert else "in blocks"
         return "" if is_read else f"SGLang reads no INT8 {where} there"
+    if (bits := stored.facts["bits"]) not in (4, 8):
+        # WNA16_SUPPORTED_BITS of compressed_tensors.py
+        return f"SGLang reads no integers of {bits} bits there"
     if stored.said.get("desc_act"):
         return "its groups are in act order"
     if is_expert and not is_written_symmetric(stored):
@@ -258,10 +261,11 @@ def written(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str,
         inputs = {"input_scale": TensorSpec("F32", (1,))} if "input_scale" in served else {}
         return {"weight": served["weight"], "weight_scale": scale, **inputs}
     bits = stored.facts["bits"]
-    groups = served["scales"].shape[0]
+    groups = num_groups(K, stored.facts["group_size"])
+    scales = served["scales"] if "scales" in served else served["weight_scale"]
     tensors = {
         "weight_packed": TensorSpec("I32", (N, K * bits // 32)),
-        "weight_scale": TensorSpec(served["scales"].dtype, (N, groups)),
+        "weight_scale": TensorSpec(scales.dtype, (N, groups)),
         "weight_shape": TensorSpec("I64", (2,)),
     }
     if not is_written_symmetric(stored):
