@@ -29,7 +29,9 @@ def server(
     experts_model: Path, preset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     log_path = tmp_path_factory.mktemp("experts") / "server.log"
-    with Server(experts_model, log_path, preset) as server:
+    # experts of several schemes, weight-only: each rank runs two of the four of a layer
+    flags = ["--tp", "2", "--ep-size", "2"] if preset == WEIGHT_ONLY else []
+    with Server(experts_model, log_path, preset, flags) as server:
         yield server
 
 
