@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibrated.add_argument(
         "--fold", action="store_true",
         help="scale the columns of layers, and norms, v_proj and up_proj the other way, where that "
-        "loses less; rounding takes about three times as long",
+        "loses less; it takes about half as long again",
     )  # fmt: skip
     add_text_arguments(calibrated, "calibrate on", "the model", WINDOWS, LENGTH)
 
