@@ -15,22 +15,11 @@ from benchmarks.activations import (
     input_quantizer,
     scales_by_row,
 )
+from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
 from tests.reference.dequantize import dequantize_method
 
-QUANTIZED = frozenset(
-    {
-        "fp8",
-        "fp8_channel",
-        "blockwise_int8",
-        "int8_channel",
-        "awq",
-        "gptq",
-        "humming",
-        "nvfp4",
-        "mxfp4",
-    }
-)
+QUANTIZED = frozenset(name for name, method in METHODS.items() if method.codec)
 Tensors = Mapping[str, torch.Tensor]
 Linear = QuantizedInputLinear | WeightOnlyLinear
 

@@ -157,7 +157,7 @@ def _changes_memory(args: argparse.Namespace) -> str:
         return "--pp-size"
     if args.kv_cache_dtype not in (None, *KV_BYTES):
         return "--kv-cache-dtype"
-    if (args.chunked_prefill_size or 1) < 1:
+    if args.chunked_prefill_size is not None and args.chunked_prefill_size < 1:
         return "--chunked-prefill-size"
     given = (word.partition("=")[0] for word in args.passed_on)
     return next((word for word in given if word.startswith(_CHANGE_MEMORY)), "")

@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.checkpoint.headers import read_header
-from mixedprec_plugin.checkpoint.reader import Reader
-from mixedprec_plugin.compose.stream import Tensors, compose_layer
+from mixedprec_plugin.compose.stream import Compose, compose_layer
 from mixedprec_plugin.convert.folder import create
 from mixedprec_plugin.convert.form import Form
 from mixedprec_plugin.convert.parts import Part, tensor_name
 from mixedprec_plugin.convert.provenance import HashingReader, bytes_of, layer_provenance
-from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.model import Plan, PlannedLayer
-
-Compose = Callable[[PlannedLayer, Target, Reader], Tensors]
+from mixedprec_plugin.plan.model import Plan
 
 
 def write_part(

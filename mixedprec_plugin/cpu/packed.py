@@ -15,8 +15,6 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-from mixedprec_plugin.cpu.widen import widen_int4
-
 # Group sizes that the kernel takes (aten/src/ATen/native/LinearAlgebra.cpp), the widest first.
 _GROUP_SIZES = (256, 128, 64, 32)
 # Up to so many tokens torch's kernels of 4 and of 8 bits are faster than dequantizing; measured by
@@ -140,6 +138,9 @@ class Int4Weight:
 
     def _multiply_wide(self, x: torch.Tensor) -> torch.Tensor:
         """Dequantize some rows after the other, in the cache, and multiply by them."""
+        # numba, which a start needs for nothing else
+        from mixedprec_plugin.cpu.widen import widen_int4
+
         (T, K), N, rows = x.shape, len(self.packed), block_rows()
         assert rows is not None
         out = torch.empty(T, N, dtype=x.dtype)

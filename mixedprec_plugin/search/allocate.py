@@ -164,7 +164,8 @@ def with_fewest_schemes(
             fewer = table.only(kept - {name})
             if fewer.smallest <= budget:
                 made = _allocated(fewer, budget, limit)
-                if made.loss <= limit:
+                # a unit that has no other scheme keeps its own, or takes another new one
+                if made.loss <= limit and len(set(made.choice.values())) < len(kept):
                     tries.append((made.loss, name, made))
         if not tries:
             break

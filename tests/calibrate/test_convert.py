@@ -54,6 +54,23 @@ def convert(model: Path, preset: Path, out: Path, *more: object) -> str:
     return printed
 
 
+def same_by_two(model: Path, preset: Path, one: Path, *options: object) -> float:
+    """Convert by two processes of torchrun: the share of numbers that are those of one process."""
+    words = ["convert", "--device", "cpu", "--model", model, "--preset", preset, *options]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    out = one.with_name("two")
+    made = subprocess.run(
+        [*run, "-m", "mixedprec_plugin", *map(str, words), "--out", str(out)],
+        check=False, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, out))
+    assert first.keys() == second.keys()
+    same = sum(int((first[name] == second[name]).sum()) for name in first)
+    return same / sum(tensor.numel() for tensor in first.values())
+
+
 def evaluate(model: Path, *more: object) -> list[dict[str, Any]]:
     text = model.parent / "text.txt"
     if not text.exists():
@@ -304,16 +321,5 @@ def test_two_ranks_round_as_one_does(tmp_path: Path) -> None:
     write_model(model, "qwen3_moe")
     options = ("--calibrate", "--windows", 7)
     convert(model, preset, tmp_path / "one", *options)
-    words = ["convert", "--device", "cpu", "--model", model, "--preset", preset, *options]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    made = subprocess.run(
-        [*run, "-m", "mixedprec_plugin", *map(str, words), "--out", str(tmp_path / "two")],
-        check=False, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
     # products of other numbers of rows round otherwise in their last bits
-    same = sum(int((one[name] == two[name]).sum()) for name in one)
-    assert same > 0.99 * sum(tensor.numel() for tensor in one.values())
+    assert same_by_two(model, preset, tmp_path / "one", *options) > 0.99

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_resolved
 from tests.calibrate.models import VOCABULARY, write_model
-from tests.calibrate.test_convert import Killed, command, convert, evaluate, preset_of
+from tests.calibrate.test_convert import Killed, command, convert, evaluate, preset_of, same_by_two
 
 CPU = torch.device("cpu")
 
@@ -245,18 +242,7 @@ def test_killed_and_by_two_ranks_it_ends_the_same(
         convert(model, preset, tmp_path / "out", *options)
     for name in ("model.safetensors", "mixedprec_calibration.json", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    words = ["convert", "--device", "cpu", "--model", model, "--preset", preset, *options]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    made = subprocess.run(
-        [*run, "-m", "mixedprec_plugin", *map(str, words), "--out", str(tmp_path / "two")],
-        check=False, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "two"))
-    assert one.keys() == two.keys()
-    same = sum(int((one[name] == two[name]).sum()) for name in one)
-    assert same > 0.98 * sum(tensor.numel() for tensor in one.values())
+    assert same_by_two(model, preset, tmp_path / "whole", *options) > 0.98
 
 
 def test_without_gradients_it_is_judged_by_the_moments(tmp_path: Path) -> None:

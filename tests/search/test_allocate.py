@@ -66,6 +66,15 @@ def test_a_scheme_that_earns_next_to_nothing_is_given_up() -> None:
     assert fewer.bound == pytest.approx(4.5)
 
 
+def test_a_scheme_that_a_unit_needs_is_not_given_up_for_another_without_end() -> None:
+    # what serves one of the two does not serve the other
+    loss = {"first": {"three": 1.0, "five": 1.0}, "second": {"four": 1.0}}
+    size = {"first": {"three": 40, "five": 40}, "second": {"four": 40}}
+    found = with_fewest_schemes(Table.of(loss, size), 100)
+    assert found.loss == 2.0
+    assert found.choice["second"] == "four"
+
+
 def test_experts_that_are_decided_together_run_alike() -> None:
     table = random_table(3, 6, 3)
     groups = {unit: f"g{index % 2}" for index, unit in enumerate(table.units)}
