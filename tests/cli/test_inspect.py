@@ -105,7 +105,7 @@ def test_every_peer_is_shown_as_json(tmp_path: Path, folder: str) -> None:
     [
         ("autoawq-g64", "serve as awq, dequantize"),
         ("gptqmodel-asym-g64", "repack as awq, dequantize"),
-        ("llmcompressor-w4a16-g64", "repack as awq, repack as gptq, dequantize"),
+        ("llmcompressor-w4a16-g64", "repack as awq, repack as gptq, repack as humming, dequantize"),
         ("llmcompressor-fp8-block", "repack as fp8, dequantize"),
         ("llmcompressor-w8a8-int8", "serve as int8_channel, dequantize"),
         ("modelopt-nvfp4", "serve as nvfp4, dequantize"),

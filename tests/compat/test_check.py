@@ -36,6 +36,7 @@ def test_the_installed_sglang_lacks_nothing(checker: Checker, sglang_sources: So
     assert [str(finding) for finding in checker.check(sglang_sources)] == []
 
 
+@pytest.mark.sglang
 def test_all_hooks_are_read(checker: Checker) -> None:
     from mixedprec_plugin.serving.hooks import CPU_HOOKS, HOOKS
 
