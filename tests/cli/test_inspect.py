@@ -120,7 +120,7 @@ def test_what_a_plan_can_do_without_a_rounding_is_shown(
     layers = json.loads(run("inspect", model, "--json")[1])["layers"]
     layer = next(x for x in layers if x["name"].endswith("k_proj"))
     assert layer["use"] == use
-    alias = {"fp8": "fp8_block"}
+    alias = {"fp8": "fp8_block", "humming": "humming_int4"}
     for method in (text.split()[-1] for text in use.split(", ") if text.startswith("repack as")):
         size = "" if method in ("fp8", "nvfp4") else ", group_size: 64"
         rule = f'match: "*_proj", method: {alias.get(method, method)}{size}'
