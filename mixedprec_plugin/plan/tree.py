@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from mixedprec_plugin.families.config import Config, count_of, text_config
 from mixedprec_plugin.families.names import last_component
@@ -29,9 +29,10 @@ class Tree:
         stacks: `model.layers` -> number of a block -> names in it.
         outside: names in modules that are in no stack, and no tower.
         decoder: the stack of the language model.
+        biases: of layers in codes, which are in no module: tools that quantize write zeros.
     """
 
-    def __init__(self, layers: Iterable[PlannedLayer], config: Config) -> None:
+    def __init__(self, layers: Sequence[PlannedLayer], config: Config) -> None:
         self.config, self.family = config, family_of(config)
         self.is_known = self.family.is_known
         self.is_all_known = self.is_known and is_in_table(config)
@@ -39,6 +40,8 @@ class Tree:
         self.children: dict[str, set[str]] = {"": set()}
         self.stacks: dict[str, dict[int, set[str]]] = {}
         self.floats = {x.name for x in layers if x.stored is None or x.stored.is_float}
+        coded = (x for x in layers if x.name not in self.floats)
+        self.biases = {f"{x.name}.bias" for x in coded if "bias" in x.inputs}
         places: dict[str, list[tuple[set[str], str]]] = {}
         kinds: dict[object, list[str]] = {}
         for layer in layers:
@@ -143,7 +146,7 @@ def _kinds_of_parts(layer: PlannedLayer) -> Iterator[str]:
     if "weight" in matrix or not all(map(_is_no_matrix, matrix)):
         yield ""
     for suffix in layer.inputs.keys() - matrix:
-        if suffix == "bias" and is_float:  # tools that quantize write zeros
+        if suffix == "bias" and is_float:
             yield ".bias"
         elif _BIASES.search(suffix):
             yield f".{suffix}"

@@ -160,7 +160,7 @@ def _unlike(tree: Tree, stack: str, numbers: Sequence[int]) -> Missing:
     usual = {name for name, n in held.items() if 2 * n > len(blocks) or len(blocks) == 2}
     told: list[str] = []
     for number, block in zip(numbers, blocks, strict=True):
-        lacking = usual - block
+        lacking = {x for x in usual - block if f"{stack}.{number}.{x}" not in tree.biases}
         is_another = alike[block] > 1 or 2 * len(lacking) > len(usual)
         if not is_known and (is_another or (len(blocks) == 2 and not is_all_known)):
             continue  # of another kind, for all that is known

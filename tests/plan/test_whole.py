@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.cli.main import main
 from tests import published
@@ -148,6 +150,30 @@ def test_other_sources_need_not_be_whole(tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", config, part)
     line = 'match: "model.layers.0.mlp.*", method: bf16, source: other'
     assert not mixed_plan(model, line, other=other).errors
+
+
+@pytest.mark.parametrize("method", ["awq, group_size: 64", "fp8_channel"])
+def test_blocks_with_biases_may_be_of_a_folder_that_is_quantized(
+    tmp_path: Path, method: str
+) -> None:
+    config = llama_config(architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+    tensors = llama_tensors(config)
+    biases = [f"model.layers.{n}.self_attn.{x}_proj.bias" for n in range(3) for x in "qkv"]
+    for bias in biases:
+        tensors[bias] = torch.ones(len(tensors[bias.replace(".bias", ".weight")])).bfloat16()
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path / "presets", f'match: "*_proj", method: {method}')
+    other, flags = tmp_path / "other", ["--device", "cpu", "--preset", str(preset)]
+    assert not main(["convert", "--model", str(model), *flags, "--out", str(other)])
+    line = 'match: "model.layers.0.*", method: auto, source: other'
+    assert not mixed_plan(model, line, other=other).errors
+    # in codes or not, where the model has a bias its block has one
+    (other / "mixedprec_provenance.json").unlink()
+    changed = load_file(other / "model.safetensors")
+    save_file({n: t for n, t in changed.items() if n != biases[0]}, other / "model.safetensors")
+    first, *_ = mixed_plan(model, line, other=other).errors
+    assert first.where == "model.layers.0.self_attn.q_proj"
+    assert "has a bias in 'model' that is not zero, and none in 'other'" in first.what
 
 
 def test_what_the_model_lacks_is_not_made_up_for_by_another_source(tmp_path: Path) -> None:
