@@ -140,8 +140,7 @@ def suggest_method(name: str) -> str:
         near = same
     near = near or [known for known in method_names() if known.endswith(f"_{name.lower()}")]
     if not near and numbers:
-        bits = int(numbers[0])
-        near = [spec.name for spec in METHODS.values() if bits and _bits(spec) == bits]
+        near = [x.name for x in METHODS.values() if f"{_bits(x) or 'none'}" == numbers[0]]
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return "mixedprec methods explains them"

@@ -37,7 +37,8 @@ _WORDS_TEXT = """
     dtype shape data_offsets __metadata__ weight_map metadata preset layers names config rules
     match method scheme schemes source sources path revision lists extends optional requantize
     draft description on_fused_conflict trust_sources inputs files provenance file num_bytes
-    sha256 apply location inverse randomize requires_grad precision rotation
+    sha256 apply location inverse randomize requires_grad precision rotation b_dtype
+    weight_scale_group_size has_zero_point kv_cache scales rounding folded
 """
 _WORDS = tuple(_WORDS_TEXT.split())
 _VALUES_TEXT = """
@@ -47,7 +48,8 @@ _VALUES_TEXT = """
     group token static Linear BF16 F16 F32 F64 F8_E4M3 F8_E5M2 F8_E8M0 F4 I4 I8 U8 I16 U16 I32
     U32 I64 U64 BOOL C64 bfloat16 float16 float32 llama LlamaForCausalLM deepseek_v3 qwen3_next
     gemma3 granitemoe hadamard random-hadamard random-matrix input output weight_input
-    weight_output q_attn k_cache Embedding
+    weight_output q_attn k_cache Embedding humming nvfp4 mxfp4 int8_channel uint3 uint6
+    mxfp4-pack-quantized calibrated nearest
 """
 _VALUES = tuple(_VALUES_TEXT.split())
 _SUFFIXES_TEXT = """

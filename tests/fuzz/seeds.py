@@ -30,6 +30,9 @@ PRESETS = (
     'version: 1\nrules:\n  - {match: "*", method: bf16}\n',
     'version: 1\nrules:\n  - {match: "*", method: auto}\n',
     'version: 1\nrules: [{match: "*", method: gptq, group_size: 64, requantize: true}]\n',
+    'version: 1\nrules: [{match: "*", method: humming, bits: 5, group_size: 64}]\n',
+    'version: 1\nrules: [{match: "*.experts.*", method: mxfp4, rounding: nearest}]\n'
+    "kv_cache: {dtype: fp8_e4m3, scales: model}\n",
     "version: 1\n"
     "description: all of the language, by ${oc.env:HOME,nobody}\n"
     "extends: [parent, fp8-channel]\n"
@@ -113,6 +116,16 @@ def mxfp4() -> Header:
     return tensors
 
 
+def humming() -> Header:
+    """Projections of 6 bits, as humming-kernels stores them."""
+    tensors = dict(llama(bias=True))
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        _, (out, into) = tensors[name]
+        tensors[name] = ("I32", (out, into * 6 // 32))
+        tensors[f"{name}_scale"] = ("BF16", (out, into // 64))
+    return tensors
+
+
 def weights(tensors: Header) -> tuple[bytes, bytes]:
     """Header and bytes of a safetensors file in which every weight is the same."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -167,6 +180,8 @@ def models() -> Iterator[Files]:
                  "model_type": "llama4"}, fused_experts())  # fmt: skip
     oss = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
     yield model(config(**oss, quantization_config={"quant_method": "mxfp4"}), mxfp4())
+    said = {"quant_method": "humming", "b_dtype": "uint6", "weight_scale_group_size": 64}
+    yield model(config(model_type="qwen2", quantization_config=said), humming())
     for folder in FOLDERS:
         yield peer(folder)
     for path in sorted(TRANSFORMS.glob("*/config.json")):
@@ -232,6 +247,7 @@ ARGUMENTS = (
 )  # fmt: skip
 OVERRIDES = (
     "rules.0.method=awq", "rules[0].match=*.mlp.*", "rules.0.group_size=64", "schemes.a.bits=8",
+    "rules.0.method=humming_int3",
     "schemes.a={method: fp8}", "schemes.b=${schemes.a}", "lists.hot=[1, 2]", "sources.s.path=model",
     "rules.0.source=s", "description=${oc.env:HOME}", "version=1", "on_fused_conflict=highest",
     "draft.rules.0.method=awq", "rules=[]", "extends=awq",

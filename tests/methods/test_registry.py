@@ -102,6 +102,8 @@ def test_unknown_name_suggests_the_nearest() -> None:
         ("w4a16", "did you mean 'awq' or 'gptq' or 'nvfp4' or 'mxfp4'?"),
         ("int3", "did you mean 'humming_int3'?"),
         ("int1", "mixedprec methods explains them"),
+        # more digits than Python makes a number of
+        ("int" + "1" * 5000, "mixedprec methods explains them"),
         ("bitsandbytes", "mixedprec methods explains them"),
     ],
 )
