@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 # About a second-level cache: smaller pieces pay for more calls, larger ones for memory traffic.
@@ -13,6 +15,8 @@ CHUNK_BYTES = 1 << 21
 DEVICE_FACTOR = 16
 # Weights of fewer elements stay with torch: compiling would take longer than it gains.
 LEAST_COMPILED = 1 << 20
+# bytes of a cache line, which torch's own tensors begin at
+_LINE = 64
 
 
 def is_compiled(tensor: torch.Tensor, num_weights: int | None = None) -> bool:
@@ -29,6 +33,22 @@ def is_compiled(tensor: torch.Tensor, num_weights: int | None = None) -> bool:
         and tensor.is_contiguous()
         and num_weights >= LEAST_COMPILED
     )
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """Return a new tensor, for results.
+
+    On a CPU numpy asks for huge pages, which torch does not: page faults of 4 KiB each take longer
+    than the arithmetic.
+    """
+    if device is not None and device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    octets = np.empty(num_bytes + _LINE, np.uint8)
+    start = -octets.ctypes.data % _LINE
+    return torch.from_numpy(octets[start : start + num_bytes]).view(dtype).view(shape)
 
 
 def row_chunks(

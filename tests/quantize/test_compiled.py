@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import re
+import subprocess
+import sys
 
 import numba.core.caching
 import pytest
@@ -18,8 +22,8 @@ SHAPES = ((200, 576), (8, 4096), (136, 32))
 GROUPS = (*(case("awq", group_size=size) for size in (32, 64, 128)),
           *(case("gptq", bits=bits, group_size=size) for bits in (4, 8) for size in (64, 128)),
           case("blockwise_int8", weight_block_size=[64, 64]))  # fmt: skip
-# the others stay with torch
-COMPILED = [x for x in CASES if x.method not in ("humming", "mxfp4", "nvfp4")]
+# humming stays with torch
+COMPILED = [x for x in CASES if x.method != "humming"]
 methods = pytest.mark.parametrize("method", COMPILED, ids=str)
 
 
@@ -130,6 +134,16 @@ def test_words_of_awq() -> None:
     packing.pack_awq_into(codes, words, 1)
     assert torch.equal(words[:, 1:26], packing.pack_awq(codes))
     assert not words[:, [0, 26]].any()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86")
+def test_without_avx_512() -> None:
+    features = "+avx2,+fma,+bmi,+bmi2,+avx,+sse4.2,+lzcnt,+popcnt,+f16c"
+    cpu = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "every_number or halfway or words or shapes"]
+    done = subprocess.run(command, env={**os.environ, **cpu}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_small_weights_and_other_dtypes_stay_with_torch() -> None:
