@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq 4 bits, group 128": ("gptq", {"bits": 4, "group_size": 128}),
     "gptq 8 bits, group 128": ("gptq", {"bits": 8, "group_size": 128}),
     "nvfp4": ("nvfp4", {}),
+    "mxfp4": ("mxfp4", {}),
+    "humming 6 bits, group 128": ("humming", {"bits": 6, "group_size": 128}),
 }
 # seconds that a GB of bf16 may take
 LIMIT = 1.0

@@ -56,7 +56,12 @@ class Fp4:
     def dequantize(self) -> torch.Tensor:
         """Return float32 [N, K]; q * scale is exact, its product with the global scale rounded."""
         N, K = self.packed.shape[0], 2 * self.packed.shape[1]
-        weight = torch.empty((N, K), device=self.packed.device)
+        weight = empty((N, K), torch.float32, self.packed.device)
+        if is_compiled(self.packed, N * K):
+            from mixedprec_plugin.quantize.compiled_decoding import decode_fp4
+
+            decode_fp4(self.packed, self.scales, self.global_scale, weight)
+            return weight
         for rows in row_chunks(N, K):
             decode(self.packed[rows], self.scales[rows], weight[rows]).mul_(self.global_scale)
         return weight

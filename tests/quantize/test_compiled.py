@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 
 import numba.core.caching
 import pytest
@@ -18,21 +19,20 @@ from mixedprec_plugin.quantize import chunks, loops, packing
 from tests.quantize.methods import CASES, Case, case
 
 # 200: no whole tiles of 128, rows of 16 or words of 16 columns
-SHAPES = ((200, 576), (8, 4096), (136, 32))
+SHAPES = ((200, 576), (8, 4096), (136, 64))
 GROUPS = (*(case("awq", group_size=size) for size in (32, 64, 128)),
           *(case("gptq", bits=bits, group_size=size) for bits in (4, 8) for size in (64, 128)),
           case("blockwise_int8", weight_block_size=[64, 64]))  # fmt: skip
-# humming stays with torch
-COMPILED = [x for x in CASES if x.method != "humming"]
-methods = pytest.mark.parametrize("method", COMPILED, ids=str)
+methods = pytest.mark.parametrize("method", CASES, ids=str)
 
 
-def same(method: Case, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+def both(make: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    """Check that torch and compiled loops make the same bits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "LEAST_COMPILED", math.inf)
-        by_torch = method.quantize(weight, dtype)
+        by_torch = make()
         patch.setattr(chunks, "LEAST_COMPILED", 1)
-        compiled = method.quantize(weight, dtype)
+        compiled = make()
     assert by_torch.keys() == compiled.keys()
     for suffix, tensor in by_torch.items():
         assert compiled[suffix].dtype == tensor.dtype
@@ -40,6 +40,10 @@ def same(method: Case, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
         assert compiled[suffix].is_contiguous()
         ours, theirs = (x.reshape(-1).view(torch.uint8) for x in (compiled[suffix], tensor))
         assert torch.equal(ours, theirs), suffix
+
+
+def same(method: Case, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+    both(lambda: method.quantize(weight, dtype))
 
 
 def bell(N: int, K: int, std: float = 0.02) -> torch.Tensor:
