@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,22 +14,27 @@ CHUNK_BYTES = 1 << 21
 # beyond the CPU there is no such cache, and a call takes longer
 DEVICE_FACTOR = 16
 # Weights of fewer elements stay with torch: compiling would take longer than it gains.
-LEAST_COMPILED = 1 << 20
+LEAST_COMPILED: float = 1 << 20
 # bytes of a cache line, which torch's own tensors begin at
 _LINE = 64
 
 
-def is_compiled(tensor: torch.Tensor, num_weights: int | None = None) -> bool:
+def is_compiled(
+    tensor: torch.Tensor,
+    num_weights: int | None = None,
+    dtypes: Collection[torch.dtype] = (torch.bfloat16, torch.uint8),
+) -> bool:
     """Whether compiled loops work on a weight or on its codes, and not torch.
 
     Args:
         num_weights: of the whole weight that the tensor is a part of; its own if None.
+        dtypes: what the loops read.
     """
     num_weights = tensor.numel() if num_weights is None else num_weights
     return (
         type(tensor) is torch.Tensor
         and tensor.device.type == "cpu"
-        and tensor.dtype in (torch.bfloat16, torch.uint8)
+        and tensor.dtype in dtypes
         and tensor.is_contiguous()
         and num_weights >= LEAST_COMPILED
     )

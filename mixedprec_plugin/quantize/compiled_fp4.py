@@ -1,4 +1,4 @@
-"""What `quantize.fp4` does with weights in bfloat16, compiled for a CPU: the same codes and scales.
+"""What `quantize.fp4` quantizes, compiled for a CPU: the same codes and scales.
 
 Blocks lie beside each other, so that a vector register holds one element of each of several blocks,
 and sums over a block are torch's additions in torch's order.
@@ -37,7 +37,7 @@ def quantize(
     """Round a weight in blocks, each with the scale of least squared error.
 
     Args:
-        weight: bfloat16 [N, K], contiguous, finite.
+        weight: bfloat16 or float32 [N, K], contiguous, finite.
         group_size: elements along K that share a scale, 16 or 32.
         unit: the global scale, a power of two.
         steps: to codes of scales that are tried, from the one that makes the largest magnitude 6.
@@ -47,13 +47,14 @@ def quantize(
     """
     if weight.data_ptr() % 8:
         weight = weight.clone()
-    fours = weight.view(torch.int16).numpy().reshape(-1).view(np.int64)
+    is_float = weight.dtype == torch.float32
+    numbers = weight.view(torch.int32 if is_float else torch.int16).numpy().reshape(-1)
     made = scales.view(torch.uint8).numpy().reshape(-1)
     words = packed.numpy().reshape(-1).view(np.int32)
     is_e8m0 = scales.dtype == torch.float8_e8m0fnu
     arguments = (np.array(steps, np.int32), np.array(limits, np.int32), is_e8m0, 1 / unit)
-    loop = _blocks_of_16 if group_size == 16 else _blocks_of_32
-    over_rows(loop, len(made), fours, *arguments, words, made, multiple=_BLOCKS)
+    loop = _LOOPS[group_size, is_float]
+    over_rows(loop, len(made), numbers.view(np.int64), *arguments, words, made, multiple=_BLOCKS)
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
@@ -82,13 +83,14 @@ def _nearest(quotient: Any) -> Any:
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _error(value: Any, scale: Any, inverse: Any) -> Any:
+def _error(value: Any, scale: Any, inverse: Any, is_float: Any) -> Any:
     """The square of what rounding changes.
 
     A product is no quotient, but bfloat16 over e4m3 or e8m0 is so far from halfway between codes
-    that both are rounded alike; halfway, up and down are as far.
+    that both are rounded alike; halfway, up and down are as far. Float32 may be nearer.
     """
-    error = _nearest(value * inverse) * scale - value
+    quotient = value / scale if is_float else value * inverse
+    error = _nearest(quotient) * scale - value
     return error * error
 
 
@@ -100,12 +102,22 @@ def _put(fours: Array, quarter: Any, j: Any, r: Any, bits: Array) -> None:
     bits[4 * j + 2, r], bits[4 * j + 3, r] = np.int32(high << 16), np.int32(high & _HIGH)
 
 
+@compiled
+def _load_floats(twos: Array, n: int, bits: Array) -> None:
+    """Write blocks, int64 [n * size / 2] of two float32 each, as their bits [size, n]."""
+    half = len(bits) // 2
+    for j in range(half):
+        for r in range(n):
+            two = twos[r * half + j]
+            bits[2 * j, r], bits[2 * j + 1, r] = np.int32(two), np.int32(two >> 32)
+
+
 def _load(size: int) -> Any:
     # a constant: strides must be known for loads to become vector ones
     quarter = size // 4
 
     def load(fours: Array, n: int, bits: Array) -> None:
-        """Write blocks, int64 [n * size / 4] of four numbers each, as float32's bits [size, n]."""
+        """Write blocks, int64 [n * size / 4] of four bfloat16 each, as float32's bits [size, n]."""
         for r in range(n):
             _put(fours, quarter, 0, r, bits)
             _put(fours, quarter, 1, r, bits)
@@ -134,15 +146,16 @@ def _measure(bits: Array, unit: Any, is_e8m0: bool, values: Array, first: Array)
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _lane(values: Array, k: Any, r: Any, scale: Any, inverse: Any, size: Any) -> Any:
-    error = _error(values[k, r], scale, inverse) + _error(values[k + 8, r], scale, inverse)
+def _lane(values: Array, k: Any, r: Any, scale: Any, inverse: Any, size: Any, floats: Any) -> Any:
+    error = _error(values[k, r], scale, inverse, floats)
+    error += _error(values[k + 8, r], scale, inverse, floats)
     if size == 32:
-        error += _error(values[k + 16, r], scale, inverse)
-        error += _error(values[k + 24, r], scale, inverse)
+        error += _error(values[k + 16, r], scale, inverse, floats)
+        error += _error(values[k + 24, r], scale, inverse, floats)
     return error
 
 
-def _try(size: int) -> Any:
+def _try(size: int, floats: bool) -> Any:
     def attempt(
         values: Array, first: Array, step: Any, limits: Array, is_e8m0: bool, least: Array,
         codes: Array,
@@ -154,14 +167,14 @@ def _try(size: int) -> Any:
             scale = _scale(code, is_e8m0)
             inverse = _ONE / scale
             # a loop over lanes would not be unrolled, and this one not made a vector one
-            error = _lane(values, 0, r, scale, inverse, size)
-            error += _lane(values, 1, r, scale, inverse, size)
-            error += _lane(values, 2, r, scale, inverse, size)
-            error += _lane(values, 3, r, scale, inverse, size)
-            error += _lane(values, 4, r, scale, inverse, size)
-            error += _lane(values, 5, r, scale, inverse, size)
-            error += _lane(values, 6, r, scale, inverse, size)
-            error += _lane(values, 7, r, scale, inverse, size)
+            error = _lane(values, 0, r, scale, inverse, size, floats)
+            error += _lane(values, 1, r, scale, inverse, size, floats)
+            error += _lane(values, 2, r, scale, inverse, size, floats)
+            error += _lane(values, 3, r, scale, inverse, size, floats)
+            error += _lane(values, 4, r, scale, inverse, size, floats)
+            error += _lane(values, 5, r, scale, inverse, size, floats)
+            error += _lane(values, 6, r, scale, inverse, size, floats)
+            error += _lane(values, 7, r, scale, inverse, size, floats)
             before, old = least[r], codes[r]
             # no code is 0, what there is before the first attempt
             is_less = (error < before) | (old == 0)
@@ -188,18 +201,24 @@ def _encode(values: Array, bits: Array, codes: Array, is_e8m0: bool, words: Arra
             words[word, r] = made
 
 
-_load_16, _load_32, _try_16, _try_32 = _load(16), _load(32), _try(16), _try(32)
+_load_16, _load_32 = _load(16), _load(32)
+_try_16, _try_32, _try_16_floats, _try_32_floats = (
+    _try(size, floats) for floats in (False, True) for size in (16, 32)
+)
 
 
-def _blocks(size: int) -> Any:
+def _blocks(size: int, floats: bool) -> Any:
+    # of an int64
+    each = 2 if floats else 4
+
     def blocks(
-        fours: Array, steps: Array, limits: Array, is_e8m0: bool, inverse: float, words: Array,
+        numbers: Array, steps: Array, limits: Array, is_e8m0: bool, inverse: float, words: Array,
         scales: Array, start: int, stop: int,
     ) -> None:  # fmt: skip
         """Round blocks.
 
         Args:
-            fours: int64 [blocks * size / 4], the bits of four bfloat16 each.
+            numbers: int64 [blocks * size / each], the bits of two float32 or four bfloat16 each.
             steps, limits: int32; as `quantize` takes them.
             inverse: of the unit.
             words: int32 [blocks * size / 8], filled.
@@ -213,16 +232,22 @@ def _blocks(size: int) -> Any:
         made = np.zeros((size // 8, _BLOCKS), np.int32)
         for block in range(start, stop, _BLOCKS):
             n = min(_BLOCKS, stop - block)
-            source = fours[block * size // 4 :]
-            if size == 16:
+            source = numbers[block * size // each :]
+            if floats:
+                _load_floats(source, n, bits)
+            elif size == 16:
                 _load_16(source, n, bits)
             else:
                 _load_32(source, n, bits)
             _measure(bits, np.float32(inverse), is_e8m0, values, first)
             codes[:] = 0
             for step in steps:
-                if size == 16:
+                if size == 16 and floats:
+                    _try_16_floats(values, first, step, limits, is_e8m0, least, codes)
+                elif size == 16:
                     _try_16(values, first, step, limits, is_e8m0, least, codes)
+                elif floats:
+                    _try_32_floats(values, first, step, limits, is_e8m0, least, codes)
                 else:
                     _try_32(values, first, step, limits, is_e8m0, least, codes)
             _encode(values, bits, codes, is_e8m0, made)
@@ -234,4 +259,4 @@ def _blocks(size: int) -> Any:
     return compiled(blocks)
 
 
-_blocks_of_16, _blocks_of_32 = _blocks(16), _blocks(32)
+_LOOPS = {(size, floats): _blocks(size, floats) for size in (16, 32) for floats in (False, True)}

@@ -34,6 +34,8 @@ _SCALE_STEPS = {E4M3: (-1, 0, 1, 4, 5), E8M0: (0, 1)}
 # Of weights no larger than 21, which nearly all are: shards of a fused module share it so, whoever
 # quantizes them. As a power of two it is exact in 16 bits, to which Marlin rounds it.
 _USUAL_GLOBAL_EXPONENT = -7
+# weights that compiled loops read
+_COMPILED = (torch.bfloat16, torch.float32)
 USUAL_GLOBAL = 2.0**_USUAL_GLOBAL_EXPONENT
 
 
@@ -181,7 +183,7 @@ def quantize_blocks(
     global_scale = _global_scale(weight)
     if dtype == E8M0:
         global_scale.fill_(1.0)
-    if is_compiled(weight) and group_size in (16, 32):
+    if is_compiled(weight, dtypes=_COMPILED) and group_size in (16, 32):
         from mixedprec_plugin.quantize import compiled_fp4
 
         how = float(global_scale), _SCALE_STEPS[dtype], _SCALE_CODES[dtype]

@@ -56,8 +56,7 @@ class Scaled:
         """Return float32 [N, K], rounded once."""
         N, K = self.codes.shape
         weight = empty((N, K), torch.float32, self.codes.device)
-        octets = self.codes.view(torch.uint8)
-        if self.codes.dtype in _DECODED and not self.reciprocal and is_compiled(octets):
+        if not self.reciprocal and is_compiled(self.codes, dtypes=_DECODED):
             from mixedprec_plugin.quantize.compiled_decoding import decode
 
             decode(self.codes, self.zeros, self.scales, self.block, weight)
@@ -243,8 +242,9 @@ def _channels(
     codes = empty(weight.shape, dtype, weight.device)
     scales = torch.empty((len(weight), 1), device=weight.device)
     for rows, values in float_chunks(weight):
-        low, high = torch.aminmax(values, dim=1, keepdim=True)
-        scales[rows] = scales_for(torch.maximum(high, -low), dtype)
+        # `aminmax` takes six times as long along a dimension
+        tops = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
+        scales[rows] = scales_for(tops, dtype)
         encode(values.div_(scales[rows]), codes[rows])
     return codes, scales
 

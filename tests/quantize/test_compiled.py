@@ -88,6 +88,21 @@ def test_quotients_that_are_halfway_between_codes(method: Case) -> None:
     same(method, torch.cat([steps, steps / 8, -steps]).bfloat16())
 
 
+@pytest.mark.parametrize("method", [case("nvfp4"), case("mxfp4")], ids=str)
+def test_fp4_of_float32(method: Case) -> None:
+    same(method, torch.randn(200, 576, generator=torch.Generator().manual_seed(0)))
+    # the largest of a block is 6 times its scale; others are halfway between codes, or beside it
+    halfway = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    beside = [halfway.nextafter(halfway + sign) for sign in (-1, 1)]
+    block = torch.cat([torch.tensor([6.0, 4.0, 0.0]), halfway, *beside, -halfway, halfway[:1]])
+    scales = torch.arange(8, 16).float()[:, None] / 1024
+    same(method, (block.repeat(8, 4)[:, :128] * scales).contiguous())
+    same(method, torch.randn(64, 128).mul_(1e-39))
+    offset = torch.randn(64 * 128 + 1)[1:].view(64, 128)
+    same(method, offset)
+    same(method, offset.bfloat16())
+
+
 @methods
 def test_every_number(method: Case) -> None:
     bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
