@@ -36,6 +36,25 @@ def decode(
     over_rows(_decode, len(codes), octets, is_float, is_signed, *arrays, *block, weight.numpy())
 
 
+def decode_in_order(
+    codes: torch.Tensor,
+    order: torch.Tensor,
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+) -> None:
+    """Write (q - zero) * scale of groups that lie apart.
+
+    Args:
+        codes: uint8 [N, K], contiguous.
+        order: int64 [K], the group of each column; each is there.
+        zeros, scales: float32 [N, K/G].
+        weight: float32 [N, K], filled.
+    """
+    arrays = (x.contiguous().numpy() for x in (codes, order, zeros, scales))
+    over_rows(_decode_in_order, len(codes), *arrays, weight.numpy())
+
+
 def decode_fp4(
     packed: torch.Tensor, scales: torch.Tensor, whole: torch.Tensor, weight: torch.Tensor
 ) -> None:
@@ -81,6 +100,18 @@ def _decode(
                 for j in range(len(source)):
                     code = np.float32(np.int32(source[j]) ^ turned) - more
                     target[j] = (code - zero) * scale
+
+
+@compiled
+def _decode_in_order(
+    codes: Array, order: Array, zeros: Array, scales: Array, weight: Array, start: int, stop: int
+) -> None:
+    """Decode bytes [N, K], with a zero and a scale for each column's group, for some rows."""
+    for row in range(start, stop):
+        source, target, zero, scale = codes[row], weight[row], zeros[row], scales[row]
+        for j in range(len(source)):
+            group = order[j]
+            target[j] = (np.float32(source[j]) - zero[group]) * scale[group]
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator]

@@ -34,7 +34,7 @@ _SCALE_STEPS = {E4M3: (-1, 0, 1, 4, 5), E8M0: (0, 1)}
 # Of weights no larger than 21, which nearly all are: shards of a fused module share it so, whoever
 # quantizes them. As a power of two it is exact in 16 bits, to which Marlin rounds it.
 _USUAL_GLOBAL_EXPONENT = -7
-# weights that compiled loops read
+# numbers that compiled loops read
 _COMPILED = (torch.bfloat16, torch.float32)
 USUAL_GLOBAL = 2.0**_USUAL_GLOBAL_EXPONENT
 
@@ -183,13 +183,15 @@ def quantize_blocks(
     global_scale = _global_scale(weight)
     if dtype == E8M0:
         global_scale.fill_(1.0)
-    if is_compiled(weight, dtypes=_COMPILED) and group_size in (16, 32):
-        from mixedprec_plugin.quantize import compiled_fp4
+    has_loop = group_size in (16, 32)
+    is_whole = has_loop and is_compiled(weight, dtypes=_COMPILED)
+    for rows, values in [(slice(N), weight)] if is_whole else float_chunks(weight):
+        if has_loop and is_compiled(values, N * K, _COMPILED):
+            from mixedprec_plugin.quantize import compiled_fp4
 
-        how = float(global_scale), _SCALE_STEPS[dtype], _SCALE_CODES[dtype]
-        compiled_fp4.quantize(weight, group_size, *how, packed, scales)
-        return packed, scales, global_scale
-    for rows, values in float_chunks(weight):
+            how = float(global_scale), _SCALE_STEPS[dtype], _SCALE_CODES[dtype]
+            compiled_fp4.quantize(values, group_size, *how, packed[rows], scales[rows])
+            continue
         blocks = values.view(-1, group_size).div_(global_scale)
         chosen = _best_scales(blocks.abs(), dtype)
         scales[rows] = chosen.view(-1, K // group_size)

@@ -83,14 +83,18 @@ class Integers:
             ShapeError: as `order`.
         """
         order, zeros, scales = self.order, self.zeros.float(), self.scales.float()
-        factor = torch.get_num_threads() if order is None else 1
+        factor = torch.get_num_threads()
         weight = empty((self.N, self.K), torch.float32, scales.device)
         for rows in row_chunks(self.N, self.K, multiple=WHOLE_WORDS, factor=factor):
             codes = self.codes(rows)
-            if order is None and is_compiled(codes, self.N * self.K):
-                from mixedprec_plugin.quantize.compiled_decoding import decode
+            if is_compiled(codes, self.N * self.K):
+                from mixedprec_plugin.quantize import compiled_decoding
 
-                decode(codes, zeros[rows], scales[rows], (1, self.group_size), weight[rows])
+                grids, made = (zeros[rows], scales[rows]), weight[rows]
+                if order is None:
+                    compiled_decoding.decode(codes, *grids, (1, self.group_size), made)
+                else:
+                    compiled_decoding.decode_in_order(codes, order, *grids, made)
                 continue
             chunk = weight[rows].copy_(codes)
             if order is None:

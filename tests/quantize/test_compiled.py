@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numba.core.caching
 import pytest
@@ -89,7 +90,7 @@ def test_quotients_that_are_halfway_between_codes(method: Case) -> None:
 
 
 @pytest.mark.parametrize("method", [case("nvfp4"), case("mxfp4")], ids=str)
-def test_fp4_of_float32(method: Case) -> None:
+def test_fp4_of_other_dtypes_and_views(method: Case) -> None:
     same(method, torch.randn(200, 576, generator=torch.Generator().manual_seed(0)))
     # the largest of a block is 6 times its scale; others are halfway between codes, or beside it
     halfway = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
@@ -98,6 +99,8 @@ def test_fp4_of_float32(method: Case) -> None:
     scales = torch.arange(8, 16).float()[:, None] / 1024
     same(method, (block.repeat(8, 4)[:, :128] * scales).contiguous())
     same(method, torch.randn(64, 128).mul_(1e-39))
+    same(method, torch.randn(64, 128).half())
+    same(method, bell(128, 64).t())
     offset = torch.randn(64 * 128 + 1)[1:].view(64, 128)
     same(method, offset)
     same(method, offset.bfloat16())
@@ -159,8 +162,9 @@ def test_words_of_awq() -> None:
 def test_without_avx_512() -> None:
     features = "+avx2,+fma,+bmi,+bmi2,+avx,+sse4.2,+lzcnt,+popcnt,+f16c"
     cpu = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "every_number or halfway or words or shapes"]
+    files = [__file__, str(Path(__file__).with_name("test_compiled_decoding.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command += ["-k", "every or halfway or words or shapes or quantized or bits or zero_points"]
     done = subprocess.run(command, env={**os.environ, **cpu}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

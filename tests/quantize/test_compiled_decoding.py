@@ -42,6 +42,9 @@ def test_any_zero_points(bits: int) -> None:
     tensors["scales"] = torch.randn(9, 200, generator=generator).half()
     method = Case("gptq", {"bits": bits, "group_size": 64, "checkpoint_format": "gptq_v2"})
     both(lambda: {"weight": method.dequantize(tensors)})
+    groups = torch.arange(576, dtype=torch.int32) // 64
+    tensors["g_idx"] = groups[torch.randperm(576, generator=generator)]
+    both(lambda: {"weight": method.dequantize(tensors)})
 
 
 @pytest.mark.parametrize("block", [(1, 576), (200, 576), (128, 128), (7, 5)], ids=str)
