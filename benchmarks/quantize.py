@@ -4,17 +4,21 @@
         [--case NAME ...]
 
 Every method is timed beside the obvious torch implementation of the usual formula on whole tensors,
-the peer; so is the way back, and a copy of the weight (the same bytes, no arithmetic). `MiB beside`
-is the growth of a process's peak memory beyond the returned tensors.
+the peer. Where there is no usual one, and of the way back and of repacking (the same numbers stored
+again), the peer is our own torch code, which runs where loops are not compiled. A copy of the
+weight is the same bytes without arithmetic. `MiB beside` is the growth of a process's peak memory
+beyond the returned tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,9 @@ import torch
 
 from benchmarks.figures import Figure, keep
 from mixedprec_plugin.methods.registry import METHODS, bind
+from mixedprec_plugin.quantize import chunks
 from mixedprec_plugin.quantize.codec import Codec, load_codec
+from mixedprec_plugin.quantize.integers import Integers
 
 Tensors = dict[str, torch.Tensor]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,6 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq 4 bits, group 128": ("gptq", {"bits": 4, "group_size": 128}),
     "gptq 8 bits, group 128": ("gptq", {"bits": 8, "group_size": 128}),
     "nvfp4": ("nvfp4", {}),
+    "mxfp4": ("mxfp4", {}),
+    "humming 6 bits, group 128": ("humming", {"bits": 6, "group_size": 128}),
 }
 # seconds that a GB of bf16 may take
 LIMIT = 1.0
@@ -48,7 +56,7 @@ def case(name: str) -> tuple[Codec, dict[str, Any]]:
 
 def naive(name: str, weight: torch.Tensor, arguments: Mapping[str, Any]) -> Tensors | None:
     """Quantize by the formula, as one would write it first; None where there is no usual one."""
-    if name == "nvfp4":
+    if name.endswith("fp4") or name.startswith("humming"):
         return None
     values = weight.float()
     N, K = values.shape
@@ -137,6 +145,17 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+@contextlib.contextmanager
+def by_torch() -> Iterator[None]:
+    """No weight is large enough for compiled loops."""
+    least = chunks.LEAST_COMPILED
+    chunks.LEAST_COMPILED = math.inf
+    try:
+        yield
+    finally:
+        chunks.LEAST_COMPILED = least
+
+
 def measure(name: str, weight: torch.Tensor, repeats: int) -> list[Figure]:
     """Time one method on one weight, and compare what it makes with the formula's."""
     codec, arguments = case(name)
@@ -147,19 +166,36 @@ def measure(name: str, weight: torch.Tensor, repeats: int) -> list[Figure]:
     def speed(function: Callable[[], object]) -> float:
         return seconds(function, repeats) / gigabytes(weight)
 
+    def beside(function: Callable[[], object]) -> tuple[float, float | None]:
+        ours = speed(function)
+        if weight.device.type != "cpu":
+            return ours, None
+        with by_torch():
+            return ours, speed(function)
+
     def error(made: Tensors) -> float:
         again = codec.read(made, arguments).dequantize()
         return float((again - weight.float()).norm() / weight.float().norm())
 
-    there = speed(lambda: codec.quantize(weight, arguments, dtype))
-    back = speed(lambda: codec.read(tensors, arguments).dequantize())
-    usual = speed(lambda: naive(name, weight, arguments)) if by_formula else None
+    def quantize() -> Tensors:
+        return codec.quantize(weight, arguments, dtype)
+
+    if by_formula is None:
+        there, usual = beside(quantize)
+    else:
+        there, usual = speed(quantize), speed(lambda: naive(name, weight, arguments))
     usual_error = error(by_formula) if by_formula else None
-    return [
+    back = beside(lambda: codec.read(tensors, arguments).dequantize())
+    figures = [
         Figure(f"{name}, s a GB", there, usual, LIMIT),
-        Figure(f"{name}, back, s a GB", back, limit=LIMIT),
+        Figure(f"{name}, back, s a GB", *back, LIMIT),
         Figure(f"{name}, relative RMS", error(tensors), usual_error),
     ]
+    numbers = codec.read(tensors, arguments)
+    if isinstance(numbers, Integers):
+        again = beside(lambda: codec.write(numbers, arguments, dtype))
+        figures.insert(2, Figure(f"{name}, repacked, s a GB", *again, LIMIT))
+    return figures
 
 
 def temporary_bytes(name: str, N: int, K: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 # About a second-level cache: smaller pieces pay for more calls, larger ones for memory traffic.
@@ -12,23 +14,46 @@ CHUNK_BYTES = 1 << 21
 # beyond the CPU there is no such cache, and a call takes longer
 DEVICE_FACTOR = 16
 # Weights of fewer elements stay with torch: compiling would take longer than it gains.
-LEAST_COMPILED = 1 << 20
+LEAST_COMPILED: float = 1 << 20
+# bytes of a cache line, which torch's own tensors begin at
+_LINE = 64
 
 
-def is_compiled(tensor: torch.Tensor, num_weights: int | None = None) -> bool:
+def is_compiled(
+    tensor: torch.Tensor,
+    num_weights: int | None = None,
+    dtypes: Collection[torch.dtype] = (torch.bfloat16, torch.uint8),
+) -> bool:
     """Whether compiled loops work on a weight or on its codes, and not torch.
 
     Args:
         num_weights: of the whole weight that the tensor is a part of; its own if None.
+        dtypes: what the loops read.
     """
     num_weights = tensor.numel() if num_weights is None else num_weights
     return (
         type(tensor) is torch.Tensor
         and tensor.device.type == "cpu"
-        and tensor.dtype in (torch.bfloat16, torch.uint8)
+        and tensor.dtype in dtypes
         and tensor.is_contiguous()
         and num_weights >= LEAST_COMPILED
     )
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """Return a new tensor, for results.
+
+    On a CPU numpy asks for huge pages, which torch does not: page faults of 4 KiB each take longer
+    than the arithmetic.
+    """
+    if device is not None and device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    octets = np.empty(num_bytes + _LINE, np.uint8)
+    start = -octets.ctypes.data % _LINE
+    return torch.from_numpy(octets[start : start + num_bytes]).view(dtype).view(shape)
 
 
 def row_chunks(

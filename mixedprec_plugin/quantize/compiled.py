@@ -107,6 +107,19 @@ def _ordered(bits: Any) -> Any:
     return np.int16(bits ^ (np.int16(bits >> 15) & np.int16(0x7FFF)))
 
 
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def e4m3_code(magnitude: Any) -> Any:
+    """The code of the nearest e4m3 number, ties to even; no magnitude is above the largest.
+
+    Source: torch/headeronly/util/Float8_e4m3fn.h, fp8e4m3fn_from_fp32_value.
+    """
+    bits = np.float32(magnitude).view(np.int32)
+    tiny = np.int32(np.float32(magnitude + _SUBNORMAL).view(np.int32) - _TINY_BITS)
+    odd = np.int32(np.int32(bits >> 20) & np.int32(1))
+    normal = np.int32(np.int32(bits + _REBIAS + odd) >> 20)
+    return tiny if bits < _LEAST_NORMAL else normal
+
+
 @compiled
 def _ranges(weight: Array, size: int, low: Array, high: Array, start: int, stop: int) -> None:
     """Tell the least and the largest value of each `size` columns of a row.
@@ -153,15 +166,13 @@ def _int8(
 def _e4m3(
     weight: Array, scales: Array, rows: int, columns: int, codes: Array, start: int, stop: int
 ) -> None:
-    """Round to e4m3, ties to even.
+    """Round to e4m3.
 
     Args:
         weight: int16 [N, K], the bits of bfloat16.
         scales: float32 [ceil(N/rows), ceil(K/columns)]; no quotient is above e4m3's largest number.
         codes: uint8 [N, K], filled.
         start, stop: the rows to do.
-    Source:
-        torch/headeronly/util/Float8_e4m3fn.h, fp8e4m3fn_from_fp32_value.
     """
     for row in range(start, stop):
         for tile in range(scales.shape[1]):
@@ -170,14 +181,8 @@ def _e4m3(
             target = codes[row, tile * columns : (tile + 1) * columns]
             for j in range(len(source)):
                 scaled = np.float32(_float(source[j]) / scale)
-                bits = np.int32(np.float32(abs(scaled)).view(np.int32))
-                tiny = np.int32(np.float32(abs(scaled) + _SUBNORMAL).view(np.int32) - _TINY_BITS)
-                odd = np.int32(np.int32(bits >> 20) & np.int32(1))
-                normal = np.int32(np.int32(bits + _REBIAS + odd) >> 20)
-                code = tiny if bits < _LEAST_NORMAL else normal
-                target[j] = np.uint8(
-                    code | np.int32(np.int32(scaled.view(np.int32) >> 24) & np.int32(0x80))
-                )
+                sign = np.int32(np.int32(scaled.view(np.int32) >> 24) & np.int32(0x80))
+                target[j] = np.uint8(e4m3_code(np.float32(abs(scaled))) | sign)
 
 
 @compiled

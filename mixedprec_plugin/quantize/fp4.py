@@ -17,8 +17,8 @@ import math
 import torch
 
 from mixedprec_plugin.quantize.checks import refuse, require_finite, weight_shape
-from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
-from mixedprec_plugin.quantize.rounding import Levels, Tiles
+from mixedprec_plugin.quantize.chunks import empty, float_chunks, is_compiled, row_chunks
+from mixedprec_plugin.quantize.rounding import Levels, Tiles, divided
 from mixedprec_plugin.quantize.scaled import Scaled
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -34,6 +34,8 @@ _SCALE_STEPS = {E4M3: (-1, 0, 1, 4, 5), E8M0: (0, 1)}
 # Of weights no larger than 21, which nearly all are: shards of a fused module share it so, whoever
 # quantizes them. As a power of two it is exact in 16 bits, to which Marlin rounds it.
 _USUAL_GLOBAL_EXPONENT = -7
+# numbers that compiled loops read
+_COMPILED = (torch.bfloat16, torch.float32)
 USUAL_GLOBAL = 2.0**_USUAL_GLOBAL_EXPONENT
 
 
@@ -56,7 +58,12 @@ class Fp4:
     def dequantize(self) -> torch.Tensor:
         """Return float32 [N, K]; q * scale is exact, its product with the global scale rounded."""
         N, K = self.packed.shape[0], 2 * self.packed.shape[1]
-        weight = torch.empty((N, K), device=self.packed.device)
+        weight = empty((N, K), torch.float32, self.packed.device)
+        if is_compiled(self.packed, N * K):
+            from mixedprec_plugin.quantize.compiled_decoding import decode_fp4
+
+            decode_fp4(self.packed, self.scales, self.global_scale, weight)
+            return weight
         for rows in row_chunks(N, K):
             decode(self.packed[rows], self.scales[rows], weight[rows]).mul_(self.global_scale)
         return weight
@@ -171,12 +178,20 @@ def quantize_blocks(
     if K % group_size:
         what = f"K = {K} is not whole blocks (expected a multiple of {group_size})"
         refuse("weight", what, "keep this layer in bf16", "group-size")
-    packed = torch.empty((N, K // 2), dtype=torch.uint8, device=weight.device)
-    scales = torch.empty((N, K // group_size), dtype=dtype, device=weight.device)
+    packed = empty((N, K // 2), torch.uint8, weight.device)
+    scales = empty((N, K // group_size), dtype, weight.device)
     global_scale = _global_scale(weight)
     if dtype == E8M0:
         global_scale.fill_(1.0)
-    for rows, values in float_chunks(weight):
+    has_loop = group_size in (16, 32)
+    is_whole = has_loop and is_compiled(weight, dtypes=_COMPILED)
+    for rows, values in [(slice(N), weight)] if is_whole else float_chunks(weight):
+        if has_loop and is_compiled(values, N * K, _COMPILED):
+            from mixedprec_plugin.quantize import compiled_fp4
+
+            how = float(global_scale), _SCALE_STEPS[dtype], _SCALE_CODES[dtype]
+            compiled_fp4.quantize(values, group_size, *how, packed[rows], scales[rows])
+            continue
         blocks = values.view(-1, group_size).div_(global_scale)
         chosen = _best_scales(blocks.abs(), dtype)
         scales[rows] = chosen.view(-1, K // group_size)
@@ -196,20 +211,34 @@ def _global_scale(weight: torch.Tensor) -> torch.Tensor:
 
 def _best_scales(magnitudes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The scales with which blocks [B, G] are rounded with the least squares, [B, 1]."""
-    first = (magnitudes.amax(1, keepdim=True) / LARGEST).to(dtype).view(torch.uint8).int()
+    first = divided(magnitudes.amax(1, keepdim=True), LARGEST).to(dtype).view(torch.uint8).int()
     least = codes = torch.empty(0)
     for step in _SCALE_STEPS[dtype]:
         # the least scale serves blocks of zeros, too
         tried = (first + step).clamp_(*_SCALE_CODES[dtype]).to(torch.uint8)
         scale = tried.view(dtype).float()
         rounded = nearest((magnitudes / scale).clamp_(max=LARGEST))
-        error = rounded.mul_(scale).sub_(magnitudes).square_().sum(1, keepdim=True)
+        error = _sum(rounded.mul_(scale).sub_(magnitudes).square_())
         if not len(codes):
             least, codes = error, tried
         else:
             codes = torch.where(error < least, tried, codes)
             least = torch.minimum(error, least)
     return codes.view(dtype)
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """Sums of blocks [B, G], [B, 1], added in one order on every device.
+
+    It is the order of torch's `sum` on x86: eight lanes, and then the lanes.
+    """
+    lanes = values[:, :8]
+    for first in range(8, values.shape[1], 8):
+        lanes = lanes + values[:, first : first + 8]
+    total = lanes[:, :1]
+    for lane in range(1, lanes.shape[1]):
+        total = total + lanes[:, lane : lane + 1]
+    return total
 
 
 def nearest(magnitudes: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 
 import torch
 
@@ -15,7 +14,7 @@ from mixedprec_plugin.quantize.checks import (
     resolve_group_size,
     weight_shape,
 )
-from mixedprec_plugin.quantize.chunks import float_chunks, is_compiled, row_chunks
+from mixedprec_plugin.quantize.chunks import empty, float_chunks, is_compiled, row_chunks
 from mixedprec_plugin.quantize.codec import Arguments, NotTheSameNumbersError, TensorDict
 from mixedprec_plugin.quantize.rounding import Grid, round_groups
 
@@ -84,9 +83,20 @@ class Integers:
             ShapeError: as `order`.
         """
         order, zeros, scales = self.order, self.zeros.float(), self.scales.float()
-        weight = torch.empty((self.N, self.K), device=scales.device)
-        for rows in row_chunks(self.N, self.K, multiple=WHOLE_WORDS):
-            chunk = weight[rows].copy_(self.codes(rows))
+        factor = torch.get_num_threads()
+        weight = empty((self.N, self.K), torch.float32, scales.device)
+        for rows in row_chunks(self.N, self.K, multiple=WHOLE_WORDS, factor=factor):
+            codes = self.codes(rows)
+            if is_compiled(codes, self.N * self.K):
+                from mixedprec_plugin.quantize import compiled_decoding
+
+                grids, made = (zeros[rows], scales[rows]), weight[rows]
+                if order is None:
+                    compiled_decoding.decode(codes, *grids, (1, self.group_size), made)
+                else:
+                    compiled_decoding.decode_in_order(codes, order, *grids, made)
+                continue
+            chunk = weight[rows].copy_(codes)
             if order is None:
                 grouped = chunk.view(len(chunk), -1, self.group_size)
                 grouped.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
@@ -161,12 +171,12 @@ class Words:
         group_size = resolve_group_size(K, arguments["group_size"], self.along_k)
         scales = torch.empty((K // group_size, N), dtype=grid.scale_dtype, device=weight.device)
 
-        def rounded() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-            for rows, codes, scale, zeros in _rounded(weight, group_size, grid):
+        def pieces() -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+            for rows, codes, scale, zeros in rounded(weight, group_size, grid):
                 scales[:, rows] = scale.t()
                 yield rows, codes, zeros
 
-        made = self._packed(rounded(), K, scales)
+        made = self._packed(pieces(), K, scales)
         require_finite(scales, weight)
         return made
 
@@ -189,9 +199,9 @@ class Words:
         """Pack the codes and zero points of some rows after the other."""
         num_groups, N = scales.shape
         along_n = 1 if self.along_k > 1 else 32 // self.bits
-        empty = partial(torch.empty, dtype=torch.int32, device=scales.device)
-        qweight = empty((K // self.along_k, N // along_n))
-        qzeros = empty((num_groups, N * self.bits // 32))
+        shape = K // self.along_k, N // along_n
+        qweight = empty(shape, torch.int32, scales.device)
+        qzeros = empty((num_groups, N * self.bits // 32), torch.int32, scales.device)
         for rows, codes, zeros in pieces:
             if is_compiled(codes, num_weights=N * K):
                 self.pack_compiled(codes, qweight, rows.start // along_n)
@@ -202,10 +212,17 @@ class Words:
         return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
 
 
-def _rounded(
+def rounded(
     weight: torch.Tensor, group_size: int, grid: Grid
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What `round_groups` makes of some rows after the other."""
+    """What `round_groups` makes of some rows after the other.
+
+    Args:
+        weight: [N, K], floating point; not modified.
+        group_size: elements along K that share a scale; divides K.
+    Yields:
+        The slice of rows, codes, which are valid until the next step, scales and zero points.
+    """
     if is_compiled(weight):
         from mixedprec_plugin.quantize.compiled import round_rows
 

@@ -19,20 +19,29 @@ from __future__ import annotations
 
 import torch
 
+from mixedprec_plugin.quantize.chunks import is_compiled
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_PACK_FACTOR = 8
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack(codes: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
     """Pack codes along the last dimension, low bits first.
 
     Args:
         codes: uint8 [..., n], each below 2**bits, in whole words; not modified.
         bits: 2 to 8.
+        num_weights: of the whole weight, if codes [R, K] are a part of one.
     Returns:
         int32 [..., n * bits / 32], contiguous.
     """
     codes = codes.contiguous()
+    if bits not in (4, 8) and is_compiled(codes, num_weights):
+        from mixedprec_plugin.quantize import compiled_packing
+
+        words = torch.empty((len(codes), codes.shape[1] * bits // 32), dtype=torch.int32)
+        compiled_packing.pack_rows(codes, bits, words)
+        return words
     if bits == 8:
         return codes.view(torch.int32)
     if bits != 4:
@@ -61,16 +70,22 @@ def pack_into(bits: int, codes: torch.Tensor, words: torch.Tensor, first: int) -
     compiled_packing.pack_along_k(codes, bits, words, first)
 
 
-def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack(words: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
     """Undo `pack`.
 
     Args:
         words: int32 [..., n]; not modified.
-        bits: 2 to 8.
+        bits, num_weights: as for `pack`.
     Returns:
         uint8 [..., n * 32 / bits], contiguous.
     """
     octets = words.contiguous().view(torch.uint8)
+    if bits not in (4, 8) and is_compiled(octets, num_weights):
+        from mixedprec_plugin.quantize import compiled_packing
+
+        codes = torch.empty((len(words), words.shape[1] * 32 // bits), dtype=torch.uint8)
+        compiled_packing.unpack_rows(words.contiguous(), bits, codes)
+        return codes
     if bits == 8:
         return octets
     if bits != 4:
@@ -87,6 +102,31 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     torch.bitwise_and(octets, 15, out=codes[..., 0])
     torch.bitwise_right_shift(octets, 4, out=codes[..., 1])
     return codes.flatten(-2)
+
+
+def unpack_along_k(words: torch.Tensor, rows: slice, bits: int) -> torch.Tensor:
+    """Undo `pack` where words are transposed, for some rows.
+
+    Args:
+        words: int32 [K * bits / 32, N]; not modified.
+        rows: a slice of N.
+        bits: 4 or 8.
+    Returns:
+        uint8 [rows, K], contiguous.
+    """
+    if not _is_compiled(words, bits):
+        return unpack(words[:, rows].t(), bits)
+    from mixedprec_plugin.quantize import compiled_packing
+
+    codes = torch.empty((rows.stop - rows.start, len(words) * 32 // bits), dtype=torch.uint8)
+    compiled_packing.unpack_along_k(words, bits, rows.start, codes)
+    return codes
+
+
+def _is_compiled(words: torch.Tensor, bits: int) -> bool:
+    if not words.is_contiguous():
+        return False
+    return is_compiled(words.view(torch.uint8), words.numel() * 32 // bits)
 
 
 def pack_awq(codes: torch.Tensor) -> torch.Tensor:
@@ -116,6 +156,25 @@ def pack_awq_into(codes: torch.Tensor, words: torch.Tensor, first: int) -> None:
     from mixedprec_plugin.quantize import compiled_packing
 
     compiled_packing.pack_awq(codes, words, first)
+
+
+def unpack_awq_rows(words: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Undo `pack_awq` for some rows.
+
+    Args:
+        words: int32 [K, N/8]; not modified.
+        rows: a slice of N, from and to a multiple of 8.
+    Returns:
+        uint8 [rows, K], contiguous.
+    """
+    first, last = rows.start // AWQ_PACK_FACTOR, rows.stop // AWQ_PACK_FACTOR
+    if not _is_compiled(words, 4):
+        return unpack_awq(words[:, first:last])
+    from mixedprec_plugin.quantize import compiled_packing
+
+    codes = torch.empty((rows.stop - rows.start, len(words)), dtype=torch.uint8)
+    compiled_packing.unpack_awq(words, first, codes)
+    return codes
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from mixedprec_plugin.quantize.checks import refuse, require_finite, take, take_matrix, weight_shape
 from mixedprec_plugin.quantize.chunks import (
+    empty,
     float_block_chunks,
     float_chunks,
     is_compiled,
@@ -25,6 +26,8 @@ from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tens
 from mixedprec_plugin.quantize.rounding import LARGEST_CODE, divided
 
 E4M3 = torch.float8_e4m3fn
+# what compiled loops read
+_DECODED = (E4M3, torch.int8, torch.uint8)
 # Below the smallest normal number a quotient would lose the half-a-step bound, or divide by zero.
 _SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
 
@@ -52,7 +55,12 @@ class Scaled:
     def dequantize(self) -> torch.Tensor:
         """Return float32 [N, K], rounded once."""
         N, K = self.codes.shape
-        weight = torch.empty((N, K), device=self.codes.device)
+        weight = empty((N, K), torch.float32, self.codes.device)
+        if not self.reciprocal and is_compiled(self.codes, dtypes=_DECODED):
+            from mixedprec_plugin.quantize.compiled_decoding import decode
+
+            decode(self.codes, self.zeros, self.scales, self.block, weight)
+            return weight
         for rows in row_chunks(N, K):
             chunk = weight[rows]
             if self.codes.dtype == E4M3:
@@ -184,7 +192,7 @@ def _compiled_tiles(
     """Codes [N, K] and scales [ceil(N/bn), ceil(K/bk)] of any tiles."""
     from mixedprec_plugin.quantize import compiled
 
-    codes = torch.empty(weight.shape, dtype=dtype)
+    codes = empty(weight.shape, dtype)
     scales = scales_for(compiled.tops(weight, block), dtype)
     compiled.encode(weight, scales, block, codes)
     return codes, scales
@@ -195,7 +203,7 @@ def _blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of small tiles."""
     (N, K), (block_n, block_k) = weight.shape, block
-    codes = torch.empty((N, K), dtype=dtype, device=weight.device)
+    codes = empty((N, K), dtype, weight.device)
     scales = torch.empty(grid_shape(N, K, block), device=weight.device)
     for rows, columns, values in float_block_chunks(weight, block_n, block_k):
         tops = torch.maximum(values.amax(0), -values.amin(0))
@@ -231,11 +239,12 @@ def _channels(
     weight: torch.Tensor, _block: tuple[int, int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [N, K] and scales [N, 1]."""
-    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    codes = empty(weight.shape, dtype, weight.device)
     scales = torch.empty((len(weight), 1), device=weight.device)
     for rows, values in float_chunks(weight):
-        low, high = torch.aminmax(values, dim=1, keepdim=True)
-        scales[rows] = scales_for(torch.maximum(high, -low), dtype)
+        # `aminmax` takes six times as long along a dimension
+        tops = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
+        scales[rows] = scales_for(tops, dtype)
         encode(values.div_(scales[rows]), codes[rows])
     return codes, scales
 
@@ -264,7 +273,7 @@ def _whole(
     """Codes [N, K] and a scale."""
     low, high = torch.aminmax(weight)
     scale = scales_for(torch.maximum(high, -low), dtype)
-    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    codes = empty(weight.shape, dtype, weight.device)
     for rows, values in float_chunks(weight):
         encode(values.div_(scale), codes[rows])
     return codes, scale

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numba.core.caching
 import pytest
@@ -14,21 +20,20 @@ from mixedprec_plugin.quantize import chunks, loops, packing
 from tests.quantize.methods import CASES, Case, case
 
 # 200: no whole tiles of 128, rows of 16 or words of 16 columns
-SHAPES = ((200, 576), (8, 4096), (136, 32))
+SHAPES = ((200, 576), (8, 4096), (136, 64))
 GROUPS = (*(case("awq", group_size=size) for size in (32, 64, 128)),
           *(case("gptq", bits=bits, group_size=size) for bits in (4, 8) for size in (64, 128)),
           case("blockwise_int8", weight_block_size=[64, 64]))  # fmt: skip
-# the others stay with torch
-COMPILED = [x for x in CASES if x.method not in ("humming", "mxfp4", "nvfp4")]
-methods = pytest.mark.parametrize("method", COMPILED, ids=str)
+methods = pytest.mark.parametrize("method", CASES, ids=str)
 
 
-def same(method: Case, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+def both(make: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    """Check that torch and compiled loops make the same bits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "LEAST_COMPILED", math.inf)
-        by_torch = method.quantize(weight, dtype)
+        by_torch = make()
         patch.setattr(chunks, "LEAST_COMPILED", 1)
-        compiled = method.quantize(weight, dtype)
+        compiled = make()
     assert by_torch.keys() == compiled.keys()
     for suffix, tensor in by_torch.items():
         assert compiled[suffix].dtype == tensor.dtype
@@ -36,6 +41,10 @@ def same(method: Case, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
         assert compiled[suffix].is_contiguous()
         ours, theirs = (x.reshape(-1).view(torch.uint8) for x in (compiled[suffix], tensor))
         assert torch.equal(ours, theirs), suffix
+
+
+def same(method: Case, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+    both(lambda: method.quantize(weight, dtype))
 
 
 def bell(N: int, K: int, std: float = 0.02) -> torch.Tensor:
@@ -78,6 +87,23 @@ def test_quotients_that_are_halfway_between_codes(method: Case) -> None:
     # scales of 1 or a power of two: every quarter of a code
     steps = torch.arange(-510, 510).float().div_(4).repeat(8, 8)[:, :8064]
     same(method, torch.cat([steps, steps / 8, -steps]).bfloat16())
+
+
+@pytest.mark.parametrize("method", [case("nvfp4"), case("mxfp4")], ids=str)
+def test_fp4_of_other_dtypes_and_views(method: Case) -> None:
+    same(method, torch.randn(200, 576, generator=torch.Generator().manual_seed(0)))
+    # the largest of a block is 6 times its scale; others are halfway between codes, or beside it
+    halfway = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    beside = [halfway.nextafter(halfway + sign) for sign in (-1, 1)]
+    block = torch.cat([torch.tensor([6.0, 4.0, 0.0]), halfway, *beside, -halfway, halfway[:1]])
+    scales = torch.arange(8, 16).float()[:, None] / 1024
+    same(method, (block.repeat(8, 4)[:, :128] * scales).contiguous())
+    same(method, torch.randn(64, 128).mul_(1e-39))
+    same(method, torch.randn(64, 128).half())
+    same(method, bell(128, 64).t())
+    offset = torch.randn(64 * 128 + 1)[1:].view(64, 128)
+    same(method, offset)
+    same(method, offset.bfloat16())
 
 
 @methods
@@ -130,6 +156,17 @@ def test_words_of_awq() -> None:
     packing.pack_awq_into(codes, words, 1)
     assert torch.equal(words[:, 1:26], packing.pack_awq(codes))
     assert not words[:, [0, 26]].any()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86")
+def test_without_avx_512() -> None:
+    features = "+avx2,+fma,+bmi,+bmi2,+avx,+sse4.2,+lzcnt,+popcnt,+f16c"
+    cpu = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    files = [__file__, str(Path(__file__).with_name("test_compiled_decoding.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command += ["-k", "every or halfway or words or shapes or quantized or bits or zero_points"]
+    done = subprocess.run(command, env={**os.environ, **cpu}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_small_weights_and_other_dtypes_stay_with_torch() -> None:

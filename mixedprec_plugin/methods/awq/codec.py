@@ -7,6 +7,8 @@ Source: AutoAWQ `WQLinear_GEMM` and `AwqQuantizer.pseudo_quantize_tensor`.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
@@ -19,7 +21,13 @@ from mixedprec_plugin.quantize.codec import (
     Tensors,
 )
 from mixedprec_plugin.quantize.integers import Integers, Words
-from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, pack_awq_into, unpack_awq
+from mixedprec_plugin.quantize.packing import (
+    AWQ_PACK_FACTOR,
+    pack_awq,
+    pack_awq_into,
+    unpack_awq,
+    unpack_awq_rows,
+)
 from mixedprec_plugin.quantize.rounding import Grid
 
 _WORDS = Words(
@@ -75,9 +83,7 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     scales = take(tensors, "scales", (K // group_size, N)).t()
     zeros = unpack_awq(take(tensors, "qzeros", (K // group_size, num_words)))
 
-    def codes(rows: slice) -> torch.Tensor:
-        return unpack_awq(qweight[:, rows.start // AWQ_PACK_FACTOR : rows.stop // AWQ_PACK_FACTOR])
-
+    codes = partial(unpack_awq_rows, qweight)
     return Integers(N, K, group_size, codes, zeros.to(torch.int16), scales)
 
 

@@ -23,7 +23,7 @@ from mixedprec_plugin.quantize.codec import (
     Tensors,
 )
 from mixedprec_plugin.quantize.integers import Integers, Words, plain_order
-from mixedprec_plugin.quantize.packing import pack, pack_into, unpack
+from mixedprec_plugin.quantize.packing import pack, pack_into, unpack, unpack_along_k
 from mixedprec_plugin.quantize.rounding import Grid
 
 _V2 = "gptq_v2"
@@ -92,7 +92,7 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
         N,
         K,
         group_size,
-        lambda rows: unpack(qweight[:, rows].t(), bits),
+        lambda rows: unpack_along_k(qweight, rows, bits),
         _zero_points(tensors, arguments).t(),
         scales,
         _order(tensors, arguments, K),

@@ -17,7 +17,7 @@ from mixedprec_plugin.quantize.checks import (
     take_matrix,
     weight_shape,
 )
-from mixedprec_plugin.quantize.chunks import float_chunks, row_chunks
+from mixedprec_plugin.quantize.chunks import empty, row_chunks
 from mixedprec_plugin.quantize.codec import (
     Arguments,
     NotTheSameNumbersError,
@@ -25,9 +25,9 @@ from mixedprec_plugin.quantize.codec import (
     TensorDict,
     Tensors,
 )
-from mixedprec_plugin.quantize.integers import WHOLE_WORDS, Integers
+from mixedprec_plugin.quantize.integers import WHOLE_WORDS, Integers, rounded
 from mixedprec_plugin.quantize.packing import pack, unpack
-from mixedprec_plugin.quantize.rounding import Grid, round_groups
+from mixedprec_plugin.quantize.rounding import Grid
 
 
 def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
@@ -42,11 +42,10 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
     N, K = weight_shape(weight)
     bits = int(arguments["bits"])
     group_size = resolve_group_size(K, arguments["group_size"], codes_a_word(bits))
-    packed = torch.empty((N, K * bits // 32), dtype=torch.int32, device=weight.device)
+    packed = empty((N, K * bits // 32), torch.int32, weight.device)
     scales = torch.empty((N, K // group_size), dtype=dtype, device=weight.device)
-    for rows, values in float_chunks(weight):
-        codes, scale, _ = round_groups(values, group_size, grid(arguments, dtype))
-        packed[rows], scales[rows] = pack(codes, bits), scale
+    for rows, codes, scale, _ in rounded(weight, group_size, grid(arguments, dtype)):
+        packed[rows], scales[rows] = pack(codes, bits, N * K), scale
     require_finite(scales, weight)
     return {"weight": packed, "weight_scale": scales}
 
@@ -74,7 +73,11 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     group_size = resolve_group_size(K, arguments["group_size"], codes_a_word(bits))
     scales = take(tensors, "weight_scale", (N, K // group_size))
     zeros = torch.full(scales.shape, middle, dtype=torch.int16, device=scales.device)
-    return Integers(N, K, group_size, lambda rows: unpack(words[rows], bits), zeros, scales)
+
+    def codes(rows: slice) -> torch.Tensor:
+        return unpack(words[rows], bits, N * K)
+
+    return Integers(N, K, group_size, codes, zeros, scales)
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
@@ -91,7 +94,7 @@ def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorD
     numbers.require_symmetric(bits, "humming")
     scales = numbers.scales_in(dtype).t().contiguous()
     shape = numbers.N, numbers.K * bits // 32
-    packed = torch.empty(shape, dtype=torch.int32, device=scales.device)
+    packed = empty(shape, torch.int32, scales.device)
     for rows in row_chunks(numbers.N, numbers.K, multiple=WHOLE_WORDS):
-        packed[rows] = pack(numbers.codes(rows), bits)
+        packed[rows] = pack(numbers.codes(rows), bits, numbers.N * numbers.K)
     return {"weight": packed, "weight_scale": scales}
