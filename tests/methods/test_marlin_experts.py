@@ -11,7 +11,7 @@ import torch
 from tests.quantize.marlin_layout import read_channel_scales, read_group_scales
 
 # what SGLang and its packages warn of when they are imported is not ours
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.sglang, pytest.mark.filterwarnings("ignore")]
 HIDDEN, INNER, GROUP, EXPERTS = 512, 128, 128, 3
 
 
