@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+_NATIVE = "torch_native"
+# [H], of the attention that is being computed: the score of a key with no value
+_sinks: contextvars.ContextVar[torch.Tensor | None] = contextvars.ContextVar("sinks", default=None)
 
 
 def get_rope_wrapper(
@@ -54,7 +59,7 @@ def get_attention_handler(
 
     SGLang takes it for its Triton backend, whose prefill expands keys and values of the new tokens.
     """
-    if backend_name != "torch_native":
+    if backend_name != _NATIVE:
         handler: Callable[..., Any] = original(registry, backend_name)
         return handler
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
@@ -62,3 +67,66 @@ def get_attention_handler(
     )
 
     return lambda *_: AttnForwardMethod.MLA
+
+
+def handle_model_specific_adjustments(original: Callable[[Any], None], args: Any) -> None:
+    """Let models with attention sinks start on SGLang's plainest attention, which gets them below.
+
+    SGLang takes it where it is called Intel's, of which it is what is left without AMX.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
+
+    is_native = resolved_view(args).attention_backend == _NATIVE
+    if is_native:
+        declare_resolution(args, "mixedprec", attention_backend="intel_amx")
+    original(args)
+    if is_native:
+        declare_resolution(args, "mixedprec", attention_backend=_NATIVE)
+
+
+def attend(
+    original: Callable[..., Any],
+    *args: Any,
+    sinks: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run prefill or decoding of SGLang's plainest attention with sinks [H], as gpt-oss's have."""
+    token = _sinks.set(sinks)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _sinks.reset(token)
+
+
+def scaled_dot_product_attention(
+    original: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attend to one key more where there are sinks: its score is the head's, its value zeros.
+
+    Args:
+        query: [1, H, Q, D].
+        key: [1, H or fewer, K, D].
+        value: as `key`.
+        attn_mask: bool [Q, K], true for what is attended to.
+    Source: transformers' models/gpt_oss/modeling_gpt_oss.py, `eager_attention_forward`.
+    """
+    import torch
+
+    sinks = _sinks.get()
+    if sinks is None:
+        return original(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+    seen = seen.tril() if is_causal else seen
+    seen = seen if attn_mask is None else seen & attn_mask
+    scores = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+    last = sinks.to(query.dtype).view(-1, 1, 1).expand(-1, num_queries, 1)
+    mask = torch.cat([scores.expand(len(sinks), -1, -1), last], dim=-1).unsqueeze(0)
+    key, value = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    return original(query, key, value, attn_mask=mask, is_causal=False, **kwargs)

@@ -21,11 +21,7 @@ from sglang.srt.arg_groups import choices
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from mixedprec_plugin.checkpoint.converted import is_converted
-from mixedprec_plugin.cpu.hooks import (
-    get_attention_handler,
-    get_rope_wrapper,
-    launch_fused_gate_sigmoid_mul,
-)
+from mixedprec_plugin.cpu import hooks as cpu
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, RegistrationError
 from mixedprec_plugin.serving.flags import LOAD_FORMAT, add_flags, exit_with, fold_flags
 
@@ -242,24 +238,43 @@ HOOKS = (
 )
 
 
+_TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend"
 # on our CPU platform only, where SGLang has what they stand on
 CPU_HOOKS = (
     Hook(
         "sglang.srt.layers.rotary_embedding.factory.get_rope_wrapper",
-        get_rope_wrapper,
+        cpu.get_rope_wrapper,
         "layers/rotary_embedding/factory.py:478: without YaRN there is no rotary embedding of "
         "DeepSeek's on a CPU",
     ),
     Hook(
         "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul",
-        launch_fused_gate_sigmoid_mul,
+        cpu.launch_fused_gate_sigmoid_mul,
         "models/qwen2_moe.py:877: the gate of a shared expert is a Triton kernel",
     ),
     Hook(
         "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry"
         ".get_handler",
-        get_attention_handler,
+        cpu.get_attention_handler,
         "models/deepseek_common/attention_backend_handler.py:55: torch_native is taken for triton",
+    ),
+    Hook(
+        "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments",
+        cpu.handle_model_specific_adjustments,
+        "arg_groups/model_hook.py:536: gpt-oss does not start on attention without sinks",
+    ),
+    *(
+        Hook(
+            f"{_TORCH_NATIVE}.TorchNativeAttnBackend.{name}",
+            cpu.attend,
+            "layers/attention/torch_native_backend.py:260, 329: takes no sinks",
+        )
+        for name in ("forward_extend", "forward_decode")
+    ),
+    Hook(
+        f"{_TORCH_NATIVE}.scaled_dot_product_attention",
+        cpu.scaled_dot_product_attention,
+        "layers/attention/torch_native_backend.py:6: torch's own, which knows no sinks",
     ),
 )
 

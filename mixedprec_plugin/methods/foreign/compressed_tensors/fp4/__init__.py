@@ -99,9 +99,18 @@ def _recognize_mx(tensors: Tensors) -> StoredFormat:
 
 
 def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
-    """What SGLang's classes for such experts do not take; NVFP4's run in Marlin's kernels."""
-    is_mx = stored.encoding == MX_PACKED
-    found = (mxfp4 if is_mx else nvfp4).faults_as_stored(stored, shape, target)
+    """What SGLang's classes for such experts do not take; NVFP4's run in Marlin's kernels.
+
+    MXFP4's has its parameters under other names, and where no backend is asked for dequantizes what
+    they hold while it loads (compressed_tensors.py:242, mxfp4.py:1116).
+    """
+    if stored.encoding == MX_PACKED:
+        found = mxfp4.faults({}, shape, target)
+        if not found and target.device == "cuda":
+            text = "SGLang's own class would dequantize them while it loads, and serve 16 bits"
+            found = [Fault("shape", text, f"write method: {mxfp4.NAME}")]
+    else:
+        found = nvfp4.faults_as_stored(stored, shape, target)
     return [fault._replace(remedy=fault.remedy or AS_STORED_REMEDY) for fault in found]
 
 
