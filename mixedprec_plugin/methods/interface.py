@@ -48,6 +48,7 @@ class LayerShape:
         is_expert: whether the layer is a projection of one expert; gate and up are shards of `w13`.
         is_head: whether it is `lm_head`; then `shard_sizes` is the padded vocabulary, and `N` what
             is stored of it.
+        has_bias: whether a bias is added to its outputs.
     """
 
     N: int
@@ -59,6 +60,7 @@ class LayerShape:
     shard_ranks: tuple[int, ...] = ()
     is_expert: bool = False
     is_head: bool = False
+    has_bias: bool = False
 
 
 class Fault(NamedTuple):

@@ -21,7 +21,7 @@ from mixedprec_plugin.families.names import (
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.kernels import kernel
-from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
+from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
 from mixedprec_plugin.plan.auto import faults_of, find_auto_notes
 from mixedprec_plugin.plan.family_checks import (
     mla_faults,
@@ -195,11 +195,6 @@ def faults_of_layer(
     faults = faults_of(layer, shape, target)
     for rule, text, remedy in faults:
         yield Problem(name, text, remedy, rule)
-    if isinstance(layer.shard, ExpertShard) and "bias" in layer.outputs:
-        can = [method for method, spec in METHODS.items() if spec.adds_expert_biases]
-        if layer.method not in (*can, AUTO):
-            text = f"has a bias, which experts in {layer.scheme.label} do not add"
-            yield Problem(name, text, f"use method: {' or '.join(can)}", "expert-bias")
     for text, remedy in mla_faults(layer, shards, target.device, config):
         yield Problem(name, text, remedy, "mla")
     if target.device == "cpu" and not faults:
@@ -258,4 +253,5 @@ def layer_shape(
         shard_ranks=tuple(kv_ranks if s in ("k", "v") else target.tp_size for s, _ in shards),
         is_expert=isinstance(layer.shard, ExpertShard),
         is_head=is_head,
+        has_bias="bias" in layer.outputs,
     )
