@@ -73,7 +73,8 @@ class LoopedExperts(FusedMoEMethodBase):
         Raises:
             MethodError, ShapeError: what the CPU platform does not run.
         """
-        check_experts(self, layer, ACTIVATIONS, "block size", self.block_size() or ())
+        unit, own = ("block size", self.block_size() or ()), self.has_biases
+        check_experts(layer, self.preset_name, ACTIVATIONS, *unit, has_biases=own)
         super().create_weights(layer, *args, **kwargs)
 
     def create_moe_runner(self, layer: FusedMoE, moe_runner_config: MoeRunnerConfig) -> None:
@@ -281,42 +282,42 @@ def _activate(pairs: torch.Tensor, config: MoeRunnerConfig) -> torch.Tensor:
     return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(pairs.dtype)
 
 
-def expert_biases(layer: FusedMoE) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def expert_biases(layer: FusedMoE) -> list[torch.Tensor | None]:
     """What is added to the products of gate and up, [E, 2 I], and of down, [E, H]."""
-    found = (getattr(layer, f"{name}_weight_bias", None) for name in ("w13", "w2"))
-    first, second = (None if bias is None else bias.data for bias in found)
-    return first, second
+    return [getattr(layer, f"{name}_weight_bias", None) for name in ("w13", "w2")]
 
 
 def check_experts(
-    method: LoopedExperts,
     layer: FusedMoE,
+    method: str,
     activations: Collection[str],
     unit_name: str,
     units: Collection[int],
+    *,
+    has_biases: bool = False,
 ) -> None:
     """Refuse experts that the loop would compute otherwise than CUDA does.
 
     Args:
-        method: whose loop it is.
         layer: the experts, their runner config set.
+        method: name of the method, for the messages.
         activations: those that the method's kernels run on CUDA.
         unit_name: what a unit is called.
         units: elements that share a scale; each must divide the hidden and the intermediate size.
+        has_biases: whether the loop adds biases, and so runs gpt-oss's gate.
     Raises:
         MethodError: with everything that is not run.
         ShapeError: with every size that is no multiple.
     """
-    config, name = layer.moe_runner_config, method.preset_name
-    gate = config.gemm1_alpha, config.gemm1_clamp_limit
-    # gpt-oss's has both
-    is_run = gate == (None, None) or (method.has_biases and None not in gate)
+    config = layer.moe_runner_config
+    gate = config.gemm1_alpha, config.gemm1_clamp_limit  # gpt-oss's has both
+    is_run = gate == (None, None) or (has_biases and None not in gate)
     unsupported = {
         f"the activation {config.activation!r} (expected {', '.join(activations)})": (
             config.activation not in activations
         ),
         "experts without a gate": not config.is_gated,
-        "biases": layer.with_bias and not method.has_biases,
+        "biases": layer.with_bias and not has_biases,
         "a clamped or scaled gate": not is_run or config.swiglu_limit is not None,
         "shared experts fused into the routed ones": layer.num_fused_shared_experts > 0,
     }
@@ -325,7 +326,7 @@ def check_experts(
         raise MethodError(
             Problem(
                 where=layer.layer_name,
-                what=f"the CPU platform does not run experts in {name} with {', '.join(found)}",
+                what=f"the CPU platform does not run experts in {method} with {', '.join(found)}",
                 remedy="leave these experts as they are stored, or run on a GPU",
                 rule="experts-form",
             )
@@ -337,12 +338,12 @@ def check_experts(
     problems = [
         Problem(
             where=layer.layer_name,
-            what=f"{side} {size} in {name} (expected a multiple of {unit}, the {unit_name})",
+            what=f"{name} {size} in {method} (expected a multiple of {unit}, the {unit_name})",
             remedy=f"give the experts a smaller {unit_name} or another method, or fewer ranks",
             rule="experts-shape",
         )
         for unit in dict.fromkeys(units)
-        for side, size in sizes.items()
+        for name, size in sizes.items()
         if unit <= 0 or size % unit
     ]
     if problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextvars
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     import torch
 
 _NATIVE = "torch_native"
-# [H], of the attention that is being computed: the score of a key with no value
-_sinks: contextvars.ContextVar[torch.Tensor | None] = contextvars.ContextVar("sinks", default=None)
 
 
 def get_rope_wrapper(
@@ -84,22 +82,27 @@ def handle_model_specific_adjustments(original: Callable[[Any], None], args: Any
         declare_resolution(args, "mixedprec", attention_backend=_NATIVE)
 
 
-def attend(
-    original: Callable[..., Any],
-    *args: Any,
-    sinks: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Run prefill or decoding of SGLang's plainest attention with sinks [H], as gpt-oss's have."""
-    token = _sinks.set(sinks)
+def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run prefill or decoding of SGLang's plainest attention, with `sinks` [H] where a model has.
+
+    Source: transformers' models/gpt_oss/modeling_gpt_oss.py, `eager_attention_forward`.
+    """
+    sinks = kwargs.pop("sinks", None)
+    if sinks is None:
+        return original(*args, **kwargs)
+    from sglang.srt.layers.attention import torch_native_backend as native
+
+    plain = native.scaled_dot_product_attention
+    native.scaled_dot_product_attention = functools.partial(_attend_with_sinks, plain, sinks)
     try:
         return original(*args, **kwargs)
     finally:
-        _sinks.reset(token)
+        native.scaled_dot_product_attention = plain
 
 
-def scaled_dot_product_attention(
-    original: Callable[..., torch.Tensor],
+def _attend_with_sinks(
+    attention: Callable[..., torch.Tensor],
+    sinks: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -107,20 +110,18 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attend to one key more where there are sinks: its score is the head's, its value zeros.
+    """Attend to one key more, whose score is the head's sink and whose value is zeros.
 
     Args:
+        attention: torch's.
+        sinks: [H].
         query: [1, H, Q, D].
         key: [1, H or fewer, K, D].
         value: as `key`.
         attn_mask: bool [Q, K], true for what is attended to.
-    Source: transformers' models/gpt_oss/modeling_gpt_oss.py, `eager_attention_forward`.
     """
     import torch
 
-    sinks = _sinks.get()
-    if sinks is None:
-        return original(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
     num_queries, num_keys = query.shape[2], key.shape[2]
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
     seen = seen.tril() if is_causal else seen
@@ -129,4 +130,4 @@ def scaled_dot_product_attention(
     last = sinks.to(query.dtype).view(-1, 1, 1).expand(-1, num_queries, 1)
     mask = torch.cat([scores.expand(len(sinks), -1, -1), last], dim=-1).unsqueeze(0)
     key, value = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
-    return original(query, key, value, attn_mask=mask, is_causal=False, **kwargs)
+    return attention(query, key, value, attn_mask=mask, is_causal=False, **kwargs)

@@ -184,7 +184,7 @@ class PackedExperts(PackedScheme, BaseMoEScheme):
             MethodError, ShapeError: what the CPU platform does not run, or Marlin does not.
         """
         # Marlin's kernels have silu alone
-        check_experts(self, layer, ("silu",), *self.unit())
+        check_experts(layer, self.preset_name, ("silu",), *self.unit())
         super().create_weights(layer, *args, **kwargs)
 
     def unit(self) -> tuple[str, tuple[int]]:

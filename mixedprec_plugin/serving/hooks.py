@@ -21,7 +21,13 @@ from sglang.srt.arg_groups import choices
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from mixedprec_plugin.checkpoint.converted import is_converted
-from mixedprec_plugin.cpu import hooks as cpu
+from mixedprec_plugin.cpu.hooks import (
+    attend,
+    get_attention_handler,
+    get_rope_wrapper,
+    handle_model_specific_adjustments,
+    launch_fused_gate_sigmoid_mul,
+)
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, RegistrationError
 from mixedprec_plugin.serving.flags import LOAD_FORMAT, add_flags, exit_with, fold_flags
 
@@ -194,8 +200,7 @@ HOOKS = (
     Hook(
         "sglang.srt.configs.model_config.ModelConfig.from_server_args",
         _model_config_from_server_args,
-        "configs/model_config.py:2000: the base checkpoint's own quantization must not be taken "
-        "for the whole model's",
+        "configs/model_config.py:2000: a checkpoint's own quantization is not the whole model's",
     ),
     Hook(
         "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
@@ -219,8 +224,7 @@ HOOKS = (
         "sglang.srt.model_executor.model_runner_components.weight_updater"
         "._model_load_weights_direct",
         _load_weights_direct,
-        "weight_updater.py:438: the load format direct of update_weights_from_tensor passes by "
-        "the model's load_weights",
+        "weight_updater.py:438: the format direct of an update passes by load_weights",
     ),
     Hook(
         "sglang.srt.lora.lora.LoRAAdapter.initialize_weights",
@@ -238,43 +242,38 @@ HOOKS = (
 )
 
 
-_TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend"
 # on our CPU platform only, where SGLang has what they stand on
 CPU_HOOKS = (
     Hook(
         "sglang.srt.layers.rotary_embedding.factory.get_rope_wrapper",
-        cpu.get_rope_wrapper,
-        "layers/rotary_embedding/factory.py:478: without YaRN there is no rotary embedding of "
-        "DeepSeek's on a CPU",
+        get_rope_wrapper,
+        "layers/rotary_embedding/factory.py:478: none of DeepSeek's without YaRN on a CPU",
     ),
     Hook(
         "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul",
-        cpu.launch_fused_gate_sigmoid_mul,
+        launch_fused_gate_sigmoid_mul,
         "models/qwen2_moe.py:877: the gate of a shared expert is a Triton kernel",
     ),
     Hook(
         "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry"
         ".get_handler",
-        cpu.get_attention_handler,
+        get_attention_handler,
         "models/deepseek_common/attention_backend_handler.py:55: torch_native is taken for triton",
     ),
     Hook(
         "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments",
-        cpu.handle_model_specific_adjustments,
+        handle_model_specific_adjustments,
         "arg_groups/model_hook.py:536: gpt-oss does not start on attention without sinks",
     ),
-    *(
-        Hook(
-            f"{_TORCH_NATIVE}.TorchNativeAttnBackend.{name}",
-            cpu.attend,
-            "layers/attention/torch_native_backend.py:260, 329: takes no sinks",
-        )
-        for name in ("forward_extend", "forward_decode")
+    Hook(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
+        attend,
+        "layers/attention/torch_native_backend.py:279: takes no sinks",
     ),
     Hook(
-        f"{_TORCH_NATIVE}.scaled_dot_product_attention",
-        cpu.scaled_dot_product_attention,
-        "layers/attention/torch_native_backend.py:6: torch's own, which knows no sinks",
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode",
+        attend,
+        "layers/attention/torch_native_backend.py:338: takes no sinks",
     ),
 )
 

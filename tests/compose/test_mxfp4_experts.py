@@ -153,29 +153,6 @@ def test_a_published_mixture_is_planned(
         assert sum(x.bytes_after for x in experts) == 48 * 128 * 3 * 768 * 2048 * 17 // 32
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "bf16", "auto"])
-def test_gpt_oss_is_refused_by_what_its_checkpoint_is(tmp_path: Path, method: str) -> None:
-    """Its model asks for the name of the whole model's config (models/gpt_oss.py:907)."""
-    zeros = torch.zeros
-    experts = {
-        "gate_up_proj_blocks": zeros(4, 128, 2, 16, dtype=torch.uint8),
-        "gate_up_proj_scales": zeros(4, 128, 2, dtype=torch.uint8),
-        "gate_up_proj_bias": zeros(4, 128, dtype=torch.bfloat16),
-        "down_proj_blocks": zeros(4, 64, 2, 16, dtype=torch.uint8),
-        "down_proj_scales": zeros(4, 64, 2, dtype=torch.uint8),
-        "down_proj_bias": zeros(4, 64, dtype=torch.bfloat16),
-    }
-    tensors = {f"model.layers.0.mlp.experts.{name}": t for name, t in experts.items()}
-    config = {
-        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "hidden_size": 64,
-        "torch_dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"},
-    }  # fmt: skip
-    model = write_checkpoint(tmp_path / "model", config, tensors)
-    made = plan(model, f'match: "*.experts*", method: {method}', target=Target())
-    refused = [problem.what for problem in made.errors if problem.where.endswith(".experts")]
-    assert any("its rows of gate and up alternate" in what for what in refused)
-
-
 def test_what_was_converted_is_told_and_verified(folders: tuple[Path, Path]) -> None:
     rules = write_preset(folders[1].parent, 'match: "*.experts.*", method: mxfp4')
     out = converted(folders[1], rules, folders[1].parent / "converted")

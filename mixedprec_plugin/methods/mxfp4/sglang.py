@@ -107,7 +107,6 @@ class Mxfp4MoEMethod(LoopedExperts, mxfp4.Mxfp4MoEMethod):
     """SGLang's `Mxfp4MoEMethod` with torch arithmetic."""
 
     preset_name = NAME
-    has_biases = True
 
     def create_weights(self, layer: FusedMoE, *args: Any, **kwargs: Any) -> None:
         """Create SGLang's parameters.
@@ -115,7 +114,8 @@ class Mxfp4MoEMethod(LoopedExperts, mxfp4.Mxfp4MoEMethod):
         Raises:
             MethodError, ShapeError: what the CPU platform does not run, or Marlin does not.
         """
-        check_experts(self, layer, ("silu",), "block of inputs", (GROUP_SIZE,))
+        unit = "block of inputs", (GROUP_SIZE,)
+        check_experts(layer, self.preset_name, ("silu",), *unit, has_biases=True)
         create = partial(mxfp4.Mxfp4MoEMethod.create_weights, self)
         _create_weights(self, create, layer, *args, **kwargs)
 

@@ -254,7 +254,7 @@ class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4Fus
         Raises:
             MethodError, ShapeError: what the CPU platform does not run, or Marlin does not.
         """
-        check_experts(self, layer, ("silu",), "block of inputs", (GROUP_SIZE,))
+        check_experts(layer, self.preset_name, ("silu",), "block of inputs", (GROUP_SIZE,))
         modelopt_quant.ModelOptNvFp4FusedMoEMethod.create_weights(self, layer, *args, **kwargs)
         drop_unused(layer, self)
 
