@@ -153,9 +153,8 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
     inputs (quantization/humming.py:951), and stores outputs in vectors (humming-kernels,
     kernel/humming.py:323, which asserts). bfloat16 is refused before 8.0 (:378).
 
-    SGLang's class for experts reads the same codes (humming.py:985), but where several schemes are
-    in a layer its runner sums rows that no expert wrote (moe_runner/humming.py:603), and nothing
-    here has compiled its kernels: docs/methods.md.
+    SGLang's class for experts (humming.py:985) reads the same codes; its kernels for them were
+    neither compiled nor compared here, and the CPU platform has no counterpart.
     """
     if shape.is_expert:
         text = (
