@@ -60,8 +60,8 @@ def _pack_experts(path: Path) -> None:
         count, K, N = tensors.pop(name).shape
         shape = (count, N, K // 32)
         tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
-        # 2^-7 to 2^-5: about as large as the weights that they replace
-        tensors[f"{name}_scales"] = torch.randint(120, 123, shape, dtype=torch.uint8)
+        # 2^-8 to 2^-6: about as large as the weights that they replace
+        tensors[f"{name}_scales"] = torch.randint(119, 122, shape, dtype=torch.uint8)
     save_file(tensors, path, {"format": "pt"})
 
 
