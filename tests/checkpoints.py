@@ -110,3 +110,72 @@ def write_mixtral(folder: Path, num_experts: int = 4, **changes: Any) -> Path:
             weight = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
             tensors[name] = weight.to(torch.bfloat16)
     return write_checkpoint(folder, config, tensors)
+
+
+def gpt_oss_config(**changes: Any) -> dict[str, Any]:
+    """config.json of a gpt-oss of two layers and four experts."""
+    return {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 128,
+        "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 64, "num_hidden_layers": 2, "vocab_size": 512, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "attention_bias": True, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"], "hidden_act": "silu",
+        "swiglu_limit": 7.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "max_position_embeddings": 131072, "initial_context_length": 4096, "pad_token_id": 0,
+        "bos_token_id": 2, "eos_token_id": 1,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096, "rope_theta": 150000.0,
+        },
+        "torch_dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+        **changes,
+    }  # fmt: skip
+
+
+def write_gpt_oss(folder: Path, **changes: Any) -> Path:
+    """A random gpt-oss, its experts in MXFP4 as openai/gpt-oss-20b has them."""
+    config = gpt_oss_config(**changes)
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    count, tensors = config["num_local_experts"], {}
+
+    def floats(name: str, *shape: int, scale: float = 1.0, mean: float = 0.0) -> None:
+        values = mean + scale * torch.randn(shape, generator=generator)
+        tensors[name] = values.bfloat16()
+
+    def linear(name: str, N: int, K: int) -> None:
+        floats(f"{name}.weight", N, K, scale=1.5 * K**-0.5)
+        floats(f"{name}.bias", N, scale=0.3)
+
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            floats(f"{block}.{norm}.weight", hidden, scale=0.1, mean=1.0)
+        for name, N, K in (
+            ("q", q, hidden),
+            ("k", kv, hidden),
+            ("v", kv, hidden),
+            ("o", hidden, q),
+        ):
+            linear(f"{block}.self_attn.{name}_proj", N, K)
+        floats(f"{block}.self_attn.sinks", config["num_attention_heads"])
+        linear(f"{block}.mlp.router", count, hidden)
+        for name, N, K in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
+            stored, shape = f"{block}.mlp.experts.{name}_proj", (count, N, K // 32)
+            for end, sizes, codes in (("blocks", (16,), (0, 256)), ("scales", (), (118, 123))):
+                tensors[f"{stored}_{end}"] = torch.randint(
+                    *codes, (*shape, *sizes), generator=generator, dtype=torch.uint8
+                )
+            floats(f"{stored}_bias", count, N, scale=0.3)
+    floats("model.norm.weight", hidden, scale=0.1, mean=1.0)
+    for name in ("model.embed_tokens", "lm_head"):
+        floats(f"{name}.weight", config["vocab_size"], hidden, scale=1.5 * hidden**-0.5)
+    return write_checkpoint(folder, config, tensors)

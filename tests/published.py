@@ -171,6 +171,43 @@ def mixtral_8x7b(num_layers: int = 32) -> Published:
     return Published(config, tensors.all, 19)
 
 
+def gpt_oss_20b() -> Published:
+    """openai/gpt-oss-20b: experts in MXFP4, all of a layer in one tensor."""
+    num_layers, num_experts, hidden, inner, num_heads = 24, 32, 2880, 2880, 64
+    config = {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": hidden,
+        "num_hidden_layers": num_layers, "num_attention_heads": num_heads,
+        "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": inner,
+        "num_local_experts": num_experts, "num_experts_per_tok": 4, "attention_bias": True,
+        "sliding_window": 128, "swiglu_limit": 7.0, "hidden_act": "silu", "vocab_size": 201088,
+        "layer_types": ["sliding_attention", "full_attention"] * (num_layers // 2),
+        "tie_word_embeddings": False, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "torch_dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+    }  # fmt: skip
+    tensors = _Tensors()
+    tensors.ends(config)
+    for layer in range(num_layers):
+        block = f"model.layers.{layer}"
+        tensors.norms(block, hidden)
+        tensors.attention(f"{block}.self_attn", config, has_bias=True)
+        tensors.plain(f"{block}.self_attn.o_proj.bias", hidden)
+        tensors.plain(f"{block}.self_attn.sinks", num_heads)
+        tensors.linear(f"{block}.mlp.router", num_experts, hidden, has_bias=True)
+        for name, N, K in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
+            stored, shape = f"{block}.mlp.experts.{name}_proj", (num_experts, N, K // 32)
+            tensors.plain(f"{stored}_blocks", *shape, 16, dtype="U8")
+            tensors.plain(f"{stored}_scales", *shape, dtype="U8")
+            tensors.plain(f"{stored}_bias", num_experts, N)
+    return Published(config, tensors.all, 3)
+
+
 def glm_4_5_air(num_layers: int = 46) -> Published:
     """zai-org/GLM-4.5-Air, bf16; its last layer predicts further tokens."""
     config = {

@@ -37,6 +37,7 @@ class Architecture:
         model_class: name of its class in transformers.
         layers: pattern of the layers that take the method; the rest stays as stored.
         experts: pattern of the single experts, `{}` for their ids; empty for a dense model.
+        packs_experts: whether experts are stored in MXFP4 as gpt-oss's are.
         unquantized: method (or `*`) -> pattern of layers that stay bf16 under it, because the plan
             refuses them.
     """
@@ -48,6 +49,7 @@ class Architecture:
     model_class: str = "AutoModelForCausalLM"
     layers: str = "model.layers.*"
     experts: str = ""
+    packs_experts: bool = False
     unquantized: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

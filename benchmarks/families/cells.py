@@ -13,7 +13,7 @@ from benchmarks.families import engine
 from benchmarks.families.architectures import Architecture
 from benchmarks.families.checkpoints import make_checkpoint, prompt
 from benchmarks.families.comparison import Distance, Held, distance
-from benchmarks.families.methods import preset_text
+from benchmarks.families.methods import kept_patterns, preset_text
 from benchmarks.families.processes import ChildError, forked
 from benchmarks.families.reference import Run, run_reference
 from benchmarks.families.trace import Trace, join
@@ -95,7 +95,7 @@ class Runner:
         on_cuda = {size: why for size, why in on_cuda.items() if why}
         made = Cell(architecture.name, column, refusals, "", {}, (), 0, cuda_refusals=on_cuda)
         if is_kept:
-            made = dataclasses.replace(made, kept=kept_pattern(architecture, column))
+            made = dataclasses.replace(made, kept=", ".join(kept_patterns(architecture, column)))
         if 1 in open_sizes:
             made = self._compared(made, architecture, path, preset, open_sizes)
         return dataclasses.replace(made, seconds=time.perf_counter() - start)
@@ -145,11 +145,6 @@ class Runner:
         path = self.folder / name
         path.write_text(preset_text(architecture, column, whole=whole), encoding="utf-8")
         return path
-
-
-def kept_pattern(architecture: Architecture, column: str) -> str:
-    """The layers that stay bf16 under a method."""
-    return architecture.unquantized.get(column, architecture.unquantized.get("*", ""))
 
 
 def plan_errors(path: Path, preset: Path, tp_size: int, device: Device = "cpu") -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from benchmarks.families.architectures import VOCAB_SIZE, Architecture
 
@@ -41,10 +42,27 @@ def make_checkpoint(architecture: Architecture, folder: Path) -> Path:
         if name.endswith(_IN_FLOAT32):
             parameter.data = parameter.data.float()
     model.save_pretrained(path)
+    if architecture.packs_experts:
+        _pack_experts(path / "model.safetensors")
     said = json.loads((path / "config.json").read_text(encoding="utf-8"))
     text = json.dumps(_merged(said, architecture.extra), indent=1)
     (path / "config.json").write_text(text, encoding="utf-8")
     return path
+
+
+def _pack_experts(path: Path) -> None:
+    """Have blocks and scales in the place of experts that are stored as floats [E, K, N].
+
+    Their numbers are random anew: there is no other tool here that would round to them.
+    """
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        count, K, N = tensors.pop(name).shape
+        shape = (count, N, K // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        # 2^-8 to 2^-6: about as large as the weights that they replace
+        tensors[f"{name}_scales"] = torch.randint(119, 122, shape, dtype=torch.uint8)
+    save_file(tensors, path, {"format": "pt"})
 
 
 def _merged(said: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

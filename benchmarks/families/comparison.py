@@ -78,7 +78,7 @@ def distance(got: torch.Tensor, reference: torch.Tensor, num_tokens: int) -> Dis
     """
     difference = got - reference
     spread = reference.std(dim=1, keepdim=True)
-    by_position = (difference / spread).square().mean(1).sqrt()
+    by_position = (difference / spread).square().mean(1).sqrt().nan_to_num(nan=torch.inf)
     mine, theirs = got[-num_tokens:].argmax(1), reference[-num_tokens:].argmax(1)
     rows = reference[-num_tokens:]
     first, second = rows.gather(1, theirs[:, None]), rows.gather(1, mine[:, None])

@@ -144,9 +144,17 @@ NEWER: tuple[Newer, ...] = (
         not_on_cpu="its norm of all heads is a CUDA kernel",
     ),
     Newer(
-        dense(
-            "gpt-oss", "GptOssConfig", **_HEADS, **_LOCAL, sliding_window=16,
-            layer_types=["sliding_attention", "full_attention"],
+        dataclasses.replace(
+            _beside(
+                dense(
+                    "gpt-oss", "GptOssConfig", **_HEADS, **_LOCAL, sliding_window=16,
+                    layer_types=["sliding_attention", "full_attention"],
+                ),
+                quantization_config={"quant_method": "mxfp4"},
+            ),
+            # its experts stay as they are stored
+            layers="*.self_attn.*",
+            packs_experts=True,
         )
     ),
     Newer(dense("Granite 3", "GraniteConfig", **_GRANITE)),

@@ -20,7 +20,8 @@ Made by `make families` on a plain CPU, with SGLang {sglang}, transformers {tran
 {torch}.
 
 Each cell is a tiny random model of the family (two layers, hidden size 512, eight experts), served
-by SGLang's model runner with a preset that gives all layers the method, on one rank and on two.
+by SGLang's model runner with a preset that gives all layers the method, on one rank and on two;
+`mxfp4` the experts alone, which are all that it runs, and `humming` all but experts.
 `mixed` gives attention block FP8 and the experts of every layer seven schemes. A prompt of 24
 tokens and 8 greedy steps are compared with transformers, which gets the same weights dequantized by
 other code and quantizes activations as SGLang's kernels do.

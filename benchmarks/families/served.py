@@ -64,7 +64,7 @@ def _row(entry: Mapping[str, Any]) -> str:
     if entry["method"] and entry["not_served"]:
         words.append(f"not served: {entry['not_served']}")
     if entry["unread_by_sglang"]:
-        words.append("SGLang's own loader does not read what transformers writes")
+        words.append("SGLang's own loader does not read it here")
     if entry["unchecked"]:
         words.append(entry["unchecked"])
     for method, why in entry["refused"].items():

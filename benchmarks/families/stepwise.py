@@ -136,9 +136,15 @@ class Follower:
 
 
 def relative_error(own: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Greatest distance of a row of [..., K] from the other's, as a part of its norm."""
+    """Greatest distance of a row of [..., K] from the other's, as a part of its norm.
+
+    A row of zeros, which the embedding of a padding token is, is compared as it is; what is not a
+    number is infinitely far.
+    """
     difference = (own.float() - theirs.float()).norm(dim=-1)
-    return float((difference / theirs.float().norm(dim=-1)).max())
+    norm = theirs.float().norm(dim=-1)
+    ratio = difference / torch.where(norm == 0, 1.0, norm)
+    return float(ratio.nan_to_num(nan=torch.inf).max())
 
 
 def _chooser(router: Any) -> Any:

@@ -7,25 +7,32 @@ and beside them, suffixed `_scale_inv`, the scales of their blocks, and `_bias`,
 All of these are runs of bytes in the file. Stored the other way around, [E, H, 2I], the columns of
 an expert's gate are not, and nothing is sliced.
 
+gpt-oss has them in MXFP4, and of an expert's rows the even ones are gate, the odd ones up:
+
+    gate_up_proj_blocks  uint8 [E, 2I, H/32, 16]    gate_up_proj_scales  uint8 [E, 2I, H/32]
+    down_proj_blocks     uint8 [E, H, I/32, 16]     down_proj_scales     uint8 [E, H, I/32]
+
+and `_bias` likewise. A projection's tensors are `weight` [N, K/2], `weight_scale` and `bias` then.
+
 Source: transformers' experts modules (integrations/moe.py; models/mixtral/modeling_mixtral.py,
-`MixtralExperts`), whose `is_transposed` ones are those of Llama 4 and gpt-oss.
+`MixtralExperts`), whose `is_transposed` ones are those of Llama 4 and gpt-oss; of MXFP4
+integrations/mxfp4.py, `convert_moe_packed_tensors`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.families.config import text_config
 
 _HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_SUFFIXES = {"": "weight", "_scale_inv": "weight_scale_inv", "_bias": "bias"}
-_PARTS = {
-    projection + end: (projection, suffix)
-    for projection in _HALVES
-    for end, suffix in _SUFFIXES.items()
-}
+_FLOATS = {"": "weight", "_scale_inv": "weight_scale_inv", "_bias": "bias"}
+_MXFP4 = {"_blocks": "weight", "_scales": "weight_scale", "_bias": "bias"}
+# weights of a block, and its bytes
+_BLOCK, _BLOCK_BYTES = 32, 16
 # rows that share a scale, as tools choose them; no two make as many blocks of several
 _BLOCK_ROWS = (1, 128, 64, 32, 256)
 _PROJECTIONS = tuple(_HALVES)
@@ -50,25 +57,27 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
         tensors: parameter suffix -> tensor, of a layer that `is_fused`.
         config: the model's config.json.
     """
-    unknown = sorted(tensors.keys() - _PARTS.keys())
-    if unknown or not tensors.keys() >= _HALVES.keys():
+    parts, is_packed = _parts(tensors), _is_packed(tensors)
+    unknown = sorted(tensors.keys() - parts.keys())
+    if unknown or not tensors.keys() >= _needed(is_packed):
         named = ", ".join(sorted(tensors.keys() - {"weight"}))
         return f"its experts are stored in {named or 'one tensor'}"
-    gate_up, down = tensors["gate_up_proj"].shape, tensors["down_proj"].shape
+    gate_up, down = (_weight_shape(tensors, name, is_packed) for name in _HALVES)
     hidden = text_config(config).get("hidden_size")
     if len(gate_up) != 3 or len(down) != 3 or 0 in (*gate_up, *down):
         return f"its experts are stored as {list(gate_up)} and {list(down)}"
     num_experts, inner = gate_up[0], down[2]
     if gate_up == (num_experts, 2 * inner, hidden) and down == (num_experts, hidden, inner):
         for suffix, tensor in tensors.items():
-            count = len(_HALVES[_PARTS[suffix][0]])
-            if len(tensor.shape) < 2 or tensor.shape[0] != num_experts or tensor.shape[1] % count:
-                shape = list(tensor.shape)
+            projection = parts[suffix][0]
+            count, rows = len(_HALVES[projection]), (gate_up, down)[projection == "down_proj"][1]
+            shape = list(tensor.shape)
+            if len(shape) < 2 or shape[0] != num_experts or shape[1] % count:
                 return f"{suffix} {shape} cannot be split over its {num_experts} experts"
-            rows = tensors[_PARTS[suffix][0]].shape[1]
-            if suffix.endswith("_scale_inv") and not _is_aligned(rows, tensor.shape[1], count):
-                shape = list(tensor.shape)
+            if suffix.endswith("_scale_inv") and not _is_aligned(rows, shape[1], count):
                 return f"no block of {suffix} {shape} ends where gate does, at row {rows // count}"
+            if is_packed and shape[1] != rows:
+                return f"{suffix} {shape} is of other experts than those of {rows} rows"
         return ""
     if gate_up[1] == hidden and down[2] == hidden:
         return (
@@ -79,6 +88,29 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
         f"its experts are stored as {list(gate_up)} and {list(down)} (expected [E, 2I, {hidden}] "
         f"and [E, {hidden}, I])"
     )
+
+
+def _is_packed(tensors: Tensors) -> bool:
+    return "gate_up_proj_blocks" in tensors
+
+
+def _parts(tensors: Tensors) -> dict[str, tuple[str, str]]:
+    """Parameter suffix -> projection and the suffix of its part, whether or not it is there."""
+    ends = _MXFP4 if _is_packed(tensors) else _FLOATS
+    return {half + end: (half, suffix) for half in _HALVES for end, suffix in ends.items()}
+
+
+def _needed(is_packed: bool) -> set[str]:
+    ends = ("_blocks", "_scales") if is_packed else ("",)
+    return {projection + end for projection in _HALVES for end in ends}
+
+
+def _weight_shape(tensors: Tensors, projection: str, is_packed: bool) -> tuple[int, ...]:
+    """The shape of the weights that a tensor holds; as it is stored where it is none of blocks."""
+    shape = tensors[projection + "_blocks" * is_packed].shape
+    if not is_packed or len(shape) != 4 or shape[3] != _BLOCK_BYTES:
+        return shape
+    return (*shape[:2], _BLOCK * shape[2])
 
 
 def _is_aligned(rows: int, num_blocks: int, num_parts: int) -> bool:
@@ -94,22 +126,43 @@ def split_experts(name: str, tensors: Tensors) -> Iterator[tuple[str, dict[str, 
         name: name of the fused layer, `model.layers.0.mlp.experts`.
         tensors: its tensors, of which `why_not_split` knows nothing against it.
     """
-    for expert in range(tensors["gate_up_proj"].shape[0]):
+    found, step = _parts(tensors), 2 if _is_packed(tensors) else 1
+    for expert in range(num_experts(tensors)):
         for fused, halves in _HALVES.items():
-            for number, half in enumerate(halves, expert * len(halves)):
+            for number, half in enumerate(halves):
                 layer = f"{name}.{expert}.{half}"
+                cut = _Cut(expert, number, len(halves), min(step, len(halves)))
                 parts = {
-                    suffix: _slice(tensors[stored], f"{layer}.{suffix}", number, len(halves))
-                    for stored, (projection, suffix) in _PARTS.items()
+                    suffix: _slice(tensors[stored], f"{layer}.{suffix}", cut)
+                    for stored, (projection, suffix) in found.items()
                     if projection == fused and stored in tensors
                 }
                 yield layer, parts
 
 
-def _slice(tensor: StoredTensor, name: str, number: int, num_halves: int) -> StoredTensor:
-    """The `number`th piece of a tensor that is cut into experts, and these into halves."""
+def num_experts(tensors: Tensors) -> int:
+    """How many experts the tensors of a fused layer hold, which can be split."""
+    return tensors["gate_up_proj" + "_blocks" * _is_packed(tensors)].shape[0]
+
+
+class _Cut(NamedTuple):
+    """Which part of a tensor of experts: the `number`th of `parts` of an expert's rows.
+
+    Every `step`th row where it is not 1.
+    """
+
+    expert: int
+    number: int
+    parts: int
+    step: int
+
+
+def _slice(tensor: StoredTensor, name: str, cut: _Cut) -> StoredTensor:
+    """A part of a tensor; what is stored in blocks of bytes has them one after the other."""
     num_experts, rows, *rest = tensor.shape
-    num_bytes = tensor.num_bytes // (num_experts * num_halves)
-    start = tensor.start + number * num_bytes
-    shape = (rows // num_halves, *rest)
-    return StoredTensor(name, tensor.dtype, shape, tensor.path, start, num_bytes, tensor)
+    expert_bytes = tensor.num_bytes // num_experts
+    num_bytes = expert_bytes // cut.parts
+    before = cut.number * (num_bytes if cut.step == 1 else expert_bytes // rows)
+    start = tensor.start + cut.expert * expert_bytes + before
+    shape = (rows // cut.parts, *([math.prod(rest)] if rest[1:] else rest))
+    return StoredTensor(name, tensor.dtype, shape, tensor.path, start, num_bytes, tensor, cut.step)

@@ -62,7 +62,9 @@ class StoredTensor(NamedTuple):
         path: the file.
         start: offset of the first byte, counted from the end of the file's header.
         num_bytes: length.
-        part_of: the tensor of the file that this one is a run of bytes of; None if it is whole.
+        part_of: the tensor of the file that this one is a part of; None if it is whole.
+        step: how many rows of the file lie between the first byte of one row and that of the next;
+            more than 1 where rows of another part stand between, as gate and up of gpt-oss do.
     """
 
     name: str
@@ -72,6 +74,26 @@ class StoredTensor(NamedTuple):
     start: int
     num_bytes: int
     part_of: StoredTensor | None = None
+    step: int = 1
+
+    def span_of(self, num_bytes: int) -> int:
+        """How far some of its bytes, whole rows where `step` is not 1, reach in the file."""
+        if self.step == 1 or not num_bytes:
+            return num_bytes
+        row = self.num_bytes // self.shape[0]
+        return (num_bytes // row - 1) * self.step * row + row
+
+    def without_gaps(self, span: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Of bytes as `span_of` counts them, from the start of a row on, those that are its own."""
+        if self.step == 1 or not span.size:
+            return span
+        import numpy as np
+
+        row = self.num_bytes // self.shape[0]
+        num_rows = (len(span) // row - 1) // self.step + 1
+        strides = (self.step * row, 1)
+        rows: npt.NDArray[np.uint8] = np.ndarray((num_rows, row), np.uint8, span, strides=strides)
+        return rows.reshape(-1)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -202,6 +224,8 @@ def _refusal(path: Path, error: SafetensorError) -> str:
 def read_bytes(tensor: StoredTensor, start: int, num_bytes: int) -> npt.NDArray[np.uint8]:
     """Read some bytes of a tensor into memory of their own; `start` counts from its first.
 
+    Where its `step` is not 1 both are whole rows.
+
     Raises:
         CheckpointError: the file cannot be read or ends early.
     """
@@ -210,14 +234,14 @@ def read_bytes(tensor: StoredTensor, start: int, num_bytes: int) -> npt.NDArray[
     try:
         with open_plain(tensor.path) as file:
             header_bytes = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(header_bytes + tensor.start + start)
-            data = np.empty(num_bytes, dtype=np.uint8)
+            file.seek(header_bytes + tensor.start + start * tensor.step)
+            data = np.empty(tensor.span_of(num_bytes), dtype=np.uint8)
             count = file.readinto(cast("Buffer", data))
     except (OSError, OverflowError) as error:
         # the length of a header that changed may be no place in a file
         what = f"{tensor.name!r} cannot be read ({getattr(error, 'strerror', error)})"
         remedy = "check the disk, and download the file again"
         raise file_error(tensor.path, what, remedy) from error
-    if count < num_bytes:
+    if count < len(data):
         raise file_error(tensor.path, f"ends inside {tensor.name!r}", CHANGED)
-    return data
+    return tensor.without_gaps(data)

@@ -106,18 +106,20 @@ def read_remote(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
     Raises:
         CheckpointError: the file cannot be reached, or ends early.
     """
+    import numpy as np
     from huggingface_hub import HfFileSystem
 
     repo_id, commit = _repository(tensor.path)
+    span = tensor.span_of(num_bytes)
     with (
         _reaching(f"{repo_id}/{tensor.path.name}", commit),
         HfFileSystem().open(f"{repo_id}@{commit}/{tensor.path.name}", cache_type="none") as file,
     ):
-        file.seek(8 + int.from_bytes(file.read(8), "little") + tensor.start + start)
-        data = bytes(file.read(num_bytes))
-    if len(data) < num_bytes:
+        file.seek(8 + int.from_bytes(file.read(8), "little") + tensor.start + start * tensor.step)
+        data = bytes(file.read(span))
+    if len(data) < span:
         raise file_error(tensor.path, f"ends inside {tensor.name!r}", CHANGED)
-    return data
+    return tensor.without_gaps(np.frombuffer(data, np.uint8)).tobytes()
 
 
 def fetch_if_missing(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +123,10 @@ class Reader:
             raise file_error(tensor.path, f"{whole.name!r} is another tensor now", CHANGED)
         # nothing is read yet; get_slice() would put a part on torch's default device
         first = (tensor.start - whole.start) // value.itemsize
-        value = value[first : first + tensor.num_bytes // value.itemsize].view(tensor.shape)
+        value = value[first : first + tensor.span_of(tensor.num_bytes) // value.itemsize]
+        if tensor.step > 1:
+            value = value.view(-1, math.prod(tensor.shape[1:]))[:: tensor.step].contiguous()
+        value = value.view(tensor.shape)
         # norms are read again where columns are rescaled: what is written to one must not show
         return value if tensor.num_bytes >= _LARGE_BYTES else value.clone()
 
@@ -165,7 +169,7 @@ class Reader:
             num_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
             run = tensor._replace(
                 shape=(len(box[0]), *tensor.shape[1:]),
-                start=tensor.start + rows.start * num_bytes,
+                start=tensor.start + rows.start * num_bytes * tensor.step,
                 num_bytes=len(box[0]) * num_bytes,
             )
             value = self.read(run)[within].contiguous()

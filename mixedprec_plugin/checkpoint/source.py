@@ -11,15 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from mixedprec_plugin.checkpoint import fused_experts as fused
 from mixedprec_plugin.checkpoint import hub
 from mixedprec_plugin.checkpoint.converted import configs_by_layer, folded_layers, is_converted
 from mixedprec_plugin.checkpoint.files import check_place, file_error, read_json
-from mixedprec_plugin.checkpoint.fused_experts import (
-    MAX_EXPERTS,
-    is_fused,
-    split_experts,
-    why_not_split,
-)
 from mixedprec_plugin.checkpoint.garbage import gc_paused
 from mixedprec_plugin.checkpoint.headers import StoredTensor, read_header
 from mixedprec_plugin.checkpoint.recorded import damage, reading
@@ -118,14 +113,15 @@ class Source:
             layer, _, suffix = name.rpartition(".")
             if not places or layer.rpartition(".")[2] not in places:
                 layers.setdefault(layer, {})[suffix] = tensor
-        experts = 0
-        for name in [name for name, tensors in layers.items() if is_fused(name, tensors)]:
-            if not why_not_split(layers[name], self.config):
-                experts += layers[name]["gate_up_proj"].shape[0]
-                if experts > MAX_EXPERTS:
-                    what = f"hold {experts:,} experts and more (expected up to {MAX_EXPERTS:,})"
-                    raise file_error(self.path, f"its files {what}")
-                layers.update(split_experts(name, layers.pop(name)))
+        count, most = 0, fused.MAX_EXPERTS
+        for name in [name for name, tensors in layers.items() if fused.is_fused(name, tensors)]:
+            if fused.why_not_split(layers[name], self.config):
+                continue
+            count += fused.num_experts(layers[name])
+            if count > most:
+                what = f"its files hold {count:,} experts and more (expected up to {most:,})"
+                raise file_error(self.path, what)
+            layers.update(fused.split_experts(name, layers.pop(name)))
         return MappingProxyType(layers)
 
     @functools.cached_property

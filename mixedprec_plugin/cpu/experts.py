@@ -61,9 +61,11 @@ class LoopedExperts(FusedMoEMethodBase):
 
     Attributes:
         preset_name: the method's name in presets, for messages.
+        has_biases: whether it adds the experts' biases, and so runs gpt-oss's gate.
     """
 
     preset_name = ""
+    has_biases = False
 
     def create_weights(self, layer: FusedMoE, *args: Any, **kwargs: Any) -> None:
         """Create SGLang's parameters.
@@ -71,7 +73,8 @@ class LoopedExperts(FusedMoEMethodBase):
         Raises:
             MethodError, ShapeError: what the CPU platform does not run.
         """
-        check_experts(layer, self.preset_name, ACTIVATIONS, "block size", self.block_size() or ())
+        unit, own = ("block size", self.block_size() or ()), self.has_biases
+        check_experts(layer, self.preset_name, ACTIVATIONS, *unit, has_biases=own)
         super().create_weights(layer, *args, **kwargs)
 
     def create_moe_runner(self, layer: FusedMoE, moe_runner_config: MoeRunnerConfig) -> None:
@@ -178,11 +181,10 @@ def _run(
     early, late = router_weights
     top_k = out.shape[0] // x.shape[0]
     hidden = x.new_empty(routing.order.numel(), layer.intermediate_size_per_partition)
-    activation = ACTIVATIONS[config.activation]
     first = prepare[0](x)
     for expert, span, slots in routing.spans:
         pairs = first(expert, slots // top_k, None if early is None else early[slots])
-        hidden[span] = _activate(pairs, activation)
+        hidden[span] = _activate(pairs, config)
     second = prepare[1](hidden)
     for expert, span, slots in routing.spans:
         out[slots] = second(expert, span, None if late is None else late[slots])
@@ -267,12 +269,22 @@ def _router_weights(
     return None, weights if keeps or not config.no_combine else None
 
 
-def _activate(
-    pairs: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """[t, 2 I] -> [t, I]: in float32, rounded once (silu_and_mul of kernels/jit)."""
+def _activate(pairs: torch.Tensor, config: MoeRunnerConfig) -> torch.Tensor:
+    """[t, 2 I] -> [t, I]: in float32, rounded once (silu_and_mul of kernels/jit).
+
+    That of gpt-oss is `swiglu_oai_split` (kernels/ops/activation/minimax_m3_swiglu.py:55).
+    """
     gate, up = pairs.float().chunk(2, dim=1)
-    return (activation(gate) * up).to(pairs.dtype)
+    alpha, limit = config.gemm1_alpha, config.gemm1_clamp_limit
+    if alpha is None:
+        return (ACTIVATIONS[config.activation](gate) * up).to(pairs.dtype)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(pairs.dtype)
+
+
+def expert_biases(layer: FusedMoE) -> list[torch.Tensor | None]:
+    """What is added to the products of gate and up, [E, 2 I], and of down, [E, H]."""
+    return [getattr(layer, f"{name}_weight_bias", None) for name in ("w13", "w2")]
 
 
 def check_experts(
@@ -281,6 +293,8 @@ def check_experts(
     activations: Collection[str],
     unit_name: str,
     units: Collection[int],
+    *,
+    has_biases: bool = False,
 ) -> None:
     """Refuse experts that the loop would compute otherwise than CUDA does.
 
@@ -290,24 +304,24 @@ def check_experts(
         activations: those that the method's kernels run on CUDA.
         unit_name: what a unit is called.
         units: elements that share a scale; each must divide the hidden and the intermediate size.
+        has_biases: whether the loop adds biases, and so runs gpt-oss's gate.
     Raises:
         MethodError: with everything that is not run.
         ShapeError: with every size that is no multiple.
     """
     config = layer.moe_runner_config
+    gate = config.gemm1_alpha, config.gemm1_clamp_limit  # gpt-oss's has both
+    is_run = gate == (None, None) or (has_biases and None not in gate)
     unsupported = {
         f"the activation {config.activation!r} (expected {', '.join(activations)})": (
             config.activation not in activations
         ),
         "experts without a gate": not config.is_gated,
-        "biases": layer.with_bias,
-        "a clamped or scaled gate": any(
-            value is not None
-            for value in (config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit)
-        ),
+        "biases": layer.with_bias and not has_biases,
+        "a clamped or scaled gate": not is_run or config.swiglu_limit is not None,
         "shared experts fused into the routed ones": layer.num_fused_shared_experts > 0,
     }
-    found = [name for name, present in unsupported.items() if present]
+    found = [form for form, present in unsupported.items() if present]
     if found:
         raise MethodError(
             Problem(

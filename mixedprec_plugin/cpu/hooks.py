@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+_NATIVE = "torch_native"
 
 
 def get_rope_wrapper(
@@ -54,7 +57,7 @@ def get_attention_handler(
 
     SGLang takes it for its Triton backend, whose prefill expands keys and values of the new tokens.
     """
-    if backend_name != "torch_native":
+    if backend_name != _NATIVE:
         handler: Callable[..., Any] = original(registry, backend_name)
         return handler
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
@@ -62,3 +65,69 @@ def get_attention_handler(
     )
 
     return lambda *_: AttnForwardMethod.MLA
+
+
+def handle_model_specific_adjustments(original: Callable[[Any], None], args: Any) -> None:
+    """Let models with attention sinks start on SGLang's plainest attention, which gets them below.
+
+    SGLang takes it where it is called Intel's, of which it is what is left without AMX.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolved_view
+
+    is_native = resolved_view(args).attention_backend == _NATIVE
+    if is_native:
+        declare_resolution(args, "mixedprec", attention_backend="intel_amx")
+    original(args)
+    if is_native:
+        declare_resolution(args, "mixedprec", attention_backend=_NATIVE)
+
+
+def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run prefill or decoding of SGLang's plainest attention, with `sinks` [H] where a model has.
+
+    Source: transformers' models/gpt_oss/modeling_gpt_oss.py, `eager_attention_forward`.
+    """
+    sinks = kwargs.pop("sinks", None)
+    if sinks is None:
+        return original(*args, **kwargs)
+    from sglang.srt.layers.attention import torch_native_backend as native
+
+    plain = native.scaled_dot_product_attention
+    native.scaled_dot_product_attention = functools.partial(_attend_with_sinks, plain, sinks)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        native.scaled_dot_product_attention = plain
+
+
+def _attend_with_sinks(
+    attention: Callable[..., torch.Tensor],
+    sinks: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attend to one key more, whose score is the head's sink and whose value is zeros.
+
+    Args:
+        attention: torch's.
+        sinks: [H].
+        query: [1, H, Q, D].
+        key: [1, H or fewer, K, D].
+        value: as `key`.
+        attn_mask: bool [Q, K], true for what is attended to.
+    """
+    import torch
+
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+    seen = seen.tril() if is_causal else seen
+    seen = seen if attn_mask is None else seen & attn_mask
+    scores = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+    last = sinks.to(query.dtype).view(-1, 1, 1).expand(-1, num_queries, 1)
+    mask = torch.cat([scores.expand(len(sinks), -1, -1), last], dim=-1).unsqueeze(0)
+    key, value = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    return attention(query, key, value, attn_mask=mask, is_causal=False, **kwargs)

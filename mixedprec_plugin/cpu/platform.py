@@ -66,6 +66,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
         server_args.disable_overlap_schedule = True
+        # its keys of sliding windows lie where that attention does not look for them
+        server_args.disable_hybrid_swa_memory = True
         # the scheduler polls without rest otherwise, on a core that the model could use
         server_args.sleep_on_idle = True
         num_ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size

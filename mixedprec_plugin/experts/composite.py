@@ -60,7 +60,8 @@ def experts_method(
         return CompositeMoEMethod(groups)
     config = groups[0].config
     if config is None:
-        return None
+        is_scaled = layer.moe_runner_config.gemm1_alpha is not None
+        return _cpu_method(groups[0]) if is_scaled else None
     method: FusedMoEMethodBase | None = config.get_quant_method(layer, prefix)
     if method is None or isinstance(method, UnquantizedFusedMoEMethod):
         what = f"SGLang would leave the experts unquantized, not in {groups[0].label}"
@@ -208,9 +209,6 @@ def _build_child(
 ) -> FusedMoE:
     """The layer that holds and runs one group; a rank's part of it, as of the whole."""
     config = layer.moe_runner_config
-    own_method = None
-    if group.config is None and current_platform.device_type == "cpu":
-        own_method = offered(group.method, "CPU_EXPERTS")()
     child = FusedMoE(
         num_experts=len(group.ids),
         hidden_size=layer.hidden_size,
@@ -234,7 +232,7 @@ def _build_child(
         routing_method_type=config.routing_method_type,
         is_gated=config.is_gated,
         gate_up_interleaved=config.gate_up_interleaved,
-        quant_method=own_method,
+        quant_method=_cpu_method(group) if group.config is None else None,
         uses_expert_location=False,
     )
     is_unquantized = isinstance(child.quant_method, UnquantizedFusedMoEMethod)
@@ -246,6 +244,14 @@ def _build_child(
         child.moe_runner_config.no_combine = True
         child.moe_runner_config.no_combine_keep_router_weight = True
     return child
+
+
+def _cpu_method(group: ExpertGroup) -> FusedMoEMethodBase | None:
+    """The CPU platform's own method for unquantized experts; None on CUDA, which needs none."""
+    if current_platform.device_type != "cpu":
+        return None
+    method: FusedMoEMethodBase = offered(group.method, "CPU_EXPERTS")()
+    return method
 
 
 def _can_leave_unsummed(child: FusedMoE, method: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.linear import set_weight_attrs
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.utils import get_moe_runner_backend
 
 from mixedprec_plugin.errors import LoadError, Problem
 
@@ -16,6 +17,9 @@ GROUPS, OWNERS = "expert_groups", "expert_owners"
 # what SGLang holds as floats and gives to no kernel: gptq_moe.py:254, and of compressed-tensors
 _UNREAD = ("weight_shape", "qzeros")
 _FLOAT_CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_BIAS = "bias"
+# that run a scaled gate above up
+_APART = ("auto", "triton", "marlin")
 
 
 def expert_owner(layer: FusedMoE, expert: int) -> tuple[FusedMoE, int] | None:
@@ -37,6 +41,28 @@ def expert_owner(layer: FusedMoE, expert: int) -> tuple[FusedMoE, int] | None:
     return getattr(layer, GROUPS)[child], local
 
 
+def keep_apart(layer: FusedMoE) -> None:
+    """Tell SGLang that gate lies above up, as single projections are placed, while it builds.
+
+    A layer whose gate is scaled, as gpt-oss's, has their rows in turn unless it says otherwise
+    (quantization/mxfp4.py:662, moe_runner/triton_utils/fused_moe.py:747).
+
+    Raises:
+        LoadError: this release of SGLang, or the backend that was asked for, knows no other order.
+    """
+    config, backend = layer.moe_runner_config, get_moe_runner_backend().value
+    if config.gemm1_alpha is None:
+        return
+    if not hasattr(config, "gate_up_interleaved"):
+        what = "this release of SGLang runs its gate and up with their rows in turn alone"
+        raise LoadError(Problem(layer.layer_name, what, "use SGLang 0.5.23", "experts-form"))
+    if backend not in _APART:
+        what = f"--moe-runner-backend {backend!r} needs its rows of gate and up in turn"
+        remedy = "start without --moe-runner-backend"
+        raise LoadError(Problem(layer.layer_name, what, remedy, "experts-form"))
+    config.gate_up_interleaved = False
+
+
 def load_expert_tensor(
     layer: FusedMoE, expert: int, shard: str, suffix: str, tensor: torch.Tensor
 ) -> None:
@@ -51,13 +77,36 @@ def load_expert_tensor(
     Raises:
         LoadError: the expert's scheme has no such parameter.
     """
-    name = ("w2_" if shard == "w2" else "w13_") + suffix
+    name = _parameter_name(shard, suffix)
     found = expert_owner(layer, expert)
     if found is None:
         return
     owner, local = found
     parameter = _parameter(layer, owner, expert, name)
-    parameter.weight_loader(parameter, tensor, f"{layer.layer_name}.{name}", shard, local)
+    if suffix == _BIAS and shard == "w2":
+        _load_output_bias(owner, parameter, local, tensor)
+        return
+    loader = parameter.weight_loader
+    # gpt-oss's model asks for the one that takes all experts at once (models/gpt_oss.py:237)
+    loader = owner.weight_loader if loader == owner.weight_loader_fused else loader
+    loader(parameter, tensor, f"{layer.layer_name}.{name}", shard, local)
+
+
+def _parameter_name(shard: str, suffix: str) -> str:
+    name = "weight_bias" if suffix == _BIAS else suffix
+    return ("w2_" if shard == "w2" else "w13_") + name
+
+
+def _load_output_bias(
+    owner: FusedMoE, parameter: torch.nn.Parameter, expert: int, bias: torch.Tensor
+) -> None:
+    """Add it on one rank of those whose outputs are summed; SGLang's loader looks for a matrix.
+
+    Source: `_load_mxfp4_experts_weights` (models/gpt_oss.py:1125).
+    """
+    place = owner._map_global_expert_id_to_local_expert_id(expert)
+    if place >= 0:
+        parameter.data[place].copy_(bias if owner.moe_tp_rank == 0 else torch.zeros_like(bias))
 
 
 def add_routers(layer: FusedMoE, dtype: torch.dtype) -> None:
@@ -146,7 +195,7 @@ def check_expert_part(
     Raises:
         LoadError: it would be cut, padded, or cast from codes into something else.
     """
-    parameter = getattr(layer, ("w2_" if shard == "w2" else "w13_") + suffix, None)
+    parameter = getattr(layer, _parameter_name(shard, suffix), None)
     # one without a dimension for experts is a name that the loader passes over (moe_wna16.py:369)
     is_passed_over = isinstance(parameter, torch.Tensor) and parameter.shape == (0,)
     if not isinstance(parameter, torch.Tensor) or is_passed_over:

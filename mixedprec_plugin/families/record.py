@@ -38,6 +38,8 @@ class Family:
         has_joint_head_norms: whether the norms of q and k are as wide as all heads of q, so that
             ranks cannot split the heads, nor k have fewer.
         dtype_readers: end of a module's name -> what in SGLang looks at the dtype of its weight.
+        unasked: SGLang's class of a module that takes a quantization config and is given none by
+            its model, as lazy `package.module:Class`; empty if there is none.
         asked_for_weight: modules of which SGLang's class wants a tensor `weight` when it builds
             them, and which it fills from one stored tensor.
         draft_prefixes: how names of layers start that only a draft model runs.
@@ -75,6 +77,7 @@ class Family:
     has_biased_router: bool = False
     has_joint_head_norms: bool = False
     dtype_readers: Mapping[str, str] = _usual({})
+    unasked: str = ""
     asked_for_weight: Set[str] = frozenset()
     draft_prefixes: tuple[str, ...] = ("mtp.",)  # models/qwen3_next.py:1186
     drafts_with: str = ""

@@ -102,11 +102,18 @@ FAMILIES = (
         norm_offset=0.0,
         shapes=_SHAPES,
     ),
+    # models/gpt_oss.py:545: attention is built without the model's config
+    Family(
+        ("GptOssForCausalLM",),
+        ("gpt_oss",),
+        norm_offset=0.0,
+        unasked="sglang.srt.models.gpt_oss:GptOssAttention",
+    ),
     # of these, no more is known than that their norms scale by w
     Family(
         model_types=(
             "baichuan", "deepseek_v2", "deepseek_v32", "ernie4_5", "ernie4_5_moe", "glm4",
-            "gpt_oss", "granite", "granitemoe", "minicpm", "minimax_m2", "ministral", "ministral3",
+            "granite", "granitemoe", "minicpm", "minimax_m2", "ministral", "ministral3",
             "phi3", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe",
             "qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "smollm3", "starcoder2",
         ),

@@ -48,6 +48,7 @@ class LayerShape:
         is_expert: whether the layer is a projection of one expert; gate and up are shards of `w13`.
         is_head: whether it is `lm_head`; then `shard_sizes` is the padded vocabulary, and `N` what
             is stored of it.
+        has_bias: whether a bias is added to its outputs.
     """
 
     N: int
@@ -59,6 +60,7 @@ class LayerShape:
     shard_ranks: tuple[int, ...] = ()
     is_expert: bool = False
     is_head: bool = False
+    has_bias: bool = False
 
 
 class Fault(NamedTuple):
@@ -192,6 +194,8 @@ class Method(Format):
             in on CUDA, in the words of docs/cuda.md; empty if it is not known. Asked for layers
             without faults only; of experts `moe_kernels` tells it.
         serves_heads: whether SGLang's class on CUDA serves `lm_head`; most leave it unquantized.
+        adds_expert_biases: whether its experts add biases, as gpt-oss's have them, and run the gate
+            that these come with.
         moe_kernels: SGLang's kernels that its experts run in where no backend is asked for; empty
             if SGLang chooses by what is stored.
         moe_backends: explicit values of --moe-runner-backend that its experts really run in;
@@ -228,6 +232,7 @@ class Method(Format):
     sglang: str = ""
     kernel: Callable[[Arguments, LayerShape, int], str] = lambda _arguments, _shape, _gpu: ""
     serves_heads: bool = False
+    adds_expert_biases: bool = False
     moe_kernels: Literal["triton", "marlin", ""] = ""
     moe_backends: frozenset[str] = frozenset()
 

@@ -46,6 +46,10 @@ class _Attempt:
             return [Fault("shape", text, remedy) for text in split]
         if self.shape.is_head and spec.config_classes and not spec.serves_heads:
             return [Fault("shape", f"SGLang leaves lm_head unquantized in {spec.name}")]
+        if self.shape.is_expert and self.shape.has_bias and not spec.adds_expert_biases:
+            names = [x.name for x in METHODS.values() if x.adds_expert_biases and self._runs_in(x)]
+            remedy = f"use method: {' or '.join(names)}"
+            return [Fault("shape", f"experts in {spec.name} add no bias, and it has one", remedy)]
         found = spec.faults(self.arguments, self.shape, self.target)
         if gpu is None or not spec.config_classes or gpu.capability >= spec.min_capability:
             return found
@@ -58,6 +62,9 @@ class _Attempt:
     def runs(self, **changes: Any) -> bool:
         """Whether the layer is served with something else in place."""
         return not dataclasses.replace(self, **changes).faults()
+
+    def _runs_in(self, other: Method) -> bool:
+        return self.runs(spec=other, arguments=other.defaults)
 
     def remedy(self, fault: Fault) -> str:
         """What works instead, tried."""
@@ -74,7 +81,7 @@ class _Attempt:
         ):
             return "use group_size: 128"
         others = [METHODS[name] for name, _ in self.spec.alternatives if name != self.spec.name]
-        names = [one.name for one in others if self.runs(spec=one, arguments=one.defaults)]
+        names = [one.name for one in others if self._runs_in(one)]
         return f"use method: {' or '.join((*names, _UNQUANTIZED))}"
 
     def _alternatives(self) -> Iterator[str]:

@@ -253,4 +253,5 @@ def layer_shape(
         shard_ranks=tuple(kv_ranks if s in ("k", "v") else target.tp_size for s, _ in shards),
         is_expert=isinstance(layer.shard, ExpertShard),
         is_head=is_head,
+        has_bias="bias" in layer.outputs,
     )

@@ -48,7 +48,7 @@ def _method_of(config: QuantizationConfig, layer: FusedMoE, prefix: str) -> Any:
 
     auto-round's makes GPTQ's and AWQ's configs as it is asked (auto_round.py:400, 537).
     """
-    method = config.get_quant_method(layer, prefix)
+    method = repaired(config, METHODS).get_quant_method(layer, prefix)
     own: Any = getattr(method, "quant_config", None)
     cured: Any = own and repaired(own, METHODS)
     if cured is not own:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import pkgutil
+from collections.abc import Iterator
+
 import torch
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
@@ -9,6 +14,7 @@ from sglang.srt.model_loader.loader import _initialize_model
 from sglang.srt.model_loader.utils import get_model_architecture, set_default_torch_dtype
 from sglang.srt.runtime_context import get_exec, get_parallel
 
+from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.kv_scales import add_kv_scales
 from mixedprec_plugin.serving.stages import Stage
@@ -35,13 +41,33 @@ def build_model(
             said.tie_word_embeddings = False
     # can_fuse_shared_expert() of the config is not what every model asks (glm4_moe.py:1012)
     unfused = get_exec().moe.override(disable_shared_experts_fusion=True)
-    with set_default_torch_dtype(model_config.dtype), device, unfused:
+    asked = _asked_too(family_of(config.plan.source.config).unasked, config)
+    with set_default_torch_dtype(model_config.dtype), device, unfused, asked:
         model: torch.nn.Module = _initialize_model(model_config, load_config, config)
         add_kv_scales(model, config)
     stages = get_parallel().pp_group
     return model, Stage(
         model, config.plan.tied, num_stages=stages.world_size, is_last=stages.is_last_rank
     )
+
+
+@contextlib.contextmanager
+def _asked_too(lazy: str, config: MixedPrecisionConfig) -> Iterator[None]:
+    """Give a class of SGLang's, while it builds a model, the config that the model keeps from it.
+
+    Args:
+        lazy: as `Family.unasked`.
+    """
+    if not lazy:
+        yield
+        return
+    owner = pkgutil.resolve_name(lazy)
+    original = owner.__init__
+    owner.__init__ = functools.partialmethod(original, quant_config=config)
+    try:
+        yield
+    finally:
+        owner.__init__ = original
 
 
 def _apply_name_mapper(config: MixedPrecisionConfig, model_config: ModelConfig) -> None:

@@ -19,6 +19,7 @@ from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.composite import experts_method
 from mixedprec_plugin.experts.groups import ExpertGroup
+from mixedprec_plugin.experts.loading import keep_apart
 from mixedprec_plugin.families.kv_scales import kv_scale
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.construct import build_config, offered, repaired
@@ -178,6 +179,7 @@ class MixedPrecisionConfig(QuantizationConfig):
     ) -> QuantizeMethodBase | None:
         """SGLang's own method where the experts share a scheme; None for unquantized ones."""
         planned = self.plan.modules[module][0]
+        keep_apart(layer)
         if planned.method == AUTO:
             child = self._child_under_auto(planned)
             with refusals(prefix, type(child).__name__):

@@ -22,8 +22,10 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from mixedprec_plugin.checkpoint.converted import is_converted
 from mixedprec_plugin.cpu.hooks import (
+    attend,
     get_attention_handler,
     get_rope_wrapper,
+    handle_model_specific_adjustments,
     launch_fused_gate_sigmoid_mul,
 )
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, RegistrationError
@@ -198,8 +200,7 @@ HOOKS = (
     Hook(
         "sglang.srt.configs.model_config.ModelConfig.from_server_args",
         _model_config_from_server_args,
-        "configs/model_config.py:2000: the base checkpoint's own quantization must not be taken "
-        "for the whole model's",
+        "configs/model_config.py:2000: a checkpoint's own quantization is not the whole model's",
     ),
     Hook(
         "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
@@ -223,8 +224,7 @@ HOOKS = (
         "sglang.srt.model_executor.model_runner_components.weight_updater"
         "._model_load_weights_direct",
         _load_weights_direct,
-        "weight_updater.py:438: the load format direct of update_weights_from_tensor passes by "
-        "the model's load_weights",
+        "weight_updater.py:438: the format direct of an update passes by load_weights",
     ),
     Hook(
         "sglang.srt.lora.lora.LoRAAdapter.initialize_weights",
@@ -247,8 +247,7 @@ CPU_HOOKS = (
     Hook(
         "sglang.srt.layers.rotary_embedding.factory.get_rope_wrapper",
         get_rope_wrapper,
-        "layers/rotary_embedding/factory.py:478: without YaRN there is no rotary embedding of "
-        "DeepSeek's on a CPU",
+        "layers/rotary_embedding/factory.py:478: none of DeepSeek's without YaRN on a CPU",
     ),
     Hook(
         "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul",
@@ -260,6 +259,21 @@ CPU_HOOKS = (
         ".get_handler",
         get_attention_handler,
         "models/deepseek_common/attention_backend_handler.py:55: torch_native is taken for triton",
+    ),
+    Hook(
+        "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments",
+        handle_model_specific_adjustments,
+        "arg_groups/model_hook.py:536: gpt-oss does not start on attention without sinks",
+    ),
+    Hook(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
+        attend,
+        "layers/attention/torch_native_backend.py:279: takes no sinks",
+    ),
+    Hook(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode",
+        attend,
+        "layers/attention/torch_native_backend.py:338: takes no sinks",
     ),
 )
 

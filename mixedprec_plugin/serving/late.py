@@ -62,8 +62,14 @@ def keep_auto(args: Any) -> None:
     if chosen == _AUTO:
         return
     if os.path.isdir(args.model_path):
-        groups = plan_of(args).expert_groups.values()
-        if all(len(g) == 1 and chosen in METHODS[g[0].scheme.method].moe_backends for g in groups):
+        plan = plan_of(args)
+        are_run = (
+            len(groups) == 1 and chosen in METHODS[groups[0].scheme.method].moe_backends
+            for groups in plan.expert_groups.values()
+        )
+        # the gate of experts with biases runs in Triton's kernels and Marlin's alone
+        has_biases = any("bias" in x.outputs for x in plan.layers if x.kind == "expert")
+        if all(are_run) and not has_biases:
             return
     declare_resolution(args, "mixedprec", moe_runner_backend=_AUTO)
 

@@ -60,9 +60,9 @@ def test_what_latent_attention_cannot_absorb_is_refused_in_the_plan(cells: Cells
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> Cells:
-    """Two of the newer families: one that the CPU engine runs, and one that it does not."""
+    """Newer families: two that the CPU engine runs, and one that it does not."""
     page = tmp_path_factory.mktemp("newer") / "families.md"
-    flags = ["--newer", "Granite 3 MoE", "--newer", "Qwen3-Next"]
+    flags = ["--newer", "Granite 3 MoE", "--newer", "Qwen3-Next", "--newer", "gpt-oss"]
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.families", "--out", str(page)]
     done = subprocess.run(
         [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=590, check=False
@@ -77,6 +77,13 @@ def test_experts_that_the_plan_does_not_know_are_served_in_floats(newer: Cells) 
     granite = newer["Granite 3 MoE"]
     assert granite["outcome"] == "serves and agrees"
     assert granite["logits"]["bf16"] <= 0.03
+
+
+def test_gpt_oss_is_served_with_its_experts_as_they_are_stored(newer: Cells) -> None:
+    """Held against transformers, which dequantizes them by itself on a CPU."""
+    oss = newer["gpt-oss"]
+    assert (oss["outcome"], oss["method"]) == ("serves and agrees", "fp8")
+    assert oss["logits"]["bf16"] <= 0.03
 
 
 def test_linear_attention_is_loaded_as_sglang_loads_it(newer: Cells) -> None:

@@ -26,8 +26,8 @@ def _name(case: Case | None) -> str:
     [
         ({"activation": "relu2"}, "the activation 'relu2' (expected silu"),
         ({"is_gated": False}, "experts without a gate"),
-        ({"with_bias": True}, "biases"),
-        ({"gemm1_alpha": 1.7, "gemm1_clamp_limit": 7.0}, "a clamped or scaled gate"),
+        ({"gemm1_alpha": 1.7}, "a clamped or scaled gate"),
+        ({"gemm1_clamp_limit": 7.0}, "a clamped or scaled gate"),
         ({"swiglu_limit": 10.0}, "a clamped or scaled gate"),
         ({"num_fused_shared_experts": 1}, "shared experts fused into the routed ones"),
     ],
@@ -36,6 +36,19 @@ def _name(case: Case | None) -> str:
 def test_other_forms_of_experts_are_refused(expert_layer, case, options, text):
     where = f"experts: the CPU platform does not run experts in {_name(case)} with "
     with pytest.raises(MethodError, match=re.escape(where + text)):
+        make_case(expert_layer, case, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"with_bias": True}, "biases"),
+        ({"gemm1_alpha": 1.7, "gemm1_clamp_limit": 7.0}, "a clamped or scaled gate"),
+    ],
+)
+@pytest.mark.parametrize("case", ALL[1:], ids=str)
+def test_experts_of_gpt_oss_are_refused_in_other_methods(expert_layer, case, options, text):
+    with pytest.raises(MethodError, match=f"experts in {_name(case)} with {text}"):
         make_case(expert_layer, case, **options)
 
 

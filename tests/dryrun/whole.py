@@ -19,9 +19,9 @@ from tests.dryrun.journal import JOURNAL, outcome
 from tests.dryrun.layers import NUM_TOKENS
 from tests.dryrun.rank import rank
 
-# zero points of GPTQ's experts, which no kernel reads; routers stay as stored up to the model,
-# which may keep them in float32
-_CAST = ("_qzeros", ".gate.weight", "e_score_correction_bias")
+# zero points of GPTQ's experts, which no kernel reads; biases of unquantized experts, and routers,
+# which the model may keep in float32
+_CAST = ("_qzeros", "_weight_bias", ".gate.weight", "e_score_correction_bias")
 
 
 @dataclasses.dataclass

@@ -107,6 +107,11 @@ ROWS: Mapping[str, Row] = {
         _ATTENTION | _ROUTED,
         {"input_layernorm": _QKV, "post_attention_layernorm": _inputs(_ROUTED)},
     ),
+    "openai/gpt-oss-20b": Row(
+        _names("GptOssForCausalLM", "gpt_oss"),
+        _ATTENTION | _SWIGLU,
+        {"input_layernorm": _QKV, "post_attention_layernorm": _inputs(_SWIGLU)},
+    ),
     "moonshotai/Kimi-K2-Instruct": Row(
         _names("DeepseekV3ForCausalLM", "kimi_k2"),
         _LATENT | _SHARED,

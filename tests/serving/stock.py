@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import textwrap
 from pathlib import Path
@@ -24,7 +25,12 @@ def loader_of(
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_loader.loader import get_model_loader
 
-    model_config = ModelConfig(str(path), dtype=dtype, is_draft_model=is_draft)
+    from mixedprec_plugin.serving.hooks import asked_for
+
+    # as `ModelConfig.from_server_args` is hooked
+    is_ours = load_config.get("load_format") == "mixedprec"
+    with asked_for() if is_ours else contextlib.nullcontext():
+        model_config = ModelConfig(str(path), dtype=dtype, is_draft_model=is_draft)
     return get_model_loader(LoadConfig(**load_config), model_config), model_config
 
 

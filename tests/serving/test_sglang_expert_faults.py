@@ -124,3 +124,50 @@ def test_native_experts_take_masked_ids_for_an_index() -> None:
     layer: Any = SimpleNamespace(num_experts=2)
     with pytest.raises(RuntimeError, match="index -1 is out of bounds"):
         moe_forward_native(layer, torch.ones(1, 8), chosen, MoeRunnerConfig())
+
+
+def test_gpt_oss_keeps_the_config_from_its_attention() -> None:
+    """models/gpt_oss.py:545."""
+    from sglang.srt.models.gpt_oss import GptOssDecoderLayer
+
+    built = {
+        ast.unparse(node.func): {keyword.arg for keyword in node.keywords}
+        for node in ast.walk(parsed(GptOssDecoderLayer.__init__))
+        if isinstance(node, ast.Call)
+    }
+    assert "quant_config" not in built["GptOssAttention"]
+    assert "quant_config" in built["GptOssSparseMoeBlock"]
+
+
+def test_gpt_oss_asks_for_the_loader_of_whole_layers() -> None:
+    """models/gpt_oss.py:237: of any config but the one whose name is mxfp4."""
+    from sglang.srt.models.gpt_oss import GptOssSparseMoeBlock
+
+    (asked,) = (
+        ast.unparse(value)
+        for node in ast.walk(parsed(GptOssSparseMoeBlock.__init__))
+        if isinstance(node, ast.Dict)
+        for value in node.values
+    )
+    assert asked == "quant_config_name != 'mxfp4'"
+
+
+def test_the_loader_takes_a_bias_for_a_matrix() -> None:
+    """layers/moe/fused_moe_triton/layer.py:948: [H] has no second dimension to be split along."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    layer = FusedMoE(
+        num_experts=2, hidden_size=64, intermediate_size=64, layer_id=0, top_k=1, with_bias=True
+    )
+    bias = layer.w2_weight_bias
+    with pytest.raises(IndexError):
+        layer.weight_loader(bias, torch.ones(64), "experts.w2_weight_bias", "w2", 0)
+
+
+def test_native_experts_take_rows_of_gate_and_up_in_turn() -> None:
+    """layers/moe/fused_moe_native.py:134: whatever `gate_up_interleaved` says."""
+    from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
+
+    source = ast.unparse(parsed(moe_forward_native))
+    assert "swiglu_gpt_oss_sigmoid_alpha" in source
+    assert "gate_up_interleaved" not in source

@@ -82,6 +82,7 @@ METHOD = Method(
     searched=(),
     sglang="mixedprec_plugin.methods.bf16.sglang",
     kernel=lambda _arguments, _shape, _capability: "mm",
+    adds_expert_biases=True,
     moe_kernels="triton",
     moe_backends=frozenset(
         {"triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed"}

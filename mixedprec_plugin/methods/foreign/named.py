@@ -22,12 +22,6 @@ from mixedprec_plugin.methods.stored import (
     unusable,
 )
 
-_GPT_OSS = "gate_up_proj_blocks"
-# models/gpt_oss.py:907 asks for the name of the whole model's config
-_ALTERNATES = (
-    "its rows of gate and up alternate, which only SGLang's own model takes apart, where all of it "
-    "is in MXFP4"
-)
 # a suffix that no other format has -> the format that writes it
 _SIGNATURES = {
     "SCB": "bitsandbytes 8-bit",
@@ -45,7 +39,6 @@ _SIGNATURES = {
     "qweight_type": "gguf",
     "weight_blocks": "mxfp4",
     "bitmask": "compressed-tensors sparse bitmask",
-    _GPT_OSS: "mxfp4",
 }
 _CODE_DTYPES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"} | {"F8_E4M3", "F8_E5M2"})
 _BESIDE_CODES = re.compile(r"scales?\d*$|zeros?(?:_?points?)?$|codes?$|packed|quant|absmax|lut$")
@@ -67,8 +60,6 @@ def _by_signature(tensors: Tensors, said: Said) -> StoredFormat | None:
         return unusable(tensors, "w4afp8") if tensors["weight"].dtype == "I8" else None
     if "qweight" not in tensors:
         name = next((name for suffix, name in _SIGNATURES.items() if suffix in tensors), None)
-        if name and _GPT_OSS in tensors:
-            return dataclasses.replace(unusable(tensors, name), obstacle=_ALTERNATES)
         return unusable(tensors, name) if name else None
     if missing := [suffix for suffix in ("scales", "qzeros") if suffix not in tensors]:
         encoding = "" if said.encoding == FLOAT else said.encoding or ""

@@ -116,19 +116,6 @@ def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fau
     )
 
 
-def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
-    """What becomes of experts under `auto`: SGLang's own class makes 16 bits of them.
-
-    Where no backend is asked for it dequantizes while it loads, by a package that it does not
-    install everywhere (mxfp4.py:1116).
-    """
-    found = faults({}, shape, target)
-    if found or target.device != "cuda":
-        return found
-    text = "SGLang's own class would dequantize them while it loads, and serve 16 bits"
-    return [Fault("shape", text, f"write method: {NAME}")]
-
-
 METHOD = Method(
     name=NAME,
     title="experts in 4-bit floating point (e2m1), a power of two for each 32",
@@ -142,7 +129,6 @@ METHOD = Method(
     read_config={NAME: read_config},
     declare=declare,
     faults=faults,
-    faults_as_stored=faults_as_stored,
     # a power of two fits a block less than other scales do
     rounding=lambda _arguments: Rounding(rank=4.3, limit=LIMIT, error=lambda _N, _K: _ERROR),
     alternatives=(
@@ -161,6 +147,7 @@ METHOD = Method(
     min_capability=90,
     why_not_repack=why_not_repack,
     sglang="mixedprec_plugin.methods.mxfp4.sglang",
+    adds_expert_biases=True,
     moe_kernels="marlin",
     moe_backends=frozenset({"marlin"}),
 )

@@ -24,9 +24,16 @@ from sglang.srt.layers.moe.token_dispatcher.standard import (
 )
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from sglang.srt.layers.quantization import mxfp4
-from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from mixedprec_plugin.cpu.experts import LoopedExperts, Prepare, Product, Rows, check_experts
+from mixedprec_plugin.cpu.experts import (
+    LoopedExperts,
+    Prepare,
+    Product,
+    Rows,
+    check_experts,
+    expert_biases,
+)
 from mixedprec_plugin.cpu.fp4 import multiply
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.methods.mxfp4 import GROUP_SIZE, NAME
@@ -90,6 +97,12 @@ class Mxfp4ExpertsConfig(SerializedConfig):
         return method
 
 
+def repaired(config: QuantizationConfig) -> QuantizationConfig:
+    """The config whose experts run in Marlin; others, ours too, are returned as they are."""
+    is_serialized = type(config) is mxfp4.Mxfp4Config and config.is_static_cfg()
+    return Mxfp4ExpertsConfig() if is_serialized else config
+
+
 class Mxfp4MoEMethod(LoopedExperts, mxfp4.Mxfp4MoEMethod):
     """SGLang's `Mxfp4MoEMethod` with torch arithmetic."""
 
@@ -101,7 +114,8 @@ class Mxfp4MoEMethod(LoopedExperts, mxfp4.Mxfp4MoEMethod):
         Raises:
             MethodError, ShapeError: what the CPU platform does not run, or Marlin does not.
         """
-        check_experts(layer, self.preset_name, ("silu",), "block of inputs", (GROUP_SIZE,))
+        unit = "block of inputs", (GROUP_SIZE,)
+        check_experts(layer, self.preset_name, ("silu",), *unit, has_biases=True)
         create = partial(mxfp4.Mxfp4MoEMethod.create_weights, self)
         _create_weights(self, create, layer, *args, **kwargs)
 
@@ -116,20 +130,27 @@ class Mxfp4MoEMethod(LoopedExperts, mxfp4.Mxfp4MoEMethod):
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
         """Activations -> their products with gate and up weights, and with down weights."""
+        gate_up, down = layer.w13_weight_scale.data, layer.w2_weight_scale.data
+        biases = expert_biases(layer)
         return (
-            partial(_prepare, layer.w13_weight.data, layer.w13_weight_scale.data.view(E8M0)),
-            partial(_prepare, layer.w2_weight.data, layer.w2_weight_scale.data.view(E8M0)),
+            partial(_prepare, layer.w13_weight.data, gate_up.view(E8M0), biases[0]),
+            partial(_prepare, layer.w2_weight.data, down.view(E8M0), biases[1]),
         )
 
 
-def _prepare(packed: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> Product:
+def _prepare(
+    packed: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor | None, x: torch.Tensor
+) -> Product:
     """Make ready activations [R, K], which are not quantized.
 
-    A product is rounded, and so is the router weight before it multiplies it.
+    A product is rounded, its sum with the bias is, and the router weight before it multiplies it.
+    Source: kernels/jit/csrc/gemm/marlin_moe/marlin_template.h:1616, 1640.
     """
 
     def run(expert: int, rows: Rows, router_weights: torch.Tensor | None) -> torch.Tensor:
         product = multiply(x[rows], packed[expert], scales[expert], 1.0)
+        if biases is not None:
+            product += biases[expert]
         if router_weights is None:
             return product
         return product.mul_(router_weights.to(x.dtype).unsqueeze(1))

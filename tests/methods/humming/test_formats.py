@@ -118,7 +118,10 @@ def test_every_gpu_runs_it_in_float16_and_from_ampere_on_in_bfloat16() -> None:
         (linear(64, 192), "group_size 128 does not divide K = 192"),
         (linear(64, 256, parallel="row", tp_size=2), ""),
         (linear(64, 384, parallel="row", tp_size=2), "group_size 128 does not divide K = 192 per"),
-        (linear(256, 256, is_expert=True), "served for linear layers only"),
+        (
+            linear(256, 256, is_expert=True),
+            "served in linear layers alone: its kernels for experts were not tr",
+        ),
     ],
 )
 def test_shapes_that_are_refused(shape: LayerShape, message: str) -> None:

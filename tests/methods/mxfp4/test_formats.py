@@ -10,6 +10,7 @@ import pytest
 
 from mixedprec_plugin.methods.cards import find_gpu
 from mixedprec_plugin.methods.interface import LayerShape, Target
+from mixedprec_plugin.methods.recognition import faults_as_stored
 from mixedprec_plugin.methods.registry import METHODS, bind
 from mixedprec_plugin.methods.remedies import find_faults
 from tests.methods.nvfp4.test_formats import found, linear
@@ -120,16 +121,18 @@ def as_expert(shape: LayerShape) -> LayerShape:
     return dataclasses.replace(shape, is_expert=True)
 
 
-@pytest.mark.parametrize("tensors", [OWN, COMPRESSED])
-def test_under_auto_they_are_refused_as_sglang_would_serve_sixteen_bits(
-    tensors: dict[str, Any],
-) -> None:
-    """Without a backend it calls `upcast_from_mxfp` (mxfp4.py:1116)."""
-    from mixedprec_plugin.methods.foreign.compressed_tensors import FORMAT
+def faults_under_auto(tensors: dict[str, Any], shape: LayerShape) -> list[Any]:
+    return faults_as_stored(found(tensors, name=NAME), as_expert(shape), Target())
 
-    stored = found(tensors, name=NAME)
-    owner = METHODS["mxfp4"] if tensors is OWN else FORMAT
-    assert owner.faults_as_stored is not None
-    (fault,) = owner.faults_as_stored(stored, as_expert(linear(64, 96, parallel="row")), Target())
+
+def test_under_auto_they_are_served_as_they_are() -> None:
+    assert faults_under_auto(OWN, linear(64, 96, parallel="row")) == []
+    (fault,) = faults_under_auto(OWN, linear(96, 96, parallel="row"))
+    assert "N = 96 is not a multiple of 64" in fault.text
+
+
+def test_compressed_tensors_are_refused_under_auto_as_sglang_would_serve_sixteen_bits() -> None:
+    """Without a backend it calls `upcast_from_mxfp` (mxfp4.py:1116)."""
+    (fault,) = faults_under_auto(COMPRESSED, linear(64, 96, parallel="row"))
     assert "dequantize them while it loads" in fault.text
     assert fault.remedy == "write method: mxfp4"
