@@ -33,6 +33,8 @@ PROSE = Path(__file__).with_name("data") / "prose.txt"
 SCHEMES = ("bf16", "fp8_block", "awq", "gptq_int4")
 WEIGHT_ONLY = ("bf16", "awq", "gptq_int4", "gptq_int8")
 LIMIT, WEIGHT_ONLY_LIMIT = 0.01, 0.002
+# of all experts, and what the distance from their reference stays below
+ALIKE = {"mxfp4": WEIGHT_ONLY_LIMIT, "nvfp4": WEIGHT_ONLY_LIMIT, "int8_channel": LIMIT}
 NUM_LAYERS = 30
 # how many tokens are read one after the other
 NUM_NARROW = 500
@@ -165,6 +167,14 @@ def report(num_tokens: int) -> tuple[str, bool, list[Figure]]:
         got = served(dense, [f'match: "*.mlp.*", method: {scheme}'], given)
         cells = f"{perplexity(got, tokens):.3f} | {divergence(base, got):.5f}"
         rows.append(f"| dense, MLP in {scheme} | {cells} | | |")
+    figures = []
+    for scheme, limit in ALIKE.items():
+        rules = [f'match: "*.experts.*", method: {scheme}']
+        got = served(mixture, rules, given)
+        error = divergence(reference(mixture, rules, tokens), got)
+        cells = f"{perplexity(got, tokens):.3f} | {divergence(base, got):.5f}"
+        rows.append(f"| 4 experts, all in {scheme} | {cells} | | {error:.5f} (limit {limit}) |")
+        figures.append(Figure(f"{scheme}, KL from its reference", error, limit=limit))
     mixed = {
         schemes: served(mixture, mixed_rules(schemes), given) for schemes in (SCHEMES, WEIGHT_ONLY)
     }
@@ -188,7 +198,6 @@ def report(num_tokens: int) -> tuple[str, bool, list[Figure]]:
         sglang=version("sglang"),
         torch=version("torch").partition("+")[0],
     )
-    figures = []
     for made in mixtures:
         name = " + ".join(made.schemes)
         most = max(made.predicted)

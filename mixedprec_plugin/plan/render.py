@@ -225,12 +225,24 @@ def print_plan(plan: Plan, page: Page) -> None:
     page.print(totals_line(plan))
     for line in memory_lines(plan, usual_load(plan.preset)):
         page.print(line)
-    for line in filter(None, (kv_cache_line(plan), _shared_experts(plan))):
+    for line in filter(None, (kv_cache_line(plan), _shared_experts(plan), _unmatched_line(plan))):
         page.print(printable(line))
 
 
 def _shared_experts(plan: Plan) -> str:
     return shared_experts_line(plan.source.config, plan.layers)
+
+
+def _unmatched_line(plan: Plan) -> str:
+    """What becomes of layers in codes that no rule names; empty if there are none."""
+    own = [x for x in plan.layers if x.stored and not x.stored.is_float and x.kind != "draft"]
+    count = sum(layer.rule is None for layer in own)
+    if not count:
+        return ""
+    return (
+        f"{count} of {len(own)} layers that are stored quantized match no rule and are served as "
+        "stored, as by method: auto"
+    )
 
 
 def totals_line(plan: Plan) -> str:
