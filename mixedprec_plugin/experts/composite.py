@@ -60,7 +60,9 @@ def experts_method(
         return CompositeMoEMethod(groups)
     config = groups[0].config
     if config is None:
-        is_scaled = layer.moe_runner_config.gemm1_alpha is not None
+        said = layer.moe_runner_config
+        # SGLang's own has rows of gate and up in turn on a CPU (fused_moe_native.py:134)
+        is_scaled = said.activation == "silu" and said.gemm1_alpha is not None
         return _cpu_method(groups[0]) if is_scaled else None
     method: FusedMoEMethodBase | None = config.get_quant_method(layer, prefix)
     if method is None or isinstance(method, UnquantizedFusedMoEMethod):

@@ -51,7 +51,7 @@ def keep_apart(layer: FusedMoE) -> None:
         LoadError: this release of SGLang, or the backend that was asked for, knows no other order.
     """
     config, backend = layer.moe_runner_config, get_moe_runner_backend().value
-    if config.gemm1_alpha is None:
+    if config.gemm1_alpha is None or not getattr(config, "gate_up_interleaved", True):
         return
     if not hasattr(config, "gate_up_interleaved"):
         what = "this release of SGLang runs its gate and up with their rows in turn alone"
