@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.linear import LinearBase, ReplicatedLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -210,6 +211,8 @@ class MixedPrecisionConfig(QuantizationConfig):
             wanted = "as it is stored" if is_auto else f"in {scheme.label}"
             text = f"SGLang{owner} would leave it unquantized, not {wanted}"
             raise LoadError(Problem(prefix, text, rule="left-unquantized"))
+        if isinstance(layer, ReplicatedLinear):
+            _create_in_shards(method, self.plan.modules[planned.module])
         return guard(method, prefix) if is_auto else method
 
     def _child(self, scheme: Scheme) -> QuantizationConfig:
@@ -260,6 +263,23 @@ class MixedPrecisionConfig(QuantizationConfig):
         """The layers that run as a source stores them by what it says, for messages."""
         layers = (x.name for x in self.plan.layers if x.method == AUTO and x.source == source.name)
         return ", ".join(fold_names(x for x in layers if source.quantization_config_of(x) == said))
+
+
+def _create_in_shards(method: QuantizeMethodBase, shards: Sequence[PlannedLayer]) -> None:
+    """Let a layer that SGLang builds as one whole have a scale for each shard that has its own.
+
+    It is q_a and kv_a of an MLA block, whose last one would be that of both
+    (models/deepseek_v2.py, `fused_qkv_a_proj_with_mqa`).
+    """
+    sizes = [shard.stored.N for shard in shards if shard.stored is not None]
+    if len(sizes) < 2 or all(math.prod(x.shape) > 1 for x in shards[0].outputs.values()):
+        return
+    create = method.create_weights
+
+    def create_weights(layer: Any, input_size: int, _: list[int], *args: Any, **keys: Any) -> None:
+        create(layer, input_size, sizes, *args, **keys)
+
+    method.create_weights = create_weights
 
 
 def _unknown_module(layer: torch.nn.Module, prefix: str) -> Problem:

@@ -220,7 +220,9 @@ def _place_tensor(
         _fill_head(module, parameter, tensor)
         return
     loader = getattr(parameter, "weight_loader", None)
-    if loader is None:
+    # a scale of a fused module that is stored as one matrix is that of all shards
+    is_of_all = layer.shard is None and tensor.numel() == 1 < parameter.numel()
+    if loader is None or is_of_all:
         parameter.data.copy_(tensor)
     elif layer.shard is None:
         loader(parameter, tensor)
@@ -253,6 +255,9 @@ def _lay_end_to_end(
     """Place a shard of a layer that SGLang builds as one whole: q_a and kv_a of an MLA block."""
     parameter = _parameter(module, suffix, layer)
     dim = getattr(parameter, "output_dim", None)
+    if dim is None and parameter.numel() == len(shards):  # each has a scale
+        parameter.data.narrow(0, shards.index(layer), 1).copy_(tensor)
+        return
     if dim is None:
         parameter.data.copy_(tensor)
         return

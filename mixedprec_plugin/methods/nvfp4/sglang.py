@@ -258,8 +258,11 @@ class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4Fus
         modelopt_quant.ModelOptNvFp4FusedMoEMethod.create_weights(self, layer, *args, **kwargs)
         drop_unused(layer, self)
 
-    def get_moe_runner_backend(self, layer: FusedMoE) -> None:
-        """None: SGLang's name for a method that runs without one of its runners."""
+    def get_moe_runner_backend(self, layer: FusedMoE) -> MoeRunnerBackend:
+        """Marlin, as on CUDA; for any other SGLang's router multiplies by the factor of routed
+        experts, too (fused_moe_triton/layer.py:109), as models do without CUDA.
+        """
+        return MoeRunnerBackend.MARLIN
 
     def process_weights_after_loading(self, layer: FusedMoE) -> None:
         """Give gate and up one scale; the parameters can be loaded again."""
