@@ -57,7 +57,7 @@ def run(*words: object) -> str:
     out = io.StringIO()
     code = mixedprec([str(word) for word in words], out=out)
     if code:
-        raise SystemExit(code)
+        raise SystemExit(out.getvalue() or code)
     return out.getvalue()
 
 

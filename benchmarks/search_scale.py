@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from benchmarks.calibration import run
+from benchmarks.calibration import run, texts
+from benchmarks.calibration_page import MANUAL
 from demo.model import checkpoint
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.methods.interface import Target
@@ -24,7 +25,6 @@ from mixedprec_plugin.search.rule import guessed
 from mixedprec_plugin.search.write import Chosen, preset_text, publish
 from tests import published
 
-PROSE = Path(__file__).with_name("data") / "prose.txt"
 # decoder layers and windows of 128 tokens
 _SIZES = ((1, 64), (2, 64), (4, 64), (2, 32), (2, 16))
 
@@ -85,16 +85,17 @@ def sentence(made: dict[str, Any]) -> str:
 
 
 def sizes() -> dict[str, Any]:
-    """Processor time of scores, of models with few of the real one's layers, on prose."""
+    """Processor time of scores, of models with few of the real one's layers, on long texts."""
     found = {}
     with tempfile.TemporaryDirectory() as name:
+        text = texts(Path(name))[MANUAL]
         for layers, windows in _SIZES:
             model = Path(name) / f"{layers}-{windows}"
             _shortened(checkpoint("original"), layers, model)
             begun = time.process_time()
             made = json.loads(run(
                 "search", "--device", "cpu", "--model", model, "--bits", 5, "--methods", "awq",
-                "--text", PROSE, "--windows", windows * 3 // 4, "--held-out", windows // 4,
+                "--text", text, "--windows", windows * 3 // 4, "--held-out", windows // 4,
                 "--json", "--out", Path(name) / "found.yaml",
             ))  # fmt: skip
             found[f"{layers} {windows}"] = {
