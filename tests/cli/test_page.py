@@ -171,8 +171,9 @@ def test_keys_reach_a_layer_and_say_it(page: Browser) -> None:
     page.run("document.querySelector('#grid').focus()")
     for key in ("ArrowRight", "ArrowDown", "ArrowRight"):
         page.press(key)
-    said = page.run("document.querySelectorAll('.picture [aria-live]')[1].innerText")
-    assert said.startswith("model.layers.1.")
+    spoken = "document.querySelectorAll('.picture [aria-live]')[1].innerText"
+    page.wait(f"{spoken}.startsWith('model.layers.1.')")
+    said = page.run(spoken)
     page.press("Enter")
     page.wait("document.querySelector('#layer-name')")
     assert said.startswith(_text(page, "#layer-name"))
