@@ -112,5 +112,9 @@ that were copied do not stay in memory. For the two large models {warm} of SGLan
 page cache, {cold} from the disk, and 64 MiB beside the model are the limits that the measurement
 holds ours to.
 
+What remains above the limits of time, by a profile of the large model: a quarter is the search for
+weights that are NaN or infinite, which reads every byte once more; an eighth is building the model
+without weights, to hold the plan against it; files are read in one thread, and by SGLang in several.
+
 {tables}
 """
