@@ -114,7 +114,7 @@ holds ours to.
 
 What remains above the limits of time, by a profile of the large model: a quarter is the search for
 weights that are NaN or infinite, which reads every byte once more; an eighth is building the model
-without weights, to hold the plan against it; files are read in one thread, and by SGLang in several.
+without weights, to hold the plan against it; files are read in one thread, by SGLang in several.
 
 {tables}
 """
