@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tests.published import GPT_OSS_QUANTIZATION
+
 
 def llama_config(**changes: Any) -> dict[str, Any]:
     """config.json of a Llama whose every dimension is a multiple of 128."""
@@ -128,13 +130,7 @@ def gpt_oss_config(**changes: Any) -> dict[str, Any]:
             "truncate": False, "original_max_position_embeddings": 4096, "rope_theta": 150000.0,
         },
         "torch_dtype": "bfloat16",
-        "quantization_config": {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
-                "lm_head",
-            ],
-        },
+        "quantization_config": GPT_OSS_QUANTIZATION,
         **changes,
     }  # fmt: skip
 

@@ -171,6 +171,15 @@ def mixtral_8x7b(num_layers: int = 32) -> Published:
     return Published(config, tensors.all, 19)
 
 
+# as openai/gpt-oss-20b says it
+GPT_OSS_QUANTIZATION = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+    ],
+}  # fmt: skip
+
+
 def gpt_oss_20b() -> Published:
     """openai/gpt-oss-20b: experts in MXFP4, all of a layer in one tensor."""
     num_layers, num_experts, hidden, inner, num_heads = 24, 32, 2880, 2880, 64
@@ -183,13 +192,7 @@ def gpt_oss_20b() -> Published:
         "layer_types": ["sliding_attention", "full_attention"] * (num_layers // 2),
         "tie_word_embeddings": False, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
         "torch_dtype": "bfloat16",
-        "quantization_config": {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
-                "lm_head",
-            ],
-        },
+        "quantization_config": GPT_OSS_QUANTIZATION,
     }  # fmt: skip
     tensors = _Tensors()
     tensors.ends(config)

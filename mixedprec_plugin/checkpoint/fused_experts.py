@@ -105,9 +105,13 @@ def _needed(is_packed: bool) -> set[str]:
     return {projection + end for projection in _HALVES for end in ends}
 
 
+def _weight_name(projection: str, is_packed: bool) -> str:
+    return f"{projection}_blocks" if is_packed else projection
+
+
 def _weight_shape(tensors: Tensors, projection: str, is_packed: bool) -> tuple[int, ...]:
     """The shape of the weights that a tensor holds; as it is stored where it is none of blocks."""
-    shape = tensors[projection + "_blocks" * is_packed].shape
+    shape = tensors[_weight_name(projection, is_packed)].shape
     if not is_packed or len(shape) != 4 or shape[3] != _BLOCK_BYTES:
         return shape
     return (*shape[:2], _BLOCK * shape[2])
@@ -142,7 +146,7 @@ def split_experts(name: str, tensors: Tensors) -> Iterator[tuple[str, dict[str, 
 
 def num_experts(tensors: Tensors) -> int:
     """How many experts the tensors of a fused layer hold, which can be split."""
-    return tensors["gate_up_proj" + "_blocks" * _is_packed(tensors)].shape[0]
+    return tensors[_weight_name("gate_up_proj", _is_packed(tensors))].shape[0]
 
 
 class _Cut(NamedTuple):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from mixedprec_plugin.quantize.loops import compiled, over_rows
+from mixedprec_plugin.quantize.loops import compiled, inlined, over_rows
 
 Array = Any
 
@@ -43,7 +42,7 @@ def widen_int4(
     return made.t()
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _rounded(value: Any) -> Any:
     """Bits of the nearest bfloat16, ties to even."""
     bits = np.float32(value).view(np.int32)

@@ -236,12 +236,12 @@ def _shared_experts(plan: Plan) -> str:
 def _unmatched_line(plan: Plan) -> str:
     """What becomes of layers in codes that no rule names; empty if there are none."""
     own = [x for x in plan.layers if x.stored and not x.stored.is_float and x.kind != "draft"]
-    count = sum(layer.rule is None for layer in own)
+    count = sum(layer.rule is None and layer.action == "as stored" for layer in own)
     if not count:
         return ""
     return (
-        f"{count} of {len(own)} layers that are stored quantized match no rule and are served as "
-        "stored, as by method: auto"
+        f"{count} of {len(own)} layers that are stored quantized match no rule and stay as they "
+        "are; a rule with method: auto leaves them to SGLang's own class"
     )
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from mixedprec_plugin.quantize.chunks import row_chunks
-from mixedprec_plugin.quantize.loops import compiled, over_rows
+from mixedprec_plugin.quantize.loops import compiled, inlined, over_rows
 from mixedprec_plugin.quantize.rounding import Grid
 
 Array = Any
@@ -96,18 +95,18 @@ def _bits(weight: torch.Tensor) -> Array:
     return weight.view(torch.int16).numpy()
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _float(bits: Any) -> Any:
     return np.int32(np.int32(bits) << 16).view(np.float32)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _ordered(bits: Any) -> Any:
     """Bits of bfloat16 as integers in the order of the numbers, and back."""
     return np.int16(bits ^ (np.int16(bits >> 15) & np.int16(0x7FFF)))
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def e4m3_code(magnitude: Any) -> Any:
     """The code of the nearest e4m3 number, ties to even; no magnitude is above the largest.
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from mixedprec_plugin.quantize.loops import compiled, over_rows
+from mixedprec_plugin.quantize.loops import compiled, inlined, over_rows
 
 Array = Any
 _TINY, _NAN = np.float32(2.0**-9), np.float32(np.nan)
@@ -70,7 +69,7 @@ def decode_fp4(
     over_rows(_decode_fp4, len(packed), packed.numpy(), factors, float(whole), weight.numpy())
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _e4m3(code: Any) -> Any:
     magnitude = np.int32(code & np.int32(0x7F))
     normal = np.int32(np.int32(magnitude << 20) + np.int32(120 << 23)).view(np.float32)
@@ -114,7 +113,7 @@ def _decode_in_order(
             target[j] = (np.float32(source[j]) - zero[group]) * scale[group]
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _e2m1(code: Any) -> Any:
     magnitude = np.int32(code & np.int32(7))
     normal = np.int32(np.int32(magnitude << 22) + np.int32(126 << 23)).view(np.float32)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from mixedprec_plugin.quantize.compiled import e4m3_code
-from mixedprec_plugin.quantize.loops import compiled, over_rows
+from mixedprec_plugin.quantize.loops import compiled, inlined, over_rows
 
 Array = Any
 # blocks that are worked on at once: their elements fill half of a first-level cache
@@ -57,7 +56,7 @@ def quantize(
     over_rows(loop, len(made), numbers.view(np.int64), *arguments, words, made, multiple=_BLOCKS)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _first_code(scale: Any, is_e8m0: Any) -> Any:
     """The code of the nearest scale; e8m0 rounds what is halfway upwards, but for 2**-127."""
     bits = np.float32(scale).view(np.int32)
@@ -65,7 +64,7 @@ def _first_code(scale: Any, is_e8m0: Any) -> Any:
     return e8m0 if is_e8m0 else e4m3_code(scale)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _scale(code: Any, is_e8m0: Any) -> Any:
     if is_e8m0:
         return np.int32(code << 23).view(np.float32)
@@ -73,7 +72,7 @@ def _scale(code: Any, is_e8m0: Any) -> Any:
     return normal if code >= 8 else np.float32(code) * np.float32(2.0**-9)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _nearest(quotient: Any) -> Any:
     """The nearest value of e2m1, ties to the even code."""
     quotient = min(quotient, _SIX)
@@ -82,7 +81,7 @@ def _nearest(quotient: Any) -> Any:
     return np.float32(quotient + large) - large
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _error(value: Any, scale: Any, inverse: Any, is_float: Any) -> Any:
     """The square of what rounding changes.
 
@@ -94,7 +93,7 @@ def _error(value: Any, scale: Any, inverse: Any, is_float: Any) -> Any:
     return error * error
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _put(fours: Array, quarter: Any, j: Any, r: Any, bits: Array) -> None:
     four = fours[r * quarter + j]
     low, high = np.int32(four), np.int32(four >> 32)
@@ -145,7 +144,7 @@ def _measure(bits: Array, unit: Any, is_e8m0: bool, values: Array, first: Array)
         first[r] = _first_code(top[r] / _SIX, is_e8m0)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _lane(values: Array, k: Any, r: Any, scale: Any, inverse: Any, size: Any, floats: Any) -> Any:
     error = _error(values[k, r], scale, inverse, floats)
     error += _error(values[k + 8, r], scale, inverse, floats)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from mixedprec_plugin.quantize.loops import compiled, over_rows
+from mixedprec_plugin.quantize.loops import compiled, inlined, over_rows
 
 # column of an AWQ word's nibbles, from the low end
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -118,7 +117,7 @@ def _transpose(codes: Array, words: Array, first: int, start: int, stop: int) ->
             _spread(tile, n, words[column : column + _COLUMNS], first + row)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _octet(low: Any, high: Any) -> Any:
     return np.uint32(np.uint8(low | (high << 4)))
 

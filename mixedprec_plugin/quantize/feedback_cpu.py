@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
-from mixedprec_plugin.quantize.loops import compiled
+from mixedprec_plugin.quantize.loops import compiled, inlined
 from mixedprec_plugin.quantize.rounding import Levels
 
 TILE = 32
@@ -28,7 +27,7 @@ def code_levels(levels: Levels) -> Array:
     return np.array([levels.least, 1.5 * 2**23 * levels.step, factor], np.float32)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _nearest(x: Any, least: Any, step: Any, factor: Any) -> Any:
     """The nearest code to a number; Veltkamp's split where codes are floats."""
     if abs(x) < least:

@@ -23,6 +23,11 @@ def compiled(function: Any) -> Any:
         return compile_it()(function)
 
 
+def inlined(function: Any) -> Any:
+    """Compile as a part of each loop that calls it."""
+    return numba.njit(inline="always")(function)
+
+
 def over_rows(kernel: Any, num_rows: int, *arguments: Any, multiple: int = 1) -> None:
     """Run a loop over all output features, some of them in each of torch's threads.
 
