@@ -250,7 +250,8 @@ def call_fault(use: Use, call: Call, sources: Sources, target: Definition) -> st
 def _is_passed(sources: Sources, function: str, keyword: str) -> bool:
     """Whether some call in SGLang names an argument; by position its name does not matter."""
     pattern = rf"\b{re.escape(function)}\([^()]*\b{re.escape(keyword)}\s*="
-    return any(True for _ in sources.mentions(pattern, "sglang.srt"))
+    words = (f"{function}(", keyword)
+    return any(True for _ in sources.mentions(pattern, "sglang.srt", *words))
 
 
 def _is_theirs(use: Use, reference: Sources) -> bool:

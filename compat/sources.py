@@ -81,11 +81,18 @@ class Sources:
         """Modules of a package."""
         return sorted(m for m in self._files if f"{m}.".startswith(f"{package}."))
 
-    def mentions(self, pattern: str, package: str) -> Iterator[str]:
-        """Modules of a package whose source matches a regular expression, unparsed."""
+    def mentions(self, pattern: str, package: str, *words: str) -> Iterator[str]:
+        """Modules of a package whose source matches a regular expression, unparsed.
+
+        Args:
+            pattern: the expression, in which `^` and `$` stand for a line's start and end.
+            package: dotted.
+            words: plain texts that are part of all matches; they are found much faster.
+        """
         compiled = re.compile(pattern, re.MULTILINE)
         for module in self.below(package):
-            if compiled.search(self.text(module)):
+            text = self.text(module)
+            if all(word in text for word in words) and compiled.search(text):
                 yield module
 
     def joined(self, other: Sources) -> Sources:

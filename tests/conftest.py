@@ -24,7 +24,7 @@ TESTS = Path(__file__).resolve().parent
 SLOW_FOLDERS = {"cpu", "dryrun", "experts", "gpu", "mutants", "server", "serving"}
 SLOW_FIXTURES = {
     "original_model", "widened_model", "experts_model",
-    "expert_layer", "linear_module", "sglang_context", "browser",
+    "expert_layer", "linear_module", "sglang_context", "browser", "dist",
 }  # fmt: skip
 SLOW_MARKS = {"sglang", "slow"}
 LONG_FOLDERS = {"dryrun", "experts", "server"}
@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--quick`."""
     parser.addoption(
         "--quick", action="store_true",
-        help="leave out what needs SGLang, an engine of it, the real model or a dry run",
+        help="leave out slow tests: what needs SGLang, an engine of it, the real model, a dry run",
     )  # fmt: skip
 
 

@@ -164,6 +164,7 @@ for said in (Q.AutoRoundConfig(), Q.GPTQConfig(4), Q.AwqConfig(4), Q.FineGrained
 """
 
 
+@pytest.mark.slow
 def test_what_transformers_writes_passes() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CONFIGS],

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoint.hub_server import COMMIT, Hub, serve_hub
 from tests.checkpoints import write_llama
 
+pytestmark = pytest.mark.slow
 REPO = "someone/tiny-model"
 
 

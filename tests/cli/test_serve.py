@@ -99,6 +99,7 @@ def test_what_does_not_fit_the_card_is_refused(model: Path) -> None:
     assert "does not run on this GPU, whose compute capability is 7.5" in err
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_card_go_by_the_options(tmp_path: Path) -> None:
     folder = published.qwen3_30b_a3b().write(tmp_path / "model")
     preset = write_preset(tmp_path, 'match: "*_proj", method: awq')
@@ -138,7 +139,7 @@ def test_the_lines_of_the_card_go_by_the_options(tmp_path: Path) -> None:
 
 
 def test_a_longer_chunk_of_prefill_takes_from_the_cache(tmp_path: Path) -> None:
-    folder = published.qwen3_30b_a3b().write(tmp_path / "model")
+    folder = published.llama_3_1_8b().write(tmp_path / "model")
     words = ("serve", "awq", "--model", folder, "--gpu", "A6000", "--check", "--port", free_port())
 
     def reserve(*options: object) -> float:

@@ -275,6 +275,7 @@ class TestInit:
             assert err.startswith(f"mixedprec: error: {flags[0]}: {found}")
             assert "is less than anything takes (expected " in err
 
+    @pytest.mark.slow
     def test_a_card_that_the_stored_model_does_not_fit_gets_fewer_bits(
         self, tmp_path: Path
     ) -> None:

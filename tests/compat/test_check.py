@@ -129,6 +129,7 @@ _CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "old", "new", "expected"), _CHANGES)
 def test_a_change_is_found_with_our_line(
     checker: Checker,

@@ -18,6 +18,7 @@ from tests.checkpoints import write_llama
 from tests.commands import run
 from tests.docs.commands import PAGES, ROOT, Command, commands_of, examples, files_of
 
+pytestmark = pytest.mark.slow
 # what is not run here, but parsed; and why
 NOT_RUN = {
     "eval": "runs whole models; tests/verify and tests/server do",

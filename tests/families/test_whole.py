@@ -216,6 +216,7 @@ def test_first_and_last_layers_of_an_unknown_family_are_missed(
         assert problems, name
 
 
+@pytest.mark.slow
 @EVERY
 def test_tensor_that_is_missing_is_named(planner: Planner, architecture: str) -> None:
     config, shapes = saved(architecture)

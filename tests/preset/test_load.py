@@ -292,6 +292,7 @@ def test_resolved_preset_names_variables_and_holds_no_value(
     assert again.description == "by ${oc.env:MIXEDPREC_TEST_SECRET}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["scheme: t{}", "method: '${{schemes.t{}.method}}'"])
 def test_thousands_of_mistakes_are_told_in_little_time(write: Write, reference: str) -> None:
     names = [f"{a}{b}{c}{d}" for a in "abcdef" for b in "ghijk" for c in "lmnop" for d in "qrstu"]

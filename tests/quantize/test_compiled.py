@@ -159,6 +159,7 @@ def test_words_of_awq() -> None:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86")
+@pytest.mark.slow
 def test_without_avx_512() -> None:
     features = "+avx2,+fma,+bmi,+bmi2,+avx,+sse4.2,+lzcnt,+popcnt,+f16c"
     cpu = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
