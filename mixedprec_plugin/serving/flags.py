@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, UsageError
 from mixedprec_plugin.preset.parents import locate_preset
 from mixedprec_plugin.resources import preset_dir
-from mixedprec_plugin.serving.settings import (
-    PLACES,
-    Settings,
-    parse_extra_config,
-    split_extra_config,
-)
+from mixedprec_plugin.serving.settings import KEYS, PLACES, Settings, split_extra_config
 
 LOAD_FORMAT = "mixedprec"
-# in the order of the fields of `Settings`
-_FLAGS = (
-    "--mixedprec-config", "--mixedprec-set", "--mixedprec-plan", "--mixedprec-verify",
-    "--mixedprec-cache", "--mixedprec-quantize-on", "--mixedprec-inputs",
-    "--mixedprec-inputs-tokens",
-)  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,26 +75,21 @@ def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         UsageError: one of our flags without the load format.
     """
-    extra = parse_extra_config(getattr(args, "model_loader_extra_config", None))
-    in_extra, rest = split_extra_config(extra)
-    given = {flag: getattr(args, flag[2:].replace("-", "_"), None) for flag in _FLAGS}
+    before, rest = split_extra_config(getattr(args, "model_loader_extra_config", None))
+    asked = {field: getattr(args, key, None) for field, key in KEYS.items()}
+    given: dict[str, Any] = {field: value for field, value in asked.items() if value}
     if getattr(args, "load_format", None) != LOAD_FORMAT:
-        if any(given.values()):
-            flags = ", ".join(flag for flag, value in given.items() if value)
+        if given:
+            flags = ", ".join("--" + KEYS[field].replace("_", "-") for field in given)
             raise UsageError(Problem(flags, "needs --load-format mixedprec", "add it", "flags"))
         return args
-    before = in_extra or Settings()
-    config, overrides, plan_path, verify, cache, quantize_on, inputs, tokens = given.values()
-    settings = Settings(
-        _absolute(config) if config else before.config,
-        tuple(overrides or before.overrides),
-        _absolute_file(plan_path) or before.plan_path,
-        _absolute_file(verify) or before.verify,
-        cache or before.cache,
-        quantize_on or before.quantize_on,
-        _absolute_file(inputs) or before.inputs,
-        tokens or before.input_tokens,
-    )
+    for field in given.keys() & {"plan_path", "verify", "inputs"}:
+        given[field] = str(Path(given[field]).absolute())
+    if "config" in given:
+        given["config"] = _absolute(given["config"])
+    if "overrides" in given:
+        given["overrides"] = tuple(given["overrides"])
+    settings = dataclasses.replace(before or Settings(), **given)
     # said now if they are none
     _ = settings.cache_bytes, settings.num_input_tokens
     args.model_loader_extra_config = json.dumps({**rest, **settings.to_extra_config()})
@@ -118,10 +104,6 @@ def _absolute(config: str) -> str:
     elif found.parent == preset_dir():
         return config
     return str(found.absolute())
-
-
-def _absolute_file(path: str | None) -> str:
-    return str(Path(path).absolute()) if path else ""
 
 
 def exit_with(error: MixedPrecisionError) -> None:

@@ -13,11 +13,7 @@ from typing import Any
 
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.interface import Device
-from mixedprec_plugin.serving.settings import (
-    parse_extra_config,
-    read_settings,
-    split_extra_config,
-)
+from mixedprec_plugin.serving.settings import read_settings, split_extra_config
 
 _OTHER_LOADER = "it belongs to another load format, which this one would not ask"
 _MODELOPT = "ModelOpt quantizes a whole model in its own loader"
@@ -128,8 +124,7 @@ def _refused(args: Any, table: Iterable[tuple[str, tuple[Any, ...], str]]) -> It
 
 def _extra_problems(args: Any) -> Iterable[Problem]:
     """SGLang's default loader takes keys for its readers, which do not read here."""
-    extra = parse_extra_config(getattr(args, "model_loader_extra_config", None))
-    _, rest = split_extra_config(extra)
+    _, rest = split_extra_config(getattr(args, "model_loader_extra_config", None))
     for key in rest:
         yield Problem(f"--model-loader-extra-config: {key}", _OWN_READING, "leave it out", "launch")
 

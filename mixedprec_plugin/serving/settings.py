@@ -11,7 +11,7 @@ from typing import Any
 from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import Problem, UsageError
 
-# field of `Settings` -> key of SGLang's `model_loader_extra_config`
+# field of `Settings` -> key of SGLang's `model_loader_extra_config`, which argparse gives our flag
 KEYS: Mapping[str, str] = {
     "config": "mixedprec_config",
     "overrides": "mixedprec_set",
@@ -83,11 +83,8 @@ class Settings:
 
     def to_extra_config(self) -> dict[str, Any]:
         """The settings as entries of SGLang's `model_loader_extra_config`."""
-        extra: dict[str, Any] = {KEYS["config"]: self.config}
-        for field, key in KEYS.items():
-            if (value := getattr(self, field)) and field != "config":
-                extra[key] = list(value) if field == "overrides" else value
-        return extra
+        said = {key: getattr(self, field) for field, key in KEYS.items()}
+        return {key: value for key, value in said.items() if value or key == KEYS["config"]}
 
 
 def parse_extra_config(extra: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -96,29 +93,27 @@ def parse_extra_config(extra: str | Mapping[str, Any] | None) -> dict[str, Any]:
     Raises:
         UsageError: it is neither.
     """
-    if not extra:
-        return {}
-    if isinstance(extra, Mapping):
-        return dict(extra)
+    where = "--model-loader-extra-config"
     try:
-        value = json.loads(extra)
+        value = json.loads(extra) if isinstance(extra, str) and extra else extra or {}
     except ValueError as error:
-        raise UsageError(
-            Problem("--model-loader-extra-config", f"is not JSON ({error})")
-        ) from error
-    if not isinstance(value, dict):
-        raise UsageError(Problem("--model-loader-extra-config", "is not a JSON object"))
-    return value
+        raise UsageError(Problem(where, f"is not JSON ({error})")) from error
+    if not isinstance(value, Mapping):
+        raise UsageError(Problem(where, "is not a JSON object"))
+    return dict(value)
 
 
-def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[str, Any]]:
+def split_extra_config(
+    extra: str | Mapping[str, Any] | None,
+) -> tuple[Settings | None, dict[str, Any]]:
     """Take our settings out of an extra config.
 
     Returns:
         the settings, None if none of them are there; and what is left for SGLang.
     Raises:
-        UsageError: one of our keys has a value of the wrong type.
+        UsageError: it is none, or one of our keys has a value of the wrong type.
     """
+    extra = parse_extra_config(extra)
     rest = {key: value for key, value in extra.items() if key not in KEYS.values()}
     if len(rest) == len(extra):
         return None, rest
@@ -141,5 +136,5 @@ def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[
 
 def read_settings(server_args: Any) -> Settings:
     """The settings that the command line or a caller of `sgl.Engine` left in ServerArgs."""
-    settings, _ = split_extra_config(parse_extra_config(server_args.model_loader_extra_config))
+    settings, _ = split_extra_config(server_args.model_loader_extra_config)
     return settings or Settings()
