@@ -188,55 +188,27 @@ def _kernel_problems(modules: Mapping[str, torch.nn.Module]) -> list[Problem]:
 
 def _difference(layer: PlannedLayer, built: torch.nn.Module, shards: Sequence[PlannedLayer]) -> str:
     assert layer.stored is not None
+    stored, whose = (layer.stored.N, layer.stored.K), "its weight is"
     if isinstance(built, FusedMoE):
-        return _expert_difference(layer, built)
-    if isinstance(built, ParallelLMHead):
-        return _head_difference(layer, built)
-    assert isinstance(built, LinearBase)
-    expected = (_output_size(built, layer.shard), built.input_size)
-    N, whose = layer.stored.N, "its weight is"
-    if isinstance(built, ReplicatedLinear) and layer.shard is not None:
-        # it knows nothing of its shards' sizes
-        N = sum(shard.stored.N for shard in shards if shard.stored is not None)
-        whose = f"the weights of {layer.module} are"
+        if not isinstance(layer.shard, ExpertShard):
+            return f"is no projection of an expert, the model builds {type(built).__name__} for it"
+        if layer.shard.expert >= built.num_experts:
+            return f"is expert {layer.shard.expert} of a layer with {built.num_experts}"
+        expected = built.intermediate_size_per_partition * built.moe_tp_size, built.hidden_size
+        expected = expected[::-1] if layer.shard.projection == "w2" else expected
+    elif isinstance(built, ParallelLMHead):
+        expected = built.org_vocab_size, built.embedding_dim
+    else:
+        assert isinstance(built, LinearBase)
+        expected = _output_size(built, layer.shard), built.input_size
+        if isinstance(built, ReplicatedLinear) and layer.shard is not None:
+            # it knows nothing of its shards' sizes
+            N = sum(shard.stored.N for shard in shards if shard.stored is not None)
+            stored, whose = (N, layer.stored.K), f"the weights of {layer.module} are"
     # under `auto` a layer may be stored in a format that we know by name only
-    if layer.stored.N and expected != (N, layer.stored.K):
-        return (
-            f"{whose} [{N}, {layer.stored.K}] "
-            f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
-        )
-    return ""
-
-
-def _head_difference(layer: PlannedLayer, built: ParallelLMHead) -> str:
-    assert layer.stored is not None
-    expected = built.org_vocab_size, built.embedding_dim
-    # as above
-    if layer.stored.N and expected != (layer.stored.N, layer.stored.K):
-        return (
-            f"its weight is [{layer.stored.N}, {layer.stored.K}] "
-            f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
-        )
-    return ""
-
-
-def _expert_difference(layer: PlannedLayer, built: FusedMoE) -> str:
-    assert layer.stored is not None
-    if not isinstance(layer.shard, ExpertShard):
-        return f"is no projection of an expert, the model builds {type(built).__name__} for it"
-    if layer.shard.expert >= built.num_experts:
-        return f"is expert {layer.shard.expert} of a layer with {built.num_experts}"
-    inner = built.intermediate_size_per_partition * built.moe_tp_size
-    expected = (
-        (built.hidden_size, inner) if layer.shard.projection == "w2" else (inner, built.hidden_size)
-    )
-    # as above
-    if layer.stored.N and layer.stored.K and expected != (layer.stored.N, layer.stored.K):
-        return (
-            f"its weight is [{layer.stored.N}, {layer.stored.K}] "
-            f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
-        )
-    return ""
+    if not (layer.stored.N and layer.stored.K) or expected == stored:
+        return ""
+    return f"{whose} {list(stored)} (expected {list(expected)} by {type(built).__name__})"
 
 
 def _output_size(built: LinearBase, shard: Shard) -> int:
@@ -315,5 +287,4 @@ def _is_replaced(parameter: torch.Tensor) -> bool:
 def _restores(method: object) -> bool:
     """Whether a method gives its weights the checkpoint's form again when it is asked to."""
     own = getattr(type(method), "restore_weights_before_loading", None)
-    base = getattr(QuantizeMethodBase, "restore_weights_before_loading", None)
-    return own is not None and own is not base
+    return own not in (None, getattr(QuantizeMethodBase, "restore_weights_before_loading", None))
