@@ -30,12 +30,13 @@ from mixedprec_plugin.experts.groups import (
     routing_table,
 )
 from mixedprec_plugin.experts.launch import backend_fault
-from mixedprec_plugin.experts.loading import GROUPS, OWNERS, add_routers
+from mixedprec_plugin.experts.loading import OWNERS
 from mixedprec_plugin.methods.construct import offered, repaired
 
 # SGLang's runners on CUDA that can return every choice's output
 _UNSUMMED_BACKENDS = ("triton", "marlin")
-_TABLE = "expert_table"
+# where a composite layer keeps its children, and their table of ids
+_GROUPS, _TABLE = "expert_groups", "expert_table"
 
 
 def experts_method(
@@ -100,37 +101,32 @@ class CompositeMoEMethod(FusedMoEMethodBase):
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
         *,
-        weight_loader: Any,
         moe_intermediate_size: int,
         **_: Any,
     ) -> None:
-        """Build the children, and empty parameters on the layer that forward to theirs.
+        """Build the children.
 
         Raises:
-            LoadError: the groups do not hold every expert once, or the layer is used in a way that
-                a composite cannot serve.
+            LoadError: the layer is used in a way that a composite cannot serve.
             MethodError, ShapeError: as the groups' methods raise.
         """
-        check_groups(layer.layer_name, self.groups, layer.num_experts)
         _check_layer(layer, self.groups)
-        is_fused = weight_loader == layer.weight_loader_fused
         first = layer.moe_ep_rank * num_experts
         groups = groups_within(self.groups, range(first, first + num_experts))
         with _without_expert_parallelism(layer):
             children = torch.nn.ModuleList(
-                _build_child(layer, group, index, params_dtype, moe_intermediate_size, is_fused)
+                _build_child(layer, group, index, params_dtype, moe_intermediate_size)
                 for index, group in enumerate(groups)
             )
-        layer.add_module(GROUPS, children)
+        layer.add_module(_GROUPS, children)
         owners = {
-            expert: (index, local)
-            for index, group in enumerate(groups)
+            expert: (child, local)
+            for child, group in zip(children, groups, strict=True)
             for local, expert in enumerate(group.ids)
         }
         setattr(layer, OWNERS, owners)
         table = routing_table(groups, num_experts, first)
         layer.register_buffer(_TABLE, table, persistent=False)
-        add_routers(layer, params_dtype)
 
     def create_moe_runner(self, layer: FusedMoE, moe_runner_config: MoeRunnerConfig) -> None:
         """Keep the config: the children have runners of their own."""
@@ -164,7 +160,7 @@ class CompositeMoEMethod(FusedMoEMethodBase):
             )
         local_ids = getattr(layer, _TABLE)[:, topk_output.topk_ids]
         total: torch.Tensor | None = None
-        for child, ids in zip(getattr(layer, GROUPS), local_ids, strict=True):
+        for child, ids in zip(getattr(layer, _GROUPS), local_ids, strict=True):
             part = _run_child(child, dispatch_output, ids)
             total = part if total is None else total.add_(part)
         assert total is not None
@@ -207,7 +203,6 @@ def _build_child(
     index: int,
     params_dtype: torch.dtype,
     intermediate_size: int,
-    is_fused: bool,
 ) -> FusedMoE:
     """The layer that holds and runs one group; a rank's part of it, as of the whole."""
     config = layer.moe_runner_config
@@ -219,7 +214,7 @@ def _build_child(
         top_k=layer.top_k,
         params_dtype=params_dtype,
         quant_config=group.config,
-        prefix=f"{layer.layer_name}.{GROUPS}.{index}",
+        prefix=f"{layer.layer_name}.{_GROUPS}.{index}",
         activation=config.activation,
         apply_router_weight_on_input=config.apply_router_weight_on_input,
         use_presharded_weights=layer.use_presharded_weights,
@@ -229,7 +224,6 @@ def _build_child(
         gemm1_beta=config.gemm1_beta,
         gemm1_clamp_limit=config.gemm1_clamp_limit,
         swiglu_limit=config.swiglu_limit,
-        use_weight_loader_fused=is_fused,
         with_bias=layer.with_bias,
         routing_method_type=config.routing_method_type,
         is_gated=config.is_gated,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -30,32 +29,21 @@ class ExpertGroup:
 
 
 def check_groups(where: str, groups: Sequence[ExpertGroup], num_experts: int) -> None:
-    """Check that groups hold every expert of a layer once.
+    """Check that groups hold the experts of a layer; a plan has each of them in one.
 
-    Args:
-        where: the layer's name.
-        groups: the groups.
-        num_experts: how many experts the layer has.
     Raises:
-        LoadError: experts are in no group, in several, or the layer has not got them.
+        LoadError: experts are in no group, or the layer has not got them.
     """
-    counts = Counter(expert for group in groups for expert in group.ids)
+    ids = {expert for group in groups for expert in group.ids}
+    own = set(range(num_experts))
     findings = {
-        "are in no group": [e for e in range(num_experts) if e not in counts],
-        "are in several groups": sorted(e for e, count in counts.items() if count > 1),
-        f"do not exist (expected 0 to {num_experts - 1})": sorted(
-            e for e in counts if not 0 <= e < num_experts
-        ),
+        "are in no group": own - ids,
+        f"do not exist (expected 0 to {num_experts - 1})": ids - own,
     }
     problems = [
-        Problem(where, f"experts {', '.join(map(str, ids))} {what}", rule="expert-groups")
-        for what, ids in findings.items()
-        if ids
-    ]
-    problems += [
-        Problem(where, f"the group in {group.label} holds no expert", rule="expert-groups")
-        for group in groups
-        if not group.ids
+        Problem(where, f"experts {', '.join(map(str, sorted(found)))} {what}", rule="expert-groups")
+        for what, found in findings.items()
+        if found
     ]
     if problems:
         raise LoadError(problems)
