@@ -98,13 +98,6 @@ def _validator(kind: str) -> Validator:
     schema = json.loads(schema_path("config.schema.json").read_text(encoding="utf-8"))
     if kind:
         schema = {"$defs": schema["$defs"], "$ref": f"#/$defs/{kind}"}
-    # following a reference takes longer than all but the largest of what they lead to
-    small = {
-        f"#/$defs/{key}": part
-        for key, part in schema["$defs"].items()
-        if '"$ref"' not in json.dumps(part)
-    }
-    schema = _with_definitions(schema, small)
     types = Draft202012Validator.TYPE_CHECKER.redefine_many(
         {"integer": _is_integer, "number": _is_number}
     )
@@ -119,17 +112,6 @@ def _check_items(validator: Any, items: Any, value: Any, schema: Any) -> Iterato
     if items == {"type": "string"} and isinstance(value, list) and set(map(type, value)) <= {str}:
         return
     yield from Draft202012Validator.VALIDATORS["items"](validator, items, value, schema)
-
-
-def _with_definitions(part: Any, definitions: Mapping[str, Any]) -> Any:
-    """A part of a schema with definitions in place of the references to them."""
-    if isinstance(part, list):
-        return [_with_definitions(item, definitions) for item in part]
-    if not isinstance(part, dict):
-        return part
-    if part.keys() == {"$ref"}:
-        return definitions.get(part["$ref"], part)
-    return {key: _with_definitions(item, definitions) for key, item in part.items()}
 
 
 def _is_integer(_checker: object, value: Any) -> bool:

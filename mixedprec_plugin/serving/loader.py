@@ -186,11 +186,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             self._cache = _open_cache(plan, self.settings)
             if self._cache is not None or get_parallel().tp_size > 1:
                 compose = functools.partial(compose_parts, cache=self._cache, quantize=quantize)
-        said = get_model()
-        how = Reading(
-            may_map=not said.weight_loader_disable_mmap,
-            drops_cache=bool(said.weight_loader_drop_cache_after_load),
-        )
+        said, how = get_model(), _how_to_read()
         stream = VirtualCheckpoint(plan, stage.runs, how, compose)
         if said.weight_loader_prefetch_checkpoints and how.may_map:
             inputs = (tensor for layer in stream.layers for tensor in layer.inputs.values())
@@ -305,6 +301,15 @@ def without_settings(load_config: LoadConfig) -> LoadConfig:
     own.load_format = LoadFormat.AUTO
     own.model_loader_extra_config = split_extra_config(load_config.model_loader_extra_config)[1]
     return own
+
+
+def _how_to_read() -> Reading:
+    """What the options --weight-loader-* say."""
+    said = get_model()
+    return Reading(
+        may_map=not said.weight_loader_disable_mmap,
+        drops_cache=bool(said.weight_loader_drop_cache_after_load),
+    )
 
 
 def _restore(model: torch.nn.Module) -> None:
