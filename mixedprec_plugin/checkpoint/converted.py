@@ -42,9 +42,6 @@ def configs_by_layer(
 ) -> dict[str, Mapping[str, Any]]:
     """Layer name -> the `quantization_config` of a checkpoint that is wholly stored as it is.
 
-    Args:
-        max_layers: how many layers the checkpoint can have.
-        path: its config.json, for the message.
     Raises:
         CheckpointError: it speaks of more.
     """

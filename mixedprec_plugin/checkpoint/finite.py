@@ -33,7 +33,6 @@ def check_finite(tensor: StoredTensor, value: torch.Tensor) -> None:
     """Refuse a tensor that has a number which is NaN or infinite.
 
     Args:
-        tensor: what was read, for the message.
         value: what came of it, contiguous on the CPU.
     Raises:
         CheckpointError: with the count of them.

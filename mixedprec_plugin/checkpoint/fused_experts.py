@@ -55,7 +55,6 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
 
     Args:
         tensors: parameter suffix -> tensor, of a layer that `is_fused`.
-        config: the model's config.json.
     """
     parts, is_packed = _parts(tensors), _is_packed(tensors)
     unknown = sorted(tensors.keys() - parts.keys())

@@ -49,7 +49,6 @@ def check_record(record: Mapping[str, Any], path: Path, kind: str) -> None:
     """Hold a record against its schema.
 
     Args:
-        path: the file that it is of, for the messages.
         kind: a name of the schema's `$defs`; empty for the whole of config.json.
     Raises:
         CheckpointError: with the first of the keys that are wrong.

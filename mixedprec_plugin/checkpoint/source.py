@@ -55,8 +55,6 @@ class Source:
 
     Attributes:
         name: its key in the preset; `model` is the server's --model-path.
-        path: the folder.
-        config: the parsed config.json.
         tensors: tensor name -> where it lies; the index decides which file is right.
         facts: file -> what the file system said of it before it was read.
     """
@@ -183,7 +181,6 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
 
     Args:
         path: a local folder, or a Hugging Face id.
-        name: the source's key in the preset.
         revision: branch, tag or commit of a Hugging Face id.
     Raises:
         CheckpointError: with every problem found: missing files, damaged headers, a tensor that

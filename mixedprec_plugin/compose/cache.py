@@ -52,7 +52,6 @@ class LayerCache:
     """The entries of a folder.
 
     Args:
-        folder: made when the first entry is written.
         max_bytes: what `trim` leaves at most.
         facts: file -> what the file system said of it when its source was opened.
 
@@ -72,7 +71,6 @@ class LayerCache:
         """The name of an entry.
 
         Args:
-            tensors: what it is made of.
             decisive: what else decides, as JSON holds it.
         Returns:
             None where a file is not known well enough, as one that is still to be downloaded.

@@ -29,7 +29,6 @@ class DeviceRounding:
     Every operation is one that IEEE 754 rounds in one way, so that the codes are the CPU's.
 
     Attributes:
-        device: where.
         num_bytes: of the weights that went there.
     """
 

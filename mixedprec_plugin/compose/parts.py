@@ -75,8 +75,6 @@ def compose_parts(
 
     The reader must stay open until they are read.
 
-    Args:
-        cache: of what was quantized or repacked before.
     Raises:
         CheckpointError: as `compose_layer`, then or where a tensor is read.
     """

@@ -37,7 +37,6 @@ class VirtualCheckpoint:
     suffixes of the method that the layer runs in. Layers that only a draft model runs are left out.
 
     Args:
-        plan: a plan without errors.
         wanted: which of its layers to read.
         compose: makes the tensors of a layer; `compose_layer` if None.
     Raises (while iterating):
@@ -190,7 +189,6 @@ def compute(
 
     Args:
         stored: parameter suffix -> tensor, of the whole layer or of a part of its weight.
-        quantize: as for `compose_layer`.
         ratio: what the columns are multiplied by, float32 [K].
     """
     if layer.action == "calibrate":

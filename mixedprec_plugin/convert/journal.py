@@ -27,11 +27,7 @@ _LINE = {
 
 @dataclasses.dataclass(frozen=True)
 class FinishedPart:
-    """A part that was written, with the proof of it.
-
-    Attributes:
-        provenance: of its layers.
-    """
+    """A part that was written, with the proof of it."""
 
     file: str
     sha256: str

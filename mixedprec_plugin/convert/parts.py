@@ -41,7 +41,6 @@ class Part:
     """One safetensors file.
 
     Attributes:
-        layers: in the order that they are written.
         tensors: tensor name -> its place.
         header: the file's first bytes.
     """
@@ -82,7 +81,6 @@ def plan_parts(
     """Distribute layers over files in their order; a layer is never split.
 
     Args:
-        layers: in the order that they are written.
         outputs: layer name -> parameter suffix -> what is written.
         max_bytes: most bytes of tensors a file; a layer that is larger has one of its own.
     """

@@ -87,8 +87,6 @@ def tensors_read(layer: PlannedLayer) -> list[StoredTensor]:
 def are_unchanged(layers: Iterable[Mapping[str, Any]], plan: Plan) -> bool:
     """Read again what layers were made of, and say whether all of it has the same digests.
 
-    Args:
-        layers: as `layer_provenance` makes them.
     Raises:
         CheckpointError: a tensor cannot be read any more.
     """

@@ -32,9 +32,7 @@ def write_part(
     """Write one file, with one layer in memory at a time, and see it to the disk.
 
     Args:
-        path: the file, replaced if it is there.
         advance: called with the number of bytes after each tensor.
-        compose: gives what a layer is served as, `compose_layer` or like it.
     Returns:
         the provenance of its layers.
     Raises:

@@ -22,7 +22,6 @@ def quantize_fp8_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor,
 
     Args:
         x: [T, K], floating point; K is a multiple of group_size.
-        group_size: elements along K that share a scale.
     Returns:
         codes float8_e4m3fn [T, K]; scales float32 [T, K/G].
     Source:
@@ -44,7 +43,6 @@ def quantize_int8_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
 
     Args:
         x: [T, K], floating point; K is a multiple of group_size.
-        group_size: elements along K that share a scale.
     Returns:
         codes int8 [T, K], truncated towards zero, not rounded; scales float32 [T, K/G].
     Source:

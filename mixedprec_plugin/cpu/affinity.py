@@ -17,9 +17,6 @@ def available_cores() -> list[int]:
 def split_cores(cores: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Give every rank its own run of cores.
 
-    Args:
-        cores: core ids, in order.
-        num_ranks: number of ranks, at least 1.
     Returns:
         `num_ranks` lists; sizes differ by one at most. With more ranks than cores, ranks share.
     """

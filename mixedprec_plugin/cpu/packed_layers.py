@@ -168,11 +168,7 @@ class PackedLinear(PackedScheme, BaseLinearScheme):
 
 
 class PackedExperts(PackedScheme, BaseMoEScheme):
-    """A scheme of experts.
-
-    Attributes:
-        preset_name: the method's name in presets, for messages.
-    """
+    """A scheme of experts."""
 
     parts = ("w13_", "w2_")
     preset_name = ""
@@ -226,11 +222,7 @@ class PackedExperts(PackedScheme, BaseMoEScheme):
 
 
 class PackedConfig(CpuConfig):
-    """A config of the CPU platform whose methods run schemes.
-
-    Attributes:
-        schemes: for linear layers and for experts.
-    """
+    """A config of the CPU platform whose methods run schemes."""
 
     schemes: tuple[type[PackedLinear], type[PackedExperts]]
 

@@ -45,8 +45,6 @@ def experts_method(
     """Choose the method of a layer of experts while SGLang builds it.
 
     Args:
-        layer: the layer that SGLang is building.
-        prefix: its name.
         groups: one for each scheme; together they hold every expert once.
     Returns:
         for one group what its config gives, repaired where its method knows a cure, None where it
@@ -83,9 +81,6 @@ class CompositeMoEMethod(FusedMoEMethodBase):
 
     Under expert parallelism a rank has children for the groups that its own experts are in, which
     differ from rank to rank; SGLang's dispatcher hands it its own ids, and sums over ranks.
-
-    Args:
-        groups: the groups of the layer, over all ranks; at least two.
     """
 
     runner = None

@@ -62,7 +62,6 @@ def routing_table(groups: Sequence[ExpertGroup], num_experts: int, first: int = 
     """The local id of every expert in every group, on the default device.
 
     Args:
-        num_experts: of a rank.
         first: the first of them.
     Returns:
         int32 [number of groups, num_experts + 1]; -1 for experts of other groups, and in the last

@@ -85,7 +85,6 @@ def why_not_composite(server_args: Any, methods: Collection[str] = ()) -> list[t
     Args:
         server_args: SGLang's ServerArgs, or the namespace that they are made from; fields that it
             has not got are taken for their defaults.
-        methods: canonical names of the methods of the composite layers' experts.
     Returns:
         (what is wrong, remedy) pairs; empty if nothing is.
     """
@@ -105,8 +104,6 @@ def why_not_experts(
     """Launch options that experts of a plan do not take, be each layer in one scheme or several.
 
     Args:
-        server_args: as for `why_not_composite`.
-        methods: canonical names of the methods that some layer's experts run in.
         are_alike: whether all experts of all layers run in one scheme.
         why_not_deepep: why they do not run behind DeepEP; empty if they do.
     Returns:
@@ -135,12 +132,7 @@ def why_not_experts(
 
 
 def backend_fault(backend: str, methods: Collection[str] = ()) -> str:
-    """Why a MoE runner backend does not serve a composite layer; empty if it does.
-
-    Args:
-        backend: value of `--moe-runner-backend`.
-        methods: canonical names of the methods of the layer's experts.
-    """
+    """Why a MoE runner backend does not serve a composite layer; empty if it does."""
     is_triton = bool(methods) and all(METHODS[m].moe_kernels == "triton" for m in methods)
     allowed = ("auto", "triton") if is_triton else ("auto",)
     if backend in allowed:

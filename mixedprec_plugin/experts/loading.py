@@ -48,8 +48,6 @@ def load_expert_tensor(
     """Hand one tensor of one expert to its parameter's own loader; not where other ranks hold it.
 
     Args:
-        layer: a layer of experts, composite or not.
-        expert: its id in the checkpoint.
         shard: `w1` (gate), `w3` (up) or `w2` (down projection).
         suffix: the parameter's, such as `weight_scale_inv`.
         tensor: the whole tensor; SGLang's loader takes the rank's part.
@@ -114,8 +112,6 @@ def check_expert_part(
 
     Args:
         layer: a layer of experts under `auto`, none of a composite.
-        where: the layer's name in the checkpoint.
-        shard: `w1`, `w3` or `w2`.
         suffix: the parameter's, without `w13_` or `w2_`.
         tensor: as it is stored, of one expert.
     Raises:

@@ -28,10 +28,14 @@ from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
-from mixedprec_plugin.serving.auto_experts import experts_method_under_auto
 from mixedprec_plugin.serving.late import check_config
 from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
-from mixedprec_plugin.serving.source_configs import config_of_source, guard, refusals
+from mixedprec_plugin.serving.source_configs import (
+    config_of_source,
+    experts_method_under_auto,
+    guard,
+    refusals,
+)
 
 Others = Mapping[str, tuple[str | None, ...]]
 
@@ -132,9 +136,6 @@ class MixedPrecisionConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return SGLang's method for one module.
 
-        Args:
-            layer: the module that SGLang is building.
-            prefix: its name.
         Returns:
             None for embeddings, attention, and unquantized experts and heads, as SGLang expects it.
         Raises:
@@ -153,7 +154,16 @@ class MixedPrecisionConfig(QuantizationConfig):
         else:
             module = self.module_of(prefix)
         if module is None:
-            raise LoadError(_unknown_module(layer, prefix))
+            raise LoadError(
+                Problem(
+                    prefix or "(a layer without a name)",
+                    f"the model builds it ({type(layer).__name__}), but no layer of the checkpoint "
+                    "belongs to it",
+                    "the architecture names its modules otherwise than the checkpoint does; please "
+                    "report it",
+                    "unknown-module",
+                )
+            )
         self.built[module] = layer
         if isinstance(layer, FusedMoE):
             return self._experts_method(layer, module, prefix)
@@ -280,13 +290,3 @@ def _create_in_shards(method: QuantizeMethodBase, shards: Sequence[PlannedLayer]
         create(layer, input_size, sizes, *args, **keys)
 
     method.create_weights = create_weights
-
-
-def _unknown_module(layer: torch.nn.Module, prefix: str) -> Problem:
-    return Problem(
-        prefix or "(a layer without a name)",
-        f"the model builds it ({type(layer).__name__}), but no layer of the checkpoint belongs to "
-        "it",
-        "the architecture names its modules otherwise than the checkpoint does; please report it",
-        "unknown-module",
-    )

@@ -19,7 +19,6 @@ class Filling:
 
     Attributes:
         problems: tensors that found no parameter.
-        recorder: of what was written.
         taken_over: ids of the parameters of a draft model that are its model's.
     """
 

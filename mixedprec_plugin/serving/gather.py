@@ -65,9 +65,6 @@ def begin(said: Mapping[str, Any]) -> Callable[..., None]:
 class Gathering:
     """Hooks on the modules of a model, until each has seen its tokens.
 
-    Args:
-        config: that the model was built with.
-        num_tokens: when to end.
     Raises:
         LoadError: the folder cannot be written.
     """
@@ -197,11 +194,7 @@ class Gathering:
             self._seen.clear()
 
     def _write(self) -> None:
-        """Write what all modules have seen.
-
-        Raises:
-            ConvertError: it cannot be written.
-        """
+        """Write what all modules have seen."""
         whole = [name for name, count in self._counts.items() if count == self._count]
         tensors: dict[str, torch.Tensor] = {}
         for name in whole:

@@ -296,11 +296,7 @@ def register() -> None:
 
 
 def check_registration() -> list[Problem]:
-    """Check that the load format is known and that every hook is in its place.
-
-    Returns:
-        a problem for each that is not; empty when the plugin is whole.
-    """
+    """Check that the load format is known and that every hook is in its place."""
     problems = []
     if LOAD_FORMAT not in choices.LOAD_FORMAT_CHOICES:
         problems.append(Problem("--load-format mixedprec", "is not registered", _remedy()))

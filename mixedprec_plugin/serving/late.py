@@ -116,11 +116,6 @@ def check_built(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) 
 
     Not in the plan: the code of SGLang's model decides which layers it builds, and how large.
 
-    Args:
-        plan: that the model was built by.
-        built: module name, as the plan spells it -> the module that the model built for it.
-        stage: the part of the model that this rank runs.
-
     Raises:
         LoadError: a layer that nothing runs, or one of another shape than planned or than this GPU
             takes; all are named.
@@ -233,8 +228,6 @@ def check_reloadable(built: Mapping[str, torch.nn.Module]) -> None:
     behind: per-tensor and per-channel FP8 turn it around (fp8.py:1256, w8a8_fp8.py:135).
     A tensor that is copied into a square one would be served transposed, without a word.
 
-    Args:
-        built: module name -> the module, as served.
     Raises:
         LoadError: names the layers by method.
     """

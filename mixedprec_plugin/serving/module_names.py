@@ -26,7 +26,6 @@ class ModuleNames:
 
     Args:
         modules: module names of the plan, as the checkpoint spells them.
-        family: the model's.
     """
 
     def __init__(self, modules: Collection[str], family: Family) -> None:

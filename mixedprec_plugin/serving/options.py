@@ -95,9 +95,6 @@ def why_not_options(args: Any, device: Device) -> list[Problem]:
     Args:
         args: SGLang's ServerArgs, or the namespace that they are made from; fields that it has not
             got are taken for their defaults.
-        device: what the model runs on.
-    Returns:
-        a problem for each; empty if all go.
     """
     table = _EVERYWHERE + (_ON_CPU if device == "cpu" else ())
     found = list(_refused(args, table))

@@ -62,11 +62,7 @@ class Outline:
     unchecked: str = ""
 
     def check(self) -> Outline:
-        """Return the outline itself if the plan can be loaded.
-
-        Raises:
-            PlanError: with every problem.
-        """
+        """Return the outline itself if the plan can be loaded."""
         if self.problems:
             raise PlanError(self.problems)
         return self

@@ -33,25 +33,14 @@ GROUP_INDICES = ("g_idx", "weight_g_idx")
 Orders = dict[tuple[str, bool], tuple[str, torch.Tensor]]
 
 
-def load_weights(
-    model: torch.nn.Module,
-    config: MixedPrecisionConfig,
-    weights: Weights,
-    *,
-    partial: bool = False,
-) -> None:
+def load_weights(model: torch.nn.Module, config: MixedPrecisionConfig, weights: Weights) -> None:
     """Fill a model with the tensors of its plan.
 
-    Args:
-        model: built with `config`.
-        weights: (tensor name, tensor) of the virtual checkpoint.
-        partial: only a part of the tensors comes; what is not touched stays as it is.
     Raises:
         LoadError: a tensor found no parameter, or a parameter was not filled; all are named.
     """
     filling = fill(model, config, weights)
-    problems = filling.problems or (() if partial else unfilled(model, filling))
-    if problems:
+    if problems := filling.problems or unfilled(model, filling):
         raise LoadError(problems)
 
 

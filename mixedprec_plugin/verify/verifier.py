@@ -44,8 +44,6 @@ class Comparison:
 
     Attributes:
         layer: layer name, and for what is no weight matrix the tensor's suffix behind it.
-        method: what it runs in.
-        source: name of the source that it comes from.
         distance: None where it was not compared.
         limit: largest relative error.
         note: how it was compared, or why it was not; empty where weight and weight were.
@@ -93,10 +91,8 @@ class Verifier:
     """Compares the layers of a plan with a reference, each by itself.
 
     Args:
-        plan: a plan without errors.
         reference: a checkpoint of the same model, in any format that we can dequantize.
         limits: method -> largest relative error; others have their own.
-        reader: reads both.
     """
 
     def __init__(
