@@ -110,7 +110,7 @@ def empty_work(work: Path) -> None:
             path.unlink()
 
 
-def record(path: Path, schema: Mapping[str, Any], remedy: str = "name another folder") -> Any:
+def record(path: Path, schema: Mapping[str, Any]) -> Any:
     """Read a record of an earlier conversion.
 
     Raises:
@@ -120,6 +120,7 @@ def record(path: Path, schema: Mapping[str, Any], remedy: str = "name another fo
         # a pipe would be waited for
         return parse_record(path.read_bytes() if path.is_file() else b"", schema)
     except (ValueError, OSError) as error:
+        remedy = "name another folder"
         raise ConvertError(Problem(str(path), str(error), remedy, "record")) from error
 
 

@@ -8,7 +8,6 @@ from collections.abc import Collection
 import torch
 
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.recorder import WriteRecorder, storage_id
 
@@ -35,19 +34,12 @@ def dropped(
 ) -> list[Problem]:
     """The tensors that went to `model.load_weights` and into no parameter."""
     ties = bool(config.plan.source.config.get("tie_word_embeddings"))
-    dropped = [
-        name
+    what = f"is in the checkpoint, but {type(model).__name__} has no parameter for it"
+    remedy = "the model in SGLang and the checkpoint are not of one architecture"
+    return [
+        Problem(name, what, remedy, "dropped-tensor")
         for name in rest
         if name not in recorder.arrived and not (ties and name == "lm_head.weight")
-    ]
-    return [
-        Problem(
-            folded,
-            f"is in the checkpoint, but {type(model).__name__} has no parameter for it",
-            "the model in SGLang and the checkpoint are not of one architecture",
-            "dropped-tensor",
-        )
-        for folded in fold_names(dropped)
     ]
 
 
@@ -57,19 +49,11 @@ def unfilled(
     """The parameters that were not filled whole; those of some modules are left out."""
     left_out = {id(parameter) for module in but for parameter in module.parameters()}
     left_out |= filling.taken_over
-    found: dict[str, list[str]] = {}
+    remedy = "the checkpoint lacks a tensor, or SGLang's model loads it under another name"
+    problems = []
     for name, parameter in model.named_parameters():
         written = filling.recorder.written.get(storage_id(parameter.data), 0)
         if written < parameter.numel() and id(parameter) not in left_out:
-            share = f"{written:,} of {parameter.numel():,} elements"
-            found.setdefault(share, []).append(name)
-    return [
-        Problem(
-            folded,
-            f"{share} were filled from the checkpoint",
-            "the checkpoint lacks a tensor, or SGLang's model loads it under another name",
-            "unfilled-parameter",
-        )
-        for share, names in found.items()
-        for folded in fold_names(names)
-    ]
+            what = f"{written:,} of {parameter.numel():,} elements were filled from the checkpoint"
+            problems.append(Problem(name, what, remedy, "unfilled-parameter"))
+    return problems

@@ -33,13 +33,14 @@ from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.construct import cuda_capability
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.shapes import fp8_marlin_fault
-from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.folding import fold_names, fold_problems
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.serving.planner import plan_of
 from mixedprec_plugin.serving.stages import Stage
 
 _AUTO = "auto"
+_OTHER = "config.json and weights are of different models", "built-shape"
 
 
 def keep_auto(args: Any) -> None:
@@ -120,41 +121,29 @@ def check_built(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) 
         LoadError: a layer that nothing runs, or one of another shape than planned or than this GPU
             takes; all are named.
     """
-    found: dict[str, list[str]] = {}
-    for layer in filter(stage.runs, plan.layers):
-        if layer.module not in built and not (layer.is_unquantized or layer.kind == "draft"):
-            found.setdefault(layer.module, []).append(layer.name)
     problems = [
         Problem(
-            ", ".join(fold_names(names)),
-            f"is in the checkpoint, but the model builds no {module}",
-            "config.json and weights are of different models",
-            "built-shape",
+            layer.name, f"is in the checkpoint, but the model builds no {layer.module}", *_OTHER
         )
-        for module, names in found.items()
+        for layer in filter(stage.runs, plan.layers)
+        if layer.module not in built and not (layer.is_unquantized or layer.kind == "draft")
     ]
     problems = problems or shape_problems(plan, built, stage) or _kernel_problems(built)
     if problems:
-        raise LoadError(problems)
+        raise LoadError(fold_problems(problems))
 
 
 def shape_problems(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) -> list[Problem]:
     """Planned linear layers and experts that the model built in another shape."""
-    found: dict[str, list[str]] = {}
-    for module, own in built.items():
-        layers = plan.modules[module]
-        for layer in filter(stage.runs, layers):
-            text = _difference(layer, own, layers)
-            if text:
-                found.setdefault(text, []).append(layer.name)
     return [
-        Problem(folded, text, "config.json and weights are of different models", "built-shape")
-        for text, names in found.items()
-        for folded in fold_names(names)
+        Problem(layer.name, text, *_OTHER)
+        for module, own in built.items()
+        for layer in filter(stage.runs, plan.modules[module])
+        if (text := _difference(layer, own, plan.modules[module]))
     ]
 
 
-def _kernel_problems(modules: Mapping[str, torch.nn.Module]) -> list[Problem]:
+def _kernel_problems(modules: Mapping[str, Any]) -> list[Problem]:
     """What only this GPU refuses: FP8 without FP8 units runs in Marlin kernels, which have tiles.
 
     The plan refuses it where it knows the GPU and the layer's method; a layer under `auto` is known
@@ -162,23 +151,14 @@ def _kernel_problems(modules: Mapping[str, torch.nn.Module]) -> list[Problem]:
 
     Source: `Fp8LinearMethod.use_marlin` (fp8.py:518).
     """
-    found: dict[str, list[str]] = {}
-    built: Any
-    for module, built in modules.items():
-        if not isinstance(built, LinearBase) or not getattr(
-            built.quant_method, "use_marlin", False
-        ):
-            continue
-        text = fp8_marlin_fault(built.output_size_per_partition, built.input_size_per_partition)
-        if text:
-            found.setdefault(text, []).append(module)
-    return [
-        Problem(
-            folded, text, "give it another method, or use fewer tensor-parallel ranks", "gpu-shape"
-        )
-        for text, names in found.items()
-        for folded in fold_names(names)
-    ]
+    remedy = "give it another method, or use fewer tensor-parallel ranks"
+    problems = []
+    for name, built in modules.items():
+        if isinstance(built, LinearBase) and getattr(built.quant_method, "use_marlin", False):
+            N, K = built.output_size_per_partition, built.input_size_per_partition
+            if text := fp8_marlin_fault(N, K):
+                problems.append(Problem(name, text, remedy, "gpu-shape"))
+    return problems
 
 
 def _difference(layer: PlannedLayer, built: torch.nn.Module, shards: Sequence[PlannedLayer]) -> str:
@@ -231,7 +211,7 @@ def check_reloadable(built: Mapping[str, torch.nn.Module]) -> None:
     Raises:
         LoadError: names the layers by method.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[Problem, None] = {}
     for name, module in built.items():
         for part in module.modules():
             method = getattr(part, "quant_method", None)
@@ -243,18 +223,13 @@ def check_reloadable(built: Mapping[str, torch.nn.Module]) -> None:
             elif _restores(method):
                 continue
             if any(map(is_lost, part.parameters(recurse=False))):
-                found.setdefault(type(method).__name__, []).append(name)
-    problems = [
-        Problem(
-            ", ".join(fold_names(dict.fromkeys(names))),
-            f"takes no new weights: {method} gave its weight another form after it was loaded",
-            "start the server anew with them",
-            "reload",
-        )
-        for method, names in found.items()
-    ]
-    if problems:
-        raise LoadError(problems)
+                own = type(method).__name__
+                what = (
+                    f"takes no new weights: {own} gave its weight another form after it was loaded"
+                )
+                found[Problem(name, what, "start the server anew with them", "reload")] = None
+    if found:
+        raise LoadError(fold_problems(found))
 
 
 def _is_turned(parameter: torch.Tensor) -> bool:

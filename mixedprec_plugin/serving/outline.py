@@ -100,7 +100,7 @@ def _of_floats(plan: Plan, build: Build) -> Outline:
             model, tensors.stage = build(config)
             others = config.resolve(model)
             if problems := shape_problems(plain, config.built, tensors.stage):
-                return Outline(problems=tuple(problems))
+                return Outline(problems=tuple(fold_problems(problems)))
             tensors.left_out = _whole_experts(plain, config).keys()
             filling = fill(model, config, tensors)
     except REFUSALS as error:

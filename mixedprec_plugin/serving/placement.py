@@ -19,6 +19,7 @@ from mixedprec_plugin.experts.loading import check_expert_part, load_expert_tens
 from mixedprec_plugin.families.names import ExpertShard, last_component, scheme_unit
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.registry import AUTO
+from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.filling import Filling, dropped, unfilled
@@ -41,7 +42,7 @@ def load_weights(model: torch.nn.Module, config: MixedPrecisionConfig, weights: 
     """
     filling = fill(model, config, weights)
     if problems := filling.problems or unfilled(model, filling):
-        raise LoadError(problems)
+        raise LoadError(fold_problems(problems))
 
 
 def fill(model: torch.nn.Module, config: MixedPrecisionConfig, weights: Weights) -> Filling:
