@@ -12,5 +12,5 @@ late            what the plan cannot know: what SGLang's classes say, chose or b
 stages          the part of a model that one pipeline stage builds
 loader          the load format: plan, build, place, check
 progress        how far a load is
-placement       tensors -> the parameters' own weight loaders, and what was filled
+filling, placement  tensors -> the parameters' own weight loaders, and what was filled
 """

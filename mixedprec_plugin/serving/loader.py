@@ -46,9 +46,9 @@ from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.building import build_model
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.filling import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.late import check_built, check_reloadable
 from mixedprec_plugin.serving.outline import outline_of
-from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.planner import make_draft_plan, planner_of, serving_device
 from mixedprec_plugin.serving.progress import reported
 from mixedprec_plugin.serving.settings import Settings, split_extra_config
