@@ -229,9 +229,8 @@ def round_to_nearest(layer: PlannedLayer, weight: torch.Tensor, target: Target) 
     """
     if layer.action == "calibrate":
         remedy = "run mixedprec convert, and take the folder that it writes"
-        raise CheckpointError(
-            Problem(layer.name, "is computed from text", remedy, "not-calibrated")
-        )
+        problem = Problem(layer.name, "is computed from text", remedy, "not-calibrated")
+        raise CheckpointError(problem)
     assert layer.scheme is not None
     codec = load_codec(METHODS[layer.scheme.method].codec)
     with _naming(f"{layer.name}.weight"):

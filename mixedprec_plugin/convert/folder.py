@@ -244,12 +244,6 @@ def write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = str(error.filename or out)
-        raise ConvertError(
-            Problem(
-                where,
-                f"cannot be written ({error.strerror})",
-                "make room or access, and run the same command again: it continues",
-                "write",
-            )
-        ) from error
+        where, what = str(error.filename or out), f"cannot be written ({error.strerror})"
+        remedy = "make room or access, and run the same command again: it continues"
+        raise ConvertError(Problem(where, what, remedy, "write")) from error

@@ -121,13 +121,8 @@ def _groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
     num_tokens, num_columns = x.shape
     num_groups, rest = divmod(num_columns, group_size)
     if rest:
-        raise ShapeError(
-            Problem(
-                where="",
-                what=f"K = {num_columns} (expected a multiple of {group_size}, the block size)",
-                remedy="give the layer a method without blocks",
-            )
-        )
+        what = f"K = {num_columns} (expected a multiple of {group_size}, the block size)"
+        raise ShapeError(Problem("", what, "give the layer a method without blocks"))
     return x.float().reshape(num_tokens, num_groups, group_size)
 
 

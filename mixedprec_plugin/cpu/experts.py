@@ -274,28 +274,19 @@ def check_experts(
     }
     found = [form for form, present in unsupported.items() if present]
     if found:
-        raise MethodError(
-            Problem(
-                where=layer.layer_name,
-                what=f"the CPU platform does not run experts in {method} with {', '.join(found)}",
-                remedy="leave these experts as they are stored, or run on a GPU",
-                rule="experts-form",
-            )
-        )
+        what = f"the CPU platform does not run experts in {method} with {', '.join(found)}"
+        remedy = "leave these experts as they are stored, or run on a GPU"
+        raise MethodError(Problem(layer.layer_name, what, remedy, "experts-form"))
     sizes = {
         "hidden size": layer.hidden_size,
         "intermediate size a rank": layer.intermediate_size_per_partition,
     }
-    problems = [
-        Problem(
-            where=layer.layer_name,
-            what=f"{name} {size} in {method} (expected a multiple of {unit}, the {unit_name})",
-            remedy=f"give the experts a smaller {unit_name} or another method, or fewer ranks",
-            rule="experts-shape",
-        )
+    remedy = f"give the experts a smaller {unit_name} or another method, or fewer ranks"
+    wrong = [
+        f"{name} {size} in {method} (expected a multiple of {unit}, the {unit_name})"
         for unit in dict.fromkeys(units)
         for name, size in sizes.items()
         if unit <= 0 or size % unit
     ]
-    if problems:
-        raise ShapeError(problems)
+    if wrong:
+        raise ShapeError(Problem(layer.layer_name, x, remedy, "experts-shape") for x in wrong)

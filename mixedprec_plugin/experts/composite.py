@@ -145,14 +145,9 @@ class CompositeMoEMethod(FusedMoEMethodBase):
         """
         topk_output = dispatch_output.topk_output
         if not TopKOutputChecker.format_is_standard(topk_output):
-            raise LoadError(
-                Problem(
-                    layer.layer_name,
-                    f"the router gives a {type(topk_output).__name__} (expected a "
-                    "StandardTopKOutput)",
-                    "start without --moe-runner-backend",
-                )
-            )
+            given = type(topk_output).__name__
+            what = f"the router gives a {given} (expected a StandardTopKOutput)"
+            raise LoadError(Problem(layer.layer_name, what, "start without --moe-runner-backend"))
         local_ids = getattr(layer, _TABLE)[:, topk_output.topk_ids]
         total: torch.Tensor | None = None
         for child, ids in zip(getattr(layer, _GROUPS), local_ids, strict=True):

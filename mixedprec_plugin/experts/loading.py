@@ -90,15 +90,12 @@ def _parameter(layer: FusedMoE, owner: FusedMoE, expert: int, name: str) -> Any:
     # not named_parameters(): it would list them all for every tensor of every expert
     parameter = getattr(owner, name, None)
     if not isinstance(parameter, torch.nn.Parameter):
-        raise LoadError(
-            Problem(
-                f"{layer.layer_name}: expert {expert}",
-                f"has no parameter {name!r} in {type(owner.quant_method).__name__} "
-                f"(expected {', '.join(n for n, _ in owner.named_parameters())})",
-                "the tensor belongs to another scheme than the expert's",
-                "unknown-parameter",
-            )
-        )
+        names = ", ".join(own for own, _ in owner.named_parameters())
+        method = type(owner.quant_method).__name__
+        what = f"has no parameter {name!r} in {method} (expected {names})"
+        remedy = "the tensor belongs to another scheme than the expert's"
+        where = f"{layer.layer_name}: expert {expert}"
+        raise LoadError(Problem(where, what, remedy, "unknown-parameter"))
     return parameter
 
 
@@ -130,15 +127,12 @@ def check_expert_part(
         return
     held = f"{_dtype(parameter)} {list(parameter.shape[1:])}"
     ranks = f" on each of {tp_size} ranks" if tp_size > 1 else ""
-    raise LoadError(
-        Problem(
-            f"{where}.{suffix}",
-            f"is stored as {_dtype(tensor)} {list(tensor.shape)}, which does not make up an "
-            f"expert's {held} in {type(layer.scheme or layer.quant_method).__name__}{ranks}",
-            "name a method for the experts, or take them from another source",
-            "auto-part",
-        )
+    what = (
+        f"is stored as {_dtype(tensor)} {list(tensor.shape)}, which does not make up an "
+        f"expert's {held} in {type(layer.scheme or layer.quant_method).__name__}{ranks}"
     )
+    remedy = "name a method for the experts, or take them from another source"
+    raise LoadError(Problem(f"{where}.{suffix}", what, remedy, "auto-part"))
 
 
 def _part_size(layer: FusedMoE, parameter: torch.Tensor, shard: str, suffix: str) -> int:

@@ -154,16 +154,11 @@ class MixedPrecisionConfig(QuantizationConfig):
         else:
             module = self.module_of(prefix)
         if module is None:
-            raise LoadError(
-                Problem(
-                    prefix or "(a layer without a name)",
-                    f"the model builds it ({type(layer).__name__}), but no layer of the checkpoint "
-                    "belongs to it",
-                    "the architecture names its modules otherwise than the checkpoint does; please "
-                    "report it",
-                    "unknown-module",
-                )
-            )
+            built = f"the model builds it ({type(layer).__name__})"
+            what = f"{built}, but no layer of the checkpoint belongs to it"
+            remedy = "the architecture names its modules otherwise than the checkpoint does"
+            where, remedy = prefix or "(a layer without a name)", f"{remedy}; please report it"
+            raise LoadError(Problem(where, what, remedy, "unknown-module"))
         self.built[module] = layer
         if isinstance(layer, FusedMoE):
             return self._experts_method(layer, module, prefix)

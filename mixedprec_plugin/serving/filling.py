@@ -135,13 +135,8 @@ def close_to_unquantized(model: torch.nn.Module) -> None:
     """
 
     def refuse(*_: object, **__: object) -> None:
-        raise LoadError(
-            Problem(
-                type(model).__name__,
-                "serves a mixed-precision plan and takes no tensors past it",
-                "use update_weights_from_disk, which quantizes by the preset",
-                "past-the-plan",
-            )
-        )
+        what = "serves a mixed-precision plan and takes no tensors past it"
+        remedy = "use update_weights_from_disk, which quantizes by the preset"
+        raise LoadError(Problem(type(model).__name__, what, remedy, "past-the-plan"))
 
     model.load_weights = refuse  # type: ignore[assignment]

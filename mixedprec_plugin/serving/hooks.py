@@ -297,14 +297,15 @@ def register() -> None:
 
 def check_registration() -> list[Problem]:
     """Check that the load format is known and that every hook is in its place."""
+    remedy = f"look at HOOKS in {__file__} and at the log for the plugin's exception; "
+    remedy += f"SGLang is {sglang.__version__}"
     problems = []
     if LOAD_FORMAT not in choices.LOAD_FORMAT_CHOICES:
-        problems.append(Problem("--load-format mixedprec", "is not registered", _remedy()))
+        problems.append(Problem("--load-format mixedprec", "is not registered", remedy))
     for hook in hooks_here():
         if not _is_applied(hook):
-            problems.append(
-                Problem(hook.target, f"is not hooked ({hook.stands_on})", _remedy(), "hook")
-            )
+            what = f"is not hooked ({hook.stands_on})"
+            problems.append(Problem(hook.target, what, remedy, "hook"))
     return problems
 
 
@@ -324,13 +325,6 @@ def _target(hook: Hook) -> Any:
         return pkgutil.resolve_name(hook.target)
     except (ImportError, AttributeError):
         return None
-
-
-def _remedy() -> str:
-    return (
-        f"look at HOOKS in {__file__} and at the log for the plugin's exception; "
-        f"SGLang is {sglang.__version__}"
-    )
 
 
 @functools.cache

@@ -332,8 +332,7 @@ def _check_same_schemes(served: Plan, new: Plan) -> None:
         if before is None or after is None:
             problems.append(Problem(name, "is in only one of the two checkpoints"))
         elif (before.method, dict(before.outputs)) != (after.method, dict(after.outputs)):
-            problems.append(
-                Problem(name, f"runs in {before.method}, the new weights would need {after.method}")
-            )
+            what = f"runs in {before.method}, the new weights would need {after.method}"
+            problems.append(Problem(name, what))
     if problems:
         raise LoadError(problems)

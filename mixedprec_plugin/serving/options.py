@@ -122,12 +122,8 @@ def _override_problems(args: Any) -> Iterable[Problem]:
     except ValueError as error:
         raise UsageError(Problem(flag, f"is not JSON ({error})")) from error
     if isinstance(overrides, Mapping) and "quantization_config" in overrides:
-        yield Problem(
-            f"{flag}: quantization_config",
-            "a preset names the method of each layer",
-            "leave it out",
-            "launch",
-        )
+        what = "a preset names the method of each layer"
+        yield Problem(f"{flag}: quantization_config", what, "leave it out", "launch")
 
 
 _SEVERAL = "every rank of one replica must see the same tokens"

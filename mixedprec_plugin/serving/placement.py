@@ -62,15 +62,11 @@ def check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) ->
         name, first = orders.setdefault(unit, (layer.name, order))
         is_same = torch.equal(first, order)
     if not is_same:
-        raise LoadError(
-            Problem(
-                f"{layer.name}.g_idx",
-                f"has another order than {name}, and {layer.module} has one for all its shards",
-                "write method: bf16 for them to be dequantized, and requantize: true beside "
-                "another method",
-                "act-order",
-            )
+        what = f"has another order than {name}, and {layer.module} has one for all its shards"
+        remedy = (
+            "write method: bf16 for them to be dequantized, and requantize: true beside another"
         )
+        raise LoadError(Problem(f"{layer.name}.g_idx", what, f"{remedy} method", "act-order"))
 
 
 def _place_tensor(
@@ -97,14 +93,9 @@ def _place_tensor(
     elif _takes_shards(getattr(loader, "__func__", loader)):
         loader(parameter, tensor, layer.shard)
     else:
-        raise LoadError(
-            Problem(
-                f"{layer.name}.{suffix}",
-                f"{type(module).__name__} does not take shards, the plan says it is shard "
-                f"{layer.shard!r} of {layer.module}",
-                rule="fused-module",
-            )
-        )
+        what = f"{type(module).__name__} does not take shards, the plan says it is shard "
+        what += f"{layer.shard!r} of {layer.module}"
+        raise LoadError(Problem(f"{layer.name}.{suffix}", what, rule="fused-module"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -158,13 +149,9 @@ def _fill_head(module: ParallelLMHead, parameter: Any, tensor: torch.Tensor) -> 
 def _parameter(module: torch.nn.Module, suffix: str, layer: PlannedLayer) -> Any:
     parameter = getattr(module, suffix, None)
     if not isinstance(parameter, torch.Tensor):
-        raise LoadError(
-            Problem(
-                f"{layer.name}.{suffix}",
-                f"{layer.module} ({type(module).__name__}) has no parameter {suffix!r} "
-                f"(expected {', '.join(n for n, _ in module.named_parameters())})",
-                "the checkpoint holds a tensor that the model does not use",
-                "unknown-parameter",
-            )
-        )
+        names = ", ".join(name for name, _ in module.named_parameters())
+        owner = f"{layer.module} ({type(module).__name__})"
+        what = f"{owner} has no parameter {suffix!r} (expected {names})"
+        remedy = "the checkpoint holds a tensor that the model does not use"
+        raise LoadError(Problem(f"{layer.name}.{suffix}", what, remedy, "unknown-parameter"))
     return parameter

@@ -160,11 +160,7 @@ def serving_device() -> Device:
         return "cpu"
     if current_platform.device_type == "cuda" and torch.version.hip is None:
         return "cuda"
-    raise PlanError(
-        Problem(
-            f"platform {current_platform.device_name!r}",
-            "mixed precision runs on NVIDIA GPUs and on plain CPUs",
-            "set SGLANG_PLATFORM=mixedprec_cpu to try the preset on the CPU",
-            "platform",
-        )
-    )
+    where = f"platform {current_platform.device_name!r}"
+    what = "mixed precision runs on NVIDIA GPUs and on plain CPUs"
+    remedy = "set SGLANG_PLATFORM=mixedprec_cpu to try the preset on the CPU"
+    raise PlanError(Problem(where, what, remedy, "platform"))

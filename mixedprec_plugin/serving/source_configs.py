@@ -63,15 +63,9 @@ def config_of_source(
     said = copy.deepcopy(dict(source.quantization_config_of(layer)))
     name = str(said.get("quant_method") or "").lower()
     if not name:
-        raise LoadError(
-            Problem(
-                where,
-                f"config.json of source {source.name!r} names no quant_method, which method: auto "
-                "goes by",
-                "name the layers' method",
-                "auto-config",
-            )
-        )
+        what = f"config.json of source {source.name!r} names no quant_method"
+        what += ", which method: auto goes by"
+        raise LoadError(Problem(where, what, "name the layers' method", "auto-config"))
     said["packed_modules_mapping"] = {k: list(v) for k, v in packed_modules.items()}
     with refusals(where, f"{name!r} of source {source.name!r}"):
         config_class = get_quantization_config(_taken_over(said, name) or name)
@@ -176,15 +170,10 @@ def refusals(where: str, owner: str) -> Iterator[None]:
     try:
         yield
     except REFUSALS as error:
-        raise LoadError(
-            Problem(
-                where,
-                f"SGLang {sglang_version()} does not read it as it is stored "
-                f"({owner}: {words_of(error)})",
-                "name a method for it, or take it from another source",
-                "auto-refused",
-            )
-        ) from error
+        why = f"({owner}: {words_of(error)})"
+        what = f"SGLang {sglang_version()} does not read it as it is stored {why}"
+        remedy = "name a method for it, or take it from another source"
+        raise LoadError(Problem(where, what, remedy, "auto-refused")) from error
 
 
 def words_of(error: Exception) -> str:
