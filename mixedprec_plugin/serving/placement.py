@@ -63,10 +63,9 @@ def check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) ->
         is_same = torch.equal(first, order)
     if not is_same:
         what = f"has another order than {name}, and {layer.module} has one for all its shards"
-        remedy = (
-            "write method: bf16 for them to be dequantized, and requantize: true beside another"
-        )
-        raise LoadError(Problem(f"{layer.name}.g_idx", what, f"{remedy} method", "act-order"))
+        remedy = "write method: bf16 for them to be dequantized, and requantize: true beside "
+        remedy += "another method"
+        raise LoadError(Problem(f"{layer.name}.g_idx", what, remedy, "act-order"))
 
 
 def _place_tensor(
