@@ -140,7 +140,6 @@ class _Parts:
         self._made: dict[tuple[range, range] | None, Tensors] = {}
 
     def lazy(self, suffix: str, spec: TensorSpec) -> LazyTensor:
-        """Stand for one of the method's tensors."""
         box = tuple(range(size) for size in spec.shape)
         make = functools.partial(self._part, suffix, spec)
         return LazyTensor(make, TORCH_DTYPES[spec.dtype], box)
@@ -198,7 +197,6 @@ class _Parts:
         return spans[0], spans[1]
 
     def _kept(self, spans: tuple[range, range] | None) -> Tensors:
-        """What was made before, or is made now and kept."""
         layer, cache = self._layer, self._cache
         if cache is None or layer.scheme is None or layer.stored is None:
             return self._make(spans)

@@ -129,7 +129,6 @@ def _rounding(calibration: Calibration | None) -> str:
 
 
 def _is_done(job: _Job) -> bool:
-    """Whether the very same output is there, and whole."""
     state = folder.state_of(job.out)
     if state == "foreign":
         text = "is not empty, and no conversion wrote it"
@@ -158,7 +157,6 @@ def _is_in_place(job: _Job) -> bool:
 
 
 def _take_up(job: _Job, journal: Journal) -> None:
-    """Continue what the journal tells of, or begin."""
     differences: list[str] = []
     if journal.inputs and not journal.damage:
         layers = [entry for part in journal.finished.values() for entry in part.provenance]

@@ -56,11 +56,9 @@ class MixedForm:
         ]
 
     def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
-        """The layer's own."""
         return layer.outputs
 
     def tensors(self, layer: PlannedLayer, composed: Tensors) -> Tensors:
-        """The layer's own."""
         return composed
 
     def quantization_config(self, plan: Plan) -> dict[str, Any]:

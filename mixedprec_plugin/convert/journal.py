@@ -67,7 +67,6 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Let other processes have it."""
         self._file.close()
 
     def _read(self) -> None:
@@ -85,13 +84,11 @@ class Journal:
             self._file.truncate(sum(len(line) + 1 for line in lines))
 
     def start(self, inputs: dict[str, str]) -> None:
-        """Forget all and begin for these inputs."""
         self._file.truncate(0)
         self.inputs, self.finished = inputs, {}
         self._append({"inputs": inputs})
 
     def finish(self, part: FinishedPart) -> None:
-        """Note a part as finished."""
         self._append(dataclasses.asdict(part))
         self.finished[part.file] = part
 

@@ -52,7 +52,6 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the whole file."""
         return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors.values())
 
 

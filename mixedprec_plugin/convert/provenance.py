@@ -42,7 +42,6 @@ class HashingReader(Reader):
         self._digests: dict[StoredTensor, str] = {}
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """Read one tensor; see `Reader.read`."""
         value = super().read(tensor)
         self._digests[tensor] = hashlib.sha256(bytes_of(value)).hexdigest()
         return value

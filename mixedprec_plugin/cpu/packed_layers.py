@@ -227,16 +227,13 @@ class PackedConfig(CpuConfig):
     schemes: tuple[type[PackedLinear], type[PackedExperts]]
 
     def get_linear_scheme(self, layer: LinearBase) -> PackedLinear:
-        """The scheme that the method of a linear layer runs."""
         return self.schemes[0](self)
 
     def get_moe_scheme(self, layer: FusedMoE) -> PackedExperts:
-        """The scheme that the method of experts runs."""
         return self.schemes[1](self)
 
 
 def _stored(layer: torch.nn.Module, part: str, expert: int) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors of one weight."""
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
     found = {suffix: getattr(layer, part + suffix, None) for suffix in suffixes}
     return {

@@ -40,7 +40,6 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "cpu"
 
     def get_default_attention_backend(self) -> str:
-        """The attention that needs nothing but torch."""
         return _ATTENTION
 
     def get_dispatch_key_name(self) -> str:

@@ -79,7 +79,6 @@ class MixedPrecisionConfig(QuantizationConfig):
         self._children: dict[Any, QuantizationConfig] = {}
 
     def get_name(self) -> str:
-        """The name of the load format."""
         return "mixedprec"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:

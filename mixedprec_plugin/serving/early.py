@@ -94,7 +94,6 @@ def set_kv_dtype(args: Any) -> None:
 
 
 def _kv_problems(args: Any, preset: Preset | None) -> Iterable[Problem]:
-    """What keeps the KV cache from the dtype that the preset says."""
     given = getattr(args, "kv_cache_dtype", None) or _AUTO
     wanted = _AUTO if preset is None else preset.kv_cache.dtype
     if preset is not None and _AUTO not in (given, wanted) and given != wanted:
@@ -104,7 +103,6 @@ def _kv_problems(args: Any, preset: Preset | None) -> Iterable[Problem]:
 
 
 def _draft_problems(args: Any, plan: Plan, preset: Preset, device: Device) -> Iterable[Problem]:
-    """What keeps a draft model from running as the section `draft` says."""
     if getattr(args, "speculative_algorithm", None) in _WITHOUT_HEADS:
         return
     path = getattr(args, "speculative_draft_model_path", None) or args.model_path
@@ -166,7 +164,6 @@ def _why_not_deepep(plan: Plan) -> str:
 
 
 def _expert_problems(args: Any, plan: Plan) -> Iterable[Problem]:
-    """Launch options that the experts of the plan do not go with."""
     experts = _experts(plan)
     methods = {layer.method for layer in experts}
     mixed = [module for module, groups in plan.expert_groups.items() if len(groups) > 1]

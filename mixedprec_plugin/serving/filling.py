@@ -62,7 +62,6 @@ class Filling:
         self.problems += self._dropped()
 
     def _place_all(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """Place what the plan knows, and yield the rest."""
         stream = iter(weights)
         while True:
             # reading and quantizing are none of the recorder's business, and faster without it

@@ -122,7 +122,6 @@ class Gathering:
     def _start_pass(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        """Choose the tokens of a pass."""
         self._rows, self._stream, self._branch = self._rows[:0], None, []
         batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, ForwardBatch)), None)
         if batch is None or not batch.forward_mode.is_extend():
@@ -194,7 +193,6 @@ class Gathering:
             self._seen.clear()
 
     def _write(self) -> None:
-        """Write what all modules have seen."""
         whole = [name for name, count in self._counts.items() if count == self._count]
         tensors: dict[str, torch.Tensor] = {}
         for name in whole:

@@ -208,7 +208,6 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self.postprocess_weights(model, target_device)
 
     def _verified(self, plan: Plan, weights: Weights) -> Weights:
-        """The same tensors, compared with the reference on their way if that was asked for."""
         if not self.settings.verify or get_parallel().tp_rank != 0:
             return weights
         return verified(weights, plan, reference_of(self.settings.verify, plan))
@@ -273,7 +272,6 @@ def rounding_for(plan: Plan, settings: Settings) -> Quantize:
 
 
 def _open_cache(plan: Plan, settings: Settings) -> LayerCache | None:
-    """What keeps the layers of a plan; None where nothing is to be kept."""
     if not settings.cache_bytes:
         return None
     facts = {path: f for source in plan.sources.values() for path, f in source.facts.items()}

@@ -82,7 +82,6 @@ class Settings:
         return int(self.input_tokens)
 
     def to_extra_config(self) -> dict[str, Any]:
-        """The settings as entries of SGLang's `model_loader_extra_config`."""
         said = {key: getattr(self, field) for field, key in KEYS.items()}
         return {key: value for key, value in said.items() if value or key == KEYS["config"]}
 

@@ -246,7 +246,6 @@ class Verifier:
         return compose_layer(layer, self.plan.target, self.reader)
 
     def _served(self, layer: PlannedLayer, outputs: Tensors) -> torch.Tensor | None:
-        """What a layer is served as, as floats [N, K]."""
         weight = served_floats(layer, outputs).get("weight")
         is_read = weight is not None and weight.is_floating_point() and weight.itemsize > 1
         return weight if is_read else None
