@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path
 
 import torch
 
 from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYPES, Reader, Reading
-from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
-from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import to_dequantize
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
 from mixedprec_plugin.plan.model import Plan, PlannedLayer, Rescale
-from mixedprec_plugin.plan.resolve import resolve_plan
-from mixedprec_plugin.plan.sources import open_other_sources
-from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, load_codec
 
 Tensors = dict[str, torch.Tensor]
@@ -69,22 +63,6 @@ class VirtualCheckpoint:
 
     def __len__(self) -> int:
         return sum(len(layer.outputs) for layer in self.layers)
-
-
-def open_virtual_checkpoint(
-    model_path: str | Path, preset_path: str | Path, target: Target | None = None
-) -> VirtualCheckpoint:
-    """Plan a preset over a checkpoint folder and open the result.
-
-    Args:
-        target: what to plan for; CUDA, one rank and the checkpoint's own dtype if None.
-    Raises:
-        PresetError, CheckpointError, PlanError: as the pipeline finds them.
-    """
-    preset, model = load_preset(preset_path), open_source(model_path)
-    if target is None:
-        target = Target(dtype=model_dtype(model.config))
-    return VirtualCheckpoint(resolve_plan(preset, model, target, open_other_sources(preset)))
 
 
 def in_file_order(layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:

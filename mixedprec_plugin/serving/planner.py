@@ -89,16 +89,19 @@ def planner_of(record: Any) -> Planner:
     return planner
 
 
-def plan_of(args: Any) -> Plan:
+def plan_of(args: Any, folder: str = "", served: Preset | None = None) -> Plan:
     """The plan of a server over a local checkpoint.
 
     Args:
         args: ServerArgs, or the namespace that they are made from.
+        folder: the checkpoint's, where it is not --model-path.
+        served: as for `Planner.plan`.
     Raises:
         UsageError, PresetError, CheckpointError: as for `Planner.plan`.
     """
     settings, dtype, tp_size = read_settings(args), str(args.dtype), int(args.tp_size)
-    return planner_of(args).plan(args.model_path, settings, dtype, tp_size, serving_device())
+    path, device = folder or args.model_path, serving_device()
+    return planner_of(args).plan(path, settings, dtype, tp_size, device, served)
 
 
 def hand_over(record: Any, to: Any) -> None:
