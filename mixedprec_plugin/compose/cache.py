@@ -77,9 +77,10 @@ class LayerCache:
         """
         read: list[Any] = []
         for tensor in tensors:
-            file = self._identity(tensor.path)
-            if file is None:
+            facts = self.facts.get(tensor.path)
+            if facts is None:
                 return None
+            file = os.path.realpath(tensor.path), *facts
             read.append((file, tensor.name, tensor.dtype, tensor.shape, tensor.start))
         text = json.dumps([_code_digest(), read, decisive], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -139,11 +140,6 @@ class LayerCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}{_SUFFIX}"
-
-    def _identity(self, path: Path) -> Any:
-        """What tells a file from all others, and from itself before it changed."""
-        facts = self.facts.get(path)
-        return None if facts is None else (os.path.realpath(path), *facts)
 
 
 @dataclasses.dataclass(frozen=True)

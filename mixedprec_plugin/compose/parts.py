@@ -130,7 +130,9 @@ class _Parts:
         quantize: Quantize,
     ) -> None:
         assert layer.stored is not None
-        self._cache = cache if layer.action in _KEPT and _is_own(layer.method) else None
+        # of other packages' code it is not known when it changes
+        is_own = METHODS[layer.method].codec.startswith("mixedprec_plugin.")
+        self._cache = cache if layer.action in _KEPT and is_own else None
         self._layer, self._target, self._reader = layer, target, reader
         self._quantize = quantize
         self._device = quantize.device.type if isinstance(quantize, DeviceRounding) else "cpu"
@@ -244,11 +246,6 @@ def _own(stored: StoredFormat) -> frozenset[str]:
     """The tensors that must be read together."""
     bias = {"bias"} if stored.turns_outputs else set()
     return (stored.suffixes or frozenset({"weight"})) | bias
-
-
-def _is_own(method: str) -> bool:
-    """Whether a method's code is ours, so that `cache` knows when it changes."""
-    return METHODS[method].codec.startswith("mixedprec_plugin.")
 
 
 def _box(tensor: StoredTensor, cuts: tuple[Cut, ...], spans: tuple[range, range]) -> Box:

@@ -20,7 +20,6 @@ from mixedprec_plugin.convert.inputs import (
     RECORDED,
     changed,
     copied_files,
-    file_digests,
     input_facts,
 )
 from mixedprec_plugin.convert.journal import FinishedPart, Journal
@@ -99,7 +98,8 @@ def convert(
     outputs = {layer.name: form.outputs(layer) for layer in plan.layers}
     parts = plan_parts(in_file_order(plan.layers), outputs, max_part_bytes)
     copied = copied_files(plan.source.path)
-    inputs = input_facts(plan, form.name, parts, file_digests(copied), _rounding(calibration))
+    digests = {path.name: file_digest(path) for path in copied}
+    inputs = input_facts(plan, form.name, parts, digests, _rounding(calibration))
     job = _Job(plan, form, out, overwrite, parts, inputs, calibration)
     kept = {part.file for part in parts}
     with folder.write_errors(out):

@@ -103,23 +103,15 @@ def are_unchanged(layers: Iterable[Mapping[str, Any]], plan: Plan) -> bool:
 def sources_provenance(plan: Plan) -> dict[str, Any]:
     """Say which checkpoints the layers are from: name -> path and revision."""
     used = {layer.source for layer in plan.layers}
-    return {
-        name: {"path": _path(plan, name), "revision": _revision(plan, name)}
-        for name in plan.sources
-        if name in used
-    }
-
-
-def _path(plan: Plan, name: str) -> str:
-    """The folder; where the preset takes it from the environment, as written there."""
-    path, reference = str(plan.sources[name].path.resolve()), plan.preset.sources.get(name)
-    return reference.conceal(path) if reference else path
-
-
-def _revision(plan: Plan, name: str) -> str | None:
-    """The commit that a folder in Hugging Face's cache is of, or what the preset asked for."""
-    folder = plan.sources[name].path.resolve()
-    if folder.parent.name == "snapshots":
-        return folder.name
-    reference = plan.preset.sources.get(name)
-    return reference.shown_revision if reference else None
+    told = {}
+    for name, source in plan.sources.items():
+        folder, reference = source.path.resolve(), plan.preset.sources.get(name)
+        # in Hugging Face's cache a folder is named by its commit
+        revision = folder.name if folder.parent.name == "snapshots" else None
+        if reference and not revision:
+            revision = reference.shown_revision
+        # where the preset takes it from the environment, as written there
+        path = reference.conceal(str(folder)) if reference else str(folder)
+        if name in used:
+            told[name] = {"path": path, "revision": revision}
+    return told

@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
-
-
-def available_cores() -> list[int]:
-    """The ids of the cores that this process may run on, in order."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def split_cores(cores: Sequence[int], num_ranks: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.serving.late import check_config
-from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
+from mixedprec_plugin.serving.module_names import ModuleNames
 from mixedprec_plugin.serving.source_configs import (
     config_of_source,
     experts_method_under_auto,
@@ -107,7 +107,7 @@ class MixedPrecisionConfig(QuantizationConfig):
     def get_cache_scale(self, name: str) -> None:
         """None: scales of the KV cache are no layer's (models/granitemoehybrid.py:656)."""
 
-    def apply_weight_name_mapper(self, hf_to_sglang_mapper: NameMapper) -> None:
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
         """Take into account how a model renames the checkpoint's modules."""
         self._names.apply(hf_to_sglang_mapper)
         self._attention_names.apply(hf_to_sglang_mapper)
