@@ -13,7 +13,6 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.stored import TensorSpec
 from mixedprec_plugin.plan.model import PlannedLayer
 
-DEFAULT_PART_SIZE = "5GB"
 _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
