@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -104,7 +105,7 @@ def convert(
     kept = {part.file for part in parts}
     with folder.write_errors(out):
         if not _is_done(job):
-            with Journal(folder.open_work(out)) as journal:
+            with contextlib.closing(Journal(folder.open_work(out))) as journal:
                 if _is_in_place(job):
                     folder.clear_work(out)
                 else:

@@ -60,12 +60,6 @@ class Journal:
         except ValueError as error:
             self.damage = str(error)
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         self._file.close()
 

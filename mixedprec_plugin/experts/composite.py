@@ -23,12 +23,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.platforms import current_platform
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.experts.groups import (
-    ExpertGroup,
-    check_groups,
-    groups_within,
-    routing_table,
-)
+from mixedprec_plugin.experts.groups import ExpertGroup, check_groups, groups_within
 from mixedprec_plugin.experts.launch import backend_fault
 from mixedprec_plugin.experts.loading import OWNERS
 from mixedprec_plugin.methods.construct import offered, repaired
@@ -114,14 +109,16 @@ class CompositeMoEMethod(FusedMoEMethodBase):
                 for index, group in enumerate(groups)
             )
         layer.add_module(_GROUPS, children)
-        owners = {
-            expert: (child, local)
-            for child, group in zip(children, groups, strict=True)
-            for local, expert in enumerate(group.ids)
-        }
+        owners: dict[int, tuple[torch.nn.Module, int]] = {}
+        # -1 for experts of other groups, and in the last column, where a masked id of -1 reads
+        table = [[-1] * (num_experts + 1) for _ in groups]
+        for child, group, row in zip(children, groups, table, strict=True):
+            for local, expert in enumerate(group.ids):
+                owners[expert] = child, local
+                row[expert - first] = local
         setattr(layer, OWNERS, owners)
-        table = routing_table(groups, num_experts, first)
-        layer.register_buffer(_TABLE, table, persistent=False)
+        # int32 [groups, E + 1]
+        layer.register_buffer(_TABLE, torch.tensor(table, dtype=torch.int32), persistent=False)
 
     def create_moe_runner(self, layer: FusedMoE, moe_runner_config: MoeRunnerConfig) -> None:
         """Keep the config: the children have runners of their own."""

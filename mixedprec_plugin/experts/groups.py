@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 
 from mixedprec_plugin.errors import LoadError, Problem
@@ -56,19 +55,3 @@ def groups_within(groups: Sequence[ExpertGroup], ids: range) -> list[ExpertGroup
         for group in groups
     ]
     return [group for group in own if group.ids]
-
-
-def routing_table(groups: Sequence[ExpertGroup], num_experts: int, first: int = 0) -> torch.Tensor:
-    """The local id of every expert in every group, on the default device.
-
-    Args:
-        first: the first of them.
-    Returns:
-        int32 [number of groups, num_experts + 1]; -1 for experts of other groups, and in the last
-        column, where a masked id of -1 reads.
-    """
-    table = [[-1] * (num_experts + 1) for _ in groups]
-    for row, group in zip(table, groups, strict=True):
-        for local, expert in enumerate(group.ids):
-            row[expert - first] = local
-    return torch.tensor(table, dtype=torch.int32)

@@ -3,7 +3,7 @@
 SGLang calls `begin` in every rank by its own option --forward-hooks, once graphs are captured
 (model_executor/hook_manager.py:11, model_runner_components/cuda_graph_setup.py:458). Hooks of
 torch.nn.Module run where Python does: not in graphs. So prompts are what is gathered, and decoding
-keeps its graphs; those of prefilling are refused, see `options.why_not_gather`.
+keeps its graphs; those of prefilling are refused, see `options`.
 
 Every rank takes the same tokens of a pass, evenly spaced over it. The first of a sequence is none:
 it is an attention sink, whose states are a thousand times as large as others'.
