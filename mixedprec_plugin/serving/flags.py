@@ -12,7 +12,7 @@ from typing import Any
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, UsageError
 from mixedprec_plugin.preset.parents import locate_preset
 from mixedprec_plugin.resources import preset_dir
-from mixedprec_plugin.serving.settings import KEYS, PLACES, Settings, split_extra_config
+from mixedprec_plugin.serving.settings import KEYS, Settings, split_extra_config
 
 LOAD_FORMAT = "mixedprec"
 
@@ -20,51 +20,12 @@ LOAD_FORMAT = "mixedprec"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add our flags to SGLang's server parser."""
     group = parser.add_argument_group("mixed precision (--load-format mixedprec)")
-    group.add_argument(
-        "--mixedprec-config",
-        metavar="PRESET",
-        help="YAML preset that names a quantization method for each layer: a path, or the name of "
-        "a packaged preset. A checkpoint that mixedprec convert wrote carries its own.",
-    )
-    group.add_argument(
-        "--mixedprec-set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="Override a key of the preset, such as schemes.experts.group_size=64; repeatable.",
-    )
-    group.add_argument(
-        "--mixedprec-plan", metavar="FILE", help="Write the plan to FILE as JSON at start."
-    )
-    group.add_argument(
-        "--mixedprec-verify",
-        metavar="DIR",
-        help="Compare every composed layer with this checkpoint while loading, and do not serve a "
-        "model that is too far from it.",
-    )
-    group.add_argument(
-        "--mixedprec-cache",
-        metavar="SIZE",
-        help="Keep what is quantized or repacked for the next start, up to SIZE, such as 20GiB; 0 "
-        "keeps nothing (default: MIXEDPREC_CACHE_SIZE, or 64GiB; in ~/.cache/mixedprec).",
-    )
-    group.add_argument(
-        "--mixedprec-quantize-on",
-        choices=PLACES,
-        help="Where weights are quantized while they are loaded: on the CPU (the default), or on "
-        "the device that serves them.",
-    )
-    group.add_argument(
-        "--mixedprec-inputs",
-        metavar="FOLDER",
-        help="Gather what each layer reads of the first prompts, for mixedprec search --inputs. "
-        "It slows prefill until there are enough tokens, and prompts can be read out of it.",
-    )
-    group.add_argument(
-        "--mixedprec-inputs-tokens",
-        metavar="N",
-        help="How many tokens are gathered, an eighth of them of one pass at most (default: 2048).",
-    )
+    for field in dataclasses.fields(Settings):
+        group.add_argument(_flag(field.name), **field.metadata)
+
+
+def _flag(field: str) -> str:
+    return "--" + KEYS[field].replace("_", "-")
 
 
 def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
@@ -80,7 +41,7 @@ def fold_flags(args: argparse.Namespace) -> argparse.Namespace:
     given: dict[str, Any] = {field: value for field, value in asked.items() if value}
     if getattr(args, "load_format", None) != LOAD_FORMAT:
         if given:
-            flags = ", ".join("--" + KEYS[field].replace("_", "-") for field in given)
+            flags = ", ".join(map(_flag, given))
             raise UsageError(Problem(flags, "needs --load-format mixedprec", "add it", "flags"))
         return args
     for field in given.keys() & {"plan_path", "verify", "inputs"}:
