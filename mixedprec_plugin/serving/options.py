@@ -6,7 +6,6 @@ is read and ignored. docs/launch.md says what becomes of the others.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -97,9 +96,10 @@ def why_not_options(args: Any, device: Device) -> list[Problem]:
             got are taken for their defaults.
     """
     table = _EVERYWHERE + (_ON_CPU if device == "cpu" else ())
-    found = list(_refused(args, table))
-    more = (_extra_problems(args), _override_problems(args), _gathering_problems(args, device))
-    return [*found, *itertools.chain(*more)]
+    return [
+        *_refused(args, table), *_extra_problems(args), *_override_problems(args),
+        *_gathering_problems(args, device),
+    ]  # fmt: skip
 
 
 def _refused(args: Any, table: Iterable[Option]) -> Iterable[Problem]:
