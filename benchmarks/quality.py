@@ -36,10 +36,10 @@ from benchmarks.reference_model import (
 from benchmarks.rounding import round_as_kernels
 from demo.model import cache_dir, checkpoint
 from mixedprec_plugin.cli.main import main as mixedprec
-from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.evaluate.engine import WINDOW, distributions
 from mixedprec_plugin.evaluate.server import Server
 from mixedprec_plugin.methods.interface import Target
+from tests.presets import open_virtual_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PROSE = ROOT / "benchmarks" / "data" / "prose.txt"

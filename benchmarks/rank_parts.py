@@ -129,9 +129,9 @@ def count(plan: Plan, folder: Path, tp_size: int, ep_size: int, rank: int) -> tu
     from mixedprec_plugin.serving.alone import one_rank
     from mixedprec_plugin.serving.building import build_model
     from mixedprec_plugin.serving.config import MixedPrecisionConfig
+    from mixedprec_plugin.serving.filling import Filling
     from mixedprec_plugin.serving.hooks import asked_for
     from mixedprec_plugin.serving.outline import outline_of
-    from mixedprec_plugin.serving.placement import fill
 
     reader, work = Counter(), Work()
     with one_rank(str(folder), tp_size, rank, ep_size=ep_size), asked_for():
@@ -145,7 +145,7 @@ def count(plan: Plan, folder: Path, tp_size: int, ep_size: int, rank: int) -> tu
             parts, "take_as_stored", lambda _layer, stored, _target: stored
         )
         with compute, as_stored:
-            filling = fill(model, config, _tensors(plan, stage.runs, reader))
+            filling = Filling(model, config, _tensors(plan, stage.runs, reader))
     assert not filling.problems, filling.problems
     return reader.num_bytes, work.num_weights
 

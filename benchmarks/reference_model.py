@@ -18,9 +18,10 @@ from benchmarks.reference_layers import (
     reference_linear,
     replace_layer,
 )
-from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.interface import Target
+from tests.presets import open_virtual_checkpoint
 
 _ATTENTION = "sdpa_over_windows"
 

@@ -296,3 +296,20 @@ def _likeness(wanted: str, shape: str) -> float:
         end = ".".join(parts[-num_parts:])
         ratio = max(ratio, 0.95 * difflib.SequenceMatcher(None, bare, end).ratio())
     return ratio
+
+
+def fold_numbers(numbers: Iterable[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2,5`."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def unfold_numbers(text: str) -> list[range]:
+    """Undo `fold_numbers`."""
+    runs = (run.partition("-") for run in text.split(","))
+    return [range(int(first), int(last or first) + 1) for first, _, last in runs]

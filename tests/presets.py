@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mixedprec_plugin.checkpoint.source import open_source
+from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 
@@ -48,3 +51,18 @@ def plan(model: Path, *lines: str, head: str = "", target: Target | None = None)
 def problem_texts(made: Plan) -> list[str]:
     """Every problem of a plan as `severity: text`."""
     return [f"{problem.severity}: {problem}" for problem in made.problems]
+
+
+def open_virtual_checkpoint(
+    model_path: str | Path, preset_path: str | Path, target: Target | None = None
+) -> Any:
+    """The virtual checkpoint of a preset over a checkpoint folder.
+
+    Args:
+        target: what to plan for; CUDA, one rank and the checkpoint's own dtype if None.
+    """
+    from mixedprec_plugin.compose.stream import VirtualCheckpoint
+
+    made, model = load_preset(preset_path), open_source(model_path)
+    target = target or Target(dtype=model_dtype(model.config))
+    return VirtualCheckpoint(resolve_plan(made, model, target, open_other_sources(made)))

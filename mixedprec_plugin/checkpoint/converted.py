@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.errors import CheckpointError, Problem
+from mixedprec_plugin.names import fold_numbers, unfold_numbers
 
 QUANT_METHOD = "mixedprec"
 PRESET_KEY = "preset"
@@ -42,9 +43,6 @@ def configs_by_layer(
 ) -> dict[str, Mapping[str, Any]]:
     """Layer name -> the `quantization_config` of a checkpoint that is wholly stored as it is.
 
-    Args:
-        max_layers: how many layers the checkpoint can have.
-        path: its config.json, for the message.
     Raises:
         CheckpointError: it speaks of more.
     """
@@ -87,7 +85,7 @@ def fold_layers(names: Iterable[str]) -> list[str]:
             key = (name[: match.start()], name[match.end() :])
             groups.setdefault(key, []).append(int(match.group()))
     for (before, after), numbers in groups.items():
-        whole = f"{before}{_runs(numbers)}{after}"
+        whole = f"{before}{fold_numbers(numbers)}{after}"
         plain = [f"{before}{number}{after}" for number in sorted(numbers)]
         folded.extend([whole] if unfold(whole) == plain else plain)
     return folded
@@ -105,15 +103,4 @@ def unfold(name: str) -> list[str]:
 def _ranges(name: str) -> list[range]:
     """The numbers that a folded name stands for; one where it stands for itself."""
     match = _NUMBERS.search(name)
-    runs = [run.partition("-") for run in match.group().split(",")] if match else [("0", "", "")]
-    return [range(int(first), int(last or first) + 1) for first, _, last in runs]
-
-
-def _runs(numbers: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return unfold_numbers(match.group()) if match else [range(1)]

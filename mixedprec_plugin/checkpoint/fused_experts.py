@@ -29,6 +29,7 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.families.config import text_config
 
 _HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# how the name of a tensor ends -> its part's suffix; the weights come first
 _FLOATS = {"": "weight", "_scale_inv": "weight_scale_inv", "_bias": "bias"}
 _MXFP4 = {"_blocks": "weight", "_scales": "weight_scale", "_bias": "bias"}
 # weights of a block, and its bytes
@@ -55,14 +56,14 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
 
     Args:
         tensors: parameter suffix -> tensor, of a layer that `is_fused`.
-        config: the model's config.json.
     """
-    parts, is_packed = _parts(tensors), _is_packed(tensors)
-    unknown = sorted(tensors.keys() - parts.keys())
-    if unknown or not tensors.keys() >= _needed(is_packed):
+    ends, parts = _ends(tensors), _parts(tensors)
+    is_packed = ends is _MXFP4
+    needed = ("_blocks", "_scales") if is_packed else ("",)
+    if not {half + end for half in _HALVES for end in needed} <= tensors.keys() <= parts.keys():
         named = ", ".join(sorted(tensors.keys() - {"weight"}))
         return f"its experts are stored in {named or 'one tensor'}"
-    gate_up, down = (_weight_shape(tensors, name, is_packed) for name in _HALVES)
+    gate_up, down = (_weight_shape(tensors, projection) for projection in _HALVES)
     hidden = text_config(config).get("hidden_size")
     if len(gate_up) != 3 or len(down) != 3 or 0 in (*gate_up, *down):
         return f"its experts are stored as {list(gate_up)} and {list(down)}"
@@ -90,29 +91,21 @@ def why_not_split(tensors: Tensors, config: Mapping[str, Any]) -> str:
     )
 
 
-def _is_packed(tensors: Tensors) -> bool:
-    return "gate_up_proj_blocks" in tensors
+def _ends(tensors: Tensors) -> Mapping[str, str]:
+    return _MXFP4 if "gate_up_proj_blocks" in tensors else _FLOATS
 
 
 def _parts(tensors: Tensors) -> dict[str, tuple[str, str]]:
     """Parameter suffix -> projection and the suffix of its part, whether or not it is there."""
-    ends = _MXFP4 if _is_packed(tensors) else _FLOATS
-    return {half + end: (half, suffix) for half in _HALVES for end, suffix in ends.items()}
+    ends = _ends(tensors).items()
+    return {half + end: (half, suffix) for half in _HALVES for end, suffix in ends}
 
 
-def _needed(is_packed: bool) -> set[str]:
-    ends = ("_blocks", "_scales") if is_packed else ("",)
-    return {projection + end for projection in _HALVES for end in ends}
-
-
-def _weight_name(projection: str, is_packed: bool) -> str:
-    return f"{projection}_blocks" if is_packed else projection
-
-
-def _weight_shape(tensors: Tensors, projection: str, is_packed: bool) -> tuple[int, ...]:
+def _weight_shape(tensors: Tensors, projection: str) -> tuple[int, ...]:
     """The shape of the weights that a tensor holds; as it is stored where it is none of blocks."""
-    shape = tensors[_weight_name(projection, is_packed)].shape
-    if not is_packed or len(shape) != 4 or shape[3] != _BLOCK_BYTES:
+    ends = _ends(tensors)
+    shape = tensors[projection + next(iter(ends))].shape
+    if ends is _FLOATS or len(shape) != 4 or shape[3] != _BLOCK_BYTES:
         return shape
     return (*shape[:2], _BLOCK * shape[2])
 
@@ -130,7 +123,7 @@ def split_experts(name: str, tensors: Tensors) -> Iterator[tuple[str, dict[str, 
         name: name of the fused layer, `model.layers.0.mlp.experts`.
         tensors: its tensors, of which `why_not_split` knows nothing against it.
     """
-    found, step = _parts(tensors), 2 if _is_packed(tensors) else 1
+    found, step = _parts(tensors), 2 if _ends(tensors) is _MXFP4 else 1
     for expert in range(num_experts(tensors)):
         for fused, halves in _HALVES.items():
             for number, half in enumerate(halves):
@@ -146,7 +139,7 @@ def split_experts(name: str, tensors: Tensors) -> Iterator[tuple[str, dict[str, 
 
 def num_experts(tensors: Tensors) -> int:
     """How many experts the tensors of a fused layer hold, which can be split."""
-    return tensors[_weight_name("gate_up_proj", _is_packed(tensors))].shape[0]
+    return _weight_shape(tensors, "gate_up_proj")[0]
 
 
 class _Cut(NamedTuple):

@@ -58,10 +58,7 @@ class StoredTensor(NamedTuple):
     Attributes:
         name: tensor name as the file spells it.
         dtype: safetensors dtype name, such as `BF16`.
-        shape: as stored.
-        path: the file.
         start: offset of the first byte, counted from the end of the file's header.
-        num_bytes: length.
         part_of: the tensor of the file that this one is a part of; None if it is whole.
         step: how many rows of the file lie between the first byte of one row and that of the next;
             more than 1 where rows of another part stand between, as gate and up of gpt-oss do.
@@ -126,7 +123,6 @@ def _plain_header(data: bytes, num_bytes: int, path: Path) -> dict[str, StoredTe
     The library imports numpy, a fifth of a plan's time; what is wrong is its to say.
 
     Args:
-        data: the header.
         num_bytes: of header and tensors.
     """
     try:
@@ -151,8 +147,6 @@ def _plain_header(data: bytes, num_bytes: int, path: Path) -> dict[str, StoredTe
 def open_tensors(path: Path, framework: str, remedy: str = "") -> safe_open:
     """Open a safetensors file; the library checks its header.
 
-    Args:
-        framework: `pt`, which imports torch, or `numpy`.
     Raises:
         CheckpointError: as `read_header` does.
     """

@@ -149,11 +149,7 @@ def _repeat(least: int, most: int, item: Any, state: Any, steps: list[_Step]) ->
 def _follow(
     steps: tuple[_Step, ...], name: str, at: int, seen: dict[object, bool], *, whole: bool = False
 ) -> bool:
-    """Whether some way through the steps, from a place in a name, comes to the last of them.
-
-    Args:
-        seen: what was found of steps that only look ahead or back, at each place.
-    """
+    """Whether some way through the steps, from a place in a name, comes to the last of them."""
     waiting, last = {0}, len(steps) - 1
     while waiting:
         reached, found = list(waiting), waiting

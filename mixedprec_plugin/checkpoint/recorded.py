@@ -48,8 +48,6 @@ _REMEDY = f"convert or copy it again; if the change was meant, remove {PROVENANC
 def parse_record(text: bytes, schema: Mapping[str, Any]) -> Any:
     """Read a record of ours.
 
-    Args:
-        schema: a JSON Schema of it.
     Raises:
         ValueError: it is none, with what is wrong in few words.
     """

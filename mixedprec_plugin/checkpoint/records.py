@@ -38,23 +38,20 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or says something of a kind that no tool writes.
     """
     config = read_json(path)
-    check_record(config, path, "")
+    check_record(config, path)
     for section in (config, config.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
             _check_patterns(section.get(key), f"{path}: {key}")
     return config
 
 
-def check_record(record: Mapping[str, Any], path: Path, kind: str) -> None:
+def check_record(record: Mapping[str, Any], path: Path) -> None:
     """Hold a record against its schema.
 
-    Args:
-        path: the file that it is of, for the messages.
-        kind: a name of the schema's `$defs`; empty for the whole of config.json.
     Raises:
         CheckpointError: with the first of the keys that are wrong.
     """
-    errors = itertools.islice(_validator(kind).iter_errors(record), _MAX_PROBLEMS)
+    errors = itertools.islice(_validator().iter_errors(record), _MAX_PROBLEMS)
     problems = {_problem(error, path): None for error in errors}
     if problems:
         raise CheckpointError(problems)
@@ -94,17 +91,8 @@ def _problem(error: ValidationError, path: Path) -> Problem:
 
 
 @functools.cache
-def _validator(kind: str) -> Validator:
+def _validator() -> Validator:
     schema = json.loads(schema_path("config.schema.json").read_text(encoding="utf-8"))
-    if kind:
-        schema = {"$defs": schema["$defs"], "$ref": f"#/$defs/{kind}"}
-    # following a reference takes longer than all but the largest of what they lead to
-    small = {
-        f"#/$defs/{key}": part
-        for key, part in schema["$defs"].items()
-        if '"$ref"' not in json.dumps(part)
-    }
-    schema = _with_definitions(schema, small)
     types = Draft202012Validator.TYPE_CHECKER.redefine_many(
         {"integer": _is_integer, "number": _is_number}
     )
@@ -119,17 +107,6 @@ def _check_items(validator: Any, items: Any, value: Any, schema: Any) -> Iterato
     if items == {"type": "string"} and isinstance(value, list) and set(map(type, value)) <= {str}:
         return
     yield from Draft202012Validator.VALIDATORS["items"](validator, items, value, schema)
-
-
-def _with_definitions(part: Any, definitions: Mapping[str, Any]) -> Any:
-    """A part of a schema with definitions in place of the references to them."""
-    if isinstance(part, list):
-        return [_with_definitions(item, definitions) for item in part]
-    if not isinstance(part, dict):
-        return part
-    if part.keys() == {"$ref"}:
-        return definitions.get(part["$ref"], part)
-    return {key: _with_definitions(item, definitions) for key, item in part.items()}
 
 
 def _is_integer(_checker: object, value: Any) -> bool:

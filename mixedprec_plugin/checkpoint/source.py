@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -55,8 +55,6 @@ class Source:
 
     Attributes:
         name: its key in the preset; `model` is the server's --model-path.
-        path: the folder.
-        config: the parsed config.json.
         tensors: tensor name -> where it lies; the index decides which file is right.
         facts: file -> what the file system said of it before it was read.
     """
@@ -183,7 +181,6 @@ def open_source(path: str | Path, name: str = "model", revision: str | None = No
 
     Args:
         path: a local folder, or a Hugging Face id.
-        name: the source's key in the preset.
         revision: branch, tag or commit of a Hugging Face id.
     Raises:
         CheckpointError: with every problem found: missing files, damaged headers, a tensor that
@@ -250,15 +247,9 @@ def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
     promised = _promised(folder / INDEX_NAME)
     problems: list[Problem] = []
     tensors: dict[str, StoredTensor] = {}
-    absent: list[str] = []
-    for file_name, names in sorted(promised.items()):
-        path = folder / file_name
-        absent += [] if os.path.exists(path) else [file_name]
-        try:
-            header = _header(path)
-        except CheckpointError as error:
-            problems.extend(error.problems)
-            continue
+    absent = [name for name in sorted(promised) if not os.path.exists(folder / name)]
+    for path, header in _headers((folder / name for name in sorted(promised)), problems):
+        names = promised[path.name]
         tensors |= {name: header[name] for name in names if name in header}
         if lacking := [name for name in names if name not in header]:
             what = f"lacks {_listed(lacking)}, which {INDEX_NAME} promises"
@@ -325,12 +316,7 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
         raise file_error(folder, "holds no safetensors file", remedy)
     problems: list[Problem] = []
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            header = _header(file)
-        except CheckpointError as error:
-            problems.extend(error.problems)
-            continue
+    for file, header in _headers(files, problems):
         if twice := sorted(header.keys() & tensors.keys()):
             what = f"{_listed(twice)} is also in {tensors[twice[0]].path.name}"
             remedy = f"remove the stale file, or add {INDEX_NAME}"
@@ -341,6 +327,15 @@ def _read_folder(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
-    check_place(path)
-    return hub.read_remote_header(path) if hub.is_remote(path) else read_header(path)
+def _headers(
+    paths: Iterable[Path], problems: list[Problem]
+) -> Iterator[tuple[Path, dict[str, StoredTensor]]]:
+    """Yield files and their headers; what is wrong with others goes to the problems."""
+    for path in paths:
+        try:
+            check_place(path)
+            header = hub.read_remote_header(path) if hub.is_remote(path) else read_header(path)
+        except CheckpointError as error:
+            problems.extend(error.problems)
+        else:
+            yield path, header

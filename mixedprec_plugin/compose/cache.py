@@ -52,7 +52,6 @@ class LayerCache:
     """The entries of a folder.
 
     Args:
-        folder: made when the first entry is written.
         max_bytes: what `trim` leaves at most.
         facts: file -> what the file system said of it when its source was opened.
 
@@ -72,16 +71,16 @@ class LayerCache:
         """The name of an entry.
 
         Args:
-            tensors: what it is made of.
             decisive: what else decides, as JSON holds it.
         Returns:
             None where a file is not known well enough, as one that is still to be downloaded.
         """
         read: list[Any] = []
         for tensor in tensors:
-            file = self._identity(tensor.path)
-            if file is None:
+            facts = self.facts.get(tensor.path)
+            if facts is None:
                 return None
+            file = os.path.realpath(tensor.path), *facts
             read.append((file, tensor.name, tensor.dtype, tensor.shape, tensor.start))
         text = json.dumps([_code_digest(), read, decisive], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -141,11 +140,6 @@ class LayerCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}{_SUFFIX}"
-
-    def _identity(self, path: Path) -> Any:
-        """What tells a file from all others, and from itself before it changed."""
-        facts = self.facts.get(path)
-        return None if facts is None else (os.path.realpath(path), *facts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,6 @@ class LazyTensor(torch.Tensor):
     def __new__(
         cls, make: Make, dtype: torch.dtype, box: Box, order: tuple[int, ...] | None = None
     ) -> LazyTensor:
-        """Stand for a part of what `make` makes."""
         order = tuple(range(len(box))) if order is None else order
         shape = [len(box[dim]) for dim in order]
         made: LazyTensor = torch.Tensor._make_wrapper_subclass(

@@ -75,8 +75,6 @@ def compose_parts(
 
     The reader must stay open until they are read.
 
-    Args:
-        cache: of what was quantized or repacked before.
     Raises:
         CheckpointError: as `compose_layer`, then or where a tensor is read.
     """
@@ -132,7 +130,9 @@ class _Parts:
         quantize: Quantize,
     ) -> None:
         assert layer.stored is not None
-        self._cache = cache if layer.action in _KEPT and _is_own(layer.method) else None
+        # of other packages' code it is not known when it changes
+        is_own = METHODS[layer.method].codec.startswith("mixedprec_plugin.")
+        self._cache = cache if layer.action in _KEPT and is_own else None
         self._layer, self._target, self._reader = layer, target, reader
         self._quantize = quantize
         self._device = quantize.device.type if isinstance(quantize, DeviceRounding) else "cpu"
@@ -142,7 +142,6 @@ class _Parts:
         self._made: dict[tuple[range, range] | None, Tensors] = {}
 
     def lazy(self, suffix: str, spec: TensorSpec) -> LazyTensor:
-        """Stand for one of the method's tensors."""
         box = tuple(range(size) for size in spec.shape)
         make = functools.partial(self._part, suffix, spec)
         return LazyTensor(make, TORCH_DTYPES[spec.dtype], box)
@@ -200,7 +199,6 @@ class _Parts:
         return spans[0], spans[1]
 
     def _kept(self, spans: tuple[range, range] | None) -> Tensors:
-        """What was made before, or is made now and kept."""
         layer, cache = self._layer, self._cache
         if cache is None or layer.scheme is None or layer.stored is None:
             return self._make(spans)
@@ -248,11 +246,6 @@ def _own(stored: StoredFormat) -> frozenset[str]:
     """The tensors that must be read together."""
     bias = {"bias"} if stored.turns_outputs else set()
     return (stored.suffixes or frozenset({"weight"})) | bias
-
-
-def _is_own(method: str) -> bool:
-    """Whether a method's code is ours, so that `cache` knows when it changes."""
-    return METHODS[method].codec.startswith("mixedprec_plugin.")
 
 
 def _box(tensor: StoredTensor, cuts: tuple[Cut, ...], spans: tuple[range, range]) -> Box:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path
 
 import torch
 
 from mixedprec_plugin.checkpoint.reader import AS_USUAL, DTYPE_NAMES, TORCH_DTYPES, Reader, Reading
-from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.errors import CheckpointError, Problem, ShapeError
-from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import to_dequantize
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
 from mixedprec_plugin.plan.model import Plan, PlannedLayer, Rescale
-from mixedprec_plugin.plan.resolve import resolve_plan
-from mixedprec_plugin.plan.sources import open_other_sources
-from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, load_codec
 
 Tensors = dict[str, torch.Tensor]
@@ -37,7 +31,6 @@ class VirtualCheckpoint:
     suffixes of the method that the layer runs in. Layers that only a draft model runs are left out.
 
     Args:
-        plan: a plan without errors.
         wanted: which of its layers to read.
         compose: makes the tensors of a layer; `compose_layer` if None.
     Raises (while iterating):
@@ -70,22 +63,6 @@ class VirtualCheckpoint:
 
     def __len__(self) -> int:
         return sum(len(layer.outputs) for layer in self.layers)
-
-
-def open_virtual_checkpoint(
-    model_path: str | Path, preset_path: str | Path, target: Target | None = None
-) -> VirtualCheckpoint:
-    """Plan a preset over a checkpoint folder and open the result.
-
-    Args:
-        target: what to plan for; CUDA, one rank and the checkpoint's own dtype if None.
-    Raises:
-        PresetError, CheckpointError, PlanError: as the pipeline finds them.
-    """
-    preset, model = load_preset(preset_path), open_source(model_path)
-    if target is None:
-        target = Target(dtype=model_dtype(model.config))
-    return VirtualCheckpoint(resolve_plan(preset, model, target, open_other_sources(preset)))
 
 
 def in_file_order(layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
@@ -190,7 +167,6 @@ def compute(
 
     Args:
         stored: parameter suffix -> tensor, of the whole layer or of a part of its weight.
-        quantize: as for `compose_layer`.
         ratio: what the columns are multiplied by, float32 [K].
     """
     if layer.action == "calibrate":
@@ -231,9 +207,8 @@ def round_to_nearest(layer: PlannedLayer, weight: torch.Tensor, target: Target) 
     """
     if layer.action == "calibrate":
         remedy = "run mixedprec convert, and take the folder that it writes"
-        raise CheckpointError(
-            Problem(layer.name, "is computed from text", remedy, "not-calibrated")
-        )
+        problem = Problem(layer.name, "is computed from text", remedy, "not-calibrated")
+        raise CheckpointError(problem)
     assert layer.scheme is not None
     codec = load_codec(METHODS[layer.scheme.method].codec)
     with _naming(f"{layer.name}.weight"):

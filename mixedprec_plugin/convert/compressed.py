@@ -54,7 +54,6 @@ class CompressedForm:
         ]
 
     def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
-        """The names and shapes of compressed-tensors."""
         served = served_format(layer)
         if served is None:
             return layer.outputs
@@ -62,7 +61,6 @@ class CompressedForm:
         return compressed_tensors.written(served, layer.outputs) | rest
 
     def tensors(self, layer: PlannedLayer, composed: Tensors) -> Tensors:
-        """The same numbers in the names and the packing of compressed-tensors."""
         served = served_format(layer)
         if served is None:
             return composed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,6 @@ from mixedprec_plugin.convert.inputs import (
     RECORDED,
     changed,
     copied_files,
-    file_digests,
     input_facts,
 )
 from mixedprec_plugin.convert.journal import FinishedPart, Journal
@@ -28,12 +28,11 @@ from mixedprec_plugin.convert.parts import Part, plan_parts
 from mixedprec_plugin.convert.provenance import sources_provenance
 from mixedprec_plugin.convert.writing import write_part
 from mixedprec_plugin.errors import CheckpointError, ConvertError, PlanError, Problem
+from mixedprec_plugin.methods.stored import FLOAT_DTYPES
 from mixedprec_plugin.plan.model import Plan
 
 if TYPE_CHECKING:
     from mixedprec_plugin.calibrate.calibrator import Calibration
-
-_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16"}
 
 # is told how many bytes of how many are written
 Progress = Callable[[int, int], object]
@@ -45,7 +44,6 @@ class Converted:
 
     Attributes:
         num_bytes: of all parts.
-        num_parts: number of safetensors files.
         num_kept: parts that an earlier run had finished; all of them where nothing was to do.
     """
 
@@ -101,12 +99,13 @@ def convert(
     outputs = {layer.name: form.outputs(layer) for layer in plan.layers}
     parts = plan_parts(in_file_order(plan.layers), outputs, max_part_bytes)
     copied = copied_files(plan.source.path)
-    inputs = input_facts(plan, form.name, parts, file_digests(copied), _rounding(calibration))
+    digests = {path.name: file_digest(path) for path in copied}
+    inputs = input_facts(plan, form.name, parts, digests, _rounding(calibration))
     job = _Job(plan, form, out, overwrite, parts, inputs, calibration)
     kept = {part.file for part in parts}
     with folder.write_errors(out):
         if not _is_done(job):
-            with Journal(folder.open_work(out)) as journal:
+            with contextlib.closing(Journal(folder.open_work(out))) as journal:
                 if _is_in_place(job):
                     folder.clear_work(out)
                 else:
@@ -131,11 +130,6 @@ def _rounding(calibration: Calibration | None) -> str:
 
 
 def _is_done(job: _Job) -> bool:
-    """Whether the very same output is there, and whole.
-
-    Raises:
-        ConvertError: something else is.
-    """
     state = folder.state_of(job.out)
     if state == "foreign":
         text = "is not empty, and no conversion wrote it"
@@ -164,11 +158,6 @@ def _is_in_place(job: _Job) -> bool:
 
 
 def _take_up(job: _Job, journal: Journal) -> None:
-    """Continue what the journal tells of, or begin.
-
-    Raises:
-        ConvertError: it is damaged, or of another conversion.
-    """
     differences: list[str] = []
     if journal.inputs and not journal.damage:
         layers = [entry for part in journal.finished.values() for entry in part.provenance]
@@ -215,11 +204,7 @@ def _write_parts(job: _Job, kept: set[str], journal: Journal, progress: Progress
 
 
 def _publish(job: _Job, journal: Journal) -> None:
-    """Put everything into place, if the sources are still what was planned with and read.
-
-    Raises:
-        CheckpointError: they changed meanwhile.
-    """
+    """Put everything into place, if the sources are still what was planned with and read."""
     finished = [journal.finished[part.file] for part in job.parts]
     layers = [entry for part in finished for entry in part.provenance]
     copies = folder.copy_staged(job.out, copied_files(job.plan.source.path))
@@ -276,9 +261,10 @@ def _config(plan: Plan, form: Form, folded: Sequence[str]) -> dict[str, Any]:
         folded: norms and layers that are divided for what reads them; other engines' configs have
             no place for it.
     """
-    config = _of_written(plan.source.config, _TORCH_NAMES[plan.target.dtype])
+    dtype = FLOAT_DTYPES[plan.target.dtype]
+    config = _of_written(plan.source.config, dtype)
     if "dtype" not in config:
-        config["torch_dtype"] = _TORCH_NAMES[plan.target.dtype]
+        config["torch_dtype"] = dtype
     said = form.quantization_config(plan)
     if folded and is_converted(said):
         said[FOLDED_KEY] = fold_layers(folded)

@@ -110,7 +110,7 @@ def empty_work(work: Path) -> None:
             path.unlink()
 
 
-def record(path: Path, schema: Mapping[str, Any], remedy: str = "name another folder") -> Any:
+def record(path: Path, schema: Mapping[str, Any]) -> Any:
     """Read a record of an earlier conversion.
 
     Raises:
@@ -120,6 +120,7 @@ def record(path: Path, schema: Mapping[str, Any], remedy: str = "name another fo
         # a pipe would be waited for
         return parse_record(path.read_bytes() if path.is_file() else b"", schema)
     except (ValueError, OSError) as error:
+        remedy = "name another folder"
         raise ConvertError(Problem(str(path), str(error), remedy, "record")) from error
 
 
@@ -243,12 +244,6 @@ def write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = str(error.filename or out)
-        raise ConvertError(
-            Problem(
-                where,
-                f"cannot be written ({error.strerror})",
-                "make room or access, and run the same command again: it continues",
-                "write",
-            )
-        ) from error
+        where, what = str(error.filename or out), f"cannot be written ({error.strerror})"
+        remedy = "make room or access, and run the same command again: it continues"
+        raise ConvertError(Problem(where, what, remedy, "write")) from error

@@ -56,11 +56,9 @@ class MixedForm:
         ]
 
     def outputs(self, layer: PlannedLayer) -> Mapping[str, TensorSpec]:
-        """The layer's own."""
         return layer.outputs
 
     def tensors(self, layer: PlannedLayer, composed: Tensors) -> Tensors:
-        """The layer's own."""
         return composed
 
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
@@ -92,11 +90,7 @@ def _config_of(layer: PlannedLayer, plan: Plan) -> Mapping[str, Any]:
 
 
 def without_sources(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's plain data for a checkpoint that holds all layers itself.
-
-    Args:
-        resolved: `Preset.resolved`; not modified.
-    """
+    """A preset's plain data for a checkpoint that holds all layers itself."""
     data = copy.deepcopy(dict(resolved))
     for key in ("sources", "trust_sources", "untie_lm_head"):
         data.pop(key, None)

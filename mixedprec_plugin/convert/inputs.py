@@ -11,7 +11,7 @@ from typing import Any
 from mixedprec_plugin import __version__
 from mixedprec_plugin.checkpoint.files import check_place
 from mixedprec_plugin.checkpoint.hub import fetch_if_missing
-from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, file_digest, reading
+from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, reading
 from mixedprec_plugin.checkpoint.source import facts_of
 from mixedprec_plugin.convert.folder import CONFIG_NAME
 from mixedprec_plugin.convert.parts import Part
@@ -62,15 +62,6 @@ def copied_files(model: Path) -> list[Path]:
     return found
 
 
-def file_digests(paths: Iterable[Path]) -> dict[str, str]:
-    """Name -> SHA-256 of files.
-
-    Raises:
-        CheckpointError: one cannot be read.
-    """
-    return {path.name: file_digest(path) for path in paths}
-
-
 def input_facts(
     plan: Plan, form: str, parts: Sequence[Part], copied: Mapping[str, str], rounding: str
 ) -> dict[str, str]:
@@ -86,13 +77,15 @@ def input_facts(
     Raises:
         CheckpointError: a file cannot be had.
     """
+    # the model's, and of other sources what layers under `auto` are written with
+    said = {name: dict(source.quantization_config) for name, source in plan.sources.items()}
     paths = sorted({tensor.path for layer in plan.layers for tensor in tensors_read(layer)})
     return {
         "the release": f"{__version__} layout {LAYOUT_VERSION}",
         "the format": form,
         "the dtype": plan.target.dtype,
         "the preset": plan.preset.digest,
-        "config.json": _digest(_configs(plan)),
+        "config.json": _digest([dict(plan.source.config), said]),
         _SOURCES: _digest([_identity(path) for path in paths]),
         "the model's other files": _digest(copied),
         "the calibration": rounding,
@@ -106,12 +99,6 @@ def _identity(path: Path) -> list[object]:
     fetch_if_missing(path)
     with reading(path):
         return [str(path.resolve()), *facts_of(path)]
-
-
-def _configs(plan: Plan) -> list[object]:
-    """The model's, and of other sources what layers under `auto` are written with."""
-    said = {name: dict(source.quantization_config) for name, source in plan.sources.items()}
-    return [dict(plan.source.config), said]
 
 
 def _digest(value: Any) -> str:

@@ -27,11 +27,7 @@ _LINE = {
 
 @dataclasses.dataclass(frozen=True)
 class FinishedPart:
-    """A part that was written, with the proof of it.
-
-    Attributes:
-        provenance: of its layers.
-    """
+    """A part that was written, with the proof of it."""
 
     file: str
     sha256: str
@@ -64,14 +60,7 @@ class Journal:
         except ValueError as error:
             self.damage = str(error)
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Let other processes have it."""
         self._file.close()
 
     def _read(self) -> None:
@@ -89,13 +78,11 @@ class Journal:
             self._file.truncate(sum(len(line) + 1 for line in lines))
 
     def start(self, inputs: dict[str, str]) -> None:
-        """Forget all and begin for these inputs."""
         self._file.truncate(0)
         self.inputs, self.finished = inputs, {}
         self._append({"inputs": inputs})
 
     def finish(self, part: FinishedPart) -> None:
-        """Note a part as finished."""
         self._append(dataclasses.asdict(part))
         self.finished[part.file] = part
 

@@ -13,7 +13,6 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.stored import TensorSpec
 from mixedprec_plugin.plan.model import PlannedLayer
 
-DEFAULT_PART_SIZE = "5GB"
 _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -41,7 +40,6 @@ class Part:
     """One safetensors file.
 
     Attributes:
-        layers: in the order that they are written.
         tensors: tensor name -> its place.
         header: the file's first bytes.
     """
@@ -53,7 +51,6 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the whole file."""
         return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
@@ -82,7 +79,6 @@ def plan_parts(
     """Distribute layers over files in their order; a layer is never split.
 
     Args:
-        layers: in the order that they are written.
         outputs: layer name -> parameter suffix -> what is written.
         max_bytes: most bytes of tensors a file; a layer that is larger has one of its own.
     """

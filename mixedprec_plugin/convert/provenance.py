@@ -42,7 +42,6 @@ class HashingReader(Reader):
         self._digests: dict[StoredTensor, str] = {}
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """Read one tensor; see `Reader.read`."""
         value = super().read(tensor)
         self._digests[tensor] = hashlib.sha256(bytes_of(value)).hexdigest()
         return value
@@ -87,8 +86,6 @@ def tensors_read(layer: PlannedLayer) -> list[StoredTensor]:
 def are_unchanged(layers: Iterable[Mapping[str, Any]], plan: Plan) -> bool:
     """Read again what layers were made of, and say whether all of it has the same digests.
 
-    Args:
-        layers: as `layer_provenance` makes them.
     Raises:
         CheckpointError: a tensor cannot be read any more.
     """
@@ -106,23 +103,15 @@ def are_unchanged(layers: Iterable[Mapping[str, Any]], plan: Plan) -> bool:
 def sources_provenance(plan: Plan) -> dict[str, Any]:
     """Say which checkpoints the layers are from: name -> path and revision."""
     used = {layer.source for layer in plan.layers}
-    return {
-        name: {"path": _path(plan, name), "revision": _revision(plan, name)}
-        for name in plan.sources
-        if name in used
-    }
-
-
-def _path(plan: Plan, name: str) -> str:
-    """The folder; where the preset takes it from the environment, as written there."""
-    path, reference = str(plan.sources[name].path.resolve()), plan.preset.sources.get(name)
-    return reference.conceal(path) if reference else path
-
-
-def _revision(plan: Plan, name: str) -> str | None:
-    """The commit that a folder in Hugging Face's cache is of, or what the preset asked for."""
-    folder = plan.sources[name].path.resolve()
-    if folder.parent.name == "snapshots":
-        return folder.name
-    reference = plan.preset.sources.get(name)
-    return reference.shown_revision if reference else None
+    told = {}
+    for name, source in plan.sources.items():
+        folder, reference = source.path.resolve(), plan.preset.sources.get(name)
+        # in Hugging Face's cache a folder is named by its commit
+        revision = folder.name if folder.parent.name == "snapshots" else None
+        if reference and not revision:
+            revision = reference.shown_revision
+        # where the preset takes it from the environment, as written there
+        path = reference.conceal(str(folder)) if reference else str(folder)
+        if name in used:
+            told[name] = {"path": path, "revision": revision}
+    return told

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.checkpoint.headers import read_header
-from mixedprec_plugin.compose.stream import Compose, compose_layer
+from mixedprec_plugin.compose.stream import Compose
 from mixedprec_plugin.convert.folder import create
 from mixedprec_plugin.convert.form import Form
 from mixedprec_plugin.convert.parts import Part, tensor_name
@@ -27,14 +27,12 @@ def write_part(
     form: Form,
     path: Path,
     advance: Callable[[int], None],
-    compose: Compose = compose_layer,
+    compose: Compose,
 ) -> list[dict[str, Any]]:
     """Write one file, with one layer in memory at a time, and see it to the disk.
 
     Args:
-        path: the file, replaced if it is there.
         advance: called with the number of bytes after each tensor.
-        compose: gives what a layer is served as, `compose_layer` or like it.
     Returns:
         the provenance of its layers.
     Raises:

@@ -22,7 +22,6 @@ def quantize_fp8_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor,
 
     Args:
         x: [T, K], floating point; K is a multiple of group_size.
-        group_size: elements along K that share a scale.
     Returns:
         codes float8_e4m3fn [T, K]; scales float32 [T, K/G].
     Source:
@@ -44,7 +43,6 @@ def quantize_int8_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
 
     Args:
         x: [T, K], floating point; K is a multiple of group_size.
-        group_size: elements along K that share a scale.
     Returns:
         codes int8 [T, K], truncated towards zero, not rounded; scales float32 [T, K/G].
     Source:
@@ -123,13 +121,8 @@ def _groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
     num_tokens, num_columns = x.shape
     num_groups, rest = divmod(num_columns, group_size)
     if rest:
-        raise ShapeError(
-            Problem(
-                where="",
-                what=f"K = {num_columns} (expected a multiple of {group_size}, the block size)",
-                remedy="give the layer a method without blocks",
-            )
-        )
+        what = f"K = {num_columns} (expected a multiple of {group_size}, the block size)"
+        raise ShapeError(Problem("", what, "give the layer a method without blocks"))
     return x.float().reshape(num_tokens, num_groups, group_size)
 
 

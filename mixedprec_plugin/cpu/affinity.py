@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
-
-
-def available_cores() -> list[int]:
-    """The ids of the cores that this process may run on, in order."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def split_cores(cores: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Give every rank its own run of cores.
 
-    Args:
-        cores: core ids, in order.
-        num_ranks: number of ranks, at least 1.
     Returns:
         `num_ranks` lists; sizes differ by one at most. With more ranks than cores, ranks share.
     """

@@ -7,10 +7,9 @@ other groups' experts so, as expert parallelism does. SGLang's own CPU path cann
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -35,24 +34,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class Product(Protocol):
-    """Activations, ready to be multiplied by any expert's weight."""
-
-    def __call__(
-        self, expert: int, rows: Rows, router_weights: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Multiply some rows by an expert's weight and, where given, by their router weights.
-
-        Args:
-            expert: local id of the expert.
-            rows: which rows of the activations.
-            router_weights: float32 [t] or None.
-        Returns:
-            [t, N] in the dtype of the activations.
-        """
-        ...
-
-
+# Activations, ready to be multiplied by any expert's weight: its local id, which rows of them, and
+# router weights float32 [t] or None -> [t, N] in their dtype.
+Product = Callable[[int, Rows, torch.Tensor | None], torch.Tensor]
 Prepare = Callable[[torch.Tensor], Product]
 
 
@@ -60,7 +44,6 @@ class LoopedExperts(FusedMoEMethodBase):
     """Makes a method of SGLang's for experts one that runs in the loop below.
 
     Attributes:
-        preset_name: the method's name in presets, for messages.
         has_biases: whether it adds the experts' biases, and so runs gpt-oss's gate.
     """
 
@@ -100,32 +83,21 @@ class LoopedExperts(FusedMoEMethodBase):
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
-class Routing:
-    """Which slot goes to which expert.
+def _spans(topk_ids: torch.Tensor) -> list[tuple[int, slice, torch.Tensor]]:
+    """Sort slots (token * top_k + choice) by expert; ids below 0 are masked.
 
-    Attributes:
-        order: slots (token * top_k + choice) that an expert serves, sorted by expert, int64 [S].
-        spans: (expert, its part of order, its slots), for every expert that has one.
+    Returns:
+        every expert that has slots, its part of all that are sorted so, and its slots int64 [S].
     """
-
-    order: torch.Tensor
-    spans: tuple[tuple[int, slice, torch.Tensor], ...]
-
-    @classmethod
-    def of(cls, topk_ids: torch.Tensor) -> Routing:
-        """Sort the slots of topk_ids [T, top_k] by expert; ids below 0 are masked."""
-        ids = topk_ids.reshape(-1)
-        order = ids.argsort(stable=True)
-        num_masked = int((ids < 0).sum())
-        order = order[num_masked:]
-        counts = torch.bincount(ids[order])
-        spans, start = [], 0
-        for expert in counts.nonzero().flatten().tolist():
-            end = start + int(counts[expert])
-            spans.append((expert, slice(start, end), order[start:end]))
-            start = end
-        return cls(order, tuple(spans))
+    ids = topk_ids.reshape(-1)
+    order = ids.argsort(stable=True)[int((ids < 0).sum()) :]
+    counts = torch.bincount(ids[order])
+    spans, start = [], 0
+    for expert in counts.nonzero().flatten().tolist():
+        end = start + int(counts[expert])
+        spans.append((expert, slice(start, end), order[start:end]))
+        start = end
+    return spans
 
 
 def run_layer(
@@ -144,9 +116,7 @@ def run_layer(
     path: without CUDA models multiply by it themselves (models/deepseek_v2.py:1233).
 
     Args:
-        layer: the experts, their weights with this method.
         dispatch_output: hidden states [T, H], router weights float32 and ids [T, top_k].
-        config: the layer's.
         gate_up: activations [R, H] -> their products with gate and up weights, [t, 2 I].
         down: activations [R, I] -> their products with down weights, [t, H].
     Returns:
@@ -158,36 +128,21 @@ def run_layer(
     topk_weights, topk_ids, _ = dispatch_output.topk_output
     early, late = _router_weights(topk_weights, config)
     num_tokens, top_k = topk_ids.shape
-    routing = Routing.of(topk_ids)
+    spans = _spans(topk_ids)
     out = x.new_zeros(num_tokens * top_k, x.shape[1])
-    if routing.spans:
-        _run(layer, x, routing, config, (gate_up, down), (early, late), out)
+    if spans:
+        hidden = x.new_empty(spans[-1][1].stop, layer.intermediate_size_per_partition)
+        first = gate_up(x)
+        for expert, span, slots in spans:
+            pairs = first(expert, slots // top_k, None if early is None else early[slots])
+            hidden[span] = _activate(pairs, config)
+        second = down(hidden)
+        for expert, span, slots in spans:
+            out[slots] = second(expert, span, None if late is None else late[slots])
     out = out.view(num_tokens, top_k, x.shape[1])
     if not config.no_combine:
         out = out.sum(1, dtype=torch.float32).to(x.dtype)
     return StandardCombineInput(hidden_states=out)
-
-
-def _run(
-    layer: FusedMoE,
-    x: torch.Tensor,
-    routing: Routing,
-    config: MoeRunnerConfig,
-    prepare: tuple[Prepare, Prepare],
-    router_weights: tuple[torch.Tensor | None, torch.Tensor | None],
-    out: torch.Tensor,
-) -> None:
-    """Write the outputs of all slots to out [T * top_k, H]."""
-    early, late = router_weights
-    top_k = out.shape[0] // x.shape[0]
-    hidden = x.new_empty(routing.order.numel(), layer.intermediate_size_per_partition)
-    first = prepare[0](x)
-    for expert, span, slots in routing.spans:
-        pairs = first(expert, slots // top_k, None if early is None else early[slots])
-        hidden[span] = _activate(pairs, config)
-    second = prepare[1](hidden)
-    for expert, span, slots in routing.spans:
-        out[slots] = second(expert, span, None if late is None else late[slots])
 
 
 def weigh(product: torch.Tensor, router_weights: torch.Tensor | None, dtype: Any) -> torch.Tensor:
@@ -237,7 +192,6 @@ def prepare_channels(
         quantize: [R, K] -> codes [R, K], scales [R, 1].
         weights: [E, N, K], float8_e4m3fn or int8.
         channel_scales: float32 [E, N, 1].
-        x: [R, K].
     """
     codes, scales = quantize(x)
 
@@ -299,15 +253,12 @@ def check_experts(
     """Refuse experts that the loop would compute otherwise than CUDA does.
 
     Args:
-        layer: the experts, their runner config set.
-        method: name of the method, for the messages.
+        layer: its runner config is set.
         activations: those that the method's kernels run on CUDA.
-        unit_name: what a unit is called.
         units: elements that share a scale; each must divide the hidden and the intermediate size.
         has_biases: whether the loop adds biases, and so runs gpt-oss's gate.
     Raises:
-        MethodError: with everything that is not run.
-        ShapeError: with every size that is no multiple.
+        MethodError, ShapeError: with everything that is not run, or every size that is no multiple.
     """
     config = layer.moe_runner_config
     gate = config.gemm1_alpha, config.gemm1_clamp_limit  # gpt-oss's has both
@@ -323,28 +274,19 @@ def check_experts(
     }
     found = [form for form, present in unsupported.items() if present]
     if found:
-        raise MethodError(
-            Problem(
-                where=layer.layer_name,
-                what=f"the CPU platform does not run experts in {method} with {', '.join(found)}",
-                remedy="leave these experts as they are stored, or run on a GPU",
-                rule="experts-form",
-            )
-        )
+        what = f"the CPU platform does not run experts in {method} with {', '.join(found)}"
+        remedy = "leave these experts as they are stored, or run on a GPU"
+        raise MethodError(Problem(layer.layer_name, what, remedy, "experts-form"))
     sizes = {
         "hidden size": layer.hidden_size,
         "intermediate size a rank": layer.intermediate_size_per_partition,
     }
-    problems = [
-        Problem(
-            where=layer.layer_name,
-            what=f"{name} {size} in {method} (expected a multiple of {unit}, the {unit_name})",
-            remedy=f"give the experts a smaller {unit_name} or another method, or fewer ranks",
-            rule="experts-shape",
-        )
+    remedy = f"give the experts a smaller {unit_name} or another method, or fewer ranks"
+    wrong = [
+        f"{name} {size} in {method} (expected a multiple of {unit}, the {unit_name})"
         for unit in dict.fromkeys(units)
         for name, size in sizes.items()
         if unit <= 0 or size % unit
     ]
-    if problems:
-        raise ShapeError(problems)
+    if wrong:
+        raise ShapeError(Problem(layer.layer_name, x, remedy, "experts-shape") for x in wrong)

@@ -75,8 +75,6 @@ def multiply_blocks(
         layer: holds `weight` [N, K] and `weight_scale_inv`, a scale a block. Its ranks may share
             K; then the product of all is on the last rank, zeros on the others.
         quantize: rows and the length of a group -> codes [T, K] and scales [T, K/BK].
-        block_size: [BN, BK].
-        rows: [T, K].
     Returns:
         [T, N] in the dtype of rows.
     """
@@ -104,7 +102,6 @@ def multiply_channels(
         quantize: rows and `greatest`, as of `quantize_fp8_tokens` -> codes [T, K] of the weight's
             dtype, and scales float32, [T, 1] or one element.
         channel_scales: float32 [N, 1].
-        rows: [T, K].
         bias: [N], added before the product is rounded; None where it is added afterwards.
     Returns:
         [T, N] in the dtype of rows.
@@ -127,7 +124,6 @@ def add_over_ranks(
     Args:
         layer: any linear layer; all but row-parallel ones hold the whole K.
         add: adds this rank's part to a sum, float32 [T, N], in place and in the order of K.
-        shape: (T, N).
     Returns:
         the sum, float32 [T, N]; None where another rank holds it: the last one does. SGLang's
         all-reduce, to which the others give zeros, then hands it to all.

@@ -98,8 +98,6 @@ class Int4Weight:
 
         Args:
             read: rows -> codes, uint8 [rows, K]; the slices are multiples of 64 but the last.
-            num_rows: N.
-            num_columns: K.
         Returns:
             None where the kernel takes no such shape, dtype or group size.
         """
@@ -119,7 +117,9 @@ class Int4Weight:
 
     def unpack(self) -> torch.Tensor:
         """The codes, uint8 [N, K]."""
-        return unpack_int4(self.packed)
+        rows = block_rows()
+        assert rows is not None
+        return _unpack_blocks(self.packed, rows)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply [T, K] bfloat16 by the weight, [T, N].
@@ -214,13 +214,6 @@ def _pack_rows(
             read(rows).to(torch.int32), 1
         )
     return packed
-
-
-def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """Undo `pack_int4` for whole blocks of rows: uint8 [N, K/2] -> uint8 [N, K]."""
-    rows = block_rows()
-    assert rows is not None
-    return _unpack_blocks(packed, rows)
 
 
 def _unpack_blocks(packed: torch.Tensor, rows: int) -> torch.Tensor:

@@ -168,11 +168,7 @@ class PackedLinear(PackedScheme, BaseLinearScheme):
 
 
 class PackedExperts(PackedScheme, BaseMoEScheme):
-    """A scheme of experts.
-
-    Attributes:
-        preset_name: the method's name in presets, for messages.
-    """
+    """A scheme of experts."""
 
     parts = ("w13_", "w2_")
     preset_name = ""
@@ -226,25 +222,18 @@ class PackedExperts(PackedScheme, BaseMoEScheme):
 
 
 class PackedConfig(CpuConfig):
-    """A config of the CPU platform whose methods run schemes.
-
-    Attributes:
-        schemes: for linear layers and for experts.
-    """
+    """A config of the CPU platform whose methods run schemes."""
 
     schemes: tuple[type[PackedLinear], type[PackedExperts]]
 
     def get_linear_scheme(self, layer: LinearBase) -> PackedLinear:
-        """The scheme that the method of a linear layer runs."""
         return self.schemes[0](self)
 
     def get_moe_scheme(self, layer: FusedMoE) -> PackedExperts:
-        """The scheme that the method of experts runs."""
         return self.schemes[1](self)
 
 
 def _stored(layer: torch.nn.Module, part: str, expert: int) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors of one weight."""
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
     found = {suffix: getattr(layer, part + suffix, None) for suffix in suffixes}
     return {

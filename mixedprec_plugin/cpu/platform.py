@@ -10,7 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from mixedprec_plugin.cpu.affinity import available_cores, format_binding, split_cores
+from mixedprec_plugin.cpu.affinity import format_binding, split_cores
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -40,7 +40,6 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "cpu"
 
     def get_default_attention_backend(self) -> str:
-        """The attention that needs nothing but torch."""
         return _ATTENTION
 
     def get_dispatch_key_name(self) -> str:
@@ -79,7 +78,7 @@ def _bind_threads(num_ranks: int) -> None:
     """Split the cores among the ranks unless the user has done so."""
     if os.environ.get(THREADS_BIND):
         return
-    split = split_cores(available_cores(), num_ranks)
+    split = split_cores(sorted(os.sched_getaffinity(0)), num_ranks)
     binding = format_binding(split)
     os.environ[THREADS_BIND] = binding
     # without the AMX build of sgl-kernel SGLang binds nothing: ranks whose threads wait for each

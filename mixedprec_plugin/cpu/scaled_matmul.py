@@ -51,7 +51,6 @@ def block_matmul(
         weight: [N, K], the dtype of codes.
         weight_scales: float32 [ceil(N/BN), ceil(K/BK)]; W = weight * scale.
         block_size: (BN, BK). N may be ragged; K is a multiple of BK.
-        dtype: dtype of the result.
     Returns:
         [T, N] in dtype.
     """
@@ -71,7 +70,6 @@ def add_blocks(
     """Add the product to a sum, one K-block after the other.
 
     Args:
-        codes, scales, weight, weight_scales, block_size: as of `block_matmul`.
         total: float32 [T, N], added to in place.
     """
     add = _add_int8 if codes.dtype == torch.int8 else _add_fp8
@@ -164,7 +162,6 @@ def channel_matmul(
         scales: float32, [T, 1] or one element.
         weight: [N, K], the dtype of codes.
         channel_scales: float32 [N, 1].
-        dtype: dtype of the result.
     Returns:
         [T, N], computed in float32 and rounded once to dtype; see `scale_sums`.
     """
@@ -214,7 +211,6 @@ def scale_sums(
 
     Args:
         total: float32 [T, N].
-        codes_dtype: of the codes.
         scales: float32, [T, 1] or one element.
         channel_scales: float32 [N, 1].
     Returns:
@@ -251,9 +247,6 @@ def exact_in_bfloat16(enabled: bool) -> Iterator[None]:
     The operands must be exact in bfloat16, as e4m3 and int8 codes are: then it is only faster,
     four times with AMX. It does nothing on a CPU without bfloat16 instructions. The switch is
     torch's and global to the process; SGLang computes in one thread.
-
-    Args:
-        enabled: whether to switch at all; few rows are slower this way.
     """
     if not enabled:
         yield

@@ -23,19 +23,15 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.platforms import current_platform
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.experts.groups import (
-    ExpertGroup,
-    check_groups,
-    groups_within,
-    routing_table,
-)
+from mixedprec_plugin.experts.groups import ExpertGroup, check_groups, groups_within
 from mixedprec_plugin.experts.launch import backend_fault
-from mixedprec_plugin.experts.loading import GROUPS, OWNERS, add_routers
+from mixedprec_plugin.experts.loading import OWNERS
 from mixedprec_plugin.methods.construct import offered, repaired
 
 # SGLang's runners on CUDA that can return every choice's output
 _UNSUMMED_BACKENDS = ("triton", "marlin")
-_TABLE = "expert_table"
+# where a composite layer keeps its children, and their table of ids
+_GROUPS, _TABLE = "expert_groups", "expert_table"
 
 
 def experts_method(
@@ -44,8 +40,6 @@ def experts_method(
     """Choose the method of a layer of experts while SGLang builds it.
 
     Args:
-        layer: the layer that SGLang is building.
-        prefix: its name.
         groups: one for each scheme; together they hold every expert once.
     Returns:
         for one group what its config gives, repaired where its method knows a cure, None where it
@@ -82,9 +76,6 @@ class CompositeMoEMethod(FusedMoEMethodBase):
 
     Under expert parallelism a rank has children for the groups that its own experts are in, which
     differ from rank to rank; SGLang's dispatcher hands it its own ids, and sums over ranks.
-
-    Args:
-        groups: the groups of the layer, over all ranks; at least two.
     """
 
     runner = None
@@ -100,37 +91,34 @@ class CompositeMoEMethod(FusedMoEMethodBase):
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
         *,
-        weight_loader: Any,
         moe_intermediate_size: int,
         **_: Any,
     ) -> None:
-        """Build the children, and empty parameters on the layer that forward to theirs.
+        """Build the children.
 
         Raises:
-            LoadError: the groups do not hold every expert once, or the layer is used in a way that
-                a composite cannot serve.
+            LoadError: the layer is used in a way that a composite cannot serve.
             MethodError, ShapeError: as the groups' methods raise.
         """
-        check_groups(layer.layer_name, self.groups, layer.num_experts)
         _check_layer(layer, self.groups)
-        is_fused = weight_loader == layer.weight_loader_fused
         first = layer.moe_ep_rank * num_experts
         groups = groups_within(self.groups, range(first, first + num_experts))
         with _without_expert_parallelism(layer):
             children = torch.nn.ModuleList(
-                _build_child(layer, group, index, params_dtype, moe_intermediate_size, is_fused)
+                _build_child(layer, group, index, params_dtype, moe_intermediate_size)
                 for index, group in enumerate(groups)
             )
-        layer.add_module(GROUPS, children)
-        owners = {
-            expert: (index, local)
-            for index, group in enumerate(groups)
-            for local, expert in enumerate(group.ids)
-        }
+        layer.add_module(_GROUPS, children)
+        owners: dict[int, tuple[torch.nn.Module, int]] = {}
+        # -1 for experts of other groups, and in the last column, where a masked id of -1 reads
+        table = [[-1] * (num_experts + 1) for _ in groups]
+        for child, group, row in zip(children, groups, table, strict=True):
+            for local, expert in enumerate(group.ids):
+                owners[expert] = child, local
+                row[expert - first] = local
         setattr(layer, OWNERS, owners)
-        table = routing_table(groups, num_experts, first)
-        layer.register_buffer(_TABLE, table, persistent=False)
-        add_routers(layer, params_dtype)
+        # int32 [groups, E + 1]
+        layer.register_buffer(_TABLE, torch.tensor(table, dtype=torch.int32), persistent=False)
 
     def create_moe_runner(self, layer: FusedMoE, moe_runner_config: MoeRunnerConfig) -> None:
         """Keep the config: the children have runners of their own."""
@@ -154,17 +142,12 @@ class CompositeMoEMethod(FusedMoEMethodBase):
         """
         topk_output = dispatch_output.topk_output
         if not TopKOutputChecker.format_is_standard(topk_output):
-            raise LoadError(
-                Problem(
-                    layer.layer_name,
-                    f"the router gives a {type(topk_output).__name__} (expected a "
-                    "StandardTopKOutput)",
-                    "start without --moe-runner-backend",
-                )
-            )
+            given = type(topk_output).__name__
+            what = f"the router gives a {given} (expected a StandardTopKOutput)"
+            raise LoadError(Problem(layer.layer_name, what, "start without --moe-runner-backend"))
         local_ids = getattr(layer, _TABLE)[:, topk_output.topk_ids]
         total: torch.Tensor | None = None
-        for child, ids in zip(getattr(layer, GROUPS), local_ids, strict=True):
+        for child, ids in zip(getattr(layer, _GROUPS), local_ids, strict=True):
             part = _run_child(child, dispatch_output, ids)
             total = part if total is None else total.add_(part)
         assert total is not None
@@ -207,7 +190,6 @@ def _build_child(
     index: int,
     params_dtype: torch.dtype,
     intermediate_size: int,
-    is_fused: bool,
 ) -> FusedMoE:
     """The layer that holds and runs one group; a rank's part of it, as of the whole."""
     config = layer.moe_runner_config
@@ -219,7 +201,7 @@ def _build_child(
         top_k=layer.top_k,
         params_dtype=params_dtype,
         quant_config=group.config,
-        prefix=f"{layer.layer_name}.{GROUPS}.{index}",
+        prefix=f"{layer.layer_name}.{_GROUPS}.{index}",
         activation=config.activation,
         apply_router_weight_on_input=config.apply_router_weight_on_input,
         use_presharded_weights=layer.use_presharded_weights,
@@ -229,7 +211,6 @@ def _build_child(
         gemm1_beta=config.gemm1_beta,
         gemm1_clamp_limit=config.gemm1_clamp_limit,
         swiglu_limit=config.swiglu_limit,
-        use_weight_loader_fused=is_fused,
         with_bias=layer.with_bias,
         routing_method_type=config.routing_method_type,
         is_gated=config.is_gated,

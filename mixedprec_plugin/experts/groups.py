@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 
 from mixedprec_plugin.errors import LoadError, Problem
@@ -30,32 +28,21 @@ class ExpertGroup:
 
 
 def check_groups(where: str, groups: Sequence[ExpertGroup], num_experts: int) -> None:
-    """Check that groups hold every expert of a layer once.
+    """Check that groups hold the experts of a layer; a plan has each of them in one.
 
-    Args:
-        where: the layer's name.
-        groups: the groups.
-        num_experts: how many experts the layer has.
     Raises:
-        LoadError: experts are in no group, in several, or the layer has not got them.
+        LoadError: experts are in no group, or the layer has not got them.
     """
-    counts = Counter(expert for group in groups for expert in group.ids)
+    ids = {expert for group in groups for expert in group.ids}
+    own = set(range(num_experts))
     findings = {
-        "are in no group": [e for e in range(num_experts) if e not in counts],
-        "are in several groups": sorted(e for e, count in counts.items() if count > 1),
-        f"do not exist (expected 0 to {num_experts - 1})": sorted(
-            e for e in counts if not 0 <= e < num_experts
-        ),
+        "are in no group": own - ids,
+        f"do not exist (expected 0 to {num_experts - 1})": ids - own,
     }
     problems = [
-        Problem(where, f"experts {', '.join(map(str, ids))} {what}", rule="expert-groups")
-        for what, ids in findings.items()
-        if ids
-    ]
-    problems += [
-        Problem(where, f"the group in {group.label} holds no expert", rule="expert-groups")
-        for group in groups
-        if not group.ids
+        Problem(where, f"experts {', '.join(map(str, sorted(found)))} {what}", rule="expert-groups")
+        for what, found in findings.items()
+        if found
     ]
     if problems:
         raise LoadError(problems)
@@ -68,20 +55,3 @@ def groups_within(groups: Sequence[ExpertGroup], ids: range) -> list[ExpertGroup
         for group in groups
     ]
     return [group for group in own if group.ids]
-
-
-def routing_table(groups: Sequence[ExpertGroup], num_experts: int, first: int = 0) -> torch.Tensor:
-    """The local id of every expert in every group, on the default device.
-
-    Args:
-        num_experts: of a rank.
-        first: the first of them.
-    Returns:
-        int32 [number of groups, num_experts + 1]; -1 for experts of other groups, and in the last
-        column, where a masked id of -1 reads.
-    """
-    table = [[-1] * (num_experts + 1) for _ in groups]
-    for row, group in zip(table, groups, strict=True):
-        for local, expert in enumerate(group.ids):
-            row[expert - first] = local
-    return torch.tensor(table, dtype=torch.int32)

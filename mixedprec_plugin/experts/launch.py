@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from mixedprec_plugin.methods.registry import METHODS
 
-# field of ServerArgs, the values that go, what it is and why it does not go, what to do
-Option = tuple[str, tuple[Any, ...], str, str]
+# field of ServerArgs, the values that go, why others do not; and what to do, if not to leave it out
+Option = tuple[str, tuple[Any, ...], str] | tuple[str, tuple[Any, ...], str, str]
 
 DEEPEP = "deepep"
 _DEEPGEMM_CAPABILITY, _DEEPGEMM_BLOCK = 90, [128, 128]
@@ -23,32 +23,21 @@ _DISPATCHERS: tuple[Option, ...] = (
         _WITHOUT,
     ),
 )
+_TAKEN_OVER = "takes over the experts' method"
 # whatever the schemes
 _NO_EXPERTS: tuple[Option, ...] = (
     (
         "elastic_ep_backend",
         (None, "none"),
         "experts of a lost rank would be read again past the plan",
-        "start without it",
     ),
     (
         "dwdp_size",
         (None, 0, 1),
         "SGLang copies experts' weights by the names of unquantized parameters",
-        "start without it",
     ),
-    (
-        "kt_weight_path",
-        (None, ""),
-        "KTransformers takes over the experts' method",
-        "start without it",
-    ),
-    (
-        "enable_paged_experts",
-        (None, False),
-        "paging experts takes over the experts' method",
-        "start without it",
-    ),
+    ("kt_weight_path", (None, ""), f"KTransformers {_TAKEN_OVER}"),
+    ("enable_paged_experts", (None, False), f"paging experts {_TAKEN_OVER}"),
 )
 
 # where schemes differ from layer to layer
@@ -62,6 +51,7 @@ _ALIKE_EXPERTS: tuple[Option, ...] = (
     ),
 )
 
+_PLACE = "would need a place in its scheme's group"
 _LORA = (
     "LoRA replaces the layers of experts by its own",
     "start without adapters, or give all experts of a layer one scheme",
@@ -72,23 +62,21 @@ _OPTIONS: tuple[Option, ...] = (
         "enable_eplb",
         (None, False),
         "the expert balancer moves weights between experts, which needs them in one scheme",
-        "start without it",
     ),
-    (
-        "ep_num_redundant_experts",
-        (None, 0),
-        "a copy of an expert would need a place in its scheme's group",
-        "start without it",
-    ),
-    (
-        "init_expert_location",
-        (None, "trivial"),
-        "a placed expert would need a place in its scheme's group",
-        "start without it",
-    ),
+    ("ep_num_redundant_experts", (None, 0), f"a copy of an expert {_PLACE}"),
+    ("init_expert_location", (None, "trivial"), f"a placed expert {_PLACE}"),
     ("enable_lora", (None, False), *_LORA),
     ("lora_paths", (None, [], {}), *_LORA),
 )
+
+
+def refused(server_args: Any, options: Iterable[Option]) -> Iterator[tuple[str, str, str]]:
+    """Yield flag, what is wrong with its value, and remedy ("" for none of its own)."""
+    for field, served, reason, *remedy in options:
+        value = getattr(server_args, field, None)
+        if value not in served:
+            flag = "--" + field.replace("_", "-")
+            yield flag, f"{value!r}: {reason} (expected {served[-1]!r})", "".join(remedy)
 
 
 def why_not_composite(server_args: Any, methods: Collection[str] = ()) -> list[tuple[str, str]]:
@@ -97,7 +85,6 @@ def why_not_composite(server_args: Any, methods: Collection[str] = ()) -> list[t
     Args:
         server_args: SGLang's ServerArgs, or the namespace that they are made from; fields that it
             has not got are taken for their defaults.
-        methods: canonical names of the methods of the composite layers' experts.
     Returns:
         (what is wrong, remedy) pairs; empty if nothing is.
     """
@@ -117,8 +104,6 @@ def why_not_experts(
     """Launch options that experts of a plan do not take, be each layer in one scheme or several.
 
     Args:
-        server_args: as for `why_not_composite`.
-        methods: canonical names of the methods that some layer's experts run in.
         are_alike: whether all experts of all layers run in one scheme.
         why_not_deepep: why they do not run behind DeepEP; empty if they do.
     Returns:
@@ -147,12 +132,7 @@ def why_not_experts(
 
 
 def backend_fault(backend: str, methods: Collection[str] = ()) -> str:
-    """Why a MoE runner backend does not serve a composite layer; empty if it does.
-
-    Args:
-        backend: value of `--moe-runner-backend`.
-        methods: canonical names of the methods of the layer's experts.
-    """
+    """Why a MoE runner backend does not serve a composite layer; empty if it does."""
     is_triton = bool(methods) and all(METHODS[m].moe_kernels == "triton" for m in methods)
     allowed = ("auto", "triton") if is_triton else ("auto",)
     if backend in allowed:
@@ -163,20 +143,13 @@ def backend_fault(backend: str, methods: Collection[str] = ()) -> str:
     )
 
 
-def _not_allowed(server_args: Any, options: tuple[Option, ...]) -> list[tuple[str, str]]:
-    return [
-        (f"{_flag(field)} {value!r}: {reason} (expected {allowed[-1]!r})", remedy)
-        for field, allowed, reason, remedy in options
-        if (value := getattr(server_args, field, None)) not in allowed
-    ]
+def _not_allowed(server_args: Any, options: Iterable[Option]) -> list[tuple[str, str]]:
+    found = refused(server_args, options)
+    return [(f"{flag} {what}", remedy or "start without it") for flag, what, remedy in found]
 
 
 def _backend(server_args: Any) -> str:
     return str(getattr(server_args, "moe_runner_backend", None) or "auto")
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
 
 
 def deepep_fault(schemes: Collection[tuple[str, Mapping[str, Any]]], capability: int) -> str:

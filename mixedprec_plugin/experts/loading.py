@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sglang.srt.layers.linear import set_weight_attrs
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.utils import get_moe_runner_backend
 
 from mixedprec_plugin.errors import LoadError, Problem
 
-# where a composite layer keeps its children, and expert -> (child, local id)
-GROUPS, OWNERS = "expert_groups", "expert_owners"
+# where a composite layer says which of its children holds an expert: id -> (child, local id)
+OWNERS = "expert_owners"
 # what SGLang holds as floats and gives to no kernel: gptq_moe.py:254, and of compressed-tensors
 _UNREAD = ("weight_shape", "qzeros")
 _FLOAT_CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BIAS = "bias"
 # that run a scaled gate above up
 _APART = ("auto", "triton", "marlin")
-
-
-def expert_owner(layer: FusedMoE, expert: int) -> tuple[FusedMoE, int] | None:
-    """Find the layer that holds an expert's weights.
-
-    Args:
-        layer: a layer of experts, composite or not.
-        expert: its id in the checkpoint.
-    Returns:
-        the layer itself or a child, and the expert's id there; None of a composite whose other
-        ranks hold it.
-    """
-    owners = getattr(layer, OWNERS, None)
-    if owners is None:
-        return layer, expert
-    if expert not in owners:
-        return None
-    child, local = owners[expert]
-    return getattr(layer, GROUPS)[child], local
 
 
 def keep_apart(layer: FusedMoE) -> None:
@@ -66,22 +45,20 @@ def keep_apart(layer: FusedMoE) -> None:
 def load_expert_tensor(
     layer: FusedMoE, expert: int, shard: str, suffix: str, tensor: torch.Tensor
 ) -> None:
-    """Hand one tensor of one expert to its parameter's own loader.
+    """Hand one tensor of one expert to its parameter's own loader; not where other ranks hold it.
 
     Args:
-        layer: a layer of experts, composite or not.
-        expert: its id in the checkpoint.
         shard: `w1` (gate), `w3` (up) or `w2` (down projection).
         suffix: the parameter's, such as `weight_scale_inv`.
         tensor: the whole tensor; SGLang's loader takes the rank's part.
     Raises:
         LoadError: the expert's scheme has no such parameter.
     """
-    name = _parameter_name(shard, suffix)
-    found = expert_owner(layer, expert)
-    if found is None:
+    owners = getattr(layer, OWNERS, None)
+    if owners is not None and expert not in owners:
         return
-    owner, local = found
+    owner, local = (layer, expert) if owners is None else owners[expert]
+    name = _parameter_name(shard, suffix)
     parameter = _parameter(layer, owner, expert, name)
     if suffix == _BIAS and shard == "w2":
         _load_output_bias(owner, parameter, local, tensor)
@@ -109,72 +86,16 @@ def _load_output_bias(
         parameter.data[place].copy_(bias if owner.moe_tp_rank == 0 else torch.zeros_like(bias))
 
 
-def add_routers(layer: FusedMoE, dtype: torch.dtype) -> None:
-    """Give a composite layer an empty parameter for each name that some child has.
-
-    SGLang's models look parameters up by the layer's name and call their `weight_loader`; these
-    forward to the child that holds the expert.
-    """
-    names = {name for child in _children(layer) for name, _ in child.named_parameters()}
-    for name in sorted(names):
-        router = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        layer.register_parameter(name, router)
-        set_weight_attrs(router, {"weight_loader": _Router(layer, name)})
-
-
-class _Router:
-    """The weight loader of an empty parameter."""
-
-    def __init__(self, layer: FusedMoE, name: str) -> None:
-        self._layer = layer
-        self._name = name
-
-    def __call__(
-        self,
-        param: torch.nn.Parameter,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int | None = None,
-    ) -> None:
-        """Forward, in the form of `FusedMoE.weight_loader`, or of `weight_loader_fused`."""
-        if expert_id is None:
-            self._load_fused(loaded_weight, weight_name, shard_id)
-            return
-        found = expert_owner(self._layer, expert_id)
-        if found is None:
-            return
-        owner, local = found
-        parameter = _parameter(self._layer, owner, expert_id, self._name)
-        parameter.weight_loader(parameter, loaded_weight, weight_name, shard_id, local)
-
-    def _load_fused(self, loaded_weight: torch.Tensor, weight_name: str, shard_id: str) -> None:
-        """All experts in one tensor [E, ...]."""
-        for index, child in enumerate(_children(self._layer)):
-            owners = getattr(self._layer, OWNERS)
-            ids = [expert for expert, (group, _) in owners.items() if group == index]
-            parameter = _parameter(self._layer, child, ids[0], self._name)
-            parameter.weight_loader(parameter, loaded_weight[ids], weight_name, shard_id)
-
-
-def _children(layer: FusedMoE) -> Iterable[FusedMoE]:
-    children: Iterable[FusedMoE] = getattr(layer, GROUPS)
-    return children
-
-
 def _parameter(layer: FusedMoE, owner: FusedMoE, expert: int, name: str) -> Any:
     # not named_parameters(): it would list them all for every tensor of every expert
     parameter = getattr(owner, name, None)
     if not isinstance(parameter, torch.nn.Parameter):
-        raise LoadError(
-            Problem(
-                f"{layer.layer_name}: expert {expert}",
-                f"has no parameter {name!r} in {type(owner.quant_method).__name__} "
-                f"(expected {', '.join(n for n, _ in owner.named_parameters())})",
-                "the tensor belongs to another scheme than the expert's",
-                "unknown-parameter",
-            )
-        )
+        names = ", ".join(own for own, _ in owner.named_parameters())
+        method = type(owner.quant_method).__name__
+        what = f"has no parameter {name!r} in {method} (expected {names})"
+        remedy = "the tensor belongs to another scheme than the expert's"
+        where = f"{layer.layer_name}: expert {expert}"
+        raise LoadError(Problem(where, what, remedy, "unknown-parameter"))
     return parameter
 
 
@@ -188,8 +109,6 @@ def check_expert_part(
 
     Args:
         layer: a layer of experts under `auto`, none of a composite.
-        where: the layer's name in the checkpoint.
-        shard: `w1`, `w3` or `w2`.
         suffix: the parameter's, without `w13_` or `w2_`.
         tensor: as it is stored, of one expert.
     Raises:
@@ -208,15 +127,12 @@ def check_expert_part(
         return
     held = f"{_dtype(parameter)} {list(parameter.shape[1:])}"
     ranks = f" on each of {tp_size} ranks" if tp_size > 1 else ""
-    raise LoadError(
-        Problem(
-            f"{where}.{suffix}",
-            f"is stored as {_dtype(tensor)} {list(tensor.shape)}, which does not make up an "
-            f"expert's {held} in {type(layer.scheme or layer.quant_method).__name__}{ranks}",
-            "name a method for the experts, or take them from another source",
-            "auto-part",
-        )
+    what = (
+        f"is stored as {_dtype(tensor)} {list(tensor.shape)}, which does not make up an "
+        f"expert's {held} in {type(layer.scheme or layer.quant_method).__name__}{ranks}"
     )
+    remedy = "name a method for the experts, or take them from another source"
+    raise LoadError(Problem(f"{where}.{suffix}", what, remedy, "auto-part"))
 
 
 def _part_size(layer: FusedMoE, parameter: torch.Tensor, shard: str, suffix: str) -> int:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 
 from mixedprec_plugin.errors import Problem, Severity
+from mixedprec_plugin.names import fold_numbers, unfold_numbers
 
 _NUMBER = re.compile(r"(\d+)")
 # a whole component behind the first number; a run that is folded already is none
@@ -52,33 +53,15 @@ def unfold_names(text: str, most: int) -> list[str]:
     names: list[str] = []
     for folded in text.split(", "):
         parts = _FOLDED.split(folded)
-        ranges = [_ends(part) for part in parts[1::2]]
-        if math.prod(sum(last - first + 1 for first, last in each) for each in ranges) > most:
+        ranges = [unfold_numbers(part) for part in parts[1::2]]
+        if math.prod(sum(map(len, each)) for each in ranges) > most:
             names.append(folded)
             continue
         choices = [[part] for part in parts]
         for index, each in enumerate(ranges):
-            numbers = itertools.chain.from_iterable(range(a, b + 1) for a, b in each)
-            choices[2 * index + 1] = list(map(str, numbers))
+            choices[2 * index + 1] = list(map(str, itertools.chain.from_iterable(each)))
         names += map("".join, itertools.product(*choices))
     return names
-
-
-def _ends(ranges: str) -> list[tuple[int, int]]:
-    """`0-2,5` -> `[(0, 2), (5, 5)]`."""
-    pairs = (part.partition("-") for part in ranges.split(","))
-    return [(int(first), int(last or first)) for first, _, last in pairs]
-
-
-def fold_numbers(numbers: Iterable[int]) -> str:
-    """`[0, 1, 2, 5]` -> `0-2,5`."""
-    ranges: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 def fold_problems(problems: Iterable[Problem]) -> list[Problem]:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import ExpertShard, Shard, last_component
 from mixedprec_plugin.methods import registry
-from mixedprec_plugin.plan.folding import fold_numbers, fold_problems
+from mixedprec_plugin.names import fold_numbers
+from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
 _EXPERTS = re.compile(r"experts\.(\d+|\{[\d,{}.-]+\})")

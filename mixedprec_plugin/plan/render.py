@@ -10,8 +10,9 @@ from mixedprec_plugin.errors import printable
 from mixedprec_plugin.families.names import ExpertShard, sglang_name
 from mixedprec_plugin.families.record import Family
 from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.names import fold_numbers
 from mixedprec_plugin.plan.family_checks import shared_experts_line
-from mixedprec_plugin.plan.folding import fold_names, fold_numbers
+from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.kv_cache import kv_cache_as_dict, kv_cache_line
 from mixedprec_plugin.plan.memory import memory_lines, usual_load
 from mixedprec_plugin.plan.model import Plan, PlannedLayer

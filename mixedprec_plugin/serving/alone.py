@@ -25,7 +25,6 @@ def outline_alone(plan: Plan, *, is_draft: bool = False) -> Outline:
 
     Args:
         plan: without errors, over a checkpoint folder.
-        is_draft: whether the checkpoint is a draft model's.
     Raises:
         LoadError: the model and the plan do not go together.
         RegistrationError: the plugin does not fit the installed SGLang.

@@ -28,9 +28,6 @@ def build_model(
 ) -> tuple[torch.nn.Module, Stage]:
     """Build the model of this rank; return it with the pipeline stage that it is.
 
-    Args:
-        config: asked for the method of each layer.
-        device: of the parameters.
     Raises:
         LoadError: `config` has none for a layer, or the stages do not go with the model.
     """
@@ -53,11 +50,7 @@ def build_model(
 
 @contextlib.contextmanager
 def _asked_too(lazy: str, config: MixedPrecisionConfig) -> Iterator[None]:
-    """Give a class of SGLang's, while it builds a model, the config that the model keeps from it.
-
-    Args:
-        lazy: as `Family.unasked`.
-    """
+    """Give a class of SGLang's (`Family.unasked`) the config that its model keeps from it."""
     if not lazy:
         yield
         return

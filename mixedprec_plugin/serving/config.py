@@ -28,10 +28,14 @@ from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
-from mixedprec_plugin.serving.auto_experts import experts_method_under_auto
 from mixedprec_plugin.serving.late import check_config
-from mixedprec_plugin.serving.module_names import ModuleNames, NameMapper
-from mixedprec_plugin.serving.source_configs import config_of_source, guard, refusals
+from mixedprec_plugin.serving.module_names import ModuleNames
+from mixedprec_plugin.serving.source_configs import (
+    config_of_source,
+    experts_method_under_auto,
+    guard,
+    refusals,
+)
 
 Others = Mapping[str, tuple[str | None, ...]]
 
@@ -75,7 +79,6 @@ class MixedPrecisionConfig(QuantizationConfig):
         self._children: dict[Any, QuantizationConfig] = {}
 
     def get_name(self) -> str:
-        """The name of the load format."""
         return "mixedprec"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -104,7 +107,7 @@ class MixedPrecisionConfig(QuantizationConfig):
     def get_cache_scale(self, name: str) -> None:
         """None: scales of the KV cache are no layer's (models/granitemoehybrid.py:656)."""
 
-    def apply_weight_name_mapper(self, hf_to_sglang_mapper: NameMapper) -> None:
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
         """Take into account how a model renames the checkpoint's modules."""
         self._names.apply(hf_to_sglang_mapper)
         self._attention_names.apply(hf_to_sglang_mapper)
@@ -132,9 +135,6 @@ class MixedPrecisionConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return SGLang's method for one module.
 
-        Args:
-            layer: the module that SGLang is building.
-            prefix: its name.
         Returns:
             None for embeddings, attention, and unquantized experts and heads, as SGLang expects it.
         Raises:
@@ -153,7 +153,11 @@ class MixedPrecisionConfig(QuantizationConfig):
         else:
             module = self.module_of(prefix)
         if module is None:
-            raise LoadError(_unknown_module(layer, prefix))
+            built = f"the model builds it ({type(layer).__name__})"
+            what = f"{built}, but no layer of the checkpoint belongs to it"
+            remedy = "the architecture names its modules otherwise than the checkpoint does"
+            where, remedy = prefix or "(a layer without a name)", f"{remedy}; please report it"
+            raise LoadError(Problem(where, what, remedy, "unknown-module"))
         self.built[module] = layer
         if isinstance(layer, FusedMoE):
             return self._experts_method(layer, module, prefix)
@@ -280,13 +284,3 @@ def _create_in_shards(method: QuantizeMethodBase, shards: Sequence[PlannedLayer]
         create(layer, input_size, sizes, *args, **keys)
 
     method.create_weights = create_weights
-
-
-def _unknown_module(layer: torch.nn.Module, prefix: str) -> Problem:
-    return Problem(
-        prefix or "(a layer without a name)",
-        f"the model builds it ({type(layer).__name__}), but no layer of the checkpoint belongs to "
-        "it",
-        "the architecture names its modules otherwise than the checkpoint does; please report it",
-        "unknown-module",
-    )

@@ -36,10 +36,9 @@ def check_early(args: Any) -> None:
     """
     if getattr(args, "load_format", None) != "mixedprec":
         return
-    settings = read_settings(args)
     device = serving_device()
     problems = why_not_options(args, device)
-    problems.extend(_kv_problems(args))
+    problems.extend(_kv_problems(args, preset_of(args)))
     if os.path.isdir(args.model_path):
         plan = plan_of(args)
         problems.extend(plan.errors)
@@ -47,8 +46,6 @@ def check_early(args: Any) -> None:
         problems.extend(_head_problems(args, plan))
         if plan.preset.draft is not None:
             problems.extend(_draft_problems(args, plan, plan.preset.draft, device))
-    elif settings.config:
-        load_preset(settings.config, settings.overrides)
     if problems:
         raise PlanError(problems)
 
@@ -58,8 +55,6 @@ def check_not_converted(args: Any) -> None:
 
     SGLang has no method of that name, and would say so after a minute.
 
-    Args:
-        args: as for `check_early`.
     Raises:
         UsageError: the model's folder is one.
     """
@@ -98,20 +93,16 @@ def set_kv_dtype(args: Any) -> None:
         args.kv_cache_dtype = preset.kv_cache.dtype
 
 
-def _kv_problems(args: Any) -> Iterable[Problem]:
-    """What keeps the KV cache from the dtype that the preset says."""
-    preset, given = preset_of(args), getattr(args, "kv_cache_dtype", None) or _AUTO
+def _kv_problems(args: Any, preset: Preset | None) -> Iterable[Problem]:
+    given = getattr(args, "kv_cache_dtype", None) or _AUTO
     wanted = _AUTO if preset is None else preset.kv_cache.dtype
-    if preset is None or wanted == _AUTO:
-        return
-    where = f"{preset.path}: kv_cache.dtype"
-    if given not in (_AUTO, wanted):
+    if preset is not None and _AUTO not in (given, wanted) and given != wanted:
         what = f"is {wanted!r}, and --kv-cache-dtype is {given!r}"
+        where = f"{preset.path}: kv_cache.dtype"
         yield Problem(where, what, "leave one of them out", "launch")
 
 
 def _draft_problems(args: Any, plan: Plan, preset: Preset, device: Device) -> Iterable[Problem]:
-    """What keeps a draft model from running as the section `draft` says."""
     if getattr(args, "speculative_algorithm", None) in _WITHOUT_HEADS:
         return
     path = getattr(args, "speculative_draft_model_path", None) or args.model_path
@@ -173,7 +164,6 @@ def _why_not_deepep(plan: Plan) -> str:
 
 
 def _expert_problems(args: Any, plan: Plan) -> Iterable[Problem]:
-    """Launch options that the experts of the plan do not go with."""
     experts = _experts(plan)
     methods = {layer.method for layer in experts}
     mixed = [module for module, groups in plan.expert_groups.items() if len(groups) > 1]

@@ -3,7 +3,7 @@
 SGLang calls `begin` in every rank by its own option --forward-hooks, once graphs are captured
 (model_executor/hook_manager.py:11, model_runner_components/cuda_graph_setup.py:458). Hooks of
 torch.nn.Module run where Python does: not in graphs. So prompts are what is gathered, and decoding
-keeps its graphs; those of prefilling are refused, see `options.why_not_gather`.
+keeps its graphs; those of prefilling are refused, see `options`.
 
 Every rank takes the same tokens of a pass, evenly spaced over it. The first of a sequence is none:
 it is an attention sink, whose states are a thousand times as large as others'.
@@ -65,9 +65,6 @@ def begin(said: Mapping[str, Any]) -> Callable[..., None]:
 class Gathering:
     """Hooks on the modules of a model, until each has seen its tokens.
 
-    Args:
-        config: that the model was built with.
-        num_tokens: when to end.
     Raises:
         LoadError: the folder cannot be written.
     """
@@ -125,7 +122,6 @@ class Gathering:
     def _start_pass(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        """Choose the tokens of a pass."""
         self._rows, self._stream, self._branch = self._rows[:0], None, []
         batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, ForwardBatch)), None)
         if batch is None or not batch.forward_mode.is_extend():
@@ -197,11 +193,6 @@ class Gathering:
             self._seen.clear()
 
     def _write(self) -> None:
-        """Write what all modules have seen.
-
-        Raises:
-            ConvertError: it cannot be written.
-        """
         whole = [name for name, count in self._counts.items() if count == self._count]
         tensors: dict[str, torch.Tensor] = {}
         for name in whole:

@@ -21,13 +21,7 @@ from sglang.srt.arg_groups import choices
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from mixedprec_plugin.checkpoint.converted import is_converted
-from mixedprec_plugin.cpu.hooks import (
-    attend,
-    get_attention_handler,
-    get_rope_wrapper,
-    handle_model_specific_adjustments,
-    launch_fused_gate_sigmoid_mul,
-)
+from mixedprec_plugin.cpu import hooks as on_cpu
 from mixedprec_plugin.errors import MixedPrecisionError, Problem, RegistrationError
 from mixedprec_plugin.serving.flags import LOAD_FORMAT, add_flags, exit_with, fold_flags
 
@@ -246,33 +240,33 @@ HOOKS = (
 CPU_HOOKS = (
     Hook(
         "sglang.srt.layers.rotary_embedding.factory.get_rope_wrapper",
-        get_rope_wrapper,
+        on_cpu.get_rope_wrapper,
         "layers/rotary_embedding/factory.py:478: none of DeepSeek's without YaRN on a CPU",
     ),
     Hook(
         "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul",
-        launch_fused_gate_sigmoid_mul,
+        on_cpu.launch_fused_gate_sigmoid_mul,
         "models/qwen2_moe.py:877: the gate of a shared expert is a Triton kernel",
     ),
     Hook(
         "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry"
         ".get_handler",
-        get_attention_handler,
+        on_cpu.get_attention_handler,
         "models/deepseek_common/attention_backend_handler.py:55: torch_native is taken for triton",
     ),
     Hook(
         "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments",
-        handle_model_specific_adjustments,
+        on_cpu.handle_model_specific_adjustments,
         "arg_groups/model_hook.py:536: gpt-oss does not start on attention without sinks",
     ),
     Hook(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
-        attend,
+        on_cpu.attend,
         "layers/attention/torch_native_backend.py:279: takes no sinks",
     ),
     Hook(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode",
-        attend,
+        on_cpu.attend,
         "layers/attention/torch_native_backend.py:338: takes no sinks",
     ),
 )
@@ -296,19 +290,16 @@ def register() -> None:
 
 
 def check_registration() -> list[Problem]:
-    """Check that the load format is known and that every hook is in its place.
-
-    Returns:
-        a problem for each that is not; empty when the plugin is whole.
-    """
+    """Check that the load format is known and that every hook is in its place."""
+    remedy = f"look at HOOKS in {__file__} and at the log for the plugin's exception; "
+    remedy += f"SGLang is {sglang.__version__}"
     problems = []
     if LOAD_FORMAT not in choices.LOAD_FORMAT_CHOICES:
-        problems.append(Problem("--load-format mixedprec", "is not registered", _remedy()))
+        problems.append(Problem("--load-format mixedprec", "is not registered", remedy))
     for hook in hooks_here():
         if not _is_applied(hook):
-            problems.append(
-                Problem(hook.target, f"is not hooked ({hook.stands_on})", _remedy(), "hook")
-            )
+            what = f"is not hooked ({hook.stands_on})"
+            problems.append(Problem(hook.target, what, remedy, "hook"))
     return problems
 
 
@@ -328,13 +319,6 @@ def _target(hook: Hook) -> Any:
         return pkgutil.resolve_name(hook.target)
     except (ImportError, AttributeError):
         return None
-
-
-def _remedy() -> str:
-    return (
-        f"look at HOOKS in {__file__} and at the log for the plugin's exception; "
-        f"SGLang is {sglang.__version__}"
-    )
 
 
 @functools.cache

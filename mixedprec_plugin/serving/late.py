@@ -33,13 +33,14 @@ from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.construct import cuda_capability
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.shapes import fp8_marlin_fault
-from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.folding import fold_names, fold_problems
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.serving.planner import plan_of
 from mixedprec_plugin.serving.stages import Stage
 
 _AUTO = "auto"
+_OTHER = "config.json and weights are of different models", "built-shape"
 
 
 def keep_auto(args: Any) -> None:
@@ -116,50 +117,33 @@ def check_built(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) 
 
     Not in the plan: the code of SGLang's model decides which layers it builds, and how large.
 
-    Args:
-        plan: that the model was built by.
-        built: module name, as the plan spells it -> the module that the model built for it.
-        stage: the part of the model that this rank runs.
-
     Raises:
         LoadError: a layer that nothing runs, or one of another shape than planned or than this GPU
             takes; all are named.
     """
-    found: dict[str, list[str]] = {}
-    for layer in filter(stage.runs, plan.layers):
-        if layer.module not in built and not (layer.is_unquantized or layer.kind == "draft"):
-            found.setdefault(layer.module, []).append(layer.name)
     problems = [
         Problem(
-            ", ".join(fold_names(names)),
-            f"is in the checkpoint, but the model builds no {module}",
-            "config.json and weights are of different models",
-            "built-shape",
+            layer.name, f"is in the checkpoint, but the model builds no {layer.module}", *_OTHER
         )
-        for module, names in found.items()
+        for layer in filter(stage.runs, plan.layers)
+        if layer.module not in built and not (layer.is_unquantized or layer.kind == "draft")
     ]
     problems = problems or shape_problems(plan, built, stage) or _kernel_problems(built)
     if problems:
-        raise LoadError(problems)
+        raise LoadError(fold_problems(problems))
 
 
 def shape_problems(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) -> list[Problem]:
     """Planned linear layers and experts that the model built in another shape."""
-    found: dict[str, list[str]] = {}
-    for module, own in built.items():
-        layers = plan.modules[module]
-        for layer in filter(stage.runs, layers):
-            text = _difference(layer, own, layers)
-            if text:
-                found.setdefault(text, []).append(layer.name)
     return [
-        Problem(folded, text, "config.json and weights are of different models", "built-shape")
-        for text, names in found.items()
-        for folded in fold_names(names)
+        Problem(layer.name, text, *_OTHER)
+        for module, own in built.items()
+        for layer in filter(stage.runs, plan.modules[module])
+        if (text := _difference(layer, own, plan.modules[module]))
     ]
 
 
-def _kernel_problems(modules: Mapping[str, torch.nn.Module]) -> list[Problem]:
+def _kernel_problems(modules: Mapping[str, Any]) -> list[Problem]:
     """What only this GPU refuses: FP8 without FP8 units runs in Marlin kernels, which have tiles.
 
     The plan refuses it where it knows the GPU and the layer's method; a layer under `auto` is known
@@ -167,76 +151,39 @@ def _kernel_problems(modules: Mapping[str, torch.nn.Module]) -> list[Problem]:
 
     Source: `Fp8LinearMethod.use_marlin` (fp8.py:518).
     """
-    found: dict[str, list[str]] = {}
-    built: Any
-    for module, built in modules.items():
-        if not isinstance(built, LinearBase) or not getattr(
-            built.quant_method, "use_marlin", False
-        ):
-            continue
-        text = fp8_marlin_fault(built.output_size_per_partition, built.input_size_per_partition)
-        if text:
-            found.setdefault(text, []).append(module)
-    return [
-        Problem(
-            folded, text, "give it another method, or use fewer tensor-parallel ranks", "gpu-shape"
-        )
-        for text, names in found.items()
-        for folded in fold_names(names)
-    ]
+    remedy = "give it another method, or use fewer tensor-parallel ranks"
+    problems = []
+    for name, built in modules.items():
+        if isinstance(built, LinearBase) and getattr(built.quant_method, "use_marlin", False):
+            N, K = built.output_size_per_partition, built.input_size_per_partition
+            if text := fp8_marlin_fault(N, K):
+                problems.append(Problem(name, text, remedy, "gpu-shape"))
+    return problems
 
 
 def _difference(layer: PlannedLayer, built: torch.nn.Module, shards: Sequence[PlannedLayer]) -> str:
     assert layer.stored is not None
+    stored, whose = (layer.stored.N, layer.stored.K), "its weight is"
     if isinstance(built, FusedMoE):
-        return _expert_difference(layer, built)
-    if isinstance(built, ParallelLMHead):
-        return _head_difference(layer, built)
-    assert isinstance(built, LinearBase)
-    expected = (_output_size(built, layer.shard), built.input_size)
-    N, whose = layer.stored.N, "its weight is"
-    if isinstance(built, ReplicatedLinear) and layer.shard is not None:
-        # it knows nothing of its shards' sizes
-        N = sum(shard.stored.N for shard in shards if shard.stored is not None)
-        whose = f"the weights of {layer.module} are"
+        if not isinstance(layer.shard, ExpertShard):
+            return f"is no projection of an expert, the model builds {type(built).__name__} for it"
+        if layer.shard.expert >= built.num_experts:
+            return f"is expert {layer.shard.expert} of a layer with {built.num_experts}"
+        expected = built.intermediate_size_per_partition * built.moe_tp_size, built.hidden_size
+        expected = expected[::-1] if layer.shard.projection == "w2" else expected
+    elif isinstance(built, ParallelLMHead):
+        expected = built.org_vocab_size, built.embedding_dim
+    else:
+        assert isinstance(built, LinearBase)
+        expected = _output_size(built, layer.shard), built.input_size
+        if isinstance(built, ReplicatedLinear) and layer.shard is not None:
+            # it knows nothing of its shards' sizes
+            N = sum(shard.stored.N for shard in shards if shard.stored is not None)
+            stored, whose = (N, layer.stored.K), f"the weights of {layer.module} are"
     # under `auto` a layer may be stored in a format that we know by name only
-    if layer.stored.N and expected != (N, layer.stored.K):
-        return (
-            f"{whose} [{N}, {layer.stored.K}] "
-            f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
-        )
-    return ""
-
-
-def _head_difference(layer: PlannedLayer, built: ParallelLMHead) -> str:
-    assert layer.stored is not None
-    expected = built.org_vocab_size, built.embedding_dim
-    # as above
-    if layer.stored.N and expected != (layer.stored.N, layer.stored.K):
-        return (
-            f"its weight is [{layer.stored.N}, {layer.stored.K}] "
-            f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
-        )
-    return ""
-
-
-def _expert_difference(layer: PlannedLayer, built: FusedMoE) -> str:
-    assert layer.stored is not None
-    if not isinstance(layer.shard, ExpertShard):
-        return f"is no projection of an expert, the model builds {type(built).__name__} for it"
-    if layer.shard.expert >= built.num_experts:
-        return f"is expert {layer.shard.expert} of a layer with {built.num_experts}"
-    inner = built.intermediate_size_per_partition * built.moe_tp_size
-    expected = (
-        (built.hidden_size, inner) if layer.shard.projection == "w2" else (inner, built.hidden_size)
-    )
-    # as above
-    if layer.stored.N and layer.stored.K and expected != (layer.stored.N, layer.stored.K):
-        return (
-            f"its weight is [{layer.stored.N}, {layer.stored.K}] "
-            f"(expected [{expected[0]}, {expected[1]}] by {type(built).__name__})"
-        )
-    return ""
+    if not (layer.stored.N and layer.stored.K) or expected == stored:
+        return ""
+    return f"{whose} {list(stored)} (expected {list(expected)} by {type(built).__name__})"
 
 
 def _output_size(built: LinearBase, shard: Shard) -> int:
@@ -261,12 +208,10 @@ def check_reloadable(built: Mapping[str, torch.nn.Module]) -> None:
     behind: per-tensor and per-channel FP8 turn it around (fp8.py:1256, w8a8_fp8.py:135).
     A tensor that is copied into a square one would be served transposed, without a word.
 
-    Args:
-        built: module name -> the module, as served.
     Raises:
         LoadError: names the layers by method.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[Problem, None] = {}
     for name, module in built.items():
         for part in module.modules():
             method = getattr(part, "quant_method", None)
@@ -278,18 +223,13 @@ def check_reloadable(built: Mapping[str, torch.nn.Module]) -> None:
             elif _restores(method):
                 continue
             if any(map(is_lost, part.parameters(recurse=False))):
-                found.setdefault(type(method).__name__, []).append(name)
-    problems = [
-        Problem(
-            ", ".join(fold_names(dict.fromkeys(names))),
-            f"takes no new weights: {method} gave its weight another form after it was loaded",
-            "start the server anew with them",
-            "reload",
-        )
-        for method, names in found.items()
-    ]
-    if problems:
-        raise LoadError(problems)
+                own = type(method).__name__
+                what = (
+                    f"takes no new weights: {own} gave its weight another form after it was loaded"
+                )
+                found[Problem(name, what, "start the server anew with them", "reload")] = None
+    if found:
+        raise LoadError(fold_problems(found))
 
 
 def _is_turned(parameter: torch.Tensor) -> bool:
@@ -315,5 +255,4 @@ def _is_replaced(parameter: torch.Tensor) -> bool:
 def _restores(method: object) -> bool:
     """Whether a method gives its weights the checkpoint's form again when it is asked to."""
     own = getattr(type(method), "restore_weights_before_loading", None)
-    base = getattr(QuantizeMethodBase, "restore_weights_before_loading", None)
-    return own is not None and own is not base
+    return own not in (None, getattr(QuantizeMethodBase, "restore_weights_before_loading", None))

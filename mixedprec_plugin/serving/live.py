@@ -22,8 +22,7 @@ from mixedprec_plugin.errors import MixedPrecisionError
 from mixedprec_plugin.plan.document import plan_document
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import plan_as_dict
-from mixedprec_plugin.serving.planner import planner_of, serving_device
-from mixedprec_plugin.serving.settings import read_settings
+from mixedprec_plugin.serving.planner import plan_of, planner_of
 
 PATH = "/mixedprec/plan"
 DOCUMENT_PATH = f"{PATH}/document"
@@ -52,17 +51,13 @@ class Served:
         # the router of several tokenizer workers has none of its own
         path = getattr(manager, "model_path", args.model_path)
         with self._lock:
-            planner = planner_of(args)
-            if self._last is None and planner.last is not None:
+            checked = planner_of(args).last
+            if self._last is None and checked is not None:
                 # what this process checked before it loaded, whose files may be gone by now
-                self._last = path, planner.last
+                self._last = path, checked
             if self._last is None or self._last[0] != path:
                 before = self._last and self._last[1].preset
-                plan = planner.plan(
-                    _folder(path, args), read_settings(args), str(args.dtype),
-                    int(args.tp_size), serving_device(), before,
-                )  # fmt: skip
-                self._last = path, plan
+                self._last = path, plan_of(args, _folder(path, args), before)
             return self._last[1]
 
 

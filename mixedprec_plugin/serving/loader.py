@@ -23,7 +23,7 @@ from sglang.srt.model_loader.weight_utils import _prefetch_all_checkpoints
 from sglang.srt.runtime_context import get_model, get_parallel
 
 from mixedprec_plugin.checkpoint.converted import is_converted
-from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES, Reading
+from mixedprec_plugin.checkpoint.reader import Reading
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.cache import LayerCache, cache_folder
 from mixedprec_plugin.compose.on_device import DeviceRounding
@@ -46,12 +46,12 @@ from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.building import build_model
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.filling import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.late import check_built, check_reloadable
 from mixedprec_plugin.serving.outline import outline_of
-from mixedprec_plugin.serving.placement import close_to_unquantized, load_weights
 from mixedprec_plugin.serving.planner import make_draft_plan, planner_of, serving_device
 from mixedprec_plugin.serving.progress import reported
-from mixedprec_plugin.serving.settings import Settings, parse_extra_config, split_extra_config
+from mixedprec_plugin.serving.settings import Settings, split_extra_config
 from mixedprec_plugin.serving.stages import Stage
 from mixedprec_plugin.verify.stream import verified
 from mixedprec_plugin.verify.verifier import reference_of
@@ -66,7 +66,6 @@ class Loaded:
     """What the process serves: `update_weights_from_disk` brings no settings of its own."""
 
     settings: Settings
-    model_path: str
     config: MixedPrecisionConfig
     stage: Stage
     model: torch.nn.Module
@@ -104,7 +103,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(without_settings(load_config))
-        settings, _ = split_extra_config(parse_extra_config(load_config.model_loader_extra_config))
+        settings, _ = split_extra_config(load_config.model_loader_extra_config)
         if settings is None and _loaded is not None:
             settings = _loaded.settings
         self.settings = settings or Settings()
@@ -120,6 +119,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
             PresetError, CheckpointError, PlanError: before a weight is read.
             LoadError: the model and the plan do not fit each other, or a parameter stayed empty.
         """
+        global _loaded, _loaded_draft
         folder = self.folder(model_config.model_path, model_config.revision)
         is_draft = model_config.is_draft_model
         section = self._draft_preset(folder) if is_draft else None
@@ -149,7 +149,11 @@ class MixedPrecisionLoader(DefaultModelLoader):
                 weights = self._verified(plan, weights)
             self.load_weights_and_postprocess(model, weights, device)
         close_to_unquantized(model)
-        self._remember(Loaded(self.settings, folder, config, stage, model), is_draft=is_draft)
+        loaded = Loaded(self.settings, config, stage, model)
+        if is_draft:
+            _loaded_draft = loaded
+        else:
+            _loaded = loaded
         self._report(plan, stage, model, time.perf_counter() - start)
         return model.eval()
 
@@ -162,14 +166,14 @@ class MixedPrecisionLoader(DefaultModelLoader):
         assert source.model_config is not None
         loaded = _loaded_draft if source.model_config.is_draft_model else _loaded
         assert loaded is not None
-        if not self._has_opened_new_path and loaded.config.plan.target.device == "cuda":
-            check_reloadable(loaded.config.built)
-        path = source.model_or_path
-        if self._has_opened_new_path:
-            path = loaded.model_path
-        self._has_opened_new_path = True
         served = loaded.config.plan
-        folder = self.folder(path, source.revision)
+        if self._has_opened_new_path:
+            folder = str(served.source.path)
+        else:
+            if served.target.device == "cuda":
+                check_reloadable(loaded.config.built)
+            folder = self.folder(source.model_or_path, source.revision)
+        self._has_opened_new_path = True
         plan = self._plan(folder, source.model_config, served.preset).check()
         _check_same_schemes(served, plan)
         return self._open(plan, loaded.stage)
@@ -182,9 +186,9 @@ class MixedPrecisionLoader(DefaultModelLoader):
             self._cache = _open_cache(plan, self.settings)
             if self._cache is not None or get_parallel().tp_size > 1:
                 compose = functools.partial(compose_parts, cache=self._cache, quantize=quantize)
-        stream = VirtualCheckpoint(plan, stage.runs, _how_to_read(), compose)
-        said = get_model()
-        if said.weight_loader_prefetch_checkpoints and not said.weight_loader_disable_mmap:
+        said, how = get_model(), _how_to_read()
+        stream = VirtualCheckpoint(plan, stage.runs, how, compose)
+        if said.weight_loader_prefetch_checkpoints and how.may_map:
             inputs = (tensor for layer in stream.layers for tensor in layer.inputs.values())
             paths = sorted({str(tensor.path) for tensor in inputs})
             # a thread of SGLang's, which ends by itself
@@ -204,7 +208,6 @@ class MixedPrecisionLoader(DefaultModelLoader):
         self.postprocess_weights(model, target_device)
 
     def _verified(self, plan: Plan, weights: Weights) -> Weights:
-        """The same tensors, compared with the reference on their way if that was asked for."""
         if not self.settings.verify or get_parallel().tp_rank != 0:
             return weights
         return verified(weights, plan, reference_of(self.settings.verify, plan))
@@ -214,9 +217,7 @@ class MixedPrecisionLoader(DefaultModelLoader):
         return str(self._prepare_weights(model_path, revision, fall_back_to_pt=False)[0])
 
     def _plan(self, folder: str, model_config: ModelConfig, served: Preset | None = None) -> Plan:
-        dtype = {"BF16": "bfloat16", "F16": "float16"}.get(
-            DTYPE_NAMES[model_config.dtype], str(model_config.dtype)
-        )
+        dtype = str(model_config.dtype).removeprefix("torch.")
         tp_size, device = get_parallel().tp_size, serving_device()
         if model_config.is_draft_model:
             assert served is not None
@@ -240,13 +241,6 @@ class MixedPrecisionLoader(DefaultModelLoader):
             return None
         preset = preset or preset_for("", source, self.settings.overrides, "--mixedprec-config")
         return preset.draft or as_stored(preset)
-
-    def _remember(self, loaded: Loaded, *, is_draft: bool) -> None:
-        global _loaded, _loaded_draft
-        if is_draft:
-            _loaded_draft = loaded
-        else:
-            _loaded = loaded
 
     def _report_plan(self, plan: Plan, *, is_draft: bool) -> None:
         """Say what is going to run, before anything of it is read."""
@@ -278,7 +272,6 @@ def rounding_for(plan: Plan, settings: Settings) -> Quantize:
 
 
 def _open_cache(plan: Plan, settings: Settings) -> LayerCache | None:
-    """What keeps the layers of a plan; None where nothing is to be kept."""
     if not settings.cache_bytes:
         return None
     facts = {path: f for source in plan.sources.values() for path, f in source.facts.items()}
@@ -304,8 +297,7 @@ def without_settings(load_config: LoadConfig) -> LoadConfig:
     """The same config for SGLang's own loader, as a copy."""
     own = copy.copy(load_config)
     own.load_format = LoadFormat.AUTO
-    extra = parse_extra_config(load_config.model_loader_extra_config)
-    own.model_loader_extra_config = split_extra_config(extra)[1]
+    own.model_loader_extra_config = split_extra_config(load_config.model_loader_extra_config)[1]
     return own
 
 
@@ -324,10 +316,8 @@ def _restore(model: torch.nn.Module) -> None:
     SGLang does so before an update from 0.5.23 on; its methods and ours do nothing the second time.
     """
     for module in model.modules():
-        # before 0.5.21 SGLang's own methods have none
-        restore = getattr(
-            getattr(module, "quant_method", None), "restore_weights_before_loading", None
-        )
+        method = getattr(module, "quant_method", None)
+        restore = getattr(method, "restore_weights_before_loading", None)
         if restore is not None:
             restore(module)
 
@@ -340,8 +330,7 @@ def _check_same_schemes(served: Plan, new: Plan) -> None:
         if before is None or after is None:
             problems.append(Problem(name, "is in only one of the two checkpoints"))
         elif (before.method, dict(before.outputs)) != (after.method, dict(after.outputs)):
-            problems.append(
-                Problem(name, f"runs in {before.method}, the new weights would need {after.method}")
-            )
+            what = f"runs in {before.method}, the new weights would need {after.method}"
+            problems.append(Problem(name, what))
     if problems:
         raise LoadError(problems)

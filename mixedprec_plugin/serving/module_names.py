@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.families.names import sglang_name
 from mixedprec_plugin.families.record import Family
 
-
-class NameMapper(Protocol):
-    """What we use of SGLang's `WeightsMapper` (models/utils.py)."""
-
-    def apply_list(self, values: list[str]) -> list[str]:
-        """Map names of the checkpoint; a name that the model has no use for is left out."""
-        ...
+if TYPE_CHECKING:
+    from sglang.srt.models.utils import WeightsMapper
 
 
 class ModuleNames:
@@ -26,7 +21,6 @@ class ModuleNames:
 
     Args:
         modules: module names of the plan, as the checkpoint spells them.
-        family: the model's.
     """
 
     def __init__(self, modules: Collection[str], family: Family) -> None:
@@ -34,9 +28,10 @@ class ModuleNames:
         self._modules |= dict(zip(modules, modules, strict=True))
         self._by_tail: dict[str, set[str]] = {}
 
-    def apply(self, mapper: NameMapper) -> None:
+    def apply(self, mapper: WeightsMapper) -> None:
         """Take a model's own mapper of names into account."""
         for module in list(self._modules.values()):
+            # a name that the model has no use for is left out
             self._modules |= dict.fromkeys(mapper.apply_list([module]), module)
         self._by_tail.clear()
 

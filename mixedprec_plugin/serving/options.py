@@ -6,18 +6,14 @@ is read and ignored. docs/launch.md says what becomes of the others.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.experts.launch import Option, refused
 from mixedprec_plugin.methods.interface import Device
-from mixedprec_plugin.serving.settings import (
-    parse_extra_config,
-    read_settings,
-    split_extra_config,
-)
+from mixedprec_plugin.serving.settings import read_settings, split_extra_config
 
 _OTHER_LOADER = "it belongs to another load format, which this one would not ask"
 _MODELOPT = "ModelOpt quantizes a whole model in its own loader"
@@ -26,8 +22,7 @@ _OWN_READING = "the load format reads files by itself, and not through SGLang's 
 
 _SHARED = "a preset gives shared experts methods of their own, and they are not fused"
 
-# field of ServerArgs, the values that go, why others do not
-_EVERYWHERE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+_EVERYWHERE: tuple[Option, ...] = (
     ("quantization", (None,), "a preset names the method of each layer"),
     (
         "model_impl",
@@ -67,11 +62,7 @@ _EVERYWHERE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         f"the server would wait for ever: {_PAST_THE_PLAN}",
     ),
     ("enable_elastic_expert_backup", (None, False), _PAST_THE_PLAN),
-    (
-        "decrypted_config_file",
-        (None,),
-        "the plan is made from the checkpoint's own config.json",
-    ),
+    ("decrypted_config_file", (None,), "the plan is made from the checkpoint's own config.json"),
     ("enforce_shared_experts_fusion", (None, False), _SHARED),
     ("enable_waterfill", (None, False), _SHARED),
     (
@@ -83,14 +74,10 @@ _EVERYWHERE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 _LORA_ON_CPU = "SGLang keeps adapters in pinned memory, which a machine without a GPU has not got"
 
-_ON_CPU: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+_ON_CPU: tuple[Option, ...] = (
     ("enable_lora", (None, False), _LORA_ON_CPU),
     ("lora_paths", (None, [], {}), _LORA_ON_CPU),
-    (
-        "moe_runner_backend",
-        (None, "auto"),
-        "the CPU platform runs experts in a loop of its own",
-    ),
+    ("moe_runner_backend", (None, "auto"), "the CPU platform runs experts in a loop of its own"),
     (
         "speculative_algorithm",
         (None,),
@@ -107,29 +94,22 @@ def why_not_options(args: Any, device: Device) -> list[Problem]:
     Args:
         args: SGLang's ServerArgs, or the namespace that they are made from; fields that it has not
             got are taken for their defaults.
-        device: what the model runs on.
-    Returns:
-        a problem for each; empty if all go.
     """
     table = _EVERYWHERE + (_ON_CPU if device == "cpu" else ())
-    found = list(_refused(args, table))
-    more = (_extra_problems(args), _override_problems(args), _gathering_problems(args, device))
-    return [*found, *itertools.chain(*more)]
+    return [
+        *_refused(args, table), *_extra_problems(args), *_override_problems(args),
+        *_gathering_problems(args, device),
+    ]  # fmt: skip
 
 
-def _refused(args: Any, table: Iterable[tuple[str, tuple[Any, ...], str]]) -> Iterable[Problem]:
-    for field, served, reason in table:
-        value = getattr(args, field, None)
-        if value not in served:
-            flag = "--" + field.replace("_", "-")
-            what = f"{value!r}: {reason} (expected {served[-1]!r})"
-            yield Problem(flag, what, f"start without {flag}", "launch")
+def _refused(args: Any, table: Iterable[Option]) -> Iterable[Problem]:
+    for flag, what, remedy in refused(args, table):
+        yield Problem(flag, what, remedy or f"start without {flag}", "launch")
 
 
 def _extra_problems(args: Any) -> Iterable[Problem]:
     """SGLang's default loader takes keys for its readers, which do not read here."""
-    extra = parse_extra_config(getattr(args, "model_loader_extra_config", None))
-    _, rest = split_extra_config(extra)
+    _, rest = split_extra_config(getattr(args, "model_loader_extra_config", None))
     for key in rest:
         yield Problem(f"--model-loader-extra-config: {key}", _OWN_READING, "leave it out", "launch")
 
@@ -142,19 +122,15 @@ def _override_problems(args: Any) -> Iterable[Problem]:
     except ValueError as error:
         raise UsageError(Problem(flag, f"is not JSON ({error})")) from error
     if isinstance(overrides, Mapping) and "quantization_config" in overrides:
-        yield Problem(
-            f"{flag}: quantization_config",
-            "a preset names the method of each layer",
-            "leave it out",
-            "launch",
-        )
+        what = "a preset names the method of each layer"
+        yield Problem(f"{flag}: quantization_config", what, "leave it out", "launch")
 
 
 _SEVERAL = "every rank of one replica must see the same tokens"
 _MOVED = "experts that are moved are not told apart"
 
-# what --mixedprec-inputs does not go with: as above
-_GATHERING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+# what --mixedprec-inputs does not go with
+_GATHERING: tuple[Option, ...] = (
     ("dp_size", (None, 1), _SEVERAL),
     ("attn_dp_size", (None, 1), _SEVERAL),
     ("enable_dp_attention", (None, False), _SEVERAL),

@@ -34,9 +34,8 @@ from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.serving.building import build_model
 from mixedprec_plugin.serving.config import MixedPrecisionConfig, Others
-from mixedprec_plugin.serving.filling import unfilled
+from mixedprec_plugin.serving.filling import Filling
 from mixedprec_plugin.serving.late import check_built, shape_problems
-from mixedprec_plugin.serving.placement import fill
 from mixedprec_plugin.serving.recorder import storage_id
 from mixedprec_plugin.serving.source_configs import REFUSALS, words_of
 from mixedprec_plugin.serving.stages import Stage
@@ -62,11 +61,7 @@ class Outline:
     unchecked: str = ""
 
     def check(self) -> Outline:
-        """Return the outline itself if the plan can be loaded.
-
-        Raises:
-            PlanError: with every problem.
-        """
+        """Return the outline itself if the plan can be loaded."""
         if self.problems:
             raise PlanError(self.problems)
         return self
@@ -104,15 +99,15 @@ def _of_floats(plan: Plan, build: Build) -> Outline:
             model, tensors.stage = build(config)
             others = config.resolve(model)
             if problems := shape_problems(plain, config.built, tensors.stage):
-                return Outline(problems=tuple(problems))
+                return Outline(problems=tuple(fold_problems(problems)))
             tensors.left_out = _whole_experts(plain, config).keys()
-            filling = fill(model, config, tensors)
+            filling = Filling(model, config, tensors)
     except REFUSALS as error:
         return _refused(plan, tensors, error)
     left_out = [*_of_unknown_sizes(plain, config), *(config.built[x] for x in tensors.left_out)]
     found = [
         *_apart(plan, model, config, filling.recorder.arrived),
-        *(filling.problems or unfilled(model, filling, but=left_out)),
+        *(filling.problems or filling.unfilled(left_out)),
     ]
     return Outline(others, tuple(fold_problems(found)))
 
@@ -127,12 +122,12 @@ def _of_methods(plan: Plan, outline: Outline, build: Build) -> Outline:
             # one layer of experts stands for all that are like it
             experts = _whole_experts(plan, config)
             tensors.left_out = experts.keys() - {alike: n for n, alike in experts.items()}.values()
-            filling = fill(model, config, tensors)
+            filling = Filling(model, config, tensors)
     except REFUSALS as error:
         refused = _refused(plan, tensors, error)
         return dataclasses.replace(refused, others=outline.others)
     left_out = [config.built[name] for name in tensors.left_out]
-    problems = filling.problems or unfilled(model, filling, but=left_out)
+    problems = filling.problems or filling.unfilled(left_out)
     return dataclasses.replace(outline, problems=tuple(fold_problems(problems)))
 
 

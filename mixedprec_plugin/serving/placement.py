@@ -1,178 +1,55 @@
-"""Tensors -> the parameters' own weight loaders."""
+"""One tensor -> its parameter's own weight loader."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.loading import check_expert_part, load_expert_tensor
-from mixedprec_plugin.families.names import ExpertShard, last_component, scheme_unit
-from mixedprec_plugin.families.table import family_of
+from mixedprec_plugin.families.names import ExpertShard, scheme_unit
 from mixedprec_plugin.methods.registry import AUTO
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
-from mixedprec_plugin.serving.filling import Filling, dropped, unfilled
-from mixedprec_plugin.serving.kv_scales import place_kv_scale
-from mixedprec_plugin.serving.recorder import WriteRecorder
 from mixedprec_plugin.serving.source_configs import refusals
 
-Weights = Iterable[tuple[str, torch.Tensor]]
 # compressed-tensors' is the latter
 GROUP_INDICES = ("g_idx", "weight_g_idx")
 # what has one group index -> the layer whose came first, and that one
 Orders = dict[tuple[str, bool], tuple[str, torch.Tensor]]
 
 
-def load_weights(
-    model: torch.nn.Module,
-    config: MixedPrecisionConfig,
-    weights: Weights,
-    *,
-    partial: bool = False,
+def place(
+    config: MixedPrecisionConfig, layer: PlannedLayer, suffix: str, tensor: torch.Tensor
 ) -> None:
-    """Fill a model with the tensors of its plan.
+    """Hand a tensor of a planned layer to the parameter of the module that was built for it.
 
-    Args:
-        model: built with `config`.
-        weights: (tensor name, tensor) of the virtual checkpoint.
-        partial: only a part of the tensors comes; what is not touched stays as it is.
     Raises:
-        LoadError: a tensor found no parameter, or a parameter was not filled; all are named.
+        LoadError: there is none that takes it.
     """
-    filling = fill(model, config, weights)
-    problems = filling.problems or (() if partial else unfilled(model, filling))
-    if problems:
-        raise LoadError(problems)
-
-
-def fill(model: torch.nn.Module, config: MixedPrecisionConfig, weights: Weights) -> Filling:
-    """Hand every tensor to what takes it.
-
-    Linear layers and experts of the plan go straight to their parameters' weight loaders: module,
-    parameter and shard are known, so no name matching of the model's can lose or rename them. The
-    rest (embeddings, norms, routers) goes through `model.load_weights`.
-    """
-    recorder = WriteRecorder()
-    # the class's own: the model's is closed to others, see `close_to_unquantized`
-    load = functools.partial(type(model).load_weights, model)  # type: ignore[attr-defined]
-    rest: list[str] = []
-    problems: list[Problem] = []
-    with recorder:
-        load(_place(model, config, weights, recorder, rest, problems))
-        _absorb(model, config)
-    problems += dropped(model, config, rest, recorder)
-    return Filling(tuple(problems), recorder, _taken_over(model, config))
-
-
-def _taken_over(model: torch.nn.Module, config: MixedPrecisionConfig) -> frozenset[int]:
-    """Embedding and head of layers of multi-token prediction (models/deepseek_v2.py:2888)."""
-    if not family_of(config.plan.source.config).is_draft:
-        return frozenset()
-    ends = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
-    return frozenset(id(parameter) for module in ends for parameter in module.parameters())
-
-
-def _absorb(model: torch.nn.Module, config: MixedPrecisionConfig) -> None:
-    """Have an MLA model split its kv_b_proj; it looks for them among the names that it was given.
-
-    Source: `DeepseekV2WeightLoaderMixin.post_load_weights`
-    (models/deepseek_common/deepseek_weight_loader.py:585).
-    """
-    absorbed = family_of(config.plan.source.config).absorbed
-    if any(last_component(module) == absorbed for module in config.built):
-        model.post_load_weights()  # type: ignore[operator]
-
-
-def close_to_unquantized(model: torch.nn.Module) -> None:
-    """Refuse tensors that come past the plan, as from `update_weights_from_tensor`.
-
-    SGLang hands them to `model.load_weights`, which would cast them into quantized parameters
-    without a word.
-    """
-
-    def refuse(*_: object, **__: object) -> None:
-        raise LoadError(
-            Problem(
-                type(model).__name__,
-                "serves a mixed-precision plan and takes no tensors past it",
-                "use update_weights_from_disk, which quantizes by the preset",
-                "past-the-plan",
-            )
-        )
-
-    model.load_weights = refuse  # type: ignore[assignment]
-
-
-def _place(
-    model: torch.nn.Module,
-    config: MixedPrecisionConfig,
-    weights: Weights,
-    recorder: WriteRecorder,
-    rest: list[str],
-    problems: list[Problem],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    stream = iter(weights)
-    orders: Orders = {}
-    while True:
-        # reading and quantizing are none of the recorder's business, and faster without it
-        with _disable_current_modes():
-            item = next(stream, None)
-        if item is None:
-            return
-        name, tensor = item
-        layer_name, _, suffix = name.rpartition(".")
-        layer = config.plan.by_name.get(layer_name)
-        if config.attentions and _is_kv_scale(config, name, tensor, recorder, problems):
-            continue
-        if layer is not None and layer.module in config.built:
-            recorder.forget(tensor)
-            if suffix in GROUP_INDICES and layer.shard is not None:
-                _check_act_order(orders, layer, tensor)
-            module = config.built[layer.module]
-            try:
-                with _naming(layer, module, suffix):
-                    if isinstance(module, ReplicatedLinear) and layer.shard is not None:
-                        shards = config.plan.modules[layer.module]
-                        _lay_end_to_end(module, shards, layer, suffix, tensor)
-                    else:
-                        _place_tensor(module, layer, suffix, tensor)
-            except LoadError as error:
-                problems += error.problems
+    module = config.built[layer.module]
+    # our own statement of what each tensor must be is checked before; `auto` has none
+    with (
+        refusals(f"{layer.name}.{suffix}", type(module.quant_method).__name__)
+        if layer.method == AUTO
+        else contextlib.nullcontext()
+    ):
+        if isinstance(module, ReplicatedLinear) and layer.shard is not None:
+            _lay_end_to_end(module, config.plan.modules[layer.module], layer, suffix, tensor)
         else:
-            recorder.follow(name, tensor)
-            rest.append(name)
-            yield name, tensor
-        # or it would be there while the next one is made
-        del item, tensor
+            _place_tensor(module, layer, suffix, tensor)
 
 
-def _is_kv_scale(
-    config: MixedPrecisionConfig,
-    name: str,
-    tensor: torch.Tensor,
-    recorder: WriteRecorder,
-    problems: list[Problem],
-) -> bool:
-    """Fill what a tensor is the KV cache's scale of, if it is one."""
-    recorder.forget(tensor)
-    try:
-        return place_kv_scale(config, name, tensor)
-    except LoadError as error:
-        problems += error.problems
-        return True
-
-
-def _check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) -> None:
+def check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) -> None:
     """Hold a shard's group index against its siblings': a fused module has one for them all.
 
     Source: gptq/schemes/gptq_marlin.py:101 and gptq_moe.py:278 (sglang/srt/layers/quantization).
@@ -185,24 +62,10 @@ def _check_act_order(orders: Orders, layer: PlannedLayer, g_idx: torch.Tensor) -
         name, first = orders.setdefault(unit, (layer.name, order))
         is_same = torch.equal(first, order)
     if not is_same:
-        raise LoadError(
-            Problem(
-                f"{layer.name}.g_idx",
-                f"has another order than {name}, and {layer.module} has one for all its shards",
-                "write method: bf16 for them to be dequantized, and requantize: true beside "
-                "another method",
-                "act-order",
-            )
-        )
-
-
-def _naming(
-    layer: PlannedLayer, module: torch.nn.Module, suffix: str
-) -> contextlib.AbstractContextManager[None]:
-    """Our own statement of what each tensor must be is checked before; `auto` has none."""
-    if layer.method != AUTO:
-        return contextlib.nullcontext()
-    return refusals(f"{layer.name}.{suffix}", type(module.quant_method).__name__)
+        what = f"has another order than {name}, and {layer.module} has one for all its shards"
+        remedy = "write method: bf16 for them to be dequantized, and requantize: true beside "
+        remedy += "another method"
+        raise LoadError(Problem(f"{layer.name}.g_idx", what, remedy, "act-order"))
 
 
 def _place_tensor(
@@ -229,14 +92,9 @@ def _place_tensor(
     elif _takes_shards(getattr(loader, "__func__", loader)):
         loader(parameter, tensor, layer.shard)
     else:
-        raise LoadError(
-            Problem(
-                f"{layer.name}.{suffix}",
-                f"{type(module).__name__} does not take shards, the plan says it is shard "
-                f"{layer.shard!r} of {layer.module}",
-                rule="fused-module",
-            )
-        )
+        what = f"{type(module).__name__} does not take shards, the plan says it is shard "
+        what += f"{layer.shard!r} of {layer.module}"
+        raise LoadError(Problem(f"{layer.name}.{suffix}", what, rule="fused-module"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -290,13 +148,9 @@ def _fill_head(module: ParallelLMHead, parameter: Any, tensor: torch.Tensor) -> 
 def _parameter(module: torch.nn.Module, suffix: str, layer: PlannedLayer) -> Any:
     parameter = getattr(module, suffix, None)
     if not isinstance(parameter, torch.Tensor):
-        raise LoadError(
-            Problem(
-                f"{layer.name}.{suffix}",
-                f"{layer.module} ({type(module).__name__}) has no parameter {suffix!r} "
-                f"(expected {', '.join(n for n, _ in module.named_parameters())})",
-                "the checkpoint holds a tensor that the model does not use",
-                "unknown-parameter",
-            )
-        )
+        names = ", ".join(name for name, _ in module.named_parameters())
+        owner = f"{layer.module} ({type(module).__name__})"
+        what = f"{owner} has no parameter {suffix!r} (expected {names})"
+        remedy = "the checkpoint holds a tensor that the model does not use"
+        raise LoadError(Problem(f"{layer.name}.{suffix}", what, remedy, "unknown-parameter"))
     return parameter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from mixedprec_plugin.checkpoint.converted import embedded_preset
@@ -30,20 +29,17 @@ class Planner:
     layers of several sources may need weights to be read each time. The planner goes from one to
     the next on the records that SGLang hands on, see `planner_of`; to other processes without its
     plan, which they make by themselves.
+
+    Attributes:
+        last: the last plan, whatever has become of its files; None before the first.
     """
 
     def __init__(self) -> None:
-        # the plan, and the state of its files when it was made
-        self._last: tuple[Plan, object] | None = None
+        self.last: Plan | None = None
         self._model: Source | None = None
 
     def __reduce__(self) -> tuple[type[Planner], tuple[()]]:
         return Planner, ()
-
-    @property
-    def last(self) -> Plan | None:
-        """The last plan, whatever has become of its files; None before the first."""
-        return None if self._last is None else self._last[0]
 
     def plan(
         self,
@@ -71,16 +67,11 @@ class Planner:
         else:
             preset = served
         target, others = _target(model, dtype, tp_size, device), open_other_sources(preset)
-        sources = {model.name: model, **others}
-        state = _state(sources)
-        if self._last is not None:
-            plan, planned_state = self._last
-            is_same = (plan.preset, plan.target, dict(plan.sources)) == (preset, target, sources)
-            if is_same and planned_state == state:
-                return plan
-        plan = _servable(resolve_plan(preset, model, target, others))
-        self._last = plan, state
-        return plan
+        last, asked = self.last, (preset, target, {model.name: model, **others})
+        # sources that are equal have the same files, see `Source.facts`
+        if last is None or (last.preset, last.target, dict(last.sources)) != asked:
+            last = self.last = _servable(resolve_plan(preset, model, target, others))
+        return last
 
 
 def planner_of(record: Any) -> Planner:
@@ -98,16 +89,19 @@ def planner_of(record: Any) -> Planner:
     return planner
 
 
-def plan_of(args: Any) -> Plan:
+def plan_of(args: Any, folder: str = "", served: Preset | None = None) -> Plan:
     """The plan of a server over a local checkpoint.
 
     Args:
         args: ServerArgs, or the namespace that they are made from.
+        folder: the checkpoint's, where it is not --model-path.
+        served: as for `Planner.plan`.
     Raises:
         UsageError, PresetError, CheckpointError: as for `Planner.plan`.
     """
     settings, dtype, tp_size = read_settings(args), str(args.dtype), int(args.tp_size)
-    return planner_of(args).plan(args.model_path, settings, dtype, tp_size, serving_device())
+    path, device = folder or args.model_path, serving_device()
+    return planner_of(args).plan(path, settings, dtype, tp_size, device, served)
 
 
 def hand_over(record: Any, to: Any) -> None:
@@ -144,12 +138,6 @@ def _target(source: Source, dtype: str, tp_size: int, device: Device) -> Target:
     return Target(device, tp_size, running, gpu)
 
 
-def _state(sources: Mapping[str, Source]) -> object:
-    """When every file of the sources was last written; None for what is not downloaded yet."""
-    paths = {tensor.path for source in sources.values() for tensor in source.tensors.values()}
-    return {path: path.stat().st_mtime_ns if path.exists() else None for path in paths}
-
-
 def serving_gpu() -> Gpu | None:
     """The GPU of this process, by its compute capability alone; None where there is none.
 
@@ -175,11 +163,7 @@ def serving_device() -> Device:
         return "cpu"
     if current_platform.device_type == "cuda" and torch.version.hip is None:
         return "cuda"
-    raise PlanError(
-        Problem(
-            f"platform {current_platform.device_name!r}",
-            "mixed precision runs on NVIDIA GPUs and on plain CPUs",
-            "set SGLANG_PLATFORM=mixedprec_cpu to try the preset on the CPU",
-            "platform",
-        )
-    )
+    where = f"platform {current_platform.device_name!r}"
+    what = "mixed precision runs on NVIDIA GPUs and on plain CPUs"
+    remedy = "set SGLANG_PLATFORM=mixedprec_cpu to try the preset on the CPU"
+    raise PlanError(Problem(where, what, remedy, "platform"))

@@ -19,12 +19,7 @@ def reported(
     say: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a virtual checkpoint, and say now and then how far it is.
-
-    Args:
-        say: takes a line.
-        clock: seconds.
-    """
+    """Yield the tensors of a virtual checkpoint, and say now and then how far it is."""
     left = {layer.name: len(layer.outputs) for layer in stream.layers}
     sizes = {layer.name: layer.bytes_before for layer in stream.layers}
     total = sum(sizes.values())

@@ -11,7 +11,7 @@ from typing import Any
 from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import Problem, UsageError
 
-# field of `Settings` -> key of SGLang's `model_loader_extra_config`
+# field of `Settings` -> key of SGLang's `model_loader_extra_config`, which argparse gives our flag
 KEYS: Mapping[str, str] = {
     "config": "mixedprec_config",
     "overrides": "mixedprec_set",
@@ -26,31 +26,56 @@ PLACES = ("device", "cpu")
 _INPUT_TOKENS = 2048
 
 
+def _setting(text: str, initial: Any = "", **options: Any) -> Any:
+    """A field, and how `argparse` takes its flag."""
+    options["help"] = text
+    return dataclasses.field(default=initial, metadata=options)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The load format's settings.
+    """The load format's settings, as their flags' help says; empty where they are not given.
 
-    Attributes:
-        config: path or packaged name of the preset; empty for the one that a converted checkpoint
-            carries.
-        overrides: `KEY=VALUE` overrides of preset keys.
-        plan_path: where to write the plan as JSON at start; empty for nowhere.
-        verify: checkpoint folder that the composed layers are compared with; empty for none.
-        cache: most bytes of layers that are kept for the next start, such as `64GiB` or `0`; empty
-            for MIXEDPREC_CACHE_SIZE, or 64GiB.
-        quantize_on: where weights are quantized, `cpu` or `device`; empty for the former.
-        inputs: folder that what the layers read is gathered in; empty for none.
-        input_tokens: how many tokens of it; empty for 2,048.
+    Without `config` a converted checkpoint's own preset is taken.
     """
 
-    config: str = ""
-    overrides: tuple[str, ...] = ()
-    plan_path: str = ""
-    verify: str = ""
-    cache: str = ""
-    quantize_on: str = ""
-    inputs: str = ""
-    input_tokens: str = ""
+    config: str = _setting(
+        "YAML preset that names a quantization method for each layer: a path, or the name of "
+        "a packaged preset. A checkpoint that mixedprec convert wrote carries its own.",
+        metavar="PRESET",
+    )
+    overrides: tuple[str, ...] = _setting(
+        "Override a key of the preset, such as schemes.experts.group_size=64; repeatable.",
+        (),
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+    )
+    plan_path: str = _setting("Write the plan to FILE as JSON at start.", metavar="FILE")
+    verify: str = _setting(
+        "Compare every composed layer with this checkpoint while loading, and do not serve a "
+        "model that is too far from it.",
+        metavar="DIR",
+    )
+    cache: str = _setting(
+        "Keep what is quantized or repacked for the next start, up to SIZE, such as 20GiB; 0 "
+        "keeps nothing (default: MIXEDPREC_CACHE_SIZE, or 64GiB; in ~/.cache/mixedprec).",
+        metavar="SIZE",
+    )
+    quantize_on: str = _setting(
+        "Where weights are quantized while they are loaded: on the CPU (the default), or on "
+        "the device that serves them.",
+        choices=PLACES,
+    )
+    inputs: str = _setting(
+        "Gather what each layer reads of the first prompts, for mixedprec search --inputs. "
+        "It slows prefill until there are enough tokens, and prompts can be read out of it.",
+        metavar="FOLDER",
+    )
+    input_tokens: str = _setting(
+        "How many tokens are gathered, an eighth of them of one pass at most (default: 2048).",
+        metavar="N",
+    )
 
     @property
     def cache_bytes(self) -> int:
@@ -82,12 +107,8 @@ class Settings:
         return int(self.input_tokens)
 
     def to_extra_config(self) -> dict[str, Any]:
-        """The settings as entries of SGLang's `model_loader_extra_config`."""
-        extra: dict[str, Any] = {KEYS["config"]: self.config}
-        for field, key in KEYS.items():
-            if (value := getattr(self, field)) and field != "config":
-                extra[key] = list(value) if field == "overrides" else value
-        return extra
+        said = {key: getattr(self, field) for field, key in KEYS.items()}
+        return {key: value for key, value in said.items() if value or key == KEYS["config"]}
 
 
 def parse_extra_config(extra: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -96,29 +117,27 @@ def parse_extra_config(extra: str | Mapping[str, Any] | None) -> dict[str, Any]:
     Raises:
         UsageError: it is neither.
     """
-    if not extra:
-        return {}
-    if isinstance(extra, Mapping):
-        return dict(extra)
+    where = "--model-loader-extra-config"
     try:
-        value = json.loads(extra)
+        value = json.loads(extra) if isinstance(extra, str) and extra else extra or {}
     except ValueError as error:
-        raise UsageError(
-            Problem("--model-loader-extra-config", f"is not JSON ({error})")
-        ) from error
-    if not isinstance(value, dict):
-        raise UsageError(Problem("--model-loader-extra-config", "is not a JSON object"))
-    return value
+        raise UsageError(Problem(where, f"is not JSON ({error})")) from error
+    if not isinstance(value, Mapping):
+        raise UsageError(Problem(where, "is not a JSON object"))
+    return dict(value)
 
 
-def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[str, Any]]:
+def split_extra_config(
+    extra: str | Mapping[str, Any] | None,
+) -> tuple[Settings | None, dict[str, Any]]:
     """Take our settings out of an extra config.
 
     Returns:
         the settings, None if none of them are there; and what is left for SGLang.
     Raises:
-        UsageError: one of our keys has a value of the wrong type.
+        UsageError: it is none, or one of our keys has a value of the wrong type.
     """
+    extra = parse_extra_config(extra)
     rest = {key: value for key, value in extra.items() if key not in KEYS.values()}
     if len(rest) == len(extra):
         return None, rest
@@ -141,5 +160,5 @@ def split_extra_config(extra: Mapping[str, Any]) -> tuple[Settings | None, dict[
 
 def read_settings(server_args: Any) -> Settings:
     """The settings that the command line or a caller of `sgl.Engine` left in ServerArgs."""
-    settings, _ = split_extra_config(parse_extra_config(server_args.model_loader_extra_config))
+    settings, _ = split_extra_config(server_args.model_loader_extra_config)
     return settings or Settings()

@@ -18,11 +18,8 @@ class Stage:
     the beginning of its layers' names in the checkpoint. A model on one stage has none.
 
     Args:
-        model: as SGLang built it.
         tied: tied layer name -> the layer whose weight it shares. A stage that has the one and
             not the other reads the shared weight for it.
-        num_stages: that the server runs.
-        is_last: whether this rank is of the last one.
     Raises:
         LoadError: SGLang's model is not split into stages, or the last one has no head, as where
             the model only knows to use the embedding, which is on the first (models/llama.py:569).
@@ -42,10 +39,20 @@ class Stage:
             if isinstance(module, PPMissingLayer)
         )
         if num_stages > 1 and self.is_whole:
-            raise LoadError(_unsplit(type(model).__name__, num_stages))
+            what = f"SGLang's {type(model).__name__} is not split into pipeline stages"
+            where, remedy = f"--pp-size {num_stages}", "start with --tp instead"
+            raise LoadError(Problem(where, what, remedy, "pipeline"))
         heads = [name for name in tied if self._is_elsewhere(name)]
         if is_last and heads:
-            raise LoadError(_headless(type(model).__name__, heads[0], tied[heads[0]]))
+            what = (
+                f"is tied to {tied[heads[0]]}, which is on the first pipeline stage, and SGLang's "
+                f"{type(model).__name__} gives the last stage no head of its own"
+            )
+            remedy = (
+                "start without --pp-size, or untie the checkpoint: store the head, and set "
+                "tie_word_embeddings to false"
+            )
+            raise LoadError(Problem(heads[0], what, remedy, "pipeline"))
         self._shared = {tied[name] for name in tied if name not in heads}
 
     @property
@@ -69,23 +76,3 @@ class Stage:
 
     def _is_elsewhere(self, name: str) -> bool:
         return bool(self._elsewhere) and f"{name}.".startswith(self._elsewhere)
-
-
-def _unsplit(model_class: str, num_stages: int) -> Problem:
-    return Problem(
-        f"--pp-size {num_stages}",
-        f"SGLang's {model_class} is not split into pipeline stages",
-        "start with --tp instead",
-        "pipeline",
-    )
-
-
-def _headless(model_class: str, head: str, embedding: str) -> Problem:
-    return Problem(
-        head,
-        f"is tied to {embedding}, which is on the first pipeline stage, and SGLang's "
-        f"{model_class} gives the last stage no head of its own",
-        "start without --pp-size, or untie the checkpoint: store the head, and set "
-        "tie_word_embeddings to false",
-        "pipeline",
-    )

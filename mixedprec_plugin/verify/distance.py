@@ -60,7 +60,6 @@ def row_factors(
 
     Args:
         weight, reference: [N, K], floating point; not modified.
-        columns: as for `distance`.
     Returns:
         float64 [N]; 1 where a row of the reference is zero.
     """

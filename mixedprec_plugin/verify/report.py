@@ -33,8 +33,7 @@ def problems(found: Sequence[Comparison]) -> list[Problem]:
     texts = []
     for one in worst_first(found):
         if one.distance is None:
-            remedy = "give a reference that holds the whole model in a format that can be read"
-            texts.append(Problem(one.layer, f"was not compared: {one.note}", remedy, "verify"))
+            texts.append(_not_compared(one))
         elif one.is_too_far:
             what = (
                 f"in {one.method} from {one.source!r} its relative error is "
@@ -44,6 +43,11 @@ def problems(found: Sequence[Comparison]) -> list[Problem]:
             remedy = "the checkpoint is damaged, of another model, or read wrongly; take the layer "
             texts.append(Problem(one.layer, what, f"{remedy}from another source", "verify"))
     return texts
+
+
+def _not_compared(one: Comparison) -> Problem:
+    remedy = "give a reference that holds the whole model in a format that can be read"
+    return Problem(one.layer, f"was not compared: {one.note}", remedy, "verify")
 
 
 def comparison_as_dict(one: Comparison) -> dict[str, Any]:
@@ -105,9 +109,7 @@ def summary(found: Sequence[Comparison]) -> list[Problem]:
     told = []
     for one in found:
         if one.distance is None:
-            what = f"is not compared: {one.note}"
-            remedy = "give a reference that holds the whole model in a format that can be read"
-            told.append(Problem(one.layer, what, remedy, "verify"))
+            told.append(_not_compared(one))
         elif one.is_too_far:
             what = f"is not what {one.method} makes of the reference"
             remedy = (

@@ -52,11 +52,7 @@ def parse_thresholds(texts: Iterable[str]) -> dict[str, float]:
 
 
 def threshold_of(layer: PlannedLayer, chosen: Mapping[str, float]) -> float:
-    """The largest relative RMS error of a layer: that of the coarser of its two forms.
-
-    Args:
-        chosen: method -> limit that the user chose.
-    """
+    """The largest relative RMS error of a layer: that of the coarser of its two forms."""
     arguments = layer.scheme.arguments if layer.scheme else {}
     served = registry.METHODS[layer.method].rounding(arguments).limit
     limits = [chosen.get(layer.method, served)]

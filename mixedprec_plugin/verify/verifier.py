@@ -44,8 +44,6 @@ class Comparison:
 
     Attributes:
         layer: layer name, and for what is no weight matrix the tensor's suffix behind it.
-        method: what it runs in.
-        source: name of the source that it comes from.
         distance: None where it was not compared.
         limit: largest relative error.
         note: how it was compared, or why it was not; empty where weight and weight were.
@@ -93,10 +91,8 @@ class Verifier:
     """Compares the layers of a plan with a reference, each by itself.
 
     Args:
-        plan: a plan without errors.
         reference: a checkpoint of the same model, in any format that we can dequantize.
         limits: method -> largest relative error; others have their own.
-        reader: reads both.
     """
 
     def __init__(
@@ -250,7 +246,6 @@ class Verifier:
         return compose_layer(layer, self.plan.target, self.reader)
 
     def _served(self, layer: PlannedLayer, outputs: Tensors) -> torch.Tensor | None:
-        """What a layer is served as, as floats [N, K]."""
         weight = served_floats(layer, outputs).get("weight")
         is_read = weight is not None and weight.is_floating_point() and weight.itemsize > 1
         return weight if is_read else None

@@ -173,7 +173,7 @@ def test_what_transformers_writes_passes() -> None:
     configs = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(configs) > 200
     for config in configs:
-        check_record(config, Path(config.get("model_type", "quantization_config")), "")
+        check_record(config, Path(config.get("model_type", "quantization_config")))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_what_transformers_writes_passes() -> None:
     ],
 )
 def test_what_other_writers_mean_passes(config: dict[str, Any]) -> None:
-    check_record(config, Path("config.json"), "")
+    check_record(config, Path("config.json"))
 
 
 def test_patterns_without_number_are_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def run(
 PLAN = "import sys; from mixedprec_plugin.cli.main import main; sys.exit(main(sys.argv[1:]))"
 STREAM = """
 import sys
-from mixedprec_plugin.compose.stream import open_virtual_checkpoint
+from tests.presets import open_virtual_checkpoint
 from safetensors.torch import save_file
 save_file({n: t.contiguous() for n, t in open_virtual_checkpoint(*sys.argv[1:3])}, sys.argv[3])
 """

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from mixedprec_plugin.checkpoint.reader import DTYPE_NAMES
-from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.errors import CheckpointError, PlanError
 from mixedprec_plugin.methods.awq import codec as awq
 from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.methods.stored import TensorSpec
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
-from tests.presets import plan, write_preset
+from tests.presets import open_virtual_checkpoint, plan, write_preset
 from tests.reference import dequantize as independent
 
 AWQ = {"bits": 4, "group_size": 128, "zero_point": True, "rounding": "nearest"}

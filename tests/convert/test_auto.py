@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.preset import preset_for
@@ -17,7 +17,7 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint, quantization_config
 from tests.checkpoints import write_checkpoint
 from tests.commands import convert, converted
-from tests.presets import write_preset
+from tests.presets import open_virtual_checkpoint, write_preset
 from tests.quantize.peers import LAYERS, torch_layer
 from tests.tensors import same_bytes
 

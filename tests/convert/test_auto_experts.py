@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoint.peer_experts import MODULE, write_experts
 from tests.checkpoint.peers import FOLDERS, quantization_config
 from tests.commands import convert
-from tests.presets import write_preset
+from tests.presets import open_virtual_checkpoint, write_preset
 from tests.tensors import same_bytes
 
 # SGLang's class for them reads their zero points as AWQ's

@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.methods.interface import Target
 from tests.checkpoint.peers import peer_checkpoint, quantization_config
 from tests.checkpoints import write_llama
 from tests.commands import convert, converted
 from tests.convert.folders import tensors
-from tests.presets import EXPORTED, write_preset
+from tests.presets import EXPORTED, open_virtual_checkpoint, write_preset
 from tests.quantize.peers import FILE, LAYERS, PEERS
 from tests.tensors import same_bytes
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.compose.stream import VirtualCheckpoint, open_virtual_checkpoint
+from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.preset import preset_for
@@ -20,7 +20,7 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.commands import convert, run
 from tests.convert.folders import contents, tensors
-from tests.presets import write_preset
+from tests.presets import open_virtual_checkpoint, write_preset
 from tests.tensors import same_bytes
 
 CPU = Target(device="cpu")

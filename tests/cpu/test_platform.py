@@ -64,7 +64,7 @@ def test_one_rank_binds_no_threads(platform, server_args, monkeypatch):
 
 def test_ranks_share_the_cores(platform, server_args, monkeypatch):
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
-    monkeypatch.setattr("mixedprec_plugin.cpu.platform.available_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
     server_args.tp_size = 2
     platform.apply_server_args_defaults(server_args)
     assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "0,1|2,3"

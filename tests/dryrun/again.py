@@ -9,8 +9,8 @@ import torch
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.errors import LoadError
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.filling import load_weights
 from mixedprec_plugin.serving.late import check_reloadable
-from mixedprec_plugin.serving.placement import load_weights
 from tests.dryrun.cells import check_filled
 from tests.dryrun.journal import JOURNAL
 

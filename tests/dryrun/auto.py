@@ -86,7 +86,7 @@ def _run(
     from mixedprec_plugin.compose.stream import VirtualCheckpoint
     from mixedprec_plugin.methods.interface import Target
     from mixedprec_plugin.serving.config import MixedPrecisionConfig
-    from mixedprec_plugin.serving.placement import load_weights
+    from mixedprec_plugin.serving.filling import load_weights
     from tests.dryrun import cells
     from tests.dryrun.fake_device import fake_card
     from tests.dryrun.layers import KINDS as LAYERS

@@ -78,8 +78,8 @@ def _run(card: Card, made: Any, inner: int) -> dict[str, Any]:
 
     from mixedprec_plugin.compose.stream import VirtualCheckpoint
     from mixedprec_plugin.serving.config import MixedPrecisionConfig
+    from mixedprec_plugin.serving.filling import load_weights
     from mixedprec_plugin.serving.late import check_built
-    from mixedprec_plugin.serving.placement import load_weights
     from tests.dryrun import experts
     from tests.dryrun.again import load_again
     from tests.dryrun.cells import check_filled, describe_parameters

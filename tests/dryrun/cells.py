@@ -16,8 +16,8 @@ import torch
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.filling import load_weights
 from mixedprec_plugin.serving.late import check_built
-from mixedprec_plugin.serving.placement import load_weights
 from tests.dryrun.cards import Card
 from tests.dryrun.fake_device import fake_card
 from tests.dryrun.foretold import foretell

@@ -23,8 +23,8 @@ from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
+from mixedprec_plugin.serving.filling import load_weights
 from mixedprec_plugin.serving.late import check_built
-from mixedprec_plugin.serving.placement import load_weights
 from tests.dryrun import experts
 from tests.dryrun.cells import OneLayer
 from tests.dryrun.layers import KINDS

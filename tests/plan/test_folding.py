@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from mixedprec_plugin.plan.folding import fold_names, fold_numbers, natural_key, unfold_names
+from mixedprec_plugin.names import fold_numbers
+from mixedprec_plugin.plan.folding import fold_names, natural_key, unfold_names
 
 
 def test_numbers_fold_to_ranges() -> None:

@@ -18,14 +18,13 @@ from transformers import AutoTokenizer
 from benchmarks.reference_model import load_unquantized, log_probabilities
 from mixedprec_plugin.calibrate.text import read_text
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.evaluate.engine import distributions
 from mixedprec_plugin.evaluate.report import evaluate
 from mixedprec_plugin.evaluate.server import Server
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.render import summary_lines
 from tests import commands
-from tests.presets import plan, write_preset
+from tests.presets import open_virtual_checkpoint, plan, write_preset
 from tests.server.conftest import API_KEY, MIXED, Mixed, chat, generate, greedy, nearness
 
 

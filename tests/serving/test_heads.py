@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.methods.interface import Target
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_mixtral
 from tests.cpu.context import one_of_two_ranks
-from tests.presets import write_preset
+from tests.presets import open_virtual_checkpoint, write_preset
 from tests.reference.dequantize import dequantize_method
 
 pytestmark = pytest.mark.usefixtures("sglang_context")

@@ -226,13 +226,13 @@ class TestPlanner:
         )  # fmt: skip
         server_args = ServerArgs.from_cli_args(args)
         planner = planner_of(args)
-        assert planner._last is not None
-        plan = planner._last[0]
+        assert planner.last is not None
+        plan = planner.last
         # the loader asks the latter
         for record in (server_args, ModelConfig.from_server_args(server_args)):
             assert planner_of(record) is planner
-        assert planner._last[0] is plan
+        assert planner.last is plan
         # a rank's process gets the record, and makes the plan by itself
         travelled = planner_of(pickle.loads(pickle.dumps(server_args)))
         assert isinstance(travelled, Planner)
-        assert travelled._last is None
+        assert travelled.last is None

@@ -68,7 +68,7 @@ def test_update_from_disk_is_refused_before_anything_is_read(
     served = SimpleNamespace(
         built={"a": layer(config())}, plan=SimpleNamespace(target=SimpleNamespace(device="cuda"))
     )
-    loaded = loader.Loaded(loader.Settings(), "nowhere", served, *[SimpleNamespace()] * 2)  # type: ignore[arg-type]
+    loaded = loader.Loaded(loader.Settings(), served, *[SimpleNamespace()] * 2)  # type: ignore[arg-type]
     monkeypatch.setattr(loader, "_loaded", loaded)
     made = object.__new__(loader.MixedPrecisionLoader)
     made._has_opened_new_path = False

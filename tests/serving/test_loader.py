@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.errors import LoadError
 from mixedprec_plugin.methods.fp8 import codec as fp8
 from mixedprec_plugin.methods.interface import Target
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
-from tests.presets import write_preset
+from tests.presets import open_virtual_checkpoint, write_preset
 from tests.serving.stock import load, load_again, loader_of
 from tests.tensors import as_integers, raw
 

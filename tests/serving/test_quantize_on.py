@@ -45,14 +45,14 @@ def test_weights_are_quantized_on_the_cpu_unless_the_option_says_otherwise(
 
 
 def test_of_a_shard_the_order_of_its_groups_is_kept_and_no_more(tmp_path: Path) -> None:
-    from mixedprec_plugin.serving.placement import Orders, _check_act_order
+    from mixedprec_plugin.serving.placement import Orders, check_act_order
 
     made = plan(write_llama(tmp_path / "model"), "match: '*', method: gptq, group_size: 32")
     layer, orders = made.by_name["model.layers.0.self_attn.q_proj"], Orders()
     with Reader() as reader:
         order = compose_parts(layer, made.target, reader)["g_idx"]
         assert isinstance(order, LazyTensor)
-        _check_act_order(orders, layer, order)
+        check_act_order(orders, layer, order)
     ((_, kept),) = orders.values()
     assert type(kept) is torch.Tensor
     assert layer.stored is not None

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from tests.checkpoints import write_llama
-from tests.presets import write_preset
+from tests.presets import open_virtual_checkpoint, write_preset
 from tests.serving.stock import gptq_marlin, parsed
 
 pytestmark = pytest.mark.usefixtures("sglang_context")

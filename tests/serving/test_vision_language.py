@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixedprec_plugin.compose.stream import open_virtual_checkpoint
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.methods.interface import Target
-from tests.presets import write_preset
+from tests.presets import open_virtual_checkpoint, write_preset
 from tests.serving.stock import load
 
 pytestmark = [
