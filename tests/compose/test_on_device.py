@@ -40,16 +40,21 @@ def test_tensors_are_those_of_the_cpu(model: Path, scheme: str, compose: object)
 
 
 @pytest.mark.parametrize("scheme", QUANTIZED)
-def test_every_step_and_result_is_on_the_device(model: Path, scheme: str) -> None:
+def test_every_step_and_result_is_on_the_device(
+    model: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # fake tensors refuse an operation on tensors of two devices, and a GPU is not asked for
     from tests.dryrun.fake_device import fake_card
 
+    def moved(_: DeviceRounding, weight: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(weight, device="cuda")
+
+    monkeypatch.setattr(DeviceRounding, "_moved", moved)
     plan = made(model, scheme)
     for name in LAYERS:
         layer = plan.by_name[f"model.layers.0.{name}"]
-        shape = layer.inputs["weight"].shape
+        weight = torch.empty(layer.inputs["weight"].shape, dtype=torch.bfloat16, device="cpu")
         with fake_card():
-            weight = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
             found = DeviceRounding(torch.device("cuda"))(layer, weight, plan.target)
         assert {
             suffix: (t.device.type, t.dtype, tuple(t.shape)) for suffix, t in found.items()
