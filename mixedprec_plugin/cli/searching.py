@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.output import print_json, progress_for
-from mixedprec_plugin.cli.planning import load_of, target_of
+from mixedprec_plugin.cli.planning import given, load_of, target_of
+from mixedprec_plugin.cli.search import TEXT
+from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.plan.budget import Budget as CardBudget
 from mixedprec_plugin.plan.budget import gpu_budget, nearest_that_fits
@@ -24,8 +27,8 @@ from mixedprec_plugin.plan.tables import Page
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import SourceReference
 from mixedprec_plugin.search.candidates import Choices, canonical_methods, find_choices
-from mixedprec_plugin.search.finder import AnotherWay, Budget, Kind, Search, find_scores
-from mixedprec_plugin.search.kept import Basis, KeptScores, Scores
+from mixedprec_plugin.search.finder import Budget, Search, Way, find_scores
+from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted
 from mixedprec_plugin.search.report import Measured, as_dict, header_lines, print_found
 from mixedprec_plugin.search.rule import guessed
 from mixedprec_plugin.search.write import Chosen, preset_text, publish
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 
 _BASIS = Basis()
 _PART_BYTES = 5 * 10**9
-_GIVEN = ("text", "windows", "length", "seed", "held_out")
 
 
 def search(args: argparse.Namespace, out: TextIO) -> None:
@@ -48,12 +50,13 @@ def search(args: argparse.Namespace, out: TextIO) -> None:
     choices = find_choices(model, target_of(args, model), methods, others)
     budget, card = _budget(args, choices)
     with progress_for(args) as bar:
-        scores, made, about = _scores(args, choices, sources, bar)
+        scores, made, way = _scores(args, choices, sources, bar)
         own = Search(choices, args.at_load, args.experts == "layer")
         try:
-            found = dataclasses.replace(own.run(budget, scores, about.kind, made), **about.more)
+            found = own.run(budget, scores, way.kind, made)
         except PlanError as error:
             raise _with_nearest(args, error, choices, own.smallest(scores), card) from None
+        found = dataclasses.replace(found, scored_on=way.scored_on, unscored=way.without)
         lines = header_lines(found, args.out, args.model)
         text = preset_text(found.choices, Chosen(found.choice, found.losses, lines), references)
         plan = publish(text, found.choices, found.choice, sources, args.out)
@@ -81,69 +84,47 @@ def _sources(path: Path | None) -> tuple[Mapping[str, SourceReference], Mapping[
 def _budget(args: argparse.Namespace, choices: Choices) -> tuple[Budget, CardBudget | None]:
     load, target = load_of(args), choices.base.target
     if load is None or target.gpu is None:
-        return Budget(args.budget, args.bits or 0.0), None
+        size = parse_size(args.budget, "--budget") if args.budget else None
+        return Budget(size, args.bits or 0.0), None
     card = gpu_budget(target.gpu, target.tp_size, choices.base.source.config, load)
     return Budget(card.weights), card
 
 
 def _scores(
     args: argparse.Namespace, choices: Choices, sources: Mapping[str, Source], bar: Progress
-) -> tuple[Scores, int, _About]:
-    """The scores, how many were made, and what they are."""
+) -> tuple[Scores, int, Way]:
+    """The scores, how many were made, and how."""
     if args.fast:
-        return guessed(choices), 0, _About("guesses", {})
-    basis, base = _basis(args), choices.base
-    if basis.in_engine:
-        return _measured(args, choices, sources, basis, bar)
-    if basis.inputs is None:
-        kept = KeptScores(base.source, base.target.dtype, basis, sources)
-        about = _About("nats" if basis.gradients else "shares", {})
-        return *find_scores(choices, kept, basis, bar, at_load=args.at_load), about
-    # only this needs torch
-    from mixedprec_plugin.calibrate.gathered import Gathered
-    from mixedprec_plugin.search.gathered import score_gathered, unscored
-
-    gathered = Gathered(basis.inputs, base)
-    another = AnotherWay(
-        lambda wanted, bar: score_gathered(choices, wanted, gathered, bar),
-        unscored(choices, gathered),
-    )
-    kept = KeptScores(base.source, base.target.dtype, basis, sources, gathered.facts)
-    made = find_scores(choices, kept, basis, bar, at_load=args.at_load, another=another)
-    what = f"{gathered.num_tokens:,} tokens that an engine gathered in {basis.inputs}"
-    more = {"scored_on": what, "unscored": another.without}
-    return *made, _About("parts" if gathered.shares else "shares", more)
-
-
-def _measured(
-    args: argparse.Namespace, choices: Choices, sources: Mapping[str, Source], basis: Basis,
-    bar: Progress,
-) -> tuple[Scores, int, _About]:  # fmt: skip
-    """KL of single units in an engine of the unquantized model, which is started for it."""
-    from mixedprec_plugin.search.measured import can_measure, measure_scores, unmeasured
-
-    with tempfile.TemporaryDirectory(prefix="mixedprec-search-") as name:
-        another = AnotherWay(
-            lambda wanted, bar: measure_scores(choices, wanted, basis, Path(name), bar),
-            unmeasured(choices),
-            can_measure,
-        )
-        kept = KeptScores(choices.base.source, choices.base.target.dtype, basis, sources)
-        made = find_scores(choices, kept, basis, bar, at_load=args.at_load, another=another)
-    return *made, _About("measured", {"unscored": another.without})
-
-
-class _About(NamedTuple):
-    """What scores are, and what else `Found` says of them."""
-
-    kind: Kind
-    more: dict[str, Any]
-
-
-def _basis(args: argparse.Namespace) -> Basis:
-    given = {name: value for name in _GIVEN if (value := getattr(args, name)) is not None}
+        return guessed(choices), 0, Way("guesses", lambda _wanted, _bar: iter(()))
     gradients = not (args.no_gradients or args.inputs or args.in_engine)
-    return Basis(**given, gradients=gradients, inputs=args.inputs, in_engine=args.in_engine)
+    basis = Basis(
+        **given(args, *TEXT), gradients=gradients, inputs=args.inputs, in_engine=args.in_engine
+    )
+    base, gathered = choices.base, None
+    # each way needs torch, but for scores that are there
+    if args.inputs:
+        from mixedprec_plugin.calibrate.gathered import Gathered
+
+        gathered = Gathered(args.inputs, base)
+    facts = gathered.facts if gathered else None
+    kept = KeptScores(base.source, base.target.dtype, basis, sources, facts)
+    if gathered:
+        from mixedprec_plugin.search.gathered import way_of_gathered
+
+        way = way_of_gathered(choices, gathered)
+    elif args.in_engine:
+        from mixedprec_plugin.search.measured import way_of_engine
+
+        way = way_of_engine(choices, basis)
+    else:
+        way = Way("nats" if gradients else "shares", functools.partial(_swept, choices, kept))
+    return *find_scores(choices, kept, way, bar, at_load=args.at_load), way
+
+
+def _swept(choices: Choices, kept: KeptScores, wanted: Wanted, bar: Progress) -> Iterator[Scores]:
+    from mixedprec_plugin.search.scores import sweep_for_scores
+
+    return sweep_for_scores(choices, wanted, kept, bar)
 
 
 def _with_nearest(
@@ -189,9 +170,8 @@ def _convert(args: argparse.Namespace, plan: Plan, out: Path, bar: Progress) -> 
 
     calibration = None
     if plan.not_calibrated():
-        text = {name: getattr(args, name) for name in ("text", "length", "seed")}
-        given = {name: value for name, value in text.items() if value is not None}
-        options = Options(**given, gradients=not args.no_gradients)
+        text = given(args, "text", "length", "seed")
+        options = Options(**text, gradients=not args.no_gradients)
         calibration = Calibration(plan, options, bar, everything=False)
     task = bar.add_task("converting", total=None)
     convert(

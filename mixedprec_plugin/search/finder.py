@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +13,7 @@ from mixedprec_plugin.plan.auto import is_bound
 from mixedprec_plugin.search.allocate import TOLERANCE, Allocation, Table, with_fewest_schemes
 from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit
 from mixedprec_plugin.search.front import Point, front_points, loss_of, named_points, point_of
-from mixedprec_plugin.search.kept import Basis, KeptScores, Scores
+from mixedprec_plugin.search.kept import KeptScores, Scores, Wanted
 from mixedprec_plugin.search.rule import worth_trying
 
 if TYPE_CHECKING:
@@ -26,23 +23,25 @@ if TYPE_CHECKING:
 _MOST_UNITS_BESIDE = 2000
 
 Kind = Literal["nats", "measured", "shares", "parts", "guesses"]
-# unit name -> names of candidates
-Wanted = Mapping[str, Collection[str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class AnotherWay:
-    """Scores that no sweep over the model makes.
+class Way:
+    """How scores are made.
 
     Attributes:
+        kind: what they are; see `Found`.
         score: makes those that are wanted, a few at a time.
         without: units that it cannot score, and why.
         can_score: whether it can score a unit's candidate.
+        scored_on: what the scores stand on, where that is no text.
     """
 
+    kind: Kind
     score: Callable[[Wanted, Progress], Iterator[Scores]]
-    without: Mapping[str, str]
+    without: Mapping[str, str] = dataclasses.field(default_factory=dict)
     can_score: Callable[[Unit, str], bool] = lambda _unit, _name: True
+    scored_on: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,14 +198,12 @@ def _keys(choices: Choices, kept: KeptScores) -> dict[str, str]:
 
 
 def find_scores(
-    choices: Choices, kept: KeptScores, basis: Basis, progress: Progress, *, at_load: bool = False,
-    another: AnotherWay | None = None,
-) -> tuple[Scores, int]:  # fmt: skip
+    choices: Choices, kept: KeptScores, way: Way, progress: Progress, *, at_load: bool
+) -> tuple[Scores, int]:
     """Read scores, and make those that are not there.
 
     Args:
         at_load: whether what needs a conversion is not made, as it may not be chosen.
-        another: makes scores in another way than by a sweep over the model.
     Returns:
         unit -> candidate -> score; and how many were made.
     Raises:
@@ -217,33 +214,20 @@ def find_scores(
     """
     keys = _keys(choices, kept)
     known = kept.read(keys)
-    wanted = {
-        name: [
+    missing = {}
+    for unit in choices.units.values():
+        names = [
             x
             for x in worth_trying(unit)
-            if not (at_load and choices.candidates[x].needs_conversion)
-            and (another is None or another.can_score(unit, x))
+            if x not in known.get(unit.name, {})
+            and not (at_load and choices.candidates[x].needs_conversion)
+            and way.can_score(unit, x)
         ]
-        for name, unit in choices.units.items()
-        if another is None or name not in another.without
-    }
-    missing = {
-        unit: [name for name in names if name not in known[unit]] if unit in known else names
-        for unit, names in wanted.items()
-    }
-    missing = {unit: names for unit, names in missing.items() if names}
-    if missing and another is not None:
-        for made in another.score(missing, progress):
+        if names and unit.name not in way.without:
+            missing[unit.name] = names
+    if missing:
+        for made in way.score(missing, progress):
             kept.write(made, keys)
-        known = kept.read(keys)
-    elif missing:
-        # only this needs torch
-        from mixedprec_plugin.search.scores import make_scores
-
-        digest = hashlib.sha256(json.dumps([kept.facts, missing], default=str).encode()).hexdigest()
-        work = kept.folder(f"work-{digest[:16]}")
-        kept.write(make_scores(choices, missing, basis, work, progress), keys)
-        shutil.rmtree(work)
         known = kept.read(keys)
     return known, sum(map(len, missing.values()))
 

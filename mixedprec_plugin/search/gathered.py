@@ -8,7 +8,7 @@ projection reads is computed here from the other two.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.progress import Progress
@@ -24,8 +24,19 @@ from mixedprec_plugin.families.config import text_config
 from mixedprec_plugin.families.names import ExpertShard, shard_order
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.search.candidates import Choices, Unit
-from mixedprec_plugin.search.kept import Scores
+from mixedprec_plugin.search.finder import Way
+from mixedprec_plugin.search.kept import Scores, Wanted
 from mixedprec_plugin.search.scores import Scoring, fill_unseen
+
+
+def way_of_gathered(choices: Choices, gathered: Gathered) -> Way:
+    """Scores by what an engine gathered, and what they stand on."""
+    return Way(
+        "parts" if gathered.shares else "shares",
+        lambda wanted, bar: score_gathered(choices, wanted, gathered, bar),
+        unscored(choices, gathered),
+        scored_on=f"{gathered.num_tokens:,} tokens that an engine gathered in {gathered.folder}",
+    )
 
 
 def unscored(choices: Choices, gathered: Gathered) -> dict[str, str]:
@@ -60,15 +71,10 @@ def _why_not_experts(plan: Plan, unit: Unit) -> str:
 
 
 def score_gathered(
-    choices: Choices,
-    wanted: Mapping[str, Collection[str]],
-    gathered: Gathered,
-    progress: Progress,
+    choices: Choices, wanted: Wanted, gathered: Gathered, progress: Progress
 ) -> Iterator[Scores]:
-    """Score candidates, a module at a time.
+    """Score candidates of units that can be scored, a module at a time.
 
-    Args:
-        wanted: unit name -> names of the candidates to score; of units that can be scored.
     Yields:
         the scores of a module's units.
     Raises:

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from mixedprec_plugin.resources import cache_root
 
 # unit name -> candidate name -> what it costs
 Scores = dict[str, dict[str, float]]
+# unit name -> names of the candidates to score
+Wanted = Mapping[str, Collection[str]]
 
 # raised where scores are made otherwise
-_VERSION = 2
+_VERSION = 3
 _FOLDER = ".mixedprec"
 
 
@@ -71,20 +73,16 @@ class KeptScores:
         self, model: Source, dtype: str, basis: Basis, others: Mapping[str, Source] | None = None,
         inputs: object = None,
     ) -> None:  # fmt: skip
+        self.basis = basis
         self._others = {name: _identity(source) for name, source in (others or {}).items()}
         self.facts = {
             "version": _VERSION, "model": _identity(model), "dtype": dtype,
             **dataclasses.asdict(basis),
             "text": file_digest(basis.text) if basis.text else "written by the model",
+            "inputs": inputs,
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }  # fmt: skip
-        # what has none keeps the name that it had before there were any
-        del self.facts["inputs"]
-        if inputs is not None:
-            self.facts["inputs"] = inputs
-        if not basis.in_engine:
-            del self.facts["in_engine"]
-        self._digest = _digest(self.facts)[:16]
+        self._digest = digest_of(self.facts)[:16]
         self._places = [model.path / _FOLDER, cache_root() / "scores"]
 
     def folder(self, name: str = "") -> Path:
@@ -165,8 +163,9 @@ def _identity(source: Source) -> str:
         if path.suffix == ".safetensors"
     }
     tensors = [(t.path.name, name, t.dtype, t.shape) for name, t in source.tensors.items()]
-    return _digest([dict(source.config), sizes, tensors])
+    return digest_of([dict(source.config), sizes, tensors])
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """A digest of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -14,9 +14,10 @@ share of the tokens that the unit sees: a number to rank by, in no unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -39,11 +40,8 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.quantize.codec import load_codec
-from mixedprec_plugin.search.candidates import Choices, Option, Unit
-from mixedprec_plugin.search.kept import Basis, Scores
-
-# unit name -> names of candidates
-_Wanted = Mapping[str, Collection[str]]
+from mixedprec_plugin.search.candidates import Choices, Unit
+from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted, digest_of
 
 _TEXT = "text.safetensors"
 
@@ -58,7 +56,7 @@ class Scoring:
     """
 
     def __init__(
-        self, choices: Choices, wanted: _Wanted, rounding: LayerRounding, reader: Reader,
+        self, choices: Choices, wanted: Wanted, rounding: LayerRounding, reader: Reader,
         device: torch.device,
     ) -> None:  # fmt: skip
         self._choices, self._wanted, self._rounding = choices, wanted, rounding
@@ -98,42 +96,31 @@ class Scoring:
         """Add what one layer's candidates do to what its unit's other layers did."""
         if not held:
             return  # an expert to which no token of the text went
-        tokens = _Tokens(held, self._weight(layer), self._device)
-        sums.add_outputs(tokens)
+        target = self._choices.base.target
+        weight = compose_floats(layer, target, self._reader)["weight"].float()
+        tokens = _Tokens(held, weight, self._device)
+        if tokens.gradients is None:
+            outputs = float(tokens.pulled.square().sum(dtype=torch.float64))
+            sums.outputs = (sums.outputs or 0.0) + outputs
         for name in self._wanted[unit.name]:
             option = unit.options[name]
             planned = next(x for x in option.layers if x.name == layer.name)
-            tensors = self._tensors(option, planned, moments)
-            weight = served_floats(planned, tensors)["weight"].to(self._device).float()
-            sums.add(name, tokens, weight, tokens.rounded(planned, tensors))
-
-    def _weight(self, layer: PlannedLayer) -> torch.Tensor:
-        target = self._choices.base.target
-        return compose_floats(layer, target, self._reader)["weight"].float()
-
-    def _tensors(self, option: Option, layer: PlannedLayer, moments: Moments) -> Tensors:
-        if option.candidate.needs_conversion:
-            return self._rounding.round(layer, moments)[0]
-        return compose_layer(layer, self._choices.base.target, self._reader)
+            if option.candidate.needs_conversion:
+                tensors, _, _ = self._rounding.round(planned, moments)
+            else:
+                tensors = compose_layer(planned, target, self._reader)
+            sums.changes[name] = sums.changes.get(name, 0) + tokens.changes(planned, tensors)
 
 
-class InputRounding(NamedTuple):
-    """How a method rounds what its kernels read: by `round`, of inputs, tensors and arguments."""
-
-    method: str
-    arguments: Mapping[str, Any]
-    round: Callable[[torch.Tensor, Tensors, Mapping[str, Any]], torch.Tensor]
-
-
-def input_rounding(layer: PlannedLayer) -> InputRounding | None:
-    """How a planned layer's kernels round their inputs; None where they do not."""
+def input_rounding(layer: PlannedLayer) -> Callable[[torch.Tensor, Tensors], torch.Tensor] | None:
+    """What rounds a planned layer's inputs, given its tensors, as its kernels do; None for none."""
     assert layer.scheme is not None
     method, arguments = layer.method, layer.scheme.arguments
     if method == AUTO and layer.stored is not None:
         method, arguments = layer.stored.method or AUTO, layer.stored.arguments
     codec = METHODS[method].codec
     found = getattr(load_codec(codec), "round_inputs", None) if codec else None
-    return None if found is None else InputRounding(method, arguments, found)
+    return found and (lambda x, tensors: found(x, tensors, arguments))
 
 
 class _Tokens:
@@ -141,75 +128,66 @@ class _Tokens:
 
     Attributes:
         x: float32 [T, K].
-        weight: what it runs now, float32 [N, K].
         gradients: [T, N]; None without.
         pulled: gradients times weight, [T, K]; without gradients the outputs, [T, N].
     """
 
     def __init__(self, held: Sequence[Held], weight: torch.Tensor, device: torch.device) -> None:
         self.x = torch.cat([one.x for one in held]).to(device).float()
-        self.weight = weight.to(device)
+        self._weight = weight.to(device)
         self.gradients: torch.Tensor | None = None
         found = [one.gradients for one in held if one.gradients is not None]
         if found:
             self.gradients = torch.cat(found).to(device).float()
-            self.pulled = self.gradients @ self.weight
+            self.pulled = self.gradients @ self._weight
         else:
-            self.pulled = self.x @ self.weight.t()
-        self._rounded: dict[str, torch.Tensor] = {}
+            self.pulled = self.x @ self._weight.t()
 
-    def rounded(self, layer: PlannedLayer, tensors: Tensors) -> torch.Tensor:
-        """The inputs as a layer's kernels see them."""
-        found = input_rounding(layer)
-        if found is None:
-            return self.x
-        method, arguments, round_inputs = found
-        key = f"{method} {dict(arguments)}"
-        if key not in self._rounded or "input_scale" in tensors:
-            self._rounded[key] = round_inputs(self.x, tensors, arguments).float()
-        return self._rounded[key]
+    def changes(self, layer: PlannedLayer, tensors: Tensors) -> torch.Tensor:
+        """What a candidate's tensors of the layer change of each token, float64 [T].
+
+        By the gradients, of the log-likelihood; without them, the squared error of the outputs.
+        """
+        weight = served_floats(layer, tensors)["weight"].to(self.x)
+        round_inputs = input_rounding(layer)
+        inputs = round_inputs(self.x, tensors).float() if round_inputs else self.x
+        if self.gradients is None:
+            return (inputs @ weight.t() - self.pulled).square().sum(1).double()
+        change = ((self.gradients @ (weight - self._weight)) * inputs).sum(1)
+        if round_inputs:
+            change += (self.pulled * (inputs - self.x)).sum(1)
+        return change.double()
 
 
 class _Sums:
     """Sums over the layers of one unit, for each candidate."""
 
     def __init__(self) -> None:
-        self._errors: dict[str, torch.Tensor] = {}
-        self._outputs = 0.0
-        self._has_gradients = True
-
-    def add_outputs(self, tokens: _Tokens) -> None:
-        """Count what a layer makes now, where that is what errors are held against."""
-        self._has_gradients = tokens.gradients is not None
-        if not self._has_gradients:
-            self._outputs += float(tokens.pulled.square().sum(dtype=torch.float64))
-
-    def add(self, name: str, tokens: _Tokens, weight: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Add what a candidate's weight [N, K] and its inputs [T, K] change."""
-        is_same = inputs is tokens.x
-        if tokens.gradients is not None:
-            error = ((tokens.gradients @ (weight - tokens.weight)) * inputs).sum(1)
-            if not is_same:
-                error += (tokens.pulled * (inputs - tokens.x)).sum(1)
-        else:
-            error = (inputs @ weight.t() - tokens.pulled).square().sum(1)
-        error = error.double()
-        self._errors[name] = self._errors[name] + error if name in self._errors else error
+        self.changes: dict[str, torch.Tensor] = {}
+        self.outputs: float | None = None
 
     def scores(self, num_tokens: int) -> dict[str, float]:
         """The score of each candidate."""
-        if self._has_gradients:
-            return {
-                name: float(nats(error).sum()) / num_tokens for name, error in self._errors.items()
-            }
+        if self.outputs is None:
+            return {k: float(nats(change).sum()) / num_tokens for k, change in self.changes.items()}
         return {
-            name: float(error.sum()) / max(self._outputs, 1e-30) * len(error) / num_tokens
-            for name, error in self._errors.items()
+            name: float(error.sum()) / max(self.outputs, 1e-30) * len(error) / num_tokens
+            for name, error in self.changes.items()
         }
 
 
+def sweep_for_scores(
+    choices: Choices, wanted: Wanted, kept: KeptScores, progress: Progress
+) -> Iterator[Scores]:
+    """Score candidates in one sweep over the model, and yield once; see `make_scores`."""
+    work = kept.folder(f"work-{digest_of([kept.facts, wanted])[:16]}")
+    yield make_scores(choices, wanted, kept.basis, work, progress)
+    # once the scores are written
+    shutil.rmtree(work)
+
+
 def make_scores(
-    choices: Choices, wanted: _Wanted, basis: Basis, folder: Path, progress: Progress
+    choices: Choices, wanted: Wanted, basis: Basis, folder: Path, progress: Progress
 ) -> Scores:
     """Score candidates in one sweep over the model.
 
