@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from mixedprec_plugin.calibrate import LENGTH, WINDOWS
 from mixedprec_plugin.cli.output import print_json, progress_for
-from mixedprec_plugin.cli.planning import add_planning_arguments, add_text_arguments, make_plan
+from mixedprec_plugin.cli.planning import (
+    add_planning_arguments,
+    add_text_arguments,
+    given,
+    make_plan,
+)
 from mixedprec_plugin.errors import PlanError, Problem, UsageError, printable
 from mixedprec_plugin.plan.drafts import as_stored, own_draft, resolve_draft_plan, with_draft
 from mixedprec_plugin.plan.model import Plan
@@ -31,7 +36,6 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     add_planning_arguments(parser)
     parser.add_argument(
         "--out", required=True, metavar="DIR",
@@ -67,14 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Write the checkpoint; progress goes to standard error where that is a terminal.
-
-    Returns:
-        0.
-    Raises:
-        UsageError, PresetError, CheckpointError, PlanError: before anything is written.
-        ConvertError: the folder is in the way, or cannot be written.
-    """
+    """Write the checkpoint; progress goes to standard error where that is a terminal."""
     plan = make_plan(args).check()
     written = _written(args, plan).check()
     # the verbs that only read run without torch
@@ -146,16 +143,16 @@ def _written(args: argparse.Namespace, plan: Plan) -> Plan:
 
 
 def _calibration(args: argparse.Namespace, plan: Plan, bar: Progress) -> Calibration | None:
-    given = {name: getattr(args, name) for name in ("text", "windows", "length", "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
+    text = given(args, "text", "windows", "length", "seed")
     if not args.calibrate and not plan.not_calibrated():
-        unused = [f"--{name}" for name in given] + ["--no-gradients"] * args.no_gradients
-        if unused := unused + ["--fold"] * args.fold:
-            raise UsageError(Problem(", ".join(unused), "is for calibration", "add --calibrate"))
+        unused = [*text, *["no-gradients"] * args.no_gradients, *["fold"] * args.fold]
+        if unused:
+            where = ", ".join(f"--{name}" for name in unused)
+            raise UsageError(Problem(where, "is for calibration", "add --calibrate"))
         return None
     from mixedprec_plugin.calibrate.calibrator import Calibration, Options
 
-    options = Options(**given, gradients=not args.no_gradients, fold=args.fold)
+    options = Options(**text, gradients=not args.no_gradients, fold=args.fold)
     return Calibration(plan, options, bar, everything=args.calibrate)
 
 

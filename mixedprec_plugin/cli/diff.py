@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mixedprec_plugin.cli.output import print_json
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_named_plan
 from mixedprec_plugin.cli.running import ask, is_address
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.plan.folding import fold_names
@@ -25,7 +25,6 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     what = "preset, converted folder, plan as JSON, or a running server's address"
     parser.add_argument("a", metavar="A", help=what)
     parser.add_argument("b", metavar="B", help="the same")
@@ -37,9 +36,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     Returns:
         0, whether they differ or not.
-    Raises:
-        UsageError: one is neither, or a preset has no --model.
-        PresetError, CheckpointError: the files themselves are wrong.
     """
     before, after = _plan(args.a, args), _plan(args.b, args)
     changes = _changes(before, after)
@@ -73,12 +69,10 @@ def _plan(named: str, args: argparse.Namespace) -> Mapping[str, Any]:
         return _parsed(*ask(named))
     if named.endswith(".json") and Path(named).is_file():
         return _parsed(Path(named).read_text(encoding="utf-8"), named)
-    is_folder = Path(named).is_dir()
-    if not is_folder and not args.model:
+    if not args.model and not (named and Path(named).is_dir()):
         what = f"is a preset, and there is no model to plan {named!r} over"
         raise UsageError(Problem("--model", what, "add --model DIR"))
-    given = {"model": named, "preset": ""} if is_folder else {"preset": named}
-    return plan_as_dict(make_plan(argparse.Namespace(**{**vars(args), **given})))
+    return plan_as_dict(make_named_plan(args, named))
 
 
 def _parsed(text: str, where: str) -> Mapping[str, Any]:

@@ -58,16 +58,12 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("-v", "--verbose", action="store_true", help="print all that was looked at")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Examine the installation and print the report.
 
-    Args:
-        args: with `json`.
-        out: where the report is written.
     Returns:
         0 if all is well, 1 if anything is wrong.
     """

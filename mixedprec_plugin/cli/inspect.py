@@ -101,7 +101,6 @@ class InspectedLayer:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("model", metavar="DIR", help="checkpoint folder")
 
 
@@ -110,8 +109,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     Returns:
         0, or 1 where config.json and the tensors disagree.
-    Raises:
-        CheckpointError: the files themselves are wrong.
     """
     source = open_source(args.model)
     layers = inspect_layers(source)

@@ -19,7 +19,8 @@ from mixedprec_plugin.names import nearest
 
 # verb -> (module, help). The module has
 #   add_arguments(parser)
-#   run(args, out) -> the exit code; or the problems that were found, which main prints
+#   run(args, out) -> the exit code; or the problems that were found, which main prints. It raises
+#                     any of the package's errors
 #   EXAMPLES, commands for --help
 VERBS = {
     "init": ("mixedprec_plugin.cli.init", "a preset to start from, for a model and a size"),

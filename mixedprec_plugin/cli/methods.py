@@ -24,19 +24,11 @@ _SIZE = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("name", nargs="?", default="", metavar="NAME", help="one, in full")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print all methods, or one.
-
-    Returns:
-        0.
-    Raises:
-        UsageError: there is no such method.
-        MethodError: another package's method cannot be registered.
-    """
+    """Print all methods, or one."""
     found = [method for method in METHODS.values() if args.name in ("", *method.names)]
     if not found:
         what = f"unknown method {args.name!r} (expected {', '.join(METHODS)})"

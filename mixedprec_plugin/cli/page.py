@@ -42,8 +42,7 @@ def _against(args: argparse.Namespace) -> dict[str, Any] | None:
     if not args.against:
         return None
     if not is_address(args.against):
-        named = argparse.Namespace(**{**vars(args), "preset": args.against, "overrides": []})
-        return plan_document(make_plan(named))
+        return plan_document(make_plan(args, preset=args.against, overrides=[]))
     text, url = ask(args.against, document=True)
     try:
         document: dict[str, Any] = json.loads(text)

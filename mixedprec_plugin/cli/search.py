@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TextIO
 
@@ -11,8 +10,10 @@ from mixedprec_plugin.cli.arguments import positive
 from mixedprec_plugin.cli.output import check_plot
 from mixedprec_plugin.cli.planning import (
     add_load_arguments,
+    add_model_argument,
     add_target_arguments,
     add_text_arguments,
+    given,
     load_of,
 )
 from mixedprec_plugin.errors import Problem, UsageError
@@ -25,22 +26,19 @@ EXAMPLES = """
   mixedprec search --model DIR --bits 5 --inputs FOLDER --out mine.yaml
 """
 
-_UNITS = {"": 1, "K": 1000, "M": 10**6, "G": 10**9, "T": 10**12}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(i?)B?", re.IGNORECASE)
+# arguments that say what scores are made on
+TEXT = ("text", "windows", "length", "seed", "held_out")
 _BASIS = Basis()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="checkpoint folder, or a Hugging Face id"
-    )
+    add_model_argument(parser)
     wanted = parser.add_argument_group("budget", "one of these, or --gpu with --context")
     wanted.add_argument(
         "--bits", type=float, metavar="N", help="bits a weight of linear layers, scales counted"
     )
     wanted.add_argument(
-        "--budget", type=_size, metavar="SIZE",
+        "--budget", metavar="SIZE",
         help="bytes of weights on each rank, everything counted: 12GiB",
     )  # fmt: skip
     add_load_arguments(wanted)
@@ -94,16 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Find and write the preset.
-
-    Returns:
-        0.
-    Raises:
-        UsageError: the budget or another option is wrong.
-        PlanError: nothing is so small.
-        CheckpointError, PresetError: the files themselves are wrong.
-        ConvertError: a file cannot be written.
-    """
+    """Find and write the preset."""
     _check_options(args)
     check_plot(args.plot)
     # other verbs run without numpy and scipy
@@ -119,17 +108,16 @@ def _check_options(args: argparse.Namespace) -> None:
     Raises:
         UsageError: they do not.
     """
-    given = [name for name in ("bits", "budget", "context") if getattr(args, name) is not None]
-    if len(given) != 1:
-        what = f"{' and '.join(f'--{x}' for x in given) or 'none of them'} (expected one)"
+    wanted = given(args, "bits", "budget", "context")
+    if len(wanted) != 1:
+        what = f"{' and '.join(f'--{x}' for x in wanted) or 'none of them'} (expected one)"
         remedy = "name one of --bits N, --budget SIZE, or --gpu NAME --context TOKENS"
         raise UsageError(Problem("--bits, --budget, --context", what, remedy, "budget"))
     if args.context is not None and not args.gpu:
         remedy = "add --gpu NAME, or give --budget"
         raise UsageError(Problem("--context", "is for a GPU", remedy, "budget"))
     load_of(args)
-    text = ("text", "windows", "length", "seed", "held_out")
-    unused = [f"--{x.replace('_', '-')}" for x in text if getattr(args, x) is not None]
+    unused = [f"--{x.replace('_', '-')}" for x in given(args, *TEXT)]
     if args.inputs and unused:
         what = "is for text, and --inputs is there in its place"
         raise UsageError(Problem(", ".join(unused), what))
@@ -147,12 +135,3 @@ def _check_options(args: argparse.Namespace) -> None:
     unused += ways
     if args.fast and unused:
         raise UsageError(Problem(", ".join(unused), "is for scores, and --fast makes none"))
-
-
-def _size(text: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size (expected such as 12GiB or 12GB)")
-    unit = match[2].upper()
-    scale = 1024 ** "KMGT".index(unit) * 1024 if match[3] else _UNITS[unit]
-    return int(float(match[1]) * scale)

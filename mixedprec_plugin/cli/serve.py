@@ -20,7 +20,7 @@ from typing import TextIO
 
 from mixedprec_plugin.cli.arguments import positive
 from mixedprec_plugin.cli.output import print_json, report
-from mixedprec_plugin.cli.planning import make_plan
+from mixedprec_plugin.cli.planning import add_model_argument, add_override_argument, make_plan
 from mixedprec_plugin.errors import LoadError, Problem, UsageError
 from mixedprec_plugin.plan.budget import KV_BYTES, Load
 from mixedprec_plugin.plan.memory import MEMORY_RULES, memory_lines, usual_load, why_not_in_memory
@@ -51,14 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "preset", nargs="?", default="", metavar="PRESET",
         help="YAML file, or a packaged preset's name; first, before any option",
     )  # fmt: skip
-    parser.add_argument(
-        "--model", "--model-path", required=True, metavar="MODEL",
-        help="checkpoint folder, or a Hugging Face id",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
-        default=[], help="override a key of the preset; repeatable",
-    )  # fmt: skip
+    add_model_argument(parser, "--model-path")
+    add_override_argument(parser)
     parser.add_argument(
         "--tp", "--tp-size", "--tensor-parallel-size", dest="tp", type=int, default=1, metavar="N",
         help="tensor-parallel ranks",
@@ -90,9 +84,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     Returns:
         0 with --check; else the process is SGLang's.
-    Raises:
-        UsageError, PresetError, CheckpointError, PlanError: what does not fit.
-        LoadError: the port is taken, or SGLang is not installed beside this command.
     """
     if not args.gpu and (found := _gpu_here()):
         args.gpu = found
