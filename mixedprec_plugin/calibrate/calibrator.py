@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mixedprec_plugin.calibrate import LENGTH, WINDOWS
-from mixedprec_plugin.calibrate.cached import kv_scale_of
 from mixedprec_plugin.calibrate.folded import FoldedRounding
 from mixedprec_plugin.calibrate.folds import NO_FOLDS, Folds, find_folds
 from mixedprec_plugin.calibrate.network import Network
@@ -27,13 +26,7 @@ from mixedprec_plugin.calibrate.sweep import (
     rounded_paths,
     save_whole,
 )
-from mixedprec_plugin.calibrate.text import (
-    held_last,
-    num_held_out,
-    open_tokenizer,
-    read_text,
-    write_text,
-)
+from mixedprec_plugin.calibrate.text import held_last, num_held_out, text_for
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.compose.stream import Tensors, compose_layer, round_to_nearest
@@ -45,6 +38,7 @@ from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
 _TEXT = "text.safetensors"
+_LARGEST_E4M3 = 448.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,15 +188,10 @@ class Calibration:
     def _tokens(self, network: Network, folder: Path) -> torch.Tensor:
         options, path = self._options, folder / _TEXT
         if self._ranks.rank == 0 and not path.exists():
-            tokenizer = open_tokenizer(self._plan.source.path)
-            count = options.all_windows
+            sizes = options.all_windows, options.length, options.seed
+            made = text_for(network, options.text, *sizes, self._progress)
             if options.text is not None:
-                made = read_text(options.text, tokenizer, count, options.length)
                 made = held_last(made, num_held_out(len(made)))
-            else:
-                task = self._progress.add_task("writing text", total=None)
-                made = write_text(network, tokenizer, count, options.length, options.seed)
-                self._progress.remove_task(task)
             save_whole({"tokens": made}, path)
         self._ranks.everyone(None)
         tokens = load_file(path)["tokens"]
@@ -253,7 +242,7 @@ class Calibration:
                 if not maxima:
                     raise network.unsupported(f"it does not run {parent_of(name)} in one product")
                 self._scales[name] = {
-                    f"{part[0]}_scale": kv_scale_of(largest) for part, largest in maxima.items()
+                    f"{part[0]}_scale": _kv_scale(largest) for part, largest in maxima.items()
                 }
         if lacking := sorted(self._attentions - self._scales.keys()):
             raise network.unsupported(f"it has no decoder layer with {parent_of(lacking[0])}")
@@ -311,3 +300,13 @@ class Calibration:
             "folded": self._folded,
             "layers": self._records,
         }
+
+
+def _kv_scale(largest: float) -> torch.Tensor:
+    """The scale of keys or values in FP8 that are at most so large, float32 []; never zero.
+
+    Source: llm-compressor, which observes the same states (modifiers/quantization/calibration.py,
+    `calibrate_kv_cache_input_hook`), and `calculate_qparams` of compressed-tensors.
+    """
+    scale = torch.tensor(largest, dtype=torch.float32) / _LARGEST_E4M3
+    return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)

@@ -7,7 +7,7 @@ serves, dequantized. What is not loaded takes no memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class Network:
         compose: Callable[[PlannedLayer, Target, Reader], Tensors] = compose_floats,
     ) -> None:
         self._plan, self._reader, self.device, self._compose = plan, reader, device, compose
+        self.source = plan.source
         self.model = _empty_model(plan, dtype, device)
         mapping: list[Any] = [*get_model_conversion_mapping(self.model)]
         self._loading = LoadStateDictConfig(
@@ -63,7 +64,6 @@ class Network:
         known = self.model.state_dict()
         #: parameter of transformers' model -> the layers of the plan that it is made of
         self.parts: dict[str, list[PlannedLayer]] = {}
-        self._names: dict[str, str] = {}
         for layer in plan.layers:
             for suffix in _float_suffixes(layer):
                 key = f"{layer.name}.{suffix}" if layer.name else suffix
@@ -72,35 +72,31 @@ class Network:
                 )
                 if layer.kind != "draft" and name in known:
                     self.parts.setdefault(name, []).append(layer)
-                    self._names[layer.name] = name
-        self.path, self.layers = self._decoder_layers()
-
-    def _decoder_layers(self) -> tuple[str, torch.nn.ModuleList]:
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, torch.nn.ModuleList):
-            raise unsupported(self._plan, f"{type(decoder).__name__} has no list of layers")
-        path = next(name for name, module in self.model.named_modules() if module is layers)
-        return path, layers
+            raise self.unsupported(f"{type(decoder).__name__} has no list of layers")
+        self.layers = layers
+        self.path = next(name for name, module in self.model.named_modules() if module is layers)
 
     def unsupported(self, why: str) -> CheckpointError:
         """The error of a model that cannot be run layer by layer."""
-        return unsupported(self._plan, why)
+        return _unsupported(self._plan, why)
 
     def planned(self, index: int | None) -> list[PlannedLayer]:
         """The layers of the plan that a decoder layer is made of; of no decoder layer for None."""
-
-        def is_inside(name: str) -> bool:
-            prefix = f"{self.path}." if index is None else f"{self.path}.{index}."
-            return name.startswith(prefix) is (index is not None)
-
         found = {
             id(layer): layer
             for name, layers in self.parts.items()
-            if is_inside(name)
+            if self._is_in(name, index)
             for layer in layers
         }
         return list(found.values())
+
+    def _is_in(self, parameter: str, index: int | None) -> bool:
+        if index is None:
+            return not parameter.startswith(f"{self.path}.")
+        return parameter.startswith(f"{self.path}.{index}.")
 
     @contextlib.contextmanager
     def loaded(self, index: int | None) -> Iterator[list[PlannedLayer]]:
@@ -120,23 +116,14 @@ class Network:
         held.clear()
         self.model.tie_weights()
         self.model.requires_grad_(False)
-        module = self.model if index is None else self.layers[index]
-        prefix = "" if index is None else f"{self.path}.{index}."
-        own = {prefix + name: p for name, p in module.named_parameters()}
-        inside = f"{self.path}."
-        missing = [
-            name
-            for name, parameter in own.items()
-            if parameter.is_meta and not (index is None and name.startswith(inside))
-        ]
-        if missing:
-            raise unsupported(self._plan, f"no tensor of the checkpoint is its {missing[0]}")
+        own = {n: p for n, p in self.model.named_parameters() if self._is_in(n, index)}
+        if missing := [name for name, parameter in own.items() if parameter.is_meta]:
+            raise self.unsupported(f"no tensor of the checkpoint is its {missing[0]}")
         try:
             yield layers
         finally:
             for name in own:
-                if index is not None or not name.startswith(inside):
-                    _drop(self.model, name)
+                _drop(self.model, name)
 
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The predictions that follow from the states behind the last decoder layer.
@@ -154,10 +141,6 @@ class Network:
         with self.without_layers(give):
             made: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return made
-
-    def layer_of(self, parameter: str) -> Sequence[PlannedLayer]:
-        """The layers of the plan that a parameter is made of."""
-        return self.parts.get(parameter, ())
 
     @contextlib.contextmanager
     def without_layers(self, replacement: Callable[..., Any]) -> Iterator[None]:
@@ -196,7 +179,7 @@ def _empty_model(plan: Plan, dtype: torch.dtype, device: torch.device) -> Any:
                 config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
             )
     except (ValueError, KeyError, OSError) as error:
-        raise unsupported(plan, str(error)) from error
+        raise _unsupported(plan, str(error)) from error
     # what no checkpoint holds (frequencies of rotary embeddings) the classes compute themselves
     for module in model.modules():
         buffers = {n for n in module._buffers if n in module._non_persistent_buffers_set}
@@ -209,7 +192,7 @@ def _empty_model(plan: Plan, dtype: torch.dtype, device: torch.device) -> Any:
     return model.eval()
 
 
-def unsupported(plan: Plan, why: str) -> CheckpointError:
+def _unsupported(plan: Plan, why: str) -> CheckpointError:
     where = str(plan.source.path / "config.json")
     what = f"transformers cannot run this model: {why}"
     remedy = "it can be neither calibrated nor evaluated here"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from mixedprec_plugin.calibrate.capture import Seen
+from mixedprec_plugin.calibrate.capture import Seen, joined
 
 
 class Ranks:
@@ -59,13 +59,8 @@ class Ranks:
             own = seen.pop(name, None)
             pieces: list[Any] | None = [None] * self.count if owners[name] == self.rank else None
             distributed.gather_object(own, pieces, dst=owners[name])
-            parts: list[Seen] = [piece for piece in pieces or () if piece is not None]
-            if parts:
-                mine[name] = Seen(
-                    [x for part in parts for x in part.x],
-                    [weights for part in parts for weights in part.weights],
-                    [held for part in parts for held in part.held],
-                )
+            if parts := [piece for piece in pieces or () if piece is not None]:
+                mine[name] = joined(parts)
         return mine
 
     def everyone(self, value: Any) -> list[Any]:

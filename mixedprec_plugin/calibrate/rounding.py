@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mixedprec_plugin.calibrate.capture import Held, Seen
+from mixedprec_plugin.calibrate.capture import Held, Seen, joined
 from mixedprec_plugin.calibrate.moments import nats, second_moment, tempered
 from mixedprec_plugin.calibrate.sweep import unit_of
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES, Reader
@@ -90,7 +90,7 @@ class LayerRounding:
         """
         pools = self._pools(layers, seen)
         for layer in layers:
-            x, weights = _joined(seen.pop(layer.name, Seen([], [], [])))
+            x, weights = _cat(seen.pop(layer.name, Seen([], [], [])))
             pool = pools.get(unit_of(layer))
             yield layer, Moments(x.to(self._device), weights.to(self._device), pool)
 
@@ -104,14 +104,7 @@ class LayerRounding:
                 members.setdefault(unit_of(layer), []).append(layer)
         pools = {}
         for pool, experts in members.items():
-            tokens = [seen[layer.name] for layer in experts if layer.name in seen]
-            x, weights = _joined(
-                Seen(
-                    [x for one in tokens for x in one.x],
-                    [w for one in tokens for w in one.weights],
-                    [],
-                )
-            )
+            x, weights = _cat(joined(seen[x.name] for x in experts if x.name in seen))
             if len(x):
                 H, _ = second_moment(x.to(self._device), tempered(weights).to(self._device))
                 pools[pool] = H.mul_(len(x) / len(experts))
@@ -209,7 +202,7 @@ class Moments:
         return torch.cat([self._known[key][0].diagonal() for key in sorted(self._known)])
 
 
-def _joined(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+def _cat(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
     if not seen.x:
         return torch.empty(0, 0), torch.empty(0)
     return torch.cat(seen.x), torch.cat(seen.weights)

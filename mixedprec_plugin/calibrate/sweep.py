@@ -24,7 +24,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from mixedprec_plugin.calibrate.cached import Cached
 from mixedprec_plugin.calibrate.capture import Capture, Seen
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
@@ -34,6 +33,8 @@ from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.model import PlannedLayer
 
+# for each batch and decoder layer, what this is called with beside its hidden states
+Calls = list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
 # tokens that are computed at once, and whose predictions are
 _BATCH_TOKENS, _HEAD_TOKENS = 2048, 512
 
@@ -80,7 +81,7 @@ class Sweep:
         self._own = folder / f"rank-{self._ranks.rank}-of-{self._ranks.count}"
         self._own.mkdir(exist_ok=True)
         self._batches = self._slices(_BATCH_TOKENS)
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._calls: Calls = []
         self._gradients, self._together = gradients, together
 
     def run(
@@ -164,14 +165,13 @@ class Sweep:
                 names = round_inputs[0] if round_inputs else ()
                 wanted = {layer.name: layer for layer in layers if layer.name in names}
                 capture, outputs = Capture(network, wanted.keys(), gradients=False), []
-                cached = Cached()
-                with capture, cached:
+                with capture:
                     for number, batch in enumerate(self._batches):
                         capture.is_held_out = batch.start >= self._first_held
                         outputs.append(self._call(index, number, self._input(hidden, batch)))
             if round_inputs:
                 self._round(index, wanted, capture, round_inputs[1])
-            save_whole(cached.maxima(), self._path("cached", index))
+            save_whole(capture.maxima, self._path("cached", index))
             self._save("hidden", index + 1, torch.cat(outputs))
             if not keeps_all:
                 self._path("hidden", index - 1).unlink(missing_ok=True)
@@ -190,9 +190,9 @@ class Sweep:
         states: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return states
 
-    def _record(self) -> tuple[list[list[tuple[tuple[Any, ...], dict[str, Any]]]], torch.Tensor]:
+    def _record(self) -> tuple[Calls, torch.Tensor]:
         """What each decoder layer is called with, for each batch, and the first hidden states."""
-        calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        calls: Calls = []
         first: list[torch.Tensor] = []
 
         def record(index: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -280,9 +280,9 @@ class Sweep:
 
         def kind(layer: PlannedLayer) -> object:
             shard = layer.shard
-            if isinstance(shard, ExpertShard):
-                return layer.module, shard.projection
-            return layer.name
+            return (
+                (layer.module, shard.projection) if isinstance(shard, ExpertShard) else layer.name
+            )
 
         found = {kind(layer) for name, layer in wanted.items() if name in seen}
         for name, layer in wanted.items():
@@ -305,7 +305,7 @@ def rounded_paths(folder: Path, index: int, num_ranks: int) -> list[Path]:
 
 
 def read_maxima(folder: Path, index: int) -> dict[str, float]:
-    """The largest magnitudes of what a decoder layer caches, over all ranks; see `Cached`."""
+    """The largest magnitudes of what a decoder layer caches, over all ranks; see `Capture`."""
     found: dict[str, float] = {}
     for path in folder.glob(f"rank-*/cached-{index}.safetensors"):
         for part, value in load_file(path).items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from mixedprec_plugin.calibrate.network import Network
@@ -104,11 +105,32 @@ def write_text(
     return torch.as_tensor(made).cpu()
 
 
-def read_text(path: Path, tokenizer: Any, num_windows: int | None, length: int) -> torch.Tensor:
+def text_for(
+    network: Network, path: Path | None, num_windows: int, length: int, seed: int,
+    progress: Progress,
+) -> torch.Tensor:  # fmt: skip
+    """Windows of a file, at most so many, or of what a model writes where none is named.
+
+    Returns:
+        int64 [windows, length].
+    Raises:
+        CheckpointError: the model has no tokenizer, or its files are damaged.
+        UsageError: the file cannot be read, or is shorter than one window.
+    """
+    tokenizer = open_tokenizer(network.source.path)
+    if path is not None:
+        return read_text(path, tokenizer, num_windows, length)
+    task = progress.add_task("writing text", total=None)
+    made = write_text(network, tokenizer, num_windows, length, seed)
+    progress.remove_task(task)
+    return made
+
+
+def read_text(path: Path, tokenizer: Any, num_windows: int, length: int) -> torch.Tensor:
     """Cut a file into windows that begin as the tokenizer begins a text.
 
     Args:
-        num_windows: at most so many, spread over the file; None for all.
+        num_windows: at most so many, spread over the file.
     Returns:
         int64 [windows, length].
     Raises:
@@ -132,7 +154,7 @@ def read_text(path: Path, tokenizer: Any, num_windows: int | None, length: int) 
         what = f"{path} is {len(tokens):,} tokens (expected {size:,} or more)"
         raise UsageError(Problem("--text", what, "name a longer text, or give a smaller --length"))
     windows = [begin + tokens[at : at + size] for at in range(0, len(tokens) - size + 1, size)]
-    if num_windows is not None and num_windows < len(windows):
+    if num_windows < len(windows):
         windows = [windows[i * len(windows) // num_windows] for i in range(num_windows)]
     return torch.tensor(windows)
 

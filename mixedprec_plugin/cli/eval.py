@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.output import check_plot, print_json, progress_for
+from mixedprec_plugin.cli.output import check_plot, print_json, progress_for, save_plot
 from mixedprec_plugin.cli.planning import (
     add_planning_arguments,
     add_text_arguments,
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             args.seed or 0, Path(folder), bar, servers,
         )  # fmt: skip
     if args.plot:
-        draw(rows, args.plot)
+        save_plot(draw(rows), args.plot)
     if args.json:
         print_json(as_dict(rows, args.text, is_served=is_served), out)
     else:

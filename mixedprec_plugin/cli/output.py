@@ -57,6 +57,18 @@ def check_plot(path: Path | None) -> None:
         raise UsageError(Problem("--plot", "matplotlib is not installed", remedy))
 
 
+def save_plot(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib's, in the format that the file's name says.
+
+    Raises:
+        UsageError: it does not know the format, or cannot write the file.
+    """
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise UsageError(Problem("--plot", f"{path} cannot be written ({error})")) from error
+
+
 def report(problems: Iterable[Problem], err: TextIO) -> None:
     """Print problems, a line each."""
     for problem in problems:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.arguments import positive
-from mixedprec_plugin.cli.output import check_plot
+from mixedprec_plugin.cli.output import check_plot, print_json, progress_for, save_plot
 from mixedprec_plugin.cli.planning import (
     add_load_arguments,
     add_model_argument,
@@ -15,9 +21,28 @@ from mixedprec_plugin.cli.planning import (
     add_text_arguments,
     given,
     load_of,
+    target_of,
 )
-from mixedprec_plugin.errors import Problem, UsageError
-from mixedprec_plugin.search.kept import Basis
+from mixedprec_plugin.convert.parts import parse_size
+from mixedprec_plugin.errors import PlanError, Problem, UsageError
+from mixedprec_plugin.plan.budget import Budget as CardBudget
+from mixedprec_plugin.plan.budget import gpu_budget, nearest_that_fits
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.preset import preset_for
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.sources import open_other_sources
+from mixedprec_plugin.plan.tables import Page
+from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.preset.model import SourceReference
+from mixedprec_plugin.search.candidates import Choices, canonical_methods, find_choices
+from mixedprec_plugin.search.finder import Budget, Search, Way, find_scores
+from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted
+from mixedprec_plugin.search.report import Measured, as_dict, draw, header_lines, print_found
+from mixedprec_plugin.search.rule import guessed
+from mixedprec_plugin.search.write import Chosen, preset_text, publish
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 EXAMPLES = """
   mixedprec search --model DIR --bits 4.5 --out mine.yaml
@@ -27,8 +52,9 @@ EXAMPLES = """
 """
 
 # arguments that say what scores are made on
-TEXT = ("text", "windows", "length", "seed", "held_out")
+_TEXT = ("text", "windows", "length", "seed", "held_out")
 _BASIS = Basis()
+_PART_BYTES = 5 * 10**9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,10 +121,32 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """Find and write the preset."""
     _check_options(args)
     check_plot(args.plot)
-    # other verbs run without numpy and scipy
-    from mixedprec_plugin.cli.searching import search
-
-    search(args, out)
+    begun = time.monotonic()
+    model = open_source(args.model)
+    references, sources = _sources(args.sources)
+    others = {name: (references[name], source) for name, source in sources.items()}
+    methods = canonical_methods(filter(None, args.methods.split(",")))
+    choices = find_choices(model, target_of(args, model), methods, others)
+    budget, card = _budget(args, choices)
+    with progress_for(args) as bar:
+        scores, made, way = _scores(args, choices, sources, bar)
+        own = Search(choices, args.at_load, args.experts == "layer")
+        try:
+            found = own.run(budget, scores, way.kind, made)
+        except PlanError as error:
+            raise _with_nearest(args, error, choices, own.smallest(scores), card) from None
+        found = dataclasses.replace(found, scored_on=way.scored_on, unscored=way.without)
+        lines = header_lines(found, args.out, args.model)
+        text = preset_text(found.choices, Chosen(found.choice, found.losses, lines), references)
+        plan = publish(text, found.choices, found.choice, sources, args.out)
+        seconds = time.monotonic() - begun
+        measured = _converted(args, plan, bar)
+    if args.plot:
+        save_plot(draw(found), args.plot)
+    if args.json:
+        print_json(as_dict(found, card, measured, seconds), out)
+    else:
+        print_found(found, card, measured, seconds, args.out, Page(out))
     return 0
 
 
@@ -117,7 +165,7 @@ def _check_options(args: argparse.Namespace) -> None:
         remedy = "add --gpu NAME, or give --budget"
         raise UsageError(Problem("--context", "is for a GPU", remedy, "budget"))
     load_of(args)
-    unused = [f"--{x.replace('_', '-')}" for x in given(args, *TEXT)]
+    unused = [f"--{x.replace('_', '-')}" for x in given(args, *_TEXT)]
     if args.inputs and unused:
         what = "is for text, and --inputs is there in its place"
         raise UsageError(Problem(", ".join(unused), what))
@@ -135,3 +183,130 @@ def _check_options(args: argparse.Namespace) -> None:
     unused += ways
     if args.fast and unused:
         raise UsageError(Problem(", ".join(unused), "is for scores, and --fast makes none"))
+
+
+def _sources(path: Path | None) -> tuple[Mapping[str, SourceReference], Mapping[str, Source]]:
+    if path is None:
+        return {}, {}
+    preset = load_preset(path)
+    if not preset.sources:
+        raise UsageError(Problem("--sources", f"{path} has no sources (expected one or more)"))
+    return preset.sources, open_other_sources(preset, everything=True)
+
+
+def _budget(args: argparse.Namespace, choices: Choices) -> tuple[Budget, CardBudget | None]:
+    load, target = load_of(args), choices.base.target
+    if load is None or target.gpu is None:
+        size = parse_size(args.budget, "--budget") if args.budget else None
+        return Budget(size, args.bits or 0.0), None
+    card = gpu_budget(target.gpu, target.tp_size, choices.base.source.config, load)
+    return Budget(card.weights), card
+
+
+def _scores(
+    args: argparse.Namespace, choices: Choices, sources: Mapping[str, Source], bar: Progress
+) -> tuple[Scores, int, Way]:
+    """The scores, how many were made, and how."""
+    if args.fast:
+        return guessed(choices), 0, Way("guesses", lambda _wanted, _bar: iter(()))
+    gradients = not (args.no_gradients or args.inputs or args.in_engine)
+    basis = Basis(
+        **given(args, *_TEXT), gradients=gradients, inputs=args.inputs, in_engine=args.in_engine
+    )
+    base, gathered = choices.base, None
+    # each way needs torch, but for scores that are there
+    if args.inputs:
+        from mixedprec_plugin.calibrate.gathered import Gathered
+
+        gathered = Gathered(args.inputs, base)
+    facts = gathered.facts if gathered else None
+    kept = KeptScores(base.source, base.target.dtype, basis, sources, facts)
+    if gathered:
+        from mixedprec_plugin.search.gathered import way_of_gathered
+
+        way = way_of_gathered(choices, gathered)
+    elif args.in_engine:
+        from mixedprec_plugin.search.measured import way_of_engine
+
+        way = way_of_engine(choices, basis)
+    else:
+        way = Way("nats" if gradients else "shares", functools.partial(_swept, choices, kept))
+    return *find_scores(choices, kept, way, bar, at_load=args.at_load), way
+
+
+def _swept(choices: Choices, kept: KeptScores, wanted: Wanted, bar: Progress) -> Iterator[Scores]:
+    from mixedprec_plugin.search.scores import sweep_for_scores
+
+    return sweep_for_scores(choices, wanted, kept, bar)
+
+
+def _with_nearest(
+    args: argparse.Namespace,
+    error: PlanError,
+    choices: Choices,
+    smallest: int,
+    card: CardBudget | None,
+) -> PlanError:
+    """Say of a card's budget what would fit."""
+    load, target = load_of(args), choices.base.target
+    if card is None or load is None or target.gpu is None:
+        return error
+    remedy = nearest_that_fits(
+        target.gpu, target.tp_size, choices.base.source.config, load,
+        lambda size: smallest * target.tp_size // size,
+    )  # fmt: skip
+    what = (
+        f"{target.gpu.name} has {max(card.weights, 0) / 1e9:.1f} GB left for weights on a rank "
+        f"(expected {smallest / 1e9:.1f} GB or more)"
+    )
+    lines = (f"{line.title} {line.num_bytes / 1e9:.1f} GB ({line.formula})" for line in card.lines)
+    return PlanError(Problem("--gpu", f"{what}: {', '.join(lines)}", remedy, "budget"))
+
+
+def _converted(args: argparse.Namespace, plan: Plan, bar: Progress) -> Measured | None:
+    """Convert and measure, where that is asked for; a check alone leaves nothing behind."""
+    if not args.convert and not args.check:
+        return None
+    with tempfile.TemporaryDirectory(prefix="mixedprec-search-") as name:
+        folder = Path(name)
+        served = plan
+        if args.convert or plan.not_calibrated():
+            served = _convert(args, plan, args.convert or folder / "converted", bar)
+        return _measure(args, served, plan.source, folder, bar) if args.check else None
+
+
+def _convert(args: argparse.Namespace, plan: Plan, out: Path, bar: Progress) -> Plan:
+    """Write the model so, and plan what was written."""
+    from mixedprec_plugin.calibrate.calibrator import Calibration, Options
+    from mixedprec_plugin.convert.converter import convert
+    from mixedprec_plugin.convert.form import MixedForm
+
+    calibration = None
+    if plan.not_calibrated():
+        text = given(args, "text", "length", "seed")
+        options = Options(**text, gradients=not args.no_gradients)
+        calibration = Calibration(plan, options, bar, everything=False)
+    task = bar.add_task("converting", total=None)
+    convert(
+        plan, MixedForm(), out, _PART_BYTES, calibration=calibration,
+        progress=lambda done, total: bar.update(task, completed=done, total=total),
+    )  # fmt: skip
+    bar.remove_task(task)
+    converted = open_source(out)
+    return resolve_plan(preset_for("", converted, [], "--convert"), converted, plan.target).check()
+
+
+def _measure(
+    args: argparse.Namespace, plan: Plan, reference: Source, folder: Path, bar: Progress
+) -> Measured:
+    """Its divergence on text of another seed, or on all of the user's."""
+    from mixedprec_plugin.evaluate.report import evaluate
+
+    work = folder / "eval"
+    work.mkdir()
+    windows, length = 2 * (args.held_out or _BASIS.held_out), args.length or _BASIS.length
+    seed = (args.seed or 0) + 1
+    rows = evaluate({"found": plan}, reference, args.text, windows, length, seed, work, bar)
+    kl = rows[1].found.kl
+    what = f"{args.text}" if args.text else "text that the model wrote anew"
+    return Measured(kl.value, kl.error, f"{what}, {windows} windows of {length} tokens")

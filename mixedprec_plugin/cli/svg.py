@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ def map_of(plan: Plan) -> str:
     scale = json.loads(page_path("scale.json").read_text(encoding="utf-8"))
     kinds = _tiles(plan)
     whole = Rect(0, _HEAD, _WIDTH, _HEIGHT)
-    places = squarified([kind.num_bytes for kind in kinds], whole)
+    places = halved([kind.num_bytes for kind in kinds], whole)
     tiles = [_tile(*pair, scale) for pair in zip(kinds, places, strict=True)]
     title = f"{plan.preset.path.rpartition('/')[2]} over {plan.source.shown.rpartition('/')[2]}"
     height = _HEAD + _HEIGHT + _FOOT
@@ -85,47 +86,25 @@ def map_of(plan: Plan) -> str:
     )
 
 
-def squarified(sizes: Sequence[int], place: Rect) -> list[Rect]:
-    """Tile a rectangle with areas in proportion to sizes, each near a square.
+def halved(sizes: Sequence[int], place: Rect) -> list[Rect]:
+    """Tile a rectangle with areas in proportion to sizes: it is cut across, near half of them.
 
     Args:
-        sizes: positive, the largest first.
-    Source: Bruls, Huizing and van Wijk, "Squarified Treemaps" (2000).
+        sizes: positive.
     """
-    tiles: list[Rect] = []
-    left, rest = place, list(map(float, sizes))
-    while rest:
-        side, total = min(left.width, left.height), sum(rest)
-        area = left.width * left.height / total
-        row = 1
-        while row < len(rest) and _worst(rest[: row + 1], side, area) <= _worst(
-            rest[:row], side, area
-        ):
-            row += 1
-        taken, rest = rest[:row], rest[row:]
-        depth, at = sum(taken) * area / side, 0.0
-        for size in taken:
-            length = size * area / depth
-            upright = left.width >= left.height
-            tiles.append(
-                Rect(left.x, left.y + at, depth, length)
-                if upright
-                else Rect(left.x + at, left.y, length, depth)
-            )
-            at += length
-        x, y, width, height = left
-        left = (
-            Rect(x + depth, y, width - depth, height)
-            if width >= height
-            else Rect(x, y + depth, width, height - depth)
-        )
-    return tiles
-
-
-def _worst(row: Sequence[float], side: float, area: float) -> float:
-    """The longest side over the shortest, of the tiles that a row along a side would have."""
-    depth = sum(row) * area / side
-    return max(max(size * area / depth**2, depth**2 / (size * area)) for size in row)
+    if len(sizes) < 2:
+        return [place] * len(sizes)
+    sums, total = list(itertools.accumulate(sizes)), sum(sizes)
+    cut = min(range(1, len(sizes)), key=lambda n: abs(2 * sums[n - 1] - total))
+    x, y, width, height = place
+    share = sums[cut - 1] / total
+    if width >= height:
+        first = Rect(x, y, width * share, height)
+        rest = Rect(x + first.width, y, width - first.width, height)
+    else:
+        first = Rect(x, y, width, height * share)
+        rest = Rect(x, y + first.height, width, height - first.height)
+    return halved(sizes[:cut], first) + halved(sizes[cut:], rest)
 
 
 def _tile(kind: Tile, place: Rect, scale: dict[str, Any]) -> str:

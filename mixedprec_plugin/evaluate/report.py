@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 
 from mixedprec_plugin.calibrate.network import Network
-from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, write_text
+from mixedprec_plugin.calibrate.text import text_for
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.compose.stream import compose_served
@@ -76,16 +76,10 @@ def evaluate(
         CheckpointError: a source is damaged, or of a class that transformers does not have.
     """
     own = _unquantized(reference, plans)
-    tokenizer = open_tokenizer(reference.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Reader() as reader:
         network = Network(own, reader, torch.float32, device)
-        if text is None:
-            task = progress.add_task("text", total=None)
-            tokens = write_text(network, tokenizer, num_windows, length, seed)
-            progress.remove_task(task)
-        else:
-            tokens = read_text(text, tokenizer, num_windows, length)
+        tokens = text_for(network, text, num_windows, length, seed, progress)
         found = _found(network, plans, tokens, reader, folder, progress, servers)
     rows = {UNQUANTIZED: own, **plans}
     return [
@@ -170,12 +164,8 @@ def as_dict(rows: Sequence[Row], text: Path | None, *, is_served: bool = False) 
     }
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw divergence against bits, in the format that the file's name says.
-
-    Raises:
-        UsageError: matplotlib does not know the format.
-    """
+def draw(rows: Sequence[Row]) -> Any:
+    """A figure of divergence against bits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -188,7 +178,4 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.annotate(row.name, (row.bits, kl.value), xytext=(5, 5), textcoords="offset points")
     axes.set(xlabel="bits a weight of linear layers", ylabel="KL, nats a token", ylim=(0, None))
     axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path)
-    except (ValueError, OSError) as error:
-        raise UsageError(Problem("--plot", f"{path} cannot be written ({error})")) from error
+    return figure

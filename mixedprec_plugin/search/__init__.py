@@ -7,6 +7,5 @@ rule         a rule of thumb in their place, from shapes alone
 allocate     scores x budget -> the candidate of every unit
 front        every budget at once, and where other presets stand
 write        an assignment -> a preset that a person can read
-picture      the front, and the map of layers by bits
 search       all of it
 """

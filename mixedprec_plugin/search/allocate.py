@@ -18,8 +18,6 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from mixedprec_plugin.errors import PlanError, Problem
 
@@ -268,6 +266,10 @@ def _solved(
     table: Table, budget: int, price: float, choice: Integers, bound: float
 ) -> tuple[Integers, float]:
     """Solve what is between the bound and the assignment that is known; and the better bound."""
+    # takes longer to import than all other verbs do
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     known = table.totals(choice)[0]
     gap = known - bound
     if gap <= _EXACT * known:

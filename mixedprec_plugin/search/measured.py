@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.sweep import save_whole
-from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, write_text
+from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, text_for
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.compose.stream import Compose, compose_floats, compose_served
 from mixedprec_plugin.errors import Problem, UsageError
@@ -98,7 +98,7 @@ def measure_scores(
     weights.mkdir()
     shutil.copy(source.path / "config.json", weights)
     with Reader() as reader:
-        tokens: list[list[int]] = _text(choices, basis, reader).tolist()
+        tokens: list[list[int]] = _text(choices, basis, reader, progress).tolist()
         with Server(source.path, folder / "server.log", flags=flags, is_quiet=True) as server:
 
             def predicted() -> Iterator[np.ndarray]:
@@ -137,11 +137,11 @@ def _divergence(expected: Sequence[np.ndarray], found: Iterable[np.ndarray]) -> 
     return sums / count
 
 
-def _text(choices: Choices, basis: Basis, reader: Reader) -> torch.Tensor:
+def _text(choices: Choices, basis: Basis, reader: Reader, progress: Progress) -> torch.Tensor:
     """The windows to measure on; only what writes its own needs a class of transformers."""
-    tokenizer = open_tokenizer(choices.base.source.path)
     if basis.text is not None:
+        tokenizer = open_tokenizer(choices.base.source.path)
         return read_text(basis.text, tokenizer, basis.held_out, basis.length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = Network(choices.base, reader, torch.float32, device)
-    return write_text(network, tokenizer, basis.held_out, basis.length, basis.seed)
+    return text_for(network, None, basis.held_out, basis.length, basis.seed, progress)

@@ -28,7 +28,7 @@ from mixedprec_plugin.calibrate.moments import nats
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.rounding import LayerRounding, Moments
 from mixedprec_plugin.calibrate.sweep import Sweep, read_records, rounded_paths, save_whole
-from mixedprec_plugin.calibrate.text import held_last, open_tokenizer, read_text, write_text
+from mixedprec_plugin.calibrate.text import held_last, text_for
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.compose.stream import (
     Tensors,
@@ -42,8 +42,6 @@ from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.quantize.codec import load_codec
 from mixedprec_plugin.search.candidates import Choices, Unit
 from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted, digest_of
-
-_TEXT = "text.safetensors"
 
 
 class Scoring:
@@ -202,7 +200,7 @@ def make_scores(
     with Reader() as reader:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = Network(choices.base, reader, torch.float32, device)
-        tokens = _text(network, choices.base.source.path, basis, folder, progress)
+        tokens = _text(network, basis, folder, progress)
         held = basis.held_out
         rounding = LayerRounding(choices.base.target, reader, device)
         scoring = Scoring(choices, wanted, rounding, reader, device)
@@ -233,25 +231,20 @@ def fill_unseen(scores: Scores, choices: Choices) -> None:
                     scores[unit][name] = min(seen, default=0.0)
 
 
-def _text(
-    network: Network, model: Path, basis: Basis, folder: Path, progress: Progress
-) -> torch.Tensor:
+def _text(network: Network, basis: Basis, folder: Path, progress: Progress) -> torch.Tensor:
     """Windows of text, those that are held out at the end."""
-    tokenizer = open_tokenizer(model)
-    num_windows = basis.windows + basis.held_out
-    if basis.text is None:
-        path = folder / _TEXT
-        if not path.exists():
-            task = progress.add_task("writing text", total=None)
-            made = write_text(network, tokenizer, num_windows, basis.length, basis.seed)
-            save_whole({"tokens": made}, path)
-            progress.remove_task(task)
+    path, count = folder / "text.safetensors", basis.windows + basis.held_out
+    if path.exists():
         return load_file(path)["tokens"]
-    made = read_text(basis.text, tokenizer, num_windows, basis.length)
-    if len(made) < num_windows:
-        what = (
-            f"{basis.text} has {len(made)} windows of {basis.length} tokens (expected "
-            f"{num_windows}, {basis.held_out} of them held out)"
-        )
-        raise UsageError(Problem("--text", what, "name a longer text, or give fewer --windows"))
-    return held_last(made, basis.held_out)
+    made = text_for(network, basis.text, count, basis.length, basis.seed, progress)
+    if basis.text is not None:
+        if len(made) < count:
+            what = (
+                f"{basis.text} has {len(made)} windows of {basis.length} tokens (expected "
+                f"{count}, {basis.held_out} of them held out)"
+            )
+            remedy = "name a longer text, or give fewer --windows"
+            raise UsageError(Problem("--text", what, remedy))
+        made = held_last(made, basis.held_out)
+    save_whole({"tokens": made}, path)
+    return made

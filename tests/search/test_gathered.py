@@ -19,7 +19,7 @@ from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.errors import CheckpointError
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.search import picture, report
+from mixedprec_plugin.search import report
 from mixedprec_plugin.search.candidates import find_choices
 from mixedprec_plugin.search.finder import Kind
 from tests.calibrate.models import write_model
@@ -124,7 +124,7 @@ def test_errors_count_by_what_their_branch_adds_where_that_is_known_of_all(
 
 
 def test_every_kind_of_score_has_its_words() -> None:
-    assert picture._LABELS.keys() == report._KINDS.keys() == set(get_args(Kind))
+    assert report._KINDS.keys() == set(get_args(Kind))
 
 
 def test_what_the_engine_did_not_see_stays_as_it_is(
