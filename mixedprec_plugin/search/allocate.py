@@ -19,8 +19,6 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mixedprec_plugin.errors import PlanError, Problem
-
 Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
 
@@ -51,9 +49,7 @@ class Table:
 
     @classmethod
     def of(
-        cls,
-        loss: Mapping[str, Mapping[str, float]],
-        size: Mapping[str, Mapping[str, int]],
+        cls, loss: Mapping[str, Mapping[str, float]], size: Mapping[str, Mapping[str, int]]
     ) -> Table:
         """Make one of numbers by unit and candidate; both know the same."""
         candidates = tuple(dict.fromkeys(name for own in loss.values() for name in own))
@@ -74,11 +70,7 @@ class Table:
         return dataclasses.replace(self, loss=np.where(is_bare[:, None], self.loss, loss))
 
     def together(self, groups: Mapping[str, str]) -> Table:
-        """The same with one decision for all units of a group.
-
-        Args:
-            groups: unit -> name of its group.
-        """
+        """The same with one decision for all units of a group, by unit -> name of its group."""
         names = tuple(dict.fromkeys(groups[unit] for unit in self.units))
         index = {name: row for row, name in enumerate(names)}
         rows = np.array([index[groups[unit]] for unit in self.units])
@@ -97,9 +89,7 @@ class Table:
         cost = self.loss + price * self.size
         least = cost.min(1, keepdims=True)
         # far below a difference that counts, far above rounding
-        ties = np.where(cost <= least * (1 + 1e-12), self.size, np.inf)
-        found: Integers = ties.argmin(1)
-        return found
+        return np.where(cost <= least * (1 + 1e-12), self.size, np.inf).argmin(1)
 
     def totals(self, choice: Integers) -> tuple[float, int]:
         """Loss and bytes of an assignment."""
@@ -132,16 +122,19 @@ class Allocation:
         return (self.loss - self.bound) / self.bound if self.bound > 0 else 0.0
 
 
-def allocate(table: Table, budget: int) -> Allocation:
+def allocate(table: Table, budget: int, limit: float | None = None) -> Allocation:
     """Find the assignment of the least loss within a budget of bytes.
 
-    Raises:
-        PlanError: none is so small.
+    Args:
+        budget: no less than the smallest assignment takes.
+        limit: a loss; with one, any assignment does that tells on which side of it the best one is.
     """
-    if (smallest := table.smallest) > budget:
-        what = f"{budget:,} bytes for the layers that are searched (expected {smallest:,} or more)"
-        raise PlanError(Problem("budget", what, "", "budget"))
-    return _allocated(table, budget)
+    price, choice, bound = _priced(table, budget)
+    choice = _filled(table, choice, budget)
+    if limit is None or bound <= limit < table.totals(choice)[0]:
+        choice, bound = _solved(table, budget, price, choice, bound)
+    loss, num_bytes = table.totals(choice)
+    return Allocation(table.named(choice), loss, num_bytes, min(bound, loss))
 
 
 def with_fewest_schemes(
@@ -161,7 +154,7 @@ def with_fewest_schemes(
         for name in sorted(kept - set(free)):
             fewer = table.only(kept - {name})
             if fewer.smallest <= budget:
-                made = _allocated(fewer, budget, limit)
+                made = allocate(fewer, budget, limit)
                 # a unit that has no other scheme keeps its own, or takes another new one
                 if made.loss <= limit and len(set(made.choice.values())) < len(kept):
                     tries.append((made.loss, name, made))
@@ -188,16 +181,6 @@ def _in_runs(table: Table, choice: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _allocated(table: Table, budget: int, limit: float | None = None) -> Allocation:
-    """The best assignment; with a limit, any that tells on which side of it the best one is."""
-    price, choice, bound = _priced(table, budget)
-    choice = _filled(table, choice, budget)
-    if limit is None or bound <= limit < table.totals(choice)[0]:
-        choice, bound = _solved(table, budget, price, choice, bound)
-    loss, num_bytes = table.totals(choice)
-    return Allocation(table.named(choice), loss, num_bytes, min(bound, loss))
-
-
 def front(table: Table) -> list[Integers]:
     """Every assignment that some price of a byte asks for, smallest first."""
     spread = table.loss[np.isfinite(table.loss)]
@@ -212,8 +195,9 @@ def _priced(table: Table, budget: int) -> tuple[float, Integers, float]:
     """The price at which everything just fits, the assignment at it, and the bound."""
     low, high = 0.0, 1e-30
     choice = table.at_price(low)
-    if table.totals(choice)[1] <= budget:
-        return low, choice, table.totals(choice)[0]
+    loss, num_bytes = table.totals(choice)
+    if num_bytes <= budget:
+        return low, choice, loss
     while table.totals(table.at_price(high))[1] > budget:
         low, high = high, high * 16
     bound = 0.0
@@ -305,8 +289,7 @@ def _solved(
     solved = fixed.copy()
     chosen = found.x > 0.5
     solved[decided[units[chosen]]] = options[chosen]
-    num_decided = len(decided)
-    least = lost + found.mip_dual_bound * gap + num_decided * float(loss.min())
+    least = lost + found.mip_dual_bound * gap + len(decided) * float(loss.min())
     made, num_bytes = table.totals(solved)
     if num_bytes <= budget and made < known:
         choice = solved

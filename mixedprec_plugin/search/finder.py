@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.auto import is_bound
 from mixedprec_plugin.search.allocate import TOLERANCE, Allocation, Table, with_fewest_schemes
-from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit
+from mixedprec_plugin.search.candidates import AS_STORED, Choices, Option, Unit
 from mixedprec_plugin.search.front import Point, front_points, loss_of, named_points, point_of
 from mixedprec_plugin.search.kept import KeptScores, Scores, Wanted
 from mixedprec_plugin.search.rule import worth_trying
@@ -126,10 +126,8 @@ class Search:
         Raises:
             PlanError: nothing is so small.
         """
-        scored = dataclasses.replace(self.choices, units=_scored(self.choices, scores))
-        total, ranks = (
-            self._table(scored, scores, self._allowed, is_rank=x) for x in (False, True)
-        )
+        scored = _scored(self.choices, scores)
+        total, ranks = (self._table(scored, scores, is_rank=x) for x in (False, True))
         table, limit = ranks, (budget.num_bytes or 0) - scored.rest[1]
         if budget.num_bytes is None:
             # what was not scored stays as it is, and is in no unit here
@@ -143,16 +141,8 @@ class Search:
 
     def smallest(self, scores: Scores) -> int:
         """Bytes of a rank, everything counted, that nothing is smaller than."""
-        scored = dataclasses.replace(self.choices, units=_scored(self.choices, scores))
-        return self._table(scored, scores, self._allowed, is_rank=True).smallest + scored.rest[1]
-
-    @property
-    def _allowed(self) -> list[str]:
-        return [
-            name
-            for name, candidate in self.choices.candidates.items()
-            if not (self.at_load and candidate.needs_conversion)
-        ]
+        scored = _scored(self.choices, scores)
+        return self._table(scored, scores, is_rank=True).smallest + scored.rest[1]
 
     def _groups(self, units: Mapping[str, Unit]) -> dict[str, str]:
         return {
@@ -162,23 +152,19 @@ class Search:
             for name, unit in units.items()
         }
 
-    def _table(
-        self, choices: Choices, scores: Scores, allowed: Collection[str], *, is_rank: bool
-    ) -> Table:
+    def _table(self, choices: Choices, scores: Scores, *, is_rank: bool) -> Table:
         loss: dict[str, dict[str, float]] = {}
         size: dict[str, dict[str, int]] = {}
         for name, unit in choices.units.items():
-            own = [
-                x
-                for x, option in unit.options.items()
-                if x in allowed and (self.is_by_layer or not is_bound(option.planned[0]))
-            ]
+            own = {x: option for x, option in unit.options.items() if self._is_allowed(option)}
             loss[name] = {x: loss_of(scores, name, x) for x in own}
-            options = unit.options
-            size[name] = {
-                x: options[x].rank_bytes if is_rank else options[x].num_bytes for x in own
-            }
+            size[name] = {x: o.rank_bytes if is_rank else o.num_bytes for x, o in own.items()}
         return Table.of(loss, size).together(self._groups(choices.units))
+
+    def _is_allowed(self, option: Option) -> bool:
+        if self.at_load and option.candidate.needs_conversion:
+            return False
+        return self.is_by_layer or not is_bound(option.planned[0])
 
 
 def kept_scores(choices: Choices, kept: KeptScores) -> Scores:
@@ -232,15 +218,15 @@ def find_scores(
     return known, sum(map(len, missing.values()))
 
 
-def _scored(choices: Choices, scores: Scores) -> dict[str, Unit]:
-    """The units with those options that have a score."""
-    found = {}
+def _scored(choices: Choices, scores: Scores) -> Choices:
+    """The units that have scores, with those options that have one."""
+    units = {}
     for name, unit in choices.units.items():
         if name in scores:
-            known = scores[name]
-            options = {k: v for k, v in unit.options.items() if k == AS_STORED or k in known}
-            found[name] = dataclasses.replace(unit, options=options)
-    return found
+            known = (AS_STORED, *scores[name])
+            options = {k: v for k, v in unit.options.items() if k in known}
+            units[name] = dataclasses.replace(unit, options=options)
+    return dataclasses.replace(choices, units=units)
 
 
 def _too_small(budget: Budget, choices: Choices, table: Table) -> PlanError:
