@@ -33,11 +33,7 @@ class Point:
 
 
 def point_of(name: str, choices: Choices, choice: Mapping[str, str], scores: Scores) -> Point:
-    """Where an assignment stands.
-
-    Args:
-        choice: unit -> candidate; all units are in it.
-    """
+    """Where an assignment of all units stands."""
     options = [choices.units[unit].options[candidate] for unit, candidate in choice.items()]
     return Point(
         name,
@@ -53,11 +49,7 @@ def loss_of(scores: Scores, unit: str, candidate: str) -> float:
 
 
 def front_points(choices: Choices, total: Table, ranks: Table) -> list[Point]:
-    """The front, smallest first.
-
-    Args:
-        total, ranks: what there is to choose from, in bytes over all ranks and of one rank.
-    """
+    """The front, smallest first, of tables in bytes over all ranks and of one rank."""
     found = []
     for made in front(total):
         loss, num_bytes = total.totals(made)
@@ -100,9 +92,9 @@ def _choice(plan: Plan, choices: Choices) -> dict[str, str]:
 
 def _candidate(layer: PlannedLayer, options: Mapping[str, Option]) -> str | None:
     assert layer.scheme is not None
+    wanted = layer.scheme.identity, layer.scheme.arguments.get("rounding")
     for name, option in options.items():
         own = option.candidate.scheme
-        is_rounded_so = own.arguments.get("rounding") == layer.scheme.arguments.get("rounding")
-        if name != AS_STORED and own.identity == layer.scheme.identity and is_rounded_so:
+        if name != AS_STORED and wanted == (own.identity, own.arguments.get("rounding")):
             return name
     return AS_STORED if layer.action == "as stored" else None

@@ -135,12 +135,9 @@ def _read_by(
     for expert, own in experts.items():
         rows = (tokens.experts == expert).any(1)
         if rows.any():
-            found.append((sorted(own, key=_order), tokens.x[rows], is_held[rows]))
+            ordered = sorted(own, key=lambda layer: shard_order(layer.shard))
+            found.append((ordered, tokens.x[rows], is_held[rows]))
     return found
-
-
-def _order(layer: PlannedLayer) -> int:
-    return shard_order(layer.shard)
 
 
 def _is_down(layer: PlannedLayer) -> bool:

@@ -61,7 +61,6 @@ class KeptScores:
     """The scores of a model on a basis.
 
     Args:
-        model: the checkpoint; one on the Hub is looked at where its cache is.
         dtype: what the model runs in.
         others: further sources, by name.
         inputs: what the files of `basis.inputs` say of themselves.
@@ -86,11 +85,7 @@ class KeptScores:
         self._places = [model.path / _FOLDER, cache_root() / "scores"]
 
     def folder(self, name: str = "") -> Path:
-        """Where scores are written, or a folder of that name there; made if it is not there.
-
-        Raises:
-            ConvertError: none can be written.
-        """
+        """Where scores are written, or a folder of that name there; made if it is not there."""
         for folder in (place / name for place in self._places):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -108,11 +103,7 @@ class KeptScores:
         return next((path for path in found if path.is_file()), None)
 
     def read(self, keys: Mapping[str, str]) -> Scores:
-        """The scores that are there.
-
-        Args:
-            keys: candidate name -> what its scores are kept under, see `key`.
-        """
+        """The scores that are there, by candidate name -> what they are kept under; see `key`."""
         path = self.path
         if path is None:
             return {}
@@ -126,7 +117,7 @@ class KeptScores:
         """What a candidate's scores are kept under: other bytes of its source are another one."""
         return candidate_key + self._others.get(source, "")
 
-    def write(self, scores: Scores, keys: Mapping[str, str]) -> Path:
+    def write(self, scores: Scores, keys: Mapping[str, str]) -> None:
         """Add scores to those that are there.
 
         Raises:
@@ -144,7 +135,6 @@ class KeptScores:
         except OSError as error:
             what = f"cannot be written ({error.strerror})"
             raise ConvertError(Problem(str(path), what, "make room", "write")) from error
-        return path
 
 
 def _read(path: Path) -> Any:

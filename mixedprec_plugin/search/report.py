@@ -41,19 +41,14 @@ class Measured:
 def header_lines(found: Found, path: Path, model: str, verb: str = "search") -> list[str]:
     """The comment at the top of a preset: what it is, how to serve it, what it is predicted."""
     point, (unit, what) = found.point, _KINDS[found.kind]
-    config = shlex.quote(path.name)
-    name = shlex.quote(model)
-    is_converted = any(
-        found.choices.candidates[name].needs_conversion for name in found.choice.values()
-    )
-    if is_converted:
+    config, name = shlex.quote(path.name), shlex.quote(model)
+    command = [
+        f"sglang serve --model-path {name} --load-format mixedprec --mixedprec-config {config}"
+    ]
+    if any(found.choices.candidates[x].needs_conversion for x in found.choice.values()):
         command = [
             f"mixedprec convert --model {name} --preset {config} --out DIR",
             "sglang serve --model-path DIR --load-format mixedprec",
-        ]
-    else:
-        command = [
-            f"sglang serve --model-path {name} --load-format mixedprec --mixedprec-config {config}"
         ]
     size = f"{format_bytes(point.rank_bytes)} a rank"
     lines = [f"{point.bits:.3f} bits a weight of linear layers, scales counted; {size}."]
@@ -70,13 +65,9 @@ def _labelled(label: str, lines: Sequence[str]) -> list[str]:
 
 
 def print_found(
-    found: Found,
-    card: CardBudget | None,
-    measured: Measured | None,
-    seconds: float,
-    path: Path,
+    found: Found, card: CardBudget | None, measured: Measured | None, seconds: float, path: Path,
     page: Page,
-) -> None:
+) -> None:  # fmt: skip
     """Print where the bytes go and what that costs."""
     if card is not None:
         _print_card(card, page)
@@ -84,7 +75,10 @@ def print_found(
     table = Table(
         ("scheme", False), ("modules", True), ("size", True), ("bits", True), ("loss", True)
     )
-    for name, units in _by_scheme(found).items():
+    schemes: dict[str, list[str]] = {}
+    for unit_name, scheme in found.choice.items():
+        schemes.setdefault(scheme, []).append(unit_name)
+    for name, units in sorted(schemes.items(), key=lambda item: -len(item[1])):
         options = [found.choices.units[unit].options[name] for unit in units]
         size = sum(option.num_bytes for option in options)
         weights = sum(found.choices.units[unit].num_weights for unit in units)
@@ -117,13 +111,6 @@ def print_found(
         _print_named(found, page)
     for line in said:
         page.print(printable(line))
-
-
-def _by_scheme(found: Found) -> dict[str, list[str]]:
-    schemes: dict[str, list[str]] = {}
-    for unit, name in found.choice.items():
-        schemes.setdefault(name, []).append(unit)
-    return dict(sorted(schemes.items(), key=lambda item: -len(item[1])))
 
 
 def _print_card(card: CardBudget, page: Page) -> None:
@@ -170,7 +157,7 @@ def draw(found: Found) -> Any:
     """The front with named presets beside it, and the map of layers by bits, as one figure."""
     from matplotlib.figure import Figure
 
-    rows, columns, bits = layer_map(found)
+    rows, columns, bits = _layer_map(found)
     figure = Figure(figsize=(9, 4 + 0.3 * len(rows)), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=(4, 0.3 * len(rows) + 0.6))
     _draw_front(found, upper)
@@ -201,18 +188,15 @@ def _draw_front(found: Found, axes: Any) -> None:
     axes.legend()
 
 
-def layer_map(found: Found) -> tuple[list[str], list[str], list[list[float]]]:
-    """Bits of each kind of module in each layer; of experts, their mean.
-
-    Returns:
-        rows, columns, and bits [row][column], not a number where a layer has no such module.
-    """
+def _layer_map(found: Found) -> tuple[list[str], list[str], list[list[float]]]:
+    """Kinds of modules, layers, and the bits of each in each: not a number where there is none."""
     sums: dict[tuple[str, str], tuple[int, int]] = {}
     for name, candidate in found.choice.items():
         unit = found.choices.units[name]
         module = unit.layers[0].module
+        parent = last_component(without_numbers(module).rpartition(".")[0])
         number = next((part for part in module.split(".") if part.isdecimal()), "")
-        key = (_kind(module), number)
+        key = (f"{parent}.{last_component(module)}", number)
         size, weights = sums.get(key, (0, 0))
         sums[key] = size + unit.options[candidate].num_bytes, weights + unit.num_weights
     rows = list(dict.fromkeys(kind for kind, _ in sums))
@@ -222,8 +206,3 @@ def layer_map(found: Found) -> tuple[list[str], list[str], list[list[float]]]:
         for r in rows
     ]
     return rows, columns, bits
-
-
-def _kind(module: str) -> str:
-    parent = last_component(without_numbers(module).rpartition(".")[0])
-    return f"{parent}.{last_component(module)}"

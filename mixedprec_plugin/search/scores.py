@@ -45,13 +45,7 @@ from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted, dige
 
 
 class Scoring:
-    """Scores the units of a decoder layer; see `calibrate.sweep.Rounding`.
-
-    Args:
-        choices: the units with their options.
-        wanted: unit name -> names of the candidates to score.
-        rounding: rounds what is calibrated.
-    """
+    """Scores the units of a decoder layer; see `calibrate.sweep.Rounding`."""
 
     def __init__(
         self, choices: Choices, wanted: Wanted, rounding: LayerRounding, reader: Reader,
@@ -66,14 +60,10 @@ class Scoring:
     def __call__(
         self, layers: Sequence[PlannedLayer], seen: dict[str, Seen], num_held: int
     ) -> Iterator[tuple[PlannedLayer, Tensors, dict[str, Any]]]:
-        """Score them.
-
-        Yields:
-            the last layer of each unit, no tensors, and "scores": candidate name -> score.
-        """
+        """Yield the last layer of each unit, no tensors, and "scores": candidate -> score."""
         held = {name: one.held for name, one in seen.items()}
         sums: dict[str, _Sums] = {}
-        waiting = {unit.name: len(unit.layers) for unit in self._units(layers)}
+        waiting = {unit.name: len(unit.layers) for x in layers if (unit := self._unit_of[x.name])}
         for layer, moments in self._rounding.moments(layers, seen):
             unit = self._unit_of[layer.name]
             own = sums.setdefault(unit.name, _Sums())
@@ -84,9 +74,6 @@ class Scoring:
                 scores = sums.pop(unit.name).scores(num_held)
                 known = {name: scores.get(name, 0.0) for name in self._wanted[unit.name]}
                 yield layer, {}, {"loss": 0.0, "unit": unit.name, "scores": known}
-
-    def _units(self, layers: Sequence[PlannedLayer]) -> list[Unit]:
-        return list({id(u): u for x in layers if (u := self._unit_of[x.name])}.values())
 
     def _add(
         self, sums: _Sums, unit: Unit, layer: PlannedLayer, held: Sequence[Held], moments: Moments
@@ -190,8 +177,6 @@ def make_scores(
     """Score candidates in one sweep over the model.
 
     Args:
-        wanted: unit name -> names of the candidates to score.
-        basis: the text, and how it is used.
         folder: where the work is kept; a sweep that was stopped goes on.
     Raises:
         CheckpointError: a source is damaged, or transformers does not have the model's class.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,14 +56,14 @@ def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, Sourc
     lines = [*(f"# {line}".rstrip() for line in chosen.about), "version: 1"]
     lines += [f"description: {json.dumps(_description(choices, weights))}"]
     sources = {choices.candidates[name].scheme.source for name in used} - {"model"}
-    if sources:
-        lines += ["sources:"]
-        lines += [f"  {name}: {_source(references[name])}" for name in sorted(sources)]
+    lines += ["sources:"] * bool(sources)
+    lines += [f"  {name}: {_source(references[name])}" for name in sorted(sources)]
     schemes = [name for name in by_share if choices.candidates[name].scheme.method != AUTO]
-    if schemes:
-        again = _requantized(choices, chosen.choice)
-        lines += ["schemes:"]
-        lines += [f"  {name}: {_scheme(choices, name, is_again=name in again)}" for name in schemes]
+    again = _requantized(choices, chosen.choice)
+    lines += ["schemes:"] * bool(schemes)
+    for name in schemes:
+        more = {"requantize": True} if name in again else {}
+        lines += [f"  {name}: {_flow(_given(choices.candidates[name].scheme) | more)}"]
     lines += ["rules:"]
     for name in [first] * bool(first) + [name for name in by_share if name != first]:
         lines += _rules(choices, chosen, name, is_first=name == first)
@@ -83,13 +83,12 @@ def publish(
         PlanError: the layers do not fit each other so.
         ConvertError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp.yaml")
+    temporary, base = path.with_name(f".{path.name}.tmp.yaml"), choices.base
     try:
         temporary.write_text(text, encoding="utf-8")
         preset = load_preset(temporary)
         used = {rule.scheme.source for rule in preset.rules} - {"model"}
         sources = {name: others[name] for name in used}
-        base = choices.base
         plan = resolve_plan(preset, base.source, base.target, sources).check()
         _check(plan, choices, choice)
         os.replace(temporary, path)
@@ -139,11 +138,6 @@ def _requantized(choices: Choices, choice: Mapping[str, str]) -> set[str]:
     }
 
 
-def _scheme(choices: Choices, name: str, *, is_again: bool) -> str:
-    again = {"requantize": True} if is_again else {}
-    return _flow(_given(choices.candidates[name].scheme) | again)
-
-
 def _given(scheme: Scheme) -> dict[str, Any]:
     """What of a scheme is to be written: what is no default."""
     defaults = METHODS[scheme.method].defaults
@@ -167,24 +161,16 @@ def _rules(choices: Choices, chosen: Chosen, name: str, *, is_first: bool) -> li
     units = [unit for unit, candidate in chosen.choice.items() if candidate == name]
     if is_first:
         return [_remark(choices, chosen, units), *_rule(["*"], [f"scheme: {name}"])]
-    names = _quantizable(choices)
-    lines = []
-    for says, part in _parts(choices, name, units):
+    # by what they are (attention, the MLP, experts), and what a rule says of each kind
+    parts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for unit in units:
+        kind = _split(choices.units[unit].layers[0].name.rpartition(".")[0])[1]
+        parts.setdefault((kind, _says(choices, name, unit)), []).append(unit)
+    names, lines = _quantizable(choices), []
+    for (_, says), part in parts.items():
         layers = [layer.name for unit in part for layer in choices.units[unit].layers]
         lines += [_remark(choices, chosen, part), *_rule(patterns(layers, names), says)]
     return lines
-
-
-def _parts(
-    choices: Choices, name: str, units: Sequence[str]
-) -> Iterator[tuple[Sequence[str], list[str]]]:
-    """Units by what they are (attention, the MLP, experts), and what a rule says of each kind."""
-    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for unit in units:
-        parent = choices.units[unit].layers[0].name.rpartition(".")[0]
-        kind = ".".join(part for part in parent.split(".") if not part.isdecimal())
-        found.setdefault((kind, _says(choices, name, unit)), []).append(unit)
-    return ((says, part) for (_, says), part in found.items())
 
 
 def _says(choices: Choices, name: str, unit: str) -> tuple[str, ...]:
