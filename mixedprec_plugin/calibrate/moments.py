@@ -67,8 +67,7 @@ def shrinkage(x: torch.Tensor, weights: torch.Tensor, H: torch.Tensor) -> float:
     """How far correlations go towards 0 so that the expected squared error is least.
 
     Args:
-        x: inputs [T, K], any floating dtype.
-        weights: float32 [T].
+        x, weights: as for `second_moment`.
         H: mean of w x x', [K, K].
     """
     T = len(x)

@@ -23,41 +23,32 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from mixedprec_plugin.checkpoint.reader import Reader
-from mixedprec_plugin.compose.stream import compose_floats
+from mixedprec_plugin.compose.stream import Compose, Tensors, compose_floats
 from mixedprec_plugin.errors import CheckpointError, Problem
-from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-
-Tensors = dict[str, torch.Tensor]
 
 
 class Network:
-    """A causal language model whose parameters come and go.
+    """A causal language model in float32 whose parameters come and go.
 
     Args:
         plan: a plan without errors; its model's config.json names the class.
-        reader: reads the sources.
-        dtype: of its parameters and its arithmetic.
-        device: where it computes.
+        device: where it computes; the first GPU, or else the CPU, if None.
         compose: gives the floats of a layer of the plan.
     Raises:
         CheckpointError: transformers has no such class, or one without a plain list of layers.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        reader: Reader,
-        dtype: torch.dtype,
-        device: torch.device,
-        compose: Callable[[PlannedLayer, Target, Reader], Tensors] = compose_floats,
-    ) -> None:
-        self._plan, self._reader, self.device, self._compose = plan, reader, device, compose
-        self.source = plan.source
-        self.model = _empty_model(plan, dtype, device)
+        self, plan: Plan, reader: Reader, device: torch.device | None = None,
+        compose: Compose = compose_floats,
+    ) -> None:  # fmt: skip
+        self._plan, self._reader, self._compose = plan, reader, compose
+        self.source, self.device = plan.source, device or usual_device()
+        self.model = _empty_model(plan, self.device)
         mapping: list[Any] = [*get_model_conversion_mapping(self.model)]
         self._loading = LoadStateDictConfig(
-            dtype=dtype, device_map={"": device}, weight_mapping=mapping
+            dtype=torch.float32, device_map={"": self.device}, weight_mapping=mapping
         )
         renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         converters = [one for one in mapping if isinstance(one, WeightConverter)]
@@ -132,7 +123,7 @@ class Network:
             tokens: int64 [B, T].
             hidden: [B, T, hidden size].
         Returns:
-            [B, T, vocabulary], in the network's dtype.
+            [B, T, vocabulary].
         """
 
         def give(index: int, before: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -168,7 +159,12 @@ def _float_suffixes(layer: PlannedLayer) -> list[str]:
     return ["weight", *beside]
 
 
-def _empty_model(plan: Plan, dtype: torch.dtype, device: torch.device) -> Any:
+def usual_device() -> torch.device:
+    """The first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _empty_model(plan: Plan, device: torch.device) -> Any:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(plan.source.path)
@@ -176,8 +172,9 @@ def _empty_model(plan: Plan, dtype: torch.dtype, device: torch.device) -> Any:
             del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
-            )
+                config, dtype=torch.float32, attn_implementation="sdpa",
+                experts_implementation="eager",
+            )  # fmt: skip
     except (ValueError, KeyError, OSError) as error:
         raise _unsupported(plan, str(error)) from error
     # what no checkpoint holds (frequencies of rotary embeddings) the classes compute themselves

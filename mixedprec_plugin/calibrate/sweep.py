@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -60,21 +60,14 @@ class Sweep:
     """
 
     def __init__(
-        self,
-        network: Network,
-        tokens: torch.Tensor,
-        folder: Path,
-        seed: int = 0,
-        *,
-        gradients: bool = True,
-        ranks: Ranks | None = None,
-        held_out: int = 0,
+        self, network: Network, tokens: torch.Tensor, folder: Path, seed: int = 0, *,
+        gradients: bool = True, ranks: Ranks | None = None, held_out: int = 0,
         together: Mapping[str, object] = MappingProxyType({}),
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._ranks = ranks or Ranks()
         own = self._ranks.windows(len(tokens))
-        held = max(len(tokens) - held_out - own.start, 0)
-        self._first_window, self._first_held = own.start, held
+        self._first_window = own.start
+        self._first_held = max(len(tokens) - held_out - own.start, 0)
         # all but the first of each window
         self._num_held = held_out * max(tokens.shape[1] - 1, 1)
         self._network, self._tokens, self._folder, self._seed = network, tokens[own], folder, seed
@@ -95,7 +88,7 @@ class Sweep:
             CheckpointError: a source is damaged, or a layer's products are not seen.
         """
         if not self._gradients:
-            self.forward(progress, round_inputs=(to_round, rounding))
+            self.forward(progress, to_round, rounding)
             return
         count = len(self._network.layers)
         kept = [i for i in range(count + 1) if self._path("gradient", i).exists()]
@@ -138,17 +131,14 @@ class Sweep:
         return load_file(self._path(kind, index))[kind]
 
     def forward(
-        self,
-        progress: Callable[[float], None],
-        *,
-        keeps_all: bool = False,
-        round_inputs: tuple[set[str], Rounding] | None = None,
-    ) -> torch.Tensor:
+        self, progress: Callable[[float], None], to_round: Collection[str] = (),
+        rounding: Rounding | None = None, *, keeps_all: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         """The states behind the last decoder layer, [windows, length, hidden size].
 
         Args:
-            keeps_all: whether those in front of each decoder layer stay on disk.
-            round_inputs: names of layers to round by their inputs alone, and what rounds them.
+            to_round: names of layers to round by their inputs alone.
+            keeps_all: whether states in front of each decoder layer stay on disk.
         """
         network = self._network
         self._calls, hidden = self._record()
@@ -157,20 +147,19 @@ class Sweep:
         if not kept:
             self._save("hidden", 0, hidden)
         start = max(kept, default=0)
-        if round_inputs:
+        if rounding:
             start = min(self._ranks.everyone(start))
         for index in range(start, count):
             hidden = self._load("hidden", index)
             with network.loaded(index) as layers, torch.no_grad():
-                names = round_inputs[0] if round_inputs else ()
-                wanted = {layer.name: layer for layer in layers if layer.name in names}
+                wanted = {layer.name: layer for layer in layers if layer.name in to_round}
                 capture, outputs = Capture(network, wanted.keys(), gradients=False), []
                 with capture:
                     for number, batch in enumerate(self._batches):
                         capture.is_held_out = batch.start >= self._first_held
                         outputs.append(self._call(index, number, self._input(hidden, batch)))
-            if round_inputs:
-                self._round(index, wanted, capture, round_inputs[1])
+            if rounding:
+                self._round(index, wanted, capture, rounding)
             save_whole(capture.maxima, self._path("cached", index))
             self._save("hidden", index + 1, torch.cat(outputs))
             if not keeps_all:
@@ -181,8 +170,7 @@ class Sweep:
         return self._load("hidden", count)
 
     def _input(self, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
-        network = self._network
-        return hidden[batch].to(network.device, network.model.dtype)
+        return hidden[batch].to(self._network.device)
 
     def _call(self, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[number][index]
@@ -221,11 +209,11 @@ class Sweep:
                 tokens = self._tokens[batch].to(self._network.device)
                 logits = self._network.logits(tokens, before)
                 # of the loss by the logits: probabilities, less 1 for the label
-                slope = logits.detach().float().softmax(-1)
+                slope = logits.detach().softmax(-1)
                 for window, own in enumerate(slope, start=batch.start):
                     labels = self._draw(window, own)[:, None]
                     own.scatter_add_(1, labels, own.new_full(labels.shape, -1))
-                logits.backward(slope.to(logits.dtype))  # type: ignore[no-untyped-call]
+                logits.backward(slope)  # type: ignore[no-untyped-call]
                 gradients.append(_gradient(before))
         self._save("gradient", count, torch.cat(gradients))
 
@@ -268,8 +256,7 @@ class Sweep:
             records.append({"layer": layer.name, **record})
         path = rounded_paths(self._folder, index, ranks.count)[ranks.rank]
         save_whole(tensors, path, {"records": json.dumps(records)})
-        loss = math.fsum(record.get("loss") or 0.0 for record in records)
-        return math.fsum(ranks.everyone(loss))
+        return sum(ranks.everyone(math.fsum(record.get("loss") or 0.0 for record in records)))
 
     def _check_seen(self, wanted: dict[str, PlannedLayer], seen: set[str]) -> None:
         """See that each layer saw tokens; of experts, one of those that read the same states.

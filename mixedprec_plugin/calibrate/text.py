@@ -18,11 +18,7 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "</s>"
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """Open the tokenizer of a checkpoint.
-
-    Raises:
-        CheckpointError: it has none, or its files are damaged.
-    """
+    """Open the tokenizer of a checkpoint; a CheckpointError, where that has none or is damaged."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokens = tokenizer("a").input_ids
@@ -56,13 +52,7 @@ def starts(tokenizer: Any) -> list[int]:
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw one of each row: what torch.multinomial does with a random number for every entry.
-
-    Args:
-        probabilities: [B, V], not negative.
-    Returns:
-        int64 [B].
-    """
+    """Draw one of each row [B, V], int64 [B]; torch.multinomial takes a number for each entry."""
     sums = probabilities.cumsum(-1)
     at = torch.rand(len(sums), 1, generator=generator, device=sums.device)
     # below the whole sum, however that rounds: what is drawn has a probability

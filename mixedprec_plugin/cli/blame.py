@@ -52,21 +52,18 @@ def line_of_method(spec: Method, key: str, rule: str, error: BaseException) -> s
     """Return the line of ours that a config which does not construct goes back to.
 
     Args:
-        spec: the method.
         key: of `config_classes`.
         rule: of the problem: `no-config-class` goes back to where the class is named, the rest to
             the builder of the arguments.
         error: what was raised; an import that failed within our own class comes first.
     """
-    if rule != "no-config-class":
+    module = inspect.getmodule(spec.config_arguments)
+    if rule != "no-config-class" or module is None:
         return line_of(spec.config_arguments)
     within = line_of_failure(error.__cause__) if error.__cause__ is not None else ""
     if within and not within.startswith("mixedprec_plugin/methods/construct.py"):
         return within
-    module = inspect.getmodule(spec.config_arguments)
-    return (
-        line_of_text(module, spec.config_classes[key]) if module else line_of(spec.config_arguments)
-    )
+    return line_of_text(module, spec.config_classes[key])
 
 
 def hook_faults(hook: Hook) -> list[str]:
@@ -84,23 +81,19 @@ def hook_faults(hook: Hook) -> list[str]:
     if target is None:
         return [f"SGLang's {owner} has no {name}"]
     function = target.__func__ if isinstance(target, classmethod | staticmethod) else target
-    taken = list(inspect.signature(function).parameters)[0 if _is_static(target) else 1 :]
-    skipped = 1 if _is_static(target) else 2
+    num_bound = 0 if isinstance(target, staticmethod) else 1
+    taken = list(inspect.signature(function).parameters)[num_bound:]
     ours = [
         parameter.name
         for parameter in inspect.signature(hook.function).parameters.values()
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ][skipped:]
+    ][num_bound + 1 :]
     return [
         f"SGLang's {name} has no parameter {parameter!r} (expected {', '.join(ours)}, "
         f"got {', '.join(taken) or 'none'})"
         for parameter in ours
         if parameter not in taken
     ]
-
-
-def _is_static(target: object) -> bool:
-    return isinstance(target, staticmethod)
 
 
 def _place(path: Path, line: int) -> str:

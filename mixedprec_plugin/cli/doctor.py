@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import logging
 import platform
 import re
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mixedprec_plugin.cli.blame import line_of_method
+from mixedprec_plugin.cli.output import print_json
 from mixedprec_plugin.cli.registration import Finding, Status, examine_registration, failed
 from mixedprec_plugin.errors import MixedPrecisionError
 from mixedprec_plugin.plan.tables import Page
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     with _quiet_sglang():
         findings = [*examine_versions(), *examine_sglang()]
     if args.json:
-        out.write(json.dumps(_as_data(findings), indent=2) + "\n")
+        print_json(_as_data(findings), out)
     elif args.verbose:
         _print(findings, Page(out))
     else:
@@ -179,31 +179,25 @@ def _construct(
     from mixedprec_plugin.methods.construct import build_config
 
     name = f"{label} ({key})"
-    details = {
-        "method": spec.name,
-        "arguments": dict(arguments),
-        "platform": key,
+    details: dict[str, Any] = {
+        "method": spec.name, "arguments": dict(arguments), "platform": key,
         "class": spec.config_classes[key],
-    }
+    }  # fmt: skip
     try:
         config = build_config(spec.name, arguments, key, capability=spec.fallback_below)
     except MethodError as error:
+        details["reason"] = str(error)
         is_device = all(problem.rule == "config-refused" for problem in error.problems)
         if is_device and not is_in_use:
-            text = f"not constructible on this device: {_reason(error)}"
-            return Finding("configs", name, "absent", text, {**details, "reason": str(error)})
-        line = line_of_method(spec, key, error.problems[0].rule, error)
-        text = f"{error}; look at {line}"
-        return Finding("configs", name, "failed", text, {**details, "reason": str(error)})
+            # SGLang's own words, without ours around them
+            text = f"not constructible on this device: {error.__cause__ or error}"
+            return Finding("configs", name, "absent", text, details)
+        text = f"{error}; look at {line_of_method(spec, key, error.problems[0].rule, error)}"
+        return Finding("configs", name, "failed", text, details)
     attributes = _attributes(config, spec.config_arguments(arguments, key))
     shown = " ".join(f"{name}={value}" for name, value in attributes.items())
     text = f"{type(config).__name__}: {shown}"
     return Finding("configs", name, "ok", text, {**details, "attributes": attributes})
-
-
-def _reason(error: BaseException) -> str:
-    """SGLang's own words, without ours around them."""
-    return str(error.__cause__ or error)
 
 
 def _attributes(config: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,33 +221,27 @@ def _as_data(findings: list[Finding]) -> dict[str, Any]:
 
 def _print_answer(findings: list[Finding], page: Page) -> None:
     """What is here, what works, what does not and why, and what to do next."""
-    sections: dict[str, list[Finding]] = {}
-    for finding in findings:
-        sections.setdefault(finding.section, []).append(finding)
-    names = " ".join(f"{x.name} {x.text}," for x in sections["versions"] if x.status == "ok")
-    page.print(f"With {names.rstrip(',')}:")
-    device = next((x for x in sections.get("device", ()) if x.status == "ok"), None)
-    if device is not None and device.name == "cpu":
-        page.print("  device   no GPU: SGLang runs on this CPU, by the plugin's platform")
-    elif device is not None:
-        page.print(f"  device   {device.text}")
-    if all(x.status == "ok" for x in sections.get("registration", ())):
-        page.print("  plugin   load format, flags, hooks and platform are in place")
-    works = [x.details["method"] for x in sections.get("configs", ()) if x.status == "ok"]
-    page.print(
-        f"  methods  {', '.join(dict.fromkeys(works)) or 'none'}: SGLang takes their arguments"
-    )
-    if unseen := {
-        x.details["method"] for x in findings if "method" in x.details and x.status == "absent"
-    }:
-        listed = ", ".join(sorted(unseen))
-        page.print(
-            f"           of {listed} the CUDA form is not looked at without a GPU that runs it"
-        )
-    for finding in sections["versions"]:
-        if finding.status == "absent":
-            page.print(f"  note     {finding.text}", "yellow")
+
+    def of(section: str, status: Status) -> list[Finding]:
+        return [x for x in findings if x.section == section and x.status == status]
+
+    page.print(f"With {', '.join(f'{x.name} {x.text}' for x in of('versions', 'ok'))}:")
+    for device in of("device", "ok"):
+        here = "no GPU: SGLang runs on this CPU, by the plugin's platform"
+        page.print(f"  device   {here if device.name == 'cpu' else device.text}")
     wrong = [finding for finding in findings if finding.status == "failed"]
+    if all(finding.section != "registration" for finding in wrong):
+        page.print("  plugin   load format, flags, hooks and platform are in place")
+    works, unseen = (
+        list(dict.fromkeys(x.details["method"] for x in of("configs", status)))
+        for status in ("ok", "absent")
+    )
+    page.print(f"  methods  {', '.join(works) or 'none'}: SGLang takes their arguments")
+    if unseen:
+        what = "the CUDA form is not looked at without a GPU that runs it"
+        page.print(f"           of {', '.join(sorted(unseen))} {what}")
+    for finding in of("versions", "absent"):
+        page.print(f"  note     {finding.text}", "yellow")
     for finding in wrong:
         page.print(f"  failed  {finding.name}  {finding.text}", "red")
     closing = "all well; next: mixedprec serve PRESET --model DIR"

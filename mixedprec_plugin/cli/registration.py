@@ -41,24 +41,12 @@ def failed(section: str, problem: Problem) -> Finding:
 
 def examine_registration() -> list[Finding]:
     """Report whether SGLang knows the load format, the flag, the hooks and the platform."""
-    findings = _examine_imports()
-    if findings:
-        return [*findings, _examine_flag(), _examine_platform()]
-    from mixedprec_plugin.serving import hooks
-    from mixedprec_plugin.serving.flags import LOAD_FORMAT
-
-    problems = hooks.check_registration()
-    findings = [failed("registration", problem) for problem in problems]
-    findings += _examine_hooks()
-    if not problems:
-        targets = ", ".join(hook.target.rpartition("srt.")[2] for hook in hooks.HOOKS)
-        findings.append(Finding("registration", "load format", "ok", LOAD_FORMAT))
-        findings.append(Finding("registration", "hooks", "ok", targets))
+    findings = _examine_imports() or _examine_hooks()
     return [*findings, _examine_flag(), _examine_platform()]
 
 
 def _examine_imports() -> list[Finding]:
-    """Our modules that take what they need from SGLang by name."""
+    """Our modules that take what they need from SGLang by name, and do not find it."""
     findings = []
     for module in ("mixedprec_plugin.serving.hooks", "mixedprec_plugin.serving.loader"):
         try:
@@ -70,19 +58,23 @@ def _examine_imports() -> list[Finding]:
 
 
 def _examine_hooks() -> list[Finding]:
-    """What SGLang's functions have become that our hooks were written for."""
+    """Whether our hooks are there, and what SGLang's functions have become that they are for."""
     from mixedprec_plugin.serving import hooks
+    from mixedprec_plugin.serving.flags import LOAD_FORMAT
 
-    return [
-        Finding(
-            "registration",
-            hook.target,
-            "failed",
-            f"{fault}; look at {line_of_text(hooks, hook.target)} and {line_of(hook.function)}",
-        )
-        for hook in hooks.HOOKS
-        for fault in hook_faults(hook)
-    ]
+    problems = hooks.check_registration()
+    findings = [failed("registration", problem) for problem in problems]
+    for hook in hooks.HOOKS:
+        place = f"{line_of_text(hooks, hook.target)} and {line_of(hook.function)}"
+        findings += [
+            Finding("registration", hook.target, "failed", f"{fault}; look at {place}")
+            for fault in hook_faults(hook)
+        ]
+    if not problems:
+        targets = ", ".join(hook.target.rpartition("srt.")[2] for hook in hooks.HOOKS)
+        findings.append(Finding("registration", "load format", "ok", LOAD_FORMAT))
+        findings.append(Finding("registration", "hooks", "ok", targets))
+    return findings
 
 
 def _examine_flag() -> Finding:

@@ -53,16 +53,9 @@ class Row:
 
 
 def evaluate(
-    plans: Mapping[str, Plan],
-    reference: Source,
-    text: Path | None,
-    num_windows: int,
-    length: int,
-    seed: int,
-    folder: Path,
-    progress: Progress,
-    servers: Servers | None = None,
-) -> list[Row]:
+    plans: Mapping[str, Plan], reference: Source, text: Path | None, num_windows: int, length: int,
+    seed: int, folder: Path, progress: Progress, servers: Servers | None = None,
+) -> list[Row]:  # fmt: skip
     """Evaluate plans against an unquantized model, which is the first row.
 
     Args:
@@ -76,9 +69,8 @@ def evaluate(
         CheckpointError: a source is damaged, or of a class that transformers does not have.
     """
     own = _unquantized(reference, plans)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Reader() as reader:
-        network = Network(own, reader, torch.float32, device)
+        network = Network(own, reader)
         tokens = text_for(network, text, num_windows, length, seed, progress)
         found = _found(network, plans, tokens, reader, folder, progress, servers)
     rows = {UNQUANTIZED: own, **plans}
@@ -89,23 +81,15 @@ def evaluate(
 
 
 def _found(
-    network: Network,
-    plans: Mapping[str, Plan],
-    tokens: torch.Tensor,
-    reader: Reader,
-    folder: Path,
-    progress: Progress,
-    servers: Servers | None,
-) -> dict[str, Divergence]:
+    network: Network, plans: Mapping[str, Plan], tokens: torch.Tensor, reader: Reader, folder: Path,
+    progress: Progress, servers: Servers | None,
+) -> dict[str, Divergence]:  # fmt: skip
     """What each model's predictions are like, the reference's first."""
     count = len(network.layers)
     if servers is not None:
         task = progress.add_task("serving", total=count + len(servers) * len(tokens))
         return served_divergences(network, servers, tokens, folder, lambda: progress.advance(task))
-    networks = {
-        name: Network(plan, reader, torch.float32, network.device, compose_served)
-        for name, plan in plans.items()
-    }
+    networks = {name: Network(plan, reader, compose=compose_served) for name, plan in plans.items()}
     task = progress.add_task("layers", total=count + sum(len(x.layers) for x in networks.values()))
     return divergences(network, networks, tokens, folder, lambda: progress.advance(task))
 

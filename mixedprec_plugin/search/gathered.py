@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 
 from mixedprec_plugin.calibrate.capture import Held, Seen
 from mixedprec_plugin.calibrate.gathered import Gathered, Tokens
-from mixedprec_plugin.calibrate.rounding import LayerRounding
+from mixedprec_plugin.calibrate.network import usual_device
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.compose.stream import compose_floats
 from mixedprec_plugin.errors import CheckpointError, Problem
@@ -87,10 +87,8 @@ def score_gathered(
     is_held = gathered.is_held_out()
     task = progress.add_task("scoring", total=len(modules))
     with Reader() as reader:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        target = choices.base.target
-        rounding = LayerRounding(target, reader, device)
-        scoring = Scoring(choices, wanted, rounding, reader, device)
+        device, target = usual_device(), choices.base.target
+        scoring = Scoring(choices, wanted, reader, device)
 
         def weight(layer: PlannedLayer) -> torch.Tensor:
             return compose_floats(layer, target, reader)["weight"].to(device).float()

@@ -142,6 +142,6 @@ def _text(choices: Choices, basis: Basis, reader: Reader, progress: Progress) ->
     if basis.text is not None:
         tokenizer = open_tokenizer(choices.base.source.path)
         return read_text(basis.text, tokenizer, basis.held_out, basis.length)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = Network(choices.base, reader, torch.float32, device)
-    return text_for(network, None, basis.held_out, basis.length, basis.seed, progress)
+    return text_for(
+        Network(choices.base, reader), None, basis.held_out, basis.length, basis.seed, progress
+    )

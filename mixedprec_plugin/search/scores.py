@@ -48,11 +48,10 @@ class Scoring:
     """Scores the units of a decoder layer; see `calibrate.sweep.Rounding`."""
 
     def __init__(
-        self, choices: Choices, wanted: Wanted, rounding: LayerRounding, reader: Reader,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self._choices, self._wanted, self._rounding = choices, wanted, rounding
-        self._reader, self._device = reader, device
+        self, choices: Choices, wanted: Wanted, reader: Reader, device: torch.device
+    ) -> None:
+        self._choices, self._wanted, self._reader, self._device = choices, wanted, reader, device
+        self._rounding = LayerRounding(choices.base.target, reader, device)
         self._unit_of = {
             layer.name: unit for unit in choices.units.values() for layer in unit.layers
         }
@@ -183,17 +182,17 @@ def make_scores(
         UsageError: the text cannot be read, or is too short.
     """
     with Reader() as reader:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = Network(choices.base, reader, torch.float32, device)
+        network = Network(choices.base, reader)
         tokens = _text(network, basis, folder, progress)
-        held = basis.held_out
-        rounding = LayerRounding(choices.base.target, reader, device)
-        scoring = Scoring(choices, wanted, rounding, reader, device)
+        scoring = Scoring(choices, wanted, reader, network.device)
         count = len(network.layers)
         task = progress.add_task("scoring", total=(2 if basis.gradients else 1) * count)
         names = {layer.name for unit in wanted for layer in choices.units[unit].layers}
         reached = {x.name for index in range(count) for x in network.planned(index)}
-        sweep = Sweep(network, tokens, folder, basis.seed, gradients=basis.gradients, held_out=held)
+        sweep = Sweep(
+            network, tokens, folder, basis.seed, gradients=basis.gradients,
+            held_out=basis.held_out,
+        )  # fmt: skip
         sweep.run(names & reached, scoring, lambda _: progress.advance(task))
         progress.remove_task(task)
         paths = [path for index in range(count) for path in rounded_paths(folder, index, 1)]
