@@ -30,8 +30,6 @@ def with_build(args: argparse.Namespace, plans: list[Plan]) -> list[Plan]:
     Returns:
         the same plans, each with the problems that were found; what could not be checked is a
         warning.
-    Raises:
-        LoadError: the process died.
     """
     if any(plan.errors for plan in plans):
         return plans

@@ -151,8 +151,6 @@ def examine_configs(active: str) -> list[Finding]:
 
     Args:
         active: `cuda` or `cpu`; only this platform's classes must construct.
-    Raises:
-        MethodError: another package's method cannot be registered.
     """
     from mixedprec_plugin.methods.construct import config_key, cuda_capability
     from mixedprec_plugin.methods.registry import METHODS, bind

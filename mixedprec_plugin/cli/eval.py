@@ -81,11 +81,7 @@ def _plan(args: argparse.Namespace, named: str) -> Plan:
 
 
 def _servers(args: argparse.Namespace, plans: Mapping[str, Plan], reference: Path) -> Servers:
-    """How the reference and each plan are served, as they were planned.
-
-    Raises:
-        UsageError: the plans are for a GPU, and none is here.
-    """
+    """How the reference and each plan are served, as they were planned."""
     import torch
 
     from mixedprec_plugin.evaluate.report import UNQUANTIZED

@@ -27,7 +27,7 @@ from mixedprec_plugin.plan.tables import Page
 from mixedprec_plugin.preset.schema import PRESET_SCHEMA
 from mixedprec_plugin.resources import schema_path
 from mixedprec_plugin.search.candidates import AS_STORED, Unit, find_choices
-from mixedprec_plugin.search.finder import Budget, Found, Search, kept_scores
+from mixedprec_plugin.search.finder import GUESSES, Budget, Found, Search, Way, kept_scores
 from mixedprec_plugin.search.kept import Basis, KeptScores
 from mixedprec_plugin.search.report import header_lines
 from mixedprec_plugin.search.rule import guessed
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.json:
         print_json({"preset": plan.preset.resolved, "totals": totals(plan)}, out)
     elif args.out:
-        how = "a rule of thumb" if found.kind == "guesses" else "scores of mixedprec search"
+        how = "a rule of thumb" if found.way is GUESSES else "scores of mixedprec search"
         page = Page(out)
         for line in (f"{args.out}: chosen by {how}", totals_line(plan), *crowded):
             page.print(line)
@@ -125,9 +125,6 @@ def _preset_for(
         has_floats: whether layers that are stored in floats may stay so.
     Returns:
         what was found, the preset's text and its plan.
-    Raises:
-        PlanError: nothing is so small.
-        CheckpointError: the file of scores is damaged.
     """
     choices = find_choices(model, target)
     kept = KeptScores(model, target.dtype, Basis())
@@ -135,13 +132,13 @@ def _preset_for(
     if budgets and kept.path is not None:
         search, scores = Search(choices, at_load=True), kept_scores(choices, kept)
         with contextlib.suppress(PlanError):  # of what was scored nothing is so small
-            found = _smallest([search.run(budget, scores, "nats") for budget in budgets])
+            found = _smallest([search.run(budget, scores, Way("nats")) for budget in budgets])
     if found is None:
         units = {name: _usual(unit, has_floats) for name, unit in choices.units.items()}
         choices = dataclasses.replace(choices, units=units)
         search, scores = Search(choices, True, True, _TOLERANCE), guessed(choices)
         asked = budgets or [Budget(bits=2 * _FLOATS)]
-        found = _smallest([search.run(budget, scores, "guesses") for budget in asked])
+        found = _smallest([search.run(budget, scores, GUESSES) for budget in asked])
     about = header_lines(found, path, model.shown, "init")
     text = preset_text(found.choices, Chosen(found.choice, found.losses, about), {})
     with tempfile.TemporaryDirectory() as folder:

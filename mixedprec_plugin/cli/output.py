@@ -31,11 +31,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet.
-
-    Raises:
-        ConvertError: it is there, or cannot be written.
-    """
+    """Write a file that is not there yet."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -47,22 +43,14 @@ def write_new(path: Path, text: str) -> None:
 
 
 def check_plot(path: Path | None) -> None:
-    """See before any work that what draws is there.
-
-    Raises:
-        UsageError: it is not, and a picture was asked for.
-    """
+    """See before any work that what draws is there."""
     if path is not None and importlib.util.find_spec("matplotlib") is None:
         remedy = "pip install 'mixedprec-plugin[plot]'"
         raise UsageError(Problem("--plot", "matplotlib is not installed", remedy))
 
 
 def save_plot(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib's, in the format that the file's name says.
-
-    Raises:
-        UsageError: it does not know the format, or cannot write the file.
-    """
+    """Write a figure of matplotlib's, in the format that the file's name says."""
     try:
         figure.savefig(path)
     except (ValueError, OSError) as error:

@@ -21,12 +21,7 @@ _DATA = "/*DATA*/"
 
 
 def write_pages(args: argparse.Namespace, plan: Plan) -> None:
-    """Write what the command line asks for.
-
-    Raises:
-        UsageError: a file cannot be written, an overlay is none, or one is named without a page.
-        PresetError, CheckpointError: the preset beside it is wrong.
-    """
+    """Write what the command line asks for."""
     for flag in ("against", "overlay"):
         if getattr(args, flag) and not args.html:
             what = "goes into the page, and none is asked for"
@@ -63,8 +58,6 @@ def write_page(
     Args:
         against: the document of another plan over the same model, to show beside it.
         overlays: files with a number for each layer, as `overlays` reads them.
-    Raises:
-        UsageError: the file cannot be written, or an overlay is none.
     """
     data = {
         "plan": plan_document(plan),
@@ -89,11 +82,7 @@ def in_script(data: Any) -> str:
 
 
 def write_text(path: Path, text: str, flag: str) -> None:
-    """Write a file that the command line names.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
+    """Write a file that the command line names."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

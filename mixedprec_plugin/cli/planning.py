@@ -84,11 +84,7 @@ def add_load_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def load_of(args: argparse.Namespace) -> Load | None:
-    """The load that the command line asks for; None where it names no --context.
-
-    Raises:
-        UsageError: --concurrency without --context.
-    """
+    """The load that the command line asks for; None where it names no --context."""
     if args.context is None:
         if args.concurrency is not None:
             what = "--concurrency without --context does not tell how much a request holds"
@@ -128,9 +124,6 @@ def make_plan(args: argparse.Namespace, **changed: object) -> Plan:
 
     Args:
         changed: arguments that are not as the command line has them.
-    Raises:
-        UsageError: no preset was named, and the checkpoint carries none, or no such GPU is known.
-        PresetError, CheckpointError: the files themselves are wrong.
     """
     args = argparse.Namespace(**{**vars(args), **changed})
     source = open_source(args.model)
@@ -151,9 +144,6 @@ def make_draft_plan(args: argparse.Namespace, plan: Plan) -> Plan | None:
     Returns:
         where none was named, the plan of the model's own layers of multi-token prediction; None
         where it has none, or the preset no such section.
-    Raises:
-        UsageError: the preset has no such section.
-        CheckpointError: the files themselves are wrong.
     """
     preset = plan.preset.draft
     if not args.draft_model:
@@ -168,11 +158,7 @@ def make_draft_plan(args: argparse.Namespace, plan: Plan) -> Plan | None:
 
 
 def target_of(args: argparse.Namespace, source: Source) -> Target:
-    """What the command line plans for.
-
-    Raises:
-        UsageError: no such GPU is known, or it is named beside another device.
-    """
+    """What the command line plans for."""
     dtype = model_dtype(source.config, args.dtype)
     if not args.gpu:
         return Target(args.device, args.tp, dtype)

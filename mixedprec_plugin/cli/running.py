@@ -25,8 +25,6 @@ def ask(address: str, *, document: bool = False) -> tuple[str, str]:
 
     Returns:
         the JSON, and the address that it came from.
-    Raises:
-        UsageError: nothing answers there, or something else does.
     """
     import httpx
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import tempfile
 import time
@@ -35,7 +34,7 @@ from mixedprec_plugin.plan.tables import Page
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.preset.model import SourceReference
 from mixedprec_plugin.search.candidates import Choices, canonical_methods, find_choices
-from mixedprec_plugin.search.finder import Budget, Search, Way, find_scores
+from mixedprec_plugin.search.finder import GUESSES, Budget, Search, Way, find_scores
 from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted
 from mixedprec_plugin.search.report import Measured, as_dict, draw, header_lines, print_found
 from mixedprec_plugin.search.rule import guessed
@@ -132,10 +131,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         scores, made, way = _scores(args, choices, sources, bar)
         own = Search(choices, args.at_load, args.experts == "layer")
         try:
-            found = own.run(budget, scores, way.kind, made)
+            found = own.run(budget, scores, way, made)
         except PlanError as error:
             raise _with_nearest(args, error, choices, own.smallest(scores), card) from None
-        found = dataclasses.replace(found, scored_on=way.scored_on, unscored=way.without)
         lines = header_lines(found, args.out, args.model)
         text = preset_text(found.choices, Chosen(found.choice, found.losses, lines), references)
         plan = publish(text, found.choices, found.choice, sources, args.out)
@@ -151,11 +149,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """See that the options go together.
-
-    Raises:
-        UsageError: they do not.
-    """
+    """See that the options go together."""
     wanted = given(args, "bits", "budget", "context")
     if len(wanted) != 1:
         what = f"{' and '.join(f'--{x}' for x in wanted) or 'none of them'} (expected one)"
@@ -208,7 +202,7 @@ def _scores(
 ) -> tuple[Scores, int, Way]:
     """The scores, how many were made, and how."""
     if args.fast:
-        return guessed(choices), 0, Way("guesses", lambda _wanted, _bar: iter(()))
+        return guessed(choices), 0, GUESSES
     gradients = not (args.no_gradients or args.inputs or args.in_engine)
     basis = Basis(
         **given(args, *_TEXT), gradients=gradients, inputs=args.inputs, in_engine=args.in_engine

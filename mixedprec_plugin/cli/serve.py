@@ -155,11 +155,7 @@ def _changes_memory(args: argparse.Namespace) -> str:
 
 
 def _command(args: argparse.Namespace) -> list[str]:
-    """SGLang's command line.
-
-    Raises:
-        LoadError: there is no `sglang`.
-    """
+    """SGLang's command line."""
     beside = Path(sys.executable).with_name("sglang")
     program = str(beside) if beside.exists() else shutil.which("sglang")
     if program is None:

@@ -30,18 +30,22 @@ class Way:
     """How scores are made.
 
     Attributes:
-        kind: what they are; see `Found`.
+        kind: what they are: nats a token, predicted or measured; shares of outputs that are error,
+            parts of the residual stream that are, or guesses.
         score: makes those that are wanted, a few at a time.
-        without: units that it cannot score, and why.
+        without: units that it cannot score, which stay as they are stored, and why.
         can_score: whether it can score a unit's candidate.
         scored_on: what the scores stand on, where that is no text.
     """
 
     kind: Kind
-    score: Callable[[Wanted, Progress], Iterator[Scores]]
+    score: Callable[[Wanted, Progress], Iterator[Scores]] = lambda _wanted, _progress: iter(())
     without: Mapping[str, str] = dataclasses.field(default_factory=dict)
     can_score: Callable[[Unit, str], bool] = lambda _unit, _name: True
     scored_on: str = ""
+
+
+GUESSES = Way("guesses")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +67,19 @@ class Found:
 
     Attributes:
         choices: the units that were scored, with what was.
-        kind: what scores are: nats a token, predicted or measured; shares of outputs that are
-            error, parts of the residual stream that are, or guesses.
         allocation: the candidate of each unit, or of each layer of experts.
         choice: the candidate of each unit.
         num_made: how many scores were made, and not read.
         tables: what there was to choose from, in bytes over all ranks and of one rank.
-        scored_on: what the scores stand on, where that is no text.
-        unscored: units that stay as they are stored, and why.
     """
 
     choices: Choices
-    kind: Kind
+    way: Way
     scores: Scores
     allocation: Allocation
     choice: Mapping[str, str]
     num_made: int
     tables: tuple[Table, Table]
-    scored_on: str = ""
-    unscored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def point(self) -> Point:
@@ -120,7 +118,7 @@ class Search:
     is_by_layer: bool = False
     tolerance: float = TOLERANCE
 
-    def run(self, budget: Budget, scores: Scores, kind: Kind, num_made: int = 0) -> Found:
+    def run(self, budget: Budget, scores: Scores, way: Way, num_made: int = 0) -> Found:
         """Choose.
 
         Raises:
@@ -137,7 +135,7 @@ class Search:
         allocation = with_fewest_schemes(table, limit, {AS_STORED}, self.tolerance)
         groups = self._groups(scored.units)
         choice = {unit: allocation.choice[groups[unit]] for unit in scored.units}
-        return Found(scored, kind, scores, allocation, choice, num_made, (total, ranks))
+        return Found(scored, way, scores, allocation, choice, num_made, (total, ranks))
 
     def smallest(self, scores: Scores) -> int:
         """Bytes of a rank, everything counted, that nothing is smaller than."""

@@ -40,7 +40,7 @@ class Measured:
 
 def header_lines(found: Found, path: Path, model: str, verb: str = "search") -> list[str]:
     """The comment at the top of a preset: what it is, how to serve it, what it is predicted."""
-    point, (unit, what) = found.point, _KINDS[found.kind]
+    point, (unit, what) = found.point, _KINDS[found.way.kind]
     config, name = shlex.quote(path.name), shlex.quote(model)
     command = [
         f"sglang serve --model-path {name} --load-format mixedprec --mixedprec-config {config}"
@@ -53,7 +53,7 @@ def header_lines(found: Found, path: Path, model: str, verb: str = "search") -> 
     size = f"{format_bytes(point.rank_bytes)} a rank"
     lines = [f"{point.bits:.3f} bits a weight of linear layers, scales counted; {size}."]
     lines += [f"Loss {point.loss:.4f} {unit}".rstrip() + f": {what}."]
-    lines += [f"Scored on {printable(found.scored_on)}."] * bool(found.scored_on)
+    lines += [f"Scored on {printable(found.way.scored_on)}."] * bool(found.way.scored_on)
     return [
         *_labelled("Purpose", [f"Found by mixedprec {verb} for {printable(model)}.", *lines]),
         *_labelled("Command", command),
@@ -71,7 +71,7 @@ def print_found(
     """Print where the bytes go and what that costs."""
     if card is not None:
         _print_card(card, page)
-    unit, what = _KINDS[found.kind]
+    unit, what = _KINDS[found.way.kind]
     table = Table(
         ("scheme", False), ("modules", True), ("size", True), ("bits", True), ("loss", True)
     )
@@ -100,9 +100,9 @@ def print_found(
             f"measured KL {measured.kl:.4f}{error} nats a token, predicted {point.loss:.4f} "
             f"({measured.text})"
         )
-    said += [f"scored on {found.scored_on}"] * bool(found.scored_on)
-    for why in dict.fromkeys(found.unscored.values()):
-        units = fold_names(unit for unit, own in found.unscored.items() if own == why)
+    said += [f"scored on {found.way.scored_on}"] * bool(found.way.scored_on)
+    for why in dict.fromkeys(found.way.without.values()):
+        units = fold_names(unit for unit, own in found.way.without.items() if own == why)
         said.append(f"left as stored: {', '.join(units)}: {why}")
     said += [f"left out: source {name}: {why}" for name, why in found.choices.apart.items()]
     made = f"{found.num_made:,} scores made" if found.num_made else "scores were there"
@@ -133,9 +133,9 @@ def as_dict(
     """The same as plain data."""
     allocation = found.allocation
     return {
-        "kind": found.kind,
-        "scored_on": found.scored_on,
-        "unscored": dict(found.unscored),
+        "kind": found.way.kind,
+        "scored_on": found.way.scored_on,
+        "unscored": dict(found.way.without),
         "point": dataclasses.asdict(found.point),
         "bound": allocation.bound,
         "gap": allocation.gap,
@@ -181,7 +181,7 @@ def _draw_front(found: Found, axes: Any) -> None:
                 fontsize=7,
             )  # fmt: skip
     axes.plot(found.point.bits, found.point.loss, "o", color="red", label="this preset")
-    unit, what = _KINDS[found.kind]
+    unit, what = _KINDS[found.way.kind]
     label = ", ".join(filter(None, (what.partition(";")[0], unit)))
     axes.set(xlabel="bits a weight of linear layers, scales counted", ylabel=label, yscale="log")
     axes.grid(alpha=0.3)

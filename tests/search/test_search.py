@@ -21,7 +21,7 @@ from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.search.candidates import find_choices
-from mixedprec_plugin.search.finder import Budget, Search
+from mixedprec_plugin.search.finder import GUESSES, Budget, Search
 from mixedprec_plugin.search.rule import guessed
 from mixedprec_plugin.search.write import Chosen, preset_text, publish
 from tests.calibrate.models import write_model
@@ -162,7 +162,7 @@ def test_experts_of_a_quantized_release_stay_as_stored_one_by_one(tmp_path: Path
                for name, score in own.items()}
         for unit, own in guessed(choices).items() if ".experts." in unit
     }  # fmt: skip
-    found = Search(choices).run(Budget(bits=6.0), scores, "guesses")
+    found = Search(choices).run(Budget(bits=6.0), scores, GUESSES)
     preset = tmp_path / "found.yaml"
     text = preset_text(found.choices, Chosen(found.choice, found.losses, []), {})
     plan = publish(text, found.choices, found.choice, {}, preset)
@@ -174,7 +174,7 @@ def test_experts_of_a_quantized_release_stay_as_stored_one_by_one(tmp_path: Path
     assert made >= {("as stored", "fp8", True), ("requantize", "awq", False)}
     # by their method, as `auto` has all experts of a layer alike
     assert "method: fp8" in preset.read_text()
-    layerwise = Search(choices, is_by_layer=True).run(Budget(bits=6.0), scores, "guesses")
+    layerwise = Search(choices, is_by_layer=True).run(Budget(bits=6.0), scores, GUESSES)
     assert layerwise.point.loss > found.point.loss
 
 
