@@ -62,11 +62,7 @@ NO_FOLDS = Folds([], [], 0.0)
 
 
 def find_folds(plan: Plan, names: Set[str]) -> Folds:
-    """Find the units of a plan that can be folded.
-
-    Args:
-        names: the layers that calibration rounds.
-    """
+    """Find the units of a plan that can be folded; `names` are what calibration rounds."""
     config = plan.source.config
     family = family_of(config)
     if family.norm_offset is None:

@@ -148,11 +148,7 @@ class Gathered:
         return blocks % _BLOCKS == _BLOCKS - 1
 
     def tokens(self, module: str, K: int) -> Tokens:
-        """What a module of K inputs read.
-
-        Raises:
-            CheckpointError: it has another number of inputs, or a file is damaged.
-        """
+        """What a module of K inputs read."""
         parts: list[torch.Tensor] = []
         experts = None
         for path, facts in zip(self._paths, self.facts, strict=True):

@@ -91,10 +91,8 @@ class Network:
 
     @contextlib.contextmanager
     def loaded(self, index: int | None) -> Iterator[list[PlannedLayer]]:
-        """Hold the weights of one decoder layer, or of all that is in none (None).
+        """Hold the weights of one decoder layer, or of all that is in none (None); give its layers.
 
-        Yields:
-            its layers, as planned.
         Raises:
             CheckpointError: a source is damaged, or parameters are left without a tensor.
         """
@@ -117,14 +115,7 @@ class Network:
                 _drop(self.model, name)
 
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The predictions that follow from the states behind the last decoder layer.
-
-        Args:
-            tokens: int64 [B, T].
-            hidden: [B, T, hidden size].
-        Returns:
-            [B, T, vocabulary].
-        """
+        """Predictions [B, T, V] of tokens [B, T] and states behind the last layer, [B, T, size]."""
 
         def give(index: int, before: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return hidden if index == len(self.layers) - 1 else before

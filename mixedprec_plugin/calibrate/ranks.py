@@ -17,13 +17,7 @@ from mixedprec_plugin.calibrate.capture import Seen, joined
 
 
 class Ranks:
-    """This process among those that torchrun started.
-
-    Attributes:
-        rank: its number.
-        count: of all.
-        device: what it computes on.
-    """
+    """This process among those of torchrun: its number, how many there are, and its device."""
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))

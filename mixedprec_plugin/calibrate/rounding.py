@@ -38,12 +38,7 @@ def is_rounded_so(layer: PlannedLayer) -> bool:
 
 
 class Scales(NamedTuple):
-    """What a weight is multiplied by before it is rounded; what it reads is divided by it.
-
-    Attributes:
-        rows: float32 [N].
-        columns: float32 [K].
-    """
+    """What rows [N] and columns [K] of a weight are multiplied by before it is rounded."""
 
     rows: torch.Tensor
     columns: torch.Tensor

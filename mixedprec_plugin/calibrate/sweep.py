@@ -259,11 +259,7 @@ class Sweep:
         return sum(ranks.everyone(math.fsum(record.get("loss") or 0.0 for record in records)))
 
     def _check_seen(self, wanted: dict[str, PlannedLayer], seen: set[str]) -> None:
-        """See that each layer saw tokens; of experts, one of those that read the same states.
-
-        Raises:
-            CheckpointError: transformers does not compute a layer as a product that is known here.
-        """
+        """See that each layer saw tokens; of experts, one of those that read the same states."""
 
         def kind(layer: PlannedLayer) -> object:
             shard = layer.shard
@@ -315,11 +311,7 @@ def _gradient(tensor: torch.Tensor) -> torch.Tensor:
 def save_whole(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file that is there whole or not at all.
-
-    Raises:
-        ConvertError: it cannot be written.
-    """
+    """Write a file that is there whole or not at all."""
     temporary = path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata)

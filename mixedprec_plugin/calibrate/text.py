@@ -76,10 +76,7 @@ def write_text(
 ) -> torch.Tensor:
     """Let a model write windows of text at temperature 1, in turns from each kind of start.
 
-    All of its weights are in memory meanwhile.
-
-    Returns:
-        int64 [num_windows, length].
+    All of its weights are in memory meanwhile. Returns int64 [num_windows, length].
     """
     kinds = torch.tensor(starts(tokenizer))
     first = kinds[torch.arange(num_windows) % len(kinds)][:, None].to(network.device)
@@ -104,8 +101,7 @@ def text_for(
     Returns:
         int64 [windows, length].
     Raises:
-        CheckpointError: the model has no tokenizer, or its files are damaged.
-        UsageError: the file cannot be read, or is shorter than one window.
+        CheckpointError, UsageError: as `open_tokenizer` and `read_text`.
     """
     tokenizer = open_tokenizer(network.source.path)
     if path is not None:

@@ -32,11 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the layers that are served otherwise, and what all take.
-
-    Returns:
-        0, whether they differ or not.
-    """
+    """Print the layers that are served otherwise, and what all take."""
     before, after = _plan(args.a, args), _plan(args.b, args)
     changes = _changes(before, after)
     if args.json:

@@ -62,11 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Examine the installation and print the report.
-
-    Returns:
-        0 if all is well, 1 if anything is wrong.
-    """
+    """Examine the installation and print the report; 1 if anything is wrong."""
     with _quiet_sglang():
         findings = [*examine_versions(), *examine_sglang()]
     if args.json:
@@ -147,11 +143,7 @@ def examine_device() -> tuple[str, Finding]:
 
 
 def examine_configs(active: str) -> list[Finding]:
-    """Construct every method's config, with its defaults and with the notable variants.
-
-    Args:
-        active: `cuda` or `cpu`; only this platform's classes must construct.
-    """
+    """Construct every method's config as defaults and variants have it; those of `active` must."""
     from mixedprec_plugin.methods.construct import config_key, cuda_capability
     from mixedprec_plugin.methods.registry import METHODS, bind
 

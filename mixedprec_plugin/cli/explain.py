@@ -35,11 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
-    """Print every rule that matched, which won, and what becomes of the layer.
-
-    Returns:
-        the plan's problems that name the layer.
-    """
+    """Print every rule that matched, which won, and what came of it; return its problems."""
     plan = make_plan(args)
     layers = [x for x in plan.layers if args.layer in (x.name, x.module)]
     if not layers:

@@ -115,7 +115,7 @@ def _why_not_started(plan: Plan, gpu: Gpu) -> list[str]:
 def _preset_for(
     model: Source, target: Target, budgets: Sequence[Budget], path: Path, *, has_floats: bool
 ) -> tuple[Found, str, Plan]:
-    """The best preset within all of some budgets, of what needs no conversion.
+    """The best preset within all of some budgets, of what needs no conversion; its text and plan.
 
     It is chosen by scores that `mixedprec search` kept, or else by a rule of thumb.
 
@@ -123,8 +123,6 @@ def _preset_for(
         budgets: none for the finest there is.
         path: what it is to be called.
         has_floats: whether layers that are stored in floats may stay so.
-    Returns:
-        what was found, the preset's text and its plan.
     """
     choices = find_choices(model, target)
     kept = KeptScores(model, target.dtype, Basis())

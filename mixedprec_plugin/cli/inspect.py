@@ -93,11 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print how a checkpoint is stored.
-
-    Returns:
-        0, or 1 where config.json and the tensors disagree.
-    """
+    """Print how a checkpoint is stored; 1 where config.json and the tensors disagree."""
     source = open_source(args.model)
     layers = inspect_layers(source)
     problems = disagreements(layers)

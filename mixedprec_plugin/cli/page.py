@@ -53,11 +53,9 @@ def _against(args: argparse.Namespace) -> dict[str, Any] | None:
 def write_page(
     path: Path, plan: Plan, against: dict[str, Any] | None, overlays: Sequence[Path]
 ) -> None:
-    """Write the page of a plan.
+    """Write the page of a plan, with the document of another one over the same model `against` it.
 
-    Args:
-        against: the document of another plan over the same model, to show beside it.
-        overlays: files with a number for each layer, as `overlays` reads them.
+    `overlays` are files with a number for each layer.
     """
     data = {
         "plan": plan_document(plan),

@@ -51,11 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
-    """Print the plan.
-
-    Returns:
-        what does not fit, and warnings.
-    """
+    """Print the plan; return what does not fit, and warnings."""
     plan = make_plan(args)
     draft = make_draft_plan(args, plan)
     if args.build:

@@ -98,10 +98,7 @@ def add_text_arguments(
 ) -> None:
     """Declare the arguments that say which text a model is run on; None where one is not given.
 
-    Args:
-        what_for: what is done with it.
-        writer: who writes it where none is named.
-        windows, length: what is taken where none is given.
+    `writer` writes it where none is named, in so many `windows` of that `length`.
     """
     parser.add_argument(
         "--text", type=Path, metavar="FILE",
@@ -120,11 +117,7 @@ def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def make_plan(args: argparse.Namespace, **changed: object) -> Plan:
-    """Plan what the command line asks for.
-
-    Args:
-        changed: arguments that are not as the command line has them.
-    """
+    """Plan what the command line asks for, but for arguments that are `changed`."""
     args = argparse.Namespace(**{**vars(args), **changed})
     source = open_source(args.model)
     preset = preset_for(args.preset, source, args.overrides, "--preset")

@@ -80,23 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Check, print what is going to run, and become the server.
-
-    Returns:
-        0 with --check; else the process is SGLang's.
-    """
+    """Check, print what is going to run, and become the server; 0 with --check."""
     if not args.gpu and (found := _gpu_here()):
         args.gpu = found
     args.device = "cuda" if args.gpu else "cpu"
     plan = make_plan(args)
     load = _load(args, plan)
-    memory = (
-        []
-        if load is None
-        else why_not_in_memory(plan.layers, plan.target, plan.source.config, load)
-    )
-    others = (p for p in plan.problems if p.rule not in MEMORY_RULES)
-    plan = dataclasses.replace(plan, problems=(*others, *memory)).check()
+    problems = [p for p in plan.problems if p.rule not in MEMORY_RULES]
+    if load is not None:
+        problems += why_not_in_memory(plan.layers, plan.target, plan.source.config, load)
+    plan = dataclasses.replace(plan, problems=tuple(problems)).check()
     if problems := [*plan.not_calibrated(), *_port_problems(args.host, args.port)]:
         raise LoadError(problems)
     command = _command(args)

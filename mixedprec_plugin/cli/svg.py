@@ -87,11 +87,7 @@ def map_of(plan: Plan) -> str:
 
 
 def halved(sizes: Sequence[int], place: Rect) -> list[Rect]:
-    """Tile a rectangle with areas in proportion to sizes: it is cut across, near half of them.
-
-    Args:
-        sizes: positive.
-    """
+    """Tile a rectangle in proportion to positive sizes: it is cut across, near half of them."""
     if len(sizes) < 2:
         return [place] * len(sizes)
     sums, total = list(itertools.accumulate(sizes)), sum(sizes)

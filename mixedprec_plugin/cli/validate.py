@@ -20,11 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
-    """Check every file, with its parents.
-
-    Returns:
-        all that is wrong with any of them; whether a model has the layers, the plan tells.
-    """
+    """Check every file, with its parents; whether a model has the layers, the plan tells."""
     problems: list[Problem] = []
     for file in args.files:
         try:

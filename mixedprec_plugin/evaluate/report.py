@@ -39,12 +39,7 @@ Servers = Mapping[str, Callable[[Path], AbstractContextManager[Server]]]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one preset costs.
-
-    Attributes:
-        bits: served ones a weight of linear layers, scales counted.
-        num_bytes: of all that is served.
-    """
+    """What one preset costs, and its served bits a weight of linear layers, scales counted."""
 
     name: str
     bits: float

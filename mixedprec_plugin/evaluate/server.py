@@ -107,11 +107,7 @@ class Server:
         self.stop()
 
     def request(self, path: str, body: Any = None, timeout: float = 300.0) -> Any:
-        """GET a path, or POST a JSON body to it; return the JSON that comes back.
-
-        Raises:
-            ServerError: an HTTP error, or no server any more; with the end of the log.
-        """
+        """GET a path, or POST a JSON body to it; the JSON that comes back, or a ServerError."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **self._headers}
         request = urllib.request.Request(f"{self.address}{path}", data, headers)

@@ -140,11 +140,9 @@ def allocate(table: Table, budget: int, limit: float | None = None) -> Allocatio
 def with_fewest_schemes(
     table: Table, budget: int, free: Collection[str] = (), tolerance: float = TOLERANCE
 ) -> Allocation:
-    """Allocate, and give up schemes as long as that loses next to nothing.
+    """Allocate, and give up schemes, but for those `free`, as long as that loses next to nothing.
 
-    Args:
-        free: candidates that are no scheme of a preset.
-        tolerance: by which share the loss may rise in all.
+    `tolerance` is the share by which the loss may rise in all.
     """
     best = allocate(table, budget)
     limit = best.loss * (1 + tolerance)

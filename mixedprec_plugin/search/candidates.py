@@ -176,11 +176,7 @@ def find_choices(
 
 
 def canonical_methods(names: Iterable[str]) -> tuple[str, ...]:
-    """Methods by the names that people type.
-
-    Raises:
-        UsageError: one is not known, or quantizes nothing.
-    """
+    """Methods by the names that people type; an error, if one is not known or quantizes nothing."""
     found = []
     for name in names:
         method = next((m for m in METHODS.values() if name in m.names and m.searched), None)

@@ -119,11 +119,7 @@ class Search:
     tolerance: float = TOLERANCE
 
     def run(self, budget: Budget, scores: Scores, way: Way, num_made: int = 0) -> Found:
-        """Choose.
-
-        Raises:
-            PlanError: nothing is so small.
-        """
+        """Choose; a PlanError, where nothing is so small."""
         scored = _scored(self.choices, scores)
         total, ranks = (self._table(scored, scores, is_rank=x) for x in (False, True))
         table, limit = ranks, (budget.num_bytes or 0) - scored.rest[1]
@@ -166,11 +162,7 @@ class Search:
 
 
 def kept_scores(choices: Choices, kept: KeptScores) -> Scores:
-    """The scores that are there, of the candidates that are.
-
-    Raises:
-        CheckpointError: their file is damaged.
-    """
+    """The scores that are there, of the candidates that are."""
     return kept.read(_keys(choices, kept))
 
 
@@ -184,12 +176,10 @@ def _keys(choices: Choices, kept: KeptScores) -> dict[str, str]:
 def find_scores(
     choices: Choices, kept: KeptScores, way: Way, progress: Progress, *, at_load: bool
 ) -> tuple[Scores, int]:
-    """Read scores, and make those that are not there.
+    """Read scores, and make those that are not there; how many were made.
 
     Args:
         at_load: whether what needs a conversion is not made, as it may not be chosen.
-    Returns:
-        unit -> candidate -> score; and how many were made.
     Raises:
         CheckpointError: a source is damaged, or transformers does not have the model's class.
         UsageError: the text cannot be read, or is too short.

@@ -40,11 +40,7 @@ def way_of_gathered(choices: Choices, gathered: Gathered) -> Way:
 
 
 def unscored(choices: Choices, gathered: Gathered) -> dict[str, str]:
-    """The units that cannot be scored by what was gathered, and why.
-
-    Raises:
-        CheckpointError: the files know nothing of a module, or none can be scored.
-    """
+    """The units that cannot be scored by what was gathered, and why; an error, if none can be."""
     found = {}
     for name, unit in choices.units.items():
         if not gathered.has(unit.layers[0].module):
@@ -73,13 +69,7 @@ def _why_not_experts(plan: Plan, unit: Unit) -> str:
 def score_gathered(
     choices: Choices, wanted: Wanted, gathered: Gathered, progress: Progress
 ) -> Iterator[Scores]:
-    """Score candidates of units that can be scored, a module at a time.
-
-    Yields:
-        the scores of a module's units.
-    Raises:
-        CheckpointError: a source or a file is damaged.
-    """
+    """Score candidates of units that can be scored, a module at a time."""
     modules: dict[str, list[PlannedLayer]] = {}
     for name in wanted:
         for layer in choices.units[name].layers:

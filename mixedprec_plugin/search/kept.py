@@ -64,8 +64,6 @@ class KeptScores:
         dtype: what the model runs in.
         others: further sources, by name.
         inputs: what the files of `basis.inputs` say of themselves.
-    Raises:
-        CheckpointError: the text cannot be read.
     """
 
     def __init__(
@@ -118,11 +116,7 @@ class KeptScores:
         return candidate_key + self._others.get(source, "")
 
     def write(self, scores: Scores, keys: Mapping[str, str]) -> None:
-        """Add scores to those that are there.
-
-        Raises:
-            ConvertError: they cannot be written.
-        """
+        """Add scores to those that are there."""
         path = self.path or self.folder() / f"scores-{self._digest}.json"
         known = _read(path) if path.exists() else {}
         for unit, own in scores.items():

@@ -47,11 +47,7 @@ def way_of_engine(choices: Choices, basis: Basis) -> Way:
 
 
 def unmeasured(choices: Choices) -> dict[str, str]:
-    """The units that cannot be measured, and why.
-
-    Raises:
-        UsageError: the model is quantized itself, so that its server takes no other weights.
-    """
+    """The units that cannot be measured, and why; an error, if the model is quantized itself."""
     quantized = [x.name for x in choices.base.layers if x.stored and not x.stored.is_float]
     if quantized:
         what = f"{choices.base.source.path} is quantized itself ({len(quantized)} layers)"
@@ -79,13 +75,10 @@ def can_measure(unit: Unit, candidate: str) -> bool:
 def measure_scores(
     choices: Choices, wanted: Wanted, basis: Basis, folder: Path, progress: Progress
 ) -> Iterator[Scores]:
-    """Measure candidates of units that can be measured, a unit at a time.
+    """Measure candidates of units that can be measured, a unit at a time, on the text of a basis.
 
     Args:
-        basis: the text.
         folder: an empty one, for weights and the server's log.
-    Yields:
-        the scores of a unit.
     Raises:
         ServerError: the server does not start, or fails.
         CheckpointError: a source is damaged.

@@ -31,13 +31,7 @@ _WIDTH = 100
 
 
 class Chosen(NamedTuple):
-    """What is written.
-
-    Attributes:
-        choice: unit -> candidate.
-        loss: unit -> what that costs.
-        about: lines of the comment at the top.
-    """
+    """Unit -> candidate, unit -> what that costs, and lines of the comment at the top."""
 
     choice: Mapping[str, str]
     loss: Mapping[str, float]
@@ -76,10 +70,8 @@ def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, Sourc
 def publish(
     text: str, choices: Choices, choice: Mapping[str, str], others: Mapping[str, Source], path: Path
 ) -> Plan:
-    """Write a preset, once its plan is what was chosen.
+    """Write a preset, once its plan is what was chosen, and return the plan.
 
-    Returns:
-        the plan.
     Raises:
         PlanError: the layers do not fit each other so.
         ConvertError: the file cannot be written.
@@ -216,12 +208,7 @@ Box = tuple[tuple[str, ...], ...]
 
 
 def patterns(wanted: Collection[str], names: Collection[str]) -> list[str]:
-    """Globs that match just some of a model's layers, as few as may be.
-
-    Args:
-        wanted: layer names.
-        names: all layer names that matter.
-    """
+    """Globs that match just some of a model's layers, as few as may be."""
     known = Candidates(names)
     alike: dict[Box, list[Box]] = {}
     for box in _boxes(wanted):
