@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.rounding import LayerRounding
 from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.convert import converter, folder
+from mixedprec_plugin.evaluate.server import free_port
 from tests.calibrate.models import VOCABULARY, write_model
 
 PRESET = "version: 1\nrules:\n  - {match: '*_proj', method: METHOD, group_size: 32}\n"
+# text is written a token at a time
+CALIBRATE = ("--calibrate", "--length", 32)
 
 
 class Killed(BaseException):
@@ -54,17 +59,43 @@ def convert(model: Path, preset: Path, out: Path, *more: object) -> str:
     return printed
 
 
-def same_by_two(model: Path, preset: Path, one: Path, *options: object) -> float:
-    """Convert by two processes of torchrun: the share of numbers that are those of one process."""
-    words = ["convert", "--device", "cpu", "--model", model, "--preset", preset, *options]
+def by_torchrun(words: list[str]) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    out = one.with_name("two")
     made = subprocess.run(
-        [*run, "-m", "mixedprec_plugin", *map(str, words), "--out", str(out)],
+        [*run, "-m", "mixedprec_plugin", *words],
         check=False, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
+
+
+def by_forks(words: list[str]) -> None:
+    """As torchrun has it, but that nothing is imported anew."""
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of threads, of which a rank uses one
+            ranks.append(os.fork())
+        if not ranks[-1]:
+            code = 1
+            try:
+                signal.alarm(300)
+                torch.set_num_threads(1)
+                os.environ.update(where, RANK=str(rank))
+                code = main(words, sys.stderr, sys.stderr)
+            finally:
+                os._exit(code)
+    assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0, 0]
+
+
+def same_by_two(
+    run: Callable[[list[str]], None], model: Path, preset: Path, one: Path, *options: object
+) -> float:
+    """Convert by two processes: the share of numbers that are those of one process."""
+    out = one.with_name("two")
+    words = ["convert", "--device", "cpu", "--model", model, "--preset", preset, "--out", out]
+    run([str(word) for word in (*words, *options)])
     first, second = (load_file(folder / "model.safetensors") for folder in (one, out))
     assert first.keys() == second.keys()
     same = sum(int((first[name] == second[name]).sum()) for name in first)
@@ -123,14 +154,14 @@ def test_experts_that_saw_no_token_are_said(tmp_path: Path) -> None:
     unseen = [x["layer"] for x in record["layers"] if ".experts." in x["layer"] and not x["tokens"]]
     assert unseen
     assert f"reached {len(unseen)} layers of experts, such as {unseen[0]}:" in printed
-    again = convert(model, preset, tmp_path / "all", "--calibrate", "--windows", 32)
+    again = convert(model, preset, tmp_path / "all", *CALIBRATE, "--windows", 32)
     assert "no token" not in again
 
 
 def test_export_for_stock_engines_holds_the_same_numbers(tmp_path: Path) -> None:
     model, preset = tmp_path / "model", preset_of(tmp_path)
     write_model(model)
-    options = ("--calibrate", "--windows", 8)
+    options = (*CALIBRATE, "--windows", 8)
     convert(model, preset, tmp_path / "ours", *options)
     convert(model, preset, tmp_path / "theirs", *options, "--format", "compressed-tensors")
     plain = preset_of(tmp_path, "bf16").read_text().replace(", group_size: 32", "")
@@ -147,7 +178,7 @@ def test_killed_it_goes_on_and_ends_the_same(
 ) -> None:
     model, preset = tmp_path / "model", preset_of(tmp_path)
     write_model(model)
-    options = ("--calibrate", "--windows", 8)
+    options = (*CALIBRATE, "--windows", 8)
     convert(model, preset, tmp_path / "whole", *options)
     rounding, calls = LayerRounding.__call__, []
 
@@ -180,10 +211,10 @@ def test_codes_of_a_source_that_changed_since_are_not_taken(
     with monkeypatch.context() as patches:
         patches.setattr(converter, "write_part", stop)
         with pytest.raises(Killed):
-            convert(model, preset, out, "--calibrate", "--windows", 8)
+            convert(model, preset, out, *CALIBRATE, "--windows", 8)
     os.utime(model / "model.safetensors")
     words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", out)
-    code, _, err = command("convert", *words, "--calibrate", "--windows", 8)
+    code, _, err = command("convert", *words, *CALIBRATE, "--windows", 8)
     assert code == 1
     assert "holds an unfinished conversion of other inputs (the sources' files changed)" in err
 
@@ -206,7 +237,7 @@ def test_scheme_that_asks_for_it_is_calibrated_and_not_rounded_while_loading(
     code, _, err = command("eval", "--device", "cpu", "--model", model, "--preset", preset)
     assert code == 1
     assert f"run mixedprec convert --model {model} --preset {preset} --out DIR" in err
-    convert(model, preset, tmp_path / "out", "--windows", 8)
+    convert(model, preset, tmp_path / "out", "--windows", 8, "--length", 32)
     assert (tmp_path / "out" / "mixedprec_calibration.json").exists()
     assert command("plan", "--device", "cpu", "--model", tmp_path / "out")[0] == 0
 
@@ -255,7 +286,7 @@ def test_a_layer_that_is_no_linear_one_in_transformers_is_refused(
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
-    code, _, err = command("convert", *words, "--calibrate", "--windows", 2)
+    code, _, err = command("convert", *words, *CALIBRATE, "--windows", 2)
     assert code == 1
     assert "does not run model.layers.2.mlp.gate_proj as a linear layer" in err
 
@@ -315,11 +346,19 @@ def test_eval_in_the_engine_refuses_a_gpu_that_is_not_there(
     assert (code, "--device: cuda is not there" in err) == (2, True), err
 
 
-def test_two_ranks_round_as_one_does(tmp_path: Path) -> None:
-    """By torchrun and gloo: a layer's tokens come together in the order of their windows."""
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(by_torchrun, marks=pytest.mark.slow),
+        pytest.param(by_forks, marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="CUDA does not survive a fork")),
+    ],
+)  # fmt: skip
+def test_two_ranks_round_as_one_does(tmp_path: Path, run: Callable[[list[str]], None]) -> None:
+    """By gloo: a layer's tokens come together in the order of their windows."""
     model, preset = tmp_path / "model", preset_of(tmp_path, "gptq")
     write_model(model, "qwen3_moe")
-    options = ("--calibrate", "--windows", 7)
+    options = (*CALIBRATE, "--windows", 7)
     convert(model, preset, tmp_path / "one", *options)
     # products of other numbers of rows round otherwise in their last bits
-    assert same_by_two(model, preset, tmp_path / "one", *options) > 0.99
+    assert same_by_two(run, model, preset, tmp_path / "one", *options) > 0.99
