@@ -48,8 +48,8 @@ def trillion() -> dict[str, Any]:
         step("scores")
         found = Search(choices).run(Budget(bits=5.0), scores, GUESSES)
         step("allocation")
-        text = preset_text(found.choices, Chosen(found.choice, found.losses, []), {})
-        plan = publish(text, found.choices, found.choice, {}, Path(name) / "found.yaml")
+        text = preset_text(found.choices, Chosen(found.choice, found.losses, []))
+        plan = publish(text, found.choices, found.choice, Path(name) / "found.yaml")
         step("preset")
     return {
         "units": len(choices.units), "weights": choices.num_weights,

@@ -12,9 +12,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mixedprec_plugin.cli.blame import line_of_method
 from mixedprec_plugin.cli.output import print_json
-from mixedprec_plugin.cli.registration import Finding, Status, examine_registration, failed
+from mixedprec_plugin.cli.registration import (
+    Finding,
+    Status,
+    examine_registration,
+    failed,
+    line_of_method,
+)
 from mixedprec_plugin.errors import MixedPrecisionError
 from mixedprec_plugin.plan.tables import Page
 
@@ -29,20 +34,12 @@ EXAMPLES = """
 
 # names as people type them, with the arguments that are worth a try beside the defaults
 _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("fp8", {}),
-    ("fp8_block", {}),
-    ("fp8", {"activation_scheme": "static"}),
-    ("fp8_channel", {}),
-    ("blockwise_int8", {}),
-    ("blockwise_int8", {"weight_block_size": [64, 64]}),
-    ("awq", {}),
-    ("awq", {"group_size": 64}),
-    ("gptq", {}),
-    ("gptq", {"group_size": 64}),
-    ("gptq", {"group_size": -1}),
-    ("gptq", {"desc_act": True}),
-    ("gptq_int8", {}),
-)
+    ("fp8", {}), ("fp8_block", {}), ("fp8", {"activation_scheme": "static"}), ("fp8_channel", {}),
+    ("blockwise_int8", {}), ("blockwise_int8", {"weight_block_size": [64, 64]}),
+    ("awq", {}), ("awq", {"group_size": 64}),
+    ("gptq", {}), ("gptq", {"group_size": 64}), ("gptq", {"group_size": -1}),
+    ("gptq", {"desc_act": True}), ("gptq_int8", {}),
+)  # fmt: skip
 # docs/compat.md
 TESTED = "0.5.23"
 PACKAGES = ("mixedprec-plugin", "sglang", "torch", "transformers", "safetensors")

@@ -27,7 +27,7 @@ from mixedprec_plugin.plan.tables import Page
 from mixedprec_plugin.preset.schema import PRESET_SCHEMA
 from mixedprec_plugin.resources import schema_path
 from mixedprec_plugin.search.candidates import AS_STORED, Unit, find_choices
-from mixedprec_plugin.search.finder import GUESSES, Budget, Found, Search, Way, kept_scores
+from mixedprec_plugin.search.finder import GUESSES, Budget, Found, Search, Way
 from mixedprec_plugin.search.kept import Basis, KeptScores
 from mixedprec_plugin.search.report import header_lines
 from mixedprec_plugin.search.rule import guessed
@@ -125,10 +125,10 @@ def _preset_for(
         has_floats: whether layers that are stored in floats may stay so.
     """
     choices = find_choices(model, target)
-    kept = KeptScores(model, target.dtype, Basis())
+    kept = KeptScores(choices, Basis())
     found = None
     if budgets and kept.path is not None:
-        search, scores = Search(choices, at_load=True), kept_scores(choices, kept)
+        search, scores = Search(choices, at_load=True), kept.read()
         with contextlib.suppress(PlanError):  # of what was scored nothing is so small
             found = _smallest([search.run(budget, scores, Way("nats")) for budget in budgets])
     if found is None:
@@ -138,9 +138,9 @@ def _preset_for(
         asked = budgets or [Budget(bits=2 * _FLOATS)]
         found = _smallest([search.run(budget, scores, GUESSES) for budget in asked])
     about = header_lines(found, path, model.shown, "init")
-    text = preset_text(found.choices, Chosen(found.choice, found.losses, about), {})
+    text = preset_text(found.choices, Chosen(found.choice, found.losses, about))
     with tempfile.TemporaryDirectory() as folder:
-        plan = publish(text, found.choices, found.choice, {}, Path(folder) / path.name)
+        plan = publish(text, found.choices, found.choice, Path(folder) / path.name)
     return found, text, plan
 
 

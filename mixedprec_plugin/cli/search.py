@@ -6,7 +6,7 @@ import argparse
 import functools
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -32,8 +32,7 @@ from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.plan.tables import Page
 from mixedprec_plugin.preset.load import load_preset
-from mixedprec_plugin.preset.model import SourceReference
-from mixedprec_plugin.search.candidates import Choices, canonical_methods, find_choices
+from mixedprec_plugin.search.candidates import Choices, Others, canonical_methods, find_choices
 from mixedprec_plugin.search.finder import GUESSES, Budget, Search, Way, find_scores
 from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted
 from mixedprec_plugin.search.report import Measured, as_dict, draw, header_lines, print_found
@@ -122,21 +121,19 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     check_plot(args.plot)
     begun = time.monotonic()
     model = open_source(args.model)
-    references, sources = _sources(args.sources)
-    others = {name: (references[name], source) for name, source in sources.items()}
     methods = canonical_methods(filter(None, args.methods.split(",")))
-    choices = find_choices(model, target_of(args, model), methods, others)
+    choices = find_choices(model, target_of(args, model), methods, _others(args.sources))
     budget, card = _budget(args, choices)
     with progress_for(args) as bar:
-        scores, made, way = _scores(args, choices, sources, bar)
+        scores, made, way = _scores(args, choices, bar)
         own = Search(choices, args.at_load, args.experts == "layer")
         try:
             found = own.run(budget, scores, way, made)
         except PlanError as error:
             raise _with_nearest(args, error, choices, own.smallest(scores), card) from None
         lines = header_lines(found, args.out, args.model)
-        text = preset_text(found.choices, Chosen(found.choice, found.losses, lines), references)
-        plan = publish(text, found.choices, found.choice, sources, args.out)
+        text = preset_text(found.choices, Chosen(found.choice, found.losses, lines))
+        plan = publish(text, found.choices, found.choice, args.out)
         seconds = time.monotonic() - begun
         measured = _converted(args, plan, bar)
     if args.plot:
@@ -179,13 +176,14 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError(Problem(", ".join(unused), "is for scores, and --fast makes none"))
 
 
-def _sources(path: Path | None) -> tuple[Mapping[str, SourceReference], Mapping[str, Source]]:
+def _others(path: Path | None) -> Others:
     if path is None:
-        return {}, {}
+        return {}
     preset = load_preset(path)
     if not preset.sources:
         raise UsageError(Problem("--sources", f"{path} has no sources (expected one or more)"))
-    return preset.sources, open_other_sources(preset, everything=True)
+    opened = open_other_sources(preset, everything=True)
+    return {name: (preset.sources[name], source) for name, source in opened.items()}
 
 
 def _budget(args: argparse.Namespace, choices: Choices) -> tuple[Budget, CardBudget | None]:
@@ -197,9 +195,7 @@ def _budget(args: argparse.Namespace, choices: Choices) -> tuple[Budget, CardBud
     return Budget(card.weights), card
 
 
-def _scores(
-    args: argparse.Namespace, choices: Choices, sources: Mapping[str, Source], bar: Progress
-) -> tuple[Scores, int, Way]:
+def _scores(args: argparse.Namespace, choices: Choices, bar: Progress) -> tuple[Scores, int, Way]:
     """The scores, how many were made, and how."""
     if args.fast:
         return guessed(choices), 0, GUESSES
@@ -207,14 +203,14 @@ def _scores(
     basis = Basis(
         **given(args, *_TEXT), gradients=gradients, inputs=args.inputs, in_engine=args.in_engine
     )
-    base, gathered = choices.base, None
+    gathered = None
     # each way needs torch, but for scores that are there
     if args.inputs:
         from mixedprec_plugin.calibrate.gathered import Gathered
 
-        gathered = Gathered(args.inputs, base)
+        gathered = Gathered(args.inputs, choices.base)
     facts = gathered.facts if gathered else None
-    kept = KeptScores(base.source, base.target.dtype, basis, sources, facts)
+    kept = KeptScores(choices, basis, facts)
     if gathered:
         from mixedprec_plugin.search.gathered import way_of_gathered
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem, UsageError
@@ -27,6 +28,8 @@ from mixedprec_plugin.preset.load import load_resolved
 from mixedprec_plugin.preset.model import Location, Preset, Rule, Scheme, SourceReference
 
 AS_STORED = "as stored"
+# source name -> how a preset names it, and what it holds
+Others = Mapping[str, tuple[SourceReference, Source]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +108,14 @@ class Choices:
         base: the model as its own checkpoint stores it.
         units: unit name -> unit.
         candidates: candidate name -> candidate.
-        apart: sources that cannot be mixed with the model, and why; they are no candidates.
+        others: further sources, by name.
+        apart: those that cannot be mixed with the model, and why; they are no candidates.
     """
 
     base: Plan
     units: Mapping[str, Unit]
     candidates: Mapping[str, Candidate]
+    others: Others = dataclasses.field(default_factory=dict)
     apart: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -130,13 +135,13 @@ def find_choices(
     model: Source,
     target: Target,
     methods: Collection[str] = (),
-    others: Mapping[str, tuple[SourceReference, Source]] | None = None,
+    others: Others = MappingProxyType({}),
 ) -> Choices:
     """Plan every candidate.
 
     Args:
         methods: canonical names of those to try; all if empty.
-        others: further sources, by name.
+        others: further sources.
     Raises:
         UsageError: a method is not known, or nothing is to choose.
     """
@@ -145,7 +150,7 @@ def find_choices(
     units = _units(base)
     alike = _alike(units)
     apart, beside = {}, {}
-    for name, (reference, source) in (others or {}).items():
+    for name, (reference, source) in others.items():
         plans = _beside(base, units, name, reference, source)
         beside[name] = plans[0]
         wrong = [p for plan in plans for p in plan.errors if p.rule in _APART]
@@ -172,7 +177,7 @@ def find_choices(
         raise UsageError(Problem("--methods", what, "try others, or another --gpu", "search"))
     used = {name for unit in found.values() for name in unit.options}
     by_name = {c.name: c for c in candidates if c.name in used}
-    return Choices(base, found, {AS_STORED: kept, **by_name}, apart)
+    return Choices(base, found, {AS_STORED: kept, **by_name}, others, apart)
 
 
 def canonical_methods(names: Iterable[str]) -> tuple[str, ...]:

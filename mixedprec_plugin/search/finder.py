@@ -161,18 +161,6 @@ class Search:
         return self.is_by_layer or not is_bound(option.planned[0])
 
 
-def kept_scores(choices: Choices, kept: KeptScores) -> Scores:
-    """The scores that are there, of the candidates that are."""
-    return kept.read(_keys(choices, kept))
-
-
-def _keys(choices: Choices, kept: KeptScores) -> dict[str, str]:
-    return {
-        name: kept.key(candidate.key, candidate.scheme.source)
-        for name, candidate in choices.candidates.items()
-    }
-
-
 def find_scores(
     choices: Choices, kept: KeptScores, way: Way, progress: Progress, *, at_load: bool
 ) -> tuple[Scores, int]:
@@ -186,8 +174,7 @@ def find_scores(
         ServerError: an engine is asked, and fails.
         ConvertError: the scores cannot be written.
     """
-    keys = _keys(choices, kept)
-    known = kept.read(keys)
+    known = kept.read()
     missing = {}
     for unit in choices.units.values():
         names = [
@@ -201,8 +188,8 @@ def find_scores(
             missing[unit.name] = names
     if missing:
         for made in way.score(missing, progress):
-            kept.write(made, keys)
-        known = kept.read(keys)
+            kept.write(made)
+        known = kept.read()
     return known, sum(map(len, missing.values()))
 
 

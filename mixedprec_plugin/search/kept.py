@@ -20,6 +20,7 @@ from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import CheckpointError, ConvertError, Problem
 from mixedprec_plugin.resources import cache_root
+from mixedprec_plugin.search.candidates import Choices
 
 # unit name -> candidate name -> what it costs
 Scores = dict[str, dict[str, float]]
@@ -58,27 +59,27 @@ class Basis:
 
 
 class KeptScores:
-    """The scores of a model on a basis.
+    """The scores of a model's candidates on a basis.
 
     Args:
-        dtype: what the model runs in.
-        others: further sources, by name.
         inputs: what the files of `basis.inputs` say of themselves.
     """
 
-    def __init__(
-        self, model: Source, dtype: str, basis: Basis, others: Mapping[str, Source] | None = None,
-        inputs: object = None,
-    ) -> None:  # fmt: skip
-        self.basis = basis
-        self._others = {name: _identity(source) for name, source in (others or {}).items()}
+    def __init__(self, choices: Choices, basis: Basis, inputs: object = None) -> None:
+        self.basis, model = basis, choices.base.source
         self.facts = {
-            "version": _VERSION, "model": _identity(model), "dtype": dtype,
+            "version": _VERSION, "model": _identity(model), "dtype": choices.base.target.dtype,
             **dataclasses.asdict(basis),
             "text": file_digest(basis.text) if basis.text else "written by the model",
             "inputs": inputs,
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }  # fmt: skip
+        # other bytes of its source are another candidate
+        others = {name: _identity(source) for name, (_, source) in choices.others.items()}
+        self._keys = {
+            name: one.key + others.get(one.scheme.source, "")
+            for name, one in choices.candidates.items()
+        }
         self._digest = digest_of(self.facts)[:16]
         self._places = [model.path / _FOLDER, cache_root() / "scores"]
 
@@ -100,27 +101,23 @@ class KeptScores:
         found = (place / f"scores-{self._digest}.json" for place in self._places)
         return next((path for path in found if path.is_file()), None)
 
-    def read(self, keys: Mapping[str, str]) -> Scores:
-        """The scores that are there, by candidate name -> what they are kept under; see `key`."""
+    def read(self) -> Scores:
+        """The scores that are there."""
         path = self.path
         if path is None:
             return {}
-        names = {key: name for name, key in keys.items()}
+        names = {key: name for name, key in self._keys.items()}
         return {
             unit: {names[key]: score for key, score in own.items() if key in names}
             for unit, own in _read(path).items()
         }
 
-    def key(self, candidate_key: str, source: str) -> str:
-        """What a candidate's scores are kept under: other bytes of its source are another one."""
-        return candidate_key + self._others.get(source, "")
-
-    def write(self, scores: Scores, keys: Mapping[str, str]) -> None:
+    def write(self, scores: Scores) -> None:
         """Add scores to those that are there."""
         path = self.path or self.folder() / f"scores-{self._digest}.json"
         known = _read(path) if path.exists() else {}
         for unit, own in scores.items():
-            known.setdefault(unit, {}).update({keys[name]: score for name, score in own.items()})
+            known.setdefault(unit, {}).update({self._keys[name]: x for name, x in own.items()})
         temporary = path.with_suffix(".tmp")
         try:
             text = json.dumps({"facts": self.facts, "scores": known}, default=str)

@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.names import without_numbers
@@ -38,7 +37,7 @@ class Chosen(NamedTuple):
     about: Sequence[str]
 
 
-def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, SourceReference]) -> str:
+def preset_text(choices: Choices, chosen: Chosen) -> str:
     """Write an assignment as YAML."""
     used = list(dict.fromkeys(chosen.choice.values()))
     weights = {
@@ -52,7 +51,7 @@ def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, Sourc
     lines += [f"description: {json.dumps(_description(choices, weights))}"]
     sources = {choices.candidates[name].scheme.source for name in used} - {"model"}
     lines += ["sources:"] * bool(sources)
-    lines += [f"  {name}: {_source(references[name])}" for name in sorted(sources)]
+    lines += [f"  {name}: {_source(choices.others[name][0])}" for name in sorted(sources)]
     schemes = [name for name in by_share if choices.candidates[name].scheme.method != AUTO]
     again = _requantized(choices, chosen.choice)
     lines += ["schemes:"] * bool(schemes)
@@ -67,9 +66,7 @@ def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, Sourc
     return "\n".join(lines) + "\n"
 
 
-def publish(
-    text: str, choices: Choices, choice: Mapping[str, str], others: Mapping[str, Source], path: Path
-) -> Plan:
+def publish(text: str, choices: Choices, choice: Mapping[str, str], path: Path) -> Plan:
     """Write a preset, once its plan is what was chosen, and return the plan.
 
     Raises:
@@ -81,7 +78,7 @@ def publish(
         temporary.write_text(text, encoding="utf-8")
         preset = load_preset(temporary)
         used = {rule.scheme.source for rule in preset.rules} - {"model"}
-        sources = {name: others[name] for name in used}
+        sources = {name: choices.others[name][1] for name in used}
         plan = resolve_plan(preset, base.source, base.target, sources).check()
         _check(plan, choices, choice)
         os.replace(temporary, path)

@@ -168,8 +168,8 @@ def test_experts_of_a_quantized_release_stay_as_stored_one_by_one(tmp_path: Path
     }  # fmt: skip
     found = Search(choices).run(Budget(bits=6.0), scores, GUESSES)
     preset = tmp_path / "found.yaml"
-    text = preset_text(found.choices, Chosen(found.choice, found.losses, []), {})
-    plan = publish(text, found.choices, found.choice, {}, preset)
+    text = preset_text(found.choices, Chosen(found.choice, found.losses, []))
+    plan = publish(text, found.choices, found.choice, preset)
     made = {
         (layer.action, layer.method, layer.shard.expert % 3 == 0)
         for layer in plan.layers
