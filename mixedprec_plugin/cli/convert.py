@@ -15,6 +15,7 @@ from mixedprec_plugin.cli.planning import (
     given,
     make_plan,
 )
+from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import PlanError, Problem, UsageError, printable
 from mixedprec_plugin.plan.drafts import as_stored, own_draft, resolve_draft_plan, with_draft
 from mixedprec_plugin.plan.model import Plan
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from mixedprec_plugin.calibrate.calibrator import Calibration
-    from mixedprec_plugin.convert.form import Form
-
-_FORMATS = ("mixedprec", "compressed-tensors")
 
 EXAMPLES = """
   mixedprec convert --model DIR --preset awq --out DIR-awq
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of a file (5GB)"
     )
     parser.add_argument(
-        "--format", choices=_FORMATS, default="mixedprec",
+        "--format", choices=("mixedprec", "compressed-tensors"), default="mixedprec",
         help="compressed-tensors: for stock SGLang and vLLM, where the plan can be written so",
     )  # fmt: skip
     parser.add_argument(
@@ -75,32 +73,33 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     plan = make_plan(args).check()
     written = _written(args, plan).check()
     # the verbs that only read run without torch
+    from mixedprec_plugin.convert.compressed import CompressedForm
     from mixedprec_plugin.convert.converter import convert
-    from mixedprec_plugin.convert.parts import parse_size
+    from mixedprec_plugin.convert.form import Form, MixedForm
 
     size = parse_size(args.max_shard_size)
+    form: Form = CompressedForm() if args.format == "compressed-tensors" else MixedForm()
     with plan.preset.concealing(), progress_for(args) as bar:
         calibration = _calibration(args, plan, bar)
-        if calibration is not None and calibration.is_helper:
+        if calibration and calibration.is_helper:
             calibration.help()
             return 0
         task = bar.add_task("converting", total=None)
         try:
             done = convert(
-                written, _form(args.format), Path(args.out), size, overwrite=args.overwrite,
+                written, form, Path(args.out), size, overwrite=args.overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
                 calibration=calibration,
             )  # fmt: skip
         finally:
-            if calibration is not None:
+            if calibration:
                 calibration.dismiss()
-    loss = calibration.predicted_loss if calibration is not None else None
-    unseen = calibration.unseen if calibration is not None else []
+    loss = calibration.predicted_loss if calibration else None
+    unseen = calibration.unseen if calibration else []
     if args.json:
         found = {**dataclasses.asdict(done), "predicted_kl": loss, "unseen": unseen}
-        if args.fold and calibration is not None:
-            found["folded"] = calibration.folded
-            found["not_folded"] = [dataclasses.asdict(one) for one in calibration.folds.left]
+        if args.fold and calibration:
+            found |= {"folded": calibration.folded, "not_folded": calibration.folds.left}
         print_json({"folder": args.out, **found}, out)
         return 0
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
     if loss is not None:
         print(f"predicted KL on text that was held out: {loss:.4f} nats a token", file=out)
-    if args.fold and calibration is not None:
+    if args.fold and calibration:
         num_folded, num_units = len(calibration.folded), calibration.folds.num_units
         print(f"scales folded in {num_folded} of {num_units} units of layers", file=out)
         for left in calibration.folds.left:
@@ -154,13 +153,3 @@ def _calibration(args: argparse.Namespace, plan: Plan, bar: Progress) -> Calibra
 
     options = Options(**text, gradients=not args.no_gradients, fold=args.fold)
     return Calibration(plan, options, bar, everything=args.calibrate)
-
-
-def _form(name: str) -> Form:
-    if name == "compressed-tensors":
-        from mixedprec_plugin.convert.compressed import CompressedForm
-
-        return CompressedForm()
-    from mixedprec_plugin.convert.form import MixedForm
-
-    return MixedForm()

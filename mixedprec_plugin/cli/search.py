@@ -52,7 +52,6 @@ EXAMPLES = """
 # arguments that say what scores are made on
 _TEXT = ("text", "windows", "length", "seed", "held_out")
 _BASIS = Basis()
-_PART_BYTES = 5 * 10**9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -278,7 +277,7 @@ def _convert(args: argparse.Namespace, plan: Plan, out: Path, bar: Progress) -> 
         calibration = Calibration(plan, options, bar, everything=False)
     task = bar.add_task("converting", total=None)
     convert(
-        plan, MixedForm(), out, _PART_BYTES, calibration=calibration,
+        plan, MixedForm(), out, parse_size("5GB"), calibration=calibration,
         progress=lambda done, total: bar.update(task, completed=done, total=total),
     )  # fmt: skip
     bar.remove_task(task)

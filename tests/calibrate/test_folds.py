@@ -30,8 +30,10 @@ from tests.calibrate.test_convert import (
     command,
     convert,
     evaluate,
+    given,
     preset_of,
     same_by_two,
+    tried,
 )
 
 CPU = torch.device("cpu")
@@ -292,14 +294,13 @@ def test_what_folding_does_not_help_is_left_unfolded(
 
 
 def test_folding_is_refused_where_it_does_nothing(tmp_path: Path) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model)
-    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
-    code, _, err = command("convert", *words, "--fold")
+    model, preset = given(tmp_path)
+    out = tmp_path / "out"
+    code, _, err = tried(model, preset, out, "--fold")
     assert (code, "--fold: is for calibration; add --calibrate" in err) == (2, True)
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "other", "architectures": ["OtherForCausalLM"]}
     (model / "config.json").write_text(json.dumps(config))
-    code, _, err = command("convert", *words, "--calibrate", "--fold")
+    code, _, err = tried(model, preset, out, "--calibrate", "--fold")
     assert code == 1
     assert "--fold: no layers of the plan can be folded (nothing is known of what reads" in err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -13,7 +12,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.memory import rank_bytes
@@ -24,6 +22,7 @@ from mixedprec_plugin.search.candidates import find_choices
 from mixedprec_plugin.search.finder import GUESSES, Budget, Search
 from mixedprec_plugin.search.rule import guessed
 from mixedprec_plugin.search.write import Chosen, preset_text, publish
+from tests import commands
 from tests.calibrate.models import write_model
 from tests.published import deepseek_v3, qwen3_30b_a3b
 
@@ -40,10 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, *words: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    command = ["search", "--device", "cpu", "--model", model, *words]
-    code = main([str(word) for word in command], out, err)
-    return code, out.getvalue(), err.getvalue()
+    return commands.run("search", "--device", "cpu", "--model", model, *words)
 
 
 def found(model: Path, *words: object) -> dict[str, Any]:
@@ -123,33 +119,28 @@ def test_at_load_makes_no_scores_of_what_needs_a_conversion(model: Path, tmp_pat
 
 
 def test_init_goes_by_scores_that_are_there(model: Path, tmp_path: Path) -> None:
-    copy, out = tmp_path / "model", io.StringIO()
+    copy = tmp_path / "model"
     shutil.copytree(model, copy, ignore=shutil.ignore_patterns(".mixedprec"))
     words = ["init", "--device", "cpu", "--model", str(copy), "--bits", "5.5"]
-    assert main(words, out) == 0
-    assert "a rule of thumb from shapes alone" in out.getvalue()
+    assert "a rule of thumb from shapes alone" in commands.run(*words)[1]
     found(copy, "--at-load", "--bits", 5.5, "--methods", "awq,fp8", "--out", tmp_path / "a.yaml")
     preset = tmp_path / "mine.yaml"
-    out = io.StringIO()
-    assert main([*words, "--out", str(preset)], out) == 0
-    assert "chosen by scores of mixedprec search" in out.getvalue()
+    assert "chosen by scores of mixedprec search" in commands.run(*words, "--out", preset)[1]
     first, *rest = preset.read_text().splitlines()
     assert first.startswith("# yaml-language-server: $schema=")
     # the same schemes and rules, of which searches tell what they cost
     own = [line for line in (tmp_path / "a.yaml").read_text().splitlines() if line[0] != "#"]
     assert [line for line in rest if line[0] != "#"] == own
     # no size, no search
-    out = io.StringIO()
-    assert main(words[:-2], out) == 0
-    assert "a rule of thumb from shapes alone" in out.getvalue()
+    assert "a rule of thumb from shapes alone" in commands.run(*words[:-2])[1]
 
 
 def test_quantized_release_is_rounded_again_where_that_is_chosen(tmp_path: Path) -> None:
     folder = deepseek_v3(num_layers=4).write(tmp_path / "model")
     preset = tmp_path / "found.yaml"
     words = ["search", "--model", folder, *FEW, "--fast", "--bits", 5, "--out", preset]
-    err = io.StringIO()
-    assert main([str(x) for x in words], io.StringIO(), err) == 0, err.getvalue()
+    code, _, err = commands.run(*words)
+    assert code == 0, err
     plan = resolve_plan(load_preset(preset), open_source(folder), Target()).check()
     actions = {layer.action for layer in plan.layers if layer.kind == "expert"}
     assert "requantize" in actions
@@ -211,8 +202,7 @@ def test_sources_are_chosen_from_unless_scales_are_folded_into_their_norms(
     preset = tmp_path / "awq.yaml"
     preset.write_text("version: 1\nrules: [{match: '*', method: awq, group_size: 32}]\n")
     for name, folder in (("plain", model), ("folded", scaled)):
-        command = ["convert", "--device", "cpu", "--model", folder, "--preset", preset, "--out"]
-        assert main([str(x) for x in (*command, tmp_path / name)], io.StringIO()) == 0
+        commands.converted(folder, preset, tmp_path / name)
     sources = tmp_path / "sources.yaml"
     paths = "".join(f"  {x}: {{path: {tmp_path / x}}}\n" for x in ("plain", "folded", "scaled"))
     sources.write_text(f"version: 1\nsources:\n{paths}rules: [{{match: '*', method: auto}}]\n")
@@ -253,28 +243,25 @@ def test_single_experts_lose_less_than_whole_layers_of_them(tmp_path: Path) -> N
 
 def test_rule_of_thumb_reads_no_weights_and_says_what_it_is(tmp_path: Path) -> None:
     folder = qwen3_30b_a3b(num_layers=2).write(tmp_path / "moe")
-    out, err = io.StringIO(), io.StringIO()
     words = ["search", "--model", folder, *FEW, "--fast", "--gpu", "H100", "--bits", 5, "--out"]
-    code = main([str(x) for x in (*words, tmp_path / "found.yaml")], out, err)
-    assert code == 0, err.getvalue()
-    assert "a rule of thumb from shapes alone" in out.getvalue()
+    code, out, err = commands.run(*words, tmp_path / "found.yaml")
+    assert code == 0, err
+    assert "a rule of thumb from shapes alone" in out
     assert "rule of thumb" in (tmp_path / "found.yaml").read_text()
 
 
 def test_card_that_holds_nothing_of_it_is_refused_with_what_fits(tmp_path: Path) -> None:
     folder = qwen3_30b_a3b(num_layers=3).write(tmp_path / "moe")
     words = ["search", "--model", folder, "--fast", "--gpu", "RTX4090", "--out", tmp_path / "x"]
-    out, err = io.StringIO(), io.StringIO()
-    code = main([str(x) for x in (*words, "--context", "32k", "--concurrency", 256)], out, err)
+    code, _, text = commands.run(*words, "--context", "32k", "--concurrency", 256)
     assert code == 1
-    text = err.getvalue()
     assert "RTX 4090 has 0.0 GB left for weights on a rank (expected" in text
     assert "256 requests x 32,768 tokens x 3 layers x 4 heads x (128 + 128) x 2 bytes" in text
     assert re.search(r"it fits with .*--tp \d", text), text
     assert not (tmp_path / "x").exists()
-    code = main([str(x) for x in (*words, "--context", "4k", "--tp", 2)], out, err)
-    assert code == 0, err.getvalue()
-    assert "--mem-fraction-static" in out.getvalue()
+    code, out, err = commands.run(*words, "--context", "4k", "--tp", 2)
+    assert code == 0, err
+    assert "--mem-fraction-static" in out
 
 
 @pytest.mark.parametrize(
