@@ -13,6 +13,7 @@ from mixedprec_plugin.methods.cards import CAPABILITIES, Gpu, version
 from mixedprec_plugin.methods.interface import LayerShape, Method, Target
 from mixedprec_plugin.methods.registry import METHODS, suggest_method
 from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.plan.folding import runs_of
 from mixedprec_plugin.plan.tables import Page, Table
 
 EXAMPLES = """
@@ -75,14 +76,8 @@ def cards_of(method: Method) -> list[int]:
 
 def _ranges(capabilities: list[int]) -> str:
     """`7.5-9.0, 12.0`: runs of the capabilities that there are."""
-    runs: list[list[int]] = []
-    for capability in capabilities:
-        index = CAPABILITIES.index(capability)
-        if runs and CAPABILITIES.index(runs[-1][-1]) == index - 1:
-            runs[-1].append(capability)
-        else:
-            runs.append([capability])
-    ends = [dict.fromkeys((version(run[0]), version(run[-1]))) for run in runs]
+    runs = runs_of(map(CAPABILITIES.index, capabilities))
+    ends = [dict.fromkeys(version(CAPABILITIES[index]) for index in run) for run in runs]
     return ", ".join("-".join(pair) for pair in ends)
 
 

@@ -29,7 +29,7 @@ def write_pages(args: argparse.Namespace, plan: Plan) -> None:
     if args.html:
         write_page(args.html, plan, _against(args), args.overlay)
     if args.svg:
-        write_text(args.svg, map_of(plan), "--svg")
+        _write(args.svg, map_of(plan), "--svg")
 
 
 def _against(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -62,8 +62,10 @@ def write_page(
         "against": against,
         "overlays": [_in_order(read_overlay(each, plan), plan) for each in overlays],
     }
-    template = page_path().read_text(encoding="utf-8")
-    write_text(path, template.replace(_DATA, in_script(data)), "--html")
+    # nothing in it ends the element or the JSON
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c").replace("\x7f", "\\u007f")
+    _write(path, page_path().read_text(encoding="utf-8").replace(_DATA, text), "--html")
 
 
 def _in_order(overlay: dict[str, Any], plan: Plan) -> dict[str, Any]:
@@ -73,14 +75,7 @@ def _in_order(overlay: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return {**overlay, "values": [n if n is None else float(f"{n:.3g}") for n in numbers]}
 
 
-def in_script(data: Any) -> str:
-    """Plain data as JSON that may stand in a page: nothing in it ends the element or the JSON."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\x7f", "\\u007f")
-
-
-def write_text(path: Path, text: str, flag: str) -> None:
-    """Write a file that the command line names."""
+def _write(path: Path, text: str, flag: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -72,13 +72,18 @@ def _ends(ranges: str) -> list[tuple[int, int]]:
 
 def fold_numbers(numbers: Iterable[int]) -> str:
     """`[0, 1, 2, 5]` -> `0-2,5`."""
-    ranges: list[list[int]] = []
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs_of(numbers))
+
+
+def runs_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """`[0, 1, 2, 5]` -> `[(0, 2), (5, 5)]`."""
+    runs: list[tuple[int, int]] = []
     for number in sorted(set(numbers)):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
         else:
-            ranges.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+            runs.append((number, number))
+    return runs
 
 
 def fold_problems(problems: Iterable[Problem]) -> list[Problem]:

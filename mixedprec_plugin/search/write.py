@@ -18,6 +18,7 @@ from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.names import without_numbers
 from mixedprec_plugin.plan.conversion import is_auto
+from mixedprec_plugin.plan.folding import runs_of
 from mixedprec_plugin.plan.matching import Candidates
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes
@@ -263,11 +264,8 @@ def _braces(words: Sequence[str]) -> str:
         return words[0]
     if not words[0].isdecimal():
         return "{" + ",".join(words) + "}"
-    runs: list[list[int]] = []
-    for number in sorted(map(int, words)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    parts = [str(a) if a == b else f"{{{a}..{b}}}" if b > a + 1 else f"{a},{b}" for a, b in runs]
+    parts = [
+        str(a) if a == b else f"{{{a}..{b}}}" if b > a + 1 else f"{a},{b}"
+        for a, b in runs_of(map(int, words))
+    ]
     return parts[0] if len(parts) == 1 and parts[0][0] == "{" else "{" + ",".join(parts) + "}"
