@@ -32,7 +32,7 @@ from mixedprec_plugin.calibrate.calibrator import Options
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.search.candidates import find_choices
-from mixedprec_plugin.search.front import loss_of
+from mixedprec_plugin.search.finder import loss_of
 from mixedprec_plugin.search.kept import Basis, KeptScores
 
 HEAD = Path(__file__).with_name("data") / "search.md"

@@ -7,6 +7,7 @@ serves, dequantized. What is not loaded takes no memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,13 +129,7 @@ class Network:
     def without_layers(self, replacement: Callable[..., Any]) -> Iterator[None]:
         """Have `replacement(index, hidden_states, **kwargs)` called for each decoder layer."""
         for index, layer in enumerate(self.layers):
-
-            def forward(
-                hidden: torch.Tensor, *args: Any, _index: int = index, **kwargs: Any
-            ) -> Any:
-                return replacement(_index, hidden, *args, **kwargs)
-
-            layer.forward = forward
+            layer.forward = functools.partial(replacement, index)
         try:
             yield
         finally:

@@ -39,7 +39,8 @@ class Ranks:
         if self.count == 1:
             return value
         held = [value]
-        distributed.broadcast_object_list(held, device=self._channel)
+        channel = self.device if self.device.type == "cuda" else None
+        distributed.broadcast_object_list(held, device=channel)
         return held[0]
 
     def exchange(
@@ -64,7 +65,3 @@ class Ranks:
         held = [None] * self.count
         distributed.all_gather_object(held, value)
         return held
-
-    @property
-    def _channel(self) -> torch.device | None:
-        return self.device if self.device.type == "cuda" else None

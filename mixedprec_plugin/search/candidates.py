@@ -156,7 +156,9 @@ def find_choices(
         wrong = [p for plan in plans for p in plan.errors if p.rule in _APART]
         if wrong:
             apart[name] = str(wrong[0])
-    candidates = [*_of_methods(methods), *_of_sources(x for x in beside if x not in apart)]
+    mixed = [name for name in beside if name not in apart]
+    taken = [Candidate(x, Scheme(x, *bind(AUTO, {}), source=x)) for x in mixed]
+    candidates = [*_of_methods(methods), *taken]
     kept = Candidate(AS_STORED, stored)
     options = {name: {AS_STORED: _option(kept, own, base)} for name, own in units.items()}
     few = _only(model, [units[names[0]] for names in alike])
@@ -208,11 +210,6 @@ def _of_methods(methods: Collection[str]) -> Iterator[Candidate]:
                     label = "-".join(words) + ("-nearest" if rounding == "nearest" else "")
                     scheme = dataclasses.replace(scheme, label=label, requantize=True)
                     yield Candidate(label, scheme)
-
-
-def _of_sources(others: Iterable[str]) -> Iterator[Candidate]:
-    for source in others:
-        yield Candidate(source, Scheme(source, *bind(AUTO, {}), source=source))
 
 
 # what is wrong of a source that cannot be mixed with the model

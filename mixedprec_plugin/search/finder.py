@@ -1,4 +1,4 @@
-"""Model and budget -> the preset: candidates, their scores, the allocation."""
+"""Model and budget -> the preset: candidates, their scores, the allocation, what is beside it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.errors import MixedPrecisionError, PlanError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.auto import is_bound
-from mixedprec_plugin.search.allocate import TOLERANCE, Allocation, Table, with_fewest_schemes
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.resources import preset_names
+from mixedprec_plugin.search.allocate import (
+    TOLERANCE,
+    Allocation,
+    Table,
+    front,
+    with_fewest_schemes,
+)
 from mixedprec_plugin.search.candidates import AS_STORED, Choices, Option, Unit
-from mixedprec_plugin.search.front import Point, front_points, loss_of, named_points, point_of
 from mixedprec_plugin.search.kept import KeptScores, Scores, Wanted
 from mixedprec_plugin.search.rule import worth_trying
 
@@ -62,6 +71,23 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True)
+class Point:
+    """One preset.
+
+    Attributes:
+        name: of the preset or the source; empty for points of the front.
+        bits: a weight of linear layers, scales counted.
+        rank_bytes: of all that one rank holds.
+        loss: what it is predicted to cost.
+    """
+
+    name: str
+    bits: float
+    rank_bytes: int
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Found:
     """What a search found.
 
@@ -84,18 +110,49 @@ class Found:
     @property
     def point(self) -> Point:
         """Where the choice stands."""
-        return point_of("", self.choices, self.choice, self.scores)
+        return self._point("", self.choice)
 
     @functools.cached_property
-    def front(self) -> tuple[Point, ...]:
-        """The best for other budgets."""
-        return tuple(front_points(self.choices, *self.tables))
+    def front(self) -> list[Point]:
+        """The best for other budgets, smallest first."""
+        found = []
+        total, ranks = self.tables
+        for made in front(total):
+            loss, num_bytes = total.totals(made)
+            held = ranks.totals(made)[1] + self.choices.rest[1]
+            found.append(Point("", 8 * num_bytes / self.choices.num_weights, held, loss))
+        return found
 
     @functools.cached_property
-    def named(self) -> tuple[Point, ...]:
-        """Presets that ship, and sources."""
-        is_small = len(self.choices.units) <= _MOST_UNITS_BESIDE
-        return tuple(named_points(self.choices, self.scores)) if is_small else ()
+    def named(self) -> list[Point]:
+        """Presets that ship and that serve this model, and each source as it is.
+
+        Those with a scheme that was not scored are left out.
+        """
+        found, choices = [], self.choices
+        if len(choices.units) > _MOST_UNITS_BESIDE:
+            return []
+        for name in preset_names():
+            try:
+                plan = resolve_plan(load_preset(name), choices.base.source, choices.base.target)
+            except MixedPrecisionError:
+                continue  # made for sources that are not here
+            choice = {} if plan.errors else _choice(plan, choices)
+            found += [self._point(name, choice)] if choice else []
+        for name in choices.others:
+            if all(name in unit.options for unit in choices.units.values()):
+                found.append(self._point(name, dict.fromkeys(choices.units, name)))
+        return found
+
+    def _point(self, name: str, choice: Mapping[str, str]) -> Point:
+        """Where an assignment of all units stands."""
+        options = [self.choices.units[unit].options[x] for unit, x in choice.items()]
+        return Point(
+            name,
+            8 * sum(option.num_bytes for option in options) / self.choices.num_weights,
+            sum(option.rank_bytes for option in options) + self.choices.rest[1],
+            sum(loss_of(self.scores, unit, x) for unit, x in choice.items()),
+        )
 
     @functools.cached_property
     def losses(self) -> dict[str, float]:
@@ -216,3 +273,29 @@ def _too_small(budget: Budget, choices: Choices, table: Table) -> PlanError:
         where, expected = "--budget", f"(expected {size + 0.005:.2f}GiB or more)"
     remedy = "allow more, name more --methods, or more ranks with --tp"
     return PlanError(Problem(where, f"{what} {expected}", remedy, "budget"))
+
+
+def loss_of(scores: Scores, unit: str, candidate: str) -> float:
+    """What a candidate costs a unit: nothing, where it stays as it is."""
+    return 0.0 if candidate == AS_STORED else scores[unit][candidate]
+
+
+def _choice(plan: Plan, choices: Choices) -> dict[str, str]:
+    """The candidates that a plan's units run in; empty if one is none of them."""
+    found = {}
+    for name, unit in choices.units.items():
+        candidate = _candidate(plan.by_name[unit.layers[0].name], unit.options)
+        if candidate is None:
+            return {}
+        found[name] = candidate
+    return found
+
+
+def _candidate(layer: PlannedLayer, options: Mapping[str, Option]) -> str | None:
+    assert layer.scheme is not None
+    wanted = layer.scheme.identity, layer.scheme.arguments.get("rounding")
+    for name, option in options.items():
+        own = option.candidate.scheme
+        if name != AS_STORED and wanted == (own.identity, own.arguments.get("rounding")):
+            return name
+    return AS_STORED if layer.action == "as stored" else None
