@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -80,13 +80,7 @@ class Capture(TorchFunctionMode):
                 self._owners[parameter.untyped_storage().data_ptr()] = parts
         self._last: tuple[Any, torch.Tensor] = (None, torch.empty(0))
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function; of a product, keep its inputs, and its gradient once that is known."""
         result = func(*args, **(kwargs or {}))
         if func is functional.linear and self._owners:

@@ -261,15 +261,13 @@ class Sweep:
     def _check_seen(self, wanted: dict[str, PlannedLayer], seen: set[str]) -> None:
         """See that each layer saw tokens; of experts, one of those that read the same states."""
 
-        def kind(layer: PlannedLayer) -> object:
-            shard = layer.shard
-            return (
-                (layer.module, shard.projection) if isinstance(shard, ExpertShard) else layer.name
-            )
-
-        found = {kind(layer) for name, layer in wanted.items() if name in seen}
-        for name, layer in wanted.items():
-            if kind(layer) not in found:
+        alike = {
+            name: (layer.module, getattr(layer.shard, "projection", name))
+            for name, layer in wanted.items()
+        }
+        found = {alike[name] for name in wanted if name in seen}
+        for name in wanted:
+            if alike[name] not in found:
                 raise self._network.unsupported(f"it does not run {name} as a linear layer")
 
 
@@ -282,9 +280,8 @@ def unit_of(layer: PlannedLayer) -> object:
 
 def rounded_paths(folder: Path, index: int, num_ranks: int) -> list[Path]:
     """Where each rank writes what it rounded of a decoder layer."""
-    return [
-        folder / f"rounded-{index}-{rank}-of-{num_ranks}.safetensors" for rank in range(num_ranks)
-    ]
+    names = (f"rounded-{index}-{rank}-of-{num_ranks}" for rank in range(num_ranks))
+    return [folder / f"{name}.safetensors" for name in names]
 
 
 def read_maxima(folder: Path, index: int) -> dict[str, float]:

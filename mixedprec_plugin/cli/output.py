@@ -66,20 +66,13 @@ def report(problems: Iterable[Problem], err: TextIO) -> None:
 
 def progress_for(args: argparse.Namespace) -> Progress:
     """What is done, how much of it and the time left; nothing where nobody is watching."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import console, progress
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+        console=console.Console(file=sys.stderr),
         disable=args.quiet or not sys.stderr.isatty(),
     )

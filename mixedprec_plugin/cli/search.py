@@ -188,7 +188,7 @@ def _others(path: Path | None) -> Others:
 def _budget(args: argparse.Namespace, choices: Choices) -> tuple[Budget, CardBudget | None]:
     load, target = load_of(args), choices.base.target
     if load is None or target.gpu is None:
-        size = parse_size(args.budget, "--budget") if args.budget else None
+        size = parse_size(args.budget, "--budget") if args.budget is not None else None
         return Budget(size, args.bits or 0.0), None
     card = gpu_budget(target.gpu, target.tp_size, choices.base.source.config, load)
     return Budget(card.weights), card
@@ -208,8 +208,7 @@ def _scores(args: argparse.Namespace, choices: Choices, bar: Progress) -> tuple[
         from mixedprec_plugin.calibrate.gathered import Gathered
 
         gathered = Gathered(args.inputs, choices.base)
-    facts = gathered.facts if gathered else None
-    kept = KeptScores(choices, basis, facts)
+    kept = KeptScores(choices, basis, gathered.facts if gathered else None)
     if gathered:
         from mixedprec_plugin.search.gathered import way_of_gathered
 
@@ -230,12 +229,9 @@ def _swept(choices: Choices, kept: KeptScores, wanted: Wanted, bar: Progress) ->
 
 
 def _with_nearest(
-    args: argparse.Namespace,
-    error: PlanError,
-    choices: Choices,
-    smallest: int,
+    args: argparse.Namespace, error: PlanError, choices: Choices, smallest: int,
     card: CardBudget | None,
-) -> PlanError:
+) -> PlanError:  # fmt: skip
     """Say of a card's budget what would fit."""
     load, target = load_of(args), choices.base.target
     if card is None or load is None or target.gpu is None:

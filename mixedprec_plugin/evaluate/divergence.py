@@ -1,9 +1,7 @@
 """How far the predictions of quantized models are from the unquantized one's, on a text.
 
 In transformers they run a decoder layer at a time, with the weights that they are served with,
-dequantized; activations are not quantized. At the end each model's logits are made for a window at
-a time, beside the reference's. Served, they run in SGLang's own kernels, one server after the
-other, and the reference is the same.
+dequantized; activations are not quantized. Served, they run in SGLang's kernels, one by one.
 """
 
 from __future__ import annotations

@@ -37,7 +37,6 @@ class Server:
     """`sglang serve` as a subprocess: `with Server(model_path, log_path) as server: ...`.
 
     Args:
-        model_path: checkpoint folder.
         log_path: file that receives what the server prints.
         preset_path: served with `--load-format mixedprec` if given, stock if None.
         flags: more flags of `sglang serve`.
@@ -49,15 +48,9 @@ class Server:
     """
 
     def __init__(
-        self,
-        model_path: Path,
-        log_path: Path,
-        preset_path: Path | None = None,
-        flags: Sequence[str] = (),
-        *,
-        api_key: str = "",
-        is_quiet: bool = False,
-    ) -> None:
+        self, model_path: Path, log_path: Path, preset_path: Path | None = None,
+        flags: Sequence[str] = (), *, api_key: str = "", is_quiet: bool = False,
+    ) -> None:  # fmt: skip
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._is_quiet = is_quiet
         self.port = free_port()
@@ -88,14 +81,9 @@ class Server:
         environment = {**os.environ, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env=environment, start_new_session=True, preexec_fn=_end_with_parent,
+            )  # fmt: skip
         try:
             self._wait()
         except BaseException:

@@ -1,9 +1,7 @@
 """Scores x budget -> the candidate of every unit: a multiple-choice knapsack.
 
-For a price of a byte, every unit takes the candidate of the least loss plus price; the price at
-which all of them just fit gives a bound that no assignment is below. What is left to decide, those
-candidates that could be in an assignment between the bound and the best that is known, HiGHS solves
-exactly: a few of the units, whatever their number.
+The price of a byte at which the cheapest candidates just fit gives a bound. Those that could be in
+an assignment between it and the best that is known, HiGHS solves exactly: a few of the units.
 """
 
 from __future__ import annotations
@@ -89,7 +87,8 @@ class Table:
         cost = self.loss + price * self.size
         least = cost.min(1, keepdims=True)
         # far below a difference that counts, far above rounding
-        return np.where(cost <= least * (1 + 1e-12), self.size, np.inf).argmin(1)
+        found: Integers = np.where(cost <= least * (1 + 1e-12), self.size, np.inf).argmin(1)
+        return found
 
     def totals(self, choice: Integers) -> tuple[float, int]:
         """Loss and bytes of an assignment."""

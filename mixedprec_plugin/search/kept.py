@@ -1,8 +1,6 @@
 """Scores that were made before, beside the checkpoint or in the cache where that is read-only.
 
-A file holds the scores on one basis: one model, told by its files' names, sizes and headers, one
-text, and one release of what computes. Scores are kept by unit and candidate, so that a search with
-other methods only makes those that are not there.
+A file holds those on one basis, by unit and candidate: other methods need but theirs.
 """
 
 from __future__ import annotations

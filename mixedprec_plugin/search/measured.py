@@ -1,9 +1,8 @@
 """Scores by what a serving engine predicts: KL of the model with one unit in other weights.
 
 An engine serves the unquantized model in float32, so that rounding elsewhere hides nothing, and is
-handed the weights of one unit after the other, as each candidate serves them
-(`/update_weights_from_disk`, with a folder of that unit alone). What a method does to activations
-is not seen so: candidates that quantize them are not scored.
+handed the weights of one unit after the other, as each candidate serves them. What a method does to
+activations is not seen so: candidates that quantize them are not scored.
 """
 
 from __future__ import annotations

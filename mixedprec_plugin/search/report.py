@@ -70,22 +70,17 @@ def print_found(
 ) -> None:  # fmt: skip
     """Print where the bytes go and what that costs."""
     if card is not None:
-        _print_card(card, page)
+        held = Table(("on each rank", False), ("GB", True), ("", False))
+        for line in card.lines:
+            held.add(line.title, f"{line.num_bytes / 1e9:.2f}", line.formula)
+        page.print(held)
+    page.print(_schemes(found))
+    if found.named:
+        beside = Table(("for comparison", False), ("bits", True), ("loss", True))
+        for point in sorted(found.named, key=lambda point: point.bits):
+            beside.add(point.name, f"{point.bits:.2f}", f"{point.loss:.4f}")
+        page.print(beside)
     unit, what = _KINDS[found.way.kind]
-    table = Table(
-        ("scheme", False), ("modules", True), ("size", True), ("bits", True), ("loss", True)
-    )
-    schemes: dict[str, list[str]] = {}
-    for unit_name, scheme in found.choice.items():
-        schemes.setdefault(scheme, []).append(unit_name)
-    for name, units in sorted(schemes.items(), key=lambda item: -len(item[1])):
-        options = [found.choices.units[unit].options[name] for unit in units]
-        size = sum(option.num_bytes for option in options)
-        weights = sum(found.choices.units[unit].num_weights for unit in units)
-        loss = sum(found.losses[unit] for unit in units)
-        cells = (str(len(units)), format_bytes(size), f"{8 * size / weights:.2f}", f"{loss:.4f}")
-        table.add(name, *cells)
-    page.print(table)
     point, allocation = found.point, found.allocation
     said = [
         f"{point.bits:.3f} bits a weight of linear layers, "
@@ -107,36 +102,37 @@ def print_found(
     said += [f"left out: source {name}: {why}" for name, why in found.choices.apart.items()]
     made = f"{found.num_made:,} scores made" if found.num_made else "scores were there"
     said.append(f"{path}: written ({made}, {seconds:.1f} s)")
-    if found.named:
-        _print_named(found, page)
     for line in said:
         page.print(printable(line))
 
 
-def _print_card(card: CardBudget, page: Page) -> None:
-    table = Table(("on each rank", False), ("GB", True), ("", False))
-    for line in card.lines:
-        table.add(line.title, f"{line.num_bytes / 1e9:.2f}", line.formula)
-    page.print(table)
-
-
-def _print_named(found: Found, page: Page) -> None:
-    table = Table(("for comparison", False), ("bits", True), ("loss", True))
-    for point in sorted(found.named, key=lambda point: point.bits):
-        table.add(point.name, f"{point.bits:.2f}", f"{point.loss:.4f}")
-    page.print(table)
+def _schemes(found: Found) -> Table:
+    table = Table(
+        ("scheme", False), ("modules", True), ("size", True), ("bits", True), ("loss", True)
+    )
+    schemes: dict[str, list[str]] = {}
+    for unit_name, scheme in found.choice.items():
+        schemes.setdefault(scheme, []).append(unit_name)
+    for name, units in sorted(schemes.items(), key=lambda item: -len(item[1])):
+        options = [found.choices.units[unit].options[name] for unit in units]
+        size = sum(option.num_bytes for option in options)
+        weights = sum(found.choices.units[unit].num_weights for unit in units)
+        loss = sum(found.losses[unit] for unit in units)
+        cells = (str(len(units)), format_bytes(size), f"{8 * size / weights:.2f}", f"{loss:.4f}")
+        table.add(name, *cells)
+    return table
 
 
 def as_dict(
     found: Found, card: CardBudget | None, measured: Measured | None, seconds: float
 ) -> dict[str, Any]:
-    """The same as plain data."""
+    """The same as data for JSON."""
     allocation = found.allocation
     return {
         "kind": found.way.kind,
         "scored_on": found.way.scored_on,
         "unscored": dict(found.way.without),
-        "point": dataclasses.asdict(found.point),
+        "point": found.point,
         "bound": allocation.bound,
         "gap": allocation.gap,
         "units": {
@@ -144,10 +140,10 @@ def as_dict(
             for unit, name in found.choice.items()
         },
         "as_stored": AS_STORED,
-        "front": [dataclasses.asdict(point) for point in found.front],
-        "named": [dataclasses.asdict(point) for point in found.named],
+        "front": found.front,
+        "named": found.named,
         "card": [line._asdict() for line in card.lines] if card else None,
-        "measured": dataclasses.asdict(measured) if measured else None,
+        "measured": measured,
         "scores_made": found.num_made,
         "seconds": seconds,
     }

@@ -1,7 +1,6 @@
 """An assignment -> a preset that a person can read, checked before it is there.
 
-The scheme of most weights is that of a first rule for everything; what differs follows in rules of
-its own, for as many layers in one pattern as are alike. Each rule says what it takes and costs.
+A first rule has the scheme of most weights; what differs follows, with what it takes and costs.
 """
 
 from __future__ import annotations
