@@ -256,7 +256,7 @@ class Sweep:
             records.append({"layer": layer.name, **record})
         path = rounded_paths(self._folder, index, ranks.count)[ranks.rank]
         save_whole(tensors, path, {"records": json.dumps(records)})
-        return sum(ranks.everyone(math.fsum(record.get("loss") or 0.0 for record in records)))
+        return math.fsum(ranks.everyone(sum(record.get("loss") or 0.0 for record in records)))
 
     def _check_seen(self, wanted: dict[str, PlannedLayer], seen: set[str]) -> None:
         """See that each layer saw tokens; of experts, one of those that read the same states."""

@@ -163,9 +163,9 @@ def find_choices(
     options = {name: {AS_STORED: _option(kept, own, base)} for name, own in units.items()}
     few = _only(model, [units[names[0]] for names in alike])
     for candidate in candidates:
-        source = candidate.scheme.source
-        is_own = source not in beside
-        plan = resolve_plan(_preset(candidate.scheme), few, target) if is_own else beside[source]
+        scheme = candidate.scheme
+        is_own = scheme.source not in beside
+        plan = resolve_plan(_preset(scheme), few, target) if is_own else beside[scheme.source]
         served = _served(candidate, plan)
         for names in alike if is_own else ([name] for name in units):
             if planned := served.get(names[0]):
