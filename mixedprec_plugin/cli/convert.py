@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from mixedprec_plugin.calibrate.calibrator import Calibration
+    from mixedprec_plugin.convert.converter import Converted
 
 EXAMPLES = """
   mixedprec convert --model DIR --preset awq --out DIR-awq
@@ -94,6 +95,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         finally:
             if calibration:
                 calibration.dismiss()
+    _print(args, done, calibration, out)
+    return 0
+
+
+def _print(
+    args: argparse.Namespace, done: Converted, calibration: Calibration | None, out: TextIO
+) -> None:
+    """Say what was written, and what a calibration predicts, folded and did not see."""
     loss = calibration.predicted_loss if calibration else None
     unseen = calibration.unseen if calibration else []
     if args.json:
@@ -101,7 +110,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         if args.fold and calibration:
             found |= {"folded": calibration.folded, "not_folded": calibration.folds.left}
         print_json({"folder": args.out, **found}, out)
-        return 0
+        return
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
     print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
@@ -119,7 +128,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             "are rounded by what other experts read, down as if its inputs were alike; more "
             "--windows, or a --text of yours, may reach them", file=out,
         )  # fmt: skip
-    return 0
 
 
 def _written(args: argparse.Namespace, plan: Plan) -> Plan:
