@@ -71,8 +71,8 @@ def print_found(
     """Print where the bytes go and what that costs."""
     if card is not None:
         held = Table(("on each rank", False), ("GB", True), ("", False))
-        for line in card.lines:
-            held.add(line.title, f"{line.num_bytes / 1e9:.2f}", line.formula)
+        for row in card.lines:
+            held.add(row.title, f"{row.num_bytes / 1e9:.2f}", row.formula)
         page.print(held)
     page.print(_schemes(found))
     if found.named:
