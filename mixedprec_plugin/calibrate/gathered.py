@@ -70,15 +70,11 @@ def metadata(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Gathered:
-    """The files of a folder, whole and of one model.
+    """The files of a folder where an engine wrote, whole and of one model, that of a plan.
 
-    Args:
-        folder: where an engine wrote.
-        plan: the model that they are to be of.
     Raises:
         CheckpointError: there are none, some are missing or damaged, they are of another model, or
             there are too few tokens.
-
     Attributes:
         facts: what each file says of itself.
         num_tokens: of each module.

@@ -75,11 +75,10 @@ def _examine_hooks() -> list[Finding]:
     problems = hooks.check_registration()
     findings = [failed("registration", problem) for problem in problems]
     for hook in hooks.HOOKS:
-        place = f"{line_of_text(hooks, hook.target)} and {line_of(hook.function)}"
-        findings += [
-            Finding("registration", hook.target, "failed", f"{fault}; look at {place}")
-            for fault in hook_faults(hook)
-        ]
+        for fault in hook_faults(hook):
+            place = f"{line_of_text(hooks, hook.target)} and {line_of(hook.function)}"
+            text = f"{fault}; look at {place}"
+            findings.append(Finding("registration", hook.target, "failed", text))
     if not problems:
         targets = ", ".join(hook.target.rpartition("srt.")[2] for hook in hooks.HOOKS)
         findings.append(Finding("registration", "load format", "ok", LOAD_FORMAT))
