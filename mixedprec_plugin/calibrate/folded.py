@@ -32,11 +32,7 @@ _LARGEST = 16.0
 
 
 class FoldedRounding(LayerRounding):
-    """Rounds layers of a plan, scales folded; see `LayerRounding`.
-
-    Attributes:
-        groups: layer name -> the number of the group that it is rounded with.
-    """
+    """Rounds layers of a plan, scales folded; `groups` has the number of each layer's group."""
 
     def __init__(self, target: Target, reader: Reader, device: torch.device, folds: Folds) -> None:
         super().__init__(target, reader, device)

@@ -54,7 +54,6 @@ class Folds(NamedTuple):
 
     @property
     def num_units(self) -> int:
-        """How many units are in all groups."""
         return sum(map(len, self.groups))
 
 

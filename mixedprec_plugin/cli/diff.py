@@ -84,16 +84,13 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[s
     """Layers that are served otherwise, in the order of the second plan."""
     old = {layer["name"]: layer for layer in before["layers"]}
     new = {layer["name"]: layer for layer in after["layers"]}
-    return [
-        {
-            "name": name,
-            "a": _served(old.get(name)),
-            "b": _served(new.get(name)),
-            "bytes": new.get(name, {}).get("bytes", 0) - old.get(name, {}).get("bytes", 0),
-        }
-        for name in (*new, *(name for name in old if name not in new))
-        if _served(old.get(name)) != _served(new.get(name))
-    ]
+    changes = []
+    for name in {**new, **old}:
+        a, b = _served(old.get(name)), _served(new.get(name))
+        if a != b:
+            grown = new.get(name, {}).get("bytes", 0) - old.get(name, {}).get("bytes", 0)
+            changes.append({"name": name, "a": a, "b": b, "bytes": grown})
+    return changes
 
 
 def _served(layer: Mapping[str, Any] | None) -> str:

@@ -31,7 +31,6 @@ EXAMPLES = """
   mixedprec doctor --verbose
   mixedprec doctor --json
 """
-
 # names as people type them, with the arguments that are worth a try beside the defaults
 _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fp8", {}), ("fp8_block", {}), ("fp8", {"activation_scheme": "static"}), ("fp8_channel", {}),

@@ -56,10 +56,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     reference = open_source(args.reference or args.model)
     is_served = args.engine == "sglang"
     servers = _servers(args, plans, reference.path) if is_served else None
-    with (
-        tempfile.TemporaryDirectory(prefix="mixedprec-eval-") as folder,
-        progress_for(args) as bar,
-    ):
+    with tempfile.TemporaryDirectory(prefix="mixedprec-eval-") as folder, progress_for(args) as bar:
         rows = evaluate(
             plans, reference, args.text, args.windows or _WINDOWS, args.length or _LENGTH,
             args.seed or 0, Path(folder), bar, servers,

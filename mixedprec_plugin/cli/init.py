@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TextIO
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.output import print_json, write_new
 from mixedprec_plugin.cli.planning import add_model_argument, add_target_arguments, target_of
-from mixedprec_plugin.cli.presets import MODELINE
+from mixedprec_plugin.cli.presets import with_modeline
 from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.methods.cards import Gpu
@@ -24,8 +23,6 @@ from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import totals, totals_line
 from mixedprec_plugin.plan.tables import Page
-from mixedprec_plugin.preset.schema import PRESET_SCHEMA
-from mixedprec_plugin.resources import schema_path
 from mixedprec_plugin.search.candidates import AS_STORED, Unit, find_choices
 from mixedprec_plugin.search.finder import GUESSES, Budget, Found, Search, Way
 from mixedprec_plugin.search.kept import Basis, KeptScores
@@ -79,7 +76,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise _too_large(error, args) from None
     crowded = _why_not_started(plan, gpu) if args.device == "cuda" else []
     text = text.replace("version: 1\n", "".join(f"# {x}\n" for x in crowded) + "version: 1\n", 1)
-    text = f"{MODELINE}{os.path.abspath(schema_path(PRESET_SCHEMA))}\n{text}"
+    text = with_modeline(text)
     if args.out:
         write_new(path, text)
     if args.json:

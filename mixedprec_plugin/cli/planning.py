@@ -134,9 +134,7 @@ def make_named_plan(args: argparse.Namespace, named: str) -> Plan:
 def make_draft_plan(args: argparse.Namespace, plan: Plan) -> Plan | None:
     """Plan the section `draft` of a plan's preset over the draft model that was named.
 
-    Returns:
-        where none was named, the plan of the model's own layers of multi-token prediction; None
-        where it has none, or the preset no such section.
+    Where none was, over the model's own layers of multi-token prediction, if there are such.
     """
     preset = plan.preset.draft
     if not args.draft_model:

@@ -23,7 +23,7 @@ EXAMPLES = """
   mixedprec presets show mine.yaml         parents and overrides merged, interpolations resolved
   mixedprec presets copy awq               write ./awq.yaml, which editors check as you type
 """
-MODELINE = "# yaml-language-server: $schema="
+_MODELINE = "# yaml-language-server: $schema="
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +78,10 @@ def _copy(name: str, path: Path) -> Path:
     assert source is not None  # it was loaded
     text = source.read_text(encoding="utf-8")
     first, _, rest = text.partition("\n")
-    body = rest if first.startswith(MODELINE) else text
-    write_new(path, f"{MODELINE}{os.path.abspath(schema_path(PRESET_SCHEMA))}\n{body}")
+    write_new(path, with_modeline(rest if first.startswith(_MODELINE) else text))
     return path
+
+
+def with_modeline(text: str) -> str:
+    """A preset's text under the line by which editors find its schema."""
+    return f"{_MODELINE}{os.path.abspath(schema_path(PRESET_SCHEMA))}\n{text}"

@@ -32,7 +32,6 @@ class Finding:
         section: what it belongs to: `configs`, `registration`, `versions` or `device`.
         name: what was looked at.
         status: `absent` is what this machine cannot have, and no fault.
-        text: what was found, or the reason.
         details: the same as data, for --json.
     """
 
@@ -144,11 +143,8 @@ def line_of_failure(error: BaseException) -> str:
 def line_of_method(spec: Method, key: str, rule: str, error: BaseException) -> str:
     """Return the line of ours that a config which does not construct goes back to.
 
-    Args:
-        key: of `config_classes`.
-        rule: of the problem: `no-config-class` goes back to where the class is named, the rest to
-            the builder of the arguments.
-        error: what was raised; an import that failed within our own class comes first.
+    By the rule of the problem: `no-config-class` goes back to where the class is named, the rest to
+    the builder of arguments; an import that failed within our own class comes first.
     """
     module = inspect.getmodule(spec.config_arguments)
     if rule != "no-config-class" or module is None:

@@ -18,12 +18,7 @@ from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.compose.stream import compose_served
 from mixedprec_plugin.errors import Problem, UsageError, printable
-from mixedprec_plugin.evaluate.divergence import (
-    Divergence,
-    Mean,
-    divergences,
-    served_divergences,
-)
+from mixedprec_plugin.evaluate.divergence import Divergence, Mean, divergences, served_divergences
 from mixedprec_plugin.evaluate.server import Server
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import totals

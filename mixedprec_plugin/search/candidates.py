@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -43,13 +42,6 @@ class Candidate:
     def needs_conversion(self) -> bool:
         """Whether only a conversion rounds so."""
         return self.scheme.arguments.get("rounding") == "calibrated"
-
-    @property
-    def key(self) -> str:
-        """What its scores are kept under."""
-        return json.dumps(
-            [self.scheme.method, dict(self.scheme.arguments), self.scheme.source], sort_keys=True
-        )
 
 
 @dataclasses.dataclass(frozen=True)

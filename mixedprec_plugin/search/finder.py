@@ -221,14 +221,10 @@ class Search:
 def find_scores(
     choices: Choices, kept: KeptScores, way: Way, progress: Progress, *, at_load: bool
 ) -> tuple[Scores, int]:
-    """Read scores, and make those that are not there; how many were made.
+    """Read scores, and make those that are not there, and may be chosen; how many were made.
 
-    Args:
-        at_load: whether what needs a conversion is not made, as it may not be chosen.
     Raises:
-        CheckpointError: a source is damaged, or transformers does not have the model's class.
-        UsageError: the text cannot be read, or is too short.
-        ServerError: an engine is asked, and fails.
+        CheckpointError, UsageError, ServerError: as the way to make them says.
         ConvertError: the scores cannot be written.
     """
     known = kept.read()

@@ -17,6 +17,7 @@ from typing import Any
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import CheckpointError, ConvertError, Problem
+from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.resources import cache_root
 from mixedprec_plugin.search.candidates import Choices
 
@@ -75,7 +76,7 @@ class KeptScores:
         # other bytes of its source are another candidate
         others = {name: _identity(source) for name, (_, source) in choices.others.items()}
         self._keys = {
-            name: one.key + others.get(one.scheme.source, "")
+            name: _key(one.scheme) + others.get(one.scheme.source, "")
             for name, one in choices.candidates.items()
         }
         self._digest = digest_of(self.facts)[:16]
@@ -132,6 +133,10 @@ def _read(path: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         what = f"is no file of scores ({error})"
         raise CheckpointError(Problem(str(path), what, "remove it", "scores")) from error
+
+
+def _key(scheme: Scheme) -> str:
+    return json.dumps([scheme.method, dict(scheme.arguments), scheme.source], sort_keys=True)
 
 
 def _identity(source: Source) -> str:

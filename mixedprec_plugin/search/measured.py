@@ -80,8 +80,7 @@ def measure_scores(
         folder: an empty one, for weights and the server's log.
     Raises:
         ServerError: the server does not start, or fails.
-        CheckpointError: a source is damaged.
-        UsageError: the text cannot be read, or is too short.
+        CheckpointError, UsageError: a source is damaged, or the text no text.
     """
     source, target = choices.base.source, choices.base.target
     vocabulary = int(text_config(source.config)["vocab_size"])

@@ -1,12 +1,10 @@
 """What each candidate of each unit costs: its error, weighed by the gradients of held-out text.
 
 Of one token, an error d in the outputs of a unit changes the log-likelihood of a label that the
-model draws by g'd, g being the gradient. Half the mean over tokens of (g'd)^2, its rows summed and
-tokens taken as independent, is the divergence in nats that the error causes, to second order. d is
-what the unit makes with the candidate's weights and of inputs rounded as its kernels round them,
-less what it makes now. Neither the candidate nor H saw the tokens. The first of a window does not
-count, and beyond a nat a change counts as itself, as divergences do that are no longer small: a few
-tokens on which all others lean would else be most of the score.
+model draws by g'd, g being the gradient. Half the mean over tokens of (g'd)^2, rows summed, is the
+divergence in nats that the error causes, to second order; beyond a nat a change counts as itself.
+d is what the unit makes of the candidate's weights and of inputs as its kernels round them, less
+what it makes now, for tokens that neither the candidate nor H saw, but the first of each window.
 
 Without gradients it is the share of the unit's outputs that is error, |d|^2 / |y|^2, times the
 share of the tokens that the unit sees: a number to rank by, in no unit.
@@ -30,12 +28,7 @@ from mixedprec_plugin.calibrate.rounding import LayerRounding, Moments
 from mixedprec_plugin.calibrate.sweep import Sweep, read_records, rounded_paths, save_whole
 from mixedprec_plugin.calibrate.text import held_last, text_for
 from mixedprec_plugin.checkpoint.reader import Reader
-from mixedprec_plugin.compose.stream import (
-    Tensors,
-    compose_floats,
-    compose_layer,
-    served_floats,
-)
+from mixedprec_plugin.compose.stream import Tensors, compose_floats, compose_layer, served_floats
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -173,10 +166,8 @@ def sweep_for_scores(
 def make_scores(
     choices: Choices, wanted: Wanted, basis: Basis, folder: Path, progress: Progress
 ) -> Scores:
-    """Score candidates in one sweep over the model.
+    """Score candidates in one sweep over the model; what a folder holds of a stopped one goes on.
 
-    Args:
-        folder: where the work is kept; a sweep that was stopped goes on.
     Raises:
         CheckpointError: a source is damaged, or transformers does not have the model's class.
         UsageError: the text cannot be read, or is too short.

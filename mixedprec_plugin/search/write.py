@@ -67,12 +67,7 @@ def preset_text(choices: Choices, chosen: Chosen) -> str:
 
 
 def publish(text: str, choices: Choices, choice: Mapping[str, str], path: Path) -> Plan:
-    """Write a preset, once its plan is what was chosen, and return the plan.
-
-    Raises:
-        PlanError: the layers do not fit each other so.
-        ConvertError: the file cannot be written.
-    """
+    """Write a preset, once its plan is what was chosen, and return the plan; errors as of plans."""
     temporary, base = path.with_name(f".{path.name}.tmp.yaml"), choices.base
     try:
         temporary.write_text(text, encoding="utf-8")
