@@ -46,7 +46,7 @@ class Network:
     ) -> None:  # fmt: skip
         self._plan, self._reader, self._compose = plan, reader, compose
         self.source, self.device = plan.source, device or usual_device()
-        self.model = _empty_model(plan, self.device)
+        self.model = self._empty_model()
         mapping: list[Any] = [*get_model_conversion_mapping(self.model)]
         self._loading = LoadStateDictConfig(
             dtype=torch.float32, device_map={"": self.device}, weight_mapping=mapping
@@ -71,9 +71,36 @@ class Network:
         self.layers = layers
         self.path = next(name for name, module in self.model.named_modules() if module is layers)
 
+    def _empty_model(self) -> Any:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            config = AutoConfig.from_pretrained(self.source.path)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    config, dtype=torch.float32, attn_implementation="sdpa",
+                    experts_implementation="eager",
+                )  # fmt: skip
+        except (ValueError, KeyError, OSError) as error:
+            raise self.unsupported(str(error)) from error
+        # what no checkpoint holds (frequencies of rotary embeddings) the classes compute themselves
+        for module in model.modules():
+            buffers = {n for n in module._buffers if n in module._non_persistent_buffers_set}
+            for name in buffers:
+                if (buffer := module._buffers[name]) is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
+            if buffers:
+                with torch.no_grad():
+                    model._init_weights(module)
+        return model.eval()
+
     def unsupported(self, why: str) -> CheckpointError:
         """The error of a model that cannot be run layer by layer."""
-        return _unsupported(self._plan, why)
+        where = str(self.source.path / "config.json")
+        what = f"transformers cannot run this model: {why}"
+        remedy = "it can be neither calibrated nor evaluated here"
+        return CheckpointError(Problem(where, what, remedy, "transformers"))
 
     def planned(self, index: int | None) -> list[PlannedLayer]:
         """The layers of the plan that a decoder layer is made of; of no decoder layer for None."""
@@ -148,38 +175,6 @@ def _float_suffixes(layer: PlannedLayer) -> list[str]:
 def usual_device() -> torch.device:
     """The first GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _empty_model(plan: Plan, device: torch.device) -> Any:
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        config = AutoConfig.from_pretrained(plan.source.path)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=torch.float32, attn_implementation="sdpa",
-                experts_implementation="eager",
-            )  # fmt: skip
-    except (ValueError, KeyError, OSError) as error:
-        raise _unsupported(plan, str(error)) from error
-    # what no checkpoint holds (frequencies of rotary embeddings) the classes compute themselves
-    for module in model.modules():
-        buffers = {n for n in module._buffers if n in module._non_persistent_buffers_set}
-        for name in buffers:
-            if (buffer := module._buffers[name]) is not None:
-                module._buffers[name] = torch.empty_like(buffer, device=device)
-        if buffers:
-            with torch.no_grad():
-                model._init_weights(module)
-    return model.eval()
-
-
-def _unsupported(plan: Plan, why: str) -> CheckpointError:
-    where = str(plan.source.path / "config.json")
-    what = f"transformers cannot run this model: {why}"
-    remedy = "it can be neither calibrated nor evaluated here"
-    return CheckpointError(Problem(where, what, remedy, "transformers"))
 
 
 def _drop(model: Any, name: str) -> None:

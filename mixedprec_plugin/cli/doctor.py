@@ -85,7 +85,7 @@ def _quiet_sglang() -> Iterator[None]:
 
 
 def examine_versions() -> list[Finding]:
-    """Report Python's and the packages' versions; a package that is not installed is a fault."""
+    """Report Python's and the packages' versions; what is not installed is a fault."""
     findings = [Finding("versions", "python", "ok", platform.python_version())]
     for package in PACKAGES:
         try:

@@ -36,9 +36,8 @@ def write_new(path: Path, text: str) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        what = f"cannot be written ({error.strerror})"
-        if isinstance(error, FileExistsError):
-            what = "is there already"
+        is_there = isinstance(error, FileExistsError)
+        what = "is there already" if is_there else f"cannot be written ({error.strerror})"
         raise ConvertError(Problem(str(path), what, "name another file", "file")) from error
 
 

@@ -115,24 +115,19 @@ def _tile(kind: Tile, place: Rect, scale: dict[str, Any]) -> str:
     ink, size = _ink_on(color), 12
     letters = int((width - 12) / (size * _LETTER))
     shown = words[: max(0, int((height - 6) / 16))]
-    lines = [
-        _line(x + 6, y + 17 + 16 * k, _cut(word, letters), size, ink, "600" if not k else "400")
-        for k, word in enumerate(shown)
-        if letters > 5
-    ]
+    lines = []
+    for k, word in enumerate(shown if letters > 5 else ()):
+        text = word if len(word) <= letters else f"{word[: letters - 1]}…"
+        lines.append(_line(x + 6, y + 17 + 16 * k, text, size, ink, "400" if k else "600"))
     return f"<g>{title}{shape}{''.join(lines)}</g>"
 
 
 def _legend(scale: dict[str, Any], y: float) -> Iterator[str]:
-    x = 0
-    yield _line(x, y + 11, "bits a weight", 12, _MUTED)
-    x += 86
-    for bits in (2, 3, 4, 5, 6, 8, 12, 16):
+    yield _line(0, y + 11, "bits a weight", 12, _MUTED)
+    for number, bits in enumerate((2, 3, 4, 5, 6, 8, 12, 16, 0)):
+        x = 86 + 52 * number
         yield f'<rect x="{x}" y="{y}" width="18" height="13" fill="{_color(bits, scale)}"/>'
-        yield _line(x + 22, y + 11, str(bits), 12, _INK)
-        x += 52
-    yield f'<rect x="{x}" y="{y}" width="18" height="13" fill="{_color(0, scale)}"/>'
-    yield _line(x + 22, y + 11, "no matrix", 12, _INK)
+        yield _line(x + 22, y + 11, str(bits or "no matrix"), 12, _INK)
 
 
 def _color(bits: float, scale: dict[str, Any]) -> str:
@@ -154,10 +149,6 @@ def _ink_on(color: str) -> str:
     parts = (int(color[k : k + 2], 16) / 255 for k in (1, 3, 5))
     red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
     return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
-
-
-def _cut(text: str, letters: int) -> str:
-    return text if len(text) <= letters else f"{text[: max(0, letters - 1)]}…"
 
 
 def _line(x: float, y: float, text: str, size: int, ink: str, weight: str = "400") -> str:

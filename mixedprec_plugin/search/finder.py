@@ -59,12 +59,7 @@ GUESSES = Way("guesses")
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What the preset may take.
-
-    Attributes:
-        num_bytes: of weights on a rank, everything counted; None if bits are given.
-        bits: a weight of linear layers, scales counted.
-    """
+    """Bytes of weights on a rank, everything counted, or else bits a weight of linear layers."""
 
     num_bytes: int | None = None
     bits: float = 0.0
@@ -72,14 +67,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One preset.
-
-    Attributes:
-        name: of the preset or the source; empty for points of the front.
-        bits: a weight of linear layers, scales counted.
-        rank_bytes: of all that one rank holds.
-        loss: what it is predicted to cost.
-    """
+    """Where a preset or source stands, or an unnamed point of the front; bytes are of one rank."""
 
     name: str
     bits: float
