@@ -209,7 +209,7 @@ class Search:
 def find_scores(
     choices: Choices, kept: KeptScores, way: Way, progress: Progress, *, at_load: bool
 ) -> tuple[Scores, int]:
-    """Read scores, and make those that are not there, and may be chosen; how many were made.
+    """Read scores, make those that may be chosen and are not there, and tell how many were made.
 
     Raises:
         CheckpointError, UsageError, ServerError: as the way to make them says.

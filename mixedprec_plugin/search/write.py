@@ -67,7 +67,11 @@ def preset_text(choices: Choices, chosen: Chosen) -> str:
 
 
 def publish(text: str, choices: Choices, choice: Mapping[str, str], path: Path) -> Plan:
-    """Write a preset, once its plan is what was chosen, and return the plan; errors as of plans."""
+    """Write a preset, once its plan is what was chosen, and return the plan.
+
+    Raises:
+        PlanError, ConvertError: the layers do not fit each other so, or the file is not written.
+    """
     temporary, base = path.with_name(f".{path.name}.tmp.yaml"), choices.base
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -219,6 +223,7 @@ def _boxes(wanted: Collection[str]) -> list[Box]:
     for place in (*sorted(numbers, reverse=True), -1):
         merged: dict[tuple[bool, Box, Box], list[str]] = {}
         for box in boxes:
+            # a shorter name has its last word there
             at = place if 0 <= place < len(box) else len(box) - 1
             key = box[at][0].isdecimal(), box[:at], box[at + 1 :]
             merged.setdefault(key, []).extend(box[at])
