@@ -98,7 +98,7 @@ def _text(model: Path, folder: Path) -> Path:
         preset = load_resolved(everything, "peers")
         plan = resolve_plan(preset, open_source(model), Target(device="cpu"))
         with Reader() as reader:
-            network = Network(plan, reader, torch.float32, torch.device("cpu"))
+            network = Network(plan, reader, torch.device("cpu"))
             tokenizer = AutoTokenizer.from_pretrained(model)
             made = write_text(network, tokenizer, TEXT_WINDOWS, LENGTH, 0)
         path.write_text(json.dumps(made.tolist()), encoding="utf-8")

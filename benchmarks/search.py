@@ -32,8 +32,7 @@ from mixedprec_plugin.calibrate.calibrator import Options
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.search.candidates import find_choices
-from mixedprec_plugin.search.finder import kept_scores
-from mixedprec_plugin.search.front import loss_of
+from mixedprec_plugin.search.finder import loss_of
 from mixedprec_plugin.search.kept import Basis, KeptScores
 
 HEAD = Path(__file__).with_name("data") / "search.md"
@@ -147,9 +146,8 @@ class Bench:
 
     def _predicted(self, found: dict[str, Any]) -> float:
         """By the scores, whatever it was chosen by."""
-        target = Target("cpu")
-        choices = find_choices(open_source(self._model), target, _METHODS.split(","))
-        scores = kept_scores(choices, KeptScores(choices.base.source, target.dtype, Basis()))
+        choices = find_choices(open_source(self._model), Target("cpu"), _METHODS.split(","))
+        scores = KeptScores(choices, Basis()).read()
         return sum(loss_of(scores, unit, x["scheme"]) for unit, x in found["units"].items())
 
     def _beside(self, peer: Path) -> Path:

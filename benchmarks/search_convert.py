@@ -113,7 +113,7 @@ def _sweep(
         (work / name).mkdir(parents=True, exist_ok=True)
     device, plan = torch.device("cpu"), next(iter(plans.values()))
     with Reader() as reader:
-        network = Network(plan, reader, torch.float32, device)
+        network = Network(plan, reader, device)
         path = work / "text.safetensors"
         if not path.exists():
             tokenizer = AutoTokenizer.from_pretrained(plan.source.path)

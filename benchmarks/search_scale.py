@@ -19,7 +19,7 @@ from demo.model import checkpoint
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.search.candidates import find_choices
-from mixedprec_plugin.search.finder import Budget, Search
+from mixedprec_plugin.search.finder import GUESSES, Budget, Search
 from mixedprec_plugin.search.kept import Scores
 from mixedprec_plugin.search.rule import guessed
 from mixedprec_plugin.search.write import Chosen, preset_text, publish
@@ -46,10 +46,10 @@ def trillion() -> dict[str, Any]:
         step("candidates")
         scores = _simulated(guessed(choices))
         step("scores")
-        found = Search(choices).run(Budget(bits=5.0), scores, "guesses")
+        found = Search(choices).run(Budget(bits=5.0), scores, GUESSES)
         step("allocation")
-        text = preset_text(found.choices, Chosen(found.choice, found.losses, []), {})
-        plan = publish(text, found.choices, found.choice, {}, Path(name) / "found.yaml")
+        text = preset_text(found.choices, Chosen(found.choice, found.losses, []))
+        plan = publish(text, found.choices, found.choice, Path(name) / "found.yaml")
         step("preset")
     return {
         "units": len(choices.units), "weights": choices.num_weights,

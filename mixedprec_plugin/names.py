@@ -300,13 +300,18 @@ def _likeness(wanted: str, shape: str) -> float:
 
 def fold_numbers(numbers: Iterable[int]) -> str:
     """`[0, 1, 2, 5]` -> `0-2,5`."""
-    ranges: list[list[int]] = []
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges_of(numbers))
+
+
+def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """`[0, 1, 2, 5]` -> `[(0, 2), (5, 5)]`."""
+    ranges: list[tuple[int, int]] = []
     for number in sorted(set(numbers)):
         if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
+            ranges[-1] = (ranges[-1][0], number)
         else:
-            ranges.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+            ranges.append((number, number))
+    return ranges
 
 
 def unfold_numbers(text: str) -> list[range]:

@@ -14,9 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mixedprec_plugin.calibrate import LENGTH, WINDOWS
-from mixedprec_plugin.calibrate.cached import kv_scale_of
 from mixedprec_plugin.calibrate.folded import FoldedRounding
-from mixedprec_plugin.calibrate.folds import NO_FOLDS, Folds, find_folds
+from mixedprec_plugin.calibrate.folds import NO_FOLDS, find_folds
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
 from mixedprec_plugin.calibrate.rounding import is_rounded_so
@@ -27,13 +26,7 @@ from mixedprec_plugin.calibrate.sweep import (
     rounded_paths,
     save_whole,
 )
-from mixedprec_plugin.calibrate.text import (
-    held_last,
-    num_held_out,
-    open_tokenizer,
-    read_text,
-    write_text,
-)
+from mixedprec_plugin.calibrate.text import held_last, num_held_out, text_for
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.compose.stream import Tensors, compose_layer, round_to_nearest
@@ -45,6 +38,7 @@ from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
 _TEXT = "text.safetensors"
+_LARGEST_E4M3 = 448.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +74,11 @@ class Calibration:
     Args:
         plan: a plan without errors.
         everything: whether all layers are calibrated that can be, or those whose scheme asks.
-        progress: shows how far it is.
     Raises:
         PlanError: no layer of the plan is rounded to codes, and no scale is asked for; or no unit
             of them can be folded.
-        UsageError: the text cannot be read.
+    Attributes:
+        folds: what can be folded, and what not; empty where that was not asked for.
     """
 
     def __init__(
@@ -97,9 +91,9 @@ class Calibration:
         if not self._names and not self._attentions:
             what = "no layer of the plan is rounded to codes (expected a quantized one)"
             raise PlanError(Problem("--calibrate", what, "leave it out", "calibrate"))
-        self._folds = find_folds(plan, self._names) if options.fold else NO_FOLDS
-        if options.fold and not self._folds.groups:
-            why = ", ".join(dict.fromkeys(problem.what for problem in self._folds.left))
+        self.folds = find_folds(plan, self._names) if options.fold else NO_FOLDS
+        if options.fold and not self.folds.groups:
+            why = ", ".join(dict.fromkeys(problem.what for problem in self.folds.left))
             what = f"no layers of the plan can be folded ({why or 'none is rounded to codes'})"
             raise PlanError(Problem("--fold", what, "leave it out", "calibrate"))
         self._ranks = Ranks()
@@ -111,12 +105,11 @@ class Calibration:
 
     def facts(self) -> dict[str, Any]:
         """What the codes depend on, beside the plan."""
-        packages = ("torch", "transformers")
         text = self._options.text
         return {
             **dataclasses.asdict(self._options),
             "text": file_digest(text) if text else "written by the model",
-            "versions": {name: version(name) for name in packages},
+            "versions": {name: version(name) for name in ("torch", "transformers")},
         }
 
     def disk_bytes(self, folder: Path) -> int:
@@ -147,7 +140,7 @@ class Calibration:
             self._is_begun = True
             self._ranks.share(str(folder))
         with Reader() as reader:
-            network = Network(self._plan, reader, torch.float32, self._ranks.device)
+            network = Network(self._plan, reader, self._ranks.device)
             count = len(network.layers)
             self._check_reached(network)
             if not min(self._ranks.everyone(self._index(folder, count))):
@@ -165,7 +158,7 @@ class Calibration:
                     self._progress.update(task, advance=1, description=text)
 
                 device, options = self._ranks.device, self._options
-                rounding = FoldedRounding(self._plan.target, reader, device, self._folds)
+                rounding = FoldedRounding(self._plan.target, reader, device, self.folds)
                 sweep = Sweep(
                     network, tokens, folder, options.seed,
                     gradients=gradients, ranks=self._ranks,
@@ -194,15 +187,10 @@ class Calibration:
     def _tokens(self, network: Network, folder: Path) -> torch.Tensor:
         options, path = self._options, folder / _TEXT
         if self._ranks.rank == 0 and not path.exists():
-            tokenizer = open_tokenizer(self._plan.source.path)
-            count = options.all_windows
+            sizes = options.all_windows, options.length, options.seed
+            made = text_for(network, options.text, *sizes, self._progress)
             if options.text is not None:
-                made = read_text(options.text, tokenizer, count, options.length)
                 made = held_last(made, num_held_out(len(made)))
-            else:
-                task = self._progress.add_task("writing text", total=None)
-                made = write_text(network, tokenizer, count, options.length, options.seed)
-                self._progress.remove_task(task)
             save_whole({"tokens": made}, path)
         self._ranks.everyone(None)
         tokens = load_file(path)["tokens"]
@@ -212,11 +200,7 @@ class Calibration:
         return tokens
 
     def _check_reached(self, network: Network) -> None:
-        """See that every layer is in a decoder layer, which alone are swept.
-
-        Raises:
-            PlanError: some are not.
-        """
+        """See that every layer is in a decoder layer, which alone are swept."""
         indices = range(len(network.layers))
         reached = {layer.name for index in indices for layer in network.planned(index)}
         if missed := self._names - reached:
@@ -241,11 +225,7 @@ class Calibration:
         return True
 
     def _scale(self, network: Network, folder: Path) -> None:
-        """Make the scales of the KV cache.
-
-        Raises:
-            CheckpointError: transformers computes an attention in a way that is not seen.
-        """
+        """Make the scales of the KV cache, where transformers' attention was seen."""
         for index in range(len(network.layers)):
             inside = {f"{parent_of(layer.name)}.attn" for layer in network.planned(index)}
             for name in sorted(inside & self._attentions):
@@ -253,7 +233,7 @@ class Calibration:
                 if not maxima:
                     raise network.unsupported(f"it does not run {parent_of(name)} in one product")
                 self._scales[name] = {
-                    f"{part[0]}_scale": kv_scale_of(largest) for part, largest in maxima.items()
+                    f"{part[0]}_scale": _kv_scale(largest) for part, largest in maxima.items()
                 }
         if lacking := sorted(self._attentions - self._scales.keys()):
             raise network.unsupported(f"it has no decoder layer with {parent_of(lacking[0])}")
@@ -274,9 +254,12 @@ class Calibration:
 
     def _kept(self, layer: PlannedLayer) -> Tensors:
         with safe_open(self._files[layer.name], framework="pt") as file:
-            prefix = f"{layer.name}."
-            names = [name for name in file.offset_keys() if name.rpartition(".")[0] == layer.name]
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            names = [name.rpartition(".") for name in file.offset_keys()]
+            return {
+                suffix: file.get_tensor(f"{name}.{suffix}")
+                for name, _, suffix in names
+                if name == layer.name
+            }
 
     @property
     def predicted_loss(self) -> float | None:
@@ -288,11 +271,6 @@ class Calibration:
     def folded(self) -> list[str]:
         """Names of the norms and layers that were divided for those that read them."""
         return [record["layer"] for record in self._folded]
-
-    @property
-    def folds(self) -> Folds:
-        """What could be folded, and what not; empty where that was not asked for."""
-        return self._folds
 
     @property
     def unseen(self) -> list[str]:
@@ -311,3 +289,13 @@ class Calibration:
             "folded": self._folded,
             "layers": self._records,
         }
+
+
+def _kv_scale(largest: float) -> torch.Tensor:
+    """The scale of keys or values in FP8 that are at most so large, float32 []; never zero.
+
+    Source: llm-compressor, which observes the same states (modifiers/quantization/calibration.py,
+    `calibrate_kv_cache_input_hook`), and `calculate_qparams` of compressed-tensors.
+    """
+    scale = torch.tensor(largest, dtype=torch.float32) / _LARGEST_E4M3
+    return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)

@@ -1,8 +1,8 @@
-"""What every linear layer reads, and how much its outputs matter, of a network that is run."""
+"""What every linear layer reads, how much its outputs matter, and what attention caches."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,16 @@ class Seen(NamedTuple):
     held: list[Held]
 
 
+def joined(parts: Iterable[Seen]) -> Seen:
+    """Tokens that several layers, or ranks, saw, in their order."""
+    seen = Seen([], [], [])
+    for part in parts:
+        seen.x.extend(part.x)
+        seen.weights.extend(part.weights)
+        seen.held.extend(part.held)
+    return seen
+
+
 class Capture(TorchFunctionMode):
     """Keeps the inputs and the gradients of `torch.nn.functional.linear` while it is entered.
 
@@ -54,26 +64,23 @@ class Capture(TorchFunctionMode):
 
     Attributes:
         is_held_out: whether what runs now is of text that is held out.
+        maxima: `key` and `value` -> the largest magnitude that attention caches, behind norm and
+            rotation; without gradients alone, and empty where no attention ran.
     """
 
     def __init__(self, network: Network, wanted: Collection[str], *, gradients: bool) -> None:
         super().__init__()
         self._gradients, self.is_held_out = gradients, False
         self.seen: dict[str, Seen] = {}
+        self.maxima: dict[str, torch.Tensor] = {}
         self._owners: dict[int, list[PlannedLayer]] = {}
         for name, parameter in network.model.named_parameters():
-            parts = [part for part in network.layer_of(name) if part.name in wanted]
+            parts = [part for part in network.parts.get(name, ()) if part.name in wanted]
             if parts and not parameter.is_meta:
                 self._owners[parameter.untyped_storage().data_ptr()] = parts
         self._last: tuple[Any, torch.Tensor] = (None, torch.empty(0))
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function; of a product, keep its inputs, and its gradient once that is known."""
         result = func(*args, **(kwargs or {}))
         if func is functional.linear and self._owners:
@@ -81,6 +88,11 @@ class Capture(TorchFunctionMode):
             parts = self._owners.get(weight.untyped_storage().data_ptr(), [])
             if parts := _of_product(parts, weight):
                 self._keep(parts, x, result)
+        elif func is functional.scaled_dot_product_attention and not self._gradients:
+            for number, part in ((1, "key"), (2, "value")):
+                states = args[number] if number < len(args) else (kwargs or {})[part]
+                largest = states.detach().abs().max().float().cpu()
+                self.maxima[part] = torch.maximum(self.maxima.get(part, largest), largest)
         return result
 
     def __exit__(self, *error: Any) -> None:

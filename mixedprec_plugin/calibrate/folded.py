@@ -32,11 +32,7 @@ _LARGEST = 16.0
 
 
 class FoldedRounding(LayerRounding):
-    """Rounds layers of a plan, scales folded; see `LayerRounding`.
-
-    Attributes:
-        groups: layer name -> the number of the group that it is rounded with.
-    """
+    """Rounds layers of a plan, scales folded; `groups` has the number of each layer's group."""
 
     def __init__(self, target: Target, reader: Reader, device: torch.device, folds: Folds) -> None:
         super().__init__(target, reader, device)
@@ -76,12 +72,12 @@ class FoldedRounding(LayerRounding):
             return layer, tensors, {"loss": loss, **record}
 
         def cost(made: Iterable[Made], by: Mapping[str, Scales]) -> float:
-            losses = []
-            for layer, _, record in made:
-                loss: float | None = record["loss"]
-                own = moments[layer.name], by[layer.name]
-                losses.append(self.loss(layer, *own) if loss is None else loss)
-            return math.fsum(losses)
+            return math.fsum(
+                self.loss(layer, moments[layer.name], by[layer.name])
+                if record["loss"] is None
+                else record["loss"]
+                for layer, _, record in made
+            )
 
         # first: it makes the moments
         best = {layer.name: rounded(layer, scales) for layer in layers}
@@ -117,13 +113,7 @@ class FoldedRounding(LayerRounding):
     def _divide(
         self, unit: Unit, by: torch.Tensor, scales: Mapping[str, Scales]
     ) -> tuple[dict[str, Scales], Tensors]:
-        """Fold factors within a unit.
-
-        Args:
-            by: of what the maker makes, float64.
-        Returns:
-            the scales of all layers, and the tensors of a norm.
-        """
+        """Fold factors of what the maker makes: the scales of all layers, the tensors of a norm."""
         maker, (reader, *_) = unit.maker, unit.readers
         new, tensors = dict(scales), {}
         if maker.kind == "norm":
@@ -143,12 +133,10 @@ class FoldedRounding(LayerRounding):
 
 
 def factors(squares: torch.Tensor, exponent: float, unit: Unit) -> torch.Tensor:
-    """What a unit's columns are multiplied by, for each output of its maker.
+    """What a unit's columns are multiplied by, for each output of its maker, float64.
 
     Args:
-        squares: of its inputs, float64 [K].
-    Returns:
-        float64, one for a number that several query heads read.
+        squares: of its inputs, float64 [K], of which several query heads may read one number.
     """
     maker = unit.maker.stored
     size = maker.N if maker is not None else len(squares)
@@ -160,12 +148,10 @@ def factors(squares: torch.Tensor, exponent: float, unit: Unit) -> torch.Tensor:
 def divided_norm(
     weight: torch.Tensor, by: torch.Tensor, offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide a norm, as it is served.
+    """Divide a norm's weight [K], in the dtype that it is served in, by factors, float64 [K].
 
     Args:
-        weight: [K], in the dtype that it is served in.
-        by: float64 [K].
-        offset: what the norm adds to it.
+        offset: what the norm adds to its weight.
     Returns:
         the weight, and what it was divided by, float64: 1 where it is zero, or would be.
     """

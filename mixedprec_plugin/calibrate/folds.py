@@ -54,7 +54,6 @@ class Folds(NamedTuple):
 
     @property
     def num_units(self) -> int:
-        """How many units are in all groups."""
         return sum(map(len, self.groups))
 
 
@@ -62,11 +61,7 @@ NO_FOLDS = Folds([], [], 0.0)
 
 
 def find_folds(plan: Plan, names: Set[str]) -> Folds:
-    """Find the units of a plan that can be folded.
-
-    Args:
-        names: the layers that calibration rounds.
-    """
+    """Find the units of a plan that can be folded; `names` are what calibration rounds."""
     config = plan.source.config
     family = family_of(config)
     if family.norm_offset is None:

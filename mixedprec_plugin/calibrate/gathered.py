@@ -53,8 +53,6 @@ def model_digest(plan: Plan) -> str:
 
     A release that is quantized keeps those of the model that it was made from, or else its layers
     read something else.
-    Raises:
-        CheckpointError: a source is damaged.
     """
     made = hashlib.sha256()
     norms = [layer for layer in plan.layers if layer.kind == "norm"]
@@ -72,15 +70,11 @@ def metadata(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Gathered:
-    """The files of a folder, whole and of one model.
+    """The files of a folder where an engine wrote, whole and of one model, that of a plan.
 
-    Args:
-        folder: where an engine wrote.
-        plan: the model that they are to be of.
     Raises:
         CheckpointError: there are none, some are missing or damaged, they are of another model, or
             there are too few tokens.
-
     Attributes:
         facts: what each file says of itself.
         num_tokens: of each module.
@@ -115,16 +109,14 @@ class Gathered:
         return facts
 
     def _check(self, first: Mapping[str, Any]) -> None:
-        sizes = range(first["tp_size"]), range(first["pp_size"])
-        expected = [rank_path(self.folder, tp, pp) for tp in sizes[0] for pp in sizes[1]]
+        num_tp, num_pp = first["tp_size"], first["pp_size"]
+        expected = [rank_path(self.folder, tp, pp) for tp in range(num_tp) for pp in range(num_pp)]
         if self._paths != expected:
             missing = [x.name for x in expected if x not in self._paths]
             more = [x.name for x in self._paths if x not in expected]
-            what = (
-                f"is of {len(sizes[0])} tensor-parallel ranks in {len(sizes[1])} stages"
-                + (f", and {', '.join(missing)} is missing" if missing else "")
-                + (f", and {', '.join(more)} is of another start" if more else "")
-            )
+            what = f"is of {num_tp} tensor-parallel ranks in {num_pp} stages"
+            what += f", and {', '.join(missing)} is missing" if missing else ""
+            what += f", and {', '.join(more)} is of another start" if more else ""
             raise self._wrong(what, "copy every rank's file, or gather into an empty folder")
         counts = sorted({facts["num_tokens"] for facts in self.facts})
         if len(counts) > 1:
@@ -138,11 +130,7 @@ class Gathered:
             raise self._wrong(what, "send the server more prompts")
 
     def has(self, module: str) -> bool:
-        """Whether the inputs of a module are there.
-
-        Raises:
-            CheckpointError: no file knows of it.
-        """
+        """Whether the inputs of a module are there; an error where no file knows of it."""
         if module in self.unseen:
             return False
         if not any(module in facts["modules"] for facts in self.facts):
@@ -156,11 +144,7 @@ class Gathered:
         return blocks % _BLOCKS == _BLOCKS - 1
 
     def tokens(self, module: str, K: int) -> Tokens:
-        """What a module of K inputs read.
-
-        Raises:
-            CheckpointError: it has another number of inputs, or a file is damaged.
-        """
+        """What a module of K inputs read."""
         parts: list[torch.Tensor] = []
         experts = None
         for path, facts in zip(self._paths, self.facts, strict=True):
@@ -181,9 +165,8 @@ class Gathered:
             with safe_open(path, framework="pt") as file:
                 yield file
         except (OSError, SafetensorError, ValueError) as error:
-            raise self._wrong(
-                f"{path.name} cannot be read ({error})", "gather them anew"
-            ) from error
+            what = f"{path.name} cannot be read ({error})"
+            raise self._wrong(what, "gather them anew") from error
 
     def _wrong(self, what: str, remedy: str) -> CheckpointError:
         return CheckpointError(Problem(str(self.folder), what, remedy, "gathered"))

@@ -66,10 +66,7 @@ def second_moment(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor,
 def shrinkage(x: torch.Tensor, weights: torch.Tensor, H: torch.Tensor) -> float:
     """How far correlations go towards 0 so that the expected squared error is least.
 
-    Args:
-        x: inputs [T, K], any floating dtype.
-        weights: float32 [T].
-        H: mean of w x x', [K, K].
+    H is the mean of w x x' [K, K] over inputs and weights as of `second_moment`.
     """
     T = len(x)
     mean = weights.mean()

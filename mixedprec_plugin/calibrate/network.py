@@ -7,7 +7,8 @@ serves, dequantized. What is not loaded takes no memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,47 +24,38 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from mixedprec_plugin.checkpoint.reader import Reader
-from mixedprec_plugin.compose.stream import compose_floats
+from mixedprec_plugin.compose.stream import Compose, Tensors, compose_floats
 from mixedprec_plugin.errors import CheckpointError, Problem
-from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-
-Tensors = dict[str, torch.Tensor]
 
 
 class Network:
-    """A causal language model whose parameters come and go.
+    """A causal language model in float32 whose parameters come and go.
 
     Args:
         plan: a plan without errors; its model's config.json names the class.
-        reader: reads the sources.
-        dtype: of its parameters and its arithmetic.
-        device: where it computes.
+        device: where it computes; the first GPU, or else the CPU, if None.
         compose: gives the floats of a layer of the plan.
     Raises:
         CheckpointError: transformers has no such class, or one without a plain list of layers.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        reader: Reader,
-        dtype: torch.dtype,
-        device: torch.device,
-        compose: Callable[[PlannedLayer, Target, Reader], Tensors] = compose_floats,
-    ) -> None:
-        self._plan, self._reader, self.device, self._compose = plan, reader, device, compose
-        self.model = _empty_model(plan, dtype, device)
+        self, plan: Plan, reader: Reader, device: torch.device | None = None,
+        compose: Compose = compose_floats,
+    ) -> None:  # fmt: skip
+        self._plan, self._reader, self._compose = plan, reader, compose
+        self.source, self.device = plan.source, device or usual_device()
+        self.model = self._empty_model()
         mapping: list[Any] = [*get_model_conversion_mapping(self.model)]
         self._loading = LoadStateDictConfig(
-            dtype=dtype, device_map={"": device}, weight_mapping=mapping
+            dtype=torch.float32, device_map={"": self.device}, weight_mapping=mapping
         )
         renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         converters = [one for one in mapping if isinstance(one, WeightConverter)]
         known = self.model.state_dict()
         #: parameter of transformers' model -> the layers of the plan that it is made of
         self.parts: dict[str, list[PlannedLayer]] = {}
-        self._names: dict[str, str] = {}
         for layer in plan.layers:
             for suffix in _float_suffixes(layer):
                 key = f"{layer.name}.{suffix}" if layer.name else suffix
@@ -72,42 +64,63 @@ class Network:
                 )
                 if layer.kind != "draft" and name in known:
                     self.parts.setdefault(name, []).append(layer)
-                    self._names[layer.name] = name
-        self.path, self.layers = self._decoder_layers()
-
-    def _decoder_layers(self) -> tuple[str, torch.nn.ModuleList]:
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, torch.nn.ModuleList):
-            raise unsupported(self._plan, f"{type(decoder).__name__} has no list of layers")
-        path = next(name for name, module in self.model.named_modules() if module is layers)
-        return path, layers
+            raise self.unsupported(f"{type(decoder).__name__} has no list of layers")
+        self.layers = layers
+        self.path = next(name for name, module in self.model.named_modules() if module is layers)
+
+    def _empty_model(self) -> Any:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            config = AutoConfig.from_pretrained(self.source.path)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    config, dtype=torch.float32, attn_implementation="sdpa",
+                    experts_implementation="eager",
+                )  # fmt: skip
+        except (ValueError, KeyError, OSError) as error:
+            raise self.unsupported(str(error)) from error
+        # what no checkpoint holds (frequencies of rotary embeddings) the classes compute themselves
+        for module in model.modules():
+            buffers = {n for n in module._buffers if n in module._non_persistent_buffers_set}
+            for name in buffers:
+                if (buffer := module._buffers[name]) is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
+            if buffers:
+                with torch.no_grad():
+                    model._init_weights(module)
+        return model.eval()
 
     def unsupported(self, why: str) -> CheckpointError:
         """The error of a model that cannot be run layer by layer."""
-        return unsupported(self._plan, why)
+        where = str(self.source.path / "config.json")
+        what = f"transformers cannot run this model: {why}"
+        remedy = "it can be neither calibrated nor evaluated here"
+        return CheckpointError(Problem(where, what, remedy, "transformers"))
 
     def planned(self, index: int | None) -> list[PlannedLayer]:
         """The layers of the plan that a decoder layer is made of; of no decoder layer for None."""
-
-        def is_inside(name: str) -> bool:
-            prefix = f"{self.path}." if index is None else f"{self.path}.{index}."
-            return name.startswith(prefix) is (index is not None)
-
         found = {
             id(layer): layer
             for name, layers in self.parts.items()
-            if is_inside(name)
+            if self._is_in(name, index)
             for layer in layers
         }
         return list(found.values())
 
+    def _is_in(self, parameter: str, index: int | None) -> bool:
+        if index is None:
+            return not parameter.startswith(f"{self.path}.")
+        return parameter.startswith(f"{self.path}.{index}.")
+
     @contextlib.contextmanager
     def loaded(self, index: int | None) -> Iterator[list[PlannedLayer]]:
-        """Hold the weights of one decoder layer, or of all that is in none (None).
+        """Hold the weights of one decoder layer, or of all that is in none (None); give its layers.
 
-        Yields:
-            its layers, as planned.
         Raises:
             CheckpointError: a source is damaged, or parameters are left without a tensor.
         """
@@ -120,33 +133,17 @@ class Network:
         held.clear()
         self.model.tie_weights()
         self.model.requires_grad_(False)
-        module = self.model if index is None else self.layers[index]
-        prefix = "" if index is None else f"{self.path}.{index}."
-        own = {prefix + name: p for name, p in module.named_parameters()}
-        inside = f"{self.path}."
-        missing = [
-            name
-            for name, parameter in own.items()
-            if parameter.is_meta and not (index is None and name.startswith(inside))
-        ]
-        if missing:
-            raise unsupported(self._plan, f"no tensor of the checkpoint is its {missing[0]}")
+        own = {n: p for n, p in self.model.named_parameters() if self._is_in(n, index)}
+        if missing := [name for name, parameter in own.items() if parameter.is_meta]:
+            raise self.unsupported(f"no tensor of the checkpoint is its {missing[0]}")
         try:
             yield layers
         finally:
             for name in own:
-                if index is not None or not name.startswith(inside):
-                    _drop(self.model, name)
+                _drop(self.model, name)
 
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The predictions that follow from the states behind the last decoder layer.
-
-        Args:
-            tokens: int64 [B, T].
-            hidden: [B, T, hidden size].
-        Returns:
-            [B, T, vocabulary], in the network's dtype.
-        """
+        """Predictions [B, T, V] of tokens [B, T] and states behind the last layer, [B, T, size]."""
 
         def give(index: int, before: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return hidden if index == len(self.layers) - 1 else before
@@ -155,21 +152,11 @@ class Network:
             made: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return made
 
-    def layer_of(self, parameter: str) -> Sequence[PlannedLayer]:
-        """The layers of the plan that a parameter is made of."""
-        return self.parts.get(parameter, ())
-
     @contextlib.contextmanager
     def without_layers(self, replacement: Callable[..., Any]) -> Iterator[None]:
         """Have `replacement(index, hidden_states, **kwargs)` called for each decoder layer."""
         for index, layer in enumerate(self.layers):
-
-            def forward(
-                hidden: torch.Tensor, *args: Any, _index: int = index, **kwargs: Any
-            ) -> Any:
-                return replacement(_index, hidden, *args, **kwargs)
-
-            layer.forward = forward
+            layer.forward = functools.partial(replacement, index)
         try:
             yield
         finally:
@@ -185,35 +172,9 @@ def _float_suffixes(layer: PlannedLayer) -> list[str]:
     return ["weight", *beside]
 
 
-def _empty_model(plan: Plan, dtype: torch.dtype, device: torch.device) -> Any:
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        config = AutoConfig.from_pretrained(plan.source.path)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
-            )
-    except (ValueError, KeyError, OSError) as error:
-        raise unsupported(plan, str(error)) from error
-    # what no checkpoint holds (frequencies of rotary embeddings) the classes compute themselves
-    for module in model.modules():
-        buffers = {n for n in module._buffers if n in module._non_persistent_buffers_set}
-        for name in buffers:
-            if (buffer := module._buffers[name]) is not None:
-                module._buffers[name] = torch.empty_like(buffer, device=device)
-        if buffers:
-            with torch.no_grad():
-                model._init_weights(module)
-    return model.eval()
-
-
-def unsupported(plan: Plan, why: str) -> CheckpointError:
-    where = str(plan.source.path / "config.json")
-    what = f"transformers cannot run this model: {why}"
-    remedy = "it can be neither calibrated nor evaluated here"
-    return CheckpointError(Problem(where, what, remedy, "transformers"))
+def usual_device() -> torch.device:
+    """The first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _drop(model: Any, name: str) -> None:

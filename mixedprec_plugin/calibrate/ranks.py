@@ -13,17 +13,11 @@ from typing import Any
 import torch
 from torch import distributed
 
-from mixedprec_plugin.calibrate.capture import Seen
+from mixedprec_plugin.calibrate.capture import Seen, joined
 
 
 class Ranks:
-    """This process among those that torchrun started.
-
-    Attributes:
-        rank: its number.
-        count: of all.
-        device: what it computes on.
-    """
+    """This process among those of torchrun: its number, how many there are, and its device."""
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
@@ -45,7 +39,8 @@ class Ranks:
         if self.count == 1:
             return value
         held = [value]
-        distributed.broadcast_object_list(held, device=self._channel)
+        channel = self.device if self.device.type == "cuda" else None
+        distributed.broadcast_object_list(held, device=channel)
         return held[0]
 
     def exchange(
@@ -59,13 +54,8 @@ class Ranks:
             own = seen.pop(name, None)
             pieces: list[Any] | None = [None] * self.count if owners[name] == self.rank else None
             distributed.gather_object(own, pieces, dst=owners[name])
-            parts: list[Seen] = [piece for piece in pieces or () if piece is not None]
-            if parts:
-                mine[name] = Seen(
-                    [x for part in parts for x in part.x],
-                    [weights for part in parts for weights in part.weights],
-                    [held for part in parts for held in part.held],
-                )
+            if parts := [piece for piece in pieces or () if piece is not None]:
+                mine[name] = joined(parts)
         return mine
 
     def everyone(self, value: Any) -> list[Any]:
@@ -75,7 +65,3 @@ class Ranks:
         held = [None] * self.count
         distributed.all_gather_object(held, value)
         return held
-
-    @property
-    def _channel(self) -> torch.device | None:
-        return self.device if self.device.type == "cuda" else None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mixedprec_plugin.calibrate.capture import Held, Seen
+from mixedprec_plugin.calibrate.capture import Held, Seen, joined
 from mixedprec_plugin.calibrate.moments import nats, second_moment, tempered
 from mixedprec_plugin.calibrate.sweep import unit_of
 from mixedprec_plugin.checkpoint.reader import TORCH_DTYPES, Reader
@@ -38,25 +38,14 @@ def is_rounded_so(layer: PlannedLayer) -> bool:
 
 
 class Scales(NamedTuple):
-    """What a weight is multiplied by before it is rounded; what it reads is divided by it.
-
-    Attributes:
-        rows: float32 [N].
-        columns: float32 [K].
-    """
+    """What rows [N] and columns [K] of a weight are multiplied by before it is rounded."""
 
     rows: torch.Tensor
     columns: torch.Tensor
 
 
 class LayerRounding:
-    """Rounds layers of a plan by what they saw; see `sweep.Rounding`.
-
-    Args:
-        target: what the plan was made for.
-        reader: reads the sources.
-        device: where it computes.
-    """
+    """Rounds layers of a plan by what they saw; see `sweep.Rounding`."""
 
     def __init__(self, target: Target, reader: Reader, device: torch.device) -> None:
         self._target, self._reader, self._device = target, reader, device
@@ -83,14 +72,10 @@ class LayerRounding:
     def moments(
         self, layers: Sequence[PlannedLayer], seen: dict[str, Seen]
     ) -> Iterator[tuple[PlannedLayer, Moments]]:
-        """Yield the moments of the layers of a decoder layer, each for as long as it is looked at.
-
-        Args:
-            seen: layer name -> tokens, each taken out once it was used.
-        """
+        """Yield the moments of layers, each for as long as it is looked at; `seen` is emptied."""
         pools = self._pools(layers, seen)
         for layer in layers:
-            x, weights = _joined(seen.pop(layer.name, Seen([], [], [])))
+            x, weights = _cat(seen.pop(layer.name, Seen([], [], [])))
             pool = pools.get(unit_of(layer))
             yield layer, Moments(x.to(self._device), weights.to(self._device), pool)
 
@@ -104,14 +89,7 @@ class LayerRounding:
                 members.setdefault(unit_of(layer), []).append(layer)
         pools = {}
         for pool, experts in members.items():
-            tokens = [seen[layer.name] for layer in experts if layer.name in seen]
-            x, weights = _joined(
-                Seen(
-                    [x for one in tokens for x in one.x],
-                    [w for one in tokens for w in one.weights],
-                    [],
-                )
-            )
+            x, weights = _cat(joined(seen[x.name] for x in experts if x.name in seen))
             if len(x):
                 H, _ = second_moment(x.to(self._device), tempered(weights).to(self._device))
                 pools[pool] = H.mul_(len(x) / len(experts))
@@ -129,15 +107,13 @@ class LayerRounding:
             recorded.
         """
         assert layer.scheme is not None
-        dtype = TORCH_DTYPES[self._target.dtype]
         floats = compose_floats(layer, self._target, self._reader)
-        grid, group_size = self.grid(layer, floats["weight"].shape[1])
         pieces, shrunk = self._pieces(layer, floats["weight"], moments, scales, 1)
-        numbers = _numbers(pieces, group_size, grid)
         errors = torch.cat([piece.errors for piece in pieces], 1)
+        numbers = _numbers(pieces, *self.grid(layer, errors.shape[1]))
         record = {"tokens": moments.num_tokens, "shrunk": shrunk}
         codec = load_codec(METHODS[layer.method].codec)
-        tensors = codec.write(numbers, layer.scheme.arguments, dtype)
+        tensors = codec.write(numbers, layer.scheme.arguments, TORCH_DTYPES[self._target.dtype])
         if scales is not None:
             errors = errors / scales.rows[:, None] / scales.columns
             if "bias" in layer.outputs:
@@ -192,24 +168,25 @@ class Moments:
 
     def __init__(self, x: torch.Tensor, weights: torch.Tensor, pool: torch.Tensor | None) -> None:
         self._x, self._weights, self._pool = x, weights, pool
-        self._known: dict[tuple[int, int], tuple[torch.Tensor, float]] = {}
+        # first column -> H, how far it was shrunk
+        self._known: dict[int, tuple[torch.Tensor, float]] = {}
         self.num_tokens = len(x)
 
     def of(self, columns: slice) -> tuple[torch.Tensor, float]:
         """The sum of w x x' over tokens, and by how much its correlations were shrunk."""
-        key = (columns.start, columns.stop)
-        if key not in self._known:
+        if columns.start not in self._known:
             weights = tempered(self._weights)
-            self._known[key] = _moment(self._x[:, columns], weights, columns, self._pool)
-        return self._known[key]
+            made = _moment(self._x[:, columns], weights, columns, self._pool)
+            self._known[columns.start] = made
+        return self._known[columns.start]
 
     @property
     def diagonal(self) -> torch.Tensor:
         """The diagonals of all blocks that were made, float32 [K]."""
-        return torch.cat([self._known[key][0].diagonal() for key in sorted(self._known)])
+        return torch.cat([self._known[first][0].diagonal() for first in sorted(self._known)])
 
 
-def _joined(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+def _cat(seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
     if not seen.x:
         return torch.empty(0, 0), torch.empty(0)
     return torch.cat(seen.x), torch.cat(seen.weights)
@@ -253,7 +230,7 @@ def held_loss(held: Sequence[Held], errors: torch.Tensor, num_tokens: int) -> fl
     return total / num_tokens
 
 
-def _numbers(pieces: Sequence[Rounded], group_size: int, grid: AnyGrid) -> Numbers:
+def _numbers(pieces: Sequence[Rounded], grid: AnyGrid, group_size: int) -> Numbers:
     """Blocks of inputs as one weight, on the CPU."""
     # of float8, torch puts no pieces together but bytes
     codes = torch.cat([piece.codes.view(torch.uint8) for piece in pieces], 1).cpu()

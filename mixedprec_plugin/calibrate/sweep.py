@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +24,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from mixedprec_plugin.calibrate.cached import Cached
 from mixedprec_plugin.calibrate.capture import Capture, Seen
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.ranks import Ranks
@@ -34,6 +33,8 @@ from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.model import PlannedLayer
 
+# for each batch and decoder layer, what this is called with beside its hidden states
+Calls = list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
 # tokens that are computed at once, and whose predictions are
 _BATCH_TOKENS, _HEAD_TOKENS = 2048, 512
 
@@ -59,28 +60,21 @@ class Sweep:
     """
 
     def __init__(
-        self,
-        network: Network,
-        tokens: torch.Tensor,
-        folder: Path,
-        seed: int = 0,
-        *,
-        gradients: bool = True,
-        ranks: Ranks | None = None,
-        held_out: int = 0,
+        self, network: Network, tokens: torch.Tensor, folder: Path, seed: int = 0, *,
+        gradients: bool = True, ranks: Ranks | None = None, held_out: int = 0,
         together: Mapping[str, object] = MappingProxyType({}),
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._ranks = ranks or Ranks()
         own = self._ranks.windows(len(tokens))
-        held = max(len(tokens) - held_out - own.start, 0)
-        self._first_window, self._first_held = own.start, held
+        self._first_window = own.start
+        self._first_held = max(len(tokens) - held_out - own.start, 0)
         # all but the first of each window
         self._num_held = held_out * max(tokens.shape[1] - 1, 1)
         self._network, self._tokens, self._folder, self._seed = network, tokens[own], folder, seed
         self._own = folder / f"rank-{self._ranks.rank}-of-{self._ranks.count}"
         self._own.mkdir(exist_ok=True)
         self._batches = self._slices(_BATCH_TOKENS)
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._calls: Calls = []
         self._gradients, self._together = gradients, together
 
     def run(
@@ -94,7 +88,7 @@ class Sweep:
             CheckpointError: a source is damaged, or a layer's products are not seen.
         """
         if not self._gradients:
-            self.forward(progress, round_inputs=(to_round, rounding))
+            self.forward(progress, to_round, rounding)
             return
         count = len(self._network.layers)
         kept = [i for i in range(count + 1) if self._path("gradient", i).exists()]
@@ -137,17 +131,14 @@ class Sweep:
         return load_file(self._path(kind, index))[kind]
 
     def forward(
-        self,
-        progress: Callable[[float], None],
-        *,
-        keeps_all: bool = False,
-        round_inputs: tuple[set[str], Rounding] | None = None,
-    ) -> torch.Tensor:
+        self, progress: Callable[[float], None], to_round: Collection[str] = (),
+        rounding: Rounding | None = None, *, keeps_all: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         """The states behind the last decoder layer, [windows, length, hidden size].
 
         Args:
-            keeps_all: whether those in front of each decoder layer stay on disk.
-            round_inputs: names of layers to round by their inputs alone, and what rounds them.
+            to_round: names of layers to round by their inputs alone.
+            keeps_all: whether states in front of each decoder layer stay on disk.
         """
         network = self._network
         self._calls, hidden = self._record()
@@ -156,22 +147,20 @@ class Sweep:
         if not kept:
             self._save("hidden", 0, hidden)
         start = max(kept, default=0)
-        if round_inputs:
+        if rounding:
             start = min(self._ranks.everyone(start))
         for index in range(start, count):
             hidden = self._load("hidden", index)
             with network.loaded(index) as layers, torch.no_grad():
-                names = round_inputs[0] if round_inputs else ()
-                wanted = {layer.name: layer for layer in layers if layer.name in names}
+                wanted = {layer.name: layer for layer in layers if layer.name in to_round}
                 capture, outputs = Capture(network, wanted.keys(), gradients=False), []
-                cached = Cached()
-                with capture, cached:
+                with capture:
                     for number, batch in enumerate(self._batches):
                         capture.is_held_out = batch.start >= self._first_held
                         outputs.append(self._call(index, number, self._input(hidden, batch)))
-            if round_inputs:
-                self._round(index, wanted, capture, round_inputs[1])
-            save_whole(cached.maxima(), self._path("cached", index))
+            if rounding:
+                self._round(index, wanted, capture, rounding)
+            save_whole(capture.maxima, self._path("cached", index))
             self._save("hidden", index + 1, torch.cat(outputs))
             if not keeps_all:
                 self._path("hidden", index - 1).unlink(missing_ok=True)
@@ -181,8 +170,7 @@ class Sweep:
         return self._load("hidden", count)
 
     def _input(self, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
-        network = self._network
-        return hidden[batch].to(network.device, network.model.dtype)
+        return hidden[batch].to(self._network.device)
 
     def _call(self, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._calls[number][index]
@@ -190,9 +178,9 @@ class Sweep:
         states: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return states
 
-    def _record(self) -> tuple[list[list[tuple[tuple[Any, ...], dict[str, Any]]]], torch.Tensor]:
+    def _record(self) -> tuple[Calls, torch.Tensor]:
         """What each decoder layer is called with, for each batch, and the first hidden states."""
-        calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        calls: Calls = []
         first: list[torch.Tensor] = []
 
         def record(index: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -221,11 +209,11 @@ class Sweep:
                 tokens = self._tokens[batch].to(self._network.device)
                 logits = self._network.logits(tokens, before)
                 # of the loss by the logits: probabilities, less 1 for the label
-                slope = logits.detach().float().softmax(-1)
+                slope = logits.detach().softmax(-1)
                 for window, own in enumerate(slope, start=batch.start):
                     labels = self._draw(window, own)[:, None]
                     own.scatter_add_(1, labels, own.new_full(labels.shape, -1))
-                logits.backward(slope.to(logits.dtype))  # type: ignore[no-untyped-call]
+                logits.backward(slope)  # type: ignore[no-untyped-call]
                 gradients.append(_gradient(before))
         self._save("gradient", count, torch.cat(gradients))
 
@@ -268,25 +256,18 @@ class Sweep:
             records.append({"layer": layer.name, **record})
         path = rounded_paths(self._folder, index, ranks.count)[ranks.rank]
         save_whole(tensors, path, {"records": json.dumps(records)})
-        loss = math.fsum(record.get("loss") or 0.0 for record in records)
-        return math.fsum(ranks.everyone(loss))
+        return math.fsum(ranks.everyone(sum(record.get("loss") or 0.0 for record in records)))
 
     def _check_seen(self, wanted: dict[str, PlannedLayer], seen: set[str]) -> None:
-        """See that each layer saw tokens; of experts, one of those that read the same states.
+        """See that each layer saw tokens; of experts, one of those that read the same states."""
 
-        Raises:
-            CheckpointError: transformers does not compute a layer as a product that is known here.
-        """
-
-        def kind(layer: PlannedLayer) -> object:
-            shard = layer.shard
-            if isinstance(shard, ExpertShard):
-                return layer.module, shard.projection
-            return layer.name
-
-        found = {kind(layer) for name, layer in wanted.items() if name in seen}
-        for name, layer in wanted.items():
-            if kind(layer) not in found:
+        alike = {
+            name: (layer.module, getattr(layer.shard, "projection", name))
+            for name, layer in wanted.items()
+        }
+        found = {alike[name] for name in wanted if name in seen}
+        for name in wanted:
+            if alike[name] not in found:
                 raise self._network.unsupported(f"it does not run {name} as a linear layer")
 
 
@@ -299,13 +280,12 @@ def unit_of(layer: PlannedLayer) -> object:
 
 def rounded_paths(folder: Path, index: int, num_ranks: int) -> list[Path]:
     """Where each rank writes what it rounded of a decoder layer."""
-    return [
-        folder / f"rounded-{index}-{rank}-of-{num_ranks}.safetensors" for rank in range(num_ranks)
-    ]
+    names = (f"rounded-{index}-{rank}-of-{num_ranks}" for rank in range(num_ranks))
+    return [folder / f"{name}.safetensors" for name in names]
 
 
 def read_maxima(folder: Path, index: int) -> dict[str, float]:
-    """The largest magnitudes of what a decoder layer caches, over all ranks; see `Cached`."""
+    """The largest magnitudes of what a decoder layer caches, over all ranks; see `Capture`."""
     found: dict[str, float] = {}
     for path in folder.glob(f"rank-*/cached-{index}.safetensors"):
         for part, value in load_file(path).items():
@@ -328,11 +308,7 @@ def _gradient(tensor: torch.Tensor) -> torch.Tensor:
 def save_whole(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a file that is there whole or not at all.
-
-    Raises:
-        ConvertError: it cannot be written.
-    """
+    """Write a file that is there whole or not at all."""
     temporary = path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata)

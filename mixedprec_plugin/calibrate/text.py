@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from mixedprec_plugin.calibrate.network import Network
@@ -17,11 +18,7 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "</s>"
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """Open the tokenizer of a checkpoint.
-
-    Raises:
-        CheckpointError: it has none, or its files are damaged.
-    """
+    """Open the tokenizer of a checkpoint; a CheckpointError, where that has none or is damaged."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokens = tokenizer("a").input_ids
@@ -55,13 +52,7 @@ def starts(tokenizer: Any) -> list[int]:
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw one of each row: what torch.multinomial does with a random number for every entry.
-
-    Args:
-        probabilities: [B, V], not negative.
-    Returns:
-        int64 [B].
-    """
+    """Draw one of each row [B, V], int64 [B]; torch.multinomial takes a number for each entry."""
     sums = probabilities.cumsum(-1)
     at = torch.rand(len(sums), 1, generator=generator, device=sums.device)
     # below the whole sum, however that rounds: what is drawn has a probability
@@ -85,10 +76,7 @@ def write_text(
 ) -> torch.Tensor:
     """Let a model write windows of text at temperature 1, in turns from each kind of start.
 
-    All of its weights are in memory meanwhile.
-
-    Returns:
-        int64 [num_windows, length].
+    All of its weights are in memory meanwhile. Returns int64 [num_windows, length].
     """
     kinds = torch.tensor(starts(tokenizer))
     first = kinds[torch.arange(num_windows) % len(kinds)][:, None].to(network.device)
@@ -104,11 +92,31 @@ def write_text(
     return torch.as_tensor(made).cpu()
 
 
-def read_text(path: Path, tokenizer: Any, num_windows: int | None, length: int) -> torch.Tensor:
+def text_for(
+    network: Network, path: Path | None, num_windows: int, length: int, seed: int,
+    progress: Progress,
+) -> torch.Tensor:  # fmt: skip
+    """Windows of a file, at most so many, or of what a model writes where none is named.
+
+    Returns:
+        int64 [windows, length].
+    Raises:
+        CheckpointError, UsageError: as `open_tokenizer` and `read_text`.
+    """
+    tokenizer = open_tokenizer(network.source.path)
+    if path is not None:
+        return read_text(path, tokenizer, num_windows, length)
+    task = progress.add_task("writing text", total=None)
+    made = write_text(network, tokenizer, num_windows, length, seed)
+    progress.remove_task(task)
+    return made
+
+
+def read_text(path: Path, tokenizer: Any, num_windows: int, length: int) -> torch.Tensor:
     """Cut a file into windows that begin as the tokenizer begins a text.
 
     Args:
-        num_windows: at most so many, spread over the file; None for all.
+        num_windows: at most so many, spread over the file.
     Returns:
         int64 [windows, length].
     Raises:
@@ -132,7 +140,7 @@ def read_text(path: Path, tokenizer: Any, num_windows: int | None, length: int) 
         what = f"{path} is {len(tokens):,} tokens (expected {size:,} or more)"
         raise UsageError(Problem("--text", what, "name a longer text, or give a smaller --length"))
     windows = [begin + tokens[at : at + size] for at in range(0, len(tokens) - size + 1, size)]
-    if num_windows is not None and num_windows < len(windows):
+    if num_windows < len(windows):
         windows = [windows[i * len(windows) // num_windows] for i in range(num_windows)]
     return torch.tensor(windows)
 

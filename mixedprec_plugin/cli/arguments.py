@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mixedprec_plugin.errors import Problem, UsageError
@@ -50,13 +49,7 @@ class Parser(argparse.ArgumentParser):
 class _Once(argparse.Action):
     """Store a value, of which there can be one alone."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         given = vars(namespace).setdefault("_given", {})
         if self.dest in given:
             first = given[self.dest]

@@ -22,16 +22,9 @@ _NUM_LINES = 5
 
 
 def with_build(args: argparse.Namespace, plans: list[Plan]) -> list[Plan]:
-    """Hold plans against the models that SGLang builds of them.
+    """Hold plans, of the model and its draft model, against what SGLang builds of them.
 
-    Args:
-        args: of `mixedprec plan`.
-        plans: of the model, and of the draft model where there is one; built if without errors.
-    Returns:
-        the same plans, each with the problems that were found; what could not be checked is a
-        warning.
-    Raises:
-        LoadError: the process died.
+    They are returned with the problems that were found; what could not be checked is a warning.
     """
     if any(plan.errors for plan in plans):
         return plans

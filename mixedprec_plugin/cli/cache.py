@@ -16,7 +16,6 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("what", choices=("list", "clear"), help="show what is kept, or delete it")
 
 

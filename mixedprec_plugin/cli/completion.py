@@ -28,16 +28,11 @@ _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="which shell")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the script.
-
-    Returns:
-        0.
-    """
+    """Print the script."""
     from mixedprec_plugin.cli.main import VERBS, parser_of
 
     options = {verb: parser_of(verb).option_strings for verb in VERBS}

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, TextIO
 
 from mixedprec_plugin.calibrate import LENGTH, WINDOWS
 from mixedprec_plugin.cli.output import print_json, progress_for
-from mixedprec_plugin.cli.planning import add_planning_arguments, add_text_arguments, make_plan
+from mixedprec_plugin.cli.planning import (
+    add_planning_arguments,
+    add_text_arguments,
+    given,
+    make_plan,
+)
+from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import PlanError, Problem, UsageError, printable
 from mixedprec_plugin.plan.drafts import as_stored, own_draft, resolve_draft_plan, with_draft
 from mixedprec_plugin.plan.model import Plan
@@ -19,9 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from mixedprec_plugin.calibrate.calibrator import Calibration
-    from mixedprec_plugin.convert.form import Form
-
-_FORMATS = ("mixedprec", "compressed-tensors")
+    from mixedprec_plugin.convert.converter import Converted
 
 EXAMPLES = """
   mixedprec convert --model DIR --preset awq --out DIR-awq
@@ -31,7 +35,6 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     add_planning_arguments(parser)
     parser.add_argument(
         "--out", required=True, metavar="DIR",
@@ -41,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of a file (5GB)"
     )
     parser.add_argument(
-        "--format", choices=_FORMATS, default="mixedprec",
+        "--format", choices=("mixedprec", "compressed-tensors"), default="mixedprec",
         help="compressed-tensors: for stock SGLang and vLLM, where the plan can be written so",
     )  # fmt: skip
     parser.add_argument(
@@ -67,51 +70,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Write the checkpoint; progress goes to standard error where that is a terminal.
-
-    Returns:
-        0.
-    Raises:
-        UsageError, PresetError, CheckpointError, PlanError: before anything is written.
-        ConvertError: the folder is in the way, or cannot be written.
-    """
+    """Write the checkpoint; progress goes to standard error where that is a terminal."""
     plan = make_plan(args).check()
     written = _written(args, plan).check()
     # the verbs that only read run without torch
+    from mixedprec_plugin.convert.compressed import CompressedForm
     from mixedprec_plugin.convert.converter import convert
-    from mixedprec_plugin.convert.parts import parse_size
+    from mixedprec_plugin.convert.form import Form, MixedForm
 
     size = parse_size(args.max_shard_size)
+    form: Form = CompressedForm() if args.format == "compressed-tensors" else MixedForm()
     with plan.preset.concealing(), progress_for(args) as bar:
         calibration = _calibration(args, plan, bar)
-        if calibration is not None and calibration.is_helper:
+        if calibration and calibration.is_helper:
             calibration.help()
             return 0
         task = bar.add_task("converting", total=None)
         try:
             done = convert(
-                written, _form(args.format), Path(args.out), size, overwrite=args.overwrite,
+                written, form, Path(args.out), size, overwrite=args.overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
                 calibration=calibration,
             )  # fmt: skip
         finally:
-            if calibration is not None:
+            if calibration:
                 calibration.dismiss()
-    loss = calibration.predicted_loss if calibration is not None else None
-    unseen = calibration.unseen if calibration is not None else []
+    _print(args, done, calibration, out)
+    return 0
+
+
+def _print(
+    args: argparse.Namespace, done: Converted, calibration: Calibration | None, out: TextIO
+) -> None:
+    """Say what was written, and what a calibration predicts, folded and did not see."""
+    loss = calibration.predicted_loss if calibration else None
+    unseen = calibration.unseen if calibration else []
     if args.json:
         found = {**dataclasses.asdict(done), "predicted_kl": loss, "unseen": unseen}
-        if args.fold and calibration is not None:
-            found["folded"] = calibration.folded
-            found["not_folded"] = [dataclasses.asdict(one) for one in calibration.folds.left]
+        if args.fold and calibration:
+            found |= {"folded": calibration.folded, "not_folded": calibration.folds.left}
         print_json({"folder": args.out, **found}, out)
-        return 0
+        return
     kept = f", {done.num_kept} of them from before" if done.num_kept else ""
     files = f"{done.num_parts} file{'s' if done.num_parts > 1 else ''}"
     print(f"{printable(args.out)}: {format_bytes(done.num_bytes)} in {files}{kept}", file=out)
     if loss is not None:
         print(f"predicted KL on text that was held out: {loss:.4f} nats a token", file=out)
-    if args.fold and calibration is not None:
+    if args.fold and calibration:
         num_folded, num_units = len(calibration.folded), calibration.folds.num_units
         print(f"scales folded in {num_folded} of {num_units} units of layers", file=out)
         for left in calibration.folds.left:
@@ -123,7 +128,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             "are rounded by what other experts read, down as if its inputs were alike; more "
             "--windows, or a --text of yours, may reach them", file=out,
         )  # fmt: skip
-    return 0
 
 
 def _written(args: argparse.Namespace, plan: Plan) -> Plan:
@@ -146,24 +150,14 @@ def _written(args: argparse.Namespace, plan: Plan) -> Plan:
 
 
 def _calibration(args: argparse.Namespace, plan: Plan, bar: Progress) -> Calibration | None:
-    given = {name: getattr(args, name) for name in ("text", "windows", "length", "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
+    text = given(args, "text", "windows", "length", "seed")
     if not args.calibrate and not plan.not_calibrated():
-        unused = [f"--{name}" for name in given] + ["--no-gradients"] * args.no_gradients
-        if unused := unused + ["--fold"] * args.fold:
-            raise UsageError(Problem(", ".join(unused), "is for calibration", "add --calibrate"))
+        unused = [*text, *["no-gradients"] * args.no_gradients, *["fold"] * args.fold]
+        if unused:
+            where = ", ".join(f"--{name}" for name in unused)
+            raise UsageError(Problem(where, "is for calibration", "add --calibrate"))
         return None
     from mixedprec_plugin.calibrate.calibrator import Calibration, Options
 
-    options = Options(**given, gradients=not args.no_gradients, fold=args.fold)
+    options = Options(**text, gradients=not args.no_gradients, fold=args.fold)
     return Calibration(plan, options, bar, everything=args.calibrate)
-
-
-def _form(name: str) -> Form:
-    if name == "compressed-tensors":
-        from mixedprec_plugin.convert.compressed import CompressedForm
-
-        return CompressedForm()
-    from mixedprec_plugin.convert.form import MixedForm
-
-    return MixedForm()

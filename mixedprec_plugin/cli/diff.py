@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mixedprec_plugin.cli.output import print_json
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
+from mixedprec_plugin.cli.planning import add_planning_arguments, make_named_plan
 from mixedprec_plugin.cli.running import ask, is_address
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.plan.folding import fold_names
@@ -25,7 +25,6 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     what = "preset, converted folder, plan as JSON, or a running server's address"
     parser.add_argument("a", metavar="A", help=what)
     parser.add_argument("b", metavar="B", help="the same")
@@ -33,14 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the layers that are served otherwise, and what all take.
-
-    Returns:
-        0, whether they differ or not.
-    Raises:
-        UsageError: one is neither, or a preset has no --model.
-        PresetError, CheckpointError: the files themselves are wrong.
-    """
+    """Print the layers that are served otherwise, and what all take."""
     before, after = _plan(args.a, args), _plan(args.b, args)
     changes = _changes(before, after)
     if args.json:
@@ -73,12 +65,10 @@ def _plan(named: str, args: argparse.Namespace) -> Mapping[str, Any]:
         return _parsed(*ask(named))
     if named.endswith(".json") and Path(named).is_file():
         return _parsed(Path(named).read_text(encoding="utf-8"), named)
-    is_folder = Path(named).is_dir()
-    if not is_folder and not args.model:
+    if not args.model and not (named and Path(named).is_dir()):
         what = f"is a preset, and there is no model to plan {named!r} over"
         raise UsageError(Problem("--model", what, "add --model DIR"))
-    given = {"model": named, "preset": ""} if is_folder else {"preset": named}
-    return plan_as_dict(make_plan(argparse.Namespace(**{**vars(args), **given})))
+    return plan_as_dict(make_named_plan(args, named))
 
 
 def _parsed(text: str, where: str) -> Mapping[str, Any]:
@@ -94,16 +84,13 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[s
     """Layers that are served otherwise, in the order of the second plan."""
     old = {layer["name"]: layer for layer in before["layers"]}
     new = {layer["name"]: layer for layer in after["layers"]}
-    return [
-        {
-            "name": name,
-            "a": _served(old.get(name)),
-            "b": _served(new.get(name)),
-            "bytes": new.get(name, {}).get("bytes", 0) - old.get(name, {}).get("bytes", 0),
-        }
-        for name in (*new, *(name for name in old if name not in new))
-        if _served(old.get(name)) != _served(new.get(name))
-    ]
+    changes = []
+    for name in {**new, **old}:
+        a, b = _served(old.get(name)), _served(new.get(name))
+        if a != b:
+            grown = new.get(name, {}).get("bytes", 0) - old.get(name, {}).get("bytes", 0)
+            changes.append({"name": name, "a": a, "b": b, "bytes": grown})
+    return changes
 
 
 def _served(layer: Mapping[str, Any] | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import logging
 import platform
 import re
@@ -13,8 +12,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mixedprec_plugin.cli.blame import line_of_method
-from mixedprec_plugin.cli.registration import Finding, Status, examine_registration, failed
+from mixedprec_plugin.cli.output import print_json
+from mixedprec_plugin.cli.registration import (
+    Finding,
+    Status,
+    examine_registration,
+    failed,
+    line_of_method,
+)
 from mixedprec_plugin.errors import MixedPrecisionError
 from mixedprec_plugin.plan.tables import Page
 
@@ -26,23 +31,14 @@ EXAMPLES = """
   mixedprec doctor --verbose
   mixedprec doctor --json
 """
-
 # names as people type them, with the arguments that are worth a try beside the defaults
 _VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("fp8", {}),
-    ("fp8_block", {}),
-    ("fp8", {"activation_scheme": "static"}),
-    ("fp8_channel", {}),
-    ("blockwise_int8", {}),
-    ("blockwise_int8", {"weight_block_size": [64, 64]}),
-    ("awq", {}),
-    ("awq", {"group_size": 64}),
-    ("gptq", {}),
-    ("gptq", {"group_size": 64}),
-    ("gptq", {"group_size": -1}),
-    ("gptq", {"desc_act": True}),
-    ("gptq_int8", {}),
-)
+    ("fp8", {}), ("fp8_block", {}), ("fp8", {"activation_scheme": "static"}), ("fp8_channel", {}),
+    ("blockwise_int8", {}), ("blockwise_int8", {"weight_block_size": [64, 64]}),
+    ("awq", {}), ("awq", {"group_size": 64}),
+    ("gptq", {}), ("gptq", {"group_size": 64}), ("gptq", {"group_size": -1}),
+    ("gptq", {"desc_act": True}), ("gptq_int8", {}),
+)  # fmt: skip
 # docs/compat.md
 TESTED = "0.5.23"
 PACKAGES = ("mixedprec-plugin", "sglang", "torch", "transformers", "safetensors")
@@ -58,23 +54,15 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("-v", "--verbose", action="store_true", help="print all that was looked at")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Examine the installation and print the report.
-
-    Args:
-        args: with `json`.
-        out: where the report is written.
-    Returns:
-        0 if all is well, 1 if anything is wrong.
-    """
+    """Examine the installation and print the report; 1 if anything is wrong."""
     with _quiet_sglang():
         findings = [*examine_versions(), *examine_sglang()]
     if args.json:
-        out.write(json.dumps(_as_data(findings), indent=2) + "\n")
+        print_json(_as_data(findings), out)
     elif args.verbose:
         _print(findings, Page(out))
     else:
@@ -97,7 +85,7 @@ def _quiet_sglang() -> Iterator[None]:
 
 
 def examine_versions() -> list[Finding]:
-    """Report Python's and the packages' versions; a package that is not installed is a fault."""
+    """Report Python's and the packages' versions; what is not installed is a fault."""
     findings = [Finding("versions", "python", "ok", platform.python_version())]
     for package in PACKAGES:
         try:
@@ -151,13 +139,7 @@ def examine_device() -> tuple[str, Finding]:
 
 
 def examine_configs(active: str) -> list[Finding]:
-    """Construct every method's config, with its defaults and with the notable variants.
-
-    Args:
-        active: `cuda` or `cpu`; only this platform's classes must construct.
-    Raises:
-        MethodError: another package's method cannot be registered.
-    """
+    """Construct every method's config as defaults and variants have it; those of `active` must."""
     from mixedprec_plugin.methods.construct import config_key, cuda_capability
     from mixedprec_plugin.methods.registry import METHODS, bind
 
@@ -183,31 +165,25 @@ def _construct(
     from mixedprec_plugin.methods.construct import build_config
 
     name = f"{label} ({key})"
-    details = {
-        "method": spec.name,
-        "arguments": dict(arguments),
-        "platform": key,
+    details: dict[str, Any] = {
+        "method": spec.name, "arguments": dict(arguments), "platform": key,
         "class": spec.config_classes[key],
-    }
+    }  # fmt: skip
     try:
         config = build_config(spec.name, arguments, key, capability=spec.fallback_below)
     except MethodError as error:
+        details["reason"] = str(error)
         is_device = all(problem.rule == "config-refused" for problem in error.problems)
         if is_device and not is_in_use:
-            text = f"not constructible on this device: {_reason(error)}"
-            return Finding("configs", name, "absent", text, {**details, "reason": str(error)})
-        line = line_of_method(spec, key, error.problems[0].rule, error)
-        text = f"{error}; look at {line}"
-        return Finding("configs", name, "failed", text, {**details, "reason": str(error)})
+            # SGLang's own words, without ours around them
+            text = f"not constructible on this device: {error.__cause__ or error}"
+            return Finding("configs", name, "absent", text, details)
+        text = f"{error}; look at {line_of_method(spec, key, error.problems[0].rule, error)}"
+        return Finding("configs", name, "failed", text, details)
     attributes = _attributes(config, spec.config_arguments(arguments, key))
     shown = " ".join(f"{name}={value}" for name, value in attributes.items())
     text = f"{type(config).__name__}: {shown}"
     return Finding("configs", name, "ok", text, {**details, "attributes": attributes})
-
-
-def _reason(error: BaseException) -> str:
-    """SGLang's own words, without ours around them."""
-    return str(error.__cause__ or error)
 
 
 def _attributes(config: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,33 +207,27 @@ def _as_data(findings: list[Finding]) -> dict[str, Any]:
 
 def _print_answer(findings: list[Finding], page: Page) -> None:
     """What is here, what works, what does not and why, and what to do next."""
-    sections: dict[str, list[Finding]] = {}
-    for finding in findings:
-        sections.setdefault(finding.section, []).append(finding)
-    names = " ".join(f"{x.name} {x.text}," for x in sections["versions"] if x.status == "ok")
-    page.print(f"With {names.rstrip(',')}:")
-    device = next((x for x in sections.get("device", ()) if x.status == "ok"), None)
-    if device is not None and device.name == "cpu":
-        page.print("  device   no GPU: SGLang runs on this CPU, by the plugin's platform")
-    elif device is not None:
-        page.print(f"  device   {device.text}")
-    if all(x.status == "ok" for x in sections.get("registration", ())):
-        page.print("  plugin   load format, flags, hooks and platform are in place")
-    works = [x.details["method"] for x in sections.get("configs", ()) if x.status == "ok"]
-    page.print(
-        f"  methods  {', '.join(dict.fromkeys(works)) or 'none'}: SGLang takes their arguments"
-    )
-    if unseen := {
-        x.details["method"] for x in findings if "method" in x.details and x.status == "absent"
-    }:
-        listed = ", ".join(sorted(unseen))
-        page.print(
-            f"           of {listed} the CUDA form is not looked at without a GPU that runs it"
-        )
-    for finding in sections["versions"]:
-        if finding.status == "absent":
-            page.print(f"  note     {finding.text}", "yellow")
+
+    def of(section: str, status: Status) -> list[Finding]:
+        return [x for x in findings if x.section == section and x.status == status]
+
+    page.print(f"With {', '.join(f'{x.name} {x.text}' for x in of('versions', 'ok'))}:")
+    for device in of("device", "ok"):
+        here = "no GPU: SGLang runs on this CPU, by the plugin's platform"
+        page.print(f"  device   {here if device.name == 'cpu' else device.text}")
     wrong = [finding for finding in findings if finding.status == "failed"]
+    if all(finding.section != "registration" for finding in wrong):
+        page.print("  plugin   load format, flags, hooks and platform are in place")
+    works, unseen = (
+        list(dict.fromkeys(x.details["method"] for x in of("configs", status)))
+        for status in ("ok", "absent")
+    )
+    page.print(f"  methods  {', '.join(works) or 'none'}: SGLang takes their arguments")
+    if unseen:
+        what = "the CUDA form is not looked at without a GPU that runs it"
+        page.print(f"           of {', '.join(sorted(unseen))} {what}")
+    for finding in of("versions", "absent"):
+        page.print(f"  note     {finding.text}", "yellow")
     for finding in wrong:
         page.print(f"  failed  {finding.name}  {finding.text}", "red")
     closing = "all well; next: mixedprec serve PRESET --model DIR"

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.output import check_plot, print_json, progress_for
-from mixedprec_plugin.cli.planning import add_planning_arguments, add_text_arguments, make_plan
+from mixedprec_plugin.cli.output import check_plot, print_json, progress_for, save_plot
+from mixedprec_plugin.cli.planning import (
+    add_planning_arguments,
+    add_text_arguments,
+    make_named_plan,
+)
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.tables import Page
 
 if TYPE_CHECKING:
-    from mixedprec_plugin.evaluate.report import Row, Servers
-
+    from mixedprec_plugin.evaluate.report import Servers
 
 _WINDOWS, _LENGTH = 8, 512
 
@@ -29,7 +32,6 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     add_planning_arguments(parser, several=True)
     parser.add_argument(
         "--reference", default="", metavar="MODEL",
@@ -45,13 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Compare the predictions of presets and converted folders with the unquantized model's.
-
-    Returns:
-        0.
-    Raises:
-        UsageError, PresetError, CheckpointError, PlanError: before the work.
-    """
+    """Compare the predictions of presets and converted folders with the unquantized model's."""
     check_plot(args.plot)
     plans = {name or args.model: _plan(args, name) for name in args.presets or [""]}
     # the verbs that only read run without torch
@@ -60,23 +56,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     reference = open_source(args.reference or args.model)
     is_served = args.engine == "sglang"
     servers = _servers(args, plans, reference.path) if is_served else None
-    with (
-        tempfile.TemporaryDirectory(prefix="mixedprec-eval-") as folder,
-        progress_for(args) as bar,
-    ):
-        rows: list[Row] = evaluate(
-            plans,
-            reference,
-            args.text,
-            args.windows or _WINDOWS,
-            args.length or _LENGTH,
-            args.seed or 0,
-            Path(folder),
-            bar,
-            servers,
-        )
+    with tempfile.TemporaryDirectory(prefix="mixedprec-eval-") as folder, progress_for(args) as bar:
+        rows = evaluate(
+            plans, reference, args.text, args.windows or _WINDOWS, args.length or _LENGTH,
+            args.seed or 0, Path(folder), bar, servers,
+        )  # fmt: skip
     if args.plot:
-        draw(rows, args.plot)
+        save_plot(draw(rows), args.plot)
     if args.json:
         print_json(as_dict(rows, args.text, is_served=is_served), out)
     else:
@@ -84,20 +70,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace, preset: str) -> Plan:
-    named = {"model": preset, "preset": ""} if Path(preset or "-").is_dir() else {"preset": preset}
-    plan = make_plan(argparse.Namespace(**{**vars(args), **named})).check()
+def _plan(args: argparse.Namespace, named: str) -> Plan:
+    plan = make_named_plan(args, named).check()
     if problems := plan.not_calibrated():
         raise PlanError(problems)
     return plan
 
 
 def _servers(args: argparse.Namespace, plans: Mapping[str, Plan], reference: Path) -> Servers:
-    """How the reference and each plan are served, as they were planned.
-
-    Raises:
-        UsageError: the plans are for a GPU, and none is here.
-    """
+    """How the reference and each plan are served, as they were planned."""
     import torch
 
     from mixedprec_plugin.evaluate.report import UNQUANTIZED

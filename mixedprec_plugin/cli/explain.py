@@ -28,7 +28,6 @@ _RUN = re.compile(r"\d[\d,-]*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument(
         "layer", metavar="LAYER", help="a layer's name, or a fused module's for all its parts"
     )
@@ -36,14 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
-    """Print every rule that matched, which won, and what becomes of the layer.
-
-    Returns:
-        the plan's problems that name the layer.
-    Raises:
-        UsageError: the model has no such layer.
-        PresetError, CheckpointError: the files themselves are wrong.
-    """
+    """Print every rule that matched, which won, and what came of it; return its problems."""
     plan = make_plan(args)
     layers = [x for x in plan.layers if args.layer in (x.name, x.module)]
     if not layers:

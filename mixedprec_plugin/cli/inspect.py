@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -18,6 +17,7 @@ from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods import registry
 from mixedprec_plugin.methods.recognition import FormatCache
 from mixedprec_plugin.methods.stored import StoredFormat
+from mixedprec_plugin.names import without_numbers
 from mixedprec_plugin.plan.conversion import action_of
 from mixedprec_plugin.plan.folding import fold_names, fold_problems, natural_key
 from mixedprec_plugin.plan.render import format_bytes
@@ -28,18 +28,11 @@ EXAMPLES = """
   mixedprec inspect DIR
   mixedprec inspect Qwen/Qwen3-30B-A3B-GPTQ-Int4 --json
 """
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectedLayer:
-    """One layer of a checkpoint.
-
-    Attributes:
-        kind: what it is, by its name.
-        stored: the format of its weight matrix; None where it has none.
-        tensors: parameter suffix -> tensor.
-    """
+    """One layer of a checkpoint; `stored` is the format of its weight matrix, if it has one."""
 
     name: str
     kind: Kind
@@ -48,7 +41,6 @@ class InspectedLayer:
 
     @property
     def num_bytes(self) -> int:
-        """Of all its tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     @property
@@ -68,15 +60,11 @@ class InspectedLayer:
     @property
     def use(self) -> str:
         """What a plan can do with the layer."""
-        if self._unreadable:
+        if self._unreadable or (self.stored and not self.stored.is_readable):
             return "neither"
         is_quantizable = self.kind not in NEVER_QUANTIZED or self.kind == "lm_head"
-        if self.stored is not None and not self.stored.is_readable:
-            return "neither"
         if self.stored is None or self.stored.is_float:
-            return (
-                "serve as stored, quantize" if self.stored and is_quantizable else "serve as stored"
-            )
+            return f"serve as stored{', quantize' if self.stored and is_quantizable else ''}"
         if not is_quantizable:
             return "dequantize"
         if self.stored.method:
@@ -101,32 +89,29 @@ class InspectedLayer:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("model", metavar="DIR", help="checkpoint folder")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print how a checkpoint is stored.
-
-    Returns:
-        0, or 1 where config.json and the tensors disagree.
-    Raises:
-        CheckpointError: the files themselves are wrong.
-    """
+    """Print how a checkpoint is stored; 1 where config.json and the tensors disagree."""
     source = open_source(args.model)
     layers = inspect_layers(source)
     problems = disagreements(layers)
     if args.json:
-        print_json(_as_dict(layers, problems), out)
-    else:
-        _print(layers, problems, Page(out))
-        if embedded_preset(source.quantization_config) is not None:
-            print(
-                "written by mixedprec convert; carries the preset that it was made with", file=out
-            )
-        if folded := source.folded:
-            what = f"{len(folded)} norms and layers are divided for what reads them"
-            print(f"scales are folded between layers: {what}", file=out)
+        made = {
+            "layers": [_as_dict(layer) for layer in layers],
+            "bytes": sum(layer.num_bytes for layer in layers),
+            "disagreements": problems,
+        }
+        print_json(made, out)
+        return 1 if problems else 0
+    page = Page(out)
+    _print(layers, problems, page)
+    if embedded_preset(source.quantization_config) is not None:
+        page.print("written by mixedprec convert; carries the preset that it was made with")
+    if folded := source.folded:
+        what = f"{len(folded)} norms and layers are divided for what reads them"
+        page.print(f"scales are folded between layers: {what}")
     return 1 if problems else 0
 
 
@@ -134,15 +119,11 @@ def inspect_layers(source: Source) -> list[InspectedLayer]:
     """Tell the format of every layer, in natural order of their names."""
     family, formats = family_of(source.config), FormatCache()
     layers = []
-    for name, tensors in sorted(source.layers.items(), key=_by_name):
+    for name, tensors in sorted(source.layers.items(), key=lambda item: natural_key(item[0])):
         stored = formats.of(source, name)
         kind = layer_kind(name, stored is not None, family)
         layers.append(InspectedLayer(name, kind, stored, tensors))
     return layers
-
-
-def _by_name(item: tuple[str, Mapping[str, StoredTensor]]) -> list[str | int]:
-    return natural_key(item[0])
 
 
 def disagreements(layers: Sequence[InspectedLayer]) -> list[Problem]:
@@ -155,15 +136,7 @@ def disagreements(layers: Sequence[InspectedLayer]) -> list[Problem]:
     )
 
 
-def _as_dict(layers: Sequence[InspectedLayer], problems: Sequence[Problem]) -> dict[str, Any]:
-    return {
-        "layers": [_layer_as_dict(layer) for layer in layers],
-        "bytes": sum(layer.num_bytes for layer in layers),
-        "disagreements": [dataclasses.asdict(problem) for problem in problems],
-    }
-
-
-def _layer_as_dict(layer: InspectedLayer) -> dict[str, Any]:
+def _as_dict(layer: InspectedLayer) -> dict[str, Any]:
     stored = layer.stored
     return {
         "name": layer.name,
@@ -190,7 +163,13 @@ def _print(layers: Sequence[InspectedLayer], problems: Sequence[Problem], page: 
     table = Table(
         ("layers", False), ("stored", False), ("bits", True), ("bytes", True), ("a plan can", False)
     )  # fmt: skip
-    for alike in _groups(layers):
+    # alike but for a number in their names
+    groups: dict[tuple[str, str, int, int], list[InspectedLayer]] = {}
+    for layer in layers:
+        shape = (layer.stored.N, layer.stored.K) if layer.stored else (0, 0)
+        key = (without_numbers(layer.name), layer.description, *shape)
+        groups.setdefault(key, []).append(layer)
+    for alike in groups.values():
         first, bits = alike[0], _bits(alike)
         table.add(
             ", ".join(fold_names(layer.name for layer in alike)),
@@ -205,14 +184,3 @@ def _print(layers: Sequence[InspectedLayer], problems: Sequence[Problem], page: 
     page.print(f"{len(layers)} layers: {total} stored")
     for problem in problems:
         page.print(f"disagreement: {problem}", "yellow")
-
-
-def _groups(layers: Sequence[InspectedLayer]) -> list[list[InspectedLayer]]:
-    """Layers that are alike but for a number in their names, in the order of their first."""
-    groups: dict[tuple[str, str, int, int], list[InspectedLayer]] = {}
-    for layer in layers:
-        stored = layer.stored
-        shape = (stored.N, stored.K) if stored else (0, 0)
-        key = (_NUMBER.sub("#", layer.name), layer.description, *shape)
-        groups.setdefault(key, []).append(layer)
-    return list(groups.values())

@@ -19,7 +19,8 @@ from mixedprec_plugin.names import nearest
 
 # verb -> (module, help). The module has
 #   add_arguments(parser)
-#   run(args, out) -> the exit code; or the problems that were found, which main prints
+#   run(args, out) -> the exit code; or the problems that were found, which main prints. It raises
+#                     any of the package's errors
 #   EXAMPLES, commands for --help
 VERBS = {
     "init": ("mixedprec_plugin.cli.init", "a preset to start from, for a model and a size"),
@@ -47,15 +48,7 @@ _TITLE = "Mixed-precision serving with SGLang by editing a YAML file."
 def main(
     argv: Sequence[str] | None = None, out: TextIO | None = None, err: TextIO | None = None
 ) -> int:
-    """Run the command line.
-
-    Args:
-        argv: arguments after the program's name; the process's own if None.
-        out: where results go; standard output if None.
-        err: where errors and warnings go; standard error if None.
-    Returns:
-        the exit code.
-    """
+    """Run words, the process's own if None, write results and errors, and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     out, err = out or sys.stdout, err or sys.stderr
     for stream in (out, err):

@@ -13,6 +13,7 @@ from mixedprec_plugin.methods.cards import CAPABILITIES, Gpu, version
 from mixedprec_plugin.methods.interface import LayerShape, Method, Target
 from mixedprec_plugin.methods.registry import METHODS, suggest_method
 from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.names import ranges_of
 from mixedprec_plugin.plan.tables import Page, Table
 
 EXAMPLES = """
@@ -24,19 +25,11 @@ _SIZE = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("name", nargs="?", default="", metavar="NAME", help="one, in full")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print all methods, or one.
-
-    Returns:
-        0.
-    Raises:
-        UsageError: there is no such method.
-        MethodError: another package's method cannot be registered.
-    """
+    """Print all methods, or one."""
     found = [method for method in METHODS.values() if args.name in ("", *method.names)]
     if not found:
         what = f"unknown method {args.name!r} (expected {', '.join(METHODS)})"
@@ -83,14 +76,8 @@ def cards_of(method: Method) -> list[int]:
 
 def _ranges(capabilities: list[int]) -> str:
     """`7.5-9.0, 12.0`: runs of the capabilities that there are."""
-    runs: list[list[int]] = []
-    for capability in capabilities:
-        index = CAPABILITIES.index(capability)
-        if runs and CAPABILITIES.index(runs[-1][-1]) == index - 1:
-            runs[-1].append(capability)
-        else:
-            runs.append([capability])
-    ends = [dict.fromkeys((version(run[0]), version(run[-1]))) for run in runs]
+    runs = ranges_of(map(CAPABILITIES.index, capabilities))
+    ends = [dict.fromkeys(version(CAPABILITIES[index]) for index in run) for run in runs]
     return ", ".join("-".join(pair) for pair in ends)
 
 

@@ -31,30 +31,29 @@ def _plain(value: Any) -> Any:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet.
-
-    Raises:
-        ConvertError: it is there, or cannot be written.
-    """
+    """Write a file that is not there yet."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        what = f"cannot be written ({error.strerror})"
-        if isinstance(error, FileExistsError):
-            what = "is there already"
+        is_there = isinstance(error, FileExistsError)
+        what = "is there already" if is_there else f"cannot be written ({error.strerror})"
         raise ConvertError(Problem(str(path), what, "name another file", "file")) from error
 
 
 def check_plot(path: Path | None) -> None:
-    """See before any work that what draws is there.
-
-    Raises:
-        UsageError: it is not, and a picture was asked for.
-    """
+    """See before any work that what draws is there."""
     if path is not None and importlib.util.find_spec("matplotlib") is None:
         remedy = "pip install 'mixedprec-plugin[plot]'"
         raise UsageError(Problem("--plot", "matplotlib is not installed", remedy))
+
+
+def save_plot(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib's, in the format that the file's name says."""
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise UsageError(Problem("--plot", f"{path} cannot be written ({error})")) from error
 
 
 def report(problems: Iterable[Problem], err: TextIO) -> None:
@@ -66,20 +65,13 @@ def report(problems: Iterable[Problem], err: TextIO) -> None:
 
 def progress_for(args: argparse.Namespace) -> Progress:
     """What is done, how much of it and the time left; nothing where nobody is watching."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import console, progress
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+        console=console.Console(file=sys.stderr),
         disable=args.quiet or not sys.stderr.isatty(),
     )

@@ -21,12 +21,7 @@ _DATA = "/*DATA*/"
 
 
 def write_pages(args: argparse.Namespace, plan: Plan) -> None:
-    """Write what the command line asks for.
-
-    Raises:
-        UsageError: a file cannot be written, an overlay is none, or one is named without a page.
-        PresetError, CheckpointError: the preset beside it is wrong.
-    """
+    """Write what the command line asks for."""
     for flag in ("against", "overlay"):
         if getattr(args, flag) and not args.html:
             what = "goes into the page, and none is asked for"
@@ -34,7 +29,7 @@ def write_pages(args: argparse.Namespace, plan: Plan) -> None:
     if args.html:
         write_page(args.html, plan, _against(args), args.overlay)
     if args.svg:
-        write_text(args.svg, map_of(plan), "--svg")
+        _write(args.svg, map_of(plan), "--svg")
 
 
 def _against(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -42,8 +37,7 @@ def _against(args: argparse.Namespace) -> dict[str, Any] | None:
     if not args.against:
         return None
     if not is_address(args.against):
-        named = argparse.Namespace(**{**vars(args), "preset": args.against, "overrides": []})
-        return plan_document(make_plan(named))
+        return plan_document(make_plan(args, preset=args.against, overrides=[]))
     text, url = ask(args.against, document=True)
     try:
         document: dict[str, Any] = json.loads(text)
@@ -59,21 +53,19 @@ def _against(args: argparse.Namespace) -> dict[str, Any] | None:
 def write_page(
     path: Path, plan: Plan, against: dict[str, Any] | None, overlays: Sequence[Path]
 ) -> None:
-    """Write the page of a plan.
+    """Write the page of a plan, with the document of another one over the same model `against` it.
 
-    Args:
-        against: the document of another plan over the same model, to show beside it.
-        overlays: files with a number for each layer, as `overlays` reads them.
-    Raises:
-        UsageError: the file cannot be written, or an overlay is none.
+    `overlays` are files with a number for each layer.
     """
     data = {
         "plan": plan_document(plan),
         "against": against,
         "overlays": [_in_order(read_overlay(each, plan), plan) for each in overlays],
     }
-    template = page_path().read_text(encoding="utf-8")
-    write_text(path, template.replace(_DATA, in_script(data)), "--html")
+    # nothing in it ends the element or the JSON
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c").replace("\x7f", "\\u007f")
+    _write(path, page_path().read_text(encoding="utf-8").replace(_DATA, text), "--html")
 
 
 def _in_order(overlay: dict[str, Any], plan: Plan) -> dict[str, Any]:
@@ -83,18 +75,7 @@ def _in_order(overlay: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return {**overlay, "values": [n if n is None else float(f"{n:.3g}") for n in numbers]}
 
 
-def in_script(data: Any) -> str:
-    """Plain data as JSON that may stand in a page: nothing in it ends the element or the JSON."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\x7f", "\\u007f")
-
-
-def write_text(path: Path, text: str, flag: str) -> None:
-    """Write a file that the command line names.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
+def _write(path: Path, text: str, flag: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

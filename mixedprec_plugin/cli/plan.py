@@ -23,7 +23,6 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     add_planning_arguments(parser)
     parser.add_argument(
         "--draft-model", metavar="DIR",
@@ -52,16 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
-    """Print the plan.
-
-    Returns:
-        what does not fit, and warnings.
-    Raises:
-        UsageError: no preset was named, and the checkpoint carries none; or a draft model was
-            named, and the preset has no section for it.
-        PresetError, CheckpointError: the files themselves are wrong.
-        LoadError: the process of --build died.
-    """
+    """Print the plan; return what does not fit, and warnings."""
     plan = make_plan(args)
     draft = make_draft_plan(args, plan)
     if args.build:

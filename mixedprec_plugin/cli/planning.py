@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.arguments import count, positive
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.config import model_dtype
-from mixedprec_plugin.methods.cards import Gpu, find_gpu, served_dtype
+from mixedprec_plugin.methods.cards import find_gpu, served_dtype
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.budget import KV_BYTES, Load
 from mixedprec_plugin.plan.drafts import own_draft, resolve_draft_plan
@@ -23,12 +24,7 @@ def add_planning_arguments(
     parser: argparse.ArgumentParser, *, several: bool = False, needs_model: bool = True
 ) -> None:
     """Declare the arguments that name model, preset (or `several` of them) and target."""
-    parser.add_argument(
-        "--model",
-        required=needs_model,
-        metavar="MODEL",
-        help="checkpoint folder, or a Hugging Face id",
-    )
+    add_model_argument(parser, is_required=needs_model)
     named = (
         "YAML file, or a packaged preset's name; may be left out for a checkpoint that "
         "mixedprec convert wrote"
@@ -40,11 +36,26 @@ def add_planning_arguments(
         )  # fmt: skip
     else:
         parser.add_argument("--preset", default="", metavar="PRESET", help=named)
+    add_override_argument(parser)
+    add_target_arguments(parser)
+
+
+def add_model_argument(
+    parser: argparse.ArgumentParser, *also: str, is_required: bool = True
+) -> None:
+    """Declare --model, and what else it is called."""
+    parser.add_argument(
+        "--model", *also, required=is_required, metavar="MODEL",
+        help="checkpoint folder, or a Hugging Face id",
+    )  # fmt: skip
+
+
+def add_override_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --set."""
     parser.add_argument(
         "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
         default=[], help="override a key of the preset; repeatable",
     )  # fmt: skip
-    add_target_arguments(parser)
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,11 +84,7 @@ def add_load_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def load_of(args: argparse.Namespace) -> Load | None:
-    """The load that the command line asks for; None where it names no --context.
-
-    Raises:
-        UsageError: --concurrency without --context.
-    """
+    """The load that the command line asks for; None where it names no --context."""
     if args.context is None:
         if args.concurrency is not None:
             what = "--concurrency without --context does not tell how much a request holds"
@@ -91,10 +98,7 @@ def add_text_arguments(
 ) -> None:
     """Declare the arguments that say which text a model is run on; None where one is not given.
 
-    Args:
-        what_for: what is done with it.
-        writer: who writes it where none is named.
-        windows, length: what is taken where none is given.
+    `writer` writes it where none is named, in so many `windows` of that `length`.
     """
     parser.add_argument(
         "--text", type=Path, metavar="FILE",
@@ -107,27 +111,30 @@ def add_text_arguments(
     parser.add_argument("--seed", type=int, metavar="N", help="of the written text (0)")
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
-    """Plan what the command line asks for.
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of some arguments that the command line names."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
-    Raises:
-        UsageError: no preset was named, and the checkpoint carries none, or no such GPU is known.
-        PresetError, CheckpointError: the files themselves are wrong.
-    """
+
+def make_plan(args: argparse.Namespace, **changed: object) -> Plan:
+    """Plan what the command line asks for, but for arguments that are `changed`."""
+    args = argparse.Namespace(**{**vars(args), **changed})
     source = open_source(args.model)
     preset = preset_for(args.preset, source, args.overrides, "--preset")
     return resolve_plan(preset, source, target_of(args, source), open_other_sources(preset))
 
 
+def make_named_plan(args: argparse.Namespace, named: str) -> Plan:
+    """Plan a preset, or a folder that `mixedprec convert` wrote; as `make_plan`."""
+    if named and Path(named).is_dir():
+        return make_plan(args, model=named, preset="")
+    return make_plan(args, preset=named)
+
+
 def make_draft_plan(args: argparse.Namespace, plan: Plan) -> Plan | None:
     """Plan the section `draft` of a plan's preset over the draft model that was named.
 
-    Returns:
-        where none was named, the plan of the model's own layers of multi-token prediction; None
-        where it has none, or the preset no such section.
-    Raises:
-        UsageError: the preset has no such section.
-        CheckpointError: the files themselves are wrong.
+    Where none was, over the model's own layers of multi-token prediction, if there are such.
     """
     preset = plan.preset.draft
     if not args.draft_model:
@@ -142,23 +149,12 @@ def make_draft_plan(args: argparse.Namespace, plan: Plan) -> Plan | None:
 
 
 def target_of(args: argparse.Namespace, source: Source) -> Target:
-    """What the command line plans for.
-
-    Raises:
-        UsageError: no such GPU is known, or it is named beside another device.
-    """
-    gpu = gpu_of(args)
+    """What the command line plans for."""
     dtype = model_dtype(source.config, args.dtype)
-    if gpu is not None:
-        dtype = served_dtype(dtype, gpu.capability)
-    return Target(args.device, args.tp, dtype, gpu)
-
-
-def gpu_of(args: argparse.Namespace) -> Gpu | None:
-    """The GPU that the command line names; None where it names none."""
     if not args.gpu:
-        return None
+        return Target(args.device, args.tp, dtype)
     if args.device != "cuda":
         what = f"{args.gpu!r} beside --device {args.device} (expected --device cuda)"
         raise UsageError(Problem("--gpu", what, "leave one of the two out", "gpu"))
-    return find_gpu(args.gpu)
+    gpu = find_gpu(args.gpu)
+    return Target(args.device, args.tp, served_dtype(dtype, gpu.capability), gpu)

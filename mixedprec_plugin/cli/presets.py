@@ -10,6 +10,7 @@ from typing import TextIO
 import yaml
 
 from mixedprec_plugin.cli.output import print_json, write_new
+from mixedprec_plugin.cli.planning import add_override_argument
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.preset.load import load_preset
@@ -22,32 +23,21 @@ EXAMPLES = """
   mixedprec presets show mine.yaml         parents and overrides merged, interpolations resolved
   mixedprec presets copy awq               write ./awq.yaml, which editors check as you type
 """
-MODELINE = "# yaml-language-server: $schema="
+_MODELINE = "# yaml-language-server: $schema="
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument(
         "action", nargs="?", choices=("list", "show", "copy"), default="list", metavar="ACTION",
         help="list, show NAME or copy NAME [FILE]",
     )  # fmt: skip
     parser.add_argument("name", nargs="?", default="", metavar="NAME", help="a name or a file")
     parser.add_argument("file", nargs="?", default="", metavar="FILE", help="the copy's")
-    parser.add_argument(
-        "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
-        default=[], help="for show: override a key; repeatable",
-    )  # fmt: skip
+    add_override_argument(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """List, show or copy.
-
-    Returns:
-        0.
-    Raises:
-        UsageError, PresetError: there is no such preset, or it is wrong.
-        ConvertError: the copy is there already, or cannot be written.
-    """
+    """List, show or copy."""
     if args.action == "list":
         _list(args, out)
         return 0
@@ -88,6 +78,10 @@ def _copy(name: str, path: Path) -> Path:
     assert source is not None  # it was loaded
     text = source.read_text(encoding="utf-8")
     first, _, rest = text.partition("\n")
-    body = rest if first.startswith(MODELINE) else text
-    write_new(path, f"{MODELINE}{os.path.abspath(schema_path(PRESET_SCHEMA))}\n{body}")
+    write_new(path, with_modeline(rest if first.startswith(_MODELINE) else text))
     return path
+
+
+def with_modeline(text: str) -> str:
+    """A preset's text under the line by which editors find its schema."""
+    return f"{_MODELINE}{os.path.abspath(schema_path(PRESET_SCHEMA))}\n{text}"

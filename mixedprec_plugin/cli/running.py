@@ -21,12 +21,7 @@ def is_address(named: str) -> bool:
 def ask(address: str, *, document: bool = False) -> tuple[str, str]:
     """Ask a server for its plan, as `mixedprec plan --json` prints it, or as the page's document.
 
-    A server with --api-key is told the one that MIXEDPREC_API_KEY holds.
-
-    Returns:
-        the JSON, and the address that it came from.
-    Raises:
-        UsageError: nothing answers there, or something else does.
+    It is told the API key of MIXEDPREC_API_KEY. Returns the JSON, and the address it came from.
     """
     import httpx
 

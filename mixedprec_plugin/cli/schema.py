@@ -18,18 +18,11 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("--path", action="store_true", help="print where the schema's file lies")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Print the schema.
-
-    Returns:
-        0.
-    Raises:
-        MethodError: another package's method cannot be registered.
-    """
+    """Print the schema."""
     if args.path:
         print(os.path.abspath(schema_path(PRESET_SCHEMA)), file=out)
     else:

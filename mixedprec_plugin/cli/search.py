@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import argparse
-import re
+import functools
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.arguments import positive
-from mixedprec_plugin.cli.output import check_plot
+from mixedprec_plugin.cli.output import check_plot, print_json, progress_for, save_plot
 from mixedprec_plugin.cli.planning import (
     add_load_arguments,
+    add_model_argument,
     add_target_arguments,
     add_text_arguments,
+    given,
     load_of,
+    target_of,
 )
-from mixedprec_plugin.errors import Problem, UsageError
-from mixedprec_plugin.search.kept import Basis
+from mixedprec_plugin.convert.parts import parse_size
+from mixedprec_plugin.errors import PlanError, Problem, UsageError
+from mixedprec_plugin.plan.budget import Budget as CardBudget
+from mixedprec_plugin.plan.budget import gpu_budget, nearest_that_fits
+from mixedprec_plugin.plan.model import Plan
+from mixedprec_plugin.plan.preset import preset_for
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.plan.sources import open_other_sources
+from mixedprec_plugin.plan.tables import Page
+from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.search.candidates import Choices, Others, canonical_methods, find_choices
+from mixedprec_plugin.search.finder import GUESSES, Budget, Search, Way, find_scores
+from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted
+from mixedprec_plugin.search.report import Measured, as_dict, draw, header_lines, print_found
+from mixedprec_plugin.search.rule import guessed
+from mixedprec_plugin.search.write import Chosen, preset_text, publish
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 EXAMPLES = """
   mixedprec search --model DIR --bits 4.5 --out mine.yaml
@@ -25,22 +49,19 @@ EXAMPLES = """
   mixedprec search --model DIR --bits 5 --inputs FOLDER --out mine.yaml
 """
 
-_UNITS = {"": 1, "K": 1000, "M": 10**6, "G": 10**9, "T": 10**12}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(i?)B?", re.IGNORECASE)
+# arguments that say what scores are made on
+_TEXT = ("text", "windows", "length", "seed", "held_out")
 _BASIS = Basis()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="checkpoint folder, or a Hugging Face id"
-    )
+    add_model_argument(parser)
     wanted = parser.add_argument_group("budget", "one of these, or --gpu with --context")
     wanted.add_argument(
         "--bits", type=float, metavar="N", help="bits a weight of linear layers, scales counted"
     )
     wanted.add_argument(
-        "--budget", type=_size, metavar="SIZE",
+        "--budget", metavar="SIZE",
         help="bytes of weights on each rank, everything counted: 12GiB",
     )  # fmt: skip
     add_load_arguments(wanted)
@@ -94,42 +115,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Find and write the preset.
-
-    Returns:
-        0.
-    Raises:
-        UsageError: the budget or another option is wrong.
-        PlanError: nothing is so small.
-        CheckpointError, PresetError: the files themselves are wrong.
-        ConvertError: a file cannot be written.
-    """
+    """Find and write the preset."""
     _check_options(args)
     check_plot(args.plot)
-    # other verbs run without numpy and scipy
-    from mixedprec_plugin.cli.searching import search
-
-    search(args, out)
+    begun = time.monotonic()
+    model = open_source(args.model)
+    methods = canonical_methods(filter(None, args.methods.split(",")))
+    choices = find_choices(model, target_of(args, model), methods, _others(args.sources))
+    budget, card = _budget(args, choices)
+    with progress_for(args) as bar:
+        scores, made, way = _scores(args, choices, bar)
+        own = Search(choices, args.at_load, args.experts == "layer")
+        try:
+            found = own.run(budget, scores, way, made)
+        except PlanError as error:
+            raise _with_nearest(args, error, choices, own.smallest(scores), card) from None
+        lines = header_lines(found, args.out, args.model)
+        text = preset_text(found.choices, Chosen(found.choice, found.losses, lines))
+        plan = publish(text, found.choices, found.choice, args.out)
+        seconds = time.monotonic() - begun
+        measured = _converted(args, plan, bar)
+    if args.plot:
+        save_plot(draw(found), args.plot)
+    if args.json:
+        print_json(as_dict(found, card, measured, seconds), out)
+    else:
+        print_found(found, card, measured, seconds, args.out, Page(out))
     return 0
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """See that the options go together.
-
-    Raises:
-        UsageError: they do not.
-    """
-    given = [name for name in ("bits", "budget", "context") if getattr(args, name) is not None]
-    if len(given) != 1:
-        what = f"{' and '.join(f'--{x}' for x in given) or 'none of them'} (expected one)"
+    """See that the options go together."""
+    wanted = given(args, "bits", "budget", "context")
+    if len(wanted) != 1:
+        what = f"{' and '.join(f'--{x}' for x in wanted) or 'none of them'} (expected one)"
         remedy = "name one of --bits N, --budget SIZE, or --gpu NAME --context TOKENS"
         raise UsageError(Problem("--bits, --budget, --context", what, remedy, "budget"))
     if args.context is not None and not args.gpu:
         remedy = "add --gpu NAME, or give --budget"
         raise UsageError(Problem("--context", "is for a GPU", remedy, "budget"))
     load_of(args)
-    text = ("text", "windows", "length", "seed", "held_out")
-    unused = [f"--{x.replace('_', '-')}" for x in text if getattr(args, x) is not None]
+    unused = [f"--{x.replace('_', '-')}" for x in given(args, *_TEXT)]
     if args.inputs and unused:
         what = "is for text, and --inputs is there in its place"
         raise UsageError(Problem(", ".join(unused), what))
@@ -149,10 +175,123 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError(Problem(", ".join(unused), "is for scores, and --fast makes none"))
 
 
-def _size(text: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size (expected such as 12GiB or 12GB)")
-    unit = match[2].upper()
-    scale = 1024 ** "KMGT".index(unit) * 1024 if match[3] else _UNITS[unit]
-    return int(float(match[1]) * scale)
+def _others(path: Path | None) -> Others:
+    if path is None:
+        return {}
+    preset = load_preset(path)
+    if not preset.sources:
+        raise UsageError(Problem("--sources", f"{path} has no sources (expected one or more)"))
+    opened = open_other_sources(preset, everything=True)
+    return {name: (preset.sources[name], source) for name, source in opened.items()}
+
+
+def _budget(args: argparse.Namespace, choices: Choices) -> tuple[Budget, CardBudget | None]:
+    load, target = load_of(args), choices.base.target
+    if load is None or target.gpu is None:
+        size = parse_size(args.budget, "--budget") if args.budget is not None else None
+        return Budget(size, args.bits or 0.0), None
+    card = gpu_budget(target.gpu, target.tp_size, choices.base.source.config, load)
+    return Budget(card.weights), card
+
+
+def _scores(args: argparse.Namespace, choices: Choices, bar: Progress) -> tuple[Scores, int, Way]:
+    """The scores, how many were made, and how."""
+    if args.fast:
+        return guessed(choices), 0, GUESSES
+    gradients = not (args.no_gradients or args.inputs or args.in_engine)
+    basis = Basis(
+        **given(args, *_TEXT), gradients=gradients, inputs=args.inputs, in_engine=args.in_engine
+    )
+    gathered = None
+    # each way needs torch, but for scores that are there
+    if args.inputs:
+        from mixedprec_plugin.calibrate.gathered import Gathered
+
+        gathered = Gathered(args.inputs, choices.base)
+    kept = KeptScores(choices, basis, gathered.facts if gathered else None)
+    if gathered:
+        from mixedprec_plugin.search.gathered import way_of_gathered
+
+        way = way_of_gathered(choices, gathered)
+    elif args.in_engine:
+        from mixedprec_plugin.search.measured import way_of_engine
+
+        way = way_of_engine(choices, basis)
+    else:
+        way = Way("nats" if gradients else "shares", functools.partial(_swept, choices, kept))
+    return *find_scores(choices, kept, way, bar, at_load=args.at_load), way
+
+
+def _swept(choices: Choices, kept: KeptScores, wanted: Wanted, bar: Progress) -> Iterator[Scores]:
+    from mixedprec_plugin.search.scores import sweep_for_scores
+
+    return sweep_for_scores(choices, wanted, kept, bar)
+
+
+def _with_nearest(
+    args: argparse.Namespace, error: PlanError, choices: Choices, smallest: int,
+    card: CardBudget | None,
+) -> PlanError:  # fmt: skip
+    """Say of a card's budget what would fit."""
+    load, target = load_of(args), choices.base.target
+    if card is None or load is None or target.gpu is None:
+        return error
+    remedy = nearest_that_fits(
+        target.gpu, target.tp_size, choices.base.source.config, load,
+        lambda size: smallest * target.tp_size // size,
+    )  # fmt: skip
+    what = (
+        f"{target.gpu.name} has {max(card.weights, 0) / 1e9:.1f} GB left for weights on a rank "
+        f"(expected {smallest / 1e9:.1f} GB or more)"
+    )
+    lines = (f"{line.title} {line.num_bytes / 1e9:.1f} GB ({line.formula})" for line in card.lines)
+    return PlanError(Problem("--gpu", f"{what}: {', '.join(lines)}", remedy, "budget"))
+
+
+def _converted(args: argparse.Namespace, plan: Plan, bar: Progress) -> Measured | None:
+    """Convert and measure, where that is asked for; a check alone leaves nothing behind."""
+    if not args.convert and not args.check:
+        return None
+    with tempfile.TemporaryDirectory(prefix="mixedprec-search-") as name:
+        folder = Path(name)
+        served = plan
+        if args.convert or plan.not_calibrated():
+            served = _convert(args, plan, args.convert or folder / "converted", bar)
+        return _measure(args, served, plan.source, folder, bar) if args.check else None
+
+
+def _convert(args: argparse.Namespace, plan: Plan, out: Path, bar: Progress) -> Plan:
+    """Write the model so, and plan what was written."""
+    from mixedprec_plugin.calibrate.calibrator import Calibration, Options
+    from mixedprec_plugin.convert.converter import convert
+    from mixedprec_plugin.convert.form import MixedForm
+
+    calibration = None
+    if plan.not_calibrated():
+        text = given(args, "text", "length", "seed")
+        options = Options(**text, gradients=not args.no_gradients)
+        calibration = Calibration(plan, options, bar, everything=False)
+    task = bar.add_task("converting", total=None)
+    convert(
+        plan, MixedForm(), out, parse_size("5GB"), calibration=calibration,
+        progress=lambda done, total: bar.update(task, completed=done, total=total),
+    )  # fmt: skip
+    bar.remove_task(task)
+    converted = open_source(out)
+    return resolve_plan(preset_for("", converted, [], "--convert"), converted, plan.target).check()
+
+
+def _measure(
+    args: argparse.Namespace, plan: Plan, reference: Source, folder: Path, bar: Progress
+) -> Measured:
+    """Its divergence on text of another seed, or on all of the user's."""
+    from mixedprec_plugin.evaluate.report import evaluate
+
+    work = folder / "eval"
+    work.mkdir()
+    windows, length = 2 * (args.held_out or _BASIS.held_out), args.length or _BASIS.length
+    seed = (args.seed or 0) + 1
+    rows = evaluate({"found": plan}, reference, args.text, windows, length, seed, work, bar)
+    kl = rows[1].found.kl
+    what = f"{args.text}" if args.text else "text that the model wrote anew"
+    return Measured(kl.value, kl.error, f"{what}, {windows} windows of {length} tokens")

@@ -20,7 +20,7 @@ from typing import TextIO
 
 from mixedprec_plugin.cli.arguments import positive
 from mixedprec_plugin.cli.output import print_json, report
-from mixedprec_plugin.cli.planning import make_plan
+from mixedprec_plugin.cli.planning import add_model_argument, add_override_argument, make_plan
 from mixedprec_plugin.errors import LoadError, Problem, UsageError
 from mixedprec_plugin.plan.budget import KV_BYTES, Load
 from mixedprec_plugin.plan.memory import MEMORY_RULES, memory_lines, usual_load, why_not_in_memory
@@ -51,14 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "preset", nargs="?", default="", metavar="PRESET",
         help="YAML file, or a packaged preset's name; first, before any option",
     )  # fmt: skip
-    parser.add_argument(
-        "--model", "--model-path", required=True, metavar="MODEL",
-        help="checkpoint folder, or a Hugging Face id",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mixedprec-set", "--set", dest="overrides", metavar="KEY=VALUE", action="append",
-        default=[], help="override a key of the preset; repeatable",
-    )  # fmt: skip
+    add_model_argument(parser, "--model-path")
+    add_override_argument(parser)
     parser.add_argument(
         "--tp", "--tp-size", "--tensor-parallel-size", dest="tp", type=int, default=1, metavar="N",
         help="tensor-parallel ranks",
@@ -86,26 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    """Check, print what is going to run, and become the server.
-
-    Returns:
-        0 with --check; else the process is SGLang's.
-    Raises:
-        UsageError, PresetError, CheckpointError, PlanError: what does not fit.
-        LoadError: the port is taken, or SGLang is not installed beside this command.
-    """
+    """Check, print what is going to run, and become the server; 0 with --check."""
     if not args.gpu and (found := _gpu_here()):
         args.gpu = found
     args.device = "cuda" if args.gpu else "cpu"
     plan = make_plan(args)
     load = _load(args, plan)
-    memory = (
-        []
-        if load is None
-        else why_not_in_memory(plan.layers, plan.target, plan.source.config, load)
-    )
-    others = (p for p in plan.problems if p.rule not in MEMORY_RULES)
-    plan = dataclasses.replace(plan, problems=(*others, *memory)).check()
+    problems = [p for p in plan.problems if p.rule not in MEMORY_RULES]
+    if load is not None:
+        problems += why_not_in_memory(plan.layers, plan.target, plan.source.config, load)
+    plan = dataclasses.replace(plan, problems=tuple(problems)).check()
     if problems := [*plan.not_calibrated(), *_port_problems(args.host, args.port)]:
         raise LoadError(problems)
     command = _command(args)
@@ -164,11 +148,7 @@ def _changes_memory(args: argparse.Namespace) -> str:
 
 
 def _command(args: argparse.Namespace) -> list[str]:
-    """SGLang's command line.
-
-    Raises:
-        LoadError: there is no `sglang`.
-    """
+    """SGLang's command line."""
     beside = Path(sys.executable).with_name("sglang")
     program = str(beside) if beside.exists() else shutil.which("sglang")
     if program is None:

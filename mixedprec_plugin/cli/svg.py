@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ def map_of(plan: Plan) -> str:
     scale = json.loads(page_path("scale.json").read_text(encoding="utf-8"))
     kinds = _tiles(plan)
     whole = Rect(0, _HEAD, _WIDTH, _HEIGHT)
-    places = squarified([kind.num_bytes for kind in kinds], whole)
+    places = halved([kind.num_bytes for kind in kinds], whole)
     tiles = [_tile(*pair, scale) for pair in zip(kinds, places, strict=True)]
     title = f"{plan.preset.path.rpartition('/')[2]} over {plan.source.shown.rpartition('/')[2]}"
     height = _HEAD + _HEIGHT + _FOOT
@@ -85,47 +86,21 @@ def map_of(plan: Plan) -> str:
     )
 
 
-def squarified(sizes: Sequence[int], place: Rect) -> list[Rect]:
-    """Tile a rectangle with areas in proportion to sizes, each near a square.
-
-    Args:
-        sizes: positive, the largest first.
-    Source: Bruls, Huizing and van Wijk, "Squarified Treemaps" (2000).
-    """
-    tiles: list[Rect] = []
-    left, rest = place, list(map(float, sizes))
-    while rest:
-        side, total = min(left.width, left.height), sum(rest)
-        area = left.width * left.height / total
-        row = 1
-        while row < len(rest) and _worst(rest[: row + 1], side, area) <= _worst(
-            rest[:row], side, area
-        ):
-            row += 1
-        taken, rest = rest[:row], rest[row:]
-        depth, at = sum(taken) * area / side, 0.0
-        for size in taken:
-            length = size * area / depth
-            upright = left.width >= left.height
-            tiles.append(
-                Rect(left.x, left.y + at, depth, length)
-                if upright
-                else Rect(left.x + at, left.y, length, depth)
-            )
-            at += length
-        x, y, width, height = left
-        left = (
-            Rect(x + depth, y, width - depth, height)
-            if width >= height
-            else Rect(x, y + depth, width, height - depth)
-        )
-    return tiles
-
-
-def _worst(row: Sequence[float], side: float, area: float) -> float:
-    """The longest side over the shortest, of the tiles that a row along a side would have."""
-    depth = sum(row) * area / side
-    return max(max(size * area / depth**2, depth**2 / (size * area)) for size in row)
+def halved(sizes: Sequence[int], place: Rect) -> list[Rect]:
+    """Tile a rectangle in proportion to positive sizes: it is cut across, near half of them."""
+    if len(sizes) < 2:
+        return [place] * len(sizes)
+    sums, total = list(itertools.accumulate(sizes)), sum(sizes)
+    cut = min(range(1, len(sizes)), key=lambda n: abs(2 * sums[n - 1] - total))
+    x, y, width, height = place
+    share = sums[cut - 1] / total
+    if width >= height:
+        first = Rect(x, y, width * share, height)
+        rest = Rect(x + first.width, y, width - first.width, height)
+    else:
+        first = Rect(x, y, width, height * share)
+        rest = Rect(x, y + first.height, width, height - first.height)
+    return halved(sizes[:cut], first) + halved(sizes[cut:], rest)
 
 
 def _tile(kind: Tile, place: Rect, scale: dict[str, Any]) -> str:
@@ -140,24 +115,19 @@ def _tile(kind: Tile, place: Rect, scale: dict[str, Any]) -> str:
     ink, size = _ink_on(color), 12
     letters = int((width - 12) / (size * _LETTER))
     shown = words[: max(0, int((height - 6) / 16))]
-    lines = [
-        _line(x + 6, y + 17 + 16 * k, _cut(word, letters), size, ink, "600" if not k else "400")
-        for k, word in enumerate(shown)
-        if letters > 5
-    ]
+    lines = []
+    for k, word in enumerate(shown if letters > 5 else ()):
+        text = word if len(word) <= letters else f"{word[: letters - 1]}…"
+        lines.append(_line(x + 6, y + 17 + 16 * k, text, size, ink, "400" if k else "600"))
     return f"<g>{title}{shape}{''.join(lines)}</g>"
 
 
 def _legend(scale: dict[str, Any], y: float) -> Iterator[str]:
-    x = 0
-    yield _line(x, y + 11, "bits a weight", 12, _MUTED)
-    x += 86
-    for bits in (2, 3, 4, 5, 6, 8, 12, 16):
+    yield _line(0, y + 11, "bits a weight", 12, _MUTED)
+    for number, bits in enumerate((2, 3, 4, 5, 6, 8, 12, 16, 0)):
+        x = 86 + 52 * number
         yield f'<rect x="{x}" y="{y}" width="18" height="13" fill="{_color(bits, scale)}"/>'
-        yield _line(x + 22, y + 11, str(bits), 12, _INK)
-        x += 52
-    yield f'<rect x="{x}" y="{y}" width="18" height="13" fill="{_color(0, scale)}"/>'
-    yield _line(x + 22, y + 11, "no matrix", 12, _INK)
+        yield _line(x + 22, y + 11, str(bits or "no matrix"), 12, _INK)
 
 
 def _color(bits: float, scale: dict[str, Any]) -> str:
@@ -179,10 +149,6 @@ def _ink_on(color: str) -> str:
     parts = (int(color[k : k + 2], 16) / 255 for k in (1, 3, 5))
     red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
     return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
-
-
-def _cut(text: str, letters: int) -> str:
-    return text if len(text) <= letters else f"{text[: max(0, letters - 1)]}…"
 
 
 def _line(x: float, y: float, text: str, size: int, ink: str, weight: str = "400") -> str:

@@ -16,16 +16,11 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     parser.add_argument("files", nargs="+", metavar="FILE", help="preset files, or names")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
-    """Check every file, with its parents.
-
-    Returns:
-        all that is wrong with any of them; whether a model has the layers, the plan tells.
-    """
+    """Check every file, with its parents; whether a model has the layers, the plan tells."""
     problems: list[Problem] = []
     for file in args.files:
         try:

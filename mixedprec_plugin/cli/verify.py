@@ -18,7 +18,6 @@ EXAMPLES = """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
     add_planning_arguments(parser)
     parser.add_argument(
         "--reference", required=True, metavar="SOURCE",
@@ -36,10 +35,6 @@ def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
     Returns:
         errors of layers that are further from their reference than their method explains, or were
         not compared; warnings of those that it rounds badly.
-    Raises:
-        UsageError, PresetError, PlanError: before the work.
-        CheckpointError: a file is damaged or changed meanwhile, or is not what `mixedprec convert`
-            recorded of it.
     """
     plan = make_plan(args).check()
     if problems := plan.not_calibrated():

@@ -1,16 +1,14 @@
 """How far the predictions of quantized models are from the unquantized one's, on a text.
 
 In transformers they run a decoder layer at a time, with the weights that they are served with,
-dequantized; activations are not quantized. At the end each model's logits are made for a window at
-a time, beside the reference's. Served, they run in SGLang's own kernels, one server after the
-other, and the reference is the same.
+dequantized; activations are not quantized. Served, they run in SGLang's kernels, one by one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -40,12 +38,8 @@ class Mean:
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
         """The mean of a value for each window."""
-        count = len(values)
-        mean = math.fsum(values) / count
-        if count < 2:
-            return cls(mean, None)
-        variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-        return cls(mean, math.sqrt(variance / count))
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        return cls(statistics.fmean(values), error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +112,10 @@ def served_divergences(
         with start(folder / f"{number}.log") as server:
 
             def made(window: int, server: Server = server) -> torch.Tensor:
-                rows = [
-                    rows for _, rows in distributions(server, tokens[window].tolist(), vocabulary)
-                ]
+                rows = distributions(server, tokens[window].tolist(), vocabulary)
+                whole = np.concatenate([own for _, own in rows])
                 progress()
-                return torch.from_numpy(np.concatenate(rows))
+                return torch.from_numpy(whole)
 
             with _predictions(reference, tokens, hidden) as expected:
                 found[name] = _compare(expected, made, tokens)
@@ -144,7 +137,7 @@ def _predictions(
     """Hold what makes logits of hidden states."""
 
     def logits(window: int) -> torch.Tensor:
-        states = hidden[window][None].to(network.device, network.model.dtype)
+        states = hidden[window][None].to(network.device)
         return network.logits(tokens[window][None].to(network.device), states)[0]
 
     with network.loaded(None), torch.no_grad():
@@ -168,9 +161,7 @@ def _compare_window(
     count = len(tokens) - 1
     for first in range(0, count, _HEAD_TOKENS):
         at = slice(first, min(first + _HEAD_TOKENS, count))
-        p, q = (
-            logits[at].to(expected.device).float().log_softmax(-1) for logits in (expected, made)
-        )
+        p, q = (x[at].to(expected.device).float().log_softmax(-1) for x in (expected, made))
         kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
         following = tokens[at.start + 1 : at.stop + 1, None].to(q.device)
         likelihood -= float(q.gather(1, following).sum(dtype=torch.float64))

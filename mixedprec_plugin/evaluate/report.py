@@ -13,17 +13,12 @@ import torch
 from rich.progress import Progress
 
 from mixedprec_plugin.calibrate.network import Network
-from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, write_text
+from mixedprec_plugin.calibrate.text import text_for
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.compose.stream import compose_served
 from mixedprec_plugin.errors import Problem, UsageError, printable
-from mixedprec_plugin.evaluate.divergence import (
-    Divergence,
-    Mean,
-    divergences,
-    served_divergences,
-)
+from mixedprec_plugin.evaluate.divergence import Divergence, Mean, divergences, served_divergences
 from mixedprec_plugin.evaluate.server import Server
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import totals
@@ -39,12 +34,7 @@ Servers = Mapping[str, Callable[[Path], AbstractContextManager[Server]]]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one preset costs.
-
-    Attributes:
-        bits: served ones a weight of linear layers, scales counted.
-        num_bytes: of all that is served.
-    """
+    """What one preset costs, and its served bits a weight of linear layers, scales counted."""
 
     name: str
     bits: float
@@ -53,16 +43,9 @@ class Row:
 
 
 def evaluate(
-    plans: Mapping[str, Plan],
-    reference: Source,
-    text: Path | None,
-    num_windows: int,
-    length: int,
-    seed: int,
-    folder: Path,
-    progress: Progress,
-    servers: Servers | None = None,
-) -> list[Row]:
+    plans: Mapping[str, Plan], reference: Source, text: Path | None, num_windows: int, length: int,
+    seed: int, folder: Path, progress: Progress, servers: Servers | None = None,
+) -> list[Row]:  # fmt: skip
     """Evaluate plans against an unquantized model, which is the first row.
 
     Args:
@@ -76,16 +59,9 @@ def evaluate(
         CheckpointError: a source is damaged, or of a class that transformers does not have.
     """
     own = _unquantized(reference, plans)
-    tokenizer = open_tokenizer(reference.path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Reader() as reader:
-        network = Network(own, reader, torch.float32, device)
-        if text is None:
-            task = progress.add_task("text", total=None)
-            tokens = write_text(network, tokenizer, num_windows, length, seed)
-            progress.remove_task(task)
-        else:
-            tokens = read_text(text, tokenizer, num_windows, length)
+        network = Network(own, reader)
+        tokens = text_for(network, text, num_windows, length, seed, progress)
         found = _found(network, plans, tokens, reader, folder, progress, servers)
     rows = {UNQUANTIZED: own, **plans}
     return [
@@ -95,23 +71,15 @@ def evaluate(
 
 
 def _found(
-    network: Network,
-    plans: Mapping[str, Plan],
-    tokens: torch.Tensor,
-    reader: Reader,
-    folder: Path,
-    progress: Progress,
-    servers: Servers | None,
-) -> dict[str, Divergence]:
+    network: Network, plans: Mapping[str, Plan], tokens: torch.Tensor, reader: Reader, folder: Path,
+    progress: Progress, servers: Servers | None,
+) -> dict[str, Divergence]:  # fmt: skip
     """What each model's predictions are like, the reference's first."""
     count = len(network.layers)
     if servers is not None:
         task = progress.add_task("serving", total=count + len(servers) * len(tokens))
         return served_divergences(network, servers, tokens, folder, lambda: progress.advance(task))
-    networks = {
-        name: Network(plan, reader, torch.float32, network.device, compose_served)
-        for name, plan in plans.items()
-    }
+    networks = {name: Network(plan, reader, compose=compose_served) for name, plan in plans.items()}
     task = progress.add_task("layers", total=count + sum(len(x.layers) for x in networks.values()))
     return divergences(network, networks, tokens, folder, lambda: progress.advance(task))
 
@@ -170,12 +138,8 @@ def as_dict(rows: Sequence[Row], text: Path | None, *, is_served: bool = False) 
     }
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw divergence against bits, in the format that the file's name says.
-
-    Raises:
-        UsageError: matplotlib does not know the format.
-    """
+def draw(rows: Sequence[Row]) -> Any:
+    """A figure of divergence against bits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -188,7 +152,4 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.annotate(row.name, (row.bits, kl.value), xytext=(5, 5), textcoords="offset points")
     axes.set(xlabel="bits a weight of linear layers", ylabel="KL, nats a token", ylim=(0, None))
     axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path)
-    except (ValueError, OSError) as error:
-        raise UsageError(Problem("--plot", f"{path} cannot be written ({error})")) from error
+    return figure

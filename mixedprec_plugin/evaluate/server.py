@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mixedprec_plugin.errors import MixedPrecisionError, Problem
@@ -38,7 +37,6 @@ class Server:
     """`sglang serve` as a subprocess: `with Server(model_path, log_path) as server: ...`.
 
     Args:
-        model_path: checkpoint folder.
         log_path: file that receives what the server prints.
         preset_path: served with `--load-format mixedprec` if given, stock if None.
         flags: more flags of `sglang serve`.
@@ -50,15 +48,9 @@ class Server:
     """
 
     def __init__(
-        self,
-        model_path: Path,
-        log_path: Path,
-        preset_path: Path | None = None,
-        flags: Sequence[str] = (),
-        *,
-        api_key: str = "",
-        is_quiet: bool = False,
-    ) -> None:
+        self, model_path: Path, log_path: Path, preset_path: Path | None = None,
+        flags: Sequence[str] = (), *, api_key: str = "", is_quiet: bool = False,
+    ) -> None:  # fmt: skip
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._is_quiet = is_quiet
         self.port = free_port()
@@ -89,14 +81,9 @@ class Server:
         environment = {**os.environ, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env=environment, start_new_session=True, preexec_fn=_end_with_parent,
+            )  # fmt: skip
         try:
             self._wait()
         except BaseException:
@@ -104,20 +91,11 @@ class Server:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def request(self, path: str, body: Any = None, timeout: float = 300.0) -> Any:
-        """GET a path, or POST a JSON body to it; return the JSON that comes back.
-
-        Raises:
-            ServerError: an HTTP error, or no server any more; with the end of the log.
-        """
+        """GET a path, or POST a JSON body to it; the JSON that comes back, or a ServerError."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **self._headers}
         request = urllib.request.Request(f"{self.address}{path}", data, headers)
@@ -155,8 +133,9 @@ class Server:
 
     def _wait(self) -> None:
         assert self._process is not None
-        start = time.monotonic()
-        with Progress(is_quiet=self._is_quiet) as progress:
+        start, shown = time.monotonic(), -1
+        is_terminal = sys.stderr.isatty()
+        try:
             while not self._is_ready():
                 seconds = time.monotonic() - start
                 if self._process.poll() is not None:
@@ -164,15 +143,26 @@ class Server:
                     raise self._error(f"the server ended with exit code {code} before it was ready")
                 if seconds > START_SECONDS:
                     raise self._error(f"the server is not ready after {seconds:.0f} s")
-                progress.show(seconds, self._doing())
+                # a terminal's line is written anew, elsewhere there is one every ten seconds
+                step = int(seconds) if is_terminal else int(seconds) // 10
+                if step > shown and not self._is_quiet:
+                    shown = step
+                    self._show(seconds, is_terminal=is_terminal)
                 time.sleep(0.5)
+        finally:
+            if is_terminal and not self._is_quiet:
+                print(file=sys.stderr)
         self.ready_seconds = time.monotonic() - start
 
-    def _doing(self) -> str:
-        """What the plugin's last line in the log says; nothing before it has said any."""
+    def _show(self, seconds: float, *, is_terminal: bool) -> None:
+        """Print the seconds, and what the plugin's last line in the log says."""
         lines = self.log_path.read_text(errors="replace").splitlines()
         said = (line.partition("mixedprec: ")[2].strip() for line in reversed(lines))
-        return next(filter(None, said), "")
+        width = shutil.get_terminal_size().columns - 1
+        text = f"  waiting for the server: {seconds:3.0f} s  {next(filter(None, said), '')}"
+        text = text[:width].rstrip()
+        print(f"\r{text:{width}}" if is_terminal else text, end="" if is_terminal else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip
 
     def _is_ready(self) -> bool:
         """Whether /health answers; SGLang opens it before the model is loaded, with status 503."""
@@ -186,31 +176,6 @@ class Server:
 def _end_with_parent() -> None:
     """Have the kernel send SIGTERM when the parent is gone, whatever ended it."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-class Progress:
-    """Seconds waited and what goes on: a line of a terminal, every ten seconds a line elsewhere."""
-
-    def __init__(self, *, is_quiet: bool) -> None:
-        self._shown, self._is_quiet = -1, is_quiet
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def show(self, seconds: float, doing: str = "") -> None:
-        """Print the seconds, and what is done, if enough have passed since the last time."""
-        is_terminal = sys.stderr.isatty()
-        step = int(seconds) if is_terminal else int(seconds) // 10
-        if step > self._shown and not self._is_quiet:
-            self._shown = step
-            width = shutil.get_terminal_size().columns - 1
-            text = f"  waiting for the server: {seconds:3.0f} s  {doing}"[:width].rstrip()
-            print(f"\r{text:{width}}" if is_terminal else text, end="" if is_terminal else "\n",
-                  file=sys.stderr, flush=True)  # fmt: skip
-
-    def __exit__(self, *_: object) -> None:
-        if sys.stderr.isatty() and not self._is_quiet:
-            print(file=sys.stderr)
 
 
 def free_port() -> int:

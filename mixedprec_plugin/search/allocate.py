@@ -1,9 +1,7 @@
 """Scores x budget -> the candidate of every unit: a multiple-choice knapsack.
 
-For a price of a byte, every unit takes the candidate of the least loss plus price; the price at
-which all of them just fit gives a bound that no assignment is below. What is left to decide, those
-candidates that could be in an assignment between the bound and the best that is known, HiGHS solves
-exactly: a few of the units, whatever their number.
+The price of a byte at which the cheapest candidates just fit gives a bound. Those that could be in
+an assignment between it and the best that is known, HiGHS solves exactly: a few of the units.
 """
 
 from __future__ import annotations
@@ -18,10 +16,6 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
-
-from mixedprec_plugin.errors import PlanError, Problem
 
 Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
@@ -53,9 +47,7 @@ class Table:
 
     @classmethod
     def of(
-        cls,
-        loss: Mapping[str, Mapping[str, float]],
-        size: Mapping[str, Mapping[str, int]],
+        cls, loss: Mapping[str, Mapping[str, float]], size: Mapping[str, Mapping[str, int]]
     ) -> Table:
         """Make one of numbers by unit and candidate; both know the same."""
         candidates = tuple(dict.fromkeys(name for own in loss.values() for name in own))
@@ -76,11 +68,7 @@ class Table:
         return dataclasses.replace(self, loss=np.where(is_bare[:, None], self.loss, loss))
 
     def together(self, groups: Mapping[str, str]) -> Table:
-        """The same with one decision for all units of a group.
-
-        Args:
-            groups: unit -> name of its group.
-        """
+        """The same with one decision for all units of a group, by unit -> name of its group."""
         names = tuple(dict.fromkeys(groups[unit] for unit in self.units))
         index = {name: row for row, name in enumerate(names)}
         rows = np.array([index[groups[unit]] for unit in self.units])
@@ -99,8 +87,7 @@ class Table:
         cost = self.loss + price * self.size
         least = cost.min(1, keepdims=True)
         # far below a difference that counts, far above rounding
-        ties = np.where(cost <= least * (1 + 1e-12), self.size, np.inf)
-        found: Integers = ties.argmin(1)
+        found: Integers = np.where(cost <= least * (1 + 1e-12), self.size, np.inf).argmin(1)
         return found
 
     def totals(self, choice: Integers) -> tuple[float, int]:
@@ -134,26 +121,27 @@ class Allocation:
         return (self.loss - self.bound) / self.bound if self.bound > 0 else 0.0
 
 
-def allocate(table: Table, budget: int) -> Allocation:
+def allocate(table: Table, budget: int, limit: float | None = None) -> Allocation:
     """Find the assignment of the least loss within a budget of bytes.
 
-    Raises:
-        PlanError: none is so small.
+    Args:
+        budget: no less than the smallest assignment takes.
+        limit: a loss; with one, any assignment does that tells on which side of it the best one is.
     """
-    if (smallest := table.smallest) > budget:
-        what = f"{budget:,} bytes for the layers that are searched (expected {smallest:,} or more)"
-        raise PlanError(Problem("budget", what, "", "budget"))
-    return _allocated(table, budget)
+    price, choice, bound = _priced(table, budget)
+    choice = _filled(table, choice, budget)
+    if limit is None or bound <= limit < table.totals(choice)[0]:
+        choice, bound = _solved(table, budget, price, choice, bound)
+    loss, num_bytes = table.totals(choice)
+    return Allocation(table.named(choice), loss, num_bytes, min(bound, loss))
 
 
 def with_fewest_schemes(
     table: Table, budget: int, free: Collection[str] = (), tolerance: float = TOLERANCE
 ) -> Allocation:
-    """Allocate, and give up schemes as long as that loses next to nothing.
+    """Allocate, and give up schemes, but for those `free`, as long as that loses next to nothing.
 
-    Args:
-        free: candidates that are no scheme of a preset.
-        tolerance: by which share the loss may rise in all.
+    `tolerance` is the share by which the loss may rise in all.
     """
     best = allocate(table, budget)
     limit = best.loss * (1 + tolerance)
@@ -163,7 +151,7 @@ def with_fewest_schemes(
         for name in sorted(kept - set(free)):
             fewer = table.only(kept - {name})
             if fewer.smallest <= budget:
-                made = _allocated(fewer, budget, limit)
+                made = allocate(fewer, budget, limit)
                 # a unit that has no other scheme keeps its own, or takes another new one
                 if made.loss <= limit and len(set(made.choice.values())) < len(kept):
                     tries.append((made.loss, name, made))
@@ -190,16 +178,6 @@ def _in_runs(table: Table, choice: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _allocated(table: Table, budget: int, limit: float | None = None) -> Allocation:
-    """The best assignment; with a limit, any that tells on which side of it the best one is."""
-    price, choice, bound = _priced(table, budget)
-    choice = _filled(table, choice, budget)
-    if limit is None or bound <= limit < table.totals(choice)[0]:
-        choice, bound = _solved(table, budget, price, choice, bound)
-    loss, num_bytes = table.totals(choice)
-    return Allocation(table.named(choice), loss, num_bytes, min(bound, loss))
-
-
 def front(table: Table) -> list[Integers]:
     """Every assignment that some price of a byte asks for, smallest first."""
     spread = table.loss[np.isfinite(table.loss)]
@@ -214,8 +192,9 @@ def _priced(table: Table, budget: int) -> tuple[float, Integers, float]:
     """The price at which everything just fits, the assignment at it, and the bound."""
     low, high = 0.0, 1e-30
     choice = table.at_price(low)
-    if table.totals(choice)[1] <= budget:
-        return low, choice, table.totals(choice)[0]
+    loss, num_bytes = table.totals(choice)
+    if num_bytes <= budget:
+        return low, choice, loss
     while table.totals(table.at_price(high))[1] > budget:
         low, high = high, high * 16
     bound = 0.0
@@ -268,6 +247,10 @@ def _solved(
     table: Table, budget: int, price: float, choice: Integers, bound: float
 ) -> tuple[Integers, float]:
     """Solve what is between the bound and the assignment that is known; and the better bound."""
+    # takes longer to import than all other verbs do
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     known = table.totals(choice)[0]
     gap = known - bound
     if gap <= _EXACT * known:
@@ -303,8 +286,7 @@ def _solved(
     solved = fixed.copy()
     chosen = found.x > 0.5
     solved[decided[units[chosen]]] = options[chosen]
-    num_decided = len(decided)
-    least = lost + found.mip_dual_bound * gap + num_decided * float(loss.min())
+    least = lost + found.mip_dual_bound * gap + len(decided) * float(loss.min())
     made, num_bytes = table.totals(solved)
     if num_bytes <= budget and made < known:
         choice = solved

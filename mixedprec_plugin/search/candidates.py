@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem, UsageError
@@ -27,16 +27,13 @@ from mixedprec_plugin.preset.load import load_resolved
 from mixedprec_plugin.preset.model import Location, Preset, Rule, Scheme, SourceReference
 
 AS_STORED = "as stored"
+# source name -> how a preset names it, and what it holds
+Others = Mapping[str, tuple[SourceReference, Source]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A scheme to try.
-
-    Attributes:
-        name: what it is called in presets and tables, `awq-4bit-g64`.
-        scheme: method, arguments and source.
-    """
+    """A scheme to try, by the name that presets and tables call it by, `awq-4bit-g64`."""
 
     name: str
     scheme: Scheme
@@ -45,13 +42,6 @@ class Candidate:
     def needs_conversion(self) -> bool:
         """Whether only a conversion rounds so."""
         return self.scheme.arguments.get("rounding") == "calibrated"
-
-    @property
-    def key(self) -> str:
-        """What its scores are kept under."""
-        return json.dumps(
-            [self.scheme.method, dict(self.scheme.arguments), self.scheme.source], sort_keys=True
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +66,9 @@ class Option:
         """The unit's layers as the candidate plans them."""
         if self.own[0].name == self.planned[0].name:
             return self.planned
+        alike = ("scheme", "rule", "action", "outputs", "bytes_after")
         return tuple(
-            dataclasses.replace(
-                own,
-                scheme=like.scheme,
-                rule=like.rule,
-                action=like.action,
-                outputs=like.outputs,
-                bytes_after=like.bytes_after,
-            )
+            dataclasses.replace(own, **{key: getattr(like, key) for key in alike})
             for own, like in zip(self.own, self.planned, strict=True)
         )
 
@@ -105,7 +89,6 @@ class Unit:
 
     @property
     def num_weights(self) -> int:
-        """Elements of its matrices."""
         return sum(layer.num_weights for layer in self.layers)
 
 
@@ -117,12 +100,14 @@ class Choices:
         base: the model as its own checkpoint stores it.
         units: unit name -> unit.
         candidates: candidate name -> candidate.
-        apart: sources that cannot be mixed with the model, and why; they are no candidates.
+        others: further sources, by name.
+        apart: those that cannot be mixed with the model, and why; they are no candidates.
     """
 
     base: Plan
     units: Mapping[str, Unit]
     candidates: Mapping[str, Candidate]
+    others: Others = dataclasses.field(default_factory=dict)
     apart: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -135,7 +120,6 @@ class Choices:
 
     @property
     def num_weights(self) -> int:
-        """Elements of all units' matrices."""
         return sum(unit.num_weights for unit in self.units.values())
 
 
@@ -143,64 +127,55 @@ def find_choices(
     model: Source,
     target: Target,
     methods: Collection[str] = (),
-    others: Mapping[str, tuple[SourceReference, Source]] | None = None,
+    others: Others = MappingProxyType({}),
 ) -> Choices:
     """Plan every candidate.
 
     Args:
         methods: canonical names of those to try; all if empty.
-        others: further sources, by name.
+        others: further sources.
     Raises:
         UsageError: a method is not known, or nothing is to choose.
     """
-    others = others or {}
-    sources = {name: source for name, (_, source) in others.items()}
-    references = {name: reference for name, (reference, _) in others.items()}
     stored = Scheme(AS_STORED, *bind(AUTO, {}))
     base = resolve_plan(_preset(stored), model, target)
     units = _units(base)
     alike = _alike(units)
     apart, beside = {}, {}
-    for name in others:
-        preset = {name: references[name]}
-        plans = _beside(base, units, name, preset, {name: sources[name]})
+    for name, (reference, source) in others.items():
+        plans = _beside(base, units, name, reference, source)
         beside[name] = plans[0]
         wrong = [p for plan in plans for p in plan.errors if p.rule in _APART]
         if wrong:
             apart[name] = str(wrong[0])
-    candidates = [*_of_methods(methods), *_of_sources(x for x in others if x not in apart)]
+    mixed = [name for name in beside if name not in apart]
+    taken = [Candidate(x, Scheme(x, *bind(AUTO, {}), source=x)) for x in mixed]
+    candidates = [*_of_methods(methods), *taken]
     kept = Candidate(AS_STORED, stored)
-    options = {name: {AS_STORED: _option(kept, own, own, base)} for name, own in units.items()}
+    options = {name: {AS_STORED: _option(kept, own, base)} for name, own in units.items()}
     few = _only(model, [units[names[0]] for names in alike])
     for candidate in candidates:
-        if candidate.scheme.source != "model":
-            plan = beside[candidate.scheme.source]
-            for unit, layers in _served(candidate, plan).items():
-                if unit in options:
-                    options[unit][candidate.name] = _option(candidate, layers, layers, plan)
-            continue
-        plan = resolve_plan(_preset(candidate.scheme), few, target)
+        scheme = candidate.scheme
+        is_own = scheme.source not in beside
+        plan = resolve_plan(_preset(scheme), few, target) if is_own else beside[scheme.source]
         served = _served(candidate, plan)
-        for names in alike:
-            if names[0] in served:
-                one = _option(candidate, served[names[0]], served[names[0]], plan)
+        for names in alike if is_own else ([name] for name in units):
+            if planned := served.get(names[0]):
+                one = _option(candidate, planned, plan)
                 for name in names:
-                    options[name][candidate.name] = dataclasses.replace(one, own=units[name])
+                    own = units[name] if is_own else planned
+                    options[name][candidate.name] = dataclasses.replace(one, own=own)
     found = {name: Unit(name, units[name], own) for name, own in options.items() if len(own) > 1}
     if not found:
         what = f"none of {', '.join(c.name for c in candidates)} serves a layer of {model.path}"
         raise UsageError(Problem("--methods", what, "try others, or another --gpu", "search"))
     used = {name for unit in found.values() for name in unit.options}
     by_name = {c.name: c for c in candidates if c.name in used}
-    return Choices(base, found, {AS_STORED: kept, **by_name}, apart)
+    return Choices(base, found, {AS_STORED: kept, **by_name}, others, apart)
 
 
 def canonical_methods(names: Iterable[str]) -> tuple[str, ...]:
-    """Methods by the names that people type.
-
-    Raises:
-        UsageError: one is not known, or quantizes nothing.
-    """
+    """Methods by the names that people type; an error, if one is not known or quantizes nothing."""
     found = []
     for name in names:
         method = next((m for m in METHODS.values() if name in m.names and m.searched), None)
@@ -229,22 +204,14 @@ def _of_methods(methods: Collection[str]) -> Iterator[Candidate]:
                     yield Candidate(label, scheme)
 
 
-def _of_sources(others: Iterable[str]) -> Iterator[Candidate]:
-    for source in others:
-        yield Candidate(source, Scheme(source, *bind(AUTO, {}), source=source))
-
-
 # what is wrong of a source that cannot be mixed with the model
 _APART = ("coupled-layers", "source-model")
 
 
 def _beside(
-    base: Plan,
-    units: Mapping[str, Sequence[PlannedLayer]],
-    name: str,
-    references: Mapping[str, SourceReference],
-    sources: Mapping[str, Source],
-) -> list[Plan]:
+    base: Plan, units: Mapping[str, Sequence[PlannedLayer]], name: str, reference: SourceReference,
+    source: Source,
+) -> list[Plan]:  # fmt: skip
     """Plan a source's layers beside the model's own norms, and beside the layers in front of them.
 
     A tool may have folded scales into either: what can make up for that is planned to, and what
@@ -262,8 +229,8 @@ def _beside(
             for index, (found, scheme) in enumerate(asked)
             if found
         )
-        preset = dataclasses.replace(_EMPTY, path=name, rules=rules, sources=references)
-        plans.append(resolve_plan(preset, base.source, base.target, sources))
+        preset = dataclasses.replace(_EMPTY, path=name, rules=rules, sources={name: reference})
+        plans.append(resolve_plan(preset, base.source, base.target, {name: source}))
     return plans
 
 
@@ -323,13 +290,8 @@ def _served(candidate: Candidate, plan: Plan) -> dict[str, tuple[PlannedLayer, .
     }
 
 
-def _option(
-    candidate: Candidate,
-    own: tuple[PlannedLayer, ...],
-    planned: tuple[PlannedLayer, ...],
-    plan: Plan,
-) -> Option:
-    ranks = bytes_by_layer(planned, plan.target.tp_size, plan.source.config)
-    total = sum(layer.bytes_after for layer in planned)
-    planned = tuple(by_method(layer, plan.target) for layer in planned)
-    return Option(candidate, own, planned, total, sum(ranks))
+def _option(candidate: Candidate, layers: tuple[PlannedLayer, ...], plan: Plan) -> Option:
+    ranks = bytes_by_layer(layers, plan.target.tp_size, plan.source.config)
+    total = sum(layer.bytes_after for layer in layers)
+    planned = tuple(by_method(layer, plan.target) for layer in layers)
+    return Option(candidate, layers, planned, total, sum(ranks))

@@ -1,22 +1,28 @@
-"""Model and budget -> the preset: candidates, their scores, the allocation."""
+"""Model and budget -> the preset: candidates, their scores, the allocation, what is beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.errors import MixedPrecisionError, PlanError, Problem
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.plan.auto import is_bound
-from mixedprec_plugin.search.allocate import TOLERANCE, Allocation, Table, with_fewest_schemes
-from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit
-from mixedprec_plugin.search.front import Point, front_points, loss_of, named_points, point_of
-from mixedprec_plugin.search.kept import Basis, KeptScores, Scores
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
+from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.resources import preset_names
+from mixedprec_plugin.search.allocate import (
+    TOLERANCE,
+    Allocation,
+    Table,
+    front,
+    with_fewest_schemes,
+)
+from mixedprec_plugin.search.candidates import AS_STORED, Choices, Option, Unit
+from mixedprec_plugin.search.kept import KeptScores, Scores, Wanted
 from mixedprec_plugin.search.rule import worth_trying
 
 if TYPE_CHECKING:
@@ -26,36 +32,47 @@ if TYPE_CHECKING:
 _MOST_UNITS_BESIDE = 2000
 
 Kind = Literal["nats", "measured", "shares", "parts", "guesses"]
-# unit name -> names of candidates
-Wanted = Mapping[str, Collection[str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class AnotherWay:
-    """Scores that no sweep over the model makes.
+class Way:
+    """How scores are made.
 
     Attributes:
+        kind: what they are: nats a token, predicted or measured; shares of outputs that are error,
+            parts of the residual stream that are, or guesses.
         score: makes those that are wanted, a few at a time.
-        without: units that it cannot score, and why.
+        without: units that it cannot score, which stay as they are stored, and why.
         can_score: whether it can score a unit's candidate.
+        scored_on: what the scores stand on, where that is no text.
     """
 
-    score: Callable[[Wanted, Progress], Iterator[Scores]]
-    without: Mapping[str, str]
+    kind: Kind
+    score: Callable[[Wanted, Progress], Iterator[Scores]] = lambda _wanted, _progress: iter(())
+    without: Mapping[str, str] = dataclasses.field(default_factory=dict)
     can_score: Callable[[Unit, str], bool] = lambda _unit, _name: True
+    scored_on: str = ""
+
+
+GUESSES = Way("guesses")
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What the preset may take.
-
-    Attributes:
-        num_bytes: of weights on a rank, everything counted; None if bits are given.
-        bits: a weight of linear layers, scales counted.
-    """
+    """Bytes of weights on a rank, everything counted, or else bits a weight of linear layers."""
 
     num_bytes: int | None = None
     bits: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where a preset or source stands, or an unnamed point of the front; bytes are of one rank."""
+
+    name: str
+    bits: float
+    rank_bytes: int
+    loss: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,41 +81,66 @@ class Found:
 
     Attributes:
         choices: the units that were scored, with what was.
-        kind: what scores are: nats a token, predicted or measured; shares of outputs that are
-            error, parts of the residual stream that are, or guesses.
         allocation: the candidate of each unit, or of each layer of experts.
         choice: the candidate of each unit.
         num_made: how many scores were made, and not read.
         tables: what there was to choose from, in bytes over all ranks and of one rank.
-        scored_on: what the scores stand on, where that is no text.
-        unscored: units that stay as they are stored, and why.
     """
 
     choices: Choices
-    kind: Kind
+    way: Way
     scores: Scores
     allocation: Allocation
     choice: Mapping[str, str]
     num_made: int
     tables: tuple[Table, Table]
-    scored_on: str = ""
-    unscored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def point(self) -> Point:
         """Where the choice stands."""
-        return point_of("", self.choices, self.choice, self.scores)
+        return self._point("", self.choice)
 
     @functools.cached_property
-    def front(self) -> tuple[Point, ...]:
-        """The best for other budgets."""
-        return tuple(front_points(self.choices, *self.tables))
+    def front(self) -> list[Point]:
+        """The best for other budgets, smallest first."""
+        found = []
+        total, ranks = self.tables
+        for made in front(total):
+            loss, num_bytes = total.totals(made)
+            held = ranks.totals(made)[1] + self.choices.rest[1]
+            found.append(Point("", 8 * num_bytes / self.choices.num_weights, held, loss))
+        return found
 
     @functools.cached_property
-    def named(self) -> tuple[Point, ...]:
-        """Presets that ship, and sources."""
-        is_small = len(self.choices.units) <= _MOST_UNITS_BESIDE
-        return tuple(named_points(self.choices, self.scores)) if is_small else ()
+    def named(self) -> list[Point]:
+        """Presets that ship and that serve this model, and each source as it is.
+
+        Those with a scheme that was not scored are left out.
+        """
+        found, choices = [], self.choices
+        if len(choices.units) > _MOST_UNITS_BESIDE:
+            return []
+        for name in preset_names():
+            try:
+                plan = resolve_plan(load_preset(name), choices.base.source, choices.base.target)
+            except MixedPrecisionError:
+                continue  # made for sources that are not here
+            choice = {} if plan.errors else _choice(plan, choices)
+            found += [self._point(name, choice)] if choice else []
+        for name in choices.others:
+            if all(name in unit.options for unit in choices.units.values()):
+                found.append(self._point(name, dict.fromkeys(choices.units, name)))
+        return found
+
+    def _point(self, name: str, choice: Mapping[str, str]) -> Point:
+        """Where an assignment of all units stands."""
+        options = [self.choices.units[unit].options[x] for unit, x in choice.items()]
+        return Point(
+            name,
+            8 * sum(option.num_bytes for option in options) / self.choices.num_weights,
+            sum(option.rank_bytes for option in options) + self.choices.rest[1],
+            sum(loss_of(self.scores, unit, x) for unit, x in choice.items()),
+        )
 
     @functools.cached_property
     def losses(self) -> dict[str, float]:
@@ -121,16 +163,10 @@ class Search:
     is_by_layer: bool = False
     tolerance: float = TOLERANCE
 
-    def run(self, budget: Budget, scores: Scores, kind: Kind, num_made: int = 0) -> Found:
-        """Choose.
-
-        Raises:
-            PlanError: nothing is so small.
-        """
-        scored = dataclasses.replace(self.choices, units=_scored(self.choices, scores))
-        total, ranks = (
-            self._table(scored, scores, self._allowed, is_rank=x) for x in (False, True)
-        )
+    def run(self, budget: Budget, scores: Scores, way: Way, num_made: int = 0) -> Found:
+        """Choose; a PlanError, where nothing is so small."""
+        scored = _scored(self.choices, scores)
+        total, ranks = (self._table(scored, scores, is_rank=x) for x in (False, True))
         table, limit = ranks, (budget.num_bytes or 0) - scored.rest[1]
         if budget.num_bytes is None:
             # what was not scored stays as it is, and is in no unit here
@@ -140,20 +176,12 @@ class Search:
         allocation = with_fewest_schemes(table, limit, {AS_STORED}, self.tolerance)
         groups = self._groups(scored.units)
         choice = {unit: allocation.choice[groups[unit]] for unit in scored.units}
-        return Found(scored, kind, scores, allocation, choice, num_made, (total, ranks))
+        return Found(scored, way, scores, allocation, choice, num_made, (total, ranks))
 
     def smallest(self, scores: Scores) -> int:
         """Bytes of a rank, everything counted, that nothing is smaller than."""
-        scored = dataclasses.replace(self.choices, units=_scored(self.choices, scores))
-        return self._table(scored, scores, self._allowed, is_rank=True).smallest + scored.rest[1]
-
-    @property
-    def _allowed(self) -> list[str]:
-        return [
-            name
-            for name, candidate in self.choices.candidates.items()
-            if not (self.at_load and candidate.needs_conversion)
-        ]
+        scored = _scored(self.choices, scores)
+        return self._table(scored, scores, is_rank=True).smallest + scored.rest[1]
 
     def _groups(self, units: Mapping[str, Unit]) -> dict[str, str]:
         return {
@@ -163,100 +191,58 @@ class Search:
             for name, unit in units.items()
         }
 
-    def _table(
-        self, choices: Choices, scores: Scores, allowed: Collection[str], *, is_rank: bool
-    ) -> Table:
+    def _table(self, choices: Choices, scores: Scores, *, is_rank: bool) -> Table:
         loss: dict[str, dict[str, float]] = {}
         size: dict[str, dict[str, int]] = {}
         for name, unit in choices.units.items():
-            own = [
-                x
-                for x, option in unit.options.items()
-                if x in allowed and (self.is_by_layer or not is_bound(option.planned[0]))
-            ]
+            own = {x: option for x, option in unit.options.items() if self._is_allowed(option)}
             loss[name] = {x: loss_of(scores, name, x) for x in own}
-            options = unit.options
-            size[name] = {
-                x: options[x].rank_bytes if is_rank else options[x].num_bytes for x in own
-            }
+            size[name] = {x: o.rank_bytes if is_rank else o.num_bytes for x, o in own.items()}
         return Table.of(loss, size).together(self._groups(choices.units))
 
-
-def kept_scores(choices: Choices, kept: KeptScores) -> Scores:
-    """The scores that are there, of the candidates that are.
-
-    Raises:
-        CheckpointError: their file is damaged.
-    """
-    return kept.read(_keys(choices, kept))
-
-
-def _keys(choices: Choices, kept: KeptScores) -> dict[str, str]:
-    return {
-        name: kept.key(candidate.key, candidate.scheme.source)
-        for name, candidate in choices.candidates.items()
-    }
+    def _is_allowed(self, option: Option) -> bool:
+        if self.at_load and option.candidate.needs_conversion:
+            return False
+        return self.is_by_layer or not is_bound(option.planned[0])
 
 
 def find_scores(
-    choices: Choices, kept: KeptScores, basis: Basis, progress: Progress, *, at_load: bool = False,
-    another: AnotherWay | None = None,
-) -> tuple[Scores, int]:  # fmt: skip
-    """Read scores, and make those that are not there.
+    choices: Choices, kept: KeptScores, way: Way, progress: Progress, *, at_load: bool
+) -> tuple[Scores, int]:
+    """Read scores, make those that may be chosen and are not there, and tell how many were made.
 
-    Args:
-        at_load: whether what needs a conversion is not made, as it may not be chosen.
-        another: makes scores in another way than by a sweep over the model.
-    Returns:
-        unit -> candidate -> score; and how many were made.
     Raises:
-        CheckpointError: a source is damaged, or transformers does not have the model's class.
-        UsageError: the text cannot be read, or is too short.
-        ServerError: an engine is asked, and fails.
+        CheckpointError, UsageError, ServerError: as the way to make them says.
         ConvertError: the scores cannot be written.
     """
-    keys = _keys(choices, kept)
-    known = kept.read(keys)
-    wanted = {
-        name: [
+    known = kept.read()
+    missing = {}
+    for unit in choices.units.values():
+        names = [
             x
             for x in worth_trying(unit)
-            if not (at_load and choices.candidates[x].needs_conversion)
-            and (another is None or another.can_score(unit, x))
+            if x not in known.get(unit.name, {})
+            and not (at_load and choices.candidates[x].needs_conversion)
+            and way.can_score(unit, x)
         ]
-        for name, unit in choices.units.items()
-        if another is None or name not in another.without
-    }
-    missing = {
-        unit: [name for name in names if name not in known[unit]] if unit in known else names
-        for unit, names in wanted.items()
-    }
-    missing = {unit: names for unit, names in missing.items() if names}
-    if missing and another is not None:
-        for made in another.score(missing, progress):
-            kept.write(made, keys)
-        known = kept.read(keys)
-    elif missing:
-        # only this needs torch
-        from mixedprec_plugin.search.scores import make_scores
-
-        digest = hashlib.sha256(json.dumps([kept.facts, missing], default=str).encode()).hexdigest()
-        work = kept.folder(f"work-{digest[:16]}")
-        kept.write(make_scores(choices, missing, basis, work, progress), keys)
-        shutil.rmtree(work)
-        known = kept.read(keys)
+        if names and unit.name not in way.without:
+            missing[unit.name] = names
+    if missing:
+        for made in way.score(missing, progress):
+            kept.write(made)
+        known = kept.read()
     return known, sum(map(len, missing.values()))
 
 
-def _scored(choices: Choices, scores: Scores) -> dict[str, Unit]:
-    """The units with those options that have a score."""
-    found = {}
+def _scored(choices: Choices, scores: Scores) -> Choices:
+    """The units that have scores, with those options that have one."""
+    units = {}
     for name, unit in choices.units.items():
         if name in scores:
-            known = scores[name]
-            options = {k: v for k, v in unit.options.items() if k == AS_STORED or k in known}
-            found[name] = dataclasses.replace(unit, options=options)
-    return found
+            known = (AS_STORED, *scores[name])
+            options = {k: v for k, v in unit.options.items() if k in known}
+            units[name] = dataclasses.replace(unit, options=options)
+    return dataclasses.replace(choices, units=units)
 
 
 def _too_small(budget: Budget, choices: Choices, table: Table) -> PlanError:
@@ -271,3 +257,29 @@ def _too_small(budget: Budget, choices: Choices, table: Table) -> PlanError:
         where, expected = "--budget", f"(expected {size + 0.005:.2f}GiB or more)"
     remedy = "allow more, name more --methods, or more ranks with --tp"
     return PlanError(Problem(where, f"{what} {expected}", remedy, "budget"))
+
+
+def loss_of(scores: Scores, unit: str, candidate: str) -> float:
+    """What a candidate costs a unit: nothing, where it stays as it is."""
+    return 0.0 if candidate == AS_STORED else scores[unit][candidate]
+
+
+def _choice(plan: Plan, choices: Choices) -> dict[str, str]:
+    """The candidates that a plan's units run in; empty if one is none of them."""
+    found = {}
+    for name, unit in choices.units.items():
+        candidate = _candidate(plan.by_name[unit.layers[0].name], unit.options)
+        if candidate is None:
+            return {}
+        found[name] = candidate
+    return found
+
+
+def _candidate(layer: PlannedLayer, options: Mapping[str, Option]) -> str | None:
+    assert layer.scheme is not None
+    wanted = layer.scheme.identity, layer.scheme.arguments.get("rounding")
+    for name, option in options.items():
+        own = option.candidate.scheme
+        if name != AS_STORED and wanted == (own.identity, own.arguments.get("rounding")):
+            return name
+    return AS_STORED if layer.action == "as stored" else None

@@ -8,7 +8,7 @@ projection reads is computed here from the other two.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.progress import Progress
@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 
 from mixedprec_plugin.calibrate.capture import Held, Seen
 from mixedprec_plugin.calibrate.gathered import Gathered, Tokens
-from mixedprec_plugin.calibrate.rounding import LayerRounding
+from mixedprec_plugin.calibrate.network import usual_device
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.compose.stream import compose_floats
 from mixedprec_plugin.errors import CheckpointError, Problem
@@ -24,16 +24,23 @@ from mixedprec_plugin.families.config import text_config
 from mixedprec_plugin.families.names import ExpertShard, shard_order
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.search.candidates import Choices, Unit
-from mixedprec_plugin.search.kept import Scores
+from mixedprec_plugin.search.finder import Way
+from mixedprec_plugin.search.kept import Scores, Wanted
 from mixedprec_plugin.search.scores import Scoring, fill_unseen
 
 
-def unscored(choices: Choices, gathered: Gathered) -> dict[str, str]:
-    """The units that cannot be scored by what was gathered, and why.
+def way_of_gathered(choices: Choices, gathered: Gathered) -> Way:
+    """Scores by what an engine gathered, and what they stand on."""
+    return Way(
+        "parts" if gathered.shares else "shares",
+        lambda wanted, bar: score_gathered(choices, wanted, gathered, bar),
+        unscored(choices, gathered),
+        scored_on=f"{gathered.num_tokens:,} tokens that an engine gathered in {gathered.folder}",
+    )
 
-    Raises:
-        CheckpointError: the files know nothing of a module, or none can be scored.
-    """
+
+def unscored(choices: Choices, gathered: Gathered) -> dict[str, str]:
+    """The units that cannot be scored by what was gathered, and why; an error, if none can be."""
     found = {}
     for name, unit in choices.units.items():
         if not gathered.has(unit.layers[0].module):
@@ -60,20 +67,9 @@ def _why_not_experts(plan: Plan, unit: Unit) -> str:
 
 
 def score_gathered(
-    choices: Choices,
-    wanted: Mapping[str, Collection[str]],
-    gathered: Gathered,
-    progress: Progress,
+    choices: Choices, wanted: Wanted, gathered: Gathered, progress: Progress
 ) -> Iterator[Scores]:
-    """Score candidates, a module at a time.
-
-    Args:
-        wanted: unit name -> names of the candidates to score; of units that can be scored.
-    Yields:
-        the scores of a module's units.
-    Raises:
-        CheckpointError: a source or a file is damaged.
-    """
+    """Score candidates of units that can be scored, a module at a time."""
     modules: dict[str, list[PlannedLayer]] = {}
     for name in wanted:
         for layer in choices.units[name].layers:
@@ -81,10 +77,8 @@ def score_gathered(
     is_held = gathered.is_held_out()
     task = progress.add_task("scoring", total=len(modules))
     with Reader() as reader:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        target = choices.base.target
-        rounding = LayerRounding(target, reader, device)
-        scoring = Scoring(choices, wanted, rounding, reader, device)
+        device, target = usual_device(), choices.base.target
+        scoring = Scoring(choices, wanted, reader, device)
 
         def weight(layer: PlannedLayer) -> torch.Tensor:
             return compose_floats(layer, target, reader)["weight"].to(device).float()
@@ -129,12 +123,9 @@ def _read_by(
     for expert, own in experts.items():
         rows = (tokens.experts == expert).any(1)
         if rows.any():
-            found.append((sorted(own, key=_order), tokens.x[rows], is_held[rows]))
+            ordered = sorted(own, key=lambda layer: shard_order(layer.shard))
+            found.append((ordered, tokens.x[rows], is_held[rows]))
     return found
-
-
-def _order(layer: PlannedLayer) -> int:
-    return shard_order(layer.shard)
 
 
 def _is_down(layer: PlannedLayer) -> bool:

@@ -1,8 +1,6 @@
 """Scores that were made before, beside the checkpoint or in the cache where that is read-only.
 
-A file holds the scores on one basis: one model, told by its files' names, sizes and headers, one
-text, and one release of what computes. Scores are kept by unit and candidate, so that a search with
-other methods only makes those that are not there.
+A file holds those on one basis, by unit and candidate: other methods need but theirs.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,17 @@ from typing import Any
 from mixedprec_plugin.checkpoint.recorded import file_digest
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import CheckpointError, ConvertError, Problem
+from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.resources import cache_root
+from mixedprec_plugin.search.candidates import Choices
 
 # unit name -> candidate name -> what it costs
 Scores = dict[str, dict[str, float]]
+# unit name -> names of the candidates to score
+Wanted = Mapping[str, Collection[str]]
 
 # raised where scores are made otherwise
-_VERSION = 2
+_VERSION = 3
 _FOLDER = ".mixedprec"
 
 
@@ -56,43 +58,32 @@ class Basis:
 
 
 class KeptScores:
-    """The scores of a model on a basis.
+    """The scores of a model's candidates on a basis.
 
     Args:
-        model: the checkpoint; one on the Hub is looked at where its cache is.
-        dtype: what the model runs in.
-        others: further sources, by name.
         inputs: what the files of `basis.inputs` say of themselves.
-    Raises:
-        CheckpointError: the text cannot be read.
     """
 
-    def __init__(
-        self, model: Source, dtype: str, basis: Basis, others: Mapping[str, Source] | None = None,
-        inputs: object = None,
-    ) -> None:  # fmt: skip
-        self._others = {name: _identity(source) for name, source in (others or {}).items()}
+    def __init__(self, choices: Choices, basis: Basis, inputs: object = None) -> None:
+        self.basis, model = basis, choices.base.source
         self.facts = {
-            "version": _VERSION, "model": _identity(model), "dtype": dtype,
+            "version": _VERSION, "model": _identity(model), "dtype": choices.base.target.dtype,
             **dataclasses.asdict(basis),
             "text": file_digest(basis.text) if basis.text else "written by the model",
+            "inputs": inputs,
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }  # fmt: skip
-        # what has none keeps the name that it had before there were any
-        del self.facts["inputs"]
-        if inputs is not None:
-            self.facts["inputs"] = inputs
-        if not basis.in_engine:
-            del self.facts["in_engine"]
-        self._digest = _digest(self.facts)[:16]
+        # other bytes of its source are another candidate
+        others = {name: _identity(source) for name, (_, source) in choices.others.items()}
+        self._keys = {
+            name: _key(one.scheme) + others.get(one.scheme.source, "")
+            for name, one in choices.candidates.items()
+        }
+        self._digest = digest_of(self.facts)[:16]
         self._places = [model.path / _FOLDER, cache_root() / "scores"]
 
     def folder(self, name: str = "") -> Path:
-        """Where scores are written, or a folder of that name there; made if it is not there.
-
-        Raises:
-            ConvertError: none can be written.
-        """
+        """Where scores are written, or a folder of that name there; made if it is not there."""
         for folder in (place / name for place in self._places):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -109,35 +100,23 @@ class KeptScores:
         found = (place / f"scores-{self._digest}.json" for place in self._places)
         return next((path for path in found if path.is_file()), None)
 
-    def read(self, keys: Mapping[str, str]) -> Scores:
-        """The scores that are there.
-
-        Args:
-            keys: candidate name -> what its scores are kept under, see `key`.
-        """
+    def read(self) -> Scores:
+        """The scores that are there."""
         path = self.path
         if path is None:
             return {}
-        names = {key: name for name, key in keys.items()}
+        names = {key: name for name, key in self._keys.items()}
         return {
             unit: {names[key]: score for key, score in own.items() if key in names}
             for unit, own in _read(path).items()
         }
 
-    def key(self, candidate_key: str, source: str) -> str:
-        """What a candidate's scores are kept under: other bytes of its source are another one."""
-        return candidate_key + self._others.get(source, "")
-
-    def write(self, scores: Scores, keys: Mapping[str, str]) -> Path:
-        """Add scores to those that are there.
-
-        Raises:
-            ConvertError: they cannot be written.
-        """
+    def write(self, scores: Scores) -> None:
+        """Add scores to those that are there."""
         path = self.path or self.folder() / f"scores-{self._digest}.json"
         known = _read(path) if path.exists() else {}
         for unit, own in scores.items():
-            known.setdefault(unit, {}).update({keys[name]: score for name, score in own.items()})
+            known.setdefault(unit, {}).update({self._keys[name]: x for name, x in own.items()})
         temporary = path.with_suffix(".tmp")
         try:
             text = json.dumps({"facts": self.facts, "scores": known}, default=str)
@@ -146,7 +125,6 @@ class KeptScores:
         except OSError as error:
             what = f"cannot be written ({error.strerror})"
             raise ConvertError(Problem(str(path), what, "make room", "write")) from error
-        return path
 
 
 def _read(path: Path) -> Any:
@@ -157,6 +135,10 @@ def _read(path: Path) -> Any:
         raise CheckpointError(Problem(str(path), what, "remove it", "scores")) from error
 
 
+def _key(scheme: Scheme) -> str:
+    return json.dumps([scheme.method, dict(scheme.arguments), scheme.source], sort_keys=True)
+
+
 def _identity(source: Source) -> str:
     """A digest of a checkpoint: its config, and where which tensor lies in files of which size."""
     sizes = {
@@ -165,8 +147,9 @@ def _identity(source: Source) -> str:
         if path.suffix == ".safetensors"
     }
     tensors = [(t.path.name, name, t.dtype, t.shape) for name, t in source.tensors.items()]
-    return _digest([dict(source.config), sizes, tensors])
+    return digest_of([dict(source.config), sizes, tensors])
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """A digest of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

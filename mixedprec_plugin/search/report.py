@@ -1,24 +1,26 @@
-"""What a search found, as text and as JSON."""
+"""What a search found, as text, as JSON and as a picture."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.errors import printable
+from mixedprec_plugin.families.names import last_component
+from mixedprec_plugin.names import without_numbers
 from mixedprec_plugin.plan.budget import Budget as CardBudget
-from mixedprec_plugin.plan.folding import fold_names
+from mixedprec_plugin.plan.folding import fold_names, natural_key
 from mixedprec_plugin.plan.render import format_bytes
 from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.search.allocate import TOLERANCE
 from mixedprec_plugin.search.candidates import AS_STORED
-from mixedprec_plugin.search.finder import Found
+from mixedprec_plugin.search.finder import Found, Kind
 
 # what a loss is -> its unit, and what is said of it
-_KINDS = {
+_KINDS: Mapping[Kind, tuple[str, str]] = {
     "nats": ("nats a token", "predicted KL on the text that was scored on"),
     "measured": ("nats a token", "sum of the KL of single units, measured in the engine"),
     "shares": ("", "sum of the shares of outputs that are error; no divergence"),
@@ -38,25 +40,20 @@ class Measured:
 
 def header_lines(found: Found, path: Path, model: str, verb: str = "search") -> list[str]:
     """The comment at the top of a preset: what it is, how to serve it, what it is predicted."""
-    point, (unit, what) = found.point, _KINDS[found.kind]
-    config = shlex.quote(path.name)
-    name = shlex.quote(model)
-    is_converted = any(
-        found.choices.candidates[name].needs_conversion for name in found.choice.values()
-    )
-    if is_converted:
+    point, (unit, what) = found.point, _KINDS[found.way.kind]
+    config, name = shlex.quote(path.name), shlex.quote(model)
+    command = [
+        f"sglang serve --model-path {name} --load-format mixedprec --mixedprec-config {config}"
+    ]
+    if any(found.choices.candidates[x].needs_conversion for x in found.choice.values()):
         command = [
             f"mixedprec convert --model {name} --preset {config} --out DIR",
             "sglang serve --model-path DIR --load-format mixedprec",
         ]
-    else:
-        command = [
-            f"sglang serve --model-path {name} --load-format mixedprec --mixedprec-config {config}"
-        ]
     size = f"{format_bytes(point.rank_bytes)} a rank"
     lines = [f"{point.bits:.3f} bits a weight of linear layers, scales counted; {size}."]
     lines += [f"Loss {point.loss:.4f} {unit}".rstrip() + f": {what}."]
-    lines += [f"Scored on {printable(found.scored_on)}."] * bool(found.scored_on)
+    lines += [f"Scored on {printable(found.way.scored_on)}."] * bool(found.way.scored_on)
     return [
         *_labelled("Purpose", [f"Found by mixedprec {verb} for {printable(model)}.", *lines]),
         *_labelled("Command", command),
@@ -68,28 +65,22 @@ def _labelled(label: str, lines: Sequence[str]) -> list[str]:
 
 
 def print_found(
-    found: Found,
-    card: CardBudget | None,
-    measured: Measured | None,
-    seconds: float,
-    path: Path,
+    found: Found, card: CardBudget | None, measured: Measured | None, seconds: float, path: Path,
     page: Page,
-) -> None:
+) -> None:  # fmt: skip
     """Print where the bytes go and what that costs."""
     if card is not None:
-        _print_card(card, page)
-    unit, what = _KINDS[found.kind]
-    table = Table(
-        ("scheme", False), ("modules", True), ("size", True), ("bits", True), ("loss", True)
-    )
-    for name, units in _by_scheme(found).items():
-        options = [found.choices.units[unit].options[name] for unit in units]
-        size = sum(option.num_bytes for option in options)
-        weights = sum(found.choices.units[unit].num_weights for unit in units)
-        loss = sum(found.losses[unit] for unit in units)
-        cells = (str(len(units)), format_bytes(size), f"{8 * size / weights:.2f}", f"{loss:.4f}")
-        table.add(name, *cells)
-    page.print(table)
+        held = Table(("on each rank", False), ("GB", True), ("", False))
+        for row in card.lines:
+            held.add(row.title, f"{row.num_bytes / 1e9:.2f}", row.formula)
+        page.print(held)
+    page.print(_schemes(found))
+    if found.named:
+        beside = Table(("for comparison", False), ("bits", True), ("loss", True))
+        for point in sorted(found.named, key=lambda point: point.bits):
+            beside.add(point.name, f"{point.bits:.2f}", f"{point.loss:.4f}")
+        page.print(beside)
+    unit, what = _KINDS[found.way.kind]
     point, allocation = found.point, found.allocation
     said = [
         f"{point.bits:.3f} bits a weight of linear layers, "
@@ -104,50 +95,44 @@ def print_found(
             f"measured KL {measured.kl:.4f}{error} nats a token, predicted {point.loss:.4f} "
             f"({measured.text})"
         )
-    said += [f"scored on {found.scored_on}"] * bool(found.scored_on)
-    for why in dict.fromkeys(found.unscored.values()):
-        units = fold_names(unit for unit, own in found.unscored.items() if own == why)
+    said += [f"scored on {found.way.scored_on}"] * bool(found.way.scored_on)
+    for why in dict.fromkeys(found.way.without.values()):
+        units = fold_names(unit for unit, own in found.way.without.items() if own == why)
         said.append(f"left as stored: {', '.join(units)}: {why}")
     said += [f"left out: source {name}: {why}" for name, why in found.choices.apart.items()]
     made = f"{found.num_made:,} scores made" if found.num_made else "scores were there"
     said.append(f"{path}: written ({made}, {seconds:.1f} s)")
-    if found.named:
-        _print_named(found, page)
     for line in said:
         page.print(printable(line))
 
 
-def _by_scheme(found: Found) -> dict[str, list[str]]:
+def _schemes(found: Found) -> Table:
+    table = Table(
+        ("scheme", False), ("modules", True), ("size", True), ("bits", True), ("loss", True)
+    )
     schemes: dict[str, list[str]] = {}
-    for unit, name in found.choice.items():
-        schemes.setdefault(name, []).append(unit)
-    return dict(sorted(schemes.items(), key=lambda item: -len(item[1])))
-
-
-def _print_card(card: CardBudget, page: Page) -> None:
-    table = Table(("on each rank", False), ("GB", True), ("", False))
-    for line in card.lines:
-        table.add(line.title, f"{line.num_bytes / 1e9:.2f}", line.formula)
-    page.print(table)
-
-
-def _print_named(found: Found, page: Page) -> None:
-    table = Table(("for comparison", False), ("bits", True), ("loss", True))
-    for point in sorted(found.named, key=lambda point: point.bits):
-        table.add(point.name, f"{point.bits:.2f}", f"{point.loss:.4f}")
-    page.print(table)
+    for unit_name, scheme in found.choice.items():
+        schemes.setdefault(scheme, []).append(unit_name)
+    for name, units in sorted(schemes.items(), key=lambda item: -len(item[1])):
+        options = [found.choices.units[unit].options[name] for unit in units]
+        size = sum(option.num_bytes for option in options)
+        weights = sum(found.choices.units[unit].num_weights for unit in units)
+        loss = sum(found.losses[unit] for unit in units)
+        cells = (str(len(units)), format_bytes(size), f"{8 * size / weights:.2f}", f"{loss:.4f}")
+        table.add(name, *cells)
+    return table
 
 
 def as_dict(
     found: Found, card: CardBudget | None, measured: Measured | None, seconds: float
 ) -> dict[str, Any]:
-    """The same as plain data."""
+    """The same as data for JSON."""
     allocation = found.allocation
     return {
-        "kind": found.kind,
-        "scored_on": found.scored_on,
-        "unscored": dict(found.unscored),
-        "point": dataclasses.asdict(found.point),
+        "kind": found.way.kind,
+        "scored_on": found.way.scored_on,
+        "unscored": dict(found.way.without),
+        "point": found.point,
         "bound": allocation.bound,
         "gap": allocation.gap,
         "units": {
@@ -155,10 +140,65 @@ def as_dict(
             for unit, name in found.choice.items()
         },
         "as_stored": AS_STORED,
-        "front": [dataclasses.asdict(point) for point in found.front],
-        "named": [dataclasses.asdict(point) for point in found.named],
+        "front": found.front,
+        "named": found.named,
         "card": [line._asdict() for line in card.lines] if card else None,
-        "measured": dataclasses.asdict(measured) if measured else None,
+        "measured": measured,
         "scores_made": found.num_made,
         "seconds": seconds,
     }
+
+
+def draw(found: Found) -> Any:
+    """The front with named presets beside it, and the map of layers by bits, as one figure."""
+    from matplotlib.figure import Figure
+
+    rows, columns, bits = _layer_map(found)
+    figure = Figure(figsize=(9, 4 + 0.3 * len(rows)), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=(4, 0.3 * len(rows) + 0.6))
+    _draw_front(found, upper)
+    image = lower.imshow(bits, aspect="auto", cmap="viridis", vmin=2, vmax=16)
+    lower.set_yticks(range(len(rows)), rows)
+    step = max(1, len(columns) // 16)
+    lower.set_xticks(range(0, len(columns), step), columns[::step])
+    lower.set(xlabel="layer")
+    figure.colorbar(image, ax=lower, label="bits a weight")
+    return figure
+
+
+def _draw_front(found: Found, axes: Any) -> None:
+    points = [point for point in found.front if point.loss > 0]
+    axes.plot([p.bits for p in points], [p.loss for p in points], label="the front")
+    for point in found.named:
+        if point.loss > 0:
+            axes.plot(point.bits, point.loss, "s", color="gray")
+            axes.annotate(
+                point.name, (point.bits, point.loss), xytext=(4, 4), textcoords="offset points",
+                fontsize=7,
+            )  # fmt: skip
+    axes.plot(found.point.bits, found.point.loss, "o", color="red", label="this preset")
+    unit, what = _KINDS[found.way.kind]
+    label = ", ".join(filter(None, (what.partition(";")[0], unit)))
+    axes.set(xlabel="bits a weight of linear layers, scales counted", ylabel=label, yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _layer_map(found: Found) -> tuple[list[str], list[str], list[list[float]]]:
+    """Kinds of modules, layers, and the bits of each in each: not a number where there is none."""
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for name, candidate in found.choice.items():
+        unit = found.choices.units[name]
+        module = unit.layers[0].module
+        parent = last_component(without_numbers(module).rpartition(".")[0])
+        number = next((part for part in module.split(".") if part.isdecimal()), "")
+        key = (f"{parent}.{last_component(module)}", number)
+        size, weights = sums.get(key, (0, 0))
+        sums[key] = size + unit.options[candidate].num_bytes, weights + unit.num_weights
+    rows = list(dict.fromkeys(kind for kind, _ in sums))
+    columns = sorted({number for _, number in sums}, key=natural_key)
+    bits = [
+        [8 * sums[r, c][0] / sums[r, c][1] if (r, c) in sums else float("nan") for c in columns]
+        for r in rows
+    ]
+    return rows, columns, bits

@@ -12,7 +12,7 @@ from __future__ import annotations
 from mixedprec_plugin.families.config import count_of, text_config
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
-from mixedprec_plugin.search.candidates import AS_STORED, Choices, Option, Unit
+from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit
 from mixedprec_plugin.search.kept import Scores
 
 # of two errors that formats tell of normally distributed weights, as good as the same
@@ -31,10 +31,8 @@ def guessed(choices: Choices) -> Scores:
             option = unit.options[candidate]
             errors = [_error(layer) for layer in option.planned]
             if all(errors):
-                squares = (
-                    error**2 * layer.num_weights
-                    for error, layer in zip(errors, option.planned, strict=True)
-                )
+                sizes = (layer.num_weights for layer in option.planned)
+                squares = (error**2 * size for error, size in zip(errors, sizes, strict=True))
                 found.setdefault(name, {})[candidate] = weight * sum(squares) / unit.num_weights
     return found
 
@@ -59,24 +57,20 @@ def worth_trying(unit: Unit) -> list[str]:
     Only of methods that are calibrated, which takes time: symmetric codes, say, that are stored
     beside an order which nobody needs.
     """
-    names = [name for name in unit.options if name != AS_STORED]
-    told = {name: _told_error(unit.options[name]) for name in names}
+    # name -> rounding, error and bytes
+    told: dict[str, tuple[str, float, int]] = {}
+    for name, option in unit.options.items():
+        scheme, stored = option.candidate.scheme, option.planned[0].stored
+        if rounding := scheme.arguments.get("rounding"):
+            assert stored is not None
+            error = METHODS[scheme.method].rounding(scheme.arguments).error(stored.N, stored.K)
+            told[name] = rounding, error, option.num_bytes
 
     def is_beaten(name: str) -> bool:
-        own = unit.options[name]
-        rounding = own.candidate.scheme.arguments.get("rounding")
-        return told[name] > 0 and any(
-            0 < told[other] <= told[name] * _ALIKE
-            and unit.options[other].num_bytes < own.num_bytes
-            and unit.options[other].candidate.scheme.arguments.get("rounding") == rounding
-            for other in names
+        rounding, error, size = told.get(name, ("", 0.0, 0))
+        return any(
+            how == rounding and 0 < other <= error * _ALIKE and less < size
+            for how, other, less in told.values()
         )
 
-    return [name for name in names if not is_beaten(name)]
-
-
-def _told_error(option: Option) -> float:
-    scheme, stored = option.candidate.scheme, option.planned[0].stored
-    if scheme.arguments.get("rounding") is None or stored is None:
-        return 0.0
-    return METHODS[scheme.method].rounding(scheme.arguments).error(stored.N, stored.K)
+    return [name for name in unit.options if name != AS_STORED and not is_beaten(name)]

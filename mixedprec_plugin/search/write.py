@@ -1,23 +1,22 @@
 """An assignment -> a preset that a person can read, checked before it is there.
 
-The scheme of most weights is that of a first rule for everything; what differs follows in rules of
-its own, for as many layers in one pattern as are alike. Each rule says what it takes and costs.
+A first rule has the scheme of most weights; what differs follows, with what it takes and costs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import ConvertError, Problem
 from mixedprec_plugin.methods.registry import AUTO, METHODS
+from mixedprec_plugin.names import ranges_of, without_numbers
 from mixedprec_plugin.plan.conversion import is_auto
-from mixedprec_plugin.plan.folding import natural_key
 from mixedprec_plugin.plan.matching import Candidates
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import format_bytes
@@ -30,20 +29,14 @@ _WIDTH = 100
 
 
 class Chosen(NamedTuple):
-    """What is written.
-
-    Attributes:
-        choice: unit -> candidate.
-        loss: unit -> what that costs.
-        about: lines of the comment at the top.
-    """
+    """Unit -> candidate, unit -> what that costs, and lines of the comment at the top."""
 
     choice: Mapping[str, str]
     loss: Mapping[str, float]
     about: Sequence[str]
 
 
-def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, SourceReference]) -> str:
+def preset_text(choices: Choices, chosen: Chosen) -> str:
     """Write an assignment as YAML."""
     used = list(dict.fromkeys(chosen.choice.values()))
     weights = {
@@ -56,14 +49,14 @@ def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, Sourc
     lines = [*(f"# {line}".rstrip() for line in chosen.about), "version: 1"]
     lines += [f"description: {json.dumps(_description(choices, weights))}"]
     sources = {choices.candidates[name].scheme.source for name in used} - {"model"}
-    if sources:
-        lines += ["sources:"]
-        lines += [f"  {name}: {_source(references[name])}" for name in sorted(sources)]
+    lines += ["sources:"] * bool(sources)
+    lines += [f"  {name}: {_source(choices.others[name][0])}" for name in sorted(sources)]
     schemes = [name for name in by_share if choices.candidates[name].scheme.method != AUTO]
-    if schemes:
-        again = _requantized(choices, chosen.choice)
-        lines += ["schemes:"]
-        lines += [f"  {name}: {_scheme(choices, name, is_again=name in again)}" for name in schemes]
+    again = _requantized(choices, chosen.choice)
+    lines += ["schemes:"] * bool(schemes)
+    for name in schemes:
+        more = {"requantize": True} if name in again else {}
+        lines += [f"  {name}: {_flow(_given(choices.candidates[name].scheme) | more)}"]
     lines += ["rules:"]
     for name in [first] * bool(first) + [name for name in by_share if name != first]:
         lines += _rules(choices, chosen, name, is_first=name == first)
@@ -72,24 +65,18 @@ def preset_text(choices: Choices, chosen: Chosen, references: Mapping[str, Sourc
     return "\n".join(lines) + "\n"
 
 
-def publish(
-    text: str, choices: Choices, choice: Mapping[str, str], others: Mapping[str, Source], path: Path
-) -> Plan:
-    """Write a preset, once its plan is what was chosen.
+def publish(text: str, choices: Choices, choice: Mapping[str, str], path: Path) -> Plan:
+    """Write a preset, once its plan is what was chosen, and return the plan.
 
-    Returns:
-        the plan.
     Raises:
-        PlanError: the layers do not fit each other so.
-        ConvertError: the file cannot be written.
+        PlanError, ConvertError: the layers do not fit each other so, or the file is not written.
     """
-    temporary = path.with_name(f".{path.name}.tmp.yaml")
+    temporary, base = path.with_name(f".{path.name}.tmp.yaml"), choices.base
     try:
         temporary.write_text(text, encoding="utf-8")
         preset = load_preset(temporary)
         used = {rule.scheme.source for rule in preset.rules} - {"model"}
-        sources = {name: others[name] for name in used}
-        base = choices.base
+        sources = {name: choices.others[name][1] for name in used}
         plan = resolve_plan(preset, base.source, base.target, sources).check()
         _check(plan, choices, choice)
         os.replace(temporary, path)
@@ -139,11 +126,6 @@ def _requantized(choices: Choices, choice: Mapping[str, str]) -> set[str]:
     }
 
 
-def _scheme(choices: Choices, name: str, *, is_again: bool) -> str:
-    again = {"requantize": True} if is_again else {}
-    return _flow(_given(choices.candidates[name].scheme) | again)
-
-
 def _given(scheme: Scheme) -> dict[str, Any]:
     """What of a scheme is to be written: what is no default."""
     defaults = METHODS[scheme.method].defaults
@@ -167,24 +149,16 @@ def _rules(choices: Choices, chosen: Chosen, name: str, *, is_first: bool) -> li
     units = [unit for unit, candidate in chosen.choice.items() if candidate == name]
     if is_first:
         return [_remark(choices, chosen, units), *_rule(["*"], [f"scheme: {name}"])]
-    names = _quantizable(choices)
-    lines = []
-    for says, part in _parts(choices, name, units):
+    # by what they are (attention, the MLP, experts), and what a rule says of each kind
+    parts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for unit in units:
+        kind = without_numbers(choices.units[unit].layers[0].name.rpartition(".")[0])
+        parts.setdefault((kind, _says(choices, name, unit)), []).append(unit)
+    names, lines = _quantizable(choices), []
+    for (_, says), part in parts.items():
         layers = [layer.name for unit in part for layer in choices.units[unit].layers]
         lines += [_remark(choices, chosen, part), *_rule(patterns(layers, names), says)]
     return lines
-
-
-def _parts(
-    choices: Choices, name: str, units: Sequence[str]
-) -> Iterator[tuple[Sequence[str], list[str]]]:
-    """Units by what they are (attention, the MLP, experts), and what a rule says of each kind."""
-    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for unit in units:
-        parent = choices.units[unit].layers[0].name.rpartition(".")[0]
-        kind = ".".join(part for part in parent.split(".") if not part.isdecimal())
-        found.setdefault((kind, _says(choices, name, unit)), []).append(unit)
-    return ((says, part) for (_, says), part in found.items())
 
 
 def _says(choices: Choices, name: str, unit: str) -> tuple[str, ...]:
@@ -224,98 +198,72 @@ def _not_searched(choices: Choices) -> list[str]:
     return patterns(others, names) if others else []
 
 
-def patterns(wanted: Collection[str], names: Collection[str]) -> list[str]:
-    """Globs that match just some of a model's layers, as few as may be.
+# for each place between the dots of a name, the words that stand there: names are their product
+Box = tuple[tuple[str, ...], ...]
 
-    Args:
-        wanted: layer names.
-        names: all layer names that matter.
-    """
+
+def patterns(wanted: Collection[str], names: Collection[str]) -> list[str]:
+    """Globs that match just some of a model's layers, as few as may be."""
     known = Candidates(names)
-    # (first number, the rest) -> second numbers
-    rows: dict[tuple[str, str], set[str]] = {}
-    for name in wanted:
-        (first, *others), rest = _split(name)
-        if len(others) > 1:
-            first, rest, others = "", name, []
-        rows.setdefault((first, rest), set()).add("".join(others))
-    # layers that differ in their first number alone, then those that differ in their last component
-    firsts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (first, rest), seconds in rows.items():
-        firsts.setdefault((rest, tuple(sorted(seconds, key=natural_key))), []).append(first)
-    rests: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]] = {}
-    for (rest, numbers), own in firsts.items():
-        key = rest.partition("#")[0], tuple(sorted(own, key=natural_key)), numbers
-        rests.setdefault(key, []).append(rest)
-    made = [
-        pattern
-        for (_, own, numbers), alike in rests.items()
-        for pattern in _patterns(alike, own, numbers, known)
-    ]
+    alike: dict[Box, list[Box]] = {}
+    for box in _boxes(wanted):
+        before = tuple(itertools.takewhile(lambda words: not words[0].isdecimal(), box))
+        numbers = tuple(words for words in box if words[0].isdecimal())
+        alike.setdefault(before + numbers, []).append(box)
+    made = [pattern for boxes in alike.values() for pattern in _globs(boxes, known)]
     assert set(wanted) == {name for pattern in made for name in known.match(pattern)}
     return made
 
 
-def _split(name: str) -> tuple[list[str], str]:
-    """A name's numbers, and the name with a sign in the place of each."""
-    parts = name.split(".")
-    numbers = [part for part in parts if part.isdecimal()] or [""]
-    return numbers, ".".join("#" if part.isdecimal() else part for part in parts)
+def _boxes(wanted: Collection[str]) -> list[Box]:
+    """Names that differ in a number are put together, then those that differ in the last word."""
+    boxes: list[Box] = [tuple((word,) for word in name.split(".")) for name in wanted]
+    numbers = {at for box in boxes for at, words in enumerate(box) if words[0].isdecimal()}
+    for place in (*sorted(numbers, reverse=True), -1):
+        merged: dict[tuple[bool, Box, Box], list[str]] = {}
+        for box in boxes:
+            # a shorter name has its last word there
+            at = place if 0 <= place < len(box) else len(box) - 1
+            key = box[at][0].isdecimal(), box[:at], box[at + 1 :]
+            merged.setdefault(key, []).extend(box[at])
+        boxes = [
+            (*front, tuple(sorted(words, key=int) if is_number else words), *back)
+            for (is_number, front, back), words in merged.items()
+        ]
+    return boxes
 
 
-def _patterns(
-    rests: Sequence[str], firsts: Sequence[str], seconds: Sequence[str], known: Candidates
-) -> list[str]:
-    """The globs of layers that differ in their last components alone, for the same numbers."""
-    by_parent: dict[str, list[str]] = {}
-    for rest in rests:
-        parent, _, last = rest.rpartition(".")
-        by_parent.setdefault(parent, []).append(last)
-    wanted = {_joined(rest, a, b) for rest in rests for a in firsts for b in seconds}
-    stem = _common_parent(by_parent)
-    for numbers in (["*"], firsts):
-        whole = f"{_filled(stem, numbers, seconds)}.*"
-        if set(known.match(whole)) == wanted:
-            return [whole]
+def _globs(boxes: Sequence[Box], known: Candidates) -> list[str]:
+    """The globs of names with the same numbers: one for all of them, or one for each box."""
+    shared = zip(*(box[:-1] for box in boxes), strict=False)
+    stem = [words for words, *_ in itertools.takewhile(lambda x: len(set(x)) == 1, shared)]
+    wanted = {name for box in boxes for name in _names(box)}
+    places = list(map(_braces, stem))
+    first = next((at for at, words in enumerate(stem) if words[0].isdecimal()), len(stem))
+    for whole in ([*places[:first], "*", *places[first + 1 :], "*"], [*places, "*"]):
+        if set(known.match(".".join(whole))) == wanted:
+            return [".".join(whole)]
     found = []
-    for parent, lasts in by_parent.items():
-        last = lasts[0] if len(lasts) == 1 else "{" + ",".join(lasts) + "}"
-        own = {_joined(f"{parent}.{x}", a, b) for x in lasts for a in firsts for b in seconds}
-        for tail in ("*", last):
-            pattern = f"{_filled(parent, firsts, seconds)}.{tail}" if parent else last
-            if set(known.match(pattern)) == own:
-                break
-        found.append(pattern)
+    for box in boxes:
+        *parent, last = map(_braces, box)
+        short = ".".join([*parent, "*"])
+        is_right = set(known.match(short)) == set(_names(box))
+        found.append(short if is_right else ".".join([*parent, last]))
     return found
 
 
-def _common_parent(parents: Collection[str]) -> str:
-    """The innermost module that all of some modules are in, or are."""
-    shared = []
-    for parts in zip(*(parent.split(".") for parent in parents), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
+def _names(box: Box) -> Iterator[str]:
+    return map(".".join, itertools.product(*box))
 
 
-def _joined(rest: str, first: str, second: str) -> str:
-    return rest.replace("#", first, 1).replace("#", second, 1)
-
-
-def _filled(rest: str, firsts: Sequence[str], seconds: Sequence[str]) -> str:
-    return rest.replace("#", _braces(firsts), 1).replace("#", _braces(seconds), 1)
-
-
-def _braces(numbers: Sequence[str]) -> str:
-    """`{0..3}` for what runs on, `{{0..3},7}` for several runs, `7` and `*` as they are."""
-    if len(numbers) == 1:
-        return numbers[0]
-    runs: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    words = [str(a) if a == b else f"{{{a}..{b}}}" if b > a + 1 else f"{a},{b}" for a, b in runs]
-    return words[0] if len(words) == 1 and words[0][0] == "{" else "{" + ",".join(words) + "}"
+def _braces(words: Sequence[str]) -> str:
+    """`{0..3}` for what runs on, `{{0..3},7}` for several runs, `{a,b}` for words, `7` as it is."""
+    if len(words) == 1:
+        return words[0]
+    if not words[0].isdecimal():
+        return "{" + ",".join(words) + "}"
+    parts = [
+        str(a) if a == b else f"{{{a}..{b}}}" if b > a + 1 else f"{a},{b}"
+        for a, b in ranges_of(map(int, words))
+    ]
+    return parts[0] if len(parts) == 1 and parts[0][0] == "{" else "{" + ",".join(parts) + "}"

@@ -66,3 +66,10 @@ def write_model(
     ).save_pretrained(folder)
     # read again: frequencies of rotary embeddings went to bfloat16 as well
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def write_words(path: Path, count: int = 600) -> Path:
+    """A text of so many words that the tokenizer knows, drawn at random."""
+    drawn = torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(5))
+    path.write_text(" ".join(f"w{word}" for word in drawn.tolist()), encoding="utf-8")
+    return path

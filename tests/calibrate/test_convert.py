@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import resource
@@ -10,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,18 @@ from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.rounding import LayerRounding
 from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.convert import converter, folder
-from tests.calibrate.models import VOCABULARY, write_model
+from mixedprec_plugin.evaluate.server import free_port
+from tests.calibrate.models import write_model, write_words
+from tests.commands import convert as tried
+from tests.commands import run as command
 
 PRESET = "version: 1\nrules:\n  - {match: '*_proj', method: METHOD, group_size: 32}\n"
+# text is written a token at a time
+CALIBRATE = ("--calibrate", "--length", 32)
 
 
 class Killed(BaseException):
     """What nothing catches."""
-
-
-def command(*words: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main([str(word) for word in words], out=out, err=err)
-    return code, out.getvalue(), err.getvalue()
 
 
 def preset_of(folder: Path, method: str = "awq", extra: str = "") -> Path:
@@ -46,25 +46,55 @@ def preset_of(folder: Path, method: str = "awq", extra: str = "") -> Path:
     return path
 
 
+def given(folder: Path, kind: str = "llama", *method: str) -> tuple[Path, Path]:
+    """A model and a preset for it."""
+    write_model(folder / "model", kind)
+    return folder / "model", preset_of(folder, *method)
+
+
 def convert(model: Path, preset: Path, out: Path, *more: object) -> str:
-    code, printed, err = command(
-        "convert", "--device", "cpu", "--model", model, "--preset", preset, "--out", out, *more
-    )
+    code, printed, err = tried(model, preset, out, *more)
     assert code == 0, err
     return printed
 
 
-def same_by_two(model: Path, preset: Path, one: Path, *options: object) -> float:
-    """Convert by two processes of torchrun: the share of numbers that are those of one process."""
-    words = ["convert", "--device", "cpu", "--model", model, "--preset", preset, *options]
+def by_torchrun(words: list[str]) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    out = one.with_name("two")
     made = subprocess.run(
-        [*run, "-m", "mixedprec_plugin", *map(str, words), "--out", str(out)],
+        [*run, "-m", "mixedprec_plugin", *words],
         check=False, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
+
+
+def by_forks(words: list[str]) -> None:
+    """As torchrun has it, but that nothing is imported anew."""
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of threads, of which a rank uses one
+            ranks.append(os.fork())
+        if not ranks[-1]:
+            code = 1
+            try:
+                signal.alarm(300)
+                torch.set_num_threads(1)
+                os.environ.update(where, RANK=str(rank))
+                code = main(words, sys.stderr, sys.stderr)
+            finally:
+                os._exit(code)
+    assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0, 0]
+
+
+def same_by_two(
+    run: Callable[[list[str]], None], model: Path, preset: Path, one: Path, *options: object
+) -> float:
+    """Convert by two processes: the share of numbers that are those of one process."""
+    out = one.with_name("two")
+    words = ["convert", "--device", "cpu", "--model", model, "--preset", preset, "--out", out]
+    run([str(word) for word in (*words, *options)])
     first, second = (load_file(folder / "model.safetensors") for folder in (one, out))
     assert first.keys() == second.keys()
     same = sum(int((first[name] == second[name]).sum()) for name in first)
@@ -72,10 +102,7 @@ def same_by_two(model: Path, preset: Path, one: Path, *options: object) -> float
 
 
 def evaluate(model: Path, *more: object) -> list[dict[str, Any]]:
-    text = model.parent / "text.txt"
-    if not text.exists():
-        tokens = torch.randint(3, VOCABULARY, (600,), generator=torch.Generator().manual_seed(5))
-        text.write_text(" ".join(f"w{token}" for token in tokens.tolist()), encoding="utf-8")
+    text = write_words(model.parent / "text.txt")
     code, printed, err = command(
         "eval", "--device", "cpu", "--model", model, "--text", text, "--length", 64, "--json",
         *more,
@@ -98,8 +125,7 @@ def evaluate(model: Path, *more: object) -> list[dict[str, Any]]:
 def test_calibrated_folder_costs_less_than_rounding_to_nearest(
     tmp_path: Path, kind: str, method: str
 ) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path, method)
-    write_model(model, kind)
+    model, preset = given(tmp_path, kind, method)
     printed = convert(model, preset, tmp_path / "out", "--calibrate", "--windows", 96)
     record = json.loads((tmp_path / "out" / "mixedprec_calibration.json").read_text())
     assert f"{record['predicted_loss']:.4f}" in printed
@@ -114,8 +140,7 @@ def test_calibrated_folder_costs_less_than_rounding_to_nearest(
 
 
 def test_experts_that_saw_no_token_are_said(tmp_path: Path) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model, "qwen3_moe")
+    model, preset = given(tmp_path, "qwen3_moe")
     # one token beside the first: 4 experts a layer, of which each token goes to 2
     words = ("--calibrate", "--windows", 1, "--length", 2)
     printed = convert(model, preset, tmp_path / "out", *words)
@@ -123,14 +148,13 @@ def test_experts_that_saw_no_token_are_said(tmp_path: Path) -> None:
     unseen = [x["layer"] for x in record["layers"] if ".experts." in x["layer"] and not x["tokens"]]
     assert unseen
     assert f"reached {len(unseen)} layers of experts, such as {unseen[0]}:" in printed
-    again = convert(model, preset, tmp_path / "all", "--calibrate", "--windows", 32)
+    again = convert(model, preset, tmp_path / "all", *CALIBRATE, "--windows", 32)
     assert "no token" not in again
 
 
 def test_export_for_stock_engines_holds_the_same_numbers(tmp_path: Path) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model)
-    options = ("--calibrate", "--windows", 8)
+    model, preset = given(tmp_path)
+    options = (*CALIBRATE, "--windows", 8)
     convert(model, preset, tmp_path / "ours", *options)
     convert(model, preset, tmp_path / "theirs", *options, "--format", "compressed-tensors")
     plain = preset_of(tmp_path, "bf16").read_text().replace(", group_size: 32", "")
@@ -145,9 +169,8 @@ def test_export_for_stock_engines_holds_the_same_numbers(tmp_path: Path) -> None
 def test_killed_it_goes_on_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model)
-    options = ("--calibrate", "--windows", 8)
+    model, preset = given(tmp_path)
+    options = (*CALIBRATE, "--windows", 8)
     convert(model, preset, tmp_path / "whole", *options)
     rounding, calls = LayerRounding.__call__, []
 
@@ -171,8 +194,7 @@ def test_killed_it_goes_on_and_ends_the_same(
 def test_codes_of_a_source_that_changed_since_are_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, preset, out = tmp_path / "model", preset_of(tmp_path), tmp_path / "out"
-    write_model(model)
+    (model, preset), out = given(tmp_path), tmp_path / "out"
 
     def stop(*_: Any) -> Any:
         raise Killed
@@ -180,20 +202,18 @@ def test_codes_of_a_source_that_changed_since_are_not_taken(
     with monkeypatch.context() as patches:
         patches.setattr(converter, "write_part", stop)
         with pytest.raises(Killed):
-            convert(model, preset, out, "--calibrate", "--windows", 8)
+            convert(model, preset, out, *CALIBRATE, "--windows", 8)
     os.utime(model / "model.safetensors")
-    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", out)
-    code, _, err = command("convert", *words, "--calibrate", "--windows", 8)
+    code, _, err = tried(model, preset, out, *CALIBRATE, "--windows", 8)
     assert code == 1
     assert "holds an unfinished conversion of other inputs (the sources' files changed)" in err
 
 
 def test_other_options_are_another_conversion(tmp_path: Path) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model)
+    model, preset = given(tmp_path)
     convert(model, preset, tmp_path / "out")
-    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
-    code, _, err = command("convert", *words, "--calibrate", "--windows", 8)
+    out = tmp_path / "out"
+    code, _, err = tried(model, preset, out, "--calibrate", "--windows", 8)
     assert code == 1
     assert "the calibration changed" in err
 
@@ -201,12 +221,11 @@ def test_other_options_are_another_conversion(tmp_path: Path) -> None:
 def test_scheme_that_asks_for_it_is_calibrated_and_not_rounded_while_loading(
     tmp_path: Path,
 ) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path, "awq", ", rounding: calibrated")
-    write_model(model)
+    model, preset = given(tmp_path, "llama", "awq", ", rounding: calibrated")
     code, _, err = command("eval", "--device", "cpu", "--model", model, "--preset", preset)
     assert code == 1
     assert f"run mixedprec convert --model {model} --preset {preset} --out DIR" in err
-    convert(model, preset, tmp_path / "out", "--windows", 8)
+    convert(model, preset, tmp_path / "out", "--windows", 8, "--length", 32)
     assert (tmp_path / "out" / "mixedprec_calibration.json").exists()
     assert command("plan", "--device", "cpu", "--model", tmp_path / "out")[0] == 0
 
@@ -216,11 +235,11 @@ def test_refuses_what_has_nothing_to_calibrate(tmp_path: Path) -> None:
     write_model(model)
     preset = tmp_path / "bf16.yaml"
     preset.write_text("version: 1\nrules:\n  - {match: '*_proj', method: bf16}\n")
-    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
-    code, _, err = command("convert", *words, "--calibrate")
+    out = tmp_path / "out"
+    code, _, err = tried(model, preset, out, "--calibrate")
     assert (code, "no layer of the plan is rounded to codes" in err) == (1, True)
     for option in (("--text", preset), ("--windows", 4), ("--seed", 0), ("--no-gradients",)):
-        code, _, err = command("convert", *words, *option)
+        code, _, err = tried(model, preset, out, *option)
         assert (code, f"{option[0]}: is for calibration; add --calibrate" in err) == (2, True)
 
 
@@ -228,16 +247,15 @@ def test_a_layer_that_is_in_no_decoder_layer_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of a vision tower are, which the language model does not have."""
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model)
+    model, preset = given(tmp_path)
     planned = Network.planned
     monkeypatch.setattr(
         Network,
         "planned",
         lambda self, i: [x for x in planned(self, i) if not x.name.endswith("1.mlp.up_proj")],
     )
-    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
-    code, _, err = command("convert", *words, "--calibrate")
+    out = tmp_path / "out"
+    code, _, err = tried(model, preset, out, "--calibrate")
     assert code == 1
     assert "model.layers.1.mlp.up_proj: transformers' language model has no decoder layer" in err
 
@@ -245,8 +263,7 @@ def test_a_layer_that_is_in_no_decoder_layer_is_refused(
 def test_a_layer_that_is_no_linear_one_in_transformers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model)
+    model, preset = given(tmp_path)
 
     def forward(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
         gate = x @ self.gate_proj.weight.t()
@@ -254,8 +271,8 @@ def test_a_layer_that_is_no_linear_one_in_transformers_is_refused(
         return made
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
-    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", tmp_path / "out")
-    code, _, err = command("convert", *words, "--calibrate", "--windows", 2)
+    out = tmp_path / "out"
+    code, _, err = tried(model, preset, out, *CALIBRATE, "--windows", 2)
     assert code == 1
     assert "does not run model.layers.2.mlp.gate_proj as a linear layer" in err
 
@@ -263,16 +280,14 @@ def test_a_layer_that_is_no_linear_one_in_transformers_is_refused(
 def test_full_disk_is_an_error_that_can_be_mended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model)
+    model, preset = given(tmp_path)
     out = tmp_path / "out"
-    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", out)
     options = ("--calibrate", "--windows", 8)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        code, _, err = command("convert", *words, *options)
+        code, _, err = tried(model, preset, out, *options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -283,22 +298,19 @@ def test_full_disk_is_an_error_that_can_be_mended(
 def test_space_for_hidden_states_is_asked_for_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, preset, out = tmp_path / "model", preset_of(tmp_path), tmp_path / "out"
-    write_model(model)
+    (model, preset), out = given(tmp_path), tmp_path / "out"
     # 8 windows of 128 tokens, 64 numbers each, before 3 layers, behind the last, and two gradients
     states = 8 * 128 * 64 * 4 * 6
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=states))
-    words = ("--device", "cpu", "--model", model, "--preset", preset, "--out", out)
-    code, _, err = command("convert", *words, "--calibrate", "--windows", 8)
+    code, _, err = tried(model, preset, out, "--calibrate", "--windows", 8)
     assert (code, f"has {states:,} bytes free" in err) == (1, True), err
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=2 * states))
     convert(model, preset, out, "--calibrate", "--windows", 8)
 
 
 def test_eval_refuses_a_quantized_reference(tmp_path: Path) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model)
+    model, preset = given(tmp_path)
     convert(model, preset, tmp_path / "out")
     code, _, err = command("eval", "--device", "cpu", "--model", tmp_path / "out")
     assert code == 2
@@ -308,18 +320,24 @@ def test_eval_refuses_a_quantized_reference(tmp_path: Path) -> None:
 def test_eval_in_the_engine_refuses_a_gpu_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, preset = tmp_path / "model", preset_of(tmp_path)
-    write_model(model)
+    model, preset = given(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, err = command("eval", "--model", model, "--preset", preset, "--engine", "sglang")
     assert (code, "--device: cuda is not there" in err) == (2, True), err
 
 
-def test_two_ranks_round_as_one_does(tmp_path: Path) -> None:
-    """By torchrun and gloo: a layer's tokens come together in the order of their windows."""
-    model, preset = tmp_path / "model", preset_of(tmp_path, "gptq")
-    write_model(model, "qwen3_moe")
-    options = ("--calibrate", "--windows", 7)
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(by_torchrun, marks=pytest.mark.slow),
+        pytest.param(by_forks, marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="CUDA does not survive a fork")),
+    ],
+)  # fmt: skip
+def test_two_ranks_round_as_one_does(tmp_path: Path, run: Callable[[list[str]], None]) -> None:
+    """By gloo: a layer's tokens come together in the order of their windows."""
+    model, preset = given(tmp_path, "qwen3_moe", "gptq")
+    options = (*CALIBRATE, "--windows", 7)
     convert(model, preset, tmp_path / "one", *options)
     # products of other numbers of rows round otherwise in their last bits
-    assert same_by_two(model, preset, tmp_path / "one", *options) > 0.99
+    assert same_by_two(run, model, preset, tmp_path / "one", *options) > 0.99

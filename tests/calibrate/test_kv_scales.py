@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from mixedprec_plugin.calibrate.text import read_text
-from tests.calibrate.models import VOCABULARY, write_model
+from tests.calibrate.models import write_model, write_words
 from tests.commands import convert, run
 from tests.presets import write_preset
 
@@ -26,10 +26,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    tokens = torch.randint(3, VOCABULARY, (600,), generator=torch.Generator().manual_seed(5))
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"w{token}" for token in tokens.tolist()), encoding="utf-8")
-    return path
+    return write_words(tmp_path / "text.txt")
 
 
 def expected(model: Path, text: Path) -> dict[str, torch.Tensor]:

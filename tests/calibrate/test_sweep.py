@@ -65,7 +65,7 @@ def swept(
     labels: list[torch.Tensor] = []
     names = {layer.name for layer in plan.layers if layer.name.endswith("_proj")}
     with Reader() as reader:
-        network = Network(plan, reader, torch.float32, CPU)
+        network = Network(plan, reader, CPU)
         own = Sweep(network, tokens, folder, 0, gradients=gradients, held_out=held_out)
         draw = own._draw
 

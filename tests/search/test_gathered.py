@@ -19,11 +19,11 @@ from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.errors import CheckpointError
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.search import picture, report
+from mixedprec_plugin.search import report
 from mixedprec_plugin.search.candidates import find_choices
 from mixedprec_plugin.search.finder import Kind
 from tests.calibrate.models import write_model
-from tests.search.test_search import found, planned, run
+from tests.search.test_search import FEW, found, planned, run
 
 NUM_TOKENS = 640
 # of module names' last components
@@ -91,7 +91,7 @@ def test_columns_of_the_ranks_are_put_together(plan: Plan, tmp_path: Path, num_r
 
 def test_search_scores_on_them_and_says_so(model: Path, folder: Path, tmp_path: Path) -> None:
     preset = tmp_path / "found.yaml"
-    words = ("--inputs", folder, "--at-load", "--bits", 6, "--out", preset)
+    words = ("--inputs", folder, "--at-load", *FEW, "--bits", 6, "--out", preset)
     first = found(model, *words)
     assert first["kind"] == "shares"
     assert first["scores_made"] > 0
@@ -100,7 +100,7 @@ def test_search_scores_on_them_and_says_so(model: Path, folder: Path, tmp_path: 
     assert found(model, *words)["scores_made"] == 0
     assert planned(model, preset).check().not_calibrated() == []
     # calibrated candidates are made of them as well, and lose less
-    better = found(model, "--inputs", folder, "--bits", 6, "--out", preset)
+    better = found(model, "--inputs", folder, *FEW, "--bits", 6, "--out", preset)
     assert better["point"]["loss"] < first["point"]["loss"]
 
 
@@ -124,7 +124,7 @@ def test_errors_count_by_what_their_branch_adds_where_that_is_known_of_all(
 
 
 def test_every_kind_of_score_has_its_words() -> None:
-    assert picture._LABELS.keys() == report._KINDS.keys() == set(get_args(Kind))
+    assert report._KINDS.keys() == set(get_args(Kind))
 
 
 def test_what_the_engine_did_not_see_stays_as_it_is(

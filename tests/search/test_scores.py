@@ -17,16 +17,7 @@ from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.search.candidates import AS_STORED, Choices, find_choices
 from mixedprec_plugin.search.kept import Basis, Scores
 from mixedprec_plugin.search.scores import make_scores
-from tests.calibrate.models import VOCABULARY, write_model
-
-WORDS = [f"w{i}" for i in range(3, VOCABULARY)]
-
-
-def write_words(path: Path, count: int) -> Path:
-    generator = torch.Generator().manual_seed(5)
-    numbers = torch.randint(len(WORDS), (count,), generator=generator).tolist()
-    path.write_text(" ".join(WORDS[number] for number in numbers), encoding="utf-8")
-    return path
+from tests.calibrate.models import VOCABULARY, write_model, write_words
 
 
 def scored(folder: Path, methods: tuple[str, ...], basis: Basis) -> tuple[Choices, Scores]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -13,7 +12,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mixedprec_plugin.checkpoint.source import open_source
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.families.names import ExpertShard
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.memory import rank_bytes
@@ -21,13 +19,16 @@ from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.preset.load import load_preset
 from mixedprec_plugin.search.candidates import find_choices
-from mixedprec_plugin.search.finder import Budget, Search
+from mixedprec_plugin.search.finder import GUESSES, Budget, Search
 from mixedprec_plugin.search.rule import guessed
 from mixedprec_plugin.search.write import Chosen, preset_text, publish
+from tests import commands
 from tests.calibrate.models import write_model
 from tests.published import deepseek_v3, qwen3_30b_a3b
 
 TEXT = ("--windows", "6", "--held-out", "4", "--length", "24")
+# two with calibrated codes and without, and one that rounds activations
+FEW = ("--methods", "awq,gptq,fp8_channel")
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, *words: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    command = ["search", "--device", "cpu", "--model", model, *words]
-    code = main([str(word) for word in command], out, err)
-    return code, out.getvalue(), err.getvalue()
+    return commands.run("search", "--device", "cpu", "--model", model, *words)
 
 
 def found(model: Path, *words: object) -> dict[str, Any]:
@@ -59,9 +57,9 @@ def test_second_search_makes_no_scores_and_loses_less_in_more_bits(
     model: Path, tmp_path: Path
 ) -> None:
     preset = tmp_path / "found.yaml"
-    first = found(model, *TEXT, "--bits", 5, "--out", preset)
+    first = found(model, *TEXT, *FEW, "--bits", 5, "--out", preset)
     assert first["scores_made"] > 0
-    second = found(model, *TEXT, "--bits", 6.5, "--out", preset)
+    second = found(model, *TEXT, *FEW, "--bits", 6.5, "--out", preset)
     assert second["scores_made"] == 0
     assert 0 < second["point"]["loss"] < first["point"]["loss"]
     for made, bits in ((first, 5), (second, 6.5)):
@@ -71,13 +69,13 @@ def test_second_search_makes_no_scores_and_loses_less_in_more_bits(
     third = found(model, *TEXT, "--bits", 8.6, "--methods", "fp8_channel", "--out", preset)
     assert third["scores_made"] == 0
     # another seed is another text
-    other = found(model, *TEXT, "--seed", 1, "--bits", 5, "--out", preset)
+    other = found(model, *TEXT, *FEW, "--seed", 1, "--bits", 5, "--out", preset)
     assert other["scores_made"] == first["scores_made"]
 
 
 def test_preset_is_held_to_its_budget_in_bytes_of_the_plan(model: Path, tmp_path: Path) -> None:
     preset = tmp_path / "found.yaml"
-    made = found(model, *TEXT, "--budget", "100KiB", "--out", preset)
+    made = found(model, *TEXT, *FEW, "--budget", "100KiB", "--out", preset)
     plan = planned(model, preset).check()
     held = rank_bytes(plan.layers, 1, plan.source.config)
     assert held == made["point"]["rank_bytes"] <= 100 * 1024
@@ -89,7 +87,9 @@ def test_preset_is_held_to_its_budget_in_bytes_of_the_plan(model: Path, tmp_path
 
 def test_what_is_measured_stands_beside_what_is_predicted(model: Path, tmp_path: Path) -> None:
     preset, folder = tmp_path / "found.yaml", tmp_path / "converted"
-    code, out, err = run(model, *TEXT, "--bits", 6, "--out", preset, "--convert", folder, "--check")
+    code, out, err = run(
+        model, *TEXT, *FEW, "--bits", 6, "--out", preset, "--convert", folder, "--check"
+    )
     assert code == 0, err
     pattern = r"measured KL (\S+) ± (\S+) nats a token, predicted (\S+) \(text that the model wrote"
     line = re.search(pattern, out)
@@ -103,9 +103,9 @@ def test_what_is_measured_stands_beside_what_is_predicted(model: Path, tmp_path:
 
 def test_at_load_nothing_needs_a_conversion(model: Path, tmp_path: Path) -> None:
     preset = tmp_path / "found.yaml"
-    nearest = found(model, *TEXT, "--bits", 5, "--at-load", "--out", preset)
+    nearest = found(model, *TEXT, *FEW, "--bits", 5, "--at-load", "--out", preset)
     assert planned(model, preset).check().not_calibrated() == []
-    calibrated = found(model, *TEXT, "--bits", 5, "--out", preset)
+    calibrated = found(model, *TEXT, *FEW, "--bits", 5, "--out", preset)
     assert planned(model, preset).check().not_calibrated()
     assert calibrated["point"]["loss"] < nearest["point"]["loss"]
 
@@ -119,33 +119,28 @@ def test_at_load_makes_no_scores_of_what_needs_a_conversion(model: Path, tmp_pat
 
 
 def test_init_goes_by_scores_that_are_there(model: Path, tmp_path: Path) -> None:
-    copy, out = tmp_path / "model", io.StringIO()
+    copy = tmp_path / "model"
     shutil.copytree(model, copy, ignore=shutil.ignore_patterns(".mixedprec"))
     words = ["init", "--device", "cpu", "--model", str(copy), "--bits", "5.5"]
-    assert main(words, out) == 0
-    assert "a rule of thumb from shapes alone" in out.getvalue()
+    assert "a rule of thumb from shapes alone" in commands.run(*words)[1]
     found(copy, "--at-load", "--bits", 5.5, "--methods", "awq,fp8", "--out", tmp_path / "a.yaml")
     preset = tmp_path / "mine.yaml"
-    out = io.StringIO()
-    assert main([*words, "--out", str(preset)], out) == 0
-    assert "chosen by scores of mixedprec search" in out.getvalue()
+    assert "chosen by scores of mixedprec search" in commands.run(*words, "--out", preset)[1]
     first, *rest = preset.read_text().splitlines()
     assert first.startswith("# yaml-language-server: $schema=")
     # the same schemes and rules, of which searches tell what they cost
     own = [line for line in (tmp_path / "a.yaml").read_text().splitlines() if line[0] != "#"]
     assert [line for line in rest if line[0] != "#"] == own
     # no size, no search
-    out = io.StringIO()
-    assert main(words[:-2], out) == 0
-    assert "a rule of thumb from shapes alone" in out.getvalue()
+    assert "a rule of thumb from shapes alone" in commands.run(*words[:-2])[1]
 
 
 def test_quantized_release_is_rounded_again_where_that_is_chosen(tmp_path: Path) -> None:
     folder = deepseek_v3(num_layers=4).write(tmp_path / "model")
     preset = tmp_path / "found.yaml"
-    words = ["search", "--model", folder, "--fast", "--bits", 5, "--out", preset]
-    err = io.StringIO()
-    assert main([str(x) for x in words], io.StringIO(), err) == 0, err.getvalue()
+    words = ["search", "--model", folder, *FEW, "--fast", "--bits", 5, "--out", preset]
+    code, _, err = commands.run(*words)
+    assert code == 0, err
     plan = resolve_plan(load_preset(preset), open_source(folder), Target()).check()
     actions = {layer.action for layer in plan.layers if layer.kind == "expert"}
     assert "requantize" in actions
@@ -162,10 +157,10 @@ def test_experts_of_a_quantized_release_stay_as_stored_one_by_one(tmp_path: Path
                for name, score in own.items()}
         for unit, own in guessed(choices).items() if ".experts." in unit
     }  # fmt: skip
-    found = Search(choices).run(Budget(bits=6.0), scores, "guesses")
+    found = Search(choices).run(Budget(bits=6.0), scores, GUESSES)
     preset = tmp_path / "found.yaml"
-    text = preset_text(found.choices, Chosen(found.choice, found.losses, []), {})
-    plan = publish(text, found.choices, found.choice, {}, preset)
+    text = preset_text(found.choices, Chosen(found.choice, found.losses, []))
+    plan = publish(text, found.choices, found.choice, preset)
     made = {
         (layer.action, layer.method, layer.shard.expert % 3 == 0)
         for layer in plan.layers
@@ -174,7 +169,7 @@ def test_experts_of_a_quantized_release_stay_as_stored_one_by_one(tmp_path: Path
     assert made >= {("as stored", "fp8", True), ("requantize", "awq", False)}
     # by their method, as `auto` has all experts of a layer alike
     assert "method: fp8" in preset.read_text()
-    layerwise = Search(choices, is_by_layer=True).run(Budget(bits=6.0), scores, "guesses")
+    layerwise = Search(choices, is_by_layer=True).run(Budget(bits=6.0), scores, GUESSES)
     assert layerwise.point.loss > found.point.loss
 
 
@@ -207,8 +202,7 @@ def test_sources_are_chosen_from_unless_scales_are_folded_into_their_norms(
     preset = tmp_path / "awq.yaml"
     preset.write_text("version: 1\nrules: [{match: '*', method: awq, group_size: 32}]\n")
     for name, folder in (("plain", model), ("folded", scaled)):
-        command = ["convert", "--device", "cpu", "--model", folder, "--preset", preset, "--out"]
-        assert main([str(x) for x in (*command, tmp_path / name)], io.StringIO()) == 0
+        commands.converted(folder, preset, tmp_path / name)
     sources = tmp_path / "sources.yaml"
     paths = "".join(f"  {x}: {{path: {tmp_path / x}}}\n" for x in ("plain", "folded", "scaled"))
     sources.write_text(f"version: 1\nsources:\n{paths}rules: [{{match: '*', method: auto}}]\n")
@@ -234,7 +228,7 @@ def test_single_experts_lose_less_than_whole_layers_of_them(tmp_path: Path) -> N
     write_model(folder, "qwen3_moe")
     preset = tmp_path / "found.yaml"
     single, layer = (
-        found(folder, *TEXT, "--bits", 6, "--experts", how, "--out", preset)
+        found(folder, *TEXT, *FEW, "--bits", 6, "--experts", how, "--out", preset)
         for how in ("single", "layer")
     )
     assert single["point"]["loss"] < layer["point"]["loss"]
@@ -249,28 +243,25 @@ def test_single_experts_lose_less_than_whole_layers_of_them(tmp_path: Path) -> N
 
 def test_rule_of_thumb_reads_no_weights_and_says_what_it_is(tmp_path: Path) -> None:
     folder = qwen3_30b_a3b(num_layers=2).write(tmp_path / "moe")
-    out, err = io.StringIO(), io.StringIO()
-    words = ["search", "--model", folder, "--fast", "--gpu", "H100", "--bits", 5, "--out"]
-    code = main([str(x) for x in (*words, tmp_path / "found.yaml")], out, err)
-    assert code == 0, err.getvalue()
-    assert "a rule of thumb from shapes alone" in out.getvalue()
+    words = ["search", "--model", folder, *FEW, "--fast", "--gpu", "H100", "--bits", 5, "--out"]
+    code, out, err = commands.run(*words, tmp_path / "found.yaml")
+    assert code == 0, err
+    assert "a rule of thumb from shapes alone" in out
     assert "rule of thumb" in (tmp_path / "found.yaml").read_text()
 
 
 def test_card_that_holds_nothing_of_it_is_refused_with_what_fits(tmp_path: Path) -> None:
-    folder = qwen3_30b_a3b().write(tmp_path / "moe")
+    folder = qwen3_30b_a3b(num_layers=3).write(tmp_path / "moe")
     words = ["search", "--model", folder, "--fast", "--gpu", "RTX4090", "--out", tmp_path / "x"]
-    out, err = io.StringIO(), io.StringIO()
-    code = main([str(x) for x in (*words, "--context", "32k", "--concurrency", 16)], out, err)
+    code, _, text = commands.run(*words, "--context", "32k", "--concurrency", 256)
     assert code == 1
-    text = err.getvalue()
     assert "RTX 4090 has 0.0 GB left for weights on a rank (expected" in text
-    assert "16 requests x 32,768 tokens x 48 layers x 4 heads x (128 + 128) x 2 bytes" in text
+    assert "256 requests x 32,768 tokens x 3 layers x 4 heads x (128 + 128) x 2 bytes" in text
     assert re.search(r"it fits with .*--tp \d", text), text
     assert not (tmp_path / "x").exists()
-    code = main([str(x) for x in (*words, "--context", "4k", "--tp", 2)], out, err)
-    assert code == 0, err.getvalue()
-    assert "--mem-fraction-static" in out.getvalue()
+    code, out, err = commands.run(*words, "--context", "4k", "--tp", 2)
+    assert code == 0, err
+    assert "--mem-fraction-static" in out
 
 
 @pytest.mark.parametrize(
