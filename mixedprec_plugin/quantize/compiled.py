@@ -27,18 +27,18 @@ _LEAST_NORMAL, _TINY_BITS, _SUBNORMAL = np.int32(121 << 23), np.int32(141 << 23)
 _REBIAS = np.int32(((7 - 127) << 23) + 0x7FFFF)
 
 
-def tops(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Tell the largest magnitude of each tile: float32 [ceil(N/bn), ceil(K/bk)]; NaN if it has any.
+def ranges(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tell the least and the largest value of each `size` columns of a row; NaN if there is any.
 
     Args:
         weight: bfloat16 [N, K], contiguous.
-        block: (bn, bk).
+    Returns:
+        both float32 [N, ceil(K/size)].
     """
-    low, high = _low_high(weight, block[1])
-    rows = torch.maximum(high, -low)
-    ragged = -len(rows) % block[0]
-    whole = torch.nn.functional.pad(rows, (0, 0, 0, ragged))
-    return whole.view(-1, block[0], rows.shape[1]).amax(1)
+    N, K = weight.shape
+    low, high = torch.empty(2, N, -(-K // size))
+    over_rows(_ranges, N, _bits(weight), size, low.numpy(), high.numpy())
+    return low, high
 
 
 def encode(
@@ -48,7 +48,7 @@ def encode(
 
     Args:
         weight: bfloat16 [N, K], contiguous.
-        scales: float32 [ceil(N/bn), ceil(K/bk)], as `scaled.scales_for` makes them.
+        scales: float32 [ceil(N/bn), ceil(K/bk)], as `scaled.quantize_tiles` makes them.
         block: (bn, bk).
         codes: int8 or float8_e4m3fn [N, K], filled.
     """
@@ -75,20 +75,13 @@ def round_rows(
     factor = _CHUNKS * torch.get_num_threads()
     for rows in row_chunks(N, K, multiple, factor=factor):
         chunk = weight[rows]
-        scale, zero = grid.fit(*_low_high(chunk, group_size))
+        scale, zero = grid.fit(*ranges(chunk, group_size))
         if buffer.numel() < chunk.numel():
             buffer = torch.empty(chunk.numel(), dtype=torch.uint8)
         codes = buffer[: chunk.numel()].view(chunk.shape)
         arguments = (scale.numpy(), zero.numpy(), float(grid.largest_code), codes.numpy())
         over_rows(_integers, len(chunk), _bits(chunk), *arguments)
         yield rows, codes, scale, zero
-
-
-def _low_high(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    N, K = weight.shape
-    low, high = torch.empty(2, N, -(-K // size))
-    over_rows(_ranges, N, _bits(weight), size, low.numpy(), high.numpy())
-    return low, high
 
 
 def _bits(weight: torch.Tensor) -> Array:

@@ -14,7 +14,7 @@ from mixedprec_plugin.quantize import feedback, fp4
 from mixedprec_plugin.quantize.feedback import Rounded, round_with_feedback
 from mixedprec_plugin.quantize.fp4 import Fp4, Fp4Tiles, packed_tiles
 from mixedprec_plugin.quantize.rounding import Grid, Tiles, round_groups
-from mixedprec_plugin.quantize.scaled import Scaled, quantize_blocks
+from mixedprec_plugin.quantize.scaled import Scaled, quantize_tiles
 
 AWQ = Grid(bits=4, symmetric=False, scale_dtype=torch.bfloat16)
 GPTQ = Grid(bits=4, symmetric=True, scale_dtype=torch.bfloat16)
@@ -61,8 +61,7 @@ def nearest(weight: torch.Tensor, group_size: int, grid: Grid | Tiles) -> torch.
         return Fp4(*fp4.quantize_blocks(weight, group_size)).dequantize()
     if isinstance(grid, Tiles):
         block = (grid.rows or len(weight), group_size)
-        made = quantize_blocks(weight, block, grid.dtype)
-        return Scaled(made["weight"], made["weight_scale_inv"], block).dequantize()
+        return Scaled(*quantize_tiles(weight, block, grid.dtype), block).dequantize()
     codes, scales, zeros = round_groups(weight.clone(), group_size, grid)
     return dequantize(Rounded(codes, scales, zeros.short(), weight, torch.zeros(0)), group_size)
 
