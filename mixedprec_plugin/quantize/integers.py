@@ -146,15 +146,12 @@ class Words:
         bits: of a code.
         along_k: input features in a word of "qweight"; 1 where its words are along N.
         pack: codes uint8 [R, K] -> columns of "qweight".
-        pack_compiled: the same on a CPU: takes codes, and "qweight" with the first of its columns
-            that they fill.
         pack_zeros: zero points [R, K/G] -> [K/G, R * bits / 32], columns of "qzeros".
     """
 
     bits: int
     along_k: int
     pack: Callable[[torch.Tensor], torch.Tensor]
-    pack_compiled: Callable[[torch.Tensor, torch.Tensor, int], None]
     pack_zeros: Callable[[torch.Tensor], torch.Tensor]
 
     def quantize(self, weight: torch.Tensor, arguments: Arguments, grid: Grid) -> TensorDict:
@@ -204,7 +201,10 @@ class Words:
         qzeros = empty((num_groups, N * self.bits // 32), torch.int32, scales.device)
         for rows, codes, zeros in pieces:
             if is_compiled(codes, num_weights=N * K):
-                self.pack_compiled(codes, qweight, rows.start // along_n)
+                from mixedprec_plugin.quantize.compiled_packing import pack_columns
+
+                place = rows.start // along_n
+                pack_columns(codes, self.bits, qweight, place, along_k=self.along_k > 1)
             else:
                 qweight[:, rows.start // along_n : rows.stop // along_n] = self.pack(codes)
             first, last = rows.start * self.bits // 32, rows.stop * self.bits // 32

@@ -228,7 +228,7 @@ def quantize_tiles(
 
 
 def _tops(values: torch.Tensor, size: int) -> torch.Tensor:
-    """The largest magnitude of each `size` columns of a row, [R, ceil(K/size)]; NaN if it has any."""
+    """The largest magnitude of each `size` columns of a row, [R, ceil(K/size)]; or NaN."""
     ragged = -values.shape[1] % size
     groups = (pad(values, (0, ragged)) if ragged else values).view(len(values), -1, size)
     # `aminmax` takes six times as long along a dimension

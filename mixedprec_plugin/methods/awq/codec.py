@@ -24,7 +24,6 @@ from mixedprec_plugin.quantize.integers import Integers, Words
 from mixedprec_plugin.quantize.packing import (
     AWQ_PACK_FACTOR,
     pack_awq,
-    pack_awq_into,
     unpack_awq,
     unpack_awq_rows,
 )
@@ -34,7 +33,6 @@ _WORDS = Words(
     bits=4,
     along_k=1,
     pack=pack_awq,
-    pack_compiled=pack_awq_into,
     pack_zeros=lambda zeros: pack_awq(zeros.to(torch.uint8)),
 )
 

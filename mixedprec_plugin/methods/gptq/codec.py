@@ -9,8 +9,6 @@ Source: AutoGPTQ and GPTQModel `QuantLinear.pack` and `dequantize_weight`, GPTQM
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
@@ -23,7 +21,7 @@ from mixedprec_plugin.quantize.codec import (
     Tensors,
 )
 from mixedprec_plugin.quantize.integers import Integers, Words, plain_order
-from mixedprec_plugin.quantize.packing import pack, pack_into, unpack, unpack_along_k
+from mixedprec_plugin.quantize.packing import pack, unpack, unpack_along_k
 from mixedprec_plugin.quantize.rounding import Grid
 
 _V2 = "gptq_v2"
@@ -41,7 +39,6 @@ def _words(bits: int) -> Words:
         bits,
         along_k=32 // bits,
         pack=lambda codes: pack(codes, bits).t(),
-        pack_compiled=partial(pack_into, bits),
         pack_zeros=pack_zeros,
     )
 
