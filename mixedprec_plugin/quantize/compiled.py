@@ -52,10 +52,8 @@ def encode(
         block: (bn, bk).
         codes: int8 or float8_e4m3fn [N, K], filled.
     """
-    is_int8 = codes.dtype == torch.int8
-    kernel, made = (_int8, codes) if is_int8 else (_e4m3, codes.view(torch.uint8))
-    arguments = (_bits(weight), scales.numpy(), *block, made.numpy())
-    over_rows(kernel, len(weight), *arguments)
+    arguments = (_bits(weight), scales.numpy(), *block, codes.dtype.is_floating_point)
+    over_rows(_encode, len(weight), *arguments, codes.view(torch.uint8).numpy())
 
 
 def round_rows(
@@ -133,36 +131,15 @@ def _ranges(weight: Array, size: int, low: Array, high: Array, start: int, stop:
 
 
 @compiled
-def _int8(
-    weight: Array, scales: Array, rows: int, columns: int, codes: Array, start: int, stop: int
-) -> None:
-    """Round to int8.
+def _encode(
+    weight: Array, scales: Array, rows: int, columns: int, is_float: bool, codes: Array,
+    start: int, stop: int,
+) -> None:  # fmt: skip
+    """Round to int8 or e4m3.
 
     Args:
         weight: int16 [N, K], the bits of bfloat16.
-        scales: float32 [ceil(N/rows), ceil(K/columns)].
-        codes: int8 [N, K], filled.
-        start, stop: the rows to do.
-    """
-    for row in range(start, stop):
-        for tile in range(scales.shape[1]):
-            scale = scales[row // rows, tile]
-            source = weight[row, tile * columns : (tile + 1) * columns]
-            target = codes[row, tile * columns : (tile + 1) * columns]
-            for j in range(len(source)):
-                code = (_float(source[j]) / scale + _WHOLE) - _WHOLE
-                target[j] = np.int8(np.int32(code))
-
-
-@compiled
-def _e4m3(
-    weight: Array, scales: Array, rows: int, columns: int, codes: Array, start: int, stop: int
-) -> None:
-    """Round to e4m3.
-
-    Args:
-        weight: int16 [N, K], the bits of bfloat16.
-        scales: float32 [ceil(N/rows), ceil(K/columns)]; no quotient is above e4m3's largest number.
+        scales: float32 [ceil(N/rows), ceil(K/columns)]; no quotient is above the largest code.
         codes: uint8 [N, K], filled.
         start, stop: the rows to do.
     """
@@ -171,10 +148,15 @@ def _e4m3(
             scale = scales[row // rows, tile]
             source = weight[row, tile * columns : (tile + 1) * columns]
             target = codes[row, tile * columns : (tile + 1) * columns]
-            for j in range(len(source)):
-                scaled = np.float32(_float(source[j]) / scale)
-                sign = np.int32(np.int32(scaled.view(np.int32) >> 24) & np.int32(0x80))
-                target[j] = np.uint8(e4m3_code(np.float32(abs(scaled))) | sign)
+            if is_float:
+                for j in range(len(source)):
+                    scaled = np.float32(_float(source[j]) / scale)
+                    sign = np.int32(np.int32(scaled.view(np.int32) >> 24) & np.int32(0x80))
+                    target[j] = np.uint8(e4m3_code(np.float32(abs(scaled))) | sign)
+            else:
+                for j in range(len(source)):
+                    code = (_float(source[j]) / scale + _WHOLE) - _WHOLE
+                    target[j] = np.uint8(np.int32(code))
 
 
 @compiled

@@ -93,14 +93,6 @@ def _error(value: Any, scale: Any, inverse: Any, is_float: Any) -> Any:
     return error * error
 
 
-@inlined
-def _put(fours: Array, quarter: Any, j: Any, r: Any, bits: Array) -> None:
-    four = fours[r * quarter + j]
-    low, high = np.int32(four), np.int32(four >> 32)
-    bits[4 * j, r], bits[4 * j + 1, r] = np.int32(low << 16), np.int32(low & _HIGH)
-    bits[4 * j + 2, r], bits[4 * j + 3, r] = np.int32(high << 16), np.int32(high & _HIGH)
-
-
 @compiled
 def _load_floats(twos: Array, n: int, bits: Array) -> None:
     """Write blocks, int64 [n * size / 2] of two float32 each, as their bits [size, n]."""
@@ -111,24 +103,16 @@ def _load_floats(twos: Array, n: int, bits: Array) -> None:
             bits[2 * j, r], bits[2 * j + 1, r] = np.int32(two), np.int32(two >> 32)
 
 
-def _load(size: int) -> Any:
-    # a constant: strides must be known for loads to become vector ones
-    quarter = size // 4
-
-    def load(fours: Array, n: int, bits: Array) -> None:
-        """Write blocks, int64 [n * size / 4] of four bfloat16 each, as float32's bits [size, n]."""
+@compiled
+def _load(fours: Array, n: int, bits: Array) -> None:
+    """Write blocks, int64 [n * size / 4] of four bfloat16 each, as float32's bits [size, n]."""
+    quarter = len(bits) // 4
+    for j in range(quarter):
         for r in range(n):
-            _put(fours, quarter, 0, r, bits)
-            _put(fours, quarter, 1, r, bits)
-            _put(fours, quarter, 2, r, bits)
-            _put(fours, quarter, 3, r, bits)
-            if quarter == 8:
-                _put(fours, quarter, 4, r, bits)
-                _put(fours, quarter, 5, r, bits)
-                _put(fours, quarter, 6, r, bits)
-                _put(fours, quarter, 7, r, bits)
-
-    return compiled(load)
+            four = fours[r * quarter + j]
+            low, high = np.int32(four), np.int32(four >> 32)
+            bits[4 * j, r], bits[4 * j + 1, r] = np.int32(low << 16), np.int32(low & _HIGH)
+            bits[4 * j + 2, r], bits[4 * j + 3, r] = np.int32(high << 16), np.int32(high & _HIGH)
 
 
 @compiled
@@ -200,7 +184,6 @@ def _encode(values: Array, bits: Array, codes: Array, is_e8m0: bool, words: Arra
             words[word, r] = made
 
 
-_load_16, _load_32 = _load(16), _load(32)
 _try_16, _try_32, _try_16_floats, _try_32_floats = (
     _try(size, floats) for floats in (False, True) for size in (16, 32)
 )
@@ -234,10 +217,8 @@ def _blocks(size: int, floats: bool) -> Any:
             source = numbers[block * size // each :]
             if floats:
                 _load_floats(source, n, bits)
-            elif size == 16:
-                _load_16(source, n, bits)
             else:
-                _load_32(source, n, bits)
+                _load(source, n, bits)
             _measure(bits, np.float32(inverse), is_e8m0, values, first)
             codes[:] = 0
             for step in steps:
