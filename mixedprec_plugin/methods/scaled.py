@@ -8,7 +8,7 @@ The name of the scale says nothing of its direction: DeepSeek's `weight_scale_in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from mixedprec_plugin.methods.stored import (
@@ -196,9 +196,10 @@ def recognize_channels(tensors: Tensors, said: Said, dtype: str) -> StoredFormat
     return found if is_unsaid or is_a_token else None
 
 
-def channel_facts() -> dict[str, Any]:
-    """What config.json says by naming a method whose weights have a scale a channel."""
-    return {"strategy": "channel", "inputs": {"dynamic": True, "group_size": None}}
+def says_channels(encoding: str) -> Callable[[Mapping[str, Any], str], Said]:
+    """Return the `read_config` of a method whose weights have a scale a channel."""
+    inputs = {"dynamic": True, "group_size": None}
+    return lambda _config, _name: Said(encoding, {"strategy": "channel", "inputs": inputs})
 
 
 def why_not_channels(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,11 +12,8 @@ from mixedprec_plugin.methods.integers import GROUP_SIZES, largest
 from mixedprec_plugin.methods.interface import (
     Alternative,
     Arguments,
-    Fault,
-    LayerShape,
     Method,
     Rounding,
-    Target,
     choice,
 )
 from mixedprec_plugin.methods.shapes import block_faults, grid, shape_faults
@@ -38,11 +34,6 @@ def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
         "ignored_layers": None,
         "weight_block_size": arguments["weight_block_size"],
     }
-
-
-def read_config(config: Mapping[str, Any], _name: str) -> Said:
-    """Read what config.json says of a layer."""
-    return Said("int8", scaled.block_facts(config))
 
 
 def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
@@ -66,11 +57,6 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
         return None
     arguments = {"weight_block_size": found.facts["block"]}
     return dataclasses.replace(found, method=NAME, arguments=arguments, like=NAME)
-
-
-def faults(arguments: Arguments, shape: LayerShape, _target: Target) -> list[Fault]:
-    """Return what SGLang's block INT8 methods refuse of a layer."""
-    return shape_faults(block_faults(arguments["weight_block_size"], shape))
 
 
 def rounding(arguments: Arguments) -> Rounding:
@@ -102,9 +88,11 @@ METHOD = Method(
     },
     stored=stored,
     recognize=recognize,
-    read_config={NAME: read_config},
+    read_config={NAME: lambda config, _name: Said("int8", scaled.block_facts(config))},
     declare=lambda arguments: {"quant_method": NAME, **arguments},
-    faults=faults,
+    faults=lambda arguments, shape, _target: shape_faults(
+        block_faults(arguments["weight_block_size"], shape)
+    ),
     rounding=rounding,
     alternatives=(
         Alternative(NAME, ({"weight_block_size": [64, 64]},)),

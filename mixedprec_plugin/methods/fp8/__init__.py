@@ -116,12 +116,9 @@ def whole_scale_faults(shape: LayerShape, target: Target) -> list[Fault]:
     """
     if target.device != "cuda" or shape.is_expert:
         return []
-    sizes = {"K": shapes.inputs_per_rank(shape), "N": sum(shapes.outputs_per_rank(shape))}
-    return shapes.shape_faults(
-        f"{name} = {size} is not a multiple of 16, which FP8 matmuls need"
-        for name, size in sizes.items()
-        if size % 16
-    )
+    why = "which FP8 matmuls need"
+    texts = shapes.input_faults(shape, 16, why) + shapes.output_faults(shape, 16, why)
+    return shapes.shape_faults(texts)
 
 
 def _faults_without_units(shape: LayerShape, target: Target) -> list[Fault]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from mixedprec_plugin.methods import fp8, scaled
 from mixedprec_plugin.methods.integers import GROUP_SIZES
@@ -13,11 +11,6 @@ from mixedprec_plugin.methods.interface import Alternative, Arguments, Method, R
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 
 NAME = "fp8_channel"
-
-
-def read_config(_config: Mapping[str, Any], _name: str) -> Said:
-    """Read what config.json says of a layer."""
-    return Said(fp8.NAME, scaled.channel_facts())
 
 
 def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
@@ -47,7 +40,7 @@ METHOD = Method(
     schema={},
     stored=stored,
     recognize=recognize,
-    read_config=dict.fromkeys((NAME, "w8a8_fp8"), read_config),
+    read_config=dict.fromkeys((NAME, "w8a8_fp8"), scaled.says_channels(fp8.NAME)),
     declare=lambda _arguments: {"quant_method": NAME},
     # `W8A8Fp8LinearMethod.apply` calls the same `apply_fp8_linear` as `fp8` (fp8_utils.py:2501)
     faults=lambda _arguments, shape, target: fp8.whole_scale_faults(shape, target),

@@ -41,11 +41,6 @@ _UNIT_N = 8
 BF16_CAPABILITY = 80
 
 
-def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
-    """Return the constructor arguments of `HummingConfig`."""
-    return {"full_config": declare(arguments)}
-
-
 def declare(arguments: Arguments) -> dict[str, Any]:
     """Return what config.json's `quantization_config` says of such a checkpoint.
 
@@ -218,7 +213,7 @@ METHOD = Method(
         "cuda": "mixedprec_plugin.methods.humming.sglang:HummingConfig",
         "cpu": "mixedprec_plugin.methods.humming.sglang:CpuHummingConfig",
     },
-    config_arguments=config_arguments,
+    config_arguments=lambda arguments, _platform: {"full_config": declare(arguments)},
     codec=CODEC,
     why_not_repack=why_not_repack,
     quantizes_parts=True,

@@ -29,16 +29,6 @@ _ERROR = 0.112
 LIMIT = 0.2
 
 
-def config_arguments(_arguments: Arguments, _platform: str) -> dict[str, Any]:
-    """Return the constructor arguments of `Mxfp4Config`'s heirs: none."""
-    return {}
-
-
-def declare(_arguments: Arguments) -> dict[str, Any]:
-    """Return what config.json says of such experts, as gpt-oss's does."""
-    return {"quant_method": NAME}
-
-
 def read_config(_config: Mapping[str, Any], name: str) -> Said:
     """Read what config.json says of a layer: experts are in MXFP4, and nothing else is."""
     if ".experts" not in name:
@@ -104,16 +94,12 @@ def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fau
         return shapes.shape_faults(["SGLang runs MXFP4 in experts alone, not in linear layers"])
     hidden = (shapes.EXPERT_K, "which Marlin kernels for experts need")
     inner = (GROUP_SIZE, "the block that has a scale")
-    is_down, on_cuda = shape.parallel == "row", target.device == "cuda"
-    sizes = [
-        ("N", "column", min(shapes.outputs_per_rank(shape)), hidden if is_down else inner),
-        ("K", "row", shapes.inputs_per_rank(shape), inner if is_down or not on_cuda else hidden),
-    ]
-    return shapes.shape_faults(
-        f"{name} = {size}{shapes.per_rank(shape, split)} is not a multiple of {unit}, {why}"
-        for name, split, size, (unit, why) in sizes
-        if size % unit and (name == "K" or on_cuda)
-    )
+    is_down = shape.parallel == "row"
+    if target.device != "cuda":
+        return shapes.shape_faults(shapes.input_faults(shape, *inner))
+    found = shapes.output_faults(shape, *(hidden if is_down else inner), of_each=True)
+    found += shapes.input_faults(shape, *(inner if is_down else hidden))
+    return shapes.shape_faults(found)
 
 
 METHOD = Method(
@@ -127,7 +113,8 @@ METHOD = Method(
     stored=stored,
     recognize=recognize,
     read_config={NAME: read_config},
-    declare=declare,
+    # as of gpt-oss
+    declare=lambda _arguments: {"quant_method": NAME},
     faults=faults,
     # a power of two fits a block less than other scales do
     rounding=lambda _arguments: Rounding(rank=4.3, limit=LIMIT, error=lambda _N, _K: _ERROR),
@@ -141,7 +128,6 @@ METHOD = Method(
         "cuda": "mixedprec_plugin.methods.mxfp4.sglang:Mxfp4ExpertsConfig",
         "cpu": "mixedprec_plugin.methods.mxfp4.sglang:CpuMxfp4Config",
     },
-    config_arguments=config_arguments,
     codec=CODEC,
     # "MXFP4 Marlin requires SM90+" (mxfp4.py:655)
     min_capability=90,

@@ -35,11 +35,6 @@ LIMIT = 0.2
 _FP4_CAPABILITY = 100
 
 
-def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
-    """Return the constructor arguments of `NvFp4Config`, or of its twin on the CPU."""
-    return {"keeps_input_scale": arguments["keep_input_scale"]}
-
-
 def declare(arguments: Arguments) -> dict[str, Any]:
     """Return what ModelOpt writes into config.json."""
     return {
@@ -129,13 +124,9 @@ def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fau
     A linear layer needs whole blocks of inputs; what Marlin's tiles do not fit is padded
     (marlin_utils_fp4.py:149). Experts with a gate are not (:403).
     """
-    found = []
-    inputs = shapes.inputs_per_rank(shape)
-    if inputs % GROUP_SIZE:
-        where = shapes.per_rank(shape, "row")
-        found.append(f"K = {inputs}{where} is not a multiple of 16, the block that has a scale")
-    elif shape.is_expert and target.device == "cuda":
-        found += shapes.marlin_faults(GROUP_SIZE, shape)
+    found = shapes.input_faults(shape, GROUP_SIZE, "the block that has a scale")
+    if not found and shape.is_expert and target.device == "cuda":
+        found = shapes.marlin_faults(GROUP_SIZE, shape)
     return shapes.shape_faults(found)
 
 
@@ -186,7 +177,9 @@ METHOD = Method(
         "cuda": "mixedprec_plugin.methods.nvfp4.sglang:NvFp4Config",
         "cpu": "mixedprec_plugin.methods.nvfp4.sglang:CpuNvFp4Config",
     },
-    config_arguments=config_arguments,
+    config_arguments=lambda arguments, _platform: {
+        "keeps_input_scale": arguments["keep_input_scale"]
+    },
     codec=CODEC,
     min_capability=80,
     why_not_repack=why_not_repack,

@@ -55,8 +55,8 @@ def test_experts_run_in_tritons_kernel_on_newer_gpus_too() -> None:
         (linear(64, 24), "K = 24 is not a multiple of 16"),
         # the shards of a fused module are one matrix, and so is a rank's part
         (linear(12, 64, shard_sizes=(12, 4)), ""),
-        (linear(24, 64, shard_sizes=(24,), tp_size=2), "N = 12 is not a multiple of 8"),
-        (linear(64, 48, parallel="row", tp_size=2), "K = 24 is not a multiple of 16"),
+        (linear(24, 64, shard_sizes=(24,), tp_size=2), "N = 12 per rank is not a multiple of 8"),
+        (linear(64, 48, parallel="row", tp_size=2), "K = 24 per rank is not a multiple of 16"),
     ],
 )
 def test_widths_are_whole_words_of_a_rank(shape: LayerShape, message: str) -> None:
