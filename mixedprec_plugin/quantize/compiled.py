@@ -112,13 +112,7 @@ def e4m3_code(magnitude: Any) -> Any:
 
 @compiled
 def _ranges(weight: Array, size: int, low: Array, high: Array, start: int, stop: int) -> None:
-    """Tell the least and the largest value of each `size` columns of a row.
-
-    Args:
-        weight: int16 [N, K], the bits of bfloat16.
-        low, high: float32 [N, ceil(K/size)], filled; NaN or Inf where there is any.
-        start, stop: the rows to do.
-    """
+    """As `ranges`, for some rows of a weight, int16 [N, K], the bits of bfloat16."""
     for row in range(start, stop):
         for group in range(low.shape[1]):
             least, most = np.int16(0x7FFF), np.int16(-0x8000)
@@ -135,14 +129,7 @@ def _encode(
     weight: Array, scales: Array, rows: int, columns: int, is_float: bool, codes: Array,
     start: int, stop: int,
 ) -> None:  # fmt: skip
-    """Round to int8 or e4m3.
-
-    Args:
-        weight: int16 [N, K], the bits of bfloat16.
-        scales: float32 [ceil(N/rows), ceil(K/columns)]; no quotient is above the largest code.
-        codes: uint8 [N, K], filled.
-        start, stop: the rows to do.
-    """
+    """As `encode`, for some rows; no quotient is above the largest code."""
     for row in range(start, stop):
         for tile in range(scales.shape[1]):
             scale = scales[row // rows, tile]
@@ -163,15 +150,7 @@ def _encode(
 def _integers(
     weight: Array, scales: Array, zeros: Array, top: float, codes: Array, start: int, stop: int
 ) -> None:
-    """Round to unsigned integers.
-
-    Args:
-        weight: int16 [N, K], the bits of bfloat16.
-        scales, zeros: float32 [N, K/G].
-        top: the largest code.
-        codes: uint8 [N, K], filled.
-        start, stop: the rows to do.
-    """
+    """Round some rows to integers, uint8, up to `top`; scales and zeros are float32 [N, K/G]."""
     size = weight.shape[1] // scales.shape[1]
     last = np.float32(top)
     for row in range(start, stop):

@@ -197,16 +197,7 @@ def _blocks(size: int, floats: bool) -> Any:
         numbers: Array, steps: Array, limits: Array, is_e8m0: bool, inverse: float, words: Array,
         scales: Array, start: int, stop: int,
     ) -> None:  # fmt: skip
-        """Round blocks.
-
-        Args:
-            numbers: int64 [blocks * size / each], the bits of two float32 or four bfloat16 each.
-            steps, limits: int32; as `quantize` takes them.
-            inverse: of the unit.
-            words: int32 [blocks * size / 8], filled.
-            scales: uint8 [blocks], filled.
-            start, stop: the blocks to do.
-        """
+        """As `quantize`, for some blocks, the bits of two float32 or four bfloat16 an int64."""
         bits = np.zeros((size, _BLOCKS), np.int32)
         values = np.zeros((size, _BLOCKS), np.float32)
         first, codes = np.zeros(_BLOCKS, np.int32), np.zeros(_BLOCKS, np.int32)

@@ -78,12 +78,10 @@ class Fp4Tiles(Tiles):
 
     @property
     def largest_code(self) -> float:
-        """The largest code."""
         return LARGEST
 
     @property
     def levels(self) -> Levels:
-        """The codes between."""
         return Levels(1.0, 0.5, 2)
 
     def candidates(
@@ -115,7 +113,6 @@ class Mxfp4Tiles(Fp4Tiles):
     def candidates(
         self, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales to try for blocks that range from `low` to `high`; see `Grid.candidates`."""
         return Tiles.candidates(self, low, high)
 
     def store(self, magnitude: torch.Tensor) -> torch.Tensor:

@@ -79,17 +79,14 @@ class Tiles:
 
     @property
     def largest_code(self) -> float:
-        """The largest code."""
         return LARGEST_CODE[self.dtype]
 
     @property
     def lowest_code(self) -> float:
-        """The lowest code."""
         return -self.largest_code
 
     @property
     def levels(self) -> Levels:
-        """The codes between."""
         return Levels(2.0**-6, 2.0**-9, 4) if self.dtype.is_floating_point else WHOLE
 
     def candidates(
@@ -126,7 +123,6 @@ class Grid:
 
     @property
     def largest_code(self) -> int:
-        """The largest code."""
         return (1 << self.bits) - 1
 
     def candidates(

@@ -1,5 +1,9 @@
 """AWQ's stored form: 4-bit codes with zero points, interleaved along N: w ~= (q - zero) * scale.
 
+    qweight   int32 [K, N/8]
+    qzeros    int32 [K/G, N/8]
+    scales    [K/G, N], of any floating dtype
+
 Only the form is AWQ's: weights are rounded to nearest, not calibrated, so nothing is folded into
 other layers.
 Source: AutoAWQ `WQLinear_GEMM` and `AwqQuantizer.pseudo_quantize_tensor`.
@@ -38,11 +42,8 @@ _WORDS = Words(
 
 
 def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Quantize a weight to group-wise 4-bit integers with zero points, AWQ GEMM layout.
+    """Quantize a weight to group-wise 4-bit integers with zero points.
 
-    Returns:
-        "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N] of `dtype`,
-        weight ~= (q - zero) * scale.
     Raises:
         ShapeError: as `Words.quantize`.
         MethodError: no zero points were asked for; AWQ's kernels read them.
@@ -65,12 +66,8 @@ def grid(_arguments: Arguments, dtype: torch.dtype) -> Grid:
 
 
 def read(tensors: Tensors, arguments: Arguments) -> Integers:
-    """Tell the numbers of a layer.
+    """Tell the numbers of a layer; of the arguments "group_size" is read.
 
-    Args:
-        tensors: "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N] of any
-            floating dtype; not modified.
-        arguments: "group_size".
     Raises:
         ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
     """
@@ -86,12 +83,7 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
 
 
 def write(numbers: Numbers, _arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Store integers in groups of any packing, as `quantize` does.
-
-    Raises:
-        NotTheSameNumbersError: their groups are in act order, a zero point is no 4-bit number, or
-            `dtype` does not hold the scales.
-    """
+    """Store integers in groups of any packing, but in act order or with other zero points."""
     assert isinstance(numbers, Integers)
     if numbers.order is not None:
         raise NotTheSameNumbersError("its groups are in act order")

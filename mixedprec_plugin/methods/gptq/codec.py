@@ -1,5 +1,10 @@
 """GPTQ's stored form: 4- or 8-bit codes packed along K: w ~= (q - zero) * scale.
 
+    qweight   int32 [K/(32/bits), N]
+    qzeros    int32 [K/G, N/(32/bits)]
+    scales    [K/G, N], of any floating dtype; symmetric ones may be negative
+    g_idx     int32 [K], the group of every input feature; may be missing where groups are in order
+
 Only the form is GPTQ's: weights are rounded to nearest, not calibrated.
 `qzeros` hold zero - 1 in format v1 (the usual one, and what is written here) and zero in v2
 (`checkpoint_format: gptq_v2`), each within its bits: a stored 15 in v1 is a zero point of 0.
@@ -46,10 +51,6 @@ def _words(bits: int) -> Words:
 def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
     """Quantize a weight to group-wise unsigned integers, symmetric, GPTQ v1 layout.
 
-    Returns:
-        "qweight" int32 [K/(32/bits), N], "qzeros" int32 [K/G, N/(32/bits)] holding zero - 1,
-        "scales" [K/G, N] of `dtype`, some of them negative, "g_idx" int32 [K], the group of every
-        input feature; weight ~= (q - 2**(bits-1)) * scale.
     Raises:
         ShapeError: as `Words.quantize`.
         MethodError: zero points or an activation order were asked for, which a weight cannot give.
@@ -70,9 +71,6 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     """Tell the numbers of any GPTQ layer: symmetric or not, v1 or v2, in any order of groups.
 
     Args:
-        tensors: "qweight" int32 [K/(32/bits), N], "qzeros" int32 [K/G, N/(32/bits)], "scales"
-            [K/G, N] of any floating dtype, and "g_idx" int32 [K], the group of every input feature,
-            which may be missing where groups are in order; not modified.
         arguments: "bits", "group_size", and optionally "checkpoint_format" ("gptq" or "gptq_v2").
     Raises:
         ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
@@ -166,10 +164,8 @@ def _is_nearer(
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Store integers in groups of any packing, as `quantize` does.
+    """Store integers in groups of any packing; of the arguments "bits" and "desc_act" are read.
 
-    Args:
-        arguments: "bits", "desc_act".
     Raises:
         NotTheSameNumbersError: their groups are in an act order that was not asked for, a zero
             point is not the middle of the range, or `dtype` does not hold the scales.

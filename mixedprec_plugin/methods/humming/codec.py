@@ -1,5 +1,8 @@
 """humming's stored form: codes of 2 to 8 bits as a stream along K: W = (q - 2**(bits-1)) * scale.
 
+    weight         int32 [N, K*bits/32]
+    weight_scale   [N, K/G], some of them negative
+
 Source: humming-kernels 0.1.12, `HummingWeightSchema` (humming/schema/humming.py),
 `dequantize_weight` (humming/utils/weight.py).
 """
@@ -33,8 +36,6 @@ from mixedprec_plugin.quantize.rounding import Grid
 def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
     """Quantize a weight to group-wise unsigned integers, symmetric.
 
-    Returns:
-        "weight" int32 [N, K*bits/32], "weight_scale" [N, K/G] of `dtype`, some of them negative.
     Raises:
         ShapeError: not a matrix of floats, not finite, too large for the scales' dtype, or K no
             multiple of the group size or no whole words.
@@ -56,10 +57,8 @@ def grid(arguments: Arguments, dtype: torch.dtype) -> Grid:
 
 
 def read(tensors: Tensors, arguments: Arguments) -> Integers:
-    """Tell the numbers of what `quantize` returns.
+    """Tell the numbers of a layer; of the arguments "bits" and "group_size" are read.
 
-    Args:
-        arguments: "bits", "group_size".
     Raises:
         ShapeError: a tensor is missing, or of another shape or dtype.
     """
@@ -81,11 +80,10 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Store integers in groups of any packing, as `quantize` does.
+    """Store integers in groups of any packing, but in act order or with zero points.
 
     Raises:
-        NotTheSameNumbersError: their groups are in act order, a zero point is not the middle of the
-            range, or `dtype` does not hold the scales.
+        NotTheSameNumbersError: they are none that this holds, or `dtype` does not hold the scales.
     """
     assert isinstance(numbers, Integers)
     bits = int(arguments["bits"])

@@ -1,4 +1,8 @@
-"""MXFP4 as SGLang's experts hold it: W = q * 2^(weight_scale - 127)."""
+"""MXFP4 as SGLang's experts hold it: W = q * 2^(weight_scale - 127).
+
+weight         uint8 [N, K/2]
+weight_scale   uint8 [N, K/32]
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,7 @@ from mixedprec_plugin.quantize.scaled import Scaled
 
 
 def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
-    """Quantize a weight to FP4, each block with the power of two of least squared error.
-
-    Returns:
-        "weight" uint8 [N, K/2], "weight_scale" uint8 [N, K/32].
-    Raises:
-        ShapeError: not a matrix of floats, not finite, or K no multiple of 32.
-    """
+    """Quantize a weight to FP4, each block with the power of two of least squared error."""
     packed, scales, _ = quantize_blocks(weight, GROUP_SIZE, E8M0)
     return {"weight": packed, "weight_scale": scales.view(torch.uint8)}
 
@@ -29,11 +27,7 @@ def grid(_arguments: Arguments, _dtype: torch.dtype) -> Mxfp4Tiles:
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
-    """Tell the numbers of what `quantize` returns.
-
-    Raises:
-        ShapeError: a tensor is missing, or of another shape or dtype.
-    """
+    """Tell the numbers of a layer."""
     return numbers_of(tensors, "weight")
 
 
@@ -41,7 +35,7 @@ def numbers_of(tensors: Tensors, codes: str) -> Fp4:
     """Tell the numbers of `codes`, uint8 [N, K/2], and "weight_scale", uint8 [N, K/32].
 
     Raises:
-        ShapeError: as `read`.
+        ShapeError: a tensor is missing, or of another shape or dtype.
     """
     packed = take_matrix(tensors, codes, torch.uint8, "[N, K/2]")
     scales = take_matrix(tensors, "weight_scale", torch.uint8, "[N, K/32]")

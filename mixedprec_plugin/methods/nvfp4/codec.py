@@ -1,4 +1,10 @@
-"""NVFP4 as ModelOpt stores it: W = q * weight_scale * weight_scale_2."""
+"""NVFP4 as ModelOpt stores it: W = q * weight_scale * weight_scale_2.
+
+weight           uint8 [N, K/2]
+weight_scale     e4m3 [N, K/16]
+weight_scale_2   float32 []; what is quantized here has a power of two
+input_scale      float32 [], where activations were quantized
+"""
 
 from __future__ import annotations
 
@@ -12,14 +18,7 @@ from mixedprec_plugin.quantize.scaled import Scaled
 
 
 def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
-    """Quantize a weight to FP4, each block with the scale of least squared error.
-
-    Returns:
-        "weight" uint8 [N, K/2], "weight_scale" e4m3 [N, K/16], "weight_scale_2" float32 [], a
-        power of two.
-    Raises:
-        ShapeError: not a matrix of floats, not finite, or K no multiple of 16.
-    """
+    """Quantize a weight to FP4, each block with the scale of least squared error."""
     packed, scales, whole = quantize_blocks(weight, GROUP_SIZE)
     return {"weight": packed, "weight_scale": scales, "weight_scale_2": whole}
 
@@ -30,7 +29,7 @@ def grid(_arguments: Arguments, _dtype: torch.dtype) -> Fp4Tiles:
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
-    """Tell the numbers of what `quantize` returns, and of its "input_scale", if it has one.
+    """Tell the numbers of a layer.
 
     Raises:
         ShapeError: a tensor is missing, or of another shape or dtype.

@@ -20,10 +20,7 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     """Tell the numbers of a pack-quantized weight, symmetric or not, in any order of groups.
 
     Args:
-        tensors: "weight_packed" int32 [N, K/(32/bits)], "weight_scale" [N, K/G] of any floating
-            dtype, and optionally "weight_shape" int64 [2], "weight_zero_point" int32
-            [ceil(N/(32/bits)), K/G] packed along N or int8 [N, K/G], "weight_g_idx" int32 [K]; not
-            modified.
+        tensors: as the package tells them, scales of any floating dtype.
         arguments: "bits" (4 or 8), "group_size" (-1 for all of K).
     Raises:
         ShapeError: a tensor is missing or of another shape, or K is not whole words or groups.

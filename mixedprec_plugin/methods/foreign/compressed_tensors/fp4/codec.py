@@ -16,12 +16,8 @@ from mixedprec_plugin.quantize.fp4 import Fp4
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
-    """Tell the numbers of a weight.
+    """Tell the numbers of a weight, NVFP4 or, without a global scale, MXFP4.
 
-    Args:
-        tensors: "weight_packed" uint8 [N, K/2], "weight_scale" e4m3 [N, K/16],
-            "weight_global_scale" and optionally "input_global_scale", one float32 each; or
-            "weight_packed" and "weight_scale" uint8 [N, K/32] alone, of MXFP4; not modified.
     Raises:
         ShapeError: a tensor is missing, or of another shape or dtype.
     """
