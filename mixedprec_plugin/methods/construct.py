@@ -66,11 +66,10 @@ def _without_remarks() -> Iterator[None]:
 
 
 def config_key(spec: Method, platform: str, capability: int | None) -> str:
-    """Return the key of `config_classes` for a platform: old GPUs may have a class of their own.
+    """Return the key of `config_classes` for a platform, or for a key itself.
 
-    Args:
-        platform: `cuda`, `cpu` or a key itself.
-        capability: major * 10 + minor of the GPU; None if there is none.
+    Old GPUs may have a class of their own; `capability` is None where there is no GPU.
+
     Raises:
         MethodError: the method has no class there.
     """
@@ -135,8 +134,6 @@ def _imported(spec: Method, lazy: str) -> Any:
 def check_signature(config_class: type, keywords: Mapping[str, Any], method: str = "") -> None:
     """Check that a constructor takes exactly the arguments that a builder made.
 
-    Args:
-        method: the method's name, for the messages.
     Raises:
         MethodError: for every argument that it does not take, and every one that it needs and is
             not given; each says what it does take.

@@ -105,13 +105,7 @@ def group_size_of(K: int, count: int) -> int | None:
 
 
 def group_faults(group_size: int, pack_N: int, pack_K: int, shape: LayerShape) -> list[str]:
-    """Return where groups or packed words would be cut.
-
-    Args:
-        group_size: input features that share a scale; -1 for all.
-        pack_N: output features in one stored int32.
-        pack_K: input features in one stored int32.
-        shape: a layer that its ranks divide.
+    """Return where groups, or words of so many packed features, would be cut.
 
     Source: `AWQLinearScheme.create_weights` raises (awq/schemes/awq_linear.py:39-52);
     `GPTQMarlinLinearScheme.create_weights` rounds sizes down instead
@@ -129,11 +123,7 @@ def group_faults(group_size: int, pack_N: int, pack_K: int, shape: LayerShape) -
 
 
 def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
-    """Return what Marlin refuses of a layer that its ranks divide.
-
-    Args:
-        group_size: input features that share a scale; -1 for all.
-        shape: the layer; the shards of a fused module are one matrix for the kernel.
+    """Return what Marlin refuses of a layer that its ranks divide, shards of a module as one.
 
     Source: `verify_marlin_supports_shape` (layers/quantization/marlin_utils.py:40, 41, 161). The
     kernel for experts has other tiles: `thread_configs` and `is_valid_config`

@@ -42,7 +42,7 @@ def decode_in_order(
     scales: torch.Tensor,
     weight: torch.Tensor,
 ) -> None:
-    """Write (q - zero) * scale of groups that lie apart.
+    """Write (q - zero) * scale where each column has a group.
 
     Args:
         codes: uint8 [N, K], contiguous.

@@ -51,13 +51,7 @@ def unpack_columns(
 
 
 def pack_rows(codes: torch.Tensor, bits: int, words: torch.Tensor) -> None:
-    """Write what `packing.pack` makes.
-
-    Args:
-        codes: uint8 [R, K], contiguous, each below 2**bits.
-        bits: less than 8.
-        words: int32 [R, K * bits / 32], contiguous, filled.
-    """
+    """Write what `packing.pack` makes of codes of less than 8 bits; all contiguous."""
     over_rows(_pack_rows, len(codes), codes.numpy().view(np.uint32), bits, words.numpy())
 
 

@@ -163,7 +163,7 @@ def quantize_blocks(
 
     Args:
         weight: [N, K], floating point; not modified.
-        group_size: elements along K that share a scale.
+        group_size: elements along K that share a scale, 16 or 32.
         dtype: of scales, e4m3 or e8m0.
     Returns:
         packed uint8 [N, K/2], scales [N, K/G] and the global scale, float32, a power of two, beside
@@ -180,10 +180,9 @@ def quantize_blocks(
     global_scale = _global_scale(weight)
     if dtype == E8M0:
         global_scale.fill_(1.0)
-    has_loop = group_size in (16, 32)
-    is_whole = has_loop and is_compiled(weight, dtypes=_COMPILED)
+    is_whole = is_compiled(weight, dtypes=_COMPILED)
     for rows, values in [(slice(N), weight)] if is_whole else float_chunks(weight):
-        if has_loop and is_compiled(values, N * K, _COMPILED):
+        if is_compiled(values, N * K, _COMPILED):
             from mixedprec_plugin.quantize import compiled_fp4
 
             how = float(global_scale), _SCALE_STEPS[dtype], _SCALE_CODES[dtype]

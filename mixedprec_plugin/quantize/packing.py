@@ -59,14 +59,7 @@ def pack(codes: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
-    """Undo `pack`.
-
-    Args:
-        words: int32 [..., n]; not modified.
-        bits, num_weights: as for `pack`.
-    Returns:
-        uint8 [..., n * 32 / bits], contiguous.
-    """
+    """Undo `pack`: int32 [..., n] to uint8 [..., n * 32 / bits], contiguous."""
     octets = words.contiguous().view(torch.uint8)
     if bits not in (4, 8) and is_compiled(octets, num_weights):
         from mixedprec_plugin.quantize import compiled_packing
@@ -93,15 +86,7 @@ def unpack(words: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor
 
 
 def unpack_along_k(words: torch.Tensor, rows: slice, bits: int) -> torch.Tensor:
-    """Undo `pack` where words are transposed, for some rows.
-
-    Args:
-        words: int32 [K * bits / 32, N]; not modified.
-        rows: a slice of N.
-        bits: 4 or 8.
-    Returns:
-        uint8 [rows, K], contiguous.
-    """
+    """Undo `pack`, to uint8 [rows, K], where words [K * bits / 32, N] are transposed."""
     codes = _compiled_columns(words, rows, bits, along_k=True)
     return unpack(words[:, rows].t(), bits) if codes is None else codes
 
@@ -139,14 +124,7 @@ def pack_awq(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_awq_rows(words: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Undo `pack_awq` for some rows.
-
-    Args:
-        words: int32 [K, N/8]; not modified.
-        rows: a slice of N, from and to a multiple of 8.
-    Returns:
-        uint8 [rows, K], contiguous.
-    """
+    """Undo `pack_awq` for some rows, from and to a multiple of 8: uint8 [rows, K]."""
     codes = _compiled_columns(words, rows, 4, along_k=False)
     if codes is not None:
         return codes
@@ -154,13 +132,7 @@ def unpack_awq_rows(words: torch.Tensor, rows: slice) -> torch.Tensor:
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """Undo `pack_awq`.
-
-    Args:
-        words: int32 [K, N/8]; not modified.
-    Returns:
-        uint8 [N, K], contiguous.
-    """
+    """Undo `pack_awq`: int32 [K, N/8] to uint8 [N, K], contiguous."""
     K, num_words = words.shape
     # `contiguous` would keep the strides of a single row, which cannot be viewed as bytes.
     words = words.t().clone(memory_format=torch.contiguous_format)

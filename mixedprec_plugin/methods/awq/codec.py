@@ -61,7 +61,6 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
 
 
 def grid(_arguments: Arguments, dtype: torch.dtype) -> Grid:
-    """What codes stand for; see `Codec.grid`."""
     return Grid(bits=4, symmetric=False, scale_dtype=dtype)
 
 

@@ -37,10 +37,7 @@ def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
 
 
 def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" [N, K] int8 and "weight_scale_inv" [ceil(N/block_n), ceil(K/block_k)];
-    W = weight * scale.
+    """Return the stored tensors; W = weight * weight_scale_inv.
 
     Source: `BlockInt8LinearMethod.create_weights` (layers/quantization/blockwise_int8.py:188-216).
     """

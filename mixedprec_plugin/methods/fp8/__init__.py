@@ -58,11 +58,7 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
 
 
 def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" [N, K] e4m3, and "weight_scale" [] or, in blocks, "weight_scale_inv"
-    [ceil(N/block_n), ceil(K/block_k)]; W = weight * scale. "input_scale" [] where activations have
-    a static scale.
+    """Return the stored tensors; W = weight * scale, and an "input_scale" where it is static.
 
     Without blocks every shard of a fused module keeps its own scale: SGLang spreads them over the
     channels (fp8.py:1213), and so does the CPU platform. Only on compute capability 12.x it rounds

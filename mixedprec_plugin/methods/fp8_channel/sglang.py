@@ -39,7 +39,6 @@ class ChannelFp8Config(w8a8_fp8.W8A8Fp8Config):
         return "fp8_channel"
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """SGLang's own method; None where the layer is none that is quantized."""
         method = super().get_quant_method(layer, prefix)
         if isinstance(method, w8a8_fp8.W8A8Fp8LinearMethod):
             method.quant_config = self

@@ -55,7 +55,6 @@ def declare(arguments: Arguments) -> dict[str, Any]:
 
 
 def read_config(config: Mapping[str, Any], _name: str) -> Said:
-    """Read what config.json says of a layer."""
     dtype = next((str(config[key]) for key in _DTYPE_KEYS if config.get(key)), "")
     size = next((config[key] for key in _GROUP_KEYS if config.get(key)), -1)
     facts: dict[str, Any] = {"group_size": size, "symmetric": not config.get("has_zero_point")}
@@ -70,10 +69,7 @@ def codes_a_word(bits: int) -> int:
 
 
 def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" int32 [N, K*bits/32], codes as a stream of bits along K, "weight_scale" [N, K/G];
-    W = (q - 2**(bits-1)) * weight_scale.
+    """Return the stored tensors; W = (q - 2**(bits-1)) * weight_scale, q a stream of bits along K.
 
     Source: `HummingWeightSchema.get_tensors_attrs` (humming-kernels 0.1.12, humming/schema/
     humming.py), which `HummingLinearMethod.create_weights` asks (quantization/humming.py:861).
@@ -108,21 +104,16 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     # of one group of the size that is said, all of K is another word for it
     group_size = K if group_size == -1 and said.facts.get("group_size") == K else group_size
     arguments = {"bits": bits, "group_size": group_size}
-    is_served = group_size in _SIZES and bool(said.facts["symmetric"])
-    return StoredFormat(
-        NAME if is_served else "",
-        arguments if is_served else {},
+    return METHOD.holds(
+        arguments,
         N,
         K,
         f"{label} group {group_size}",
-        encoding=NAME,
+        _MATRIX,
+        is_served=group_size in _SIZES and bool(said.facts["symmetric"]),
         numbers="integers",
         facts={**arguments, "symmetric": True},
-        suffixes=frozenset(_MATRIX),
-        codec=CODEC,
         how=arguments,
-        like=NAME,
-        limit=_limit(bits),
     )
 
 
@@ -166,16 +157,12 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
     return [*shapes.shape_faults(found), Fault("gpu", text)]
 
 
-def _limit(bits: int) -> float:
-    return min(max(3.5 * integers.symmetric_error(bits, max(_SIZES)), 0.05), 0.9)
-
-
 def rounding(arguments: Arguments) -> Rounding:
     """As GPTQ's of as many bits."""
     bits, size = arguments["bits"], arguments["group_size"]
     return Rounding(
         rank=bits + 0.35 + integers.group_rank(size),
-        limit=_limit(bits),
+        limit=min(max(3.5 * integers.symmetric_error(bits, max(_SIZES)), 0.05), 0.9),
         error=lambda _N, _K: integers.symmetric_error(bits, size),
     )
 

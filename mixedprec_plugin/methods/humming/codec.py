@@ -52,7 +52,6 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
 
 
 def grid(arguments: Arguments, dtype: torch.dtype) -> Grid:
-    """What codes stand for; see `Codec.grid`."""
     return Grid(bits=int(arguments["bits"]), symmetric=True, scale_dtype=dtype)
 
 

@@ -37,9 +37,7 @@ def read_config(_config: Mapping[str, Any], name: str) -> Said:
 
 
 def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" uint8 [N, K/2], "weight_scale" uint8 [N, K/32], W = q * 2^(weight_scale - 127).
+    """Return the stored tensors; W = q * 2^(weight_scale - 127).
 
     Source: `Mxfp4MoEMethod.create_weights` (layers/quantization/mxfp4.py:444).
     """
@@ -59,20 +57,7 @@ def recognize(tensors: Tensors, _said: Said) -> StoredFormat | None:
     N, K = weight.shape[0], 2 * weight.shape[1]
     if scale.shape != (N, K // GROUP_SIZE) or K % GROUP_SIZE:
         return None
-    return StoredFormat(
-        NAME,
-        {},
-        N,
-        K,
-        NAME,
-        encoding=NAME,
-        numbers="fp4",
-        facts={"group_size": GROUP_SIZE},
-        suffixes=frozenset(_MATRIX),
-        codec=CODEC,
-        like=NAME,
-        limit=LIMIT,
-    )
+    return METHOD.holds({}, N, K, NAME, _MATRIX, numbers="fp4", facts={"group_size": GROUP_SIZE})
 
 
 def why_not_repack(

@@ -22,12 +22,10 @@ def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -
 
 
 def grid(_arguments: Arguments, _dtype: torch.dtype) -> Mxfp4Tiles:
-    """FP4 codes with a power of two for each block."""
     return Mxfp4Tiles(E4M3, 1, GROUP_SIZE)
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
-    """Tell the numbers of a layer."""
     return numbers_of(tensors, "weight")
 
 

@@ -55,10 +55,7 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
 
 
 def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" uint8 [N, K/2], "weight_scale" e4m3 [N, K/16], "weight_scale_2" [], W = q *
-    weight_scale * weight_scale_2; "input_scale" [] where it is kept.
+    """Return the stored tensors; W = q * weight_scale * weight_scale_2.
 
     Source: `ModelOptNvFp4A16LinearMethod.create_weights` (layers/quantization/modelopt_quant.py:
     2197).
@@ -85,19 +82,14 @@ def recognize(tensors: Tensors, _said: Said) -> StoredFormat | None:
     is_scalar = all(t.shape in _SCALARS for t in (whole, inputs) if t is not None)
     if scale.shape != (N, K // GROUP_SIZE) or K % GROUP_SIZE or not is_scalar:
         return None
-    return StoredFormat(
-        NAME,
+    return METHOD.holds(
         {"keep_input_scale": inputs is not None},
         N,
         K,
-        "nvfp4" if inputs is None else "nvfp4 with input scales",
-        encoding=NAME,
+        NAME if inputs is None else f"{NAME} with input scales",
+        {*_MATRIX, "input_scale"} & tensors.keys(),
         numbers="fp4",
         facts={"group_size": GROUP_SIZE},
-        suffixes=frozenset({*_MATRIX, "input_scale"} & tensors.keys()),
-        codec=CODEC,
-        like=NAME,
-        limit=LIMIT,
     )
 
 

@@ -24,7 +24,6 @@ def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -
 
 
 def grid(_arguments: Arguments, _dtype: torch.dtype) -> Fp4Tiles:
-    """FP4 codes with a scale for each block."""
     return Fp4Tiles(E4M3, 1, GROUP_SIZE)
 
 

@@ -22,14 +22,8 @@ from typing import Any
 from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.methods import gptq, integers
 from mixedprec_plugin.methods.foreign.compressed_tensors import fp4
-from mixedprec_plugin.methods.interface import (
-    AS_STORED_REMEDY,
-    Fault,
-    Format,
-    LayerShape,
-    Target,
-)
-from mixedprec_plugin.methods.shapes import group_size_of, marlin_faults, num_groups
+from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Target
+from mixedprec_plugin.methods.shapes import group_size_of, marlin_faults, num_groups, shape_faults
 from mixedprec_plugin.methods.stored import (
     FLOAT,
     FLOAT_DTYPES,
@@ -208,7 +202,7 @@ def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Faul
         texts += marlin_faults(size, shape)
         if size == shape.K and len(shape.shard_sizes) > 1:
             texts.append(f"SGLang turns the scales of one group of {size} inputs")
-    return [Fault("shape", text, AS_STORED_REMEDY) for text in texts]
+    return shape_faults(texts)
 
 
 def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
