@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import importlib.metadata
 import inspect
@@ -94,11 +95,7 @@ def cuda_capability() -> int | None:
 
 
 def load_class(spec: Method, key: str) -> type[QuantizationConfig]:
-    """Import the config class of a method.
-
-    Raises:
-        MethodError: the installed SGLang has not got it.
-    """
+    """Import the config class of a method; a MethodError if the installed SGLang lacks it."""
     config_class: type[QuantizationConfig] = _imported(spec, spec.config_classes[key])
     return config_class
 
@@ -109,6 +106,18 @@ def repaired(config: QuantizationConfig, methods: Iterable[str]) -> Quantization
         cure = offered(method, "repaired")
         config = config if cure is None else cure(config)
     return config
+
+
+def recast(
+    config: QuantizationConfig, classes: Mapping[type, type[QuantizationConfig]]
+) -> QuantizationConfig:
+    """A config of SGLang's as one of the class that cures it; all others as they are."""
+    own = classes.get(type(config))
+    if own is None:
+        return config
+    made = copy.copy(config)
+    made.__class__ = own
+    return made
 
 
 def offered(method: str, name: str, default: Any = None) -> Any:

@@ -77,11 +77,7 @@ class Integers:
         return self.g_idx.long()
 
     def dequantize(self) -> torch.Tensor:
-        """Return float32 [N, K], exactly (q - zero) * scale.
-
-        Raises:
-            ShapeError: as `order`.
-        """
+        """Return float32 [N, K], exactly (q - zero) * scale; raises as `order` does."""
         order, zeros, scales = self.order, self.zeros.float(), self.scales.float()
         factor = torch.get_num_threads()
         weight = empty((self.N, self.K), torch.float32, scales.device)
@@ -215,11 +211,8 @@ class Words:
 def rounded(
     weight: torch.Tensor, group_size: int, grid: Grid
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What `round_groups` makes of some rows after the other.
+    """What `round_groups` makes of some rows of a weight [N, K] after the other.
 
-    Args:
-        weight: [N, K], floating point; not modified.
-        group_size: elements along K that share a scale; divides K.
     Yields:
         The slice of rows, codes, which are valid until the next step, scales and zero points.
     """

@@ -45,7 +45,6 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
     """Quantize a weight to group-wise 4-bit integers with zero points.
 
     Raises:
-        ShapeError: as `Words.quantize`.
         MethodError: no zero points were asked for; AWQ's kernels read them.
     """
     if not arguments.get("zero_point", True):
@@ -65,11 +64,7 @@ def grid(_arguments: Arguments, dtype: torch.dtype) -> Grid:
 
 
 def read(tensors: Tensors, arguments: Arguments) -> Integers:
-    """Tell the numbers of a layer; of the arguments "group_size" is read.
-
-    Raises:
-        ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
-    """
+    """Tell the numbers of a layer; of the arguments "group_size" is read."""
     qweight = take_matrix(tensors, "qweight", torch.int32, "[K, N/8]")
     K, num_words = qweight.shape
     N = num_words * AWQ_PACK_FACTOR

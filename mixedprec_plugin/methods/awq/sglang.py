@@ -24,6 +24,7 @@ from mixedprec_plugin.cpu.packed_layers import (
     Stored,
 )
 from mixedprec_plugin.errors import Problem, ShapeError
+from mixedprec_plugin.methods.construct import recast
 from mixedprec_plugin.methods.marlin_experts import ScalesInOrder
 from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq
 
@@ -47,11 +48,7 @@ class AWQExpertsConfig(AWQMarlinConfig):
 
 def repaired(config: QuantizationConfig) -> QuantizationConfig:
     """The config whose experts are repaired; others, ours among them, are returned as they are."""
-    if type(config) is not AWQMarlinConfig:
-        return config
-    own = copy.copy(config)
-    own.__class__ = AWQExpertsConfig
-    return own
+    return recast(config, {AWQMarlinConfig: AWQExpertsConfig})
 
 
 def asked_of_model(config: QuantizationConfig) -> Mapping[str, Any]:

@@ -25,11 +25,7 @@ UNSUMMED_EXPERTS = (w8a8_fp8.W8A8FP8MoEMethod,)
 
 
 class ChannelFp8Config(w8a8_fp8.W8A8Fp8Config):
-    """`W8A8Fp8Config` whose linear methods know their config.
-
-    Attributes:
-        weight_block_size: None, there are no blocks.
-    """
+    """`W8A8Fp8Config` whose linear methods know their config; there are no blocks."""
 
     weight_block_size: list[int] | None = None
 

@@ -52,7 +52,6 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
     """Quantize a weight to group-wise unsigned integers, symmetric, GPTQ v1 layout.
 
     Raises:
-        ShapeError: as `Words.quantize`.
         MethodError: zero points or an activation order were asked for, which a weight cannot give.
     """
     _require_plain(arguments)
@@ -71,8 +70,6 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
 
     Args:
         arguments: "bits", "group_size", and optionally "checkpoint_format" ("gptq" or "gptq_v2").
-    Raises:
-        ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
     """
     bits = int(arguments["bits"])
     pack_factor = 32 // bits
@@ -163,12 +160,7 @@ def _is_nearer(
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Store integers in groups of any packing; of the arguments "bits" and "desc_act" are read.
-
-    Raises:
-        NotTheSameNumbersError: their groups are in an act order that was not asked for, a zero
-            point is not the middle of the range, or `dtype` does not hold the scales.
-    """
+    """Store integers in groups, symmetric, and in act order only if `desc_act` asks for it."""
     assert isinstance(numbers, Integers)
     bits = int(arguments["bits"])
     if not arguments["desc_act"] and numbers.order is not None:

@@ -13,7 +13,6 @@ And the order of the gate and up projections' scales, see `ScalesInOrder`.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from mixedprec_plugin.cpu.packed_layers import (
     Stored,
 )
 from mixedprec_plugin.errors import MethodError, Problem
+from mixedprec_plugin.methods.construct import recast
 from mixedprec_plugin.methods.marlin_experts import ScalesInOrder
 from mixedprec_plugin.quantize.packing import pack, unpack
 
@@ -90,11 +90,7 @@ class GPTQExpertsConfig(GPTQMarlinConfig):
 
 def repaired(config: QuantizationConfig) -> QuantizationConfig:
     """The config whose experts are repaired; others, ours among them, are returned as they are."""
-    if type(config) is not GPTQMarlinConfig:
-        return config
-    own = copy.copy(config)
-    own.__class__ = GPTQExpertsConfig
-    return own
+    return recast(config, {GPTQMarlinConfig: GPTQExpertsConfig})
 
 
 class _Words(PackedScheme):

@@ -34,12 +34,7 @@ from mixedprec_plugin.quantize.rounding import Grid
 
 
 def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Quantize a weight to group-wise unsigned integers, symmetric.
-
-    Raises:
-        ShapeError: not a matrix of floats, not finite, too large for the scales' dtype, or K no
-            multiple of the group size or no whole words.
-    """
+    """Quantize a weight to group-wise unsigned integers, symmetric."""
     N, K = weight_shape(weight)
     bits = int(arguments["bits"])
     group_size = resolve_group_size(K, arguments["group_size"], codes_a_word(bits))
@@ -56,11 +51,7 @@ def grid(arguments: Arguments, dtype: torch.dtype) -> Grid:
 
 
 def read(tensors: Tensors, arguments: Arguments) -> Integers:
-    """Tell the numbers of a layer; of the arguments "bits" and "group_size" are read.
-
-    Raises:
-        ShapeError: a tensor is missing, or of another shape or dtype.
-    """
+    """Tell the numbers of a layer; of the arguments "bits" and "group_size" are read."""
     bits = int(arguments["bits"])
     words = take_matrix(tensors, "weight", torch.int32, "[N, K*bits/32]")
     (N, num_words), middle = words.shape, 1 << (bits - 1)
@@ -79,11 +70,7 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Store integers in groups of any packing, but in act order or with zero points.
-
-    Raises:
-        NotTheSameNumbersError: they are none that this holds, or `dtype` does not hold the scales.
-    """
+    """Store integers in groups of any packing, but in act order or with zero points."""
     assert isinstance(numbers, Integers)
     bits = int(arguments["bits"])
     if numbers.order is not None:

@@ -30,11 +30,7 @@ def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
 
 
 def numbers_of(tensors: Tensors, codes: str) -> Fp4:
-    """Tell the numbers of `codes`, uint8 [N, K/2], and "weight_scale", uint8 [N, K/32].
-
-    Raises:
-        ShapeError: a tensor is missing, or of another shape or dtype.
-    """
+    """Tell the numbers of `codes`, uint8 [N, K/2], and "weight_scale", uint8 [N, K/32]."""
     packed = take_matrix(tensors, codes, torch.uint8, "[N, K/2]")
     scales = take_matrix(tensors, "weight_scale", torch.uint8, "[N, K/32]")
     take(tensors, "weight_scale", (packed.shape[0], 2 * packed.shape[1] // GROUP_SIZE))

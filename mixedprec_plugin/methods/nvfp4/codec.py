@@ -28,11 +28,6 @@ def grid(_arguments: Arguments, _dtype: torch.dtype) -> Fp4Tiles:
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
-    """Tell the numbers of a layer.
-
-    Raises:
-        ShapeError: a tensor is missing, or of another shape or dtype.
-    """
     packed = take_matrix(tensors, "weight", torch.uint8, "[N, K/2]")
     scales = take_matrix(tensors, "weight_scale", torch.float8_e4m3fn, "[N, K/16]")
     N, K = packed.shape[0], 2 * packed.shape[1]

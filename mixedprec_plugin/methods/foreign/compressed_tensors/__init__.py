@@ -206,11 +206,7 @@ def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Faul
 
 
 def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
-    """Say why SGLang's reader does not take a layer's numbers in this form; empty if it does.
-
-    Args:
-        stored: as one of our methods serves it.
-    """
+    """Say why SGLang's reader does not take numbers that a method serves; empty if it does."""
     if stored.numbers == "fp4":
         return fp4.why_not_written(stored)
     if stored.numbers == "scaled":
@@ -240,12 +236,7 @@ def is_written_symmetric(stored: StoredFormat) -> bool:
 
 
 def written(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The tensors in which `codec.write` gives a layer's numbers.
-
-    Args:
-        stored: as one of our methods serves it.
-        served: its tensors.
-    """
+    """The tensors in which `codec.write` gives the numbers of a layer that a method serves."""
     N, K = stored.N, stored.K
     if stored.numbers == "fp4":
         return fp4.written(served)

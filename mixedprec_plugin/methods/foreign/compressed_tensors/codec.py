@@ -20,10 +20,7 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     """Tell the numbers of a pack-quantized weight, symmetric or not, in any order of groups.
 
     Args:
-        tensors: as the package tells them, scales of any floating dtype.
         arguments: "bits" (4 or 8), "group_size" (-1 for all of K).
-    Raises:
-        ShapeError: a tensor is missing or of another shape, or K is not whole words or groups.
     """
     bits = int(arguments["bits"])
     packed = take_matrix(tensors, "weight_packed", torch.int32, f"[N, K/{32 // bits}]")
@@ -68,10 +65,9 @@ def _zeros(tensors: Tensors, bits: int, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Store numbers as `methods.foreign.compressed_tensors.written` says.
+    """Store numbers that `why_not_written` has nothing against as `written` says.
 
     Args:
-        numbers: of a method that `why_not_written` has nothing against; not modified.
         arguments: of integers, "bits" and "symmetric", whether zero points are left out.
         dtype: not used: scales keep theirs. One scale may have any shape.
     """

@@ -16,11 +16,7 @@ from mixedprec_plugin.quantize.fp4 import Fp4
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
-    """Tell the numbers of a weight, NVFP4 or, without a global scale, MXFP4.
-
-    Raises:
-        ShapeError: a tensor is missing, or of another shape or dtype.
-    """
+    """Tell the numbers of a weight, NVFP4 or, without a global scale, MXFP4."""
     if "weight_global_scale" not in tensors:
         return mxfp4.numbers_of(tensors, "weight_packed")
     packed = take_matrix(tensors, "weight_packed", torch.uint8, "[N, K/2]")
