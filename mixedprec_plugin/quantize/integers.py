@@ -62,17 +62,12 @@ class Integers:
         low, high = int(self.g_idx.min()), int(self.g_idx.max())
         num_groups = self.K // self.group_size
         if low < 0 or high >= num_groups:
-            refuse(
-                self.order_suffix,
-                f"groups {low}..{high} (expected 0..{num_groups - 1})",
-                "check group_size against the checkpoint",
-                "g-idx",
-            )
+            what = f"groups {low}..{high} (expected 0..{num_groups - 1})"
+            refuse(self.order_suffix, what, "check group_size against the checkpoint", "g-idx")
         sizes = torch.bincount(self.g_idx.flatten().int(), minlength=num_groups)
         if bool((sizes != self.group_size).any()):
-            what = (
-                f"groups of {int(sizes.min())} to {int(sizes.max())} (expected {self.group_size})"
-            )
+            least, most = int(sizes.min()), int(sizes.max())
+            what = f"groups of {least} to {most} (expected {self.group_size})"
             refuse(self.order_suffix, what, "take the layer from another source", "g-idx")
         return self.g_idx.long()
 
@@ -127,10 +122,8 @@ class Integers:
         if dtype == torch.float16 and self.scales.dtype != dtype:
             wrong = int((made.float() != self.scales.float()).sum())
             if wrong:
-                raise NotTheSameNumbersError(
-                    f"{wrong:,} of its {made.numel():,} scales are no float16 numbers",
-                    "start with --dtype bfloat16",
-                )
+                what = f"{wrong:,} of its {made.numel():,} scales are no float16 numbers"
+                raise NotTheSameNumbersError(what, "start with --dtype bfloat16")
         return made.t().contiguous()
 
 

@@ -91,12 +91,9 @@ def read(tensors: Tensors, arguments: Arguments) -> Scaled:
     """
     codes = tensors[arguments["codes"]]
     if codes.dim() != 2 or codes.element_size() != 1:
-        refuse(
-            arguments["codes"],
-            f"{codes.dtype} {list(codes.shape)} (expected one byte an element, [N, K])",
-            "check quantization_config against the checkpoint",
-            "tensor-dtype",
-        )
+        what = f"{codes.dtype} {list(codes.shape)} (expected one byte an element, [N, K])"
+        remedy = "check quantization_config against the checkpoint"
+        refuse(arguments["codes"], what, remedy, "tensor-dtype")
     N, K = codes.shape
     block_n, block_k = arguments["block"]
     grid = -(-N // block_n), -(-K // block_k)

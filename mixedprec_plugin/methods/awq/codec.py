@@ -48,14 +48,9 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
         MethodError: no zero points were asked for; AWQ's kernels read them.
     """
     if not arguments.get("zero_point", True):
-        raise MethodError(
-            Problem(
-                "zero_point",
-                "False cannot be quantized to (expected True)",
-                "use method gptq for symmetric 4-bit weights",
-                "zero-point",
-            )
-        )
+        what = "False cannot be quantized to (expected True)"
+        remedy = "use method gptq for symmetric 4-bit weights"
+        raise MethodError(Problem("zero_point", what, remedy, "zero-point"))
     return _WORDS.quantize(weight, arguments, grid(arguments, dtype))
 
 

@@ -34,15 +34,10 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
     Raises:
         MethodError: static activation scales, which only a calibrated checkpoint has.
     """
-    if arguments.get("activation_scheme", "dynamic") != "dynamic":
-        raise MethodError(
-            Problem(
-                "activation_scheme",
-                f"{arguments['activation_scheme']!r} needs an input_scale, which no weight gives",
-                "use activation_scheme: dynamic, or take the layer from a source that stores it",
-                "static-activations",
-            )
-        )
+    if (asked := arguments.get("activation_scheme", "dynamic")) != "dynamic":
+        what = f"{asked!r} needs an input_scale, which no weight gives"
+        remedy = "use activation_scheme: dynamic, or take the layer from a source that stores it"
+        raise MethodError(Problem("activation_scheme", what, remedy, "static-activations"))
     return _CODEC.quantize(weight, arguments, dtype)
 
 

@@ -231,12 +231,7 @@ def _require_plain(arguments: Arguments) -> None:
     for name, plain in (("sym", True), ("desc_act", False)):
         value = arguments.get(name)
         if value is not None and bool(value) is not plain:
-            raise MethodError(
-                Problem(
-                    name,
-                    f"{value!r} cannot be quantized to (expected {plain})",
-                    f"use {name}: {str(plain).lower()}, or take the layer from a source that "
-                    "stores it so",
-                    "gptq-plain",
-                )
-            )
+            asked = str(plain).lower()
+            what = f"{value!r} cannot be quantized to (expected {plain})"
+            remedy = f"use {name}: {asked}, or take the layer from a source that stores it so"
+            raise MethodError(Problem(name, what, remedy, "gptq-plain"))

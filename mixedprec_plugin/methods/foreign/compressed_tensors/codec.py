@@ -29,12 +29,9 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     shape = tensors.get("weight_shape")
     # or the last word is partly filled
     if shape is not None and shape.tolist() != [N, K]:
-        refuse(
-            "weight_shape",
-            f"{shape.tolist()} (expected {[N, K]}, what weight_packed holds)",
-            "take the layer from a checkpoint in another format",
-            "tensor-shape",
-        )
+        what = f"{shape.tolist()} (expected {[N, K]}, what weight_packed holds)"
+        remedy = "take the layer from a checkpoint in another format"
+        refuse("weight_shape", what, remedy, "tensor-shape")
     scales = take(tensors, "weight_scale", (N, K // group_size))
     g_idx = take(tensors, "weight_g_idx", (K,)) if "weight_g_idx" in tensors else None
     # the library writes -1 where groups were never ordered
