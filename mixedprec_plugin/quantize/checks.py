@@ -8,7 +8,6 @@ from typing import NoReturn
 import torch
 
 from mixedprec_plugin.errors import Problem, ShapeError
-from mixedprec_plugin.quantize.chunks import row_chunks
 
 _OTHER_METHOD = "check that the layer is stored by this method"
 
@@ -79,9 +78,9 @@ def require_finite(scales: torch.Tensor, weight: torch.Tensor) -> None:
     """
     if bool(torch.isfinite(scales).all()):
         return
-    count, first = _count_non_finite(weight)
-    if count:
-        row, column = first
+    bad = ~torch.isfinite(weight)
+    if count := int(bad.sum()):
+        row, column = divmod(int(bad.flatten().byte().argmax()), weight.shape[1])
         what = (
             f"{count} of {weight.numel()} values are not finite, the first "
             f"{weight[row, column].item()!r} at [{row}, {column}] (expected finite values)"
@@ -138,16 +137,3 @@ def take_matrix(
         found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         refuse(suffix, f"{found} (expected {dtype} {layout})", _OTHER_METHOD, "tensor-dtype")
     return tensor
-
-
-def _count_non_finite(weight: torch.Tensor) -> tuple[int, tuple[int, int]]:
-    """Count the values that are NaN or Inf and find the first in row order."""
-    count, first = 0, (0, 0)
-    for rows in row_chunks(*weight.shape):
-        bad = ~torch.isfinite(weight[rows])
-        here = int(bad.sum())
-        if here and not count:
-            row, column = bad.nonzero()[0].tolist()
-            first = (rows.start + row, column)
-        count += here
-    return count, first

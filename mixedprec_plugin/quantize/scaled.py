@@ -97,15 +97,11 @@ def read(tensors: Tensors, arguments: Arguments) -> Scaled:
     N, K = codes.shape
     block_n, block_k = arguments["block"]
     grid = -(-N // block_n), -(-K // block_k)
-    has_zeros = arguments["zero_point"] in tensors
-    return Scaled(
-        codes,
-        _grid(tensors, arguments["scale"], grid),
-        (block_n, block_k),
-        _grid(tensors, arguments["zero_point"], grid) if has_zeros else None,
-        arguments["reciprocal"],
-        tensors.get("input_scale"),
-    )
+    scales, zeros = _grid(tensors, arguments["scale"], grid), None
+    if arguments["zero_point"] in tensors:
+        zeros = _grid(tensors, arguments["zero_point"], grid)
+    reciprocal, inputs = arguments["reciprocal"], tensors.get("input_scale")
+    return Scaled(codes, scales, (block_n, block_k), zeros, reciprocal, inputs)
 
 
 def _grid(tensors: Tensors, suffix: str, grid: tuple[int, int]) -> torch.Tensor:

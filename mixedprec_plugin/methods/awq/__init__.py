@@ -90,16 +90,10 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     group_size = shapes.group_size_of(K, groups)
     if group_size is None:
         return integers.ragged(tensors, "awq 4-bit", N, K, groups, NAME)
-    facts = {"bits": _BITS, "group_size": group_size}
+    facts, how = {"bits": _BITS, "group_size": group_size}, {"group_size": group_size}
+    arguments, label = {**facts, "zero_point": True}, f"awq 4-bit group {group_size}"
     return METHOD.holds(
-        {**facts, "zero_point": True},
-        N,
-        K,
-        f"awq 4-bit group {group_size}",
-        integers.PACKED,
-        numbers="integers",
-        facts=facts,
-        how={"group_size": group_size},
+        arguments, N, K, label, integers.PACKED, numbers="integers", facts=facts, how=how
     )
 
 

@@ -14,6 +14,8 @@ Source: AutoGPTQ and GPTQModel `QuantLinear.pack` and `dequantize_weight`, GPTQM
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
@@ -79,16 +81,9 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     num_groups = K // group_size
     scales = take(tensors, "scales", (num_groups, N)).t()
     take(tensors, "qzeros", (num_groups, N // pack_factor))
-    return Integers(
-        N,
-        K,
-        group_size,
-        lambda rows: unpack_along_k(qweight, rows, bits),
-        _zero_points(tensors, arguments).t(),
-        scales,
-        _order(tensors, arguments, K),
-        keeps_order=True,
-    )
+    zeros, order = _zero_points(tensors, arguments).t(), _order(tensors, arguments, K)
+    codes = partial(unpack_along_k, qweight, bits=bits)
+    return Integers(N, K, group_size, codes, zeros, scales, order, keeps_order=True)
 
 
 def _order(tensors: Tensors, arguments: Arguments, K: int) -> torch.Tensor | None:

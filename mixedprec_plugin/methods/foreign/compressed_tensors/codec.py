@@ -35,17 +35,13 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     scales = take(tensors, "weight_scale", (N, K // group_size))
     g_idx = take(tensors, "weight_g_idx", (K,)) if "weight_g_idx" in tensors else None
     # the library writes -1 where groups were never ordered
-    is_ordered = g_idx is None or int(g_idx.min()) == -1
-    return Integers(
-        N,
-        K,
-        group_size,
-        lambda rows: unpack(packed[rows], bits),
-        _zeros(tensors, bits, (N, K // group_size)),
-        scales,
-        None if g_idx is None or is_ordered else g_idx.to(torch.int32),
-        "weight_g_idx",
-    )
+    order = None if g_idx is None or int(g_idx.min()) == -1 else g_idx.to(torch.int32)
+    zeros = _zeros(tensors, bits, (N, K // group_size))
+
+    def codes(rows: slice) -> torch.Tensor:
+        return unpack(packed[rows], bits)
+
+    return Integers(N, K, group_size, codes, zeros, scales, order, "weight_g_idx")
 
 
 def _zeros(tensors: Tensors, bits: int, shape: tuple[int, int]) -> torch.Tensor:
