@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
-from mixedprec_plugin.methods.cards import find_gpu
-from mixedprec_plugin.methods.interface import LayerShape, Target
-from mixedprec_plugin.methods.registry import bind
-from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.methods.interface import LayerShape
+from tests.methods import shapes
+from tests.methods.shapes import linear
 
 BF16, F16 = "BF16", "F16"
-
-
-def texts(shape: LayerShape, gpu: str = "", device: str = "cuda") -> list[str]:
-    target = Target(device, gpu=find_gpu(gpu) if gpu else None)
-    found = find_faults(*bind("int8_channel", {}), shape, target)
-    return [f"{fault.text}; {fault.remedy}" for fault in found]
-
-
-def linear(N: int, K: int, **changes: object) -> LayerShape:
-    return LayerShape(**{"N": N, "K": K, "shard_sizes": (N,), "parallel": "column", **changes})
+texts = partial(shapes.texts, "int8_channel")
 
 
 @pytest.mark.parametrize(
