@@ -51,11 +51,6 @@ class Rounded(NamedTuple):
     errors: torch.Tensor
     losses: torch.Tensor
 
-    @property
-    def loss(self) -> float:
-        """tr(E H E'), over all rows."""
-        return float(self.losses.sum())
-
 
 def round_with_feedback(
     weight: torch.Tensor,
@@ -250,13 +245,9 @@ def _descend(state: _State, gradient: torch.Tensor, H: torch.Tensor) -> None:
 
 
 def _move_group(state: _State, gradient: torch.Tensor, H: torch.Tensor, group: int) -> torch.Tensor:
-    """Move a group's codes, scale and zero, each where the loss falls.
+    """Move a group's codes, scale and zero, each where the loss falls; returns the errors' change.
 
-    Args:
-        gradient: [G, N] of the group, overwritten.
-        H: the group's block [G, G].
-    Returns:
-        the change of the errors, [G, N].
+    `gradient` [G, N] is the group's, and overwritten; H is its block [G, G].
     """
     grid, codes = state.grid, state.codes[state.columns[group]]
     scale, zero = state.scales[group], state.zeros[group]

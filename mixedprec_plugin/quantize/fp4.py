@@ -16,8 +16,9 @@ import math
 
 import torch
 
-from mixedprec_plugin.quantize.checks import refuse, require_finite, weight_shape
+from mixedprec_plugin.quantize.checks import refuse, require_finite, take, take_matrix, weight_shape
 from mixedprec_plugin.quantize.chunks import empty, float_chunks, is_compiled, row_chunks
+from mixedprec_plugin.quantize.codec import Tensors
 from mixedprec_plugin.quantize.rounding import Levels, Tiles, divided
 from mixedprec_plugin.quantize.scaled import Scaled
 
@@ -67,6 +68,20 @@ class Fp4:
         for rows in row_chunks(N, K):
             decode(self.packed[rows], self.scales[rows], weight[rows]).mul_(self.global_scale)
         return weight
+
+
+def take_blocks(
+    tensors: Tensors, codes: str, dtype: torch.dtype, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return stored codes, uint8 [N, K/2], and "weight_scale" [N, K/G] of a dtype.
+
+    Raises:
+        ShapeError: one is missing, or of another shape or dtype.
+    """
+    packed = take_matrix(tensors, codes, torch.uint8, "[N, K/2]")
+    take_matrix(tensors, "weight_scale", dtype, f"[N, K/{group_size}]")
+    shape = packed.shape[0], 2 * packed.shape[1] // group_size
+    return packed, take(tensors, "weight_scale", shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,11 +133,7 @@ def _zero_points(tensors: Tensors, arguments: Arguments) -> torch.Tensor:
 def _is_nearer(
     ours: torch.Tensor, others: torch.Tensor, qweight: torch.Tensor, g_idx: torch.Tensor | None
 ) -> bool:
-    """Whether zero points, one more than others where they differ, are nearer to the codes' mean.
-
-    Raises:
-        ShapeError: that is not clear.
-    """
+    """Whether zero points, one more than others where they differ, are nearer to codes' mean."""
     differs = ours != others
     rows = differs.any(0).nonzero().flatten()
     if not len(rows):

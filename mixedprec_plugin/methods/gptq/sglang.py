@@ -46,11 +46,7 @@ class _RepairedParameters(GPTQMarlinMoEScheme):
     def create_weights(
         self, layer: FusedMoE, *args: Any, params_dtype: torch.dtype, **kwargs: Any
     ) -> None:
-        """Create the parameters.
-
-        Raises:
-            MethodError: the layer needs what Marlin's experts do not compute.
-        """
+        """Create the parameters; refuse what Marlin's experts do not compute."""
         config, ranks = self.quant_config, layer.moe_tp_size
         unserved = {
             # a rank has the scales of its own columns and needs all

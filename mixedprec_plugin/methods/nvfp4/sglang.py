@@ -244,11 +244,7 @@ class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4Fus
         self.use_flashinfer_trtllm_weight_layout = False
 
     def create_weights(self, layer: FusedMoE, *args: Any, **kwargs: Any) -> None:
-        """Create SGLang's parameters, but for what only other kernels read.
-
-        Raises:
-            MethodError, ShapeError: what the CPU platform does not run, or Marlin does not.
-        """
+        """Create SGLang's parameters, but for what only other kernels read."""
         check_experts(layer, self.preset_name, ("silu",), "block of inputs", (GROUP_SIZE,))
         modelopt_quant.ModelOptNvFp4FusedMoEMethod.create_weights(self, layer, *args, **kwargs)
         drop_unused(layer, self)
