@@ -20,7 +20,6 @@ from mixedprec_plugin.methods.interface import (
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec, unusable
 
 NAME = "awq"
-CODEC = "mixedprec_plugin.methods.awq.codec"
 
 _BITS, _PACK_FACTOR = 4, 8
 # AWQ rounds to nearest, beside folded scales
@@ -227,7 +226,7 @@ METHOD = Method(
         "cpu": "mixedprec_plugin.methods.awq.sglang:CpuAWQConfig",
     },
     config_arguments=config_arguments,
-    codec=CODEC,
+    codec="mixedprec_plugin.methods.awq.codec",
     fallback_below=_MARLIN_CAPABILITY,
     why_not_repack=why_not_repack,
     # SGLang's class asks, and has another kernel for what Marlin does not take (awq.py:383)

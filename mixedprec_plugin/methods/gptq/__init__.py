@@ -30,7 +30,6 @@ from mixedprec_plugin.methods.stored import (
 )
 
 NAME = "gptq"
-CODEC = "mixedprec_plugin.methods.gptq.codec"
 
 _V1_PACKINGS = frozenset({"", "gptq", "auto_round:auto_gptq"})
 _V2 = "gptq_v2"
@@ -290,7 +289,7 @@ METHOD = Method(
         "cpu": "mixedprec_plugin.methods.gptq.sglang:CpuGPTQConfig",
     },
     config_arguments=config_arguments,
-    codec=CODEC,
+    codec="mixedprec_plugin.methods.gptq.codec",
     min_capability=80,
     why_not_repack=why_not_repack,
     complete=complete,

@@ -28,7 +28,6 @@ from mixedprec_plugin.methods.stored import (
 )
 
 NAME = "humming"
-CODEC = "mixedprec_plugin.methods.humming.codec"
 
 _MATRIX = ("weight", "weight_scale")
 _SIZES = (128, 64, 32)
@@ -201,7 +200,7 @@ METHOD = Method(
         "cpu": "mixedprec_plugin.methods.humming.sglang:CpuHummingConfig",
     },
     config_arguments=lambda arguments, _platform: {"full_config": declare(arguments)},
-    codec=CODEC,
+    codec="mixedprec_plugin.methods.humming.codec",
     why_not_repack=why_not_repack,
     quantizes_parts=True,
     sglang="mixedprec_plugin.methods.humming.sglang",

@@ -19,7 +19,6 @@ from mixedprec_plugin.methods.interface import (
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 
 NAME = "mxfp4"
-CODEC = "mixedprec_plugin.methods.mxfp4.codec"
 GROUP_SIZE = 32
 
 _MATRIX = ("weight", "weight_scale")
@@ -113,7 +112,7 @@ METHOD = Method(
         "cuda": "mixedprec_plugin.methods.mxfp4.sglang:Mxfp4ExpertsConfig",
         "cpu": "mixedprec_plugin.methods.mxfp4.sglang:CpuMxfp4Config",
     },
-    codec=CODEC,
+    codec="mixedprec_plugin.methods.mxfp4.codec",
     # "MXFP4 Marlin requires SM90+" (mxfp4.py:655)
     min_capability=90,
     why_not_repack=why_not_repack,

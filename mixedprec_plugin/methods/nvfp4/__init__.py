@@ -20,7 +20,6 @@ from mixedprec_plugin.methods.interface import (
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 
 NAME = "nvfp4"
-CODEC = "mixedprec_plugin.methods.nvfp4.codec"
 GROUP_SIZE = 16
 
 _MATRIX = ("weight", "weight_scale", "weight_scale_2")
@@ -172,7 +171,7 @@ METHOD = Method(
     config_arguments=lambda arguments, _platform: {
         "keeps_input_scale": arguments["keep_input_scale"]
     },
-    codec=CODEC,
+    codec="mixedprec_plugin.methods.nvfp4.codec",
     min_capability=80,
     why_not_repack=why_not_repack,
     why_not_quantize=why_not_quantize,
