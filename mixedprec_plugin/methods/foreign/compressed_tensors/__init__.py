@@ -43,6 +43,11 @@ NAME = "compressed-tensors"
 PACKED = "pack-quantized"
 # encoding of 8-bit codes -> the type of number, and the format
 _KINDS = {"fp8": ("float", "float-quantized"), "int8": ("int", "int-quantized")}
+_ENCODINGS = {
+    **{label: label for label in (PACKED, fp4.PACKED, fp4.MX_PACKED)},
+    **{label: encoding for encoding, (_, label) in _KINDS.items()},
+    "dense": FLOAT,
+}
 CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.codec"
 _CODES = "weight_packed"
 
@@ -57,10 +62,6 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
     label = str(group.get("format") or config.get("format") or "")
     kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
     naive = {"float8": "fp8", "int8": "int8"}.get(kind)
-    encodings = {PACKED: PACKED, "dense": FLOAT}
-    encodings |= {label: label for label in (fp4.PACKED, fp4.MX_PACKED)}
-    encodings |= {label: encoding for encoding, (_, label) in _KINDS.items()}
-    encodings |= {"naive-quantized": naive} if naive else {}
     strategy, block = weights.get("strategy"), block_of(weights.get("block_structure"))
     facts = said_keys(weights, bits="num_bits", symmetric="symmetric", strategy="strategy")
     if strategy in ("group", "tensor_group"):
@@ -77,8 +78,9 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
         if isinstance(inputs, Mapping)
         else None
     )
+    encoding = naive if label == "naive-quantized" else _ENCODINGS.get(label)
     # the tool writes containers into `ignore`, whose layers are quantized (utils.py:91)
-    return Said(encodings.get(label), facts, label, ignores="named")
+    return Said(encoding, facts, label, ignores="named")
 
 
 def _group_of(groups: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
