@@ -7,21 +7,10 @@ from functools import partial
 
 from mixedprec_plugin.methods import fp8, scaled
 from mixedprec_plugin.methods.integers import GROUP_SIZES
-from mixedprec_plugin.methods.interface import Alternative, Arguments, Method, Rounding
+from mixedprec_plugin.methods.interface import Alternative, Method, Rounding
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 
 NAME = "fp8_channel"
-
-
-def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors: "weight" [N, K] e4m3 and "weight_scale" [N, 1]; W = q * scale.
-
-    Shards of a fused module, and those of several sources, stand one below the other: no scale is
-    shared, so none is rounded again.
-
-    Source: `W8A8Fp8LinearMethod.create_weights` (layers/quantization/w8a8_fp8.py:147).
-    """
-    return {"weight": TensorSpec(fp8.CODES, (N, K)), "weight_scale": TensorSpec("F32", (N, 1))}
 
 
 def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
@@ -38,7 +27,13 @@ METHOD = Method(
     "choose, so there are no arguments.",
     aliases={"fp8_per_channel": {}, "fp8_channelwise": {}, "fp8_dynamic": {}, "w8a8_fp8": {}},
     schema={},
-    stored=stored,
+    # shards of a fused module, and those of several sources, stand one below the other: no scale is
+    # shared, so none is rounded again; W = q * scale.
+    # `W8A8Fp8LinearMethod.create_weights` (layers/quantization/w8a8_fp8.py:147)
+    stored=lambda _arguments, N, K, _dtype: {
+        "weight": TensorSpec(fp8.CODES, (N, K)),
+        "weight_scale": TensorSpec("F32", (N, 1)),
+    },
     recognize=recognize,
     read_config=dict.fromkeys((NAME, "w8a8_fp8"), scaled.says_channels(fp8.NAME)),
     declare=lambda _arguments: {"quant_method": NAME},

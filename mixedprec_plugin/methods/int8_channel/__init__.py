@@ -28,14 +28,6 @@ _LIMIT = 0.03
 _LAST_CAPABILITY = 90
 
 
-def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors: "weight" [N, K] int8 and "weight_scale" [N, 1]; W = q * scale.
-
-    Source: `W8A8Int8LinearMethod.create_weights` (layers/quantization/w8a8_int8.py:172).
-    """
-    return {"weight": TensorSpec(CODES, (N, K)), "weight_scale": TensorSpec("F32", (N, 1))}
-
-
 def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     """Take int8 codes beside a scale a row, where activations may have a scale a token."""
     found = scaled.recognize_channels(tensors, said, CODES)
@@ -77,7 +69,11 @@ METHOD = Method(
     "there are no arguments.",
     aliases={"w8a8_int8": {}, "int8_per_channel": {}, "int8_channelwise": {}, "int8_dynamic": {}},
     schema={},
-    stored=stored,
+    # `W8A8Int8LinearMethod.create_weights` (layers/quantization/w8a8_int8.py:172); W = q * scale
+    stored=lambda _arguments, N, K, _dtype: {
+        "weight": TensorSpec(CODES, (N, K)),
+        "weight_scale": TensorSpec("F32", (N, 1)),
+    },
     recognize=recognize,
     read_config=dict.fromkeys((NAME, "w8a8_int8"), scaled.says_channels(ENCODING)),
     declare=lambda _arguments: {"quant_method": NAME},

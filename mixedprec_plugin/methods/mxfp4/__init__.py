@@ -59,14 +59,6 @@ def recognize(tensors: Tensors, _said: Said) -> StoredFormat | None:
     return METHOD.holds({}, N, K, NAME, _MATRIX, numbers="fp4", facts={"group_size": GROUP_SIZE})
 
 
-def why_not_repack(
-    stored: StoredFormat, _arguments: Arguments, _tensors: Tensors, _may_round: bool
-) -> str | None:
-    """Say whether a layer's numbers are FP4 in blocks of 32, which can be served so."""
-    is_same = stored.numbers == "fp4" and stored.facts.get("group_size") == GROUP_SIZE
-    return "" if is_same else None
-
-
 def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
     """Return what SGLang's MXFP4 class refuses of a layer: all but experts, and parts of blocks.
 
@@ -115,7 +107,9 @@ METHOD = Method(
     codec="mixedprec_plugin.methods.mxfp4.codec",
     # "MXFP4 Marlin requires SM90+" (mxfp4.py:655)
     min_capability=90,
-    why_not_repack=why_not_repack,
+    why_not_repack=lambda stored, _arguments, _tensors, _may_round: (
+        "" if stored.numbers == "fp4" and stored.facts.get("group_size") == GROUP_SIZE else None
+    ),
     sglang="mixedprec_plugin.methods.mxfp4.sglang",
     adds_expert_biases=True,
     moe_kernels="marlin",
