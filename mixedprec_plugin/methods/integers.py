@@ -8,13 +8,7 @@ from statistics import NormalDist
 from typing import Any
 
 from mixedprec_plugin.methods.interface import choice
-from mixedprec_plugin.methods.stored import (
-    FLOAT_DTYPES,
-    StoredFormat,
-    Tensors,
-    said_keys,
-    unusable,
-)
+from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, Tensors, said_keys, unusable
 
 PACKED = ("qweight", "qzeros", "scales")
 GROUP_SIZE_SCHEMA = choice(

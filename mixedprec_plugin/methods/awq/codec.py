@@ -25,19 +25,11 @@ from mixedprec_plugin.quantize.codec import (
     Tensors,
 )
 from mixedprec_plugin.quantize.integers import Integers, Words
-from mixedprec_plugin.quantize.packing import (
-    AWQ_PACK_FACTOR,
-    pack_awq,
-    unpack_awq,
-    unpack_awq_rows,
-)
+from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq, unpack_awq_rows
 from mixedprec_plugin.quantize.rounding import Grid
 
 _WORDS = Words(
-    bits=4,
-    along_k=1,
-    pack=pack_awq,
-    pack_zeros=lambda zeros: pack_awq(zeros.to(torch.uint8)),
+    bits=4, along_k=1, pack=pack_awq, pack_zeros=lambda zeros: pack_awq(zeros.to(torch.uint8))
 )
 
 

@@ -9,13 +9,7 @@ from typing import Any
 
 from mixedprec_plugin.methods import scaled
 from mixedprec_plugin.methods.integers import GROUP_SIZES, largest
-from mixedprec_plugin.methods.interface import (
-    Alternative,
-    Arguments,
-    Method,
-    Rounding,
-    choice,
-)
+from mixedprec_plugin.methods.interface import Alternative, Arguments, Method, Rounding, choice
 from mixedprec_plugin.methods.shapes import block_faults, grid, shape_faults
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 

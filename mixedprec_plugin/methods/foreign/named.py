@@ -7,14 +7,7 @@ import re
 
 from mixedprec_plugin.methods import blockwise_int8, fp8, scaled
 from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Target
-from mixedprec_plugin.methods.stored import (
-    FLOAT,
-    Said,
-    StoredFormat,
-    Tensors,
-    incomplete,
-    unusable,
-)
+from mixedprec_plugin.methods.stored import FLOAT, Said, StoredFormat, Tensors, incomplete, unusable
 
 # a suffix that no other format has -> the format that writes it
 _SIGNATURES = {

@@ -43,10 +43,7 @@ def _words(bits: int) -> Words:
         return pack(rows, bits)
 
     return Words(
-        bits,
-        along_k=32 // bits,
-        pack=lambda codes: pack(codes, bits).t(),
-        pack_zeros=pack_zeros,
+        bits, along_k=32 // bits, pack=lambda codes: pack(codes, bits).t(), pack_zeros=pack_zeros
     )
 
 

@@ -19,10 +19,7 @@ import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig, gptq
-from sglang.srt.layers.quantization.gptq.schemes import (
-    GPTQMarlinLinearScheme,
-    GPTQMarlinMoEScheme,
-)
+from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinLinearScheme, GPTQMarlinMoEScheme
 
 from mixedprec_plugin.cpu.packed_layers import (
     PackedConfig,
