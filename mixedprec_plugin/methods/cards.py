@@ -138,11 +138,8 @@ def _key(name: str) -> str:
 def served_dtype(dtype: str, capability: int) -> str:
     """Return the dtype that SGLang runs a model in on a GPU: float16 where there is no bfloat16.
 
-    Args:
-        dtype: what would run elsewhere, `BF16` or `F16`.
-        capability: major * 10 + minor.
     Source: `maybe_downgrade_dtype_for_legacy_gpu`
-        (model_executor/model_runner_components/load_model_utils.py:80).
+    (model_executor/model_runner_components/load_model_utils.py:80).
     """
     return "F16" if capability < _BF16_CAPABILITY else dtype
 

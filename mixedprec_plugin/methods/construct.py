@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import importlib.metadata
 import inspect
@@ -66,11 +67,10 @@ def _without_remarks() -> Iterator[None]:
 
 
 def config_key(spec: Method, platform: str, capability: int | None) -> str:
-    """Return the key of `config_classes` for a platform: old GPUs may have a class of their own.
+    """Return the key of `config_classes` for a platform, or for a key itself.
 
-    Args:
-        platform: `cuda`, `cpu` or a key itself.
-        capability: major * 10 + minor of the GPU; None if there is none.
+    Old GPUs may have a class of their own; `capability` is None where there is no GPU.
+
     Raises:
         MethodError: the method has no class there.
     """
@@ -95,11 +95,7 @@ def cuda_capability() -> int | None:
 
 
 def load_class(spec: Method, key: str) -> type[QuantizationConfig]:
-    """Import the config class of a method.
-
-    Raises:
-        MethodError: the installed SGLang has not got it.
-    """
+    """Import the config class of a method; a MethodError if the installed SGLang lacks it."""
     config_class: type[QuantizationConfig] = _imported(spec, spec.config_classes[key])
     return config_class
 
@@ -110,6 +106,18 @@ def repaired(config: QuantizationConfig, methods: Iterable[str]) -> Quantization
         cure = offered(method, "repaired")
         config = config if cure is None else cure(config)
     return config
+
+
+def recast(
+    config: QuantizationConfig, classes: Mapping[type, type[QuantizationConfig]]
+) -> QuantizationConfig:
+    """A config of SGLang's as one of the class that cures it; all others as they are."""
+    own = classes.get(type(config))
+    if own is None:
+        return config
+    made = copy.copy(config)
+    made.__class__ = own
+    return made
 
 
 def offered(method: str, name: str, default: Any = None) -> Any:
@@ -135,8 +143,6 @@ def _imported(spec: Method, lazy: str) -> Any:
 def check_signature(config_class: type, keywords: Mapping[str, Any], method: str = "") -> None:
     """Check that a constructor takes exactly the arguments that a builder made.
 
-    Args:
-        method: the method's name, for the messages.
     Raises:
         MethodError: for every argument that it does not take, and every one that it needs and is
             not given; each says what it does take.

@@ -8,13 +8,7 @@ from statistics import NormalDist
 from typing import Any
 
 from mixedprec_plugin.methods.interface import choice
-from mixedprec_plugin.methods.stored import (
-    FLOAT_DTYPES,
-    StoredFormat,
-    Tensors,
-    said_keys,
-    unusable,
-)
+from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, Tensors, said_keys, unusable
 
 PACKED = ("qweight", "qzeros", "scales")
 GROUP_SIZE_SCHEMA = choice(
@@ -40,11 +34,7 @@ def group_rank(group_size: int) -> float:
 
 
 def limit(bits: int, group_size: Any, of_4_bits: float = _LIMIT) -> float:
-    """Return the limit of `Rounding`; measured figures are in `verify.thresholds`.
-
-    Args:
-        of_4_bits: in groups.
-    """
+    """Return the limit of `Rounding`; measured figures are in `verify.thresholds`."""
     if bits == 8:
         return _LIMIT_OF_8_BITS
     return _LIMIT_OF_COLUMNS if group_size == -1 else of_4_bits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.methods.cards import Gpu
@@ -75,9 +75,6 @@ class Fault(NamedTuple):
     remedy: str = ""
 
 
-AS_STORED_REMEDY = "name a method for the experts, or take them from another source"
-
-
 def choice(description: str, values: Sequence[Any]) -> dict[str, Any]:
     """Return the JSON Schema of an argument that takes some values, the first by default."""
     kind = {"type": "boolean"} if all(isinstance(value, bool) for value in values) else {}
@@ -124,6 +121,7 @@ class Format:
         read_config: lower-case `quant_method` of config.json -> reader of what it says of a layer.
         faults_as_stored: (stored, layer shape, target) -> why SGLang's own class, under `method:
             auto`, does not serve an expert, or computes it wrongly; None for a method's `faults`.
+            Where it has no remedy, another method or source is one.
     """
 
     name: str
@@ -132,16 +130,6 @@ class Format:
         default_factory=dict
     )
     faults_as_stored: Callable[[StoredFormat, LayerShape, Target], list[Fault]] | None = None
-
-
-def _no_reason(_arguments: Arguments) -> str:
-    return ""
-
-
-def _not_repacked(
-    _stored: StoredFormat, _arguments: Arguments, _tensors: Tensors, _may_round: bool
-) -> str | None:
-    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,10 +212,12 @@ class Method(Format):
     codec: str = ""
     min_capability: int = 75
     fallback_below: int = 0
-    why_not_repack: Callable[[StoredFormat, Arguments, Tensors, bool], str | None] = _not_repacked
+    why_not_repack: Callable[[StoredFormat, Arguments, Tensors, bool], str | None] = (
+        lambda _stored, _arguments, _tensors, _may_round: None
+    )
     complete: Callable[[Arguments, StoredFormat], Arguments] = lambda arguments, _stored: arguments
-    conflict: Callable[[Arguments], str] = _no_reason
-    why_not_quantize: Callable[[Arguments], str] = _no_reason
+    conflict: Callable[[Arguments], str] = lambda _arguments: ""
+    why_not_quantize: Callable[[Arguments], str] = lambda _arguments: ""
     quantizes_parts: bool = False
     sglang: str = ""
     kernel: Callable[[Arguments, LayerShape, int], str] = lambda _arguments, _shape, _gpu: ""
@@ -245,3 +235,34 @@ class Method(Format):
     def names(self) -> tuple[str, ...]:
         """The name and the aliases."""
         return (self.name, *self.aliases)
+
+    def holds(
+        self,
+        arguments: Arguments,
+        N: int,
+        K: int,
+        description: str,
+        suffixes: Iterable[str],
+        *,
+        is_served: bool = True,
+        **more: Any,
+    ) -> StoredFormat:
+        """Describe a layer that is stored in the method's form.
+
+        Args:
+            is_served: whether the method takes its tensors as they are.
+            arguments, more: as of `StoredFormat`.
+        """
+        return StoredFormat(
+            self.name if is_served else "",
+            arguments if is_served else {},
+            N,
+            K,
+            description,
+            encoding=self.name,
+            suffixes=frozenset(suffixes),
+            codec=self.codec,
+            like=self.name,
+            limit=self.rounding(arguments).limit,
+            **more,
+        )

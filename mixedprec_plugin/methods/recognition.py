@@ -45,6 +45,7 @@ _FACTOR = "pre_quant_scale"
 # of the key-value cache, and of what layers give
 _OF_ACTIVATIONS = re.compile(r"(?:[kqv]|kv|prob|output)_(?:scale|zero_point)")
 _SERVED = frozenset({"linear", "expert", "lm_head"})
+_OTHERWISE = "name a method for the experts, or take them from another source"
 _IGNORE_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
 
 
@@ -134,7 +135,8 @@ def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) ->
     """Return what keeps SGLang's own class from an expert under `auto`, with remedies."""
     one = next((one for one in formats() if one.name == stored.format), None)
     if one is not None and one.faults_as_stored is not None:
-        return one.faults_as_stored(stored, shape, target)
+        found = one.faults_as_stored(stored, shape, target)
+        return [fault._replace(remedy=fault.remedy or _OTHERWISE) for fault in found]
     if not isinstance(one, Method):
         return []
     known = {**stored.facts, **stored.said, **stored.arguments}

@@ -47,9 +47,6 @@ UNQUANTIZED, AUTO = bf16.METHOD.name, auto.METHOD.name
 class MethodTable(Mapping[str, Method]):
     """Canonical name -> method; other packages' methods are read at the first look.
 
-    Args:
-        built_in: the methods of this package.
-
     Raises:
         MethodError: on every look, while a package's entry point fails or clashes.
     """
@@ -78,11 +75,7 @@ METHODS: Mapping[str, Method] = MethodTable(BUILT_IN)
 def add_entry_points(
     methods: Mapping[str, Method], points: Iterable[importlib.metadata.EntryPoint]
 ) -> dict[str, Method]:
-    """Return `methods` with those that other packages offer.
-
-    Args:
-        methods: canonical name -> method; not modified.
-        points: entry points whose objects are `Method`s and whose names are the methods'.
+    """Return methods with those that other packages offer, under the names of their entry points.
 
     Raises:
         MethodError: an entry point cannot be loaded, is no `Method`, or has a name that is

@@ -8,9 +8,10 @@ The name of the scale says nothing of its direction: DeepSeek's `weight_scale_in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from mixedprec_plugin.methods.interface import Arguments
 from mixedprec_plugin.methods.stored import (
     FLOAT_DTYPES,
     Said,
@@ -174,7 +175,7 @@ def _usual_block(shape: tuple[int, ...], N: int, K: int) -> ScaleGrid | None:
     return ScaleGrid("block", (rows, columns)) if rows and columns else None
 
 
-def has_same_codes(stored: StoredFormat, tensors: Tensors, dtype: str) -> bool:
+def _has_same_codes(stored: StoredFormat, tensors: Tensors, dtype: str) -> bool:
     """Whether a layer holds codes of a dtype that are multiplied by scales, and nothing else."""
     how = stored.how
     if stored.numbers != "scaled" or how.get("reciprocal") or how.get("zero_point") in tensors:
@@ -196,43 +197,26 @@ def recognize_channels(tensors: Tensors, said: Said, dtype: str) -> StoredFormat
     return found if is_unsaid or is_a_token else None
 
 
-def channel_facts() -> dict[str, Any]:
-    """What config.json says by naming a method whose weights have a scale a channel."""
-    return {"strategy": "channel", "inputs": {"dynamic": True, "group_size": None}}
+def says_channels(encoding: str) -> Callable[[Mapping[str, Any], str], Said]:
+    """Return the `read_config` of a method whose weights have a scale a channel."""
+    inputs = {"dynamic": True, "group_size": None}
+    return lambda _config, _name: Said(encoding, {"strategy": "channel", "inputs": inputs})
 
 
 def why_not_channels(
-    dtype: str,
-    stored: StoredFormat,
-    _arguments: Mapping[str, Any],
-    tensors: Tensors,
-    _may_round: bool,
+    dtype: str, stored: StoredFormat, _arguments: Arguments, tensors: Tensors, _may_round: bool
 ) -> str | None:
-    """Say whether the codes' scales can be a channel's: those of a whole tensor are all alike.
-
-    Args:
-        dtype: of the method's codes; the rest is as of `Method.why_not_repack`.
-    """
-    if not has_same_codes(stored, tensors, dtype) or "input_scale" in tensors:
+    """As `Method.why_not_repack`, of codes of a dtype with a scale a channel, or one for all."""
+    if not _has_same_codes(stored, tensors, dtype) or "input_scale" in tensors:
         return None
     return "" if stored.facts.get("strategy") in ("tensor", "channel") else None
 
 
 def why_not_scaled(
-    dtype: str,
-    stored: StoredFormat,
-    arguments: Mapping[str, Any],
-    tensors: Tensors,
-    _may_round: bool,
+    dtype: str, stored: StoredFormat, arguments: Arguments, tensors: Tensors, _may_round: bool
 ) -> str | None:
-    """Say why a layer's codes and scales cannot be those of a method with tensor or block scales.
-
-    Args:
-        dtype: of the method's codes; the rest is as of `Method.why_not_repack`.
-    Returns:
-        empty if they can; None if not.
-    """
-    if not has_same_codes(stored, tensors, dtype):
+    """As `Method.why_not_repack`, of codes of a dtype with one scale, or one a block."""
+    if not _has_same_codes(stored, tensors, dtype):
         return None
     static = "input_scale" in tensors
     if arguments["activation_scheme"] != ("static" if static else "dynamic"):

@@ -81,7 +81,7 @@ def block_faults(block_size: Sequence[int], shape: LayerShape) -> list[str]:
     """
     block_n, block_k = block_size
     why = "the block size along K and the group of its activations"
-    found = _uneven_inputs(shape, block_k, why)
+    found = input_faults(shape, block_k, why)
     if len(shape.shard_sizes) > 1 or (shape.parallel == "column" and shape.tp_size > 1):
         sizes = outputs_per_rank(shape)
         # replicated shards are laid end to end in one layer: its last rows may be a partial block
@@ -105,13 +105,7 @@ def group_size_of(K: int, count: int) -> int | None:
 
 
 def group_faults(group_size: int, pack_N: int, pack_K: int, shape: LayerShape) -> list[str]:
-    """Return where groups or packed words would be cut.
-
-    Args:
-        group_size: input features that share a scale; -1 for all.
-        pack_N: output features in one stored int32.
-        pack_K: input features in one stored int32.
-        shape: a layer that its ranks divide.
+    """Return where groups, or words of so many packed features, would be cut.
 
     Source: `AWQLinearScheme.create_weights` raises (awq/schemes/awq_linear.py:39-52);
     `GPTQMarlinLinearScheme.create_weights` rounds sizes down instead
@@ -123,17 +117,13 @@ def group_faults(group_size: int, pack_N: int, pack_K: int, shape: LayerShape) -
     sizes = (*outputs_per_rank(shape), *((shape.N,) if shape.is_head else ()))
     return [
         *_uneven_groups(shape, group_size),
-        *_uneven_inputs(shape, pack_K, why),
+        *input_faults(shape, pack_K, why),
         *_uneven_outputs(sizes, where, pack_N, why),
     ]
 
 
 def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
-    """Return what Marlin refuses of a layer that its ranks divide.
-
-    Args:
-        group_size: input features that share a scale; -1 for all.
-        shape: the layer; the shards of a fused module are one matrix for the kernel.
+    """Return what Marlin refuses of a layer that its ranks divide, shards of a module as one.
 
     Source: `verify_marlin_supports_shape` (layers/quantization/marlin_utils.py:40, 41, 161). The
     kernel for experts has other tiles: `thread_configs` and `is_valid_config`
@@ -147,7 +137,7 @@ def marlin_faults(group_size: int, shape: LayerShape) -> list[str]:
         where += " of gate and up together"
     return [
         *_uneven_outputs([sum(outputs_per_rank(shape))], where, unit_N, why),
-        *_uneven_inputs(shape, unit_K, why),
+        *input_faults(shape, unit_K, why),
         *(_uneven_groups(shape, group_size) if group_size < shape.K else []),
     ]
 
@@ -157,21 +147,22 @@ def _uneven_outputs(sizes: Iterable[int], where: str, unit: int, why: str) -> li
     return [f"N = {N}{where} is not a multiple of {unit}, {why}" for N in uneven]
 
 
-def _uneven_inputs(shape: LayerShape, unit: int, why: str) -> list[str]:
+def input_faults(shape: LayerShape, unit: int, why: str) -> list[str]:
+    """Return where a rank's inputs are no multiple of a unit."""
     K, where = inputs_per_rank(shape), per_rank(shape, "row")
     return [f"K = {K}{where} is not a multiple of {unit}, {why}"] if K % unit else []
+
+
+def output_faults(shape: LayerShape, unit: int, why: str, *, of_each: bool = False) -> list[str]:
+    """Return where a rank's outputs, all shards together or each, are no multiple of a unit."""
+    sizes = outputs_per_rank(shape) if of_each else [sum(outputs_per_rank(shape))]
+    return _uneven_outputs(sizes, per_rank(shape, "column"), unit, why)
 
 
 def _uneven_groups(shape: LayerShape, group_size: int) -> list[str]:
     K, where = inputs_per_rank(shape), per_rank(shape, "row")
     is_even = group_size == -1 or K % group_size == 0
     return [] if is_even else [f"group_size {group_size} does not divide K = {K}{where}"]
-
-
-def output_faults(shape: LayerShape, unit: int, why: str) -> list[str]:
-    """Return where a rank's outputs, all shards together, are no multiple of a unit."""
-    sizes = [sum(outputs_per_rank(shape))]
-    return _uneven_outputs(sizes, per_rank(shape, "column"), unit, why)
 
 
 def fp8_marlin_fault(N: int, K: int) -> str:

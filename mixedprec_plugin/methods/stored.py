@@ -233,19 +233,11 @@ class StoredFormat:
 
 
 def unusable(
-    tensors: Tensors,
-    description: str,
-    N: int = 0,
-    K: int = 0,
-    *,
-    encoding: str = "",
-    disagreements: tuple[str, ...] = (),
+    tensors: Tensors, description: str, N: int = 0, K: int = 0, **more: Any
 ) -> StoredFormat:
-    """Name a format that is neither served nor dequantized."""
+    """Name a format that is neither served nor dequantized; `more` is as of `StoredFormat`."""
     suffixes = frozenset(tensors) - {"bias"}
-    return StoredFormat(
-        "", {}, N, K, description, encoding, suffixes=suffixes, disagreements=disagreements
-    )
+    return StoredFormat("", {}, N, K, description, suffixes=suffixes, **more)
 
 
 def incomplete(tensors: Tensors, what: str, missing: list[str], encoding: str = "") -> StoredFormat:

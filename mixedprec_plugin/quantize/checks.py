@@ -8,7 +8,6 @@ from typing import NoReturn
 import torch
 
 from mixedprec_plugin.errors import Problem, ShapeError
-from mixedprec_plugin.quantize.chunks import row_chunks
 
 _OTHER_METHOD = "check that the layer is stored by this method"
 
@@ -29,19 +28,11 @@ def weight_shape(weight: torch.Tensor) -> tuple[int, int]:
         ShapeError: the weight is not a non-empty matrix of a floating dtype of 16 bits or more.
     """
     if weight.dim() != 2 or weight.numel() == 0:
-        refuse(
-            "weight",
-            f"shape {list(weight.shape)} (expected a non-empty [N, K] matrix)",
-            "quantize each expert or shard by itself",
-            "weight-shape",
-        )
+        what = f"shape {list(weight.shape)} (expected a non-empty [N, K] matrix)"
+        refuse("weight", what, "quantize each expert or shard by itself", "weight-shape")
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        refuse(
-            "weight",
-            f"dtype {weight.dtype} (expected float16, bfloat16 or float32)",
-            "dequantize the layer before it is quantized again",
-            "weight-dtype",
-        )
+        what = f"dtype {weight.dtype} (expected float16, bfloat16 or float32)"
+        refuse("weight", what, "dequantize the layer before it is quantized again", "weight-dtype")
     N, K = weight.shape
     return N, K
 
@@ -57,12 +48,9 @@ def resolve_group_size(K: int, group_size: int, pack_factor: int) -> int:
     resolved = K if group_size == -1 else group_size
     if resolved < 1 or K % resolved:
         fitting = [str(size) for size in (128, 64, 32) if K % size == 0]
-        refuse(
-            "weight",
-            f"group size {group_size} does not divide K = {K} (expected a divisor of K, or -1)",
-            f"use group_size {', '.join([*fitting, '-1'])}, or keep this layer in bf16",
-            "group-size",
-        )
+        what = f"group size {group_size} does not divide K = {K} (expected a divisor of K, or -1)"
+        remedy = f"use group_size {', '.join([*fitting, '-1'])}, or keep this layer in bf16"
+        refuse("weight", what, remedy, "group-size")
     require_packable(K, pack_factor, "K")
     return resolved
 
@@ -74,12 +62,8 @@ def require_packable(size: int, pack_factor: int, name: str = "N") -> None:
         ShapeError: its size is not a multiple of the pack factor.
     """
     if size % pack_factor:
-        refuse(
-            "weight",
-            f"{name} = {size} does not fill int32 words (expected a multiple of {pack_factor})",
-            "keep this layer in bf16",
-            "pack-factor",
-        )
+        what = f"{name} = {size} does not fill int32 words (expected a multiple of {pack_factor})"
+        refuse("weight", what, "keep this layer in bf16", "pack-factor")
 
 
 def require_finite(scales: torch.Tensor, weight: torch.Tensor) -> None:
@@ -94,23 +78,21 @@ def require_finite(scales: torch.Tensor, weight: torch.Tensor) -> None:
     """
     if bool(torch.isfinite(scales).all()):
         return
-    count, first = _count_non_finite(weight)
-    if count:
-        row, column = first
-        refuse(
-            "weight",
+    bad = ~torch.isfinite(weight)
+    if count := int(bad.sum()):
+        row, column = divmod(int(bad.flatten().byte().argmax()), weight.shape[1])
+        what = (
             f"{count} of {weight.numel()} values are not finite, the first "
-            f"{weight[row, column].item()!r} at [{row}, {column}] (expected finite values)",
-            "check the checkpoint's file, or keep this layer in bf16",
-            "not-finite",
+            f"{weight[row, column].item()!r} at [{row}, {column}] (expected finite values)"
         )
-    refuse(
-        "weight",
+        remedy = "check the checkpoint's file, or keep this layer in bf16"
+        refuse("weight", what, remedy, "not-finite")
+    what = (
         f"values as large as {weight.abs().amax().item():.6g} need scales beyond "
-        f"{torch.finfo(scales.dtype).max:.6g}, the largest {scales.dtype}",
-        "run the model in bfloat16, or keep this layer unquantized",
-        "scale-overflow",
+        f"{torch.finfo(scales.dtype).max:.6g}, the largest {scales.dtype}"
     )
+    remedy = "run the model in bfloat16, or keep this layer unquantized"
+    refuse("weight", what, remedy, "scale-overflow")
 
 
 def take(tensors: Mapping[str, torch.Tensor], suffix: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -120,20 +102,13 @@ def take(tensors: Mapping[str, torch.Tensor], suffix: str, shape: tuple[int, ...
         ShapeError: the tensor is missing or has another shape.
     """
     if suffix not in tensors:
-        refuse(
-            suffix,
-            f"missing (expected shape {list(shape)}; got {', '.join(sorted(tensors))})",
-            _OTHER_METHOD,
-            "tensor-missing",
-        )
+        what = f"missing (expected shape {list(shape)}; got {', '.join(sorted(tensors))})"
+        refuse(suffix, what, _OTHER_METHOD, "tensor-missing")
     tensor = tensors[suffix]
     if tuple(tensor.shape) != shape:
-        refuse(
-            suffix,
-            f"shape {list(tensor.shape)} (expected {list(shape)})",
-            "check the method's arguments against the checkpoint",
-            "tensor-shape",
-        )
+        what = f"shape {list(tensor.shape)} (expected {list(shape)})"
+        remedy = "check the method's arguments against the checkpoint"
+        refuse(suffix, what, remedy, "tensor-shape")
     return tensor
 
 
@@ -162,16 +137,3 @@ def take_matrix(
         found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         refuse(suffix, f"{found} (expected {dtype} {layout})", _OTHER_METHOD, "tensor-dtype")
     return tensor
-
-
-def _count_non_finite(weight: torch.Tensor) -> tuple[int, tuple[int, int]]:
-    """Count the values that are NaN or Inf and find the first in row order."""
-    count, first = 0, (0, 0)
-    for rows in row_chunks(*weight.shape):
-        bad = ~torch.isfinite(weight[rows])
-        here = int(bad.sum())
-        if here and not count:
-            row, column = bad.nonzero()[0].tolist()
-            first = (rows.start + row, column)
-        count += here
-    return count, first

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -93,38 +92,9 @@ def float_chunks(weight: torch.Tensor, multiple: int = 1) -> Iterator[tuple[slic
         The slice of rows, and their values, float32 [rows, K], which may be overwritten and are
         valid until the next step.
     """
-    pieces = (
-        (rows, slice(None))
-        for rows in row_chunks(weight.shape[0], weight.shape[1], multiple, weight.device)
-    )
-    return ((rows, values) for rows, _, values in _copies(weight, pieces))
-
-
-def float_block_chunks(
-    weight: torch.Tensor, block_n: int, block_k: int
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Copy a weight to float32, some blocks at a time, always into the same buffer.
-
-    Args:
-        weight: [N, K], any floating dtype; not modified.
-        block_n: rows of a block; every piece is one block high, the last may be ragged.
-        block_k: columns of a block; every piece but the last of a row is whole blocks wide.
-    Yields:
-        The slices of rows and columns, and their values, float32, as `float_chunks` does; about
-        `CHUNK_BYTES` each or, where a single block is larger than that, one block.
-    """
-    N, K = weight.shape
-    columns = list(row_chunks(K, block_n, block_k, weight.device))
-    rows = [slice(start, min(start + block_n, N)) for start in range(0, N, block_n)]
-    return _copies(weight, itertools.product(rows, columns))
-
-
-def _copies(
-    weight: torch.Tensor, pieces: Iterable[tuple[slice, slice]]
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     buffer = torch.empty(0)
-    for rows, columns in pieces:
-        chunk = weight[rows, columns]
+    for rows in row_chunks(weight.shape[0], weight.shape[1], multiple, weight.device):
+        chunk = weight[rows]
         if buffer.numel() < chunk.numel():
             buffer = torch.empty(chunk.numel(), device=weight.device)
-        yield rows, columns, buffer[: chunk.numel()].view(chunk.shape).copy_(chunk)
+        yield rows, buffer[: chunk.numel()].view(chunk.shape).copy_(chunk)

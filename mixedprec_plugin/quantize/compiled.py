@@ -27,18 +27,18 @@ _LEAST_NORMAL, _TINY_BITS, _SUBNORMAL = np.int32(121 << 23), np.int32(141 << 23)
 _REBIAS = np.int32(((7 - 127) << 23) + 0x7FFFF)
 
 
-def tops(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Tell the largest magnitude of each tile: float32 [ceil(N/bn), ceil(K/bk)]; NaN if it has any.
+def ranges(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tell the least and the largest value of each `size` columns of a row; NaN if there is any.
 
     Args:
         weight: bfloat16 [N, K], contiguous.
-        block: (bn, bk).
+    Returns:
+        both float32 [N, ceil(K/size)].
     """
-    low, high = _low_high(weight, block[1])
-    rows = torch.maximum(high, -low)
-    ragged = -len(rows) % block[0]
-    whole = torch.nn.functional.pad(rows, (0, 0, 0, ragged))
-    return whole.view(-1, block[0], rows.shape[1]).amax(1)
+    N, K = weight.shape
+    low, high = torch.empty(2, N, -(-K // size))
+    over_rows(_ranges, N, _bits(weight), size, low.numpy(), high.numpy())
+    return low, high
 
 
 def encode(
@@ -48,14 +48,12 @@ def encode(
 
     Args:
         weight: bfloat16 [N, K], contiguous.
-        scales: float32 [ceil(N/bn), ceil(K/bk)], as `scaled.scales_for` makes them.
+        scales: float32 [ceil(N/bn), ceil(K/bk)], as `scaled.quantize_tiles` makes them.
         block: (bn, bk).
         codes: int8 or float8_e4m3fn [N, K], filled.
     """
-    is_int8 = codes.dtype == torch.int8
-    kernel, made = (_int8, codes) if is_int8 else (_e4m3, codes.view(torch.uint8))
-    arguments = (_bits(weight), scales.numpy(), *block, made.numpy())
-    over_rows(kernel, len(weight), *arguments)
+    arguments = (_bits(weight), scales.numpy(), *block, codes.dtype.is_floating_point)
+    over_rows(_encode, len(weight), *arguments, codes.view(torch.uint8).numpy())
 
 
 def round_rows(
@@ -75,20 +73,13 @@ def round_rows(
     factor = _CHUNKS * torch.get_num_threads()
     for rows in row_chunks(N, K, multiple, factor=factor):
         chunk = weight[rows]
-        scale, zero = grid.fit(*_low_high(chunk, group_size))
+        scale, zero = grid.fit(*ranges(chunk, group_size))
         if buffer.numel() < chunk.numel():
             buffer = torch.empty(chunk.numel(), dtype=torch.uint8)
         codes = buffer[: chunk.numel()].view(chunk.shape)
         arguments = (scale.numpy(), zero.numpy(), float(grid.largest_code), codes.numpy())
         over_rows(_integers, len(chunk), _bits(chunk), *arguments)
         yield rows, codes, scale, zero
-
-
-def _low_high(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    N, K = weight.shape
-    low, high = torch.empty(2, N, -(-K // size))
-    over_rows(_ranges, N, _bits(weight), size, low.numpy(), high.numpy())
-    return low, high
 
 
 def _bits(weight: torch.Tensor) -> Array:
@@ -121,13 +112,7 @@ def e4m3_code(magnitude: Any) -> Any:
 
 @compiled
 def _ranges(weight: Array, size: int, low: Array, high: Array, start: int, stop: int) -> None:
-    """Tell the least and the largest value of each `size` columns of a row.
-
-    Args:
-        weight: int16 [N, K], the bits of bfloat16.
-        low, high: float32 [N, ceil(K/size)], filled; NaN or Inf where there is any.
-        start, stop: the rows to do.
-    """
+    """As `ranges`, for some rows of a weight, int16 [N, K], the bits of bfloat16."""
     for row in range(start, stop):
         for group in range(low.shape[1]):
             least, most = np.int16(0x7FFF), np.int16(-0x8000)
@@ -140,63 +125,32 @@ def _ranges(weight: Array, size: int, low: Array, high: Array, start: int, stop:
 
 
 @compiled
-def _int8(
-    weight: Array, scales: Array, rows: int, columns: int, codes: Array, start: int, stop: int
-) -> None:
-    """Round to int8.
-
-    Args:
-        weight: int16 [N, K], the bits of bfloat16.
-        scales: float32 [ceil(N/rows), ceil(K/columns)].
-        codes: int8 [N, K], filled.
-        start, stop: the rows to do.
-    """
+def _encode(
+    weight: Array, scales: Array, rows: int, columns: int, is_float: bool, codes: Array,
+    start: int, stop: int,
+) -> None:  # fmt: skip
+    """As `encode`, for some rows; no quotient is above the largest code."""
     for row in range(start, stop):
         for tile in range(scales.shape[1]):
             scale = scales[row // rows, tile]
             source = weight[row, tile * columns : (tile + 1) * columns]
             target = codes[row, tile * columns : (tile + 1) * columns]
-            for j in range(len(source)):
-                code = (_float(source[j]) / scale + _WHOLE) - _WHOLE
-                target[j] = np.int8(np.int32(code))
-
-
-@compiled
-def _e4m3(
-    weight: Array, scales: Array, rows: int, columns: int, codes: Array, start: int, stop: int
-) -> None:
-    """Round to e4m3.
-
-    Args:
-        weight: int16 [N, K], the bits of bfloat16.
-        scales: float32 [ceil(N/rows), ceil(K/columns)]; no quotient is above e4m3's largest number.
-        codes: uint8 [N, K], filled.
-        start, stop: the rows to do.
-    """
-    for row in range(start, stop):
-        for tile in range(scales.shape[1]):
-            scale = scales[row // rows, tile]
-            source = weight[row, tile * columns : (tile + 1) * columns]
-            target = codes[row, tile * columns : (tile + 1) * columns]
-            for j in range(len(source)):
-                scaled = np.float32(_float(source[j]) / scale)
-                sign = np.int32(np.int32(scaled.view(np.int32) >> 24) & np.int32(0x80))
-                target[j] = np.uint8(e4m3_code(np.float32(abs(scaled))) | sign)
+            if is_float:
+                for j in range(len(source)):
+                    scaled = np.float32(_float(source[j]) / scale)
+                    sign = np.int32(np.int32(scaled.view(np.int32) >> 24) & np.int32(0x80))
+                    target[j] = np.uint8(e4m3_code(np.float32(abs(scaled))) | sign)
+            else:
+                for j in range(len(source)):
+                    code = (_float(source[j]) / scale + _WHOLE) - _WHOLE
+                    target[j] = np.uint8(np.int32(code))
 
 
 @compiled
 def _integers(
     weight: Array, scales: Array, zeros: Array, top: float, codes: Array, start: int, stop: int
 ) -> None:
-    """Round to unsigned integers.
-
-    Args:
-        weight: int16 [N, K], the bits of bfloat16.
-        scales, zeros: float32 [N, K/G].
-        top: the largest code.
-        codes: uint8 [N, K], filled.
-        start, stop: the rows to do.
-    """
+    """Round some rows to integers, uint8, up to `top`; scales and zeros are float32 [N, K/G]."""
     size = weight.shape[1] // scales.shape[1]
     last = np.float32(top)
     for row in range(start, stop):

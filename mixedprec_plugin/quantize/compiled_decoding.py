@@ -42,13 +42,11 @@ def decode_in_order(
     scales: torch.Tensor,
     weight: torch.Tensor,
 ) -> None:
-    """Write (q - zero) * scale of groups that lie apart.
+    """As `decode`, of columns that each have a group.
 
     Args:
-        codes: uint8 [N, K], contiguous.
         order: int64 [K], the group of each column; each is there.
         zeros, scales: float32 [N, K/G].
-        weight: float32 [N, K], filled.
     """
     arrays = (x.contiguous().numpy() for x in (codes, order, zeros, scales))
     over_rows(_decode_in_order, len(codes), *arrays, weight.numpy())
@@ -57,14 +55,7 @@ def decode_in_order(
 def decode_fp4(
     packed: torch.Tensor, scales: torch.Tensor, whole: torch.Tensor, weight: torch.Tensor
 ) -> None:
-    """Write q * scale * whole.
-
-    Args:
-        packed: uint8 [N, K/2], contiguous.
-        scales: float8 [N, K/G].
-        whole: float32, one element.
-        weight: float32 [N, K], filled.
-    """
+    """Write q * scale * whole: uint8 [N, K/2], float8 [N, K/G], one float32, to float32 [N, K]."""
     factors = scales.float().contiguous().numpy()
     over_rows(_decode_fp4, len(packed), packed.numpy(), factors, float(whole), weight.numpy())
 

@@ -50,10 +50,10 @@ def quantize(
     numbers = weight.view(torch.int32 if is_float else torch.int16).numpy().reshape(-1)
     made = scales.view(torch.uint8).numpy().reshape(-1)
     words = packed.numpy().reshape(-1).view(np.int32)
+    tried = np.array(steps, np.int32), np.array(limits, np.int32)
     is_e8m0 = scales.dtype == torch.float8_e8m0fnu
-    arguments = (np.array(steps, np.int32), np.array(limits, np.int32), is_e8m0, 1 / unit)
-    loop = _LOOPS[group_size, is_float]
-    over_rows(loop, len(made), numbers.view(np.int64), *arguments, words, made, multiple=_BLOCKS)
+    arguments = numbers.view(np.int64), is_float, *tried, is_e8m0, 1 / unit, words, made
+    over_rows(_LOOPS[group_size], len(made), *arguments, multiple=_BLOCKS)
 
 
 @inlined
@@ -82,23 +82,10 @@ def _nearest(quotient: Any) -> Any:
 
 
 @inlined
-def _error(value: Any, scale: Any, inverse: Any, is_float: Any) -> Any:
-    """The square of what rounding changes.
-
-    A product is no quotient, but bfloat16 over e4m3 or e8m0 is so far from halfway between codes
-    that both are rounded alike; halfway, up and down are as far. Float32 may be nearer.
-    """
-    quotient = value / scale if is_float else value * inverse
-    error = _nearest(quotient) * scale - value
+def _error(value: Any, scale: Any) -> Any:
+    """The square of what rounding changes."""
+    error = _nearest(value / scale) * scale - value
     return error * error
-
-
-@inlined
-def _put(fours: Array, quarter: Any, j: Any, r: Any, bits: Array) -> None:
-    four = fours[r * quarter + j]
-    low, high = np.int32(four), np.int32(four >> 32)
-    bits[4 * j, r], bits[4 * j + 1, r] = np.int32(low << 16), np.int32(low & _HIGH)
-    bits[4 * j + 2, r], bits[4 * j + 3, r] = np.int32(high << 16), np.int32(high & _HIGH)
 
 
 @compiled
@@ -111,24 +98,16 @@ def _load_floats(twos: Array, n: int, bits: Array) -> None:
             bits[2 * j, r], bits[2 * j + 1, r] = np.int32(two), np.int32(two >> 32)
 
 
-def _load(size: int) -> Any:
-    # a constant: strides must be known for loads to become vector ones
-    quarter = size // 4
-
-    def load(fours: Array, n: int, bits: Array) -> None:
-        """Write blocks, int64 [n * size / 4] of four bfloat16 each, as float32's bits [size, n]."""
+@compiled
+def _load(fours: Array, n: int, bits: Array) -> None:
+    """Write blocks, int64 [n * size / 4] of four bfloat16 each, as float32's bits [size, n]."""
+    quarter = len(bits) // 4
+    for j in range(quarter):
         for r in range(n):
-            _put(fours, quarter, 0, r, bits)
-            _put(fours, quarter, 1, r, bits)
-            _put(fours, quarter, 2, r, bits)
-            _put(fours, quarter, 3, r, bits)
-            if quarter == 8:
-                _put(fours, quarter, 4, r, bits)
-                _put(fours, quarter, 5, r, bits)
-                _put(fours, quarter, 6, r, bits)
-                _put(fours, quarter, 7, r, bits)
-
-    return compiled(load)
+            four = fours[r * quarter + j]
+            low, high = np.int32(four), np.int32(four >> 32)
+            bits[4 * j, r], bits[4 * j + 1, r] = np.int32(low << 16), np.int32(low & _HIGH)
+            bits[4 * j + 2, r], bits[4 * j + 3, r] = np.int32(high << 16), np.int32(high & _HIGH)
 
 
 @compiled
@@ -145,16 +124,15 @@ def _measure(bits: Array, unit: Any, is_e8m0: bool, values: Array, first: Array)
 
 
 @inlined
-def _lane(values: Array, k: Any, r: Any, scale: Any, inverse: Any, size: Any, floats: Any) -> Any:
-    error = _error(values[k, r], scale, inverse, floats)
-    error += _error(values[k + 8, r], scale, inverse, floats)
+def _lane(values: Array, k: Any, r: Any, scale: Any, size: Any) -> Any:
+    error = _error(values[k, r], scale) + _error(values[k + 8, r], scale)
     if size == 32:
-        error += _error(values[k + 16, r], scale, inverse, floats)
-        error += _error(values[k + 24, r], scale, inverse, floats)
+        error += _error(values[k + 16, r], scale)
+        error += _error(values[k + 24, r], scale)
     return error
 
 
-def _try(size: int, floats: bool) -> Any:
+def _try(size: int) -> Any:
     def attempt(
         values: Array, first: Array, step: Any, limits: Array, is_e8m0: bool, least: Array,
         codes: Array,
@@ -164,16 +142,15 @@ def _try(size: int, floats: bool) -> Any:
         for r in range(_BLOCKS):
             code = min(max(np.int32(first[r] + step), low), high)
             scale = _scale(code, is_e8m0)
-            inverse = _ONE / scale
             # a loop over lanes would not be unrolled, and this one not made a vector one
-            error = _lane(values, 0, r, scale, inverse, size, floats)
-            error += _lane(values, 1, r, scale, inverse, size, floats)
-            error += _lane(values, 2, r, scale, inverse, size, floats)
-            error += _lane(values, 3, r, scale, inverse, size, floats)
-            error += _lane(values, 4, r, scale, inverse, size, floats)
-            error += _lane(values, 5, r, scale, inverse, size, floats)
-            error += _lane(values, 6, r, scale, inverse, size, floats)
-            error += _lane(values, 7, r, scale, inverse, size, floats)
+            error = _lane(values, 0, r, scale, size)
+            error += _lane(values, 1, r, scale, size)
+            error += _lane(values, 2, r, scale, size)
+            error += _lane(values, 3, r, scale, size)
+            error += _lane(values, 4, r, scale, size)
+            error += _lane(values, 5, r, scale, size)
+            error += _lane(values, 6, r, scale, size)
+            error += _lane(values, 7, r, scale, size)
             before, old = least[r], codes[r]
             # no code is 0, what there is before the first attempt
             is_less = (error < before) | (old == 0)
@@ -200,30 +177,15 @@ def _encode(values: Array, bits: Array, codes: Array, is_e8m0: bool, words: Arra
             words[word, r] = made
 
 
-_load_16, _load_32 = _load(16), _load(32)
-_try_16, _try_32, _try_16_floats, _try_32_floats = (
-    _try(size, floats) for floats in (False, True) for size in (16, 32)
-)
+_try_16, _try_32 = _try(16), _try(32)
 
 
-def _blocks(size: int, floats: bool) -> Any:
-    # of an int64
-    each = 2 if floats else 4
-
+def _blocks(size: int) -> Any:
     def blocks(
-        numbers: Array, steps: Array, limits: Array, is_e8m0: bool, inverse: float, words: Array,
-        scales: Array, start: int, stop: int,
+        numbers: Array, is_float: bool, steps: Array, limits: Array, is_e8m0: bool, inverse: float,
+        words: Array, scales: Array, start: int, stop: int,
     ) -> None:  # fmt: skip
-        """Round blocks.
-
-        Args:
-            numbers: int64 [blocks * size / each], the bits of two float32 or four bfloat16 each.
-            steps, limits: int32; as `quantize` takes them.
-            inverse: of the unit.
-            words: int32 [blocks * size / 8], filled.
-            scales: uint8 [blocks], filled.
-            start, stop: the blocks to do.
-        """
+        """As `quantize`, for some blocks, the bits of two float32 or four bfloat16 an int64."""
         bits = np.zeros((size, _BLOCKS), np.int32)
         values = np.zeros((size, _BLOCKS), np.float32)
         first, codes = np.zeros(_BLOCKS, np.int32), np.zeros(_BLOCKS, np.int32)
@@ -231,22 +193,16 @@ def _blocks(size: int, floats: bool) -> Any:
         made = np.zeros((size // 8, _BLOCKS), np.int32)
         for block in range(start, stop, _BLOCKS):
             n = min(_BLOCKS, stop - block)
-            source = numbers[block * size // each :]
-            if floats:
+            source = numbers[block * size // (2 if is_float else 4) :]
+            if is_float:
                 _load_floats(source, n, bits)
-            elif size == 16:
-                _load_16(source, n, bits)
             else:
-                _load_32(source, n, bits)
+                _load(source, n, bits)
             _measure(bits, np.float32(inverse), is_e8m0, values, first)
             codes[:] = 0
             for step in steps:
-                if size == 16 and floats:
-                    _try_16_floats(values, first, step, limits, is_e8m0, least, codes)
-                elif size == 16:
+                if size == 16:
                     _try_16(values, first, step, limits, is_e8m0, least, codes)
-                elif floats:
-                    _try_32_floats(values, first, step, limits, is_e8m0, least, codes)
                 else:
                     _try_32(values, first, step, limits, is_e8m0, least, codes)
             _encode(values, bits, codes, is_e8m0, made)
@@ -258,4 +214,4 @@ def _blocks(size: int, floats: bool) -> Any:
     return compiled(blocks)
 
 
-_LOOPS = {(size, floats): _blocks(size, floats) for size in (16, 32) for floats in (False, True)}
+_LOOPS = {16: _blocks(16), 32: _blocks(32)}

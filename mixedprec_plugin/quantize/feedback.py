@@ -51,11 +51,6 @@ class Rounded(NamedTuple):
     errors: torch.Tensor
     losses: torch.Tensor
 
-    @property
-    def loss(self) -> float:
-        """tr(E H E'), over all rows."""
-        return float(self.losses.sum())
-
 
 def round_with_feedback(
     weight: torch.Tensor,
@@ -184,8 +179,7 @@ def _search(
     """What each candidate costs each row, in weighted squared error: [C, N]."""
     if _is_compiled(targets):
         losses = torch.empty_like(scales)
-        arrays = _arrays(targets, importance, scales, zeros)
-        _run(feedback_cpu.search, targets, *arrays, *_limits(grid), losses.numpy())
+        _run(feedback_cpu.search, grid, targets, importance, scales, zeros, losses)
         return losses
     rows = []
     for scale, zero in zip(scales, zeros, strict=True):
@@ -208,9 +202,8 @@ def _round_columns(
     codes, errors, grid = state.codes[columns], state.errors[columns], state.grid
     scale, zero = state.scales[group], state.zeros[group]
     if _is_compiled(targets):
-        arrays = _arrays(targets, weight, M.contiguous(), scale, zero)
-        made = codes.numpy(), errors.numpy()
-        _run(feedback_cpu.round_columns, targets, *arrays, *_limits(grid), *made)
+        arrays = targets, weight, M.contiguous(), scale, zero, codes, errors
+        _run(feedback_cpu.round_columns, grid, *arrays)
         return
     inverse, targets = scale.reciprocal(), targets.clone()
     for k in range(len(targets)):
@@ -230,22 +223,17 @@ def _nearest(values: torch.Tensor, levels: Levels) -> torch.Tensor:
     return values.div_(steps).round_().mul_(steps)
 
 
-def _limits(grid: AnyGrid) -> tuple[float, float, Any]:
-    return (
-        float(grid.lowest_code), float(grid.largest_code), feedback_cpu.code_levels(grid.levels),
-    )  # fmt: skip
-
-
-def _run(kernel: Any, shaped: torch.Tensor, *arguments: Any) -> None:
-    over_rows(kernel, shaped.shape[1], *arguments, multiple=feedback_cpu.TILE)
-
-
 def _is_compiled(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _arrays(*tensors: torch.Tensor) -> list[Any]:
-    return [tensor.numpy() for tensor in tensors]
+def _run(kernel: Any, grid: AnyGrid, *tensors: torch.Tensor) -> None:
+    """Run a loop over output features, the last dimension of the first tensor."""
+    arrays = [tensor.numpy() for tensor in tensors]
+    limits = float(grid.lowest_code), float(grid.largest_code)
+    levels = feedback_cpu.code_levels(grid.levels)
+    num_rows = tensors[0].shape[-1]
+    over_rows(kernel, num_rows, *arrays, *limits, levels, multiple=feedback_cpu.TILE)
 
 
 def _descend(state: _State, gradient: torch.Tensor, H: torch.Tensor) -> None:
@@ -257,13 +245,9 @@ def _descend(state: _State, gradient: torch.Tensor, H: torch.Tensor) -> None:
 
 
 def _move_group(state: _State, gradient: torch.Tensor, H: torch.Tensor, group: int) -> torch.Tensor:
-    """Move a group's codes, scale and zero, each where the loss falls.
+    """Move a group's codes, scale and zero, each where the loss falls; returns the errors' change.
 
-    Args:
-        gradient: [G, N] of the group, overwritten.
-        H: the group's block [G, G].
-    Returns:
-        the change of the errors, [G, N].
+    `gradient` [G, N] is the group's, and overwritten; H is its block [G, G].
     """
     grid, codes = state.grid, state.codes[state.columns[group]]
     scale, zero = state.scales[group], state.zeros[group]
@@ -308,8 +292,7 @@ def _move_codes(
 ) -> None:
     """Move each code to where the loss is least, the others as they are; fills `change`."""
     if _is_compiled(codes):
-        arrays = _arrays(codes, gradient, H, scale)
-        _run(feedback_cpu.move_codes, codes, *arrays, *_limits(grid), change.numpy())
+        _run(feedback_cpu.move_codes, grid, codes, gradient, H, scale, change)
         return
     inverse = scale.reciprocal()
     for k, diagonal in enumerate(H.diagonal().tolist()):

@@ -46,8 +46,8 @@ def _load(tile: Array, source: Array, first: int, n: int) -> None:
 
 @compiled
 def search(
-    targets: Array, importance: Array, scales: Array, zeros: Array, low: float, top: float,
-    levels: Array, losses: Array, start: int, stop: int,
+    targets: Array, importance: Array, scales: Array, zeros: Array, losses: Array,
+    low: float, top: float, levels: Array, start: int, stop: int,
 ) -> None:  # fmt: skip
     """Tell what each candidate costs each row, in weighted squared error.
 
@@ -55,10 +55,10 @@ def search(
         targets: float32 [G, N].
         importance: float32 [G].
         scales, zeros: float32 [C, N], the candidates.
+        losses: float32 [C, N], filled.
         low, top: the lowest and the largest code.
         levels: of `code_levels`.
-        losses: float32 [C, N], filled.
-        start, stop: the rows to do.
+        start, stop: the rows to do; these four of all loops.
     """
     G = len(targets)
     lowest, last = np.float32(low), np.float32(top)
@@ -91,8 +91,8 @@ def search(
 
 @compiled
 def round_columns(
-    targets: Array, weight: Array, M: Array, scale: Array, zero: Array, low: float, top: float,
-    levels: Array, codes: Array, errors: Array, start: int, stop: int,
+    targets: Array, weight: Array, M: Array, scale: Array, zero: Array, codes: Array, errors: Array,
+    low: float, top: float, levels: Array, start: int, stop: int,
 ) -> None:  # fmt: skip
     """Round columns in turn, each error fed back to the later ones.
 
@@ -100,10 +100,7 @@ def round_columns(
         targets, weight: float32 [G, N]; not modified.
         M: float32 [G, G], unit upper triangular.
         scale, zero: float32 [N].
-        low, top: the lowest and the largest code.
-        levels: of `code_levels`.
         codes, errors: float32 [G, N], filled.
-        start, stop: the rows to do.
     """
     G = len(targets)
     lowest, last = np.float32(low), np.float32(top)
@@ -133,8 +130,8 @@ def round_columns(
 
 @compiled
 def move_codes(
-    codes: Array, gradient: Array, H: Array, scale: Array, low: float, top: float,
-    levels: Array, change: Array, start: int, stop: int,
+    codes: Array, gradient: Array, H: Array, scale: Array, change: Array,
+    low: float, top: float, levels: Array, start: int, stop: int,
 ) -> None:  # fmt: skip
     """Move each code of a group to where the loss is least, the others as they are.
 
@@ -143,10 +140,7 @@ def move_codes(
         gradient: float32 [G, N], kept up to date.
         H: float32 [G, G].
         scale: float32 [N].
-        low, top: the lowest and the largest code.
-        levels: of `code_levels`.
         change: float32 [G, N], filled with the change of the errors.
-        start, stop: the rows to do.
     """
     G = len(codes)
     lowest, last = np.float32(low), np.float32(top)

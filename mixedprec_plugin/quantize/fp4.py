@@ -16,8 +16,9 @@ import math
 
 import torch
 
-from mixedprec_plugin.quantize.checks import refuse, require_finite, weight_shape
+from mixedprec_plugin.quantize.checks import refuse, require_finite, take, take_matrix, weight_shape
 from mixedprec_plugin.quantize.chunks import empty, float_chunks, is_compiled, row_chunks
+from mixedprec_plugin.quantize.codec import Tensors
 from mixedprec_plugin.quantize.rounding import Levels, Tiles, divided
 from mixedprec_plugin.quantize.scaled import Scaled
 
@@ -69,6 +70,20 @@ class Fp4:
         return weight
 
 
+def take_blocks(
+    tensors: Tensors, codes: str, dtype: torch.dtype, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return stored codes, uint8 [N, K/2], and "weight_scale" [N, K/G] of a dtype.
+
+    Raises:
+        ShapeError: one is missing, or of another shape or dtype.
+    """
+    packed = take_matrix(tensors, codes, torch.uint8, "[N, K/2]")
+    take_matrix(tensors, "weight_scale", dtype, f"[N, K/{group_size}]")
+    shape = packed.shape[0], 2 * packed.shape[1] // group_size
+    return packed, take(tensors, "weight_scale", shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Fp4Tiles(Tiles):
     """FP4 codes, held in e4m3, with an e4m3 scale a block beside the usual scale of the whole."""
@@ -78,12 +93,10 @@ class Fp4Tiles(Tiles):
 
     @property
     def largest_code(self) -> float:
-        """The largest code."""
         return LARGEST
 
     @property
     def levels(self) -> Levels:
-        """The codes between."""
         return Levels(1.0, 0.5, 2)
 
     def candidates(
@@ -115,7 +128,6 @@ class Mxfp4Tiles(Fp4Tiles):
     def candidates(
         self, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales to try for blocks that range from `low` to `high`; see `Grid.candidates`."""
         return Tiles.candidates(self, low, high)
 
     def store(self, magnitude: torch.Tensor) -> torch.Tensor:
@@ -166,7 +178,7 @@ def quantize_blocks(
 
     Args:
         weight: [N, K], floating point; not modified.
-        group_size: elements along K that share a scale.
+        group_size: elements along K that share a scale, 16 or 32.
         dtype: of scales, e4m3 or e8m0.
     Returns:
         packed uint8 [N, K/2], scales [N, K/G] and the global scale, float32, a power of two, beside
@@ -183,10 +195,9 @@ def quantize_blocks(
     global_scale = _global_scale(weight)
     if dtype == E8M0:
         global_scale.fill_(1.0)
-    has_loop = group_size in (16, 32)
-    is_whole = has_loop and is_compiled(weight, dtypes=_COMPILED)
+    is_whole = is_compiled(weight, dtypes=_COMPILED)
     for rows, values in [(slice(N), weight)] if is_whole else float_chunks(weight):
-        if has_loop and is_compiled(values, N * K, _COMPILED):
+        if is_compiled(values, N * K, _COMPILED):
             from mixedprec_plugin.quantize import compiled_fp4
 
             how = float(global_scale), _SCALE_STEPS[dtype], _SCALE_CODES[dtype]

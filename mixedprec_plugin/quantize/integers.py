@@ -62,26 +62,17 @@ class Integers:
         low, high = int(self.g_idx.min()), int(self.g_idx.max())
         num_groups = self.K // self.group_size
         if low < 0 or high >= num_groups:
-            refuse(
-                self.order_suffix,
-                f"groups {low}..{high} (expected 0..{num_groups - 1})",
-                "check group_size against the checkpoint",
-                "g-idx",
-            )
+            what = f"groups {low}..{high} (expected 0..{num_groups - 1})"
+            refuse(self.order_suffix, what, "check group_size against the checkpoint", "g-idx")
         sizes = torch.bincount(self.g_idx.flatten().int(), minlength=num_groups)
         if bool((sizes != self.group_size).any()):
-            what = (
-                f"groups of {int(sizes.min())} to {int(sizes.max())} (expected {self.group_size})"
-            )
+            least, most = int(sizes.min()), int(sizes.max())
+            what = f"groups of {least} to {most} (expected {self.group_size})"
             refuse(self.order_suffix, what, "take the layer from another source", "g-idx")
         return self.g_idx.long()
 
     def dequantize(self) -> torch.Tensor:
-        """Return float32 [N, K], exactly (q - zero) * scale.
-
-        Raises:
-            ShapeError: as `order`.
-        """
+        """Return float32 [N, K], exactly (q - zero) * scale; raises as `order` does."""
         order, zeros, scales = self.order, self.zeros.float(), self.scales.float()
         factor = torch.get_num_threads()
         weight = empty((self.N, self.K), torch.float32, scales.device)
@@ -131,10 +122,8 @@ class Integers:
         if dtype == torch.float16 and self.scales.dtype != dtype:
             wrong = int((made.float() != self.scales.float()).sum())
             if wrong:
-                raise NotTheSameNumbersError(
-                    f"{wrong:,} of its {made.numel():,} scales are no float16 numbers",
-                    "start with --dtype bfloat16",
-                )
+                what = f"{wrong:,} of its {made.numel():,} scales are no float16 numbers"
+                raise NotTheSameNumbersError(what, "start with --dtype bfloat16")
         return made.t().contiguous()
 
 
@@ -146,15 +135,12 @@ class Words:
         bits: of a code.
         along_k: input features in a word of "qweight"; 1 where its words are along N.
         pack: codes uint8 [R, K] -> columns of "qweight".
-        pack_compiled: the same on a CPU: takes codes, and "qweight" with the first of its columns
-            that they fill.
         pack_zeros: zero points [R, K/G] -> [K/G, R * bits / 32], columns of "qzeros".
     """
 
     bits: int
     along_k: int
     pack: Callable[[torch.Tensor], torch.Tensor]
-    pack_compiled: Callable[[torch.Tensor, torch.Tensor, int], None]
     pack_zeros: Callable[[torch.Tensor], torch.Tensor]
 
     def quantize(self, weight: torch.Tensor, arguments: Arguments, grid: Grid) -> TensorDict:
@@ -204,7 +190,10 @@ class Words:
         qzeros = empty((num_groups, N * self.bits // 32), torch.int32, scales.device)
         for rows, codes, zeros in pieces:
             if is_compiled(codes, num_weights=N * K):
-                self.pack_compiled(codes, qweight, rows.start // along_n)
+                from mixedprec_plugin.quantize.compiled_packing import pack_columns
+
+                place = rows.start // along_n
+                pack_columns(codes, self.bits, qweight, place, along_k=self.along_k > 1)
             else:
                 qweight[:, rows.start // along_n : rows.stop // along_n] = self.pack(codes)
             first, last = rows.start * self.bits // 32, rows.stop * self.bits // 32
@@ -215,11 +204,8 @@ class Words:
 def rounded(
     weight: torch.Tensor, group_size: int, grid: Grid
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What `round_groups` makes of some rows after the other.
+    """What `round_groups` makes of some rows of a weight [N, K] after the other.
 
-    Args:
-        weight: [N, K], floating point; not modified.
-        group_size: elements along K that share a scale; divides K.
     Yields:
         The slice of rows, codes, which are valid until the next step, scales and zero points.
     """

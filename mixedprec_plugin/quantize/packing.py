@@ -58,27 +58,8 @@ def pack(codes: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
     return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
 
 
-def pack_into(bits: int, codes: torch.Tensor, words: torch.Tensor, first: int) -> None:
-    """Write what `pack` makes, transposed, by compiled loops.
-
-    Args:
-        codes: uint8 [R, K], contiguous, on a CPU.
-        words: int32 [K * bits / 32, N]; R columns are filled, from `first` on.
-    """
-    from mixedprec_plugin.quantize import compiled_packing
-
-    compiled_packing.pack_along_k(codes, bits, words, first)
-
-
 def unpack(words: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
-    """Undo `pack`.
-
-    Args:
-        words: int32 [..., n]; not modified.
-        bits, num_weights: as for `pack`.
-    Returns:
-        uint8 [..., n * 32 / bits], contiguous.
-    """
+    """Undo `pack`: int32 [..., n] to uint8 [..., n * 32 / bits], contiguous."""
     octets = words.contiguous().view(torch.uint8)
     if bits not in (4, 8) and is_compiled(octets, num_weights):
         from mixedprec_plugin.quantize import compiled_packing
@@ -105,28 +86,24 @@ def unpack(words: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor
 
 
 def unpack_along_k(words: torch.Tensor, rows: slice, bits: int) -> torch.Tensor:
-    """Undo `pack` where words are transposed, for some rows.
+    """Undo `pack`, to uint8 [rows, K], where words [K * bits / 32, N] are transposed."""
+    codes = _compiled_columns(words, rows, bits, along_k=True)
+    return unpack(words[:, rows].t(), bits) if codes is None else codes
 
-    Args:
-        words: int32 [K * bits / 32, N]; not modified.
-        rows: a slice of N.
-        bits: 4 or 8.
-    Returns:
-        uint8 [rows, K], contiguous.
-    """
-    if not _is_compiled(words, bits):
-        return unpack(words[:, rows].t(), bits)
-    from mixedprec_plugin.quantize import compiled_packing
 
-    codes = torch.empty((rows.stop - rows.start, len(words) * 32 // bits), dtype=torch.uint8)
-    compiled_packing.unpack_along_k(words, bits, rows.start, codes)
+def _compiled_columns(
+    words: torch.Tensor, rows: slice, bits: int, *, along_k: bool
+) -> torch.Tensor | None:
+    """What compiled loops unpack; None where they do not work on such words."""
+    num_weights = words.numel() * 32 // bits
+    if not (words.is_contiguous() and is_compiled(words.view(torch.uint8), num_weights)):
+        return None
+    from mixedprec_plugin.quantize.compiled_packing import unpack_columns
+
+    K, first = (len(words) * 32 // bits, rows.start) if along_k else (len(words), rows.start // 8)
+    codes = torch.empty((rows.stop - rows.start, K), dtype=torch.uint8)
+    unpack_columns(words, bits, first, codes, along_k=along_k)
     return codes
-
-
-def _is_compiled(words: torch.Tensor, bits: int) -> bool:
-    if not words.is_contiguous():
-        return False
-    return is_compiled(words.view(torch.uint8), words.numel() * 32 // bits)
 
 
 def pack_awq(codes: torch.Tensor) -> torch.Tensor:
@@ -146,45 +123,16 @@ def pack_awq(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack(octets, dim=-1).view(torch.int32).squeeze(-1).t()
 
 
-def pack_awq_into(codes: torch.Tensor, words: torch.Tensor, first: int) -> None:
-    """Write what `pack_awq` makes, by compiled loops.
-
-    Args:
-        codes: uint8 [R, K], contiguous, on a CPU.
-        words: int32 [K, N/8]; R/8 columns are filled, from `first` on.
-    """
-    from mixedprec_plugin.quantize import compiled_packing
-
-    compiled_packing.pack_awq(codes, words, first)
-
-
 def unpack_awq_rows(words: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Undo `pack_awq` for some rows.
-
-    Args:
-        words: int32 [K, N/8]; not modified.
-        rows: a slice of N, from and to a multiple of 8.
-    Returns:
-        uint8 [rows, K], contiguous.
-    """
-    first, last = rows.start // AWQ_PACK_FACTOR, rows.stop // AWQ_PACK_FACTOR
-    if not _is_compiled(words, 4):
-        return unpack_awq(words[:, first:last])
-    from mixedprec_plugin.quantize import compiled_packing
-
-    codes = torch.empty((rows.stop - rows.start, len(words)), dtype=torch.uint8)
-    compiled_packing.unpack_awq(words, first, codes)
-    return codes
+    """Undo `pack_awq` for some rows, from and to a multiple of 8: uint8 [rows, K]."""
+    codes = _compiled_columns(words, rows, 4, along_k=False)
+    if codes is not None:
+        return codes
+    return unpack_awq(words[:, rows.start // AWQ_PACK_FACTOR : rows.stop // AWQ_PACK_FACTOR])
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """Undo `pack_awq`.
-
-    Args:
-        words: int32 [K, N/8]; not modified.
-    Returns:
-        uint8 [N, K], contiguous.
-    """
+    """Undo `pack_awq`: int32 [K, N/8] to uint8 [N, K], contiguous."""
     K, num_words = words.shape
     # `contiguous` would keep the strides of a single row, which cannot be viewed as bytes.
     words = words.t().clone(memory_format=torch.contiguous_format)

@@ -79,17 +79,14 @@ class Tiles:
 
     @property
     def largest_code(self) -> float:
-        """The largest code."""
         return LARGEST_CODE[self.dtype]
 
     @property
     def lowest_code(self) -> float:
-        """The lowest code."""
         return -self.largest_code
 
     @property
     def levels(self) -> Levels:
-        """The codes between."""
         return Levels(2.0**-6, 2.0**-9, 4) if self.dtype.is_floating_point else WHOLE
 
     def candidates(
@@ -126,7 +123,6 @@ class Grid:
 
     @property
     def largest_code(self) -> int:
-        """The largest code."""
         return (1 << self.bits) - 1
 
     def candidates(
@@ -158,11 +154,8 @@ class Grid:
         return store_scale(magnitude, self.scale_dtype)
 
     def fit(self, low: torch.Tensor, high: torch.Tensor) -> Pair:
-        """Return scale and zero point for groups that range from `low` to `high`.
+        """Return scale and zero point for groups that range from `low` to `high`, float32.
 
-        Args:
-            low: float32, least value of each group; not modified.
-            high: float32, largest value of each group; not modified.
         Returns:
             scale, float32 but representable in `scale_dtype`, and zero, float32 of whole numbers in
             0..largest_code; both of the shape of `low`. NaN or Inf where the group holds any.
@@ -183,7 +176,6 @@ def store_scale(magnitude: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Args:
         magnitude: float32, not negative; not modified.
-        dtype: bfloat16, float16 or float32.
     Returns:
         float32 of values of `dtype`: the nearest one, except that float16's subnormal numbers,
         whose steps are coarse, are rounded up so that no code saturates. Inf where `dtype`
@@ -203,8 +195,6 @@ def round_groups(
 
     Args:
         values: [R, K], float32, contiguous; overwritten.
-        group_size: elements along K that share a scale; divides K.
-        grid: what the codes stand for.
     Returns:
         codes uint8 [R, K], scale float32 [R, K/G] representable in the grid's dtype, zero float32
         [R, K/G].

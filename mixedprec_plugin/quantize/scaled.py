@@ -10,20 +10,19 @@ torchao `Float8Tensor.dequantize` and `IntxUnpackedToInt8Tensor.dequantize`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
+from torch.nn.functional import pad
 
 from mixedprec_plugin.quantize.checks import refuse, require_finite, take, take_matrix, weight_shape
-from mixedprec_plugin.quantize.chunks import (
-    empty,
-    float_block_chunks,
-    float_chunks,
-    is_compiled,
-    row_chunks,
-)
+from mixedprec_plugin.quantize.chunks import empty, float_chunks, is_compiled, row_chunks
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
-from mixedprec_plugin.quantize.rounding import LARGEST_CODE, divided
+from mixedprec_plugin.quantize.rounding import LARGEST_CODE, Tiles, divided
+
+# (rows, columns) that share a scale; None for all of them
+Block: TypeAlias = tuple[int | None, int | None]
 
 E4M3 = torch.float8_e4m3fn
 # what compiled loops read
@@ -92,46 +91,17 @@ def read(tensors: Tensors, arguments: Arguments) -> Scaled:
     """
     codes = tensors[arguments["codes"]]
     if codes.dim() != 2 or codes.element_size() != 1:
-        refuse(
-            arguments["codes"],
-            f"{codes.dtype} {list(codes.shape)} (expected one byte an element, [N, K])",
-            "check quantization_config against the checkpoint",
-            "tensor-dtype",
-        )
+        what = f"{codes.dtype} {list(codes.shape)} (expected one byte an element, [N, K])"
+        remedy = "check quantization_config against the checkpoint"
+        refuse(arguments["codes"], what, remedy, "tensor-dtype")
     N, K = codes.shape
     block_n, block_k = arguments["block"]
-    grid = grid_shape(N, K, (block_n, block_k))
-    has_zeros = arguments["zero_point"] in tensors
-    return Scaled(
-        codes,
-        _grid(tensors, arguments["scale"], grid),
-        (block_n, block_k),
-        _grid(tensors, arguments["zero_point"], grid) if has_zeros else None,
-        arguments["reciprocal"],
-        tensors.get("input_scale"),
-    )
-
-
-def read_codes(
-    tensors: Tensors, dtype: torch.dtype, scale: str, block: Sequence[int | None]
-) -> Scaled:
-    """Tell the numbers of symmetric codes "weight" [N, K], multiplied by scales of that suffix.
-
-    Args:
-        dtype: of the codes.
-        block: [bn, bk]; None stands for all of N, or of K.
-    Raises:
-        ShapeError: a tensor is missing, or of another shape or dtype.
-    """
-    codes = take_matrix(tensors, "weight", dtype, "[N, K]")
-    tile = [size or whole for size, whole in zip(block, codes.shape, strict=True)]
-    how = {"codes": "weight", "scale": scale, "zero_point": "", "block": tile, "reciprocal": False}
-    return read(tensors, how)
-
-
-def grid_shape(N: int, K: int, block: tuple[int, int]) -> tuple[int, int]:
-    """Return the shape of the grid of scales for an [N, K] weight."""
-    return -(-N // block[0]), -(-K // block[1])
+    grid = -(-N // block_n), -(-K // block_k)
+    scales, zeros = _grid(tensors, arguments["scale"], grid), None
+    if arguments["zero_point"] in tensors:
+        zeros = _grid(tensors, arguments["zero_point"], grid)
+    reciprocal, inputs = arguments["reciprocal"], tensors.get("input_scale")
+    return Scaled(codes, scales, (block_n, block_k), zeros, reciprocal, inputs)
 
 
 def _grid(tensors: Tensors, suffix: str, grid: tuple[int, int]) -> torch.Tensor:
@@ -151,139 +121,121 @@ def _spread(grid: torch.Tensor, rows: slice, block: tuple[int, int], K: int) -> 
     return chosen.repeat_interleave(block[1], dim=1)[:, :K]
 
 
-def scales_for(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the scales that make the largest magnitudes the largest code, float32.
+@dataclasses.dataclass(frozen=True)
+class TileCodec:
+    """A codec of symmetric codes "weight" [N, K] beside a scale a tile; see `codec.Codec`.
 
-    No clamping is needed afterwards: they are exact to half a unit in the last place, so that no
-    quotient rounds past the largest code.
+    Scales are float32 [ceil(N/bn), ceil(K/bk)], or [] where one is all; W = q * scale. One that is
+    stored for all becomes every channel's.
+
+    Attributes:
+        dtype: of the codes.
+        layout: arguments -> suffix of the scales, and the tile.
     """
-    return divided(largest.float(), LARGEST_CODE[dtype]).clamp_(min=_SMALLEST_SCALE)
+
+    dtype: torch.dtype
+    layout: Callable[[Arguments], tuple[str, Block]]
+
+    def quantize(
+        self, weight: torch.Tensor, arguments: Arguments, _dtype: torch.dtype
+    ) -> TensorDict:
+        """Scale every tile so that its largest magnitude is the largest code; ties to even."""
+        suffix, block = self.layout(arguments)
+        codes, scales = quantize_tiles(weight, block, self.dtype)
+        return {"weight": codes, suffix: _stored(scales, block)}
+
+    def grid(self, arguments: Arguments, _dtype: torch.dtype) -> Tiles:
+        """Codes with a scale for each of the method's tiles."""
+        return Tiles(self.dtype, *self.layout(arguments)[1])
+
+    def read(self, tensors: Tensors, arguments: Arguments) -> Scaled:
+        """Tell the numbers of stored tensors."""
+        suffix, block = self.layout(arguments)
+        codes = take_matrix(tensors, "weight", self.dtype, "[N, K]")
+        tile = _whole(block, codes)
+        how = {"codes": "weight", "scale": suffix, "zero_point": "", "reciprocal": False}
+        return read(tensors, {**how, "block": tile})
+
+    def write(self, numbers: Numbers, arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
+        """Store codes as they are, scales in float32, which holds all."""
+        assert isinstance(numbers, Scaled)
+        suffix, block = self.layout(arguments)
+        scales = numbers.scales.expand(_grid_shape(numbers.codes, _whole(block, numbers.codes)))
+        made = {"weight": numbers.codes, suffix: _stored(scales, block)}
+        if numbers.input_scale is not None:
+            made["input_scale"] = numbers.input_scale.float().view(())
+        return made
 
 
-def encode(scaled: torch.Tensor, codes: torch.Tensor) -> None:
-    """Round to the nearest code, ties to even; a float32 chunk, overwritten, to its codes."""
-    codes.copy_(scaled if codes.dtype.is_floating_point else scaled.round_())
+def _stored(scales: torch.Tensor, block: Block) -> torch.Tensor:
+    return scales.view(()) if block == (None, None) else scales.contiguous()
 
 
-def quantize_blocks(weight: torch.Tensor, block: Sequence[int], dtype: torch.dtype) -> TensorDict:
+def _whole(block: Block, weight: torch.Tensor) -> tuple[int, int]:
+    N, K = weight.shape
+    return block[0] or N, block[1] or K
+
+
+def _grid_shape(weight: torch.Tensor, tile: tuple[int, int]) -> tuple[int, int]:
+    N, K = weight.shape
+    return -(-N // tile[0]), -(-K // tile[1])
+
+
+def quantize_tiles(
+    weight: torch.Tensor, block: Block, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale every tile of a weight so that its largest magnitude is the largest code; encode it.
 
     Args:
         weight: [N, K], floating point; not modified.
-        block: [block_n, block_k].
         dtype: of the codes.
     Returns:
-        "weight" [N, K] of `dtype`, "weight_scale_inv" float32 [ceil(N/bn), ceil(K/bk)],
-        weight ~= q * scale_inv.
-    Raises:
-        ShapeError: not a matrix of floats, or not finite.
-    """
-    weight_shape(weight)
-    block_n, block_k = block
-    make = _compiled_tiles if is_compiled(weight) else _blocks
-    codes, scales = make(weight, (block_n, block_k), dtype)
-    require_finite(scales, weight)
-    return {"weight": codes, "weight_scale_inv": scales}
-
-
-def _compiled_tiles(
-    weight: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K] and scales [ceil(N/bn), ceil(K/bk)] of any tiles."""
-    from mixedprec_plugin.quantize import compiled
-
-    codes = empty(weight.shape, dtype)
-    scales = scales_for(compiled.tops(weight, block), dtype)
-    compiled.encode(weight, scales, block, codes)
-    return codes, scales
-
-
-def _blocks(
-    weight: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of small tiles."""
-    (N, K), (block_n, block_k) = weight.shape, block
-    codes = empty((N, K), dtype, weight.device)
-    scales = torch.empty(grid_shape(N, K, block), device=weight.device)
-    for rows, columns, values in float_block_chunks(weight, block_n, block_k):
-        tops = torch.maximum(values.amax(0), -values.amin(0))
-        ragged = -len(tops) % block_k
-        tops = torch.nn.functional.pad(tops, (0, ragged)).view(-1, block_k).amax(1)
-        scale = scales_for(tops, dtype)
-        first = columns.start // block_k
-        scales[rows.start // block_n, first : first + len(scale)] = scale
-        spread = scale.repeat_interleave(block_k)[: values.shape[1]]
-        encode(values.div_(spread), codes[rows, columns])
-    return codes, scales
-
-
-def quantize_channels(weight: torch.Tensor, dtype: torch.dtype) -> TensorDict:
-    """Scale every row of a weight so that its largest magnitude is the largest code; encode it.
-
-    Args:
-        weight: [N, K], floating point; not modified.
-        dtype: of the codes.
-    Returns:
-        "weight" [N, K] of `dtype`, "weight_scale" float32 [N, 1], weight ~= q * scale.
-    Raises:
-        ShapeError: not a matrix of floats, or not finite.
-    """
-    _, K = weight_shape(weight)
-    make = _compiled_tiles if is_compiled(weight) else _channels
-    codes, scales = make(weight, (1, K), dtype)
-    require_finite(scales, weight)
-    return {"weight": codes, "weight_scale": scales}
-
-
-def _channels(
-    weight: torch.Tensor, _block: tuple[int, int], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K] and scales [N, 1]."""
-    codes = empty(weight.shape, dtype, weight.device)
-    scales = torch.empty((len(weight), 1), device=weight.device)
-    for rows, values in float_chunks(weight):
-        # `aminmax` takes six times as long along a dimension
-        tops = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
-        scales[rows] = scales_for(tops, dtype)
-        encode(values.div_(scales[rows]), codes[rows])
-    return codes, scales
-
-
-def quantize_whole(weight: torch.Tensor, dtype: torch.dtype) -> TensorDict:
-    """Scale a weight so that its largest magnitude is the largest code; encode it.
-
-    Args:
-        weight: [N, K], floating point; not modified.
-        dtype: of the codes.
-    Returns:
-        "weight" [N, K] of `dtype`, "weight_scale" float32 [], weight ~= q * scale.
+        codes [N, K] of `dtype`, the nearest, ties to even, and scales float32
+        [ceil(N/bn), ceil(K/bk)]; weight ~= q * scale.
     Raises:
         ShapeError: not a matrix of floats, or not finite.
     """
     N, K = weight_shape(weight)
-    make = _compiled_tiles if is_compiled(weight) else _whole
-    codes, scale = make(weight, (N, K), dtype)
-    require_finite(scale, weight)
-    return {"weight": codes, "weight_scale": scale.view(())}
+    tile = _whole(block, weight)
+    codes = empty((N, K), dtype, weight.device)
+    if is_compiled(weight):
+        from mixedprec_plugin.quantize import compiled
+
+        low, high = compiled.ranges(weight, tile[1])
+        scales = _scales(torch.maximum(high, -low), tile[0], dtype)
+        compiled.encode(weight, scales, tile, codes)
+    else:
+        scales = torch.empty(_grid_shape(weight, tile), device=weight.device)
+        is_whole = tile == (N, K)
+        if is_whole:
+            tops = torch.stack(torch.aminmax(weight)).float().abs().amax()
+            scales = _scales(tops.view(1, 1), 1, dtype)
+        for rows, values in float_chunks(weight, 1 if is_whole else tile[0]):
+            if not is_whole:
+                own = slice(rows.start // tile[0], -(-rows.stop // tile[0]))
+                scales[own] = _scales(_tops(values, tile[1]), tile[0], dtype)
+            values.div_(_spread(scales, rows, tile, K))
+            codes[rows].copy_(values if dtype.is_floating_point else values.round_())
+    require_finite(scales, weight)
+    return codes, scales
 
 
-def _whole(
-    weight: torch.Tensor, _block: tuple[int, int], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K] and a scale."""
-    low, high = torch.aminmax(weight)
-    scale = scales_for(torch.maximum(high, -low), dtype)
-    codes = empty(weight.shape, dtype, weight.device)
-    for rows, values in float_chunks(weight):
-        encode(values.div_(scale), codes[rows])
-    return codes, scale
+def _tops(values: torch.Tensor, size: int) -> torch.Tensor:
+    """The largest magnitude of each `size` columns of a row, [R, ceil(K/size)]; or NaN."""
+    ragged = -values.shape[1] % size
+    groups = (pad(values, (0, ragged)) if ragged else values).view(len(values), -1, size)
+    # `aminmax` takes six times as long along a dimension
+    return torch.maximum(groups.amax(2), -groups.amin(2))
 
 
-def write_channels(numbers: Numbers) -> TensorDict:
-    """Store codes as they are, with a scale a row: one scale for all becomes every row's."""
-    assert isinstance(numbers, Scaled)
-    scales = numbers.scales.expand(numbers.codes.shape[0], 1).contiguous()
-    return {"weight": numbers.codes, "weight_scale": scales}
+def _scales(tops: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Scales that make the largest magnitude of `size` rows the largest code, [ceil(R/size), ...].
+
+    No clamping is needed afterwards: they are exact to half a unit in the last place, so that no
+    quotient rounds past the largest code.
+    """
+    whole = pad(tops, (0, 0, 0, -len(tops) % size)).view(-1, size, tops.shape[1])
+    return divided(whole.amax(1), LARGEST_CODE[dtype]).clamp_(min=_SMALLEST_SCALE)
 
 
 def decode_e4m3(codes: torch.Tensor, values: torch.Tensor) -> None:

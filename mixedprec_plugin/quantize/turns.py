@@ -20,11 +20,7 @@ def times(value: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def times_sylvester(value: torch.Tensor, size: int) -> torch.Tensor:
-    """As `times`, by Sylvester's Hadamard matrix over sqrt(n); float32.
-
-    Args:
-        size: n, a power of two.
-    """
+    """As `times`, by Sylvester's Hadamard matrix over sqrt(n), n a power of two; float32."""
     step, value = 1, value.float()
     shape = value.shape
     while step < size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from mixedprec_plugin.methods.cards import Gpu
+from mixedprec_plugin.methods.cards import Gpu, find_gpu
 from mixedprec_plugin.methods.interface import Device, LayerShape, Target
 from mixedprec_plugin.methods.registry import bind
 from mixedprec_plugin.methods.remedies import find_faults
@@ -40,6 +40,20 @@ def check(
     gpu = Gpu("a GPU", capability) if capability else None
     found = find_faults(*bind(name, given), shape, Target(device, gpu=gpu))
     return [(f.text, f.remedy) for f in found if f.rule == "gpu" or not capability]
+
+
+def texts(
+    name: str, shape: LayerShape, gpu: str = "", device: Device = "cuda", **given: Any
+) -> list[str]:
+    """The same on a GPU by its name, with whatever any GPU lacks."""
+    target = Target(device, gpu=find_gpu(gpu) if gpu else None)
+    faults = find_faults(*bind(name, given), shape, target)
+    return [f"{fault.text}; {fault.remedy}" for fault in faults]
+
+
+def linear(N: int, K: int, **changes: Any) -> LayerShape:
+    """A layer of its own whose outputs ranks divide, but for the changes."""
+    return LayerShape(**{"N": N, "K": K, "shard_sizes": (N,), "parallel": "column", **changes})
 
 
 def grid() -> list[LayerShape]:

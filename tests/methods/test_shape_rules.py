@@ -109,7 +109,7 @@ DOWN = LayerShape(N=768, K=2048, shard_sizes=(768,), parallel="row")
             {},
             LayerShape(96, 1024, (96,), "column", tp_size=4),
             (
-                "N = 24 is not a multiple of 16, which FP8 matmuls need",
+                "N = 24 per rank is not a multiple of 16, which FP8 matmuls need",
                 "use method: int8_channel, or serve with --tp 2",
             ),
         ),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mixedprec_plugin.errors import ShapeError
-from mixedprec_plugin.quantize import chunks, loops, packing
+from mixedprec_plugin.quantize import chunks, compiled_packing, loops, packing
 from tests.quantize.methods import CASES, Case, case
 
 # 200: no whole tiles of 128, rows of 16 or words of 16 columns
@@ -144,7 +144,7 @@ def test_threads(method: Case) -> None:
 def test_words_along_k(bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (200, 72), dtype=torch.uint8)
     words = torch.zeros(72 * bits // 32, 216, dtype=torch.int32)
-    packing.pack_into(bits, codes, words, 8)
+    compiled_packing.pack_columns(codes, bits, words, 8, along_k=True)
     assert torch.equal(words[:, 8:208], packing.pack(codes, bits).t())
     assert not words[:, :8].any()
     assert not words[:, 208:].any()
@@ -153,7 +153,7 @@ def test_words_along_k(bits: int) -> None:
 def test_words_of_awq() -> None:
     codes = torch.randint(0, 16, (200, 72), dtype=torch.uint8)
     words = torch.zeros(72, 27, dtype=torch.int32)
-    packing.pack_awq_into(codes, words, 1)
+    compiled_packing.pack_columns(codes, 4, words, 1, along_k=False)
     assert torch.equal(words[:, 1:26], packing.pack_awq(codes))
     assert not words[:, [0, 26]].any()
 

@@ -20,7 +20,6 @@ from mixedprec_plugin.methods.interface import (
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec, unusable
 
 NAME = "awq"
-CODEC = "mixedprec_plugin.methods.awq.codec"
 
 _BITS, _PACK_FACTOR = 4, 8
 # AWQ rounds to nearest, beside folded scales
@@ -45,7 +44,6 @@ def config_arguments(arguments: Arguments, platform: str) -> dict[str, Any]:
 
 
 def declare(arguments: Arguments) -> dict[str, Any]:
-    """Return what config.json's `quantization_config` says of such a checkpoint."""
     return {
         "quant_method": NAME,
         "version": "gemm",
@@ -58,7 +56,6 @@ def declare(arguments: Arguments) -> dict[str, Any]:
 
 
 def read_config(config: Mapping[str, Any], _name: str) -> Said:
-    """Read what config.json says of a layer."""
     facts = integers.config_facts(config)
     if "symmetric" not in facts and config.get("zero_point") is not None:
         facts["symmetric"] = not config["zero_point"]
@@ -66,10 +63,7 @@ def read_config(config: Mapping[str, Any], _name: str) -> Said:
 
 
 def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N];
-    W = (qweight - qzeros) * scales, transposed.
+    """Return the stored tensors; W = (qweight - qzeros) * scales, transposed.
 
     Source: `AWQLinearScheme.create_weights` (awq/schemes/awq_linear.py:54-89).
     """
@@ -95,20 +89,10 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     group_size = shapes.group_size_of(K, groups)
     if group_size is None:
         return integers.ragged(tensors, "awq 4-bit", N, K, groups, NAME)
-    return StoredFormat(
-        NAME,
-        {"bits": _BITS, "group_size": group_size, "zero_point": True},
-        N,
-        K,
-        f"awq 4-bit group {group_size}",
-        encoding=NAME,
-        numbers="integers",
-        facts={"bits": _BITS, "group_size": group_size},
-        suffixes=frozenset(integers.PACKED),
-        codec=CODEC,
-        how={"group_size": group_size},
-        like=NAME,
-        limit=integers.limit(_BITS, group_size, _LIMIT),
+    facts, how = {"bits": _BITS, "group_size": group_size}, {"group_size": group_size}
+    arguments, label = {**facts, "zero_point": True}, f"awq 4-bit group {group_size}"
+    return METHOD.holds(
+        arguments, N, K, label, integers.PACKED, numbers="integers", facts=facts, how=how
     )
 
 
@@ -242,7 +226,7 @@ METHOD = Method(
         "cpu": "mixedprec_plugin.methods.awq.sglang:CpuAWQConfig",
     },
     config_arguments=config_arguments,
-    codec=CODEC,
+    codec="mixedprec_plugin.methods.awq.codec",
     fallback_below=_MARLIN_CAPABILITY,
     why_not_repack=why_not_repack,
     # SGLang's class asks, and has another kernel for what Marlin does not take (awq.py:383)

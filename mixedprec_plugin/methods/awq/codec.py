@@ -1,5 +1,9 @@
 """AWQ's stored form: 4-bit codes with zero points, interleaved along N: w ~= (q - zero) * scale.
 
+    qweight   int32 [K, N/8]
+    qzeros    int32 [K/G, N/8]
+    scales    [K/G, N], of any floating dtype
+
 Only the form is AWQ's: weights are rounded to nearest, not calibrated, so nothing is folded into
 other layers.
 Source: AutoAWQ `WQLinear_GEMM` and `AwqQuantizer.pseudo_quantize_tensor`.
@@ -21,61 +25,33 @@ from mixedprec_plugin.quantize.codec import (
     Tensors,
 )
 from mixedprec_plugin.quantize.integers import Integers, Words
-from mixedprec_plugin.quantize.packing import (
-    AWQ_PACK_FACTOR,
-    pack_awq,
-    pack_awq_into,
-    unpack_awq,
-    unpack_awq_rows,
-)
+from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq, unpack_awq_rows
 from mixedprec_plugin.quantize.rounding import Grid
 
 _WORDS = Words(
-    bits=4,
-    along_k=1,
-    pack=pack_awq,
-    pack_compiled=pack_awq_into,
-    pack_zeros=lambda zeros: pack_awq(zeros.to(torch.uint8)),
+    bits=4, along_k=1, pack=pack_awq, pack_zeros=lambda zeros: pack_awq(zeros.to(torch.uint8))
 )
 
 
 def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Quantize a weight to group-wise 4-bit integers with zero points, AWQ GEMM layout.
+    """Quantize a weight to group-wise 4-bit integers with zero points.
 
-    Returns:
-        "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N] of `dtype`,
-        weight ~= (q - zero) * scale.
     Raises:
-        ShapeError: as `Words.quantize`.
         MethodError: no zero points were asked for; AWQ's kernels read them.
     """
     if not arguments.get("zero_point", True):
-        raise MethodError(
-            Problem(
-                "zero_point",
-                "False cannot be quantized to (expected True)",
-                "use method gptq for symmetric 4-bit weights",
-                "zero-point",
-            )
-        )
+        what = "False cannot be quantized to (expected True)"
+        remedy = "use method gptq for symmetric 4-bit weights"
+        raise MethodError(Problem("zero_point", what, remedy, "zero-point"))
     return _WORDS.quantize(weight, arguments, grid(arguments, dtype))
 
 
 def grid(_arguments: Arguments, dtype: torch.dtype) -> Grid:
-    """What codes stand for; see `Codec.grid`."""
     return Grid(bits=4, symmetric=False, scale_dtype=dtype)
 
 
 def read(tensors: Tensors, arguments: Arguments) -> Integers:
-    """Tell the numbers of a layer.
-
-    Args:
-        tensors: "qweight" int32 [K, N/8], "qzeros" int32 [K/G, N/8], "scales" [K/G, N] of any
-            floating dtype; not modified.
-        arguments: "group_size".
-    Raises:
-        ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
-    """
+    """Tell the numbers of a layer; of the arguments "group_size" is read."""
     qweight = take_matrix(tensors, "qweight", torch.int32, "[K, N/8]")
     K, num_words = qweight.shape
     N = num_words * AWQ_PACK_FACTOR
@@ -88,12 +64,7 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
 
 
 def write(numbers: Numbers, _arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Store integers in groups of any packing, as `quantize` does.
-
-    Raises:
-        NotTheSameNumbersError: their groups are in act order, a zero point is no 4-bit number, or
-            `dtype` does not hold the scales.
-    """
+    """Store integers in groups of any packing, but in act order or with other zero points."""
     assert isinstance(numbers, Integers)
     if numbers.order is not None:
         raise NotTheSameNumbersError("its groups are in act order")

@@ -24,6 +24,7 @@ from mixedprec_plugin.cpu.packed_layers import (
     Stored,
 )
 from mixedprec_plugin.errors import Problem, ShapeError
+from mixedprec_plugin.methods.construct import recast
 from mixedprec_plugin.methods.marlin_experts import ScalesInOrder
 from mixedprec_plugin.quantize.packing import AWQ_PACK_FACTOR, pack_awq, unpack_awq
 
@@ -47,11 +48,7 @@ class AWQExpertsConfig(AWQMarlinConfig):
 
 def repaired(config: QuantizationConfig) -> QuantizationConfig:
     """The config whose experts are repaired; others, ours among them, are returned as they are."""
-    if type(config) is not AWQMarlinConfig:
-        return config
-    own = copy.copy(config)
-    own.__class__ = AWQExpertsConfig
-    return own
+    return recast(config, {AWQMarlinConfig: AWQExpertsConfig})
 
 
 def asked_of_model(config: QuantizationConfig) -> Mapping[str, Any]:
@@ -80,9 +77,8 @@ class CpuAWQLinearScheme(_Words, PackedLinear, AWQLinearScheme):
     ) -> None:
         """Create SGLang's parameters; a group size of -1 becomes the layer's own K.
 
-        Raises:
-            ShapeError: group size -1 on a layer whose K is split over ranks: every rank would
-                need the scales of the whole, which SGLang's AWQ parameters cannot hold.
+        Not where K is split over ranks: every rank would need the scales of the whole, which
+        SGLang's AWQ parameters cannot hold.
         """
         if self.quant_config.group_size == -1:
             input_size = kwargs.get("input_size", input_size_per_partition)
@@ -121,11 +117,7 @@ class CpuAWQConfig(PackedConfig, AWQConfig):
         return [torch.float16, torch.bfloat16]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The layer's method; None where the layer is none that is quantized.
-
-        Experts and heads are served, as by `AWQMarlinConfig`: `AWQConfig` would leave them
-        unquantized.
-        """
+        """Experts and heads are served as by `AWQMarlinConfig`; `AWQConfig` leaves them alone."""
         if isinstance(layer, ParallelLMHead):
             layer.scheme = self.get_linear_scheme(layer)
             return AWQLinearMethod(self)

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from mixedprec_plugin.methods import scaled
 from mixedprec_plugin.methods.integers import GROUP_SIZES, largest
-from mixedprec_plugin.methods.interface import (
-    Alternative,
-    Arguments,
-    Fault,
-    LayerShape,
-    Method,
-    Rounding,
-    Target,
-    choice,
-)
+from mixedprec_plugin.methods.interface import Alternative, Arguments, Method, Rounding, choice
 from mixedprec_plugin.methods.shapes import block_faults, grid, shape_faults
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 
@@ -40,16 +30,8 @@ def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
     }
 
 
-def read_config(config: Mapping[str, Any], _name: str) -> Said:
-    """Read what config.json says of a layer."""
-    return Said("int8", scaled.block_facts(config))
-
-
 def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" [N, K] int8 and "weight_scale_inv" [ceil(N/block_n), ceil(K/block_k)];
-    W = weight * scale.
+    """Return the stored tensors; W = weight * weight_scale_inv.
 
     Source: `BlockInt8LinearMethod.create_weights` (layers/quantization/blockwise_int8.py:188-216).
     """
@@ -66,11 +48,6 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
         return None
     arguments = {"weight_block_size": found.facts["block"]}
     return dataclasses.replace(found, method=NAME, arguments=arguments, like=NAME)
-
-
-def faults(arguments: Arguments, shape: LayerShape, _target: Target) -> list[Fault]:
-    """Return what SGLang's block INT8 methods refuse of a layer."""
-    return shape_faults(block_faults(arguments["weight_block_size"], shape))
 
 
 def rounding(arguments: Arguments) -> Rounding:
@@ -102,9 +79,11 @@ METHOD = Method(
     },
     stored=stored,
     recognize=recognize,
-    read_config={NAME: read_config},
+    read_config={NAME: lambda config, _name: Said("int8", scaled.block_facts(config))},
     declare=lambda arguments: {"quant_method": NAME, **arguments},
-    faults=faults,
+    faults=lambda arguments, shape, _target: shape_faults(
+        block_faults(arguments["weight_block_size"], shape)
+    ),
     rounding=rounding,
     alternatives=(
         Alternative(NAME, ({"weight_block_size": [64, 64]},)),

@@ -13,7 +13,6 @@ _ENCODINGS = {"auto_round:auto_awq": awq.NAME, "auto_round:auto_gptq": gptq.NAME
 
 
 def read_config(config: Mapping[str, Any], name: str) -> Said:
-    """Read what config.json says of a layer."""
     facts = integers.config_facts(config)
     blocks = config.get("block_name_to_quantize")
     within = blocks.split(",") if isinstance(blocks, str) else strings(blocks)

@@ -6,21 +6,8 @@ import dataclasses
 import re
 
 from mixedprec_plugin.methods import blockwise_int8, fp8, scaled
-from mixedprec_plugin.methods.interface import (
-    AS_STORED_REMEDY,
-    Fault,
-    Format,
-    LayerShape,
-    Target,
-)
-from mixedprec_plugin.methods.stored import (
-    FLOAT,
-    Said,
-    StoredFormat,
-    Tensors,
-    incomplete,
-    unusable,
-)
+from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Target
+from mixedprec_plugin.methods.stored import FLOAT, Said, StoredFormat, Tensors, incomplete, unusable
 
 # a suffix that no other format has -> the format that writes it
 _SIGNATURES = {
@@ -79,8 +66,7 @@ def _eight_bits(tensors: Tensors, said: Said) -> StoredFormat | None:
 def _eight_bit_faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Fault]:
     if stored.encoding != fp8.NAME:
         return []
-    found = fp8.METHOD.faults(fp8.METHOD.defaults, shape, target)
-    return [fault._replace(remedy=AS_STORED_REMEDY) for fault in found]
+    return fp8.METHOD.faults(fp8.METHOD.defaults, shape, target)
 
 
 def _unknown_weight(tensors: Tensors, _said: Said) -> StoredFormat | None:

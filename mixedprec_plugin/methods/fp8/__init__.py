@@ -58,11 +58,7 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
 
 
 def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" [N, K] e4m3, and "weight_scale" [] or, in blocks, "weight_scale_inv"
-    [ceil(N/block_n), ceil(K/block_k)]; W = weight * scale. "input_scale" [] where activations have
-    a static scale.
+    """Return the stored tensors; W = weight * scale, and an "input_scale" where it is static.
 
     Without blocks every shard of a fused module keeps its own scale: SGLang spreads them over the
     channels (fp8.py:1213), and so does the CPU platform. Only on compute capability 12.x it rounds
@@ -116,12 +112,9 @@ def whole_scale_faults(shape: LayerShape, target: Target) -> list[Fault]:
     """
     if target.device != "cuda" or shape.is_expert:
         return []
-    sizes = {"K": shapes.inputs_per_rank(shape), "N": sum(shapes.outputs_per_rank(shape))}
-    return shapes.shape_faults(
-        f"{name} = {size} is not a multiple of 16, which FP8 matmuls need"
-        for name, size in sizes.items()
-        if size % 16
-    )
+    why = "which FP8 matmuls need"
+    texts = shapes.input_faults(shape, 16, why) + shapes.output_faults(shape, 16, why)
+    return shapes.shape_faults(texts)
 
 
 def _faults_without_units(shape: LayerShape, target: Target) -> list[Fault]:

@@ -17,12 +17,7 @@ from mixedprec_plugin.cpu.activation import (
     quantize_fp8_tokens,
 )
 from mixedprec_plugin.cpu.config import CpuConfig
-from mixedprec_plugin.cpu.experts import (
-    LoopedExperts,
-    Prepare,
-    prepare_blocks,
-    prepare_channels,
-)
+from mixedprec_plugin.cpu.experts import LoopedExperts, Prepare, prepare_blocks, prepare_channels
 from mixedprec_plugin.cpu.linear import QuantizedLinear, multiply_blocks, multiply_channels
 from mixedprec_plugin.errors import MethodError, Problem
 

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from mixedprec_plugin.methods import fp8, scaled
 from mixedprec_plugin.methods.integers import GROUP_SIZES
-from mixedprec_plugin.methods.interface import Alternative, Arguments, Method, Rounding
+from mixedprec_plugin.methods.interface import Alternative, Method, Rounding
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 
 NAME = "fp8_channel"
-
-
-def read_config(_config: Mapping[str, Any], _name: str) -> Said:
-    """Read what config.json says of a layer."""
-    return Said(fp8.NAME, scaled.channel_facts())
-
-
-def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors: "weight" [N, K] e4m3 and "weight_scale" [N, 1]; W = q * scale.
-
-    Shards of a fused module, and those of several sources, stand one below the other: no scale is
-    shared, so none is rounded again.
-
-    Source: `W8A8Fp8LinearMethod.create_weights` (layers/quantization/w8a8_fp8.py:147).
-    """
-    return {"weight": TensorSpec(fp8.CODES, (N, K)), "weight_scale": TensorSpec("F32", (N, 1))}
 
 
 def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
@@ -45,9 +27,15 @@ METHOD = Method(
     "choose, so there are no arguments.",
     aliases={"fp8_per_channel": {}, "fp8_channelwise": {}, "fp8_dynamic": {}, "w8a8_fp8": {}},
     schema={},
-    stored=stored,
+    # shards of a fused module, and those of several sources, stand one below the other: no scale is
+    # shared, so none is rounded again; W = q * scale.
+    # `W8A8Fp8LinearMethod.create_weights` (layers/quantization/w8a8_fp8.py:147)
+    stored=lambda _arguments, N, K, _dtype: {
+        "weight": TensorSpec(fp8.CODES, (N, K)),
+        "weight_scale": TensorSpec("F32", (N, 1)),
+    },
     recognize=recognize,
-    read_config=dict.fromkeys((NAME, "w8a8_fp8"), read_config),
+    read_config=dict.fromkeys((NAME, "w8a8_fp8"), scaled.says_channels(fp8.NAME)),
     declare=lambda _arguments: {"quant_method": NAME},
     # `W8A8Fp8LinearMethod.apply` calls the same `apply_fp8_linear` as `fp8` (fp8_utils.py:2501)
     faults=lambda _arguments, shape, target: fp8.whole_scale_faults(shape, target),

@@ -9,46 +9,11 @@ from __future__ import annotations
 import torch
 
 from mixedprec_plugin.cpu.activation import quantize_fp8_tokens
-from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
-from mixedprec_plugin.quantize.rounding import Tiles
-from mixedprec_plugin.quantize.scaled import (
-    E4M3,
-    Scaled,
-    quantize_channels,
-    read_codes,
-    write_channels,
-)
+from mixedprec_plugin.quantize.codec import Arguments, Tensors
+from mixedprec_plugin.quantize.scaled import E4M3, TileCodec
 
-
-def quantize(weight: torch.Tensor, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
-    """Quantize a weight to FP8 e4m3, ties to even.
-
-    Returns:
-        "weight" float8_e4m3fn [N, K], "weight_scale" float32 [N, 1], a row's largest magnitude /
-        448.
-    Raises:
-        ShapeError: not a matrix of floats, or not finite.
-    """
-    return quantize_channels(weight, E4M3)
-
-
-def grid(_arguments: Arguments, _dtype: torch.dtype) -> Tiles:
-    """Codes with a scale for each of the method's tiles."""
-    return Tiles(E4M3, 1, None)
-
-
-def read(tensors: Tensors, _arguments: Arguments) -> Scaled:
-    """Tell the numbers of "weight" e4m3 [N, K] and "weight_scale" [N, 1].
-
-    Raises:
-        ShapeError: a tensor is missing, or of another shape or dtype.
-    """
-    return read_codes(tensors, E4M3, "weight_scale", (1, None))
-
-
-def write(numbers: Numbers, _arguments: Arguments, _dtype: torch.dtype) -> TensorDict:
-    """Store the codes as they are; one scale for all becomes every channel's."""
-    return write_channels(numbers)
+_CODEC = TileCodec(E4M3, lambda _arguments: ("weight_scale", (1, None)))
+quantize, read, write, grid = _CODEC.quantize, _CODEC.read, _CODEC.write, _CODEC.grid
 
 
 def round_inputs(inputs: torch.Tensor, _tensors: Tensors, _arguments: Arguments) -> torch.Tensor:

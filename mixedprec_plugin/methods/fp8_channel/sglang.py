@@ -25,11 +25,7 @@ UNSUMMED_EXPERTS = (w8a8_fp8.W8A8FP8MoEMethod,)
 
 
 class ChannelFp8Config(w8a8_fp8.W8A8Fp8Config):
-    """`W8A8Fp8Config` whose linear methods know their config.
-
-    Attributes:
-        weight_block_size: None, there are no blocks.
-    """
+    """`W8A8Fp8Config` whose linear methods know their config; there are no blocks."""
 
     weight_block_size: list[int] | None = None
 
@@ -39,7 +35,6 @@ class ChannelFp8Config(w8a8_fp8.W8A8Fp8Config):
         return "fp8_channel"
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """SGLang's own method; None where the layer is none that is quantized."""
         method = super().get_quant_method(layer, prefix)
         if isinstance(method, w8a8_fp8.W8A8Fp8LinearMethod):
             method.quant_config = self

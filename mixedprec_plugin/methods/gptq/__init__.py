@@ -8,7 +8,6 @@ from typing import Any
 
 from mixedprec_plugin.methods import integers, shapes
 from mixedprec_plugin.methods.interface import (
-    AS_STORED_REMEDY,
     Alternative,
     Arguments,
     Fault,
@@ -31,7 +30,6 @@ from mixedprec_plugin.methods.stored import (
 )
 
 NAME = "gptq"
-CODEC = "mixedprec_plugin.methods.gptq.codec"
 
 _V1_PACKINGS = frozenset({"", "gptq", "auto_round:auto_gptq"})
 _V2 = "gptq_v2"
@@ -66,7 +64,6 @@ def has_order(arguments: Arguments) -> bool:
 
 
 def declare(arguments: Arguments) -> dict[str, Any]:
-    """Return what config.json's `quantization_config` says of such a checkpoint."""
     return {
         "quant_method": NAME,
         "checkpoint_format": NAME,
@@ -98,10 +95,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "qweight" int32 [K/(32/bits), N], "qzeros" int32 [K/G, N/(32/bits)] holding zero - 1, "scales"
-    [K/G, N], "g_idx" int32 [K]; W = (qweight - zero) * scales, transposed.
+    """Return the stored tensors; "qzeros" hold zero - 1, W = (qweight - zero) * scales, transposed.
 
     Source: `GPTQMarlinLinearScheme.create_weights` (gptq/schemes/gptq_marlin.py:88-150).
     """
@@ -154,27 +148,17 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
         "v2": is_v2,
         "without g_idx": g_idx is None,
     }
-    is_served = is_symmetric and not is_v2
-    arguments = {"bits": bits, "group_size": group_size, "sym": True, "desc_act": desc_act}
-    return StoredFormat(
-        NAME if is_served else "",
-        arguments if is_served else {},
+    facts = {"bits": bits, "group_size": group_size}
+    return METHOD.holds(
+        {**facts, "sym": True, "desc_act": desc_act},
         N,
         K,
         " ".join(note for note, is_so in notes.items() if is_so),
-        encoding=NAME,
+        {*integers.PACKED, "g_idx"} & tensors.keys(),
+        is_served=is_symmetric and not is_v2,
         numbers="integers",
-        facts={"bits": bits, "group_size": group_size},
-        suffixes=frozenset({*integers.PACKED, "g_idx"} & tensors.keys()),
-        codec=CODEC,
-        how={
-            "bits": bits,
-            "group_size": group_size,
-            "desc_act": desc_act,
-            "checkpoint_format": _V2 if is_v2 else NAME,
-        },
-        like=NAME,
-        limit=integers.limit(bits, group_size),
+        facts=facts,
+        how={**facts, "desc_act": desc_act, "checkpoint_format": _V2 if is_v2 else NAME},
         filled={"g_idx": TensorSpec("I32", (K,))} if g_idx is None else {},
     )
 
@@ -239,7 +223,7 @@ def faults_as_stored(stored: StoredFormat, shape: LayerShape, target: Target) ->
         for key in ("bits", "group_size", *order)
         if whole and stored.said.get(key) != whole.get(key)
     ]
-    return [fault._replace(remedy=AS_STORED_REMEDY) for fault in found + shapes.shape_faults(texts)]
+    return found + shapes.shape_faults(texts)
 
 
 def rounding(arguments: Arguments) -> Rounding:
@@ -305,7 +289,7 @@ METHOD = Method(
         "cpu": "mixedprec_plugin.methods.gptq.sglang:CpuGPTQConfig",
     },
     config_arguments=config_arguments,
-    codec=CODEC,
+    codec="mixedprec_plugin.methods.gptq.codec",
     min_capability=80,
     why_not_repack=why_not_repack,
     complete=complete,

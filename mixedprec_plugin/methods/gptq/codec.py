@@ -1,5 +1,10 @@
 """GPTQ's stored form: 4- or 8-bit codes packed along K: w ~= (q - zero) * scale.
 
+    qweight   int32 [K/(32/bits), N]
+    qzeros    int32 [K/G, N/(32/bits)]
+    scales    [K/G, N], of any floating dtype; symmetric ones may be negative
+    g_idx     int32 [K], the group of every input feature; may be missing where groups are in order
+
 Only the form is GPTQ's: weights are rounded to nearest, not calibrated.
 `qzeros` hold zero - 1 in format v1 (the usual one, and what is written here) and zero in v2
 (`checkpoint_format: gptq_v2`), each within its bits: a stored 15 in v1 is a zero point of 0.
@@ -23,7 +28,7 @@ from mixedprec_plugin.quantize.codec import (
     Tensors,
 )
 from mixedprec_plugin.quantize.integers import Integers, Words, plain_order
-from mixedprec_plugin.quantize.packing import pack, pack_into, unpack, unpack_along_k
+from mixedprec_plugin.quantize.packing import pack, unpack, unpack_along_k
 from mixedprec_plugin.quantize.rounding import Grid
 
 _V2 = "gptq_v2"
@@ -38,23 +43,14 @@ def _words(bits: int) -> Words:
         return pack(rows, bits)
 
     return Words(
-        bits,
-        along_k=32 // bits,
-        pack=lambda codes: pack(codes, bits).t(),
-        pack_compiled=partial(pack_into, bits),
-        pack_zeros=pack_zeros,
+        bits, along_k=32 // bits, pack=lambda codes: pack(codes, bits).t(), pack_zeros=pack_zeros
     )
 
 
 def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
     """Quantize a weight to group-wise unsigned integers, symmetric, GPTQ v1 layout.
 
-    Returns:
-        "qweight" int32 [K/(32/bits), N], "qzeros" int32 [K/G, N/(32/bits)] holding zero - 1,
-        "scales" [K/G, N] of `dtype`, some of them negative, "g_idx" int32 [K], the group of every
-        input feature; weight ~= (q - 2**(bits-1)) * scale.
     Raises:
-        ShapeError: as `Words.quantize`.
         MethodError: zero points or an activation order were asked for, which a weight cannot give.
     """
     _require_plain(arguments)
@@ -65,7 +61,6 @@ def quantize(weight: torch.Tensor, arguments: Arguments, dtype: torch.dtype) -> 
 
 
 def grid(arguments: Arguments, dtype: torch.dtype) -> Grid:
-    """What codes stand for; see `Codec.grid`."""
     return Grid(bits=int(arguments["bits"]), symmetric=True, scale_dtype=dtype)
 
 
@@ -73,12 +68,7 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     """Tell the numbers of any GPTQ layer: symmetric or not, v1 or v2, in any order of groups.
 
     Args:
-        tensors: "qweight" int32 [K/(32/bits), N], "qzeros" int32 [K/G, N/(32/bits)], "scales"
-            [K/G, N] of any floating dtype, and "g_idx" int32 [K], the group of every input feature,
-            which may be missing where groups are in order; not modified.
         arguments: "bits", "group_size", and optionally "checkpoint_format" ("gptq" or "gptq_v2").
-    Raises:
-        ShapeError: a tensor is missing or of another shape, or K no multiple of the group size.
     """
     bits = int(arguments["bits"])
     pack_factor = 32 // bits
@@ -88,16 +78,9 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     num_groups = K // group_size
     scales = take(tensors, "scales", (num_groups, N)).t()
     take(tensors, "qzeros", (num_groups, N // pack_factor))
-    return Integers(
-        N,
-        K,
-        group_size,
-        lambda rows: unpack_along_k(qweight, rows, bits),
-        _zero_points(tensors, arguments).t(),
-        scales,
-        _order(tensors, arguments, K),
-        keeps_order=True,
-    )
+    zeros, order = _zero_points(tensors, arguments).t(), _order(tensors, arguments, K)
+    codes = partial(unpack_along_k, qweight, bits=bits)
+    return Integers(N, K, group_size, codes, zeros, scales, order, keeps_order=True)
 
 
 def _order(tensors: Tensors, arguments: Arguments, K: int) -> torch.Tensor | None:
@@ -147,11 +130,7 @@ def _zero_points(tensors: Tensors, arguments: Arguments) -> torch.Tensor:
 def _is_nearer(
     ours: torch.Tensor, others: torch.Tensor, qweight: torch.Tensor, g_idx: torch.Tensor | None
 ) -> bool:
-    """Whether zero points, one more than others where they differ, are nearer to the codes' mean.
-
-    Raises:
-        ShapeError: that is not clear.
-    """
+    """Whether zero points, one more than others where they differ, are nearer to codes' mean."""
     differs = ours != others
     rows = differs.any(0).nonzero().flatten()
     if not len(rows):
@@ -169,14 +148,7 @@ def _is_nearer(
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Store integers in groups of any packing, as `quantize` does.
-
-    Args:
-        arguments: "bits", "desc_act".
-    Raises:
-        NotTheSameNumbersError: their groups are in an act order that was not asked for, a zero
-            point is not the middle of the range, or `dtype` does not hold the scales.
-    """
+    """Store integers in groups, symmetric, and in act order only if `desc_act` asks for it."""
     assert isinstance(numbers, Integers)
     bits = int(arguments["bits"])
     if not arguments["desc_act"] and numbers.order is not None:
@@ -247,12 +219,7 @@ def _require_plain(arguments: Arguments) -> None:
     for name, plain in (("sym", True), ("desc_act", False)):
         value = arguments.get(name)
         if value is not None and bool(value) is not plain:
-            raise MethodError(
-                Problem(
-                    name,
-                    f"{value!r} cannot be quantized to (expected {plain})",
-                    f"use {name}: {str(plain).lower()}, or take the layer from a source that "
-                    "stores it so",
-                    "gptq-plain",
-                )
-            )
+            asked = str(plain).lower()
+            what = f"{value!r} cannot be quantized to (expected {plain})"
+            remedy = f"use {name}: {asked}, or take the layer from a source that stores it so"
+            raise MethodError(Problem(name, what, remedy, "gptq-plain"))

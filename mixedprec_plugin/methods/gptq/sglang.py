@@ -13,17 +13,13 @@ And the order of the gate and up projections' scales, see `ScalesInOrder`.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig, gptq
-from sglang.srt.layers.quantization.gptq.schemes import (
-    GPTQMarlinLinearScheme,
-    GPTQMarlinMoEScheme,
-)
+from sglang.srt.layers.quantization.gptq.schemes import GPTQMarlinLinearScheme, GPTQMarlinMoEScheme
 
 from mixedprec_plugin.cpu.packed_layers import (
     PackedConfig,
@@ -34,6 +30,7 @@ from mixedprec_plugin.cpu.packed_layers import (
     Stored,
 )
 from mixedprec_plugin.errors import MethodError, Problem
+from mixedprec_plugin.methods.construct import recast
 from mixedprec_plugin.methods.marlin_experts import ScalesInOrder
 from mixedprec_plugin.quantize.packing import pack, unpack
 
@@ -46,11 +43,7 @@ class _RepairedParameters(GPTQMarlinMoEScheme):
     def create_weights(
         self, layer: FusedMoE, *args: Any, params_dtype: torch.dtype, **kwargs: Any
     ) -> None:
-        """Create the parameters.
-
-        Raises:
-            MethodError: the layer needs what Marlin's experts do not compute.
-        """
+        """Create the parameters; refuse what Marlin's experts do not compute."""
         config, ranks = self.quant_config, layer.moe_tp_size
         unserved = {
             # a rank has the scales of its own columns and needs all
@@ -90,11 +83,7 @@ class GPTQExpertsConfig(GPTQMarlinConfig):
 
 def repaired(config: QuantizationConfig) -> QuantizationConfig:
     """The config whose experts are repaired; others, ours among them, are returned as they are."""
-    if type(config) is not GPTQMarlinConfig:
-        return config
-    own = copy.copy(config)
-    own.__class__ = GPTQExpertsConfig
-    return own
+    return recast(config, {GPTQMarlinConfig: GPTQExpertsConfig})
 
 
 class _Words(PackedScheme):

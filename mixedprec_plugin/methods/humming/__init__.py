@@ -28,7 +28,6 @@ from mixedprec_plugin.methods.stored import (
 )
 
 NAME = "humming"
-CODEC = "mixedprec_plugin.methods.humming.codec"
 
 _MATRIX = ("weight", "weight_scale")
 _SIZES = (128, 64, 32)
@@ -39,11 +38,6 @@ _GROUP_KEYS = ("weight_scale_group_size", "group_size")
 # it pads the rest with zeros; outputs that it writes are whole vectors (kernel/humming.py:323)
 _UNIT_N = 8
 BF16_CAPABILITY = 80
-
-
-def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
-    """Return the constructor arguments of `HummingConfig`."""
-    return {"full_config": declare(arguments)}
 
 
 def declare(arguments: Arguments) -> dict[str, Any]:
@@ -60,7 +54,6 @@ def declare(arguments: Arguments) -> dict[str, Any]:
 
 
 def read_config(config: Mapping[str, Any], _name: str) -> Said:
-    """Read what config.json says of a layer."""
     dtype = next((str(config[key]) for key in _DTYPE_KEYS if config.get(key)), "")
     size = next((config[key] for key in _GROUP_KEYS if config.get(key)), -1)
     facts: dict[str, Any] = {"group_size": size, "symmetric": not config.get("has_zero_point")}
@@ -75,10 +68,7 @@ def codes_a_word(bits: int) -> int:
 
 
 def stored(arguments: Arguments, N: int, K: int, dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" int32 [N, K*bits/32], codes as a stream of bits along K, "weight_scale" [N, K/G];
-    W = (q - 2**(bits-1)) * weight_scale.
+    """Return the stored tensors; W = (q - 2**(bits-1)) * weight_scale, q a stream of bits along K.
 
     Source: `HummingWeightSchema.get_tensors_attrs` (humming-kernels 0.1.12, humming/schema/
     humming.py), which `HummingLinearMethod.create_weights` asks (quantization/humming.py:861).
@@ -113,21 +103,16 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     # of one group of the size that is said, all of K is another word for it
     group_size = K if group_size == -1 and said.facts.get("group_size") == K else group_size
     arguments = {"bits": bits, "group_size": group_size}
-    is_served = group_size in _SIZES and bool(said.facts["symmetric"])
-    return StoredFormat(
-        NAME if is_served else "",
-        arguments if is_served else {},
+    return METHOD.holds(
+        arguments,
         N,
         K,
         f"{label} group {group_size}",
-        encoding=NAME,
+        _MATRIX,
+        is_served=group_size in _SIZES and bool(said.facts["symmetric"]),
         numbers="integers",
         facts={**arguments, "symmetric": True},
-        suffixes=frozenset(_MATRIX),
-        codec=CODEC,
         how=arguments,
-        like=NAME,
-        limit=_limit(bits),
     )
 
 
@@ -171,16 +156,12 @@ def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Faul
     return [*shapes.shape_faults(found), Fault("gpu", text)]
 
 
-def _limit(bits: int) -> float:
-    return min(max(3.5 * integers.symmetric_error(bits, max(_SIZES)), 0.05), 0.9)
-
-
 def rounding(arguments: Arguments) -> Rounding:
     """As GPTQ's of as many bits."""
     bits, size = arguments["bits"], arguments["group_size"]
     return Rounding(
         rank=bits + 0.35 + integers.group_rank(size),
-        limit=_limit(bits),
+        limit=min(max(3.5 * integers.symmetric_error(bits, max(_SIZES)), 0.05), 0.9),
         error=lambda _N, _K: integers.symmetric_error(bits, size),
     )
 
@@ -218,8 +199,8 @@ METHOD = Method(
         "cuda": "mixedprec_plugin.methods.humming.sglang:HummingConfig",
         "cpu": "mixedprec_plugin.methods.humming.sglang:CpuHummingConfig",
     },
-    config_arguments=config_arguments,
-    codec=CODEC,
+    config_arguments=lambda arguments, _platform: {"full_config": declare(arguments)},
+    codec="mixedprec_plugin.methods.humming.codec",
     why_not_repack=why_not_repack,
     quantizes_parts=True,
     sglang="mixedprec_plugin.methods.humming.sglang",

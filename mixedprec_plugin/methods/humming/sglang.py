@@ -14,7 +14,6 @@ epilogue_arith.cuh:168).
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from mixedprec_plugin.cpu.config import CpuConfig
 from mixedprec_plugin.cpu.linear import QuantizedLinear
 from mixedprec_plugin.cpu.packed import dequantize, multiply
-from mixedprec_plugin.methods.construct import cuda_capability
+from mixedprec_plugin.methods.construct import cuda_capability, recast
 from mixedprec_plugin.methods.humming import BF16_CAPABILITY
 from mixedprec_plugin.quantize.chunks import row_chunks
 from mixedprec_plugin.quantize.packing import unpack
@@ -83,11 +82,7 @@ class HummingConfig(humming.HummingConfig):
 
 def repaired(config: QuantizationConfig) -> QuantizationConfig:
     """The config whose layers add a bias once; others, ours too, are returned as they are."""
-    if type(config) is not humming.HummingConfig:
-        return config
-    own = copy.copy(config)
-    own.__class__ = HummingConfig
-    return own
+    return recast(config, {humming.HummingConfig: HummingConfig})
 
 
 class HummingLinearMethod(QuantizedLinear, humming.HummingLinearMethod):

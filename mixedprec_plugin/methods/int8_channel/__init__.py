@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from mixedprec_plugin.methods import scaled, shapes
 from mixedprec_plugin.methods.cards import version
@@ -28,20 +26,6 @@ CODES, ENCODING = "I8", "int8"
 # a step is 2 * top / 255, and top / RMS is 4 to 12 for a row of a real layer
 _LIMIT = 0.03
 _LAST_CAPABILITY = 90
-_UNIT_K, _UNIT_N = 16, 8
-
-
-def read_config(_config: Mapping[str, Any], _name: str) -> Said:
-    """Read what config.json says of a layer."""
-    return Said(ENCODING, scaled.channel_facts())
-
-
-def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors: "weight" [N, K] int8 and "weight_scale" [N, 1]; W = q * scale.
-
-    Source: `W8A8Int8LinearMethod.create_weights` (layers/quantization/w8a8_int8.py:172).
-    """
-    return {"weight": TensorSpec(CODES, (N, K)), "weight_scale": TensorSpec("F32", (N, 1))}
 
 
 def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
@@ -59,16 +43,9 @@ def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fau
     """
     if target.device != "cuda" or shape.is_expert:
         return []
-    # the shards of a fused module are one matrix
-    sizes = {
-        "K": (shapes.inputs_per_rank(shape), _UNIT_K),
-        "N": (sum(shapes.outputs_per_rank(shape)), _UNIT_N),
-    }
-    found = shapes.shape_faults(
-        f"{name} = {size} is not a multiple of {unit}, which INT8 matmuls need"
-        for name, (size, unit) in sizes.items()
-        if size % unit
-    )
+    why = "which INT8 matmuls need"
+    texts = shapes.input_faults(shape, 16, why) + shapes.output_faults(shape, 8, why)
+    found = shapes.shape_faults(texts)
     if target.gpu is not None and (text := too_new(target.gpu.capability)):
         found.append(Fault("gpu", text))
     return found
@@ -92,9 +69,13 @@ METHOD = Method(
     "there are no arguments.",
     aliases={"w8a8_int8": {}, "int8_per_channel": {}, "int8_channelwise": {}, "int8_dynamic": {}},
     schema={},
-    stored=stored,
+    # `W8A8Int8LinearMethod.create_weights` (layers/quantization/w8a8_int8.py:172); W = q * scale
+    stored=lambda _arguments, N, K, _dtype: {
+        "weight": TensorSpec(CODES, (N, K)),
+        "weight_scale": TensorSpec("F32", (N, 1)),
+    },
     recognize=recognize,
-    read_config=dict.fromkeys((NAME, "w8a8_int8"), read_config),
+    read_config=dict.fromkeys((NAME, "w8a8_int8"), scaled.says_channels(ENCODING)),
     declare=lambda _arguments: {"quant_method": NAME},
     faults=faults,
     # above INT8 in blocks: no shard of a fused module shares a scale with another, and activations

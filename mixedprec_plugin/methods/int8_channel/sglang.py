@@ -34,11 +34,7 @@ class ChannelInt8Config(w8a8_int8.W8A8Int8Config):
         return METHOD.min_capability
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """SGLang's own method; None where the layer is none that is quantized.
-
-        Raises:
-            MethodError: a linear layer on a GPU that the matmul has no code for.
-        """
+        """SGLang's own method, but of a linear layer on a GPU that the matmul has no code for."""
         capability = cuda_capability()
         if isinstance(layer, LinearBase) and capability and (text := too_new(capability)):
             raise MethodError(Problem(prefix, text, "give the layer another method"))

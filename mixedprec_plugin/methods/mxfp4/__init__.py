@@ -19,7 +19,6 @@ from mixedprec_plugin.methods.interface import (
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 
 NAME = "mxfp4"
-CODEC = "mixedprec_plugin.methods.mxfp4.codec"
 GROUP_SIZE = 32
 
 _MATRIX = ("weight", "weight_scale")
@@ -27,16 +26,6 @@ _MATRIX = ("weight", "weight_scale")
 _ERROR = 0.112
 # of a number between two neighbours the error is a sixth at most, of one below 0.5 more
 LIMIT = 0.2
-
-
-def config_arguments(_arguments: Arguments, _platform: str) -> dict[str, Any]:
-    """Return the constructor arguments of `Mxfp4Config`'s heirs: none."""
-    return {}
-
-
-def declare(_arguments: Arguments) -> dict[str, Any]:
-    """Return what config.json says of such experts, as gpt-oss's does."""
-    return {"quant_method": NAME}
 
 
 def read_config(_config: Mapping[str, Any], name: str) -> Said:
@@ -47,9 +36,7 @@ def read_config(_config: Mapping[str, Any], name: str) -> Said:
 
 
 def stored(_arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" uint8 [N, K/2], "weight_scale" uint8 [N, K/32], W = q * 2^(weight_scale - 127).
+    """Return the stored tensors; W = q * 2^(weight_scale - 127).
 
     Source: `Mxfp4MoEMethod.create_weights` (layers/quantization/mxfp4.py:444).
     """
@@ -69,28 +56,7 @@ def recognize(tensors: Tensors, _said: Said) -> StoredFormat | None:
     N, K = weight.shape[0], 2 * weight.shape[1]
     if scale.shape != (N, K // GROUP_SIZE) or K % GROUP_SIZE:
         return None
-    return StoredFormat(
-        NAME,
-        {},
-        N,
-        K,
-        NAME,
-        encoding=NAME,
-        numbers="fp4",
-        facts={"group_size": GROUP_SIZE},
-        suffixes=frozenset(_MATRIX),
-        codec=CODEC,
-        like=NAME,
-        limit=LIMIT,
-    )
-
-
-def why_not_repack(
-    stored: StoredFormat, _arguments: Arguments, _tensors: Tensors, _may_round: bool
-) -> str | None:
-    """Say whether a layer's numbers are FP4 in blocks of 32, which can be served so."""
-    is_same = stored.numbers == "fp4" and stored.facts.get("group_size") == GROUP_SIZE
-    return "" if is_same else None
+    return METHOD.holds({}, N, K, NAME, _MATRIX, numbers="fp4", facts={"group_size": GROUP_SIZE})
 
 
 def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:
@@ -104,16 +70,12 @@ def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fau
         return shapes.shape_faults(["SGLang runs MXFP4 in experts alone, not in linear layers"])
     hidden = (shapes.EXPERT_K, "which Marlin kernels for experts need")
     inner = (GROUP_SIZE, "the block that has a scale")
-    is_down, on_cuda = shape.parallel == "row", target.device == "cuda"
-    sizes = [
-        ("N", "column", min(shapes.outputs_per_rank(shape)), hidden if is_down else inner),
-        ("K", "row", shapes.inputs_per_rank(shape), inner if is_down or not on_cuda else hidden),
-    ]
-    return shapes.shape_faults(
-        f"{name} = {size}{shapes.per_rank(shape, split)} is not a multiple of {unit}, {why}"
-        for name, split, size, (unit, why) in sizes
-        if size % unit and (name == "K" or on_cuda)
-    )
+    is_down = shape.parallel == "row"
+    if target.device != "cuda":
+        return shapes.shape_faults(shapes.input_faults(shape, *inner))
+    found = shapes.output_faults(shape, *(hidden if is_down else inner), of_each=True)
+    found += shapes.input_faults(shape, *(inner if is_down else hidden))
+    return shapes.shape_faults(found)
 
 
 METHOD = Method(
@@ -127,7 +89,8 @@ METHOD = Method(
     stored=stored,
     recognize=recognize,
     read_config={NAME: read_config},
-    declare=declare,
+    # as of gpt-oss
+    declare=lambda _arguments: {"quant_method": NAME},
     faults=faults,
     # a power of two fits a block less than other scales do
     rounding=lambda _arguments: Rounding(rank=4.3, limit=LIMIT, error=lambda _N, _K: _ERROR),
@@ -141,11 +104,12 @@ METHOD = Method(
         "cuda": "mixedprec_plugin.methods.mxfp4.sglang:Mxfp4ExpertsConfig",
         "cpu": "mixedprec_plugin.methods.mxfp4.sglang:CpuMxfp4Config",
     },
-    config_arguments=config_arguments,
-    codec=CODEC,
+    codec="mixedprec_plugin.methods.mxfp4.codec",
     # "MXFP4 Marlin requires SM90+" (mxfp4.py:655)
     min_capability=90,
-    why_not_repack=why_not_repack,
+    why_not_repack=lambda stored, _arguments, _tensors, _may_round: (
+        "" if stored.numbers == "fp4" and stored.facts.get("group_size") == GROUP_SIZE else None
+    ),
     sglang="mixedprec_plugin.methods.mxfp4.sglang",
     adds_expert_biases=True,
     moe_kernels="marlin",

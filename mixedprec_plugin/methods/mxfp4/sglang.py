@@ -43,11 +43,7 @@ UNSUMMED_EXPERTS = (mxfp4.Mxfp4MoEMethod,)
 
 
 def _create_weights(method: Any, create: Any, layer: FusedMoE, *args: Any, **keys: Any) -> None:
-    """Create SGLang's parameters in the checkpoint's own sizes, as it has them for DeepGEMM.
-
-    Raises:
-        MethodError: the router weights multiply the inputs, which Marlin's kernel does not do.
-    """
+    """Create SGLang's parameters in the checkpoint's own sizes, as it has them for DeepGEMM."""
     if layer.moe_runner_config.apply_router_weight_on_input:
         what = "SGLang's MXFP4 experts do not compute the router weight on the input"
         remedy = "give the experts another method"
@@ -109,11 +105,7 @@ class Mxfp4MoEMethod(LoopedExperts, mxfp4.Mxfp4MoEMethod):
     preset_name = NAME
 
     def create_weights(self, layer: FusedMoE, *args: Any, **kwargs: Any) -> None:
-        """Create SGLang's parameters.
-
-        Raises:
-            MethodError, ShapeError: what the CPU platform does not run, or Marlin does not.
-        """
+        """Create SGLang's parameters; refuse what the CPU platform or Marlin does not run."""
         unit = "block of inputs", (GROUP_SIZE,)
         check_experts(layer, self.preset_name, ("silu",), *unit, has_biases=True)
         create = partial(mxfp4.Mxfp4MoEMethod.create_weights, self)

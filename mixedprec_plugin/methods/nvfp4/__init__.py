@@ -20,7 +20,6 @@ from mixedprec_plugin.methods.interface import (
 from mixedprec_plugin.methods.stored import Said, StoredFormat, Tensors, TensorSpec
 
 NAME = "nvfp4"
-CODEC = "mixedprec_plugin.methods.nvfp4.codec"
 GROUP_SIZE = 16
 
 _MATRIX = ("weight", "weight_scale", "weight_scale_2")
@@ -33,11 +32,6 @@ _ERROR = 0.082
 LIMIT = 0.2
 # FP4 arithmetic
 _FP4_CAPABILITY = 100
-
-
-def config_arguments(arguments: Arguments, _platform: str) -> dict[str, Any]:
-    """Return the constructor arguments of `NvFp4Config`, or of its twin on the CPU."""
-    return {"keeps_input_scale": arguments["keep_input_scale"]}
 
 
 def declare(arguments: Arguments) -> dict[str, Any]:
@@ -60,10 +54,7 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
 
 
 def stored(arguments: Arguments, N: int, K: int, _dtype: str) -> dict[str, TensorSpec]:
-    """Return the stored tensors.
-
-    "weight" uint8 [N, K/2], "weight_scale" e4m3 [N, K/16], "weight_scale_2" [], W = q *
-    weight_scale * weight_scale_2; "input_scale" [] where it is kept.
+    """Return the stored tensors; W = q * weight_scale * weight_scale_2.
 
     Source: `ModelOptNvFp4A16LinearMethod.create_weights` (layers/quantization/modelopt_quant.py:
     2197).
@@ -90,19 +81,14 @@ def recognize(tensors: Tensors, _said: Said) -> StoredFormat | None:
     is_scalar = all(t.shape in _SCALARS for t in (whole, inputs) if t is not None)
     if scale.shape != (N, K // GROUP_SIZE) or K % GROUP_SIZE or not is_scalar:
         return None
-    return StoredFormat(
-        NAME,
+    return METHOD.holds(
         {"keep_input_scale": inputs is not None},
         N,
         K,
-        "nvfp4" if inputs is None else "nvfp4 with input scales",
-        encoding=NAME,
+        NAME if inputs is None else f"{NAME} with input scales",
+        {*_MATRIX, "input_scale"} & tensors.keys(),
         numbers="fp4",
         facts={"group_size": GROUP_SIZE},
-        suffixes=frozenset({*_MATRIX, "input_scale"} & tensors.keys()),
-        codec=CODEC,
-        like=NAME,
-        limit=LIMIT,
     )
 
 
@@ -129,13 +115,9 @@ def faults(_arguments: Arguments, shape: LayerShape, target: Target) -> list[Fau
     A linear layer needs whole blocks of inputs; what Marlin's tiles do not fit is padded
     (marlin_utils_fp4.py:149). Experts with a gate are not (:403).
     """
-    found = []
-    inputs = shapes.inputs_per_rank(shape)
-    if inputs % GROUP_SIZE:
-        where = shapes.per_rank(shape, "row")
-        found.append(f"K = {inputs}{where} is not a multiple of 16, the block that has a scale")
-    elif shape.is_expert and target.device == "cuda":
-        found += shapes.marlin_faults(GROUP_SIZE, shape)
+    found = shapes.input_faults(shape, GROUP_SIZE, "the block that has a scale")
+    if not found and shape.is_expert and target.device == "cuda":
+        found = shapes.marlin_faults(GROUP_SIZE, shape)
     return shapes.shape_faults(found)
 
 
@@ -186,8 +168,10 @@ METHOD = Method(
         "cuda": "mixedprec_plugin.methods.nvfp4.sglang:NvFp4Config",
         "cpu": "mixedprec_plugin.methods.nvfp4.sglang:CpuNvFp4Config",
     },
-    config_arguments=config_arguments,
-    codec=CODEC,
+    config_arguments=lambda arguments, _platform: {
+        "keeps_input_scale": arguments["keep_input_scale"]
+    },
+    codec="mixedprec_plugin.methods.nvfp4.codec",
     min_capability=80,
     why_not_repack=why_not_repack,
     why_not_quantize=why_not_quantize,

@@ -11,7 +11,6 @@ What a layer gets on CUDA is SGLang's own method; its `apply` is left alone.
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -30,6 +29,7 @@ from mixedprec_plugin.cpu.experts import LoopedExperts, Prepare, Product, Rows, 
 from mixedprec_plugin.cpu.fp4 import multiply, whole_scale
 from mixedprec_plugin.cpu.linear import QuantizedLinear
 from mixedprec_plugin.errors import Problem, ShapeError
+from mixedprec_plugin.methods.construct import recast
 from mixedprec_plugin.methods.nvfp4 import GROUP_SIZE, NAME
 from mixedprec_plugin.quantize.fp4 import share_scale
 
@@ -207,12 +207,7 @@ _REPAIRED = {
 
 def repaired(config: QuantizationConfig) -> QuantizationConfig:
     """The config whose layers share scales rightly; others, ours too, are returned as they are."""
-    own = _REPAIRED.get(type(config))
-    if own is None:
-        return config
-    made = copy.copy(config)
-    made.__class__ = own
-    return made
+    return recast(config, _REPAIRED)
 
 
 class ModelOptNvFp4A16LinearMethod(QuantizedLinear, modelopt_quant.ModelOptNvFp4A16LinearMethod):
@@ -249,11 +244,7 @@ class ModelOptNvFp4FusedMoEMethod(LoopedExperts, modelopt_quant.ModelOptNvFp4Fus
         self.use_flashinfer_trtllm_weight_layout = False
 
     def create_weights(self, layer: FusedMoE, *args: Any, **kwargs: Any) -> None:
-        """Create SGLang's parameters, but for what only other kernels read.
-
-        Raises:
-            MethodError, ShapeError: what the CPU platform does not run, or Marlin does not.
-        """
+        """Create SGLang's parameters, but for what only other kernels read."""
         check_experts(layer, self.preset_name, ("silu",), "block of inputs", (GROUP_SIZE,))
         modelopt_quant.ModelOptNvFp4FusedMoEMethod.create_weights(self, layer, *args, **kwargs)
         drop_unused(layer, self)

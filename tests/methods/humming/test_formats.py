@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor
-from mixedprec_plugin.methods.cards import find_gpu
-from mixedprec_plugin.methods.interface import LayerShape, Target
-from mixedprec_plugin.methods.recognition import recognize
+from mixedprec_plugin.methods.interface import LayerShape
 from mixedprec_plugin.methods.registry import METHODS, bind
-from mixedprec_plugin.methods.remedies import find_faults
+from tests.methods import shapes
+from tests.methods.formats import found
+from tests.methods.shapes import linear
 
 NAME = "model.layers.0.mlp.down_proj"
 # 3 bits: 12 words are 128 codes
 STORED = {"weight": ("I32", (64, 12)), "weight_scale": ("BF16", (64, 2))}
 SAID = {"quant_method": "humming", "b_dtype": "uint3", "weight_scale_group_size": 64}
-
-
-def found(specs: dict[str, Any], said: dict[str, Any] | None = None) -> Any:
-    tensors = {
-        suffix: StoredTensor(suffix, dtype, shape, Path("model.safetensors"), 0, 0)
-        for suffix, (dtype, shape) in specs.items()
-    }
-    return recognize(tensors, SAID if said is None else said, NAME)
+texts = partial(shapes.texts, "humming")
 
 
 def test_what_is_declared_is_recognized() -> None:
-    layer = found(STORED)
+    layer = found(STORED, SAID)
     assert (layer.method, layer.N, layer.K) == ("humming", 64, 128)
     assert layer.arguments == {"bits": 3, "group_size": 64}
     assert (layer.disagreements, layer.obstacle) == ((), "")
@@ -89,16 +81,6 @@ def test_what_is_declared_is_what_sglang_reads(bits: int, monkeypatch: pytest.Mo
     assert (schema.weight_scale_type.name, schema.has_zero_point) == ("GROUP", False)
     # activations stay in 16 bits
     assert (inputs.a_dtype, inputs.input_scale_group_size) == (None, 0)
-
-
-def texts(shape: LayerShape, gpu: str = "", device: Any = "cuda", **given: Any) -> list[str]:
-    target = Target(device, gpu=find_gpu(gpu) if gpu else None)
-    faults = find_faults(*bind("humming", given), shape, target)
-    return [f"{fault.text}; {fault.remedy}" for fault in faults]
-
-
-def linear(N: int, K: int, **changes: object) -> LayerShape:
-    return LayerShape(**{"N": N, "K": K, "shard_sizes": (N,), "parallel": "column", **changes})  # type: ignore[arg-type]
 
 
 def test_every_gpu_runs_it_in_float16_and_from_ampere_on_in_bfloat16() -> None:

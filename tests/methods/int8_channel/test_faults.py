@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
-from mixedprec_plugin.methods.cards import find_gpu
-from mixedprec_plugin.methods.interface import LayerShape, Target
-from mixedprec_plugin.methods.registry import bind
-from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.methods.interface import LayerShape
+from tests.methods import shapes
+from tests.methods.shapes import linear
 
 BF16, F16 = "BF16", "F16"
-
-
-def texts(shape: LayerShape, gpu: str = "", device: str = "cuda") -> list[str]:
-    target = Target(device, gpu=find_gpu(gpu) if gpu else None)
-    found = find_faults(*bind("int8_channel", {}), shape, target)
-    return [f"{fault.text}; {fault.remedy}" for fault in found]
-
-
-def linear(N: int, K: int, **changes: object) -> LayerShape:
-    return LayerShape(**{"N": N, "K": K, "shard_sizes": (N,), "parallel": "column", **changes})
+texts = partial(shapes.texts, "int8_channel")
 
 
 @pytest.mark.parametrize(
@@ -55,8 +47,8 @@ def test_experts_run_in_tritons_kernel_on_newer_gpus_too() -> None:
         (linear(64, 24), "K = 24 is not a multiple of 16"),
         # the shards of a fused module are one matrix, and so is a rank's part
         (linear(12, 64, shard_sizes=(12, 4)), ""),
-        (linear(24, 64, shard_sizes=(24,), tp_size=2), "N = 12 is not a multiple of 8"),
-        (linear(64, 48, parallel="row", tp_size=2), "K = 24 is not a multiple of 16"),
+        (linear(24, 64, shard_sizes=(24,), tp_size=2), "N = 12 per rank is not a multiple of 8"),
+        (linear(64, 48, parallel="row", tp_size=2), "K = 24 per rank is not a multiple of 16"),
     ],
 )
 def test_widths_are_whole_words_of_a_rank(shape: LayerShape, message: str) -> None:

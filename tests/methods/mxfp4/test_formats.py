@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 
-from mixedprec_plugin.methods.cards import find_gpu
 from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.recognition import faults_as_stored
-from mixedprec_plugin.methods.registry import METHODS, bind
-from mixedprec_plugin.methods.remedies import find_faults
-from tests.methods.nvfp4.test_formats import found, linear
+from mixedprec_plugin.methods.registry import METHODS
+from tests.methods import shapes
+from tests.methods.formats import found
+from tests.methods.shapes import linear
 
 NAME = "model.layers.0.mlp.experts.3.down_proj"
 OWN = {"weight": ("U8", (64, 48)), "weight_scale": ("U8", (64, 3))}
 COMPRESSED = {"weight_packed": ("U8", (64, 48)), "weight_scale": ("U8", (64, 3))}
+texts = partial(shapes.texts, "mxfp4")
 
 
 def test_its_tensors_are_served_as_they_are() -> None:
@@ -72,12 +74,6 @@ def test_what_is_declared_is_what_sglang_reads() -> None:
     declared = json.loads(json.dumps(METHODS["mxfp4"].declare({})))
     assert Mxfp4Config.from_config(declared).is_checkpoint_mxfp4_serialized
     assert found(OWN, declared, NAME).disagreements == ()
-
-
-def texts(shape: LayerShape, gpu: str = "", device: Any = "cuda") -> list[str]:
-    target = Target(device, gpu=find_gpu(gpu) if gpu else None)
-    faults = find_faults(*bind("mxfp4", {}), shape, target)
-    return [f"{fault.text}; {fault.remedy}" for fault in faults]
 
 
 def test_gpus_before_hopper_are_refused() -> None:

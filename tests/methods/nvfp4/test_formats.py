@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 
-from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.methods.cards import find_gpu
 from mixedprec_plugin.methods.interface import LayerShape, Target
-from mixedprec_plugin.methods.recognition import recognize
-from mixedprec_plugin.methods.registry import METHODS, bind
-from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.methods.registry import METHODS
+from tests.methods import shapes
+from tests.methods.formats import found
+from tests.methods.shapes import linear
 
 NAME = "model.layers.0.mlp.down_proj"
 MODELOPT = {
@@ -26,14 +26,7 @@ COMPRESSED = {
     "weight_scale": ("F8_E4M3", (64, 6)),
     "weight_global_scale": ("F32", (1,)),
 }
-
-
-def found(specs: dict[str, Any], said: dict[str, Any] | None = None, name: str = NAME) -> Any:
-    tensors = {
-        suffix: StoredTensor(suffix, dtype, shape, Path("model.safetensors"), 0, 0)
-        for suffix, (dtype, shape) in specs.items()
-    }
-    return recognize(tensors, said or {}, name)
+texts = partial(shapes.texts, "nvfp4")
 
 
 def test_modelopts_tensors_are_served_as_they_are() -> None:
@@ -117,16 +110,6 @@ def test_what_is_declared_is_what_sglang_reads(is_kept: bool) -> None:
     config = ModelOptFp4Config.from_config(json.loads(json.dumps(declared)))
     assert config.is_checkpoint_nvfp4_serialized
     assert (config.is_w4a16, config.group_size) == (not is_kept, 16)
-
-
-def texts(shape: LayerShape, gpu: str = "", device: Any = "cuda", **given: Any) -> list[str]:
-    target = Target(device, gpu=find_gpu(gpu) if gpu else None)
-    faults = find_faults(*bind("nvfp4", given), shape, target)
-    return [f"{fault.text}; {fault.remedy}" for fault in faults]
-
-
-def linear(N: int, K: int, **changes: object) -> LayerShape:
-    return LayerShape(**{"N": N, "K": K, "shard_sizes": (N,), "parallel": "column", **changes})  # type: ignore[arg-type]
 
 
 def test_gpus_before_ampere_are_refused() -> None:

@@ -22,14 +22,8 @@ from typing import Any
 from mixedprec_plugin.checkpoint.values import Values
 from mixedprec_plugin.methods import gptq, integers
 from mixedprec_plugin.methods.foreign.compressed_tensors import fp4
-from mixedprec_plugin.methods.interface import (
-    AS_STORED_REMEDY,
-    Fault,
-    Format,
-    LayerShape,
-    Target,
-)
-from mixedprec_plugin.methods.shapes import group_size_of, marlin_faults, num_groups
+from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Target
+from mixedprec_plugin.methods.shapes import group_size_of, marlin_faults, num_groups, shape_faults
 from mixedprec_plugin.methods.stored import (
     FLOAT,
     FLOAT_DTYPES,
@@ -49,6 +43,11 @@ NAME = "compressed-tensors"
 PACKED = "pack-quantized"
 # encoding of 8-bit codes -> the type of number, and the format
 _KINDS = {"fp8": ("float", "float-quantized"), "int8": ("int", "int-quantized")}
+_ENCODINGS = {
+    **{label: label for label in (PACKED, fp4.PACKED, fp4.MX_PACKED)},
+    **{label: encoding for encoding, (_, label) in _KINDS.items()},
+    "dense": FLOAT,
+}
 CODEC = "mixedprec_plugin.methods.foreign.compressed_tensors.codec"
 _CODES = "weight_packed"
 
@@ -63,10 +62,6 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
     label = str(group.get("format") or config.get("format") or "")
     kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
     naive = {"float8": "fp8", "int8": "int8"}.get(kind)
-    encodings = {PACKED: PACKED, "dense": FLOAT}
-    encodings |= {label: label for label in (fp4.PACKED, fp4.MX_PACKED)}
-    encodings |= {label: encoding for encoding, (_, label) in _KINDS.items()}
-    encodings |= {"naive-quantized": naive} if naive else {}
     strategy, block = weights.get("strategy"), block_of(weights.get("block_structure"))
     facts = said_keys(weights, bits="num_bits", symmetric="symmetric", strategy="strategy")
     if strategy in ("group", "tensor_group"):
@@ -83,8 +78,9 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
         if isinstance(inputs, Mapping)
         else None
     )
+    encoding = naive if label == "naive-quantized" else _ENCODINGS.get(label)
     # the tool writes containers into `ignore`, whose layers are quantized (utils.py:91)
-    return Said(encodings.get(label), facts, label, ignores="named")
+    return Said(encoding, facts, label, ignores="named")
 
 
 def _group_of(groups: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
@@ -208,15 +204,11 @@ def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Faul
         texts += marlin_faults(size, shape)
         if size == shape.K and len(shape.shard_sizes) > 1:
             texts.append(f"SGLang turns the scales of one group of {size} inputs")
-    return [Fault("shape", text, AS_STORED_REMEDY) for text in texts]
+    return shape_faults(texts)
 
 
 def why_not_written(stored: StoredFormat, *, is_expert: bool) -> str:
-    """Say why SGLang's reader does not take a layer's numbers in this form; empty if it does.
-
-    Args:
-        stored: as one of our methods serves it.
-    """
+    """Say why SGLang's reader does not take numbers that a method serves; empty if it does."""
     if stored.numbers == "fp4":
         return fp4.why_not_written(stored)
     if stored.numbers == "scaled":
@@ -246,12 +238,7 @@ def is_written_symmetric(stored: StoredFormat) -> bool:
 
 
 def written(stored: StoredFormat, served: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The tensors in which `codec.write` gives a layer's numbers.
-
-    Args:
-        stored: as one of our methods serves it.
-        served: its tensors.
-    """
+    """The tensors in which `codec.write` gives the numbers of a layer that a method serves."""
     N, K = stored.N, stored.K
     if stored.numbers == "fp4":
         return fp4.written(served)

@@ -20,13 +20,7 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     """Tell the numbers of a pack-quantized weight, symmetric or not, in any order of groups.
 
     Args:
-        tensors: "weight_packed" int32 [N, K/(32/bits)], "weight_scale" [N, K/G] of any floating
-            dtype, and optionally "weight_shape" int64 [2], "weight_zero_point" int32
-            [ceil(N/(32/bits)), K/G] packed along N or int8 [N, K/G], "weight_g_idx" int32 [K]; not
-            modified.
         arguments: "bits" (4 or 8), "group_size" (-1 for all of K).
-    Raises:
-        ShapeError: a tensor is missing or of another shape, or K is not whole words or groups.
     """
     bits = int(arguments["bits"])
     packed = take_matrix(tensors, "weight_packed", torch.int32, f"[N, K/{32 // bits}]")
@@ -35,26 +29,19 @@ def read(tensors: Tensors, arguments: Arguments) -> Integers:
     shape = tensors.get("weight_shape")
     # or the last word is partly filled
     if shape is not None and shape.tolist() != [N, K]:
-        refuse(
-            "weight_shape",
-            f"{shape.tolist()} (expected {[N, K]}, what weight_packed holds)",
-            "take the layer from a checkpoint in another format",
-            "tensor-shape",
-        )
+        what = f"{shape.tolist()} (expected {[N, K]}, what weight_packed holds)"
+        remedy = "take the layer from a checkpoint in another format"
+        refuse("weight_shape", what, remedy, "tensor-shape")
     scales = take(tensors, "weight_scale", (N, K // group_size))
     g_idx = take(tensors, "weight_g_idx", (K,)) if "weight_g_idx" in tensors else None
     # the library writes -1 where groups were never ordered
-    is_ordered = g_idx is None or int(g_idx.min()) == -1
-    return Integers(
-        N,
-        K,
-        group_size,
-        lambda rows: unpack(packed[rows], bits),
-        _zeros(tensors, bits, (N, K // group_size)),
-        scales,
-        None if g_idx is None or is_ordered else g_idx.to(torch.int32),
-        "weight_g_idx",
-    )
+    order = None if g_idx is None or int(g_idx.min()) == -1 else g_idx.to(torch.int32)
+    zeros = _zeros(tensors, bits, (N, K // group_size))
+
+    def codes(rows: slice) -> torch.Tensor:
+        return unpack(packed[rows], bits)
+
+    return Integers(N, K, group_size, codes, zeros, scales, order, "weight_g_idx")
 
 
 def _zeros(tensors: Tensors, bits: int, shape: tuple[int, int]) -> torch.Tensor:
@@ -71,10 +58,9 @@ def _zeros(tensors: Tensors, bits: int, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def write(numbers: Numbers, arguments: Arguments, dtype: torch.dtype) -> TensorDict:
-    """Store numbers as `methods.foreign.compressed_tensors.written` says.
+    """Store numbers that `why_not_written` has nothing against as `written` says.
 
     Args:
-        numbers: of a method that `why_not_written` has nothing against; not modified.
         arguments: of integers, "bits" and "symmetric", whether zero points are left out.
         dtype: not used: scales keep theirs. One scale may have any shape.
     """

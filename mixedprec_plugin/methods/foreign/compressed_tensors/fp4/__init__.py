@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 
 from mixedprec_plugin.methods import mxfp4, nvfp4
-from mixedprec_plugin.methods.interface import AS_STORED_REMEDY, Fault, LayerShape, Target
+from mixedprec_plugin.methods.interface import Fault, LayerShape, Target
 from mixedprec_plugin.methods.stored import (
     Said,
     StoredFormat,
@@ -104,14 +104,13 @@ def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Faul
     MXFP4's has its parameters under other names, and where no backend is asked for dequantizes what
     they hold while it loads (compressed_tensors.py:242, mxfp4.py:1116).
     """
-    if stored.encoding == MX_PACKED:
-        found = mxfp4.faults({}, shape, target)
-        if not found and target.device == "cuda":
-            text = "SGLang's own class would dequantize them while it loads, and serve 16 bits"
-            found = [Fault("shape", text, f"write method: {mxfp4.NAME}")]
-    else:
-        found = nvfp4.faults_as_stored(stored, shape, target)
-    return [fault._replace(remedy=fault.remedy or AS_STORED_REMEDY) for fault in found]
+    if stored.encoding != MX_PACKED:
+        return nvfp4.faults_as_stored(stored, shape, target)
+    found = mxfp4.faults({}, shape, target)
+    if found or target.device != "cuda":
+        return found
+    text = "SGLang's own class would dequantize them while it loads, and serve 16 bits"
+    return [Fault("shape", text, f"write method: {mxfp4.NAME}")]
 
 
 def why_not_written(stored: StoredFormat) -> str:

@@ -10,26 +10,16 @@ import torch
 
 from mixedprec_plugin.methods.mxfp4 import codec as mxfp4
 from mixedprec_plugin.methods.nvfp4 import GROUP_SIZE
-from mixedprec_plugin.quantize.checks import take, take_matrix, take_one
+from mixedprec_plugin.quantize.checks import take_one
 from mixedprec_plugin.quantize.codec import Arguments, Numbers, TensorDict, Tensors
-from mixedprec_plugin.quantize.fp4 import Fp4
+from mixedprec_plugin.quantize.fp4 import E4M3, Fp4, take_blocks
 
 
 def read(tensors: Tensors, _arguments: Arguments) -> Fp4:
-    """Tell the numbers of a weight.
-
-    Args:
-        tensors: "weight_packed" uint8 [N, K/2], "weight_scale" e4m3 [N, K/16],
-            "weight_global_scale" and optionally "input_global_scale", one float32 each; or
-            "weight_packed" and "weight_scale" uint8 [N, K/32] alone, of MXFP4; not modified.
-    Raises:
-        ShapeError: a tensor is missing, or of another shape or dtype.
-    """
+    """Tell the numbers of a weight, NVFP4 or, without a global scale, MXFP4."""
     if "weight_global_scale" not in tensors:
         return mxfp4.numbers_of(tensors, "weight_packed")
-    packed = take_matrix(tensors, "weight_packed", torch.uint8, "[N, K/2]")
-    scales = take_matrix(tensors, "weight_scale", torch.float8_e4m3fn, "[N, K/16]")
-    take(tensors, "weight_scale", (packed.shape[0], 2 * packed.shape[1] // GROUP_SIZE))
+    packed, scales = take_blocks(tensors, "weight_packed", E4M3, GROUP_SIZE)
     whole, inputs = take_one(tensors, "weight_global_scale").reciprocal(), None
     if "input_global_scale" in tensors:
         inputs = take_one(tensors, "input_global_scale").reciprocal()
