@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.rounding import LayerRounding
-from mixedprec_plugin.cli.main import main
 from mixedprec_plugin.convert import converter, folder
-from mixedprec_plugin.evaluate.server import free_port
 from tests.calibrate.models import write_model, write_words
 from tests.commands import convert as tried
 from tests.commands import run as command
@@ -59,33 +56,20 @@ def convert(model: Path, preset: Path, out: Path, *more: object) -> str:
 
 
 def by_torchrun(words: list[str]) -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    made = subprocess.run(
-        [*run, "-m", "mixedprec_plugin", *words],
-        check=False, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
+    run = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    _run_module(*run, "-m", "mixedprec_plugin", *words)
 
 
 def by_forks(words: list[str]) -> None:
-    """As torchrun has it, but that nothing is imported anew."""
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = []
-    for rank in range(2):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of threads, of which a rank uses one
-            ranks.append(os.fork())
-        if not ranks[-1]:
-            code = 1
-            try:
-                signal.alarm(300)
-                torch.set_num_threads(1)
-                os.environ.update(where, RANK=str(rank))
-                code = main(words, sys.stderr, sys.stderr)
-            finally:
-                os._exit(code)
-    assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0, 0]
+    _run_module("tests.calibrate.two_ranks", *words)
+
+
+def _run_module(*words: str) -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", *words], check=False, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
 
 
 def same_by_two(
