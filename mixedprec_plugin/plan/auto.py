@@ -162,13 +162,14 @@ def _held(
     return f"{described(format_) if format_ else 'nothing'} of {source!r}"
 
 
-def find_auto_notes(layer: PlannedLayer) -> list[str]:
-    """Tell what the CPU platform does otherwise than CUDA."""
+def find_auto_notes(layer: PlannedLayer) -> list[tuple[str, str]]:
+    """(text, no remedy) for what the CPU platform does otherwise than CUDA."""
     if not is_auto(layer.rule) or layer.action != "dequantize" or layer.stored is None:
         return []
     inputs = layer.stored.said.get("inputs")
-    return [
+    text = (
         f"is dequantized here: no method of the CPU platform runs {layer.stored.description}; on "
         f"CUDA it runs as stored{', with quantized activations' if inputs else ''}"
         f"{', if SGLang has a kernel for such experts' if layer.kind == 'expert' else ''}"
-    ]
+    )
+    return [(text, "")]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, why_not_split
 from mixedprec_plugin.checkpoint.headers import unreadable
-from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.errors import Problem, Severity
 from mixedprec_plugin.families.config import Config, num_kv_ranks
 from mixedprec_plugin.families.names import (
     NEVER_QUANTIZED,
@@ -21,7 +21,8 @@ from mixedprec_plugin.families.names import (
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.kernels import kernel
-from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
+from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
+from mixedprec_plugin.methods.stored import FLOAT_DTYPES
 from mixedprec_plugin.plan.auto import faults_of, find_auto_notes
 from mixedprec_plugin.plan.family_checks import (
     mla_faults,
@@ -31,7 +32,6 @@ from mixedprec_plugin.plan.family_checks import (
 )
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.heads import padded
-from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
@@ -95,9 +95,8 @@ def _why_nothing_decided(rule: Rule, matched: frozenset[str], matches: Matches) 
         head = min(matched)
         what = f"decides no layer: a rule that quantizes {head} spells its name"
         remedy = f"write match: {head}, or remove the rule"
-        return Problem(
-            where, what, remedy, "unmatched-rule", "warning" if rule.optional else "error"
-        )
+        severity: Severity = "warning" if rule.optional else "error"
+        return Problem(where, what, remedy, "unmatched-rule", severity)
     what = f"decides no layer: rules {', '.join(map(str, later))} match all of its layers after it"
     return Problem(where, what, "move it after them or remove it", "shadowed-rule", "warning")
 
@@ -135,7 +134,7 @@ def layer_faults(
         key = (alike, layer.rule is None)
         if key not in known:
             own = faults_of_layer(layer, shards, target, config)
-            known[key] = [faults.setdefault(dataclasses.replace(x, where=""), []) for x in own]
+            known[key] = [faults.setdefault(fault, []) for fault in own]
         for names in known[key]:
             names.append(layer.name)
     return faults
@@ -172,35 +171,82 @@ def faults_of_layer(
 
     Args:
         shards: the layers that share its parameter, itself among them.
+    Returns:
+        problems without a `where`: those of layers that are alike are the same.
     """
-    name, stored = layer.name, layer.stored
+    stored = layer.stored
     assert stored is not None
     if layer.kind == "draft":
         return
     for text in stored.disagreements:
         remedy = "its tensors decide; check that the checkpoint is whole"
-        yield Problem(name, text, remedy, "stored-disagreement", "warning")
+        yield Problem("", text, remedy, "stored-disagreement", "warning")
     for rule, text, remedy in layer.reasons:
-        yield Problem(name, text, remedy, rule)
+        yield Problem("", text, remedy, rule)
     if layer.reasons or layer.scheme is None or layer.kind in NEVER_QUANTIZED:
         return
     if text := why_not_stored_fused(layer, config):
-        yield Problem(name, text, "config.json and weights are of different models", "config-shape")
+        yield Problem("", text, "config.json and weights are of different models", "config-shape")
         return
-    for text, remedy in find_losses(layer, target) + find_shard_losses(shards, target):
-        yield Problem(name, text, remedy, "loss", "warning")
-    for text in find_auto_notes(layer):
-        yield Problem(name, text, "", "loss", "warning")
+    losses = [*_losses(layer, target), *_shard_losses(shards, target), *find_auto_notes(layer)]
+    for text, remedy in losses:
+        yield Problem("", text, remedy, "loss", "warning")
     shape = layer_shape(layer, shards, target, config)
     faults = faults_of(layer, shape, target)
     for rule, text, remedy in faults:
-        yield Problem(name, text, remedy, rule)
+        yield Problem("", text, remedy, rule)
     for text, remedy in mla_faults(layer, shards, target.device, config):
-        yield Problem(name, text, remedy, "mla")
+        yield Problem("", text, remedy, "mla")
     if target.device == "cpu" and not faults:
         for fault in faults_of(layer, shape, Target(tp_size=target.tp_size, dtype=target.dtype)):
             text = f"does not run on CUDA: {fault.text}"
-            yield Problem(name, text, fault.remedy, "cuda-shape", "warning")
+            yield Problem("", text, fault.remedy, "cuda-shape", "warning")
+
+
+def _losses(layer: PlannedLayer, target: Target) -> list[tuple[str, str]]:
+    """(text, remedy) for what a layer's plan loses beside its one rounding.
+
+    The size of a second one is told from the formats alone, for weights that are normally
+    distributed; those of real models come close to it, larger outliers make it larger.
+    """
+    scheme, stored = layer.scheme, layer.stored
+    assert scheme is not None
+    assert stored is not None
+    if layer.action == "requantize":
+        error = METHODS[scheme.method].rounding(scheme.arguments).error(stored.N, stored.K)
+        size = f"about {error:.1%} of the weights' RMS" if error else "its own"
+        text = (
+            f"is rounded twice: what {stored.description} lost stays lost, and {scheme.label} adds "
+            f"an error of {size}"
+        )
+        return [(text, "take it from an unquantized source for one rounding")]
+    # kernels of integers in groups multiply by scales in the dtype that the model runs in
+    scale = layer.inputs.get("scales") or layer.inputs.get("weight_scale")
+    is_rounded = (
+        layer.action in ("repack", "as stored") and stored.numbers == "integers"
+        and target.dtype == "BF16" and scale is not None and scale.dtype != target.dtype
+    )  # fmt: skip
+    if not is_rounded or scale is None:
+        return []
+    name = FLOAT_DTYPES[scale.dtype]
+    text = f"its codes are kept, its {name} scales are rounded to bfloat16, up to 0.2% each"
+    return [(text, "start with --dtype float16 to keep them" if scale.dtype == "F16" else "")]
+
+
+def _shard_losses(layers: Sequence[PlannedLayer], target: Target) -> list[tuple[str, str]]:
+    """(text, remedy) for what a fused module loses whose shards are of several sources.
+
+    Source: `Fp8LinearMethod.process_weights_after_loading` (layers/quantization/fp8.py:1200-1249).
+    """
+    scales = [layer.outputs.get("weight_scale") for layer in layers]
+    per_tensor = all(scale is not None and not scale.shape for scale in scales)
+    if target.device != "cuda" or not per_tensor or len({layer.source for layer in layers}) < 2:
+        return []
+    text = (
+        "its shards are of several sources, each with its own scale; on compute capability 12.x "
+        "SGLang rounds them all again, to the largest scale"
+    )
+    return [(text, "use method: fp8_channel there")]
 
 
 def _parameter(layer: PlannedLayer) -> object:

@@ -27,12 +27,11 @@ from mixedprec_plugin.plan.auto import find_mixed_experts, find_mixed_modules
 from mixedprec_plugin.plan.conversion import Asked, Conversions
 from mixedprec_plugin.plan.family_checks import check_config_shapes
 from mixedprec_plugin.plan.folding import fold_names, natural_key
-from mixedprec_plugin.plan.fusion import check_expert_ids, settle_fused_modules
 from mixedprec_plugin.plan.kv_cache import KvScales
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.mixing import settle_sources
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-from mixedprec_plugin.plan.schemes import SchemeChooser
+from mixedprec_plugin.plan.schemes import SchemeChooser, check_expert_ids, settle_fused_modules
 from mixedprec_plugin.plan.whole import check_whole
 from mixedprec_plugin.preset.model import Preset, Rule
 
