@@ -26,6 +26,7 @@ from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import Unit, coupled_units
+from mixedprec_plugin.methods.stored import Tensors
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.model import PlannedLayer, Rescale
@@ -43,10 +44,7 @@ class Coupling:
 
     Args:
         layers: of the whole model, as the rules have them.
-        sources: name -> checkpoint.
-        matches: what the rules match.
         tied: tied layer name -> the layer whose weight it shares.
-        values: reads norms.
         dtype: what the model runs in; norms that differ by less than its rounding are one.
         trusted: whether a source that lacks a norm counts as having the model's.
     """
@@ -66,12 +64,12 @@ class Coupling:
         kinds = {layer.name: layer.kind for layer in layers}
         self.units = coupled_units(kinds, tied, sources["model"].config)
         self._sources = sources
-        self._offset = family_of(sources["model"].config).norm_offset
+        # where it is not known, no layer is rescaled
+        self._offset = family_of(sources["model"].config).norm_offset or 0.0
         self._values = values
         self._dtype = dtype
         self._explicit = _named_alone(layers, matches)
         self._trusted = trusted
-        self._agreed: dict[tuple[str, frozenset[str]], bool] = {}
         self._errors: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
 
     def settle(self) -> list[Problem]:
@@ -96,26 +94,16 @@ class Coupling:
 
     def _agree(self, name: str, first: str, second: str) -> bool:
         """Whether two sources store the same values for a norm."""
-        key = (name, frozenset({first, second}))
-        if key not in self._agreed:
-            self._agreed[key] = self._compare(name, first, second)
-        return self._agreed[key]
-
-    def _compare(self, name: str, first: str, second: str) -> bool:
         one, other = self._norm(name, first), self._norm(name, second)
-        if one.keys() != other.keys():
-            return False
-        return all(
-            one[suffix].num_bytes > _SMALL_BYTES
-            or are_equal(
-                self._values.of(one[suffix]),
-                self._values.of(other[suffix]),
-                (one[suffix].dtype, other[suffix].dtype, self._dtype),
-            )
-            for suffix in one
-        )
+        return one.keys() == other.keys() and all(self._is_same(one[s], other[s]) for s in one)
 
-    def _norm(self, name: str, source: str) -> Mapping[str, StoredTensor]:
+    def _is_same(self, one: StoredTensor, other: StoredTensor) -> bool:
+        if one.num_bytes > _SMALL_BYTES:
+            return True
+        values = self._values.of
+        return are_equal(values(one), values(other), (one.dtype, other.dtype, self._dtype))
+
+    def _norm(self, name: str, source: str) -> Tensors:
         """A source's norm; a trusted one that holds none has the model's."""
         layers = self._sources[source].layers
         return layers[name] if name in layers else self._sources["model"].layers[name]
@@ -196,9 +184,7 @@ class Coupling:
 
     def _rescale(self, unit: Unit, layer: PlannedLayer, served: str) -> None:
         own, new = self._norm(unit.norm, layer.source), self._norm(unit.norm, served)
-        assert self._offset is not None
-        reason = self._why_not_rescale(layer, own, new, self._offset)
-        if reason:
+        if reason := self._why_not_rescale(layer, own, new):
             what = (
                 f"differs between {served!r} and {layer.source!r}, and "
                 f"{last_component(layer.name)} cannot be rescaled: {reason}"
@@ -212,13 +198,7 @@ class Coupling:
             rescale=Rescale(own["weight"], new["weight"], self._offset, served),
         )
 
-    def _why_not_rescale(
-        self,
-        layer: PlannedLayer,
-        own: Mapping[str, StoredTensor],
-        new: Mapping[str, StoredTensor],
-        offset: float,
-    ) -> str:
+    def _why_not_rescale(self, layer: PlannedLayer, own: Tensors, new: Tensors) -> str:
         """Say why columns cannot be rescaled from one norm to another; empty if they can."""
         if own.keys() != new.keys() or "weight" not in own:
             return f"it holds {', '.join(sorted(new))} here and {', '.join(sorted(own))} there"
@@ -226,7 +206,7 @@ class Coupling:
         if own["weight"].shape != (layer.stored.K,):
             return f"it scales {list(own['weight'].shape)} features, not {[layer.stored.K]}"
         read = self._values.of
-        ratio = _ratio(read(own["weight"]) + offset, read(new["weight"]) + offset)
+        ratio = _ratio(*(read(norm["weight"]) + self._offset for norm in (own, new)))
         if ratio is None:
             return "one of its weights is zero in only one of the two sources"
         for suffix in own.keys() - {"weight"}:
@@ -255,7 +235,7 @@ class Coupling:
         suffix = "weight" if "weight" in one.keys() & other.keys() else next(iter(one), "")
         if suffix not in other or one[suffix].shape != other[suffix].shape:
             return float("inf")
-        pair = [np.abs(self._values.of(x[suffix]) + (self._offset or 0.0)) for x in (one, other)]
+        pair = [np.abs(self._values.of(x[suffix]) + self._offset) for x in (one, other)]
         low, high = np.minimum(*pair), np.maximum(*pair)
         return float((high / np.maximum(low, 1e-30)).max())
 

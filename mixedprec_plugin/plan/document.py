@@ -207,7 +207,7 @@ class _Document:
             "source": layer.source,
             "stored": stored.description if stored else "",
             "action": layer.action,
-            "note": _note(layer),
+            "note": layer.notes,
             "shape": [stored.N, stored.K] if stored else None,
             "tensors": {s: [spec.dtype, *spec.shape] for s, spec in layer.outputs.items()},
             "bytes_before": layer.bytes_before,
@@ -271,11 +271,6 @@ def _card(plan: Plan) -> dict[str, Any] | None:
         "token_bytes": cache.num_bytes,
         "token_formula": cache.formula,
     }
-
-
-def _note(layer: PlannedLayer) -> str:
-    rescaled = f"rescaled to the norm of {layer.rescale.source}" if layer.rescale else ""
-    return ", ".join(filter(None, (rescaled, layer.note)))
 
 
 def runs_of(values: Iterable[int]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
@@ -15,8 +15,8 @@ from mixedprec_plugin.methods.cards import version
 from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
-from mixedprec_plugin.plan.folding import fold_names, fold_problems, natural_key
-from mixedprec_plugin.plan.model import PlannedLayer
+from mixedprec_plugin.plan.folding import fold_names, fold_problems
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
 # SGLang's own kernel for tokens that are routed by groups of experts (environ.py:1485)
 _TRITON_ROUTING = "SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK"
@@ -185,24 +185,19 @@ def _methods(*kinds: str) -> list[str]:
     return list(found.values())
 
 
-def shared_experts_line(config: Config, layers: Iterable[PlannedLayer]) -> str:
+def shared_experts_line(plan: Plan) -> str:
     """Say so where SGLang would run shared experts as one more routed one if there were no preset.
 
     With a preset they are layers of their own on every GPU, and follow their own rules. The same
     weights are read and multiplied; a layer launches three kernels more (two products, an
     activation), on a second stream beside the routed experts (models/deepseek_v2.py:867).
     """
+    config = plan.source.config
     if config.get("n_shared_experts") != 1 or not family_of(config).fuses_shared_experts(config):
         return ""
-    names = [
-        layer.module
-        for layer in layers
-        if ".mlp.shared_experts." in layer.name and layer.kind != "draft"
-    ]
-    if not names:
-        return ""
-    where = ", ".join(fold_names(sorted(set(names), key=natural_key)))
-    return f"{where}: not fused into the routed experts, they follow their own rules"
+    own = [x for x in plan.layers if ".mlp.shared_experts." in x.name and x.kind != "draft"]
+    where = ", ".join(fold_names(dict.fromkeys(layer.module for layer in own)))
+    return f"{where}: not fused into the routed experts, they follow their own rules" if own else ""
 
 
 def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[Problem]:

@@ -26,8 +26,8 @@ class Rescale:
     Column k is multiplied by (own[k] + offset) / (served[k] + offset), exact but for float32.
 
     Attributes:
-        own: the norm's weight in the layer's source.
-        served: the norm's weight that is served, before it is rounded to the model's dtype.
+        own, served: the norm's weight in the layer's source, and the one that is served, before it
+            is rounded to the model's dtype.
         offset: 1 where the norm scales by 1 + w.
         source: name of the source of `served`.
     """
@@ -87,6 +87,12 @@ class PlannedLayer:
         return self.scheme.method if self.scheme else UNQUANTIZED
 
     @property
+    def notes(self) -> str:
+        """What else is done with it, in words."""
+        rescaled = f"rescaled to the norm of {self.rescale.source}" if self.rescale else ""
+        return ", ".join(filter(None, (rescaled, self.note)))
+
+    @property
     def is_unquantized(self) -> bool:
         """Whether it runs in floats."""
         return self.method == UNQUANTIZED
@@ -107,11 +113,7 @@ class PlannedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGroup:
-    """Experts of one layer that run in one scheme.
-
-    Attributes:
-        experts: their ids, ascending.
-    """
+    """Experts of one layer, by ascending ids, that run in one scheme."""
 
     scheme: Scheme
     experts: tuple[int, ...]
@@ -164,10 +166,8 @@ class Plan:
                 experts.add(layer.shard.expert)
         return {
             module: tuple(
-                sorted(
-                    (ExpertGroup(scheme, tuple(sorted(ids))) for scheme, ids in groups.values()),
-                    key=lambda group: group.experts,
-                )
+                ExpertGroup(scheme, tuple(sorted(experts)))
+                for scheme, experts in sorted(groups.values(), key=lambda group: min(group[1]))
             )
             for module, groups in found.items()
         }
