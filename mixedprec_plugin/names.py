@@ -241,18 +241,14 @@ class Nearest:
         self._left = MAX_COMPARED
 
     def find(self, name: str, candidates: Collection[str], n: int = 3) -> list[str]:
-        """Find the candidates that someone who typed `name` may have meant.
+        """Find the candidates that someone who typed a layer name, a glob or a key may have meant.
 
         Candidates that differ in their numbers only count as one, so a model of 90,000 layers is
         compared by its few dozen distinct shapes, and the answer never lists one layer in 30
         copies.
 
-        Args:
-            name: what was typed: a layer name, a glob, or a key.
-            candidates: what there is.
-            n: how many to return at most.
         Returns:
-            Candidates, best first; empty where nothing is close.
+            `n` at most, best first; empty where nothing is close.
         """
         self._left -= len(name) + 4 * len(candidates)
         if self._left < 0:

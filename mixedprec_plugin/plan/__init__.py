@@ -1,7 +1,6 @@
 """The plan: what every layer runs as, decided from headers before a weight is read.
 
 model         the plan's frozen data
-preset        the preset to plan with
 resolve       preset x source -> plan, by
   matching      which rule decides which layer
   auto          layers that run as their source stores them

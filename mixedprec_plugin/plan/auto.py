@@ -12,7 +12,7 @@ finds for the first one: they need one source and one stored format, on the CPU 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import ExpertShard, last_component
@@ -66,7 +66,7 @@ def find_mixed_modules(
     return mixed, fold_problems(problems)
 
 
-def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
+def find_mixed_experts(layers: Collection[PlannedLayer]) -> list[Problem]:
     """Find layers of experts, some of them quantized and under `auto`, that are not all alike.
 
     Source:
@@ -74,10 +74,9 @@ def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
         classes for the layer: a group of experts, a layer of its own in a composite, has no name
         that a source's lists and patterns know.
     """
-    experts = [layer for layer in layers if isinstance(layer.shard, ExpertShard)]
-    automatic = {layer.module for layer in experts if is_bound(layer)}
+    automatic = {layer.module for layer in layers if is_bound(layer)}
     modules: dict[str, dict[tuple[str, str], set[int]]] = {}
-    for layer in experts:
+    for layer in layers:
         if layer.module in automatic and isinstance(layer.shard, ExpertShard):
             forms = modules.setdefault(layer.module, {})
             forms.setdefault(_form(layer), set()).add(layer.shard.expert)

@@ -162,11 +162,7 @@ def _cache(config: Config, tp_size: int, load: Load) -> list[Line]:
 
 
 def _linear_layers(said: Config) -> int:
-    """How many layers keep a state of one size a request, and no keys and values.
-
-    Raises:
-        UsageError: it has layers of a kind of which this is not known.
-    """
+    """How many layers keep a state of one size a request, and no keys and values."""
     count, every = (count_of(said, key) for key in ("num_hidden_layers", "full_attention_interval"))
     kinds = said.get("layer_types")
     if not isinstance(kinds, list):

@@ -51,7 +51,6 @@ def check_rules(
     Args:
         kinds: name of every layer, tied ones too -> its kind.
         fused: name of every layer -> the module that runs it, and the shard of it that it is.
-        tied: tied layer name -> the layer whose weight it shares.
     """
     problems = []
     near_globs = NearGlobs({name: fused.get(name, (name, None)) for name in kinds})

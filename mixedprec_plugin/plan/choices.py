@@ -50,7 +50,6 @@ class Choices:
         """The number of a layer's list of choices, one for each method.
 
         Args:
-            layer: one with a stored format, that methods may quantize.
             shards: the layers that share its parameter, itself among them.
         """
         key = (

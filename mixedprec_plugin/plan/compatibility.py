@@ -45,8 +45,6 @@ def check_sources(
 ) -> list[Problem]:
     """Hold every source that a layer comes from against the model's own checkpoint.
 
-    Args:
-        preset: `trust_sources` turns errors into warnings; has the sources' lines.
     Returns:
         one problem for each source that differs, with every difference.
     Raises:

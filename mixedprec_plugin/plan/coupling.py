@@ -77,8 +77,6 @@ class Coupling:
 
         Returns:
             an error for each kind of unit that cannot be made right.
-        Raises:
-            CheckpointError: a norm cannot be read.
         """
         for unit in self.units:
             self._settle(unit)

@@ -247,11 +247,9 @@ def _faults(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def _card(plan: Plan) -> dict[str, Any] | None:
-    """What the GPU of a rank holds, as lines of `budget`; None where no GPU is named.
+    """What the GPU of a rank holds, as lines of `budget`, the KV cache by the token.
 
-    Returns:
-        "weights" of a rank, "memory", "taken" but for the KV cache, bytes that a token adds to it;
-        or "unknown": why the rest is not told.
+    None where no GPU is named; with "unknown" for what is not told.
     """
     target, config = plan.target, plan.source.config
     if target.gpu is None:

@@ -29,51 +29,62 @@ _NOT_ABSORBED = {
     "GPTQ": "SGLang takes its packed weights for AWQ's",
     "AWQ": "SGLang imports sglang.kernel_api_logging for it, which it does not have since 0.5.20",
 }
+# where, what, remedy
+_Found = tuple[str, str, str]
 
 
 def why_not_family(
     config: Config, target: Target, layers: Sequence[PlannedLayer] = ()
 ) -> list[Problem]:
     """List what keeps SGLang from loading or running the model of a config.json at all."""
+    found = (
+        *_routing_problems(config, target),
+        *_layer_problems(config, layers),
+        *_head_problems(config, target.tp_size),
+    )
+    return fold_problems(Problem(*problem, "family") for problem in found)
+
+
+def _layer_problems(config: Config, layers: Sequence[PlannedLayer]) -> Iterator[_Found]:
     name, family = architecture(config), family_of(config)
-    found = [*_routing_problems(config, target)]
-    for end, reader in family.dtype_readers.items():
-        unread = [x for x in layers if x.module.endswith(end) and not _is_readable(x)]
-        for where in fold_names(layer.name for layer in unread):
-            kind = _storage(unread[0].outputs)
-            text = f"SGLang's {reader} looks at the dtype of their weight, and {kind} has none"
-            found.append((where, text, _instead_of_packed()))
-    fp8, asked = " or ".join(_methods("FP8")), []
+    fp8 = " or ".join(_methods("FP8"))
     for layer in layers:
         kind = _storage(layer.outputs)
+        for end, reader in family.dtype_readers.items():
+            if layer.module.endswith(end) and not _is_readable(layer):
+                text = f"SGLang's {reader} looks at the dtype of their weight, and {kind} has none"
+                yield layer.name, text, _instead_of_packed()
         is_asked = last_component(layer.module) in family.asked_for_weight
         if is_asked and kind not in ("floats", "FP8", "INT8"):
-            text = (
-                f"SGLang's {name} fills it from one tensor `weight`, and cannot in {layer.method}"
-            )
-            asked.append(Problem(layer.name, text, f"use method: {fp8}", "family"))
+            text = f"SGLang's {name} fills it from one tensor `weight`, and cannot in"
+            yield layer.name, f"{text} {layer.method}", f"use method: {fp8}"
+    for pattern, remedy in family.not_loaded.items():
+        if names := [layer.name for layer in layers if re.match(pattern, layer.name)]:
+            text = f"SGLang's {name} does not load tensors that are called so"
+            yield ", ".join(fold_names(names)[:3]), text, f"{remedy} in the checkpoint"
+
+
+def _head_problems(config: Config, tp_size: int) -> Iterator[_Found]:
+    name = architecture(config)
     num_heads = config.get("num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads") or num_heads
-    if family.has_joint_head_norms and target.tp_size > 1:
+    if not family_of(config).has_joint_head_norms:
+        return
+    if tp_size > 1:
         text = (
-            f"SGLang's {name} normalizes the heads of q and k together, and does not on "
-            f"{target.tp_size} tensor-parallel ranks"
+            f"SGLang's {name} normalizes the heads of q and k together, and does not on {tp_size} "
+            "tensor-parallel ranks"
         )
-        found.append((name, text, "serve it on one, or on more with --dp"))
-    if family.has_joint_head_norms and num_heads != num_kv_heads:
+        yield name, text, "serve it on one, or on more with --dp"
+    if num_heads != num_kv_heads:
         text = (
             f"it has {num_kv_heads} key-value heads, and SGLang's class a norm of k for "
             f"{num_heads} (num_key_value_heads in config.json)"
         )
-        found.append((name, text, "SGLang cannot serve it"))
-    for pattern, remedy in family.not_loaded.items():
-        if names := [layer.name for layer in layers if re.match(pattern, layer.name)]:
-            text = f"SGLang's {name} does not load tensors that are called so"
-            found.append((", ".join(fold_names(names)[:3]), text, f"{remedy} in the checkpoint"))
-    return [Problem(*problem, "family") for problem in found] + fold_problems(asked)
+        yield name, text, "SGLang cannot serve it"
 
 
-def _routing_problems(config: Config, target: Target) -> Iterator[tuple[str, str, str]]:
+def _routing_problems(config: Config, target: Target) -> Iterator[_Found]:
     """DeepSeek-V3's routing, for which SGLang takes FlashInfer's kernel and does not ask the GPU.
 
     Without groups it takes another: a token would need to go to one expert.

@@ -33,11 +33,7 @@ def tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
 
 
 def untied(source: Source, tied: Mapping[str, str]) -> Source:
-    """A checkpoint as if its head were stored, and config.json said so; no byte of it is copied.
-
-    Args:
-        tied: head -> the embedding that it shares a weight with.
-    """
+    """A checkpoint as if its head were stored, and config.json said so; no byte of it is copied."""
     tensors = dict(source.tensors)
     for head, embedding in tied.items():
         if head in source.layers or embedding not in source.layers:
@@ -50,11 +46,7 @@ def untied(source: Source, tied: Mapping[str, str]) -> Source:
 
 
 def with_heads(reference: Source, kinds: Mapping[str, Kind]) -> Source:
-    """A checkpoint that a plan is compared with, untied where the plan's layers are.
-
-    Args:
-        kinds: layer name of the plan -> its kind.
-    """
+    """A checkpoint that a plan, layer name -> kind, is compared with, untied as its layers are."""
     embedding = next((name for name, kind in kinds.items() if kind == "embedding"), "")
     is_apart = HEAD in kinds and bool(reference.config.get(_TIES))
     return untied(reference, {HEAD: embedding}) if is_apart else reference

@@ -67,11 +67,7 @@ def usual_load(preset: Preset) -> Load:
 
 
 def memory_lines(plan: Plan, load: Load) -> list[str]:
-    """What a rank's GPU holds, a line each in one unit; empty where its memory is not known.
-
-    Args:
-        load: what requests are, and how much of the memory SGLang may take.
-    """
+    """What a rank's GPU holds under a load, a line each; empty where its memory is not known."""
     layers, target, config = plan.layers, plan.target, plan.source.config
     gpu = target.gpu
     if gpu is None or not gpu.memory_bytes:
@@ -145,11 +141,7 @@ class _Needs(NamedTuple):
 
 
 def _needs(target: Target, config: Config, load: Load) -> _Needs:
-    """What a rank keeps beside the weights.
-
-    Raises:
-        UsageError: what a request keeps is not known.
-    """
+    """What a rank keeps beside the weights; a UsageError where that is not known."""
     assert target.gpu is not None
     one = dataclasses.replace(load, context=1, concurrency=1)
     taken = gpu_budget(target.gpu, target.tp_size, config, one).taken

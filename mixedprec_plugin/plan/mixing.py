@@ -41,13 +41,8 @@ def settle_sources(
     """Make layers of several sources fit each other; layers of one source are left as they are.
 
     Args:
-        preset: for `trust_sources` and the lines of its sources.
         layers: as the rules have them.
-        sources: name -> checkpoint.
-        target: whose dtype norms and biases are served in.
-        matches: what the rules match.
         tied: tied layer name -> the layer whose weight it shares.
-        formats: the sources' formats.
     Returns:
         the layers, with norms and biases where they belong and consumers rescaled, and what is
         wrong. Sources of different models are only told to be so: nothing else can be said of them.

@@ -10,10 +10,10 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.families.names import ExpertShard, Kind, Shard, shard_order
-from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.interface import Fault, Target
 from mixedprec_plugin.methods.registry import UNQUANTIZED
 from mixedprec_plugin.methods.stored import StoredFormat, TensorSpec
-from mixedprec_plugin.plan.conversion import Action, Reason
+from mixedprec_plugin.plan.conversion import Action
 from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
@@ -74,7 +74,7 @@ class PlannedLayer:
     bytes_after: int
     rescale: Rescale | None = None
     note: str = ""
-    reasons: tuple[Reason, ...] = ()
+    reasons: tuple[Fault, ...] = ()
 
     @property
     def num_weights(self) -> int:

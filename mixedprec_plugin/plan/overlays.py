@@ -25,10 +25,8 @@ _VALUES = {"relative_error": ("relative error", ""), "loss": ("predicted loss", 
 
 
 def read_overlay(path: Path, plan: Plan) -> dict[str, Any]:
-    """Read a number for each layer of a plan.
+    """Read a number for each layer of a plan, from one of these files or a conversion's folder.
 
-    Args:
-        path: a file of one of the kinds above, or a folder that a calibrated conversion wrote.
     Returns:
         "name" of what it is, "unit", "file", and "values": layer name -> number.
     Raises:

@@ -171,12 +171,9 @@ class Pairs:
 
 
 def row_scales(first: torch.Tensor, second: torch.Tensor) -> RowScales:
-    """Measure the scale between the rows of two matrices.
+    """Measure the scale between the rows of two matrices, float32 [N, K], that are related.
 
-    Args:
-        first, second: float32 [N, K].
-    Returns:
-        the scales of the rows that are related; rows that are zero in both say nothing.
+    Rows that are zero in both say nothing.
     """
     import torch
 

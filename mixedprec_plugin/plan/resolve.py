@@ -125,7 +125,7 @@ def resolve_plan(
             )
         )
     problems += find_mixed_experts(
-        layer for layer in planned if scheme_unit(layer.module, layer.shard) not in mixed
+        [layer for layer in planned if scheme_unit(layer.module, layer.shard) not in mixed]
     )
     planned, mismatches = settle_sources(preset, planned, sources, target, matches, tied, formats)
     problems += mismatches

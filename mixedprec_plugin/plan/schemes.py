@@ -125,9 +125,6 @@ def check_expert_ids(rules: Iterable[Rule], shards: Collection[Shard]) -> list[P
     """Find rules that name single experts beyond the last one: a list made for another model.
 
     Ranges may reach beyond it: `{16..255}` is a way to say "all from 16 on".
-
-    Args:
-        shards: of all layers.
     """
     count = 1 + max((s.expert for s in shards if isinstance(s, ExpertShard)), default=-1)
     problems = []

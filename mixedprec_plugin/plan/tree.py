@@ -121,11 +121,7 @@ class Tree:
 
 
 def _parts_of(name: str, kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (module, name in it) of a layer's matrix, its bias and its single parameters.
-
-    Args:
-        kinds: as `_kinds_of_parts` gives them.
-    """
+    """Yield (module, name in it) of each part of a layer, of the kinds of `_kinds_of_parts`."""
     module, _, last = name.rpartition(".")
     if last.isdecimal():  # of a list of layers
         module, _, before = module.rpartition(".")

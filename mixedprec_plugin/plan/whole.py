@@ -42,13 +42,9 @@ Missing = Iterator[tuple[str, str]]
 def check_whole(
     layers: Sequence[PlannedLayer], tied: Mapping[str, str], config: Config
 ) -> list[Problem]:
-    """Find what a model lacks.
+    """Find what a model lacks: an error for each kind of layer.
 
-    Args:
-        layers: of the whole model, from whatever source.
-        tied: tied layer name -> the layer whose weight it shares.
-    Returns:
-        an error for each kind of layer; none of what is no whole language model by config.json.
+    None of what is no whole language model by config.json.
     """
     if not is_language_model(config):
         return []

@@ -160,12 +160,9 @@ class Binder:
 
 
 def _beside(text: str, place: Location, path: str) -> str:
-    """A source's path from the folder of the preset that names it; an id of the Hub as it is.
+    """A source's path, or how it is shown, from its preset's folder; an id of the Hub as it is.
 
-    Args:
-        text: the path, or how messages show it.
-        place: where it was written; not in a file, it counts from the working directory.
-        path: the path.
+    What was not written in a file counts from the working directory.
     """
     folder = FilePath(place.file).parent
     is_there = (folder / path).exists() or FilePath(path).exists()

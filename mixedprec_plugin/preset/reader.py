@@ -252,11 +252,7 @@ class _Reader:
         return str(self.loader.resolve(yaml.ScalarNode, text, (True, False))).removeprefix(_TAG)
 
     def _plain(self, text: str) -> Scalar:
-        """The value of an unquoted scalar.
-
-        Raises:
-            RefusedError: YAML 1.1 and YAML 1.2 disagree about it, or no preset needs it.
-        """
+        """The value of an unquoted scalar; refused where YAML 1.1 and YAML 1.2 disagree."""
         kind = self._old_type(text)
         if len(text) > MAX_DIGITS and (kind == "int" or re.fullmatch("0o[0-7]+", text)):
             what = f"{text[:20]}… has more than {MAX_DIGITS} digits"

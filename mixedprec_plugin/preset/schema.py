@@ -104,11 +104,9 @@ def _report(validator: Validator, data: Any, shown: Any, document: Document) -> 
 def _describe(
     error: ValidationError, value: Any, path: Path, findings: Findings
 ) -> Iterator[tuple[Path, str, str, str]]:
-    """What an error of the validator means: (where, what, remedy, rule).
+    """What an error of the validator at a path means: (where, what, remedy, rule).
 
-    Args:
-        value: what is wrong, as messages may show it.
-        path: where the validator found it.
+    `value` is what is wrong, as messages may show it.
     """
     expected: Any = error.validator_value
     rule, remedy = str(error.validator), ""
