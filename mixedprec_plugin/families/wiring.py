@@ -1,7 +1,6 @@
 """Which layers read a norm's output, and which layer's outputs another reads, told by names.
 
-A tool that smooths weights (AWQ, SmoothQuant) multiplies the columns of a layer and divides what
-comes before: the norm whose output the layer reads, or the rows of the layer before it.
+Tools that smooth weights (AWQ, SmoothQuant) multiply a layer's columns, and divide what is before.
 
     norm                                      its consumers
     input_layernorm                           q, k, v (q_a, kv_a), and where there is no other norm

@@ -71,12 +71,7 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What is left of a rank's GPU for weights.
-
-    Attributes:
-        memory: what the GPU holds.
-        taken: what is not for weights.
-    """
+    """What is left of a rank's GPU for weights: its memory but for what else is taken."""
 
     memory: Line
     taken: tuple[Line, ...]

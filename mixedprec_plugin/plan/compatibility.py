@@ -1,12 +1,8 @@
 """Whether the sources of a plan are checkpoints of one model.
 
-Held against the model's own: the architecture and every size in config.json, the shapes of the
-layers that are taken, sampled rows of the embedding, and the signs of norms. Tools that quantize
-leave the embedding alone; those that rotate weights (QuaRot, SpinQuant) change it, and then layers
-of the two work on different activations.
-
-Not held against each other: how a checkpoint is quantized, its dtype and versions, dropout, lengths
-and scaling of positions (the model's config.json decides those), and rows that pad the vocabulary.
+Tools that quantize leave the embedding alone; those that rotate weights (QuaRot, SpinQuant) change
+it, and then layers of the two work on different activations. What the model's config.json decides
+(dtype, dropout, lengths and scaling of positions) may differ, and rows that pad the vocabulary.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.families.config import Config, is_half_precision
-from mixedprec_plugin.families.kv_scales import KV_SUFFIXES
-from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
+from mixedprec_plugin.families.names import KV_SUFFIXES, NEVER_QUANTIZED, Kind
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import served_dtype, to_dequantize
 from mixedprec_plugin.methods.interface import Fault, Target
@@ -45,13 +44,12 @@ _OTHER_FORMAT = "take a checkpoint in another format"
 
 
 class Asked(NamedTuple):
-    """What a layer is to become, and what there is of it.
+    """What a layer is to become, and what there is of it: `tensors`, by their suffixes.
 
     Attributes:
-        scheme: what it runs as; None for what is never quantized.
+        scheme: None for what is never quantized.
         rule: the rule that decides; None where none matches.
         stored: the format of its weight in its source.
-        tensors: suffix -> tensor of the layer, in its source.
     """
 
     scheme: Scheme | None
@@ -66,7 +64,6 @@ class Conversion:
     """What layers that are alike become.
 
     Attributes:
-        action: how stored tensors become served ones.
         outputs: parameter suffix -> what is served.
         reasons: why it is impossible; empty if it is not.
     """

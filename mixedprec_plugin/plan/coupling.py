@@ -57,8 +57,7 @@ class Coupling:
         tied: Mapping[str, str],
         values: Values,
         dtype: str,
-        *,
-        trusted: bool = False,
+        trusted: bool,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
         kinds = {layer.name: layer.kind for layer in layers}

@@ -1,7 +1,6 @@
 """The plan as one JSON document: what the page of `mixedprec plan --html` shows.
 
-A model of 70,000 layers has few kinds of them, so that each kind stands there once (`forms`), each
-list of matching rules once (`matches`), and layers are runs of these:
+Each kind of layer stands there once, and each list of matching rules; layers are runs of these:
 
     layers   name template, its module's, and rows: [block, experts, runs of forms, of matches]
     forms    what layers that are alike become: shape, scheme, action, tensors, bytes, kernel, and
@@ -155,7 +154,9 @@ class _Document:
         rows: dict[str, dict[int, list[tuple[int, int, int]]]] = {}
         for layer, shards, alike in with_shards(self._plan.layers):
             faults = self._faults.get(layer.name, ())
-            key = (alike, layer.source, layer.note, faults, self._parameters(layer))
+            # layers without a stored format are alike in what they serve
+            outputs = None if layer.stored else tuple(layer.outputs.items())
+            key = (alike, layer.source, layer.note, faults, outputs)
             if key not in numbers:
                 form = self._form(layer, shards, faults)
                 # each rule of its own scheme has one
@@ -188,10 +189,6 @@ class _Document:
         forms = self._runs.add(tuple(runs_of(form for _, form, _ in row)))
         matches = self._runs.add(tuple(runs_of(match for _, _, match in row)))
         return [block, told, forms, matches]
-
-    def _parameters(self, layer: PlannedLayer) -> Hashable:
-        """What a layer without a stored format is alike in."""
-        return None if layer.stored else tuple(layer.outputs.items())
 
     def _form(self, layer: PlannedLayer, shards: Any, faults: tuple[int, ...]) -> dict[str, Any]:
         stored, scheme, target = layer.stored, layer.scheme, self._plan.target

@@ -3,9 +3,8 @@
 Layers may be counted from the end, as in Python: `model.layers.-1.*` or `*.layers.{-2..-1}.*`
 match the last layers of a model whatever their number.
 
-A model of 70,000 layers and a preset of hundreds of rules for single experts would be 40 million
-matches. Nearly all of them fail at `layers.7` or `experts.{3,17}`, so that names are found by such
-places first.
+70,000 layers times hundreds of rules for single experts would be 40 million matches. Nearly all
+fail at `layers.7` or `experts.{3,17}`, so that names are found by such places first.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def memory_lines(plan: Plan, load: Load) -> list[str]:
     gpu = target.gpu
     if gpu is None or not gpu.memory_bytes:
         return []
-    held, lines = rank_bytes(layers, target.tp_size, config), []
+    held = rank_bytes(layers, target.tp_size, config)
     title = f"{gpu.name} of {_gigabytes(gpu.memory_bytes)}, each of {target.tp_size}:"
     try:
         needs = _needs(target, config, load)
@@ -81,16 +81,13 @@ def memory_lines(plan: Plan, load: Load) -> list[str]:
     reserve, room = needs.reserve, max(0, gpu.memory_bytes - needs.reserve - held)
     tokens, states = needs.held_in(room)
     num_requests = min(tokens // load.context, load.most_requests or tokens)
-    cache = room
+    cache = room - states * needs.state
     if needs.state:
-        cache, num_requests = (
-            room - states * needs.state,
-            min(num_requests, max(0, states - 1) // _STATES_A_REQUEST),
-        )
+        num_requests = min(num_requests, max(0, states - 1) // _STATES_A_REQUEST)
     requests = f", {num_requests} requests of {load.context:,}" if num_requests else ""
     whose = ", by SGLang's default" if load.fraction is None else ""
     fraction = f"{1 - reserve / gpu.memory_bytes:.3g}"
-    lines += [
+    lines = [
         title,
         f"  {_gigabytes(held):>8}  weights",
         f"  {_gigabytes(reserve):>8}  activations and CUDA graphs{whose} "
@@ -125,10 +122,8 @@ class _Needs(NamedTuple):
 
     def held_in(self, room: int) -> tuple[int, int]:
         """Tokens of the KV cache, and states, that SGLang makes of the room beside the weights."""
-        states = 0
-        if self.state:
-            states = max(0, int(room * _STATES_SHARE / self.state))
-            room -= states * self.state
+        states = int(room * _STATES_SHARE / self.state) if self.state else 0
+        room -= states * self.state
         return (room // self.token if self.token else 0), states
 
     @property
@@ -174,27 +169,22 @@ def bytes_read(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> 
 
 def _weight_only(layers: Iterable[PlannedLayer], target: Target) -> list[str]:
     """Methods whose activations stay in 16 bits on this GPU, and do not on others."""
+    assert target.gpu is not None
     found: dict[str, None] = {}
     for layer in layers:
-        if layer.kind == "linear" and layer.scheme is not None and layer.stored is not None:
-            found.update(_kernels(layer, target))
-    assert target.gpu is not None
+        if layer.kind != "linear" or layer.scheme is None or layer.stored is None:
+            continue
+        N, K = layer.stored.N, layer.stored.K
+        shape = LayerShape(N, K, (N,), "column", target.tp_size, target.dtype)
+        kernel, arguments = METHODS[layer.method].kernel, layer.scheme.arguments
+        here, there = (kernel(arguments, shape, x) for x in (target.gpu.capability, _NEWER))
+        if here == "Marlin" != there:
+            found[layer.method] = None
     return [
         f"{name} is weight-only on {target.gpu.name}, which has no units for it: activations stay "
         "in 16 bits"
         for name in found
     ]
-
-
-def _kernels(layer: PlannedLayer, target: Target) -> dict[str, None]:
-    assert layer.scheme is not None
-    assert layer.stored is not None
-    assert target.gpu is not None
-    N, K = layer.stored.N, layer.stored.K
-    shape = LayerShape(N, K, (N,), "column", target.tp_size, target.dtype)
-    kernel, arguments = METHODS[layer.method].kernel, layer.scheme.arguments
-    here, there = (kernel(arguments, shape, x) for x in (target.gpu.capability, _NEWER))
-    return {layer.method: None} if here == "Marlin" != there else {}
 
 
 def why_not_in_memory(

@@ -58,11 +58,11 @@ def settle_sources(
     settled, wrong = _settle_biases(layers, sources["model"], target.dtype, values)
     problems += wrong
     trusted = preset.trust_sources
-    coupling = Coupling(settled, sources, matches, tied, values, target.dtype, trusted=trusted)
+    coupling = Coupling(settled, sources, matches, tied, values, target.dtype, trusted)
     problems += coupling.settle()
     norms = {name: unit.norm for unit in coupling.units for name in unit.consumers}
     offset = family_of(sources["model"].config).norm_offset or 0.0
-    pairs = Pairs(coupling.layers, sources, norms, offset, values, formats, trusted=trusted)
+    pairs = Pairs(coupling.layers, sources, norms, offset, values, formats, trusted)
     problems += pairs.check()
     return list(coupling.layers.values()), problems
 

@@ -43,15 +43,11 @@ class PlannedLayer:
     """What happens to one layer of the checkpoint.
 
     Attributes:
-        name: layer name as the checkpoint spells it.
         module: name of the module that runs it; differs from `name` for a shard of a fused module.
         shard: the shard id that the fused module's weight loader takes; None if not fused.
-        kind: what the layer is.
-        scheme: the scheme that it runs in; None where the layer is never quantized.
+        scheme: None where the layer is never quantized.
         rule: the rule that decided; None where none matched.
-        source: name of the source.
         stored: the format that it is stored in; None where it holds no weight matrix.
-        action: how stored tensors become served ones.
         inputs: parameter suffix -> stored tensor.
         outputs: parameter suffix -> what is served.
         rescale: how its columns change before it is quantized; None where they do not.
@@ -126,7 +122,6 @@ class Plan:
     Attributes:
         sources: name -> checkpoint, of every source that the preset names; `model` is the server's.
         layers: in natural order of their names.
-        problems: errors and warnings, of the whole preset at once.
         tied: tied layer name -> the layer whose weight it shares (`lm_head` -> the embedding).
         matches: which rules match which layers, shadowed ones too.
     """

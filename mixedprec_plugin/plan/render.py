@@ -25,8 +25,7 @@ class Group(NamedTuple):
         name: folded module names, `model.layers.0-29.self_attn.qkv_proj`.
         sglang: what SGLang calls them; empty where that is `name`, and for layers without a method.
         method: the scheme's method with its main arguments, `gptq 4-bit g128`.
-        source: names of the sources that its layers come from.
-        action: how stored tensors become served ones, and what else the plan decided.
+        source, action, stored: all that its layers have.
     """
 
     name: str
