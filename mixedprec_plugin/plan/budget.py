@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mixedprec_plugin.errors import Problem, UsageError
-from mixedprec_plugin.families.config import Config, count_of, text_config
+from mixedprec_plugin.families.config import Config, count_of, sizes, text_config
 from mixedprec_plugin.methods.cards import Gpu
 
 KV_CACHE, STATES = "KV cache", "states of linear attention"
@@ -133,17 +133,16 @@ def _default_reserve(memory_bytes: int, tp_size: int, config: Config, load: Load
 
 
 def _cache(config: Config, tp_size: int, load: Load) -> list[Line]:
-    said = text_config(config)
-    num_linear = _linear_layers(said)
+    said = sizes(config)
+    num_linear = _linear_layers(text_config(config))
     num_layers = count_of(said, "num_hidden_layers") - num_linear
     tokens = load.context * load.concurrency
     if rank := count_of(said, "kv_lora_rank"):
         numbers = rank + count_of(said, "qk_rope_head_dim")
         told = f"({rank} latent + {numbers - rank} rotary)"
     else:
-        heads = count_of(said, "num_attention_heads")
-        size = count_of(said, "head_dim") or count_of(said, "hidden_size") // max(heads, 1)
-        kv_heads = max(1, (count_of(said, "num_key_value_heads") or heads) // tp_size)
+        size = count_of(said, "head_dim")
+        kv_heads = max(1, count_of(said, "num_key_value_heads") // tp_size)
         values = count_of(said, "v_head_dim") or size
         numbers, told = kv_heads * (size + values), f"{kv_heads} heads x ({size} + {values})"
     formula = (
@@ -152,7 +151,7 @@ def _cache(config: Config, tp_size: int, load: Load) -> list[Line]:
     )
     lines = [Line(KV_CACHE, tokens * num_layers * numbers * load.kv_bytes, formula)]
     if num_linear:
-        lines.append(_states(said, num_linear, tp_size, load))
+        lines.append(_states(text_config(config), num_linear, tp_size, load))
     return lines
 
 

@@ -61,7 +61,7 @@ class Asked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What layers that are alike become.
+    """What layers that are alike become, as `PlannedLayer` has it.
 
     Attributes:
         outputs: parameter suffix -> what is served.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -103,6 +104,8 @@ def resolve_plan(
         tensors = scales.of(name, {} if name in bare else taken[name].layers[name])
         to_do = Asked(schemes[name], rules.get(name), stored[name], tensors, kinds[name])
         conversion = scales.conversion(name) or conversions.of(to_do)
+        if name in apart:  # its bytes are the embedding's
+            conversion = dataclasses.replace(conversion, bytes_before=0)
         matrices = to_do.stored.matrices if to_do.stored else {}
         planned.append(
             PlannedLayer(
@@ -114,14 +117,9 @@ def resolve_plan(
                 rule=rules.get(name),
                 source=taken[name].name,
                 stored=stored[name],
-                action=conversion.action,
                 inputs={**tensors, **matrices},
-                outputs=conversion.outputs,
-                # what an embedding is stored for already
-                bytes_before=0 if name in apart else conversion.bytes_before,
-                bytes_after=conversion.bytes_after,
                 note=_note(name, kinds[name], apart),
-                reasons=conversion.reasons,
+                **vars(conversion),
             )
         )
     problems += find_mixed_experts(

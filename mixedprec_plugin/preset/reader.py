@@ -204,16 +204,13 @@ class _Reader:
             line = self._line()
             key = self._key(path, line)
             below = (*path, key)
-            if key not in entries:
-                entries[key] = self._value(below, line)
-                continue
-            places = self.document.places
-            self.document.places = {(): places[()]}
-            self._value(below, line)
-            line, self.document.places = self.document.places[below].line, places
-            first = f" (first on line {places[below].line})" if self.is_file else ""
-            what = f"{key!r} stands here a second time{first}"
-            self._problem(below, line, what, "keep one of them", "duplicate-key")
+            first = self.document.places.get(below)
+            entries[key] = self._value(below, line)
+            if first is not None:
+                where = f" (first on line {first.line})" if self.is_file else ""
+                what = f"{key!r} stands here a second time{where}"
+                line = self.document.places[below].line
+                self._problem(below, line, what, "keep one of them", "duplicate-key")
         self.loader.get_event()
         return entries
 
