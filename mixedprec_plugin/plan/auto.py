@@ -5,8 +5,8 @@
     CPU, stored as one of our methods  that method
     CPU, anything else                 dequantized if we can, which the plan says; else refused
 
-What SGLang's class cannot read is found at load. It runs all experts of a layer in the form that it
-finds for the first one: they need one source and one stored format, on the CPU too.
+SGLang's class runs all experts of a layer in the form that it finds for the first one: they need
+one source and one stored format, on the CPU too.
 """
 
 from __future__ import annotations

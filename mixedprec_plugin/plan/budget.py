@@ -1,10 +1,9 @@
 """What the GPU of a rank holds beside the weights: SGLang's reserve and the KV cache, line by line.
 
-SGLang gives weights and KV cache a fraction of the GPU's memory, --mem-fraction-static, and keeps
-the rest for activations and CUDA graphs. Its default is computed here as SGLang does.
-Source: `handle_gpu_memory_settings` (arg_groups/memory_hook.py:44) and
-`DefaultPoolConfigurator._compute_cell_size` (model_executor/pool_configurator.py:340), SGLang
-0.5.23's, below sglang/srt.
+SGLang gives weights and KV cache a fraction of the memory, --mem-fraction-static, and keeps the
+rest for activations and CUDA graphs. Source: `handle_gpu_memory_settings`
+(arg_groups/memory_hook.py:44) and `DefaultPoolConfigurator._compute_cell_size`
+(model_executor/pool_configurator.py:340), SGLang 0.5.23's, below sglang/srt.
 """
 
 from __future__ import annotations

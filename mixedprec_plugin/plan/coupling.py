@@ -1,16 +1,10 @@
 """Layers that are right only behind their own norm, and what the plan does about it.
 
-Where the sources of a norm's consumers store the same norm (each rounded to its own dtype), nothing
-is coupled. Where they differ, the norm is served from
-
-    1. the source that a rule names for norms alone;
-    2. else the one source that all consumers come from;
-    3. else the source of those that are taken as they are stored or repacked, which cannot change;
-    4. else where the rules had it from.
-
-A consumer from elsewhere that is quantized, cast, dequantized or requantized here is rescaled
-exactly: before, its columns are multiplied by (its own source's norm / the served one). Anything
-else is an error that names the unit.
+Where the sources of a norm's consumers store it alike (each rounded to its own dtype), nothing is
+coupled. Elsewhere the norm is served from the source that a rule names for norms alone; or that all
+consumers come from; or that those come from which are taken as stored or repacked, and so cannot
+change; or where the rules had it from. Columns of a consumer from elsewhere are multiplied by (its
+own source's norm / the served one), exactly; where they cannot be, it is an error.
 """
 
 from __future__ import annotations

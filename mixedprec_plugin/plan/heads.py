@@ -1,8 +1,4 @@
-"""`lm_head`: untied where the preset asks for it, and quantized where a rule spells its name.
-
-`*` leaves it alone, as it leaves embeddings. A rule that names it makes it a layer like others, of
-which the shape rules know that SGLang pads its vocabulary.
-"""
+"""`lm_head`: untied where the preset asks for it, and quantized where a rule spells its name."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Numbers of layers from elsewhere, to be shown over a plan: measured errors, predicted losses.
 
-what `mixedprec verify --json` prints    the relative error of each layer
-mixedprec_calibration.json               the predicted loss of each layer in nats a token, as a
-                                         calibrated conversion records it
-scores of `mixedprec search`             what each unit costs in the scheme that the plan gives it
+Of `mixedprec verify --json` the relative error of each layer, of a calibrated conversion
+(mixedprec_calibration.json) its predicted loss in nats a token, and of the scores of `mixedprec
+search` what its unit costs in the scheme that the plan gives it.
 """
 
 from __future__ import annotations

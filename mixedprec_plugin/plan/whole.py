@@ -1,12 +1,8 @@
 """Whether a model is whole: what config.json, its siblings and its module say that there must be.
 
-    config.json     as many blocks and experts as it says; a head unless it is tied, biases and
-                    shared experts where it asks for them
-    its siblings    blocks of one kind hold the same layers, and so do experts
-    its module      layers that go together, `Family.parts`: no k_proj without a v_proj
-
-Of a family that is not known, only what sets one block apart from all others is told: its blocks
-may be of kinds that config.json does not name, and its modules made of other parts.
+config.json tells blocks and experts, a head unless it is tied, biases and shared experts; blocks of
+one kind, and experts, hold the same layers; in a module some go together, `Family.parts`. Of a
+family that is not known, only what sets one block apart from all others is told.
 """
 
 from __future__ import annotations

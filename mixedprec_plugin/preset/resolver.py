@@ -5,14 +5,8 @@ text that doubles itself thirty times, is found before it is followed. It is giv
 alone, as it would run any resolver that some package has registered, and recurses as deeply as a
 text nests.
 
-Within a pattern a list stands for the alternatives of a glob, `${lists.hot}` for `{3,17,42}`:
-
-    lists:
-      hot: [3, 17, "40..47"]
-    rules:
-      - {match: "*.mlp.experts.${lists.hot}.*", scheme: fine}
-
-A list that stands alone, `match: ${lists.hot}`, stays a list: that of the rule's patterns.
+Within a pattern a list stands for the alternatives of a glob: with `lists: {hot: [3, "40..47"]}`,
+`*.experts.${lists.hot}.*` is `*.experts.{3,{40..47}}.*`. One that stands alone stays a list.
 """
 
 from __future__ import annotations
