@@ -61,7 +61,10 @@ class Coupling:
         self._offset = family_of(sources["model"].config).norm_offset or 0.0
         self._values = values
         self._dtype = dtype
-        self._explicit = _named_alone(layers, matches)
+        # norms and the like, under a rule that matches nothing else
+        quantized = {name for name, kind in kinds.items() if kind not in NEVER_QUANTIZED}
+        alone = {index for index, names in matches.matched.items() if not names & quantized}
+        self._explicit = {name for name, rule in matches.deciding.items() if rule.index in alone}
         self._trusted = trusted
         self._errors: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
 
@@ -251,10 +254,3 @@ def _named(layers: Sequence[PlannedLayer], source: str) -> str:
     """Last components of the layers that come from a source."""
     names = [last_component(layer.name) for layer in layers if layer.source == source]
     return ", ".join(dict.fromkeys(names))
-
-
-def _named_alone(layers: Sequence[PlannedLayer], matches: Matches) -> frozenset[str]:
-    """Layers that are never quantized, under a rule that matches nothing else."""
-    quantized = {layer.name for layer in layers if layer.kind not in NEVER_QUANTIZED}
-    explicit = {index for index, names in matches.matched.items() if not names & quantized}
-    return frozenset(name for name, rule in matches.deciding.items() if rule.index in explicit)

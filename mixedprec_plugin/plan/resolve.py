@@ -98,6 +98,8 @@ def resolve_plan(
     whole: dict[str, Kind] = {**kinds, **dict.fromkeys(tied, "lm_head")}
     problems += checks.check_rules(preset, matches, whole, fused, tied)
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
+    notes = dict.fromkeys(drafts, "left to a draft model")
+    notes |= {name: f"untied from {embedding}" for name, embedding in apart.items()}
     conversions, planned = Conversions(target, model.config), []
     for name in names:
         module, shard = fused[name]
@@ -118,7 +120,7 @@ def resolve_plan(
                 source=taken[name].name,
                 stored=stored[name],
                 inputs={**tensors, **matrices},
-                note=_note(name, kinds[name], apart),
+                note=notes.get(name, ""),
                 **vars(conversion),
             )
         )
@@ -139,12 +141,6 @@ def resolve_plan(
         MappingProxyType(dict(tied)),
         matches,
     )
-
-
-def _note(name: str, kind: Kind, apart: Mapping[str, str]) -> str:
-    if kind == "draft":
-        return "left to a draft model"
-    return f"untied from {apart[name]}" if name in apart else ""
 
 
 def _kinds(model: Source, names: Sequence[str], formats: FormatCache) -> dict[str, Kind]:
@@ -181,19 +177,11 @@ def _take(
                 missing.setdefault((source.name, str(rule.location)), []).append(name)
             source = sources["model"]
         taken[name] = source
-    problems = [
-        Problem(
-            where,
-            f"source {source!r} ({sources[source].path}) holds no {', '.join(fold_names(lacking))}",
-            _nearest_layers(lacking[0], sources[source]),
-            "missing-layer",
-        )
-        for (source, where), lacking in missing.items()
-    ]
+    problems = []
+    for (asked, where), lacking in missing.items():
+        path, near = sources[asked].path, nearest(lacking[0], sources[asked].layers)
+        what = f"source {asked!r} ({path}) holds no {', '.join(fold_names(lacking))}"
+        remedy = f"it holds {', '.join(near)}; " if near else ""
+        remedy += "take these layers from another source"
+        problems.append(Problem(where, what, remedy, "missing-layer"))
     return taken, problems
-
-
-def _nearest_layers(name: str, source: Source) -> str:
-    near = nearest(name, list(source.layers))
-    hint = f"it holds {', '.join(near)}; " if near else ""
-    return f"{hint}take these layers from another source"
