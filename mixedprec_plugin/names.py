@@ -118,10 +118,8 @@ def _check(pattern: str, shown: str) -> None:
     for token in _SET.findall(pattern):
         members = token[1:-1].removeprefix("!")
         if not members or re.search(r"[\[{},^\\!]", members):
-            raise PatternError(
-                f"'{token}' in {shown} is not a set of characters "
-                "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')"
-            )
+            expected = "expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}'"
+            raise PatternError(f"'{token}' in {shown} is not a set of characters ({expected})")
         for first, last in re.findall("(.)-(.)", members):
             if first > last:
                 what = f"'{token}' in {shown} counts backwards"

@@ -102,12 +102,13 @@ def _known_unit(
     if family.norm_offset is None:
         return None
     parent, _, last = norm.rpartition(".")
-    is_gemmas = f"{block}.pre_feedforward_layernorm" in norms
-    before_mlp = "pre_feedforward_layernorm" if is_gemmas else "post_attention_layernorm"
     both = family.attention | family.mlp
-    if norm == f"{block}.input_layernorm":
-        modules = family.attention if f"{block}.{before_mlp}" in norms else both
-    elif norm == f"{block}.{before_mlp}" and f"{block}.input_layernorm" in norms:
+    first, behind = f"{block}.input_layernorm", f"{block}.post_attention_layernorm"
+    if (gemmas := f"{block}.pre_feedforward_layernorm") in norms:
+        behind = gemmas
+    if norm == first:
+        modules = family.attention if behind in norms else both
+    elif norm == behind and first in norms:
         modules = family.mlp
     elif last in family.latent_norms:
         reader = f"{parent}.{family.latent_norms[last]}"

@@ -8,6 +8,7 @@ rest for activations and CUDA graphs. Source: `handle_gpu_memory_settings`
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -202,18 +203,12 @@ def nearest_that_fits(
         found.append(f"--concurrency {most}")
     if most := _most(load.context, lambda n: fits(tp_size, context=n)):
         found.append(f"--context {most}")
-    size = tp_size * 2
-    while size <= _MOST_TP and not fits(size):
-        size *= 2
-    if size <= _MOST_TP:
+    sizes = (tp_size << n for n in range(1, _MOST_TP.bit_length()))
+    if size := next((size for size in sizes if size <= _MOST_TP and fits(size)), 0):
         found.append(f"--tp {size}")
     return f"it fits with {', or '.join(found)}" if found else "take a larger GPU"
 
 
 def _most(upto: int, fits: Callable[[int], bool]) -> int:
     """The largest number below one that does not fit; 0 if not even 1 does."""
-    low, high = 0, upto
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect.bisect_left(range(1, upto), True, key=lambda number: not fits(number))

@@ -52,13 +52,12 @@ def place_of(name: str) -> Place:
     first = _NUMBER.search(name)
     if first is None:
         return Place(name, -1, -1)
-    expert = _EXPERT.search(name, first.end())
-    block = int(first[0])
+    start, rest = f"{name[: first.start()]}{{}}", name[first.end() :]
+    expert = _EXPERT.search(rest)
     if expert is None:
-        return Place(f"{name[: first.start()]}{{}}{name[first.end() :]}", block, -1)
-    between = name[first.end() : expert.start()]
-    template = f"{name[: first.start()]}{{}}{between}{{}}{name[expert.end() :]}"
-    return Place(template, block, int(expert[0]))
+        return Place(start + rest, int(first[0]), -1)
+    template = f"{start}{rest[: expert.start()]}{{}}{rest[expert.end() :]}"
+    return Place(template, int(first[0]), int(expert[0]))
 
 
 class _Table:
@@ -181,11 +180,8 @@ class _Document:
     def _row(self, block: int, row: list[tuple[int, int, int]]) -> list[Any]:
         """A block's layers; its experts as their number where they count from 0, 0 for none."""
         experts = [expert for expert, _, _ in row]
-        told: Any = experts
-        if experts == [-1]:
-            told = 0
-        elif experts == list(range(len(experts))):
-            told = len(experts)
+        is_counted = experts == list(range(len(experts)))
+        told = 0 if experts == [-1] else len(experts) if is_counted else experts
         forms = self._runs.add(tuple(runs_of(form for _, form, _ in row)))
         matches = self._runs.add(tuple(runs_of(match for _, _, match in row)))
         return [block, told, forms, matches]
@@ -195,9 +191,9 @@ class _Document:
         runs_as, runs_in, choices = "", "", None
         if stored is not None and scheme is not None:
             runs_as = config_class(scheme.method, target)
-            is_wrong = any(self._plan.problems[n].severity == "error" for n in faults)
-            runs_in = "" if is_wrong else kernel_among(layer, shards, target, self._config)
             choices = self._choices.of(layer, shards)
+            if all(self._plan.problems[n].severity != "error" for n in faults):
+                runs_in = kernel_among(layer, shards, target, self._config)
         return {
             "kind": layer.kind,
             "scheme": scheme and self._scheme(scheme),

@@ -53,17 +53,14 @@ def decided_by_name(matches: Matches, rules: Collection[Rule], heads: Collection
     deciding = dict(matches.deciding)
     for head in heads:
         deciding.pop(head, None)
+        word = re.compile(rf"(?<!\w){re.escape(last_component(head))}(?!\w)")
         for rule in rules:
-            if head in matches.matched[rule.index] and _may_decide(rule, head):
+            is_named = rule.scheme.method in (UNQUANTIZED, AUTO) or any(
+                map(word.search, rule.patterns)
+            )
+            if is_named and head in matches.matched[rule.index]:
                 deciding[head] = rule
     return dataclasses.replace(matches, deciding=deciding)
-
-
-def _may_decide(rule: Rule, head: str) -> bool:
-    if rule.scheme.method in (UNQUANTIZED, AUTO):
-        return True
-    word = re.compile(rf"(?<!\w){re.escape(last_component(head))}(?!\w)")
-    return any(word.search(pattern) for pattern in rule.patterns)
 
 
 def is_served_quantized(rule: Rule | None, stored: StoredFormat | None) -> bool:
@@ -80,11 +77,5 @@ def padded(vocabulary: int, tp_size: int) -> int:
 
     Source: `VocabParallelEmbedding.__init__` (layers/vocab_parallel_embedding.py:275).
     """
-    size = _PADDING
-    if _up(vocabulary, size) % tp_size:
-        size *= tp_size
-    return _up(vocabulary, size)
-
-
-def _up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
+    rows = -(-vocabulary // _PADDING) * _PADDING
+    return rows if rows % tp_size == 0 else -(-rows // (_PADDING * tp_size)) * _PADDING * tp_size

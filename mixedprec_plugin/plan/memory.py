@@ -33,17 +33,16 @@ _SPLIT_KINDS = ("linear", "expert", "embedding", "lm_head")
 
 
 def rank_bytes(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> int:
-    """Return the bytes of weights that each tensor-parallel rank holds.
-
-    Linear layers, experts, embeddings and `lm_head` are split; key and value heads are repeated
-    where there are fewer than ranks; all else is on every rank, and layers for a draft model on
-    none.
-    """
+    """Return the bytes of weights that each tensor-parallel rank holds."""
     return sum(bytes_by_layer(layers, tp_size, config))
 
 
 def bytes_by_layer(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> list[int]:
-    """The bytes of each layer that each rank holds."""
+    """The bytes of each layer that each rank holds.
+
+    Linear layers, experts, embeddings and `lm_head` are split; key and value heads are repeated
+    where there are fewer than ranks; all else is on every rank, and a draft model's on none.
+    """
     num_parts = parts_of(tp_size, config)
     return [-(-x.bytes_after // num_parts(x)) if x.kind != "draft" else 0 for x in layers]
 

@@ -119,11 +119,14 @@ class Pairs:
     def _compare(self, producer: str, first: str, second: str) -> RowScales | str:
         """The scales between a layer's rows, each behind its own norm; or why nothing tells."""
         matrices = []
-        for source in (first, second):
-            stored = self._stored(producer, source)
-            if isinstance(stored, str):
-                return stored
-            matrices.append(_dequantize(self.sources[source], producer, stored))
+        for name in (first, second):
+            source, last = self.sources[name], last_component(producer)
+            if producer not in source.layers:
+                return f"{name!r} holds no {last} to compare"
+            stored = self.formats.of(source, producer)
+            if stored is None or not stored.is_readable:
+                return f"{name!r} stores its {last} in a format we do not read"
+            matrices.append(_dequantize(source, producer, stored))
         one, other = matrices
         if len(one) != len(other):
             return f"it has {len(one)} and {len(other)} rows"
@@ -154,14 +157,6 @@ class Pairs:
             return None
         ratio = np.divide(one, other, out=np.zeros_like(one), where=other != 0)
         return torch.from_numpy(np.sqrt(ratio))
-
-    def _stored(self, producer: str, source: str) -> StoredFormat | str:
-        if producer not in self.sources[source].layers:
-            return f"{source!r} holds no {last_component(producer)} to compare"
-        stored = self.formats.of(self.sources[source], producer)
-        if stored is None or not stored.is_readable:
-            return f"{source!r} stores its {last_component(producer)} in a format we do not read"
-        return stored
 
 
 def row_scales(first: torch.Tensor, second: torch.Tensor) -> RowScales:
@@ -209,10 +204,16 @@ def _leading_columns(
     tensors: Mapping[str, StoredTensor], stored: StoredFormat
 ) -> Mapping[str, StoredTensor]:
     """The tensors of the first input features, whole groups; all where order is by activation."""
+    import numpy as np
+
     group_size, K = int(stored.how["group_size"]), stored.K
     num_columns = -(-_NUM_COLUMNS // group_size) * group_size if group_size > 0 else K
-    if num_columns >= K or not _is_in_order(tensors.get("g_idx"), group_size):
+    if num_columns >= K:
         return tensors
+    if g_idx := tensors.get("g_idx"):
+        order = Values().of(g_idx)
+        if not np.array_equal(order, np.arange(len(order)) // group_size):
+            return tensors
     return {
         suffix: tensor._replace(
             shape=(rows := tensor.shape[0] * num_columns // K, *tensor.shape[1:]),
@@ -222,12 +223,3 @@ def _leading_columns(
         for suffix, tensor in tensors.items()
         if suffix in stored.suffixes
     }
-
-
-def _is_in_order(g_idx: StoredTensor | None, group_size: int) -> bool:
-    import numpy as np
-
-    if g_idx is None:
-        return True
-    order = Values().of(g_idx)
-    return bool(np.array_equal(order, np.arange(len(order)) // group_size))

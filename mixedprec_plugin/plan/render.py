@@ -75,10 +75,8 @@ def _units(plan: Plan) -> Iterator[tuple[str, tuple[PlannedLayer, ...]]]:
             yield module, layers
         for group in groups:
             ids = set(group.experts)
-            members = [
-                x for x in layers if isinstance(x.shard, ExpertShard) and x.shard.expert in ids
-            ]
-            yield f"{module}.{fold_numbers(ids)}", tuple(members)
+            own = (x for x in layers if isinstance(x.shard, ExpertShard) and x.shard.expert in ids)
+            yield f"{module}.{fold_numbers(ids)}", tuple(own)
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -70,8 +70,8 @@ class Binder:
         if scales is not None and self.document.is_sound(path) and scales not in names:
             self._unknown(path, "source", names)
             scales = None
-        none = scales in (NONE, CALIBRATE)
-        return KvCache(said.get("dtype", "auto"), "" if none else scales, scales == CALIBRATE)
+        source = "" if scales in (NONE, CALIBRATE) else scales
+        return KvCache(said.get("dtype", "auto"), source, scales == CALIBRATE)
 
     def _schemes(self) -> dict[str, Scheme | None]:
         """Every scheme by its name, None where it is broken."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -205,12 +204,7 @@ def _is_rule(path: Path) -> bool:
 
 def show(value: Any) -> str:
     """Write a value as YAML would, in one short line."""
-    if isinstance(value, str):
-        text = repr(value)
-    elif isinstance(value, float) and not math.isfinite(value):
-        text = str(value)
-    else:
-        text = json.dumps(value, ensure_ascii=False)
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
