@@ -106,7 +106,6 @@ def num_in_ranges(pattern: str) -> int:
 
 
 def _check(pattern: str, shown: str) -> None:
-    """Check everything but the braces."""
     if not pattern:
         raise PatternError("an empty pattern matches no layer; write '*' for all of them")
     if len(pattern) > MAX_PATTERN_LENGTH:

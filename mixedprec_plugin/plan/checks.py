@@ -87,7 +87,6 @@ def check_rules(
 
 
 def _why_nothing_decided(rule: Rule, matched: frozenset[str], matches: Matches) -> Problem:
-    """Say why a rule that matches layers decides none of them."""
     where = str(rule.location)
     later = sorted({matches.deciding[name].index for name in matched & matches.deciding.keys()})
     if not later:

@@ -300,7 +300,6 @@ def _as_written(stored: StoredFormat) -> str:
 
 
 def _settings(arguments: Mapping[str, Any]) -> str:
-    """Arguments as a preset writes them."""
     return ", ".join(
         f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
         for key, value in arguments.items()
@@ -310,7 +309,6 @@ def _settings(arguments: Mapping[str, Any]) -> str:
 def _misfits(
     scheme: Scheme, stored: StoredFormat, tensors: Tensors, outputs: Mapping[str, TensorSpec]
 ) -> Iterator[Fault]:
-    """Hold a layer that is taken as stored against what its method stores."""
     if scheme.method == UNQUANTIZED:
         return
     for suffix, expected in outputs.items():

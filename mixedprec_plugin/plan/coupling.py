@@ -87,7 +87,6 @@ class Coupling:
         ]
 
     def _agree(self, name: str, first: str, second: str) -> bool:
-        """Whether two sources store the same values for a norm."""
         one, other = self._norm(name, first), self._norm(name, second)
         return one.keys() == other.keys() and all(self._is_same(one[s], other[s]) for s in one)
 
@@ -138,7 +137,6 @@ class Coupling:
                 self._rescale(unit, layer, served)
 
     def _is_changeable(self, layer: PlannedLayer, unit: Unit) -> bool:
-        """Whether the columns of a layer can be multiplied on the way."""
         if layer.name in unit.fixed or layer.kind == "embedding" or layer.stored is None:
             return False
         is_plain = layer.action == "as stored" and layer.stored.is_float
@@ -193,7 +191,6 @@ class Coupling:
         )
 
     def _why_not_rescale(self, layer: PlannedLayer, own: Tensors, new: Tensors) -> str:
-        """Say why columns cannot be rescaled from one norm to another; empty if they can."""
         if own.keys() != new.keys() or "weight" not in own:
             return f"it holds {', '.join(sorted(new))} here and {', '.join(sorted(own))} there"
         assert layer.stored is not None

@@ -143,7 +143,6 @@ class _Document:
         return self._schemes.add(key, scheme_as_dict(scheme))
 
     def _layers(self) -> list[dict[str, Any]]:
-        """Every template with its rows, in the plan's order."""
         rules: dict[str, list[int]] = {}
         for index, names in self._plan.matches.matched.items():
             for name in names:

@@ -29,6 +29,8 @@ _NOT_ABSORBED = {
     "GPTQ": "SGLang takes its packed weights for AWQ's",
     "AWQ": "SGLang imports sglang.kernel_api_logging for it, which it does not have since 0.5.20",
 }
+# of layers that are stored fused; `qkv` is of vision towers, whose heads are all alike
+_EQUAL_SHARDS = {"gate_up_proj": ("gate", "up"), "qkv": tuple("qkv"), "in_proj_ba": ("0", "1")}
 # where, what, remedy
 _Found = tuple[str, str, str]
 
@@ -155,7 +157,6 @@ def mla_faults(
 
 
 def _not_absorbed(layer: PlannedLayer, device: Device) -> str:
-    """Why latent attention cannot absorb a quantized layer; empty if it can."""
     kind = _storage(layer.outputs)
     if kind.startswith("FP8"):
         return "the CPU platform absorbs it unquantized only" if device == "cpu" else ""
@@ -245,10 +246,8 @@ def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int],
     if layer.kind != "linear" or not is_one or layer.stored is None:
         return ()
     last, N = last_component(layer.name), layer.stored.N
-    if last == "gate_up_proj":
-        return (("gate", N // 2), ("up", N // 2))
-    if last == "qkv":  # of vision towers, whose heads are all alike
-        return tuple((shard, N // 3) for shard in "qkv")
+    if alike := _EQUAL_SHARDS.get(last):
+        return tuple((shard, N // len(alike)) for shard in alike)
     said = sizes(config)
     if last in ("in_proj_qkv", "in_proj_qkvz"):
         key, value = (
@@ -256,8 +255,6 @@ def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int],
             for part in ("key", "value")
         )
         return tuple(zip("0123", (key, key, value, *[value] * last.endswith("z")), strict=False))
-    if last == "in_proj_ba":
-        return (("0", N // 2), ("1", N // 2))
     if last != "qkv_proj":
         return ()
     num_heads, head = said.get("num_attention_heads", 0), said.get("head_dim", 0)

@@ -99,7 +99,6 @@ class Candidates:
         return [name for name in self._narrowed(pattern) if matches(name)]
 
     def _narrowed(self, pattern: str) -> Collection[str]:
-        """The names that have all places which a pattern spells out."""
         found = [
             set().union(*(self._by_place.get(place, ()) for place in places))
             for places in _needed(pattern)

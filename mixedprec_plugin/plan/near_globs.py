@@ -92,7 +92,6 @@ class NearGlobs:
         return f"the checkpoint stores {parts[-1]} as {listed}: write {'.'.join(meant)!r}"
 
     def _variants(self, parts: Sequence[str]) -> Iterator[list[str]]:
-        """Globs that are nearly what was written, the nearest first."""
         yield [*parts, "*"]
         for index, part in enumerate(parts):
             if not _WILD.search(part):

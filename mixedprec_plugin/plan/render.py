@@ -84,7 +84,6 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def _has_sources(plan: Plan) -> bool:
-    """Whether layers come from more than the model's own checkpoint."""
     return any(layer.source != plan.source.name for layer in plan.layers)
 
 

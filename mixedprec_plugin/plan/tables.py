@@ -73,7 +73,6 @@ class Table:
                     yield text, style
 
     def _longest_word(self, index: int) -> int:
-        """Characters of the longest word of a column."""
         lines = [line for cells, _ in self._rows for line in cells[index]]
         return max(
             len(word) for line in [self._titles[index], *lines] for word in [*line.split(), ""]

@@ -88,7 +88,6 @@ def _ends(tree: Tree, tied: Mapping[str, str]) -> Missing:
 
 
 def _said(tree: Tree) -> Missing:
-    """Yield what config.json says that there is."""
     blocks = count_of(tree.said, "num_hidden_layers")
     yield from _numbered(tree, tree.decoder, blocks, "num_hidden_layers is {}")
     vision = tree.config.get("vision_config")

@@ -172,7 +172,6 @@ def _beside(text: str, place: Location, path: str) -> str:
 
 
 def _listed(match: Any) -> tuple[Any, ...]:
-    """The patterns of a rule, which names one or a list of them."""
     return tuple(match) if isinstance(match, list) else (match,)
 
 

@@ -27,7 +27,6 @@ def foreign_kind(data: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _keys(data: Any, depth: int = 3) -> Iterator[str]:
-    """The keys of a few levels."""
     if isinstance(data, Mapping) and depth:
         for key, value in data.items():
             yield str(key)

@@ -116,7 +116,6 @@ def _load(documents: list[Document], overrides: Sequence[str], findings: Finding
 
 
 def _preset(bound: Binder, files: Sequence[str]) -> Preset:
-    """The preset of data in which nothing was found wrong."""
     data, shown = bound.data, bound.shown
     # the values of environment variables are written nowhere
     written = data | {key: shown[key] for key in ("description", "sources", "lists") if key in data}

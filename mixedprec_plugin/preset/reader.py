@@ -314,7 +314,6 @@ def _in_words(error: yaml.MarkedYAMLError) -> tuple[str, str]:
 
 
 def _name(value: object) -> str:
-    """What a scalar is called in messages."""
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     return {str: "text", datetime.date: "a date"}.get(type(value), "special")
