@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
@@ -24,9 +23,6 @@ from mixedprec_plugin.methods.stored import Tensors
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.model import PlannedLayer, Rescale
-
-if TYPE_CHECKING:
-    from mixedprec_plugin.checkpoint.values import Array
 
 _CHANGEABLE = frozenset({"cast", "quantize", "dequantize", "requantize"})
 # what is compared beside a norm: routers' biases, short convolutions; not stacked experts
@@ -191,15 +187,18 @@ class Coupling:
         )
 
     def _why_not_rescale(self, layer: PlannedLayer, own: Tensors, new: Tensors) -> str:
+        import numpy as np
+
         if own.keys() != new.keys() or "weight" not in own:
             return f"it holds {', '.join(sorted(new))} here and {', '.join(sorted(own))} there"
         assert layer.stored is not None
         if own["weight"].shape != (layer.stored.K,):
             return f"it scales {list(own['weight'].shape)} features, not {[layer.stored.K]}"
         read = self._values.of
-        ratio = _ratio(*(read(norm["weight"]) + self._offset for norm in (own, new)))
-        if ratio is None:
+        over, under = (read(norm["weight"]) + self._offset for norm in (own, new))
+        if over.shape != under.shape or bool(np.any((over == 0) != (under == 0))):
             return "one of its weights is zero in only one of the two sources"
+        ratio = np.divide(over, under, out=np.ones_like(under), where=under != 0)
         for suffix in own.keys() - {"weight"}:
             if not are_equal(read(own[suffix]), read(new[suffix]) * ratio, ("BF16",)):
                 return f"its {suffix} does not change as its weight does"
@@ -235,16 +234,6 @@ class Coupling:
     ) -> None:
         """Note an error; `what` may hold {distance}, which becomes the largest of all its units."""
         self._errors.setdefault((where, what, remedy), []).append((unit.norm, distance))
-
-
-def _ratio(own: Array, served: Array) -> Array | None:
-    """own / served, 1 where both are zero; None where only one is."""
-    import numpy as np
-
-    if own.shape != served.shape or bool(np.any((own == 0) != (served == 0))):
-        return None
-    zero = served == 0
-    return np.where(zero, np.float32(1), own / np.where(zero, np.float32(1), served))
 
 
 def _named(layers: Sequence[PlannedLayer], source: str) -> str:
