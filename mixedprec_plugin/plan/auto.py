@@ -16,10 +16,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import ExpertShard, last_component
-from mixedprec_plugin.methods.interface import Fault, LayerShape, Target
-from mixedprec_plugin.methods.recognition import faults_as_stored
-from mixedprec_plugin.methods.registry import AUTO, METHODS, bind
-from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.registry import METHODS, bind
 from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.conversion import action_of, is_auto
 from mixedprec_plugin.plan.folding import fold_problems
@@ -136,20 +134,6 @@ def _told(forms: Mapping[tuple[str, str], Collection[int]]) -> str:
         listed = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
         parts.append(f"{stored}{activations} for expert{'s' if len(ids) > 1 else ''} {listed}")
     return ", ".join(parts)
-
-
-def faults_of(layer: PlannedLayer, shape: LayerShape, target: Target) -> list[Fault]:
-    """Return what keeps a layer from being served as planned, with remedies.
-
-    SGLang's classes ask neither shape nor GPU of experts under `auto` in all cases, so they are
-    held against the format that they are stored in.
-    """
-    scheme, stored = layer.scheme, layer.stored
-    assert scheme is not None
-    assert stored is not None
-    if scheme.method == AUTO and layer.kind == "expert":
-        return faults_as_stored(stored, shape, target)
-    return find_faults(scheme.method, scheme.arguments, shape, target)
 
 
 def _held(

@@ -203,8 +203,8 @@ def nearest_that_fits(
         found.append(f"--concurrency {most}")
     if most := _most(load.context, lambda n: fits(tp_size, context=n)):
         found.append(f"--context {most}")
-    sizes = (tp_size << n for n in range(1, _MOST_TP.bit_length()))
-    if size := next((size for size in sizes if size <= _MOST_TP and fits(size)), 0):
+    more = (tp_size << n for n in range(1, _MOST_TP.bit_length()))
+    if size := next((size for size in more if size <= _MOST_TP and fits(size)), 0):
         found.append(f"--tp {size}")
     return f"it fits with {', or '.join(found)}" if found else "take a larger GPU"
 

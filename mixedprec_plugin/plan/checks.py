@@ -19,11 +19,13 @@ from mixedprec_plugin.families.names import (
     shard_order,
 )
 from mixedprec_plugin.families.table import family_of
-from mixedprec_plugin.methods.interface import LayerShape, Target
+from mixedprec_plugin.methods.interface import Fault, LayerShape, Target
 from mixedprec_plugin.methods.kernels import kernel
+from mixedprec_plugin.methods.recognition import faults_as_stored
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
-from mixedprec_plugin.methods.stored import FLOAT_DTYPES
-from mixedprec_plugin.plan.auto import faults_of, find_auto_notes
+from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat
+from mixedprec_plugin.plan.auto import find_auto_notes
 from mixedprec_plugin.plan.family_checks import (
     mla_faults,
     stored_shards,
@@ -36,7 +38,7 @@ from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.near_globs import NearGlobs
-from mixedprec_plugin.preset.model import Preset, Rule
+from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
 
 def check_rules(
@@ -172,7 +174,7 @@ def faults_of_layer(
     Returns:
         problems without a `where`: those of layers that are alike are the same.
     """
-    stored = layer.stored
+    scheme, stored = layer.scheme, layer.stored
     assert stored is not None
     if layer.kind == "draft":
         return
@@ -181,35 +183,41 @@ def faults_of_layer(
         yield Problem("", text, remedy, "stored-disagreement", "warning")
     for rule, text, remedy in layer.reasons:
         yield Problem("", text, remedy, rule)
-    if layer.reasons or layer.scheme is None or layer.kind in NEVER_QUANTIZED:
+    if layer.reasons or scheme is None or layer.kind in NEVER_QUANTIZED:
         return
     if text := why_not_stored_fused(layer, config):
         yield Problem("", text, "config.json and weights are of different models", "config-shape")
         return
-    losses = [*_losses(layer, target), *_shard_losses(shards, target), *find_auto_notes(layer)]
-    for text, remedy in losses:
+    losses = *_losses(layer, scheme, stored, target), *_shard_losses(shards, target)
+    for text, remedy in (*losses, *find_auto_notes(layer)):
         yield Problem("", text, remedy, "loss", "warning")
     shape = layer_shape(layer, shards, target, config)
-    faults = faults_of(layer, shape, target)
+
+    def faults_on(target: Target) -> list[Fault]:
+        # SGLang's classes ask neither shape nor GPU of experts under `auto` in all cases
+        if scheme.method == AUTO and layer.kind == "expert":
+            return faults_as_stored(stored, shape, target)
+        return find_faults(scheme.method, scheme.arguments, shape, target)
+
+    faults = faults_on(target)
     for rule, text, remedy in faults:
         yield Problem("", text, remedy, rule)
     for text, remedy in mla_faults(layer, shards, target.device, config):
         yield Problem("", text, remedy, "mla")
     if target.device == "cpu" and not faults:
-        for fault in faults_of(layer, shape, Target(tp_size=target.tp_size, dtype=target.dtype)):
+        for fault in faults_on(Target(tp_size=target.tp_size, dtype=target.dtype)):
             text = f"does not run on CUDA: {fault.text}"
             yield Problem("", text, fault.remedy, "cuda-shape", "warning")
 
 
-def _losses(layer: PlannedLayer, target: Target) -> list[tuple[str, str]]:
+def _losses(
+    layer: PlannedLayer, scheme: Scheme, stored: StoredFormat, target: Target
+) -> list[tuple[str, str]]:
     """(text, remedy) for what a layer's plan loses beside its one rounding.
 
     The size of a second one is told from the formats alone, for weights that are normally
     distributed; those of real models come close to it, larger outliers make it larger.
     """
-    scheme, stored = layer.scheme, layer.stored
-    assert scheme is not None
-    assert stored is not None
     if layer.action == "requantize":
         error = METHODS[scheme.method].rounding(scheme.arguments).error(stored.N, stored.K)
         size = f"about {error:.1%} of the weights' RMS" if error else "its own"
