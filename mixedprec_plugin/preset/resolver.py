@@ -12,7 +12,6 @@ Within a pattern a list stands for the alternatives of a glob: with `lists: {hot
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 from typing import Any, NoReturn
@@ -138,7 +137,7 @@ class _Resolver:
     def _assign(self, path: Path, is_broken: bool = False) -> None:
         try:
             for config in self.configs:
-                parent = _walk(config, path[:-1])
+                parent = at(config, path[:-1])
                 parent[path[-1]] = None if is_broken else escape(parent[path[-1]])
         except OmegaConfBaseException as error:
             what = f"cannot be resolved: {str(error).splitlines()[0]}"
@@ -162,7 +161,7 @@ class _Resolver:
         if reference.dots > len(path):
             self._fail(path, f"{reference.text} points at nothing (no such level)", "", _MISSING)
         target = path[: len(path) - reference.dots] if reference.dots else ()
-        node = _walk(self.configs[0], target)
+        node = at(self.configs[0], target)
         depth = 0
         for number, key in enumerate(reference.keys, start=1):
             names: Any = node.keys() if isinstance(node, DictConfig) else ()
@@ -208,10 +207,6 @@ class _Resolver:
         """What is written for a list within text; empty where nothing is."""
         is_list = len(reference.keys) == 2 and reference.keys[0] == "lists" and not reference.dots
         return self.lists.get(reference.keys[1], "") if is_list else ""
-
-
-def _walk(config: Any, path: Path) -> Any:
-    return functools.reduce(lambda node, key: node[key], path, config)
 
 
 def _alternatives(items: Any) -> str:
