@@ -139,12 +139,6 @@ def mla_faults(
     if last_component(layer.module) != family.latent_inputs or scheme.method == AUTO:
         return
     both = " and ".join(family.fused_modules[family.latent_inputs])
-    if kind == "FP8 tensor":
-        text = (
-            f"{both} are one layer in SGLang, and {scheme.label} has one scale for each of them "
-            "(expected one scale a layer)"
-        )
-        yield text, f"use method: {' or '.join(_methods('FP8'))}"
     if not _is_readable(layer):
         text = (
             f"{both} cannot run in {scheme.label}: SGLang looks at the dtype of their weight, and "
