@@ -14,6 +14,7 @@ value and count in turns. Presentation is the page's.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Hashable, Iterable, Iterator
@@ -265,10 +266,4 @@ def _card(plan: Plan) -> dict[str, Any] | None:
 
 def runs_of(values: Iterable[int]) -> list[int]:
     """`3, 3, 5` -> `[3, 2, 5, 1]`: each value and how often it comes in a row."""
-    found: list[int] = []
-    for value in values:
-        if found and found[-2] == value:
-            found[-1] += 1
-        else:
-            found += [value, 1]
-    return found
+    return [x for value, run in itertools.groupby(values) for x in (value, len(list(run)))]

@@ -52,22 +52,20 @@ def unfold_names(text: str, most: int) -> list[str]:
     names: list[str] = []
     for folded in text.split(", "):
         parts = _FOLDED.split(folded)
-        ranges = [_ends(part) for part in parts[1::2]]
-        if math.prod(sum(last - first + 1 for first, last in each) for each in ranges) > most:
+        numbers = [_ranges(part) for part in parts[1::2]]
+        if math.prod(sum(map(len, ranges)) for ranges in numbers) > most:
             names.append(folded)
             continue
         choices = [[part] for part in parts]
-        for index, each in enumerate(ranges):
-            numbers = itertools.chain.from_iterable(range(a, b + 1) for a, b in each)
-            choices[2 * index + 1] = list(map(str, numbers))
+        choices[1::2] = [[str(n) for each in ranges for n in each] for ranges in numbers]
         names += map("".join, itertools.product(*choices))
     return names
 
 
-def _ends(ranges: str) -> list[tuple[int, int]]:
-    """`0-2,5` -> `[(0, 2), (5, 5)]`."""
-    pairs = (part.partition("-") for part in ranges.split(","))
-    return [(int(first), int(last or first)) for first, _, last in pairs]
+def _ranges(text: str) -> list[range]:
+    """`0-2,5` -> `[range(0, 3), range(5, 6)]`."""
+    pairs = (part.partition("-") for part in text.split(","))
+    return [range(int(first), int(last or first) + 1) for first, _, last in pairs]
 
 
 def fold_numbers(numbers: Iterable[int]) -> str:
