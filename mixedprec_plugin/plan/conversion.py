@@ -313,11 +313,10 @@ def _misfits(
         return
     for suffix, expected in outputs.items():
         tensor = tensors.get(suffix)
-        if tensor is None and suffix in stored.filled:
-            continue
         if tensor is None:
-            text = f"lacks {suffix}, which {scheme.method} needs"
-            yield Fault("stored-tensor", text, "the checkpoint is incomplete")
+            if suffix not in stored.filled:
+                text = f"lacks {suffix}, which {scheme.method} needs"
+                yield Fault("stored-tensor", text, "the checkpoint is incomplete")
             continue
         shapes = {expected.shape} | ({(), (1,)} if expected.shape in ((), (1,)) else set())
         fits_dtype = tensor.dtype == expected.dtype or (

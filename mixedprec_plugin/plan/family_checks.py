@@ -209,10 +209,9 @@ def shared_experts_line(plan: Plan) -> str:
 def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[Problem]:
     """Hold stored shapes against config.json, for families whose shapes it spells out."""
     family, said = family_of(source.config), sizes(source.config)
-    if family.shapes:
-        heads = ("num_attention_heads", "num_key_value_heads")
-        if {*heads, "head_dim"} <= said.keys():
-            said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
+    heads = ("num_attention_heads", "num_key_value_heads")
+    if {*heads, "head_dim"} <= said.keys():
+        said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
     problems = []
     for layer in layers:
         last, weight, stored = last_component(layer.name), layer.inputs.get("weight"), layer.stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -233,16 +234,16 @@ def why_not_in_memory(
 def _change(layers: Iterable[PlannedLayer], method: str, target: Target, config: Config) -> int:
     """By how many bytes a rank's weights change where linear layers and experts run in a method."""
     spec, num_parts = METHODS[method], parts_of(target.tp_size, config)
-    sizes: dict[tuple[int, int], int] = {}
-    change = 0
-    for layer in layers:
-        if layer.kind in ("linear", "expert") and layer.stored is not None and layer.num_weights:
-            N, K = layer.stored.N, layer.stored.K
-            if (N, K) not in sizes:
-                stored = spec.stored(spec.defaults, N, K, target.dtype)
-                sizes[N, K] = sum(x.num_bytes for x in stored.values())
-            change += min(0, sizes[N, K] - layer.bytes_after) // num_parts(layer)
-    return change
+
+    @functools.cache
+    def size(N: int, K: int) -> int:
+        return sum(x.num_bytes for x in spec.stored(spec.defaults, N, K, target.dtype).values())
+
+    return sum(
+        min(0, size(layer.stored.N, layer.stored.K) - layer.bytes_after) // num_parts(layer)
+        for layer in layers
+        if layer.kind in ("linear", "expert") and layer.stored is not None and layer.num_weights
+    )
 
 
 def _gigabytes(num_bytes: int) -> str:
