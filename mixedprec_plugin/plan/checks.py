@@ -200,10 +200,8 @@ def faults_of_layer(
         return find_faults(scheme.method, scheme.arguments, shape, target)
 
     faults = faults_on(target)
-    for rule, text, remedy in faults:
+    for rule, text, remedy in (*faults, *mla_faults(layer, shards, target.device, config)):
         yield Problem("", text, remedy, rule)
-    for text, remedy in mla_faults(layer, shards, target.device, config):
-        yield Problem("", text, remedy, "mla")
     if target.device == "cpu" and not faults:
         for fault in faults_on(Target(tp_size=target.tp_size, dtype=target.dtype)):
             text = f"does not run on CUDA: {fault.text}"

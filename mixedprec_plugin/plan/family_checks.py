@@ -12,7 +12,7 @@ from mixedprec_plugin.families.config import Config, architecture, sizes
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import version
-from mixedprec_plugin.methods.interface import Device, Target
+from mixedprec_plugin.methods.interface import Device, Fault, Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
 from mixedprec_plugin.plan.folding import fold_names, fold_problems
@@ -115,8 +115,8 @@ def _routing_problems(config: Config, target: Target) -> Iterator[_Found]:
 
 def mla_faults(
     layer: PlannedLayer, shards: Sequence[PlannedLayer], device: Device, config: Config
-) -> Iterator[tuple[str, str]]:
-    """Yield (text, remedy) for what keeps a projection of latent attention from its scheme.
+) -> Iterator[Fault]:
+    """Yield what keeps a projection of latent attention from its scheme.
 
     Source: SGLang's models/deepseek_common/deepseek_weight_loader.py. `kv_b_proj` is absorbed into
     the attention after loading: `post_load_weights` (:586) takes any `qweight` for AWQ's (:625),
@@ -134,8 +134,8 @@ def mla_faults(
     if last_component(layer.name) == family.absorbed and (reason := _not_absorbed(layer, device)):
         can = _methods("floats", *(("FP8", "FP8 tensor") if device == "cuda" else ()))
         named = " or ".join(filter(None, (", ".join(can[:-1]), can[-1])))
-        remedy = f"give {family.absorbed} the method {named}"
-        yield f"{family.absorbed} cannot be absorbed in {scheme.label}: {reason}", remedy
+        text = f"{family.absorbed} cannot be absorbed in {scheme.label}: {reason}"
+        yield Fault("mla", text, f"give {family.absorbed} the method {named}")
     if last_component(layer.module) != family.latent_inputs or scheme.method == AUTO:
         return
     both = " and ".join(family.fused_modules[family.latent_inputs])
@@ -144,10 +144,11 @@ def mla_faults(
             f"{both} cannot run in {scheme.label}: SGLang looks at the dtype of their weight, and "
             f"{kind} has none (models/deepseek_v2.py, is_packed_weight)"
         )
-        yield text, _instead_of_packed()
+        yield Fault("mla", text, _instead_of_packed())
     if scheme.arguments.get("desc_act") and len(shards) > 1:
         text = f"{both} are one layer in SGLang, and each has an act order of its own"
-        yield text, f"take a source without act order, or write method: {_methods('floats')[0]}"
+        remedy = f"take a source without act order, or write method: {_methods('floats')[0]}"
+        yield Fault("mla", text, remedy)
 
 
 def _not_absorbed(layer: PlannedLayer, device: Device) -> str:

@@ -83,8 +83,8 @@ def test_projections_of_one_input_need_scales_and_dtypes_that_sglang_reads(
 def test_packing_that_sglang_does_not_know_is_not_absorbed(latent: Path) -> None:
     (layer,) = plan(latent, 'match: "*", method: gptq').layers
     packed = dataclasses.replace(layer, outputs={"codes": TensorSpec("U8", (512, 128))})
-    ((text, _),) = mla_faults(packed, (packed,), "cuda", {})
-    assert text.endswith("SGLang absorbs floats and FP8, and it is codes")
+    (fault,) = mla_faults(packed, (packed,), "cuda", {})
+    assert fault.text.endswith("SGLang absorbs floats and FP8, and it is codes")
 
 
 @pytest.mark.parametrize(
