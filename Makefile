@@ -134,7 +134,7 @@ page:
 	@cd mixedprec_plugin/page && npm ci --silent && npm run --silent build
 
 schemas: $(INSTALLED)
-	@$(RUN) -m mixedprec_plugin.preset.schema_files
+	@$(RUN) -m mixedprec_plugin.preset.schema
 	@$(RUN) -m benchmarks.preset_reference
 
 clean:

@@ -27,6 +27,7 @@ MAX_DEPTH = 8
 MAX_TESTS = 128
 # of characters with characters, in one search for near names or in several: about two seconds
 MAX_COMPARED = 10_000_000
+_NUM_NEAR = 3
 
 _ENDS = r"[-+]?\d{1,18}\.\.[-+]?\d{1,18}|[a-z]\.\.[a-z]|[A-Z]\.\.[A-Z]"
 _RANGE = re.compile(rf"({_ENDS})(\.\.[-+]?\d{{1,18}})?", re.ASCII)
@@ -105,7 +106,6 @@ def num_in_ranges(pattern: str) -> int:
 
 
 def _check(pattern: str, shown: str) -> None:
-    """Check everything but the braces."""
     if not pattern:
         raise PatternError("an empty pattern matches no layer; write '*' for all of them")
     if len(pattern) > MAX_PATTERN_LENGTH:
@@ -117,10 +117,8 @@ def _check(pattern: str, shown: str) -> None:
     for token in _SET.findall(pattern):
         members = token[1:-1].removeprefix("!")
         if not members or re.search(r"[\[{},^\\!]", members):
-            raise PatternError(
-                f"'{token}' in {shown} is not a set of characters "
-                "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')"
-            )
+            expected = "expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}'"
+            raise PatternError(f"'{token}' in {shown} is not a set of characters ({expected})")
         for first, last in re.findall("(.)-(.)", members):
             if first > last:
                 what = f"'{token}' in {shown} counts backwards"
@@ -240,19 +238,12 @@ class Nearest:
     def __init__(self) -> None:
         self._left = MAX_COMPARED
 
-    def find(self, name: str, candidates: Collection[str], n: int = 3) -> list[str]:
-        """Find the candidates that someone who typed `name` may have meant.
+    def find(self, name: str, candidates: Collection[str]) -> list[str]:
+        """Find the candidates that someone who typed a layer name, a glob or a key may have meant.
 
-        Candidates that differ in their numbers only count as one, so a model of 90,000 layers is
-        compared by its few dozen distinct shapes, and the answer never lists one layer in 30
-        copies.
-
-        Args:
-            name: what was typed: a layer name, a glob, or a key.
-            candidates: what there is.
-            n: how many to return at most.
-        Returns:
-            Candidates, best first; empty where nothing is close.
+        Best first; empty where nothing is close. Candidates that differ in their numbers only count
+        as one, so a model of 90,000 layers is compared by its few dozen distinct shapes, and the
+        answer never lists one layer in 30 copies.
         """
         self._left -= len(name) + 4 * len(candidates)
         if self._left < 0:
@@ -264,14 +255,14 @@ class Nearest:
         self._left -= len(wanted) * sum(map(len, shapes))
         if self._left < 0:
             return []
-        best = sorted((-_likeness(wanted, shape), shape) for shape in shapes)[:n]
+        best = sorted((-_likeness(wanted, shape), shape) for shape in shapes)[:_NUM_NEAR]
         alike = [shapes[shape] for likeness, shape in best if likeness <= -0.6]
         return [next((c for c in some if _NUMBER.findall(c) == numbers), some[0]) for some in alike]
 
 
-def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+def nearest(name: str, candidates: Iterable[str]) -> list[str]:
     """Find near names once, as `Nearest` does."""
-    return Nearest().find(name, list(candidates), n)
+    return Nearest().find(name, list(candidates))
 
 
 def without_numbers(name: str) -> str:

@@ -1,6 +1,6 @@
 """The files that ship with the package: schemas, presets and other configuration.
 
-In a checkout they lie beside the package, in a wheel inside it.
+In a checkout they lie beside the package, in a wheel inside it; FileNotFoundError in neither.
 """
 
 from __future__ import annotations
@@ -23,20 +23,12 @@ def _root(kind: str) -> Path:
 
 
 def schema_path(name: str = "") -> Path:
-    """Path of a JSON Schema, such as `preset.schema.json`; of the schemas' folder without a name.
-
-    Raises:
-        FileNotFoundError: the installation lacks its schemas.
-    """
+    """Path of a JSON Schema, such as `preset.schema.json`, or of their folder."""
     return _root("schemas") / name
 
 
 def preset_dir() -> Path:
-    """The folder of the presets that ship.
-
-    Raises:
-        FileNotFoundError: the installation lacks its configuration files.
-    """
+    """The folder of the presets that ship."""
     return _root("configs") / "presets"
 
 
@@ -46,11 +38,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 def page_path(name: str = "page.html") -> Path:
-    """The page of `mixedprec plan --html`, without its data, or the colours of its scales.
-
-    Raises:
-        FileNotFoundError: the installation lacks them.
-    """
+    """The page of `mixedprec plan --html`, without its data, or the colours of its scales."""
     return _root("page") / name
 
 

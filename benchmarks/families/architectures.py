@@ -113,9 +113,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
         unquantized={
             "*": "*.kv_b_proj",
-            **dict.fromkeys(
-                ("fp8", "gptq", "gptq_int8"), "*.{kv_b_proj,q_a_proj,kv_a_proj_with_mqa}"
-            ),
+            **dict.fromkeys(("gptq", "gptq_int8"), "*.{kv_b_proj,q_a_proj,kv_a_proj_with_mqa}"),
         },
     ),
     dataclasses.replace(

@@ -42,7 +42,7 @@ _GRANITE = {
     "attention_multiplier": 0.125,
 }  # fmt: skip
 _MAMBA = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "mlp", "mamba", "attention"]}
-_LATENT_KEPT = "*.{kv_b_proj,q_a_proj,kv_a_proj_with_mqa}"
+_LATENT_KEPT = "*.kv_b_proj"
 _IS_LINEAR = "linear attention is a Triton kernel"
 _IS_MAMBA = "Mamba is a Triton kernel"
 _FLAT_HEADS = "attention in torch takes no heads that stand in rows (models/hunyuan.py:362)"
@@ -131,7 +131,7 @@ NEWER: tuple[Newer, ...] = (
             ),
             moe_layer_freq=1, topk_method="noaux_tc", scoring_func="sigmoid",
         ),
-        kept="*.{kv_b_proj,q_a_proj,kv_a_proj_with_mqa,weights_proj}",
+        kept="*.{kv_b_proj,weights_proj}",
         not_on_cpu="sparse attention is a CUDA kernel",
     ),
     Newer(find("DeepSeek-V3"), kept=_LATENT_KEPT),

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.config import sizes
-from mixedprec_plugin.families.kv_scales import KV_SUFFIXES
-from mixedprec_plugin.families.names import last_component, parent_of
+from mixedprec_plugin.families.names import KV_SUFFIXES, last_component, parent_of
 from mixedprec_plugin.families.record import Family
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import Unit as Coupled

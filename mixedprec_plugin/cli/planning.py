@@ -15,9 +15,9 @@ from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.budget import KV_BYTES, Load
 from mixedprec_plugin.plan.drafts import own_draft, resolve_draft_plan
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
+from mixedprec_plugin.preset.load import preset_for
 
 
 def add_planning_arguments(

@@ -27,11 +27,10 @@ from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.plan.budget import Budget as CardBudget
 from mixedprec_plugin.plan.budget import gpu_budget, nearest_that_fits
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.plan.tables import Page
-from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.preset.load import load_preset, preset_for
 from mixedprec_plugin.search.candidates import Choices, Others, canonical_methods, find_choices
 from mixedprec_plugin.search.finder import GUESSES, Budget, Search, Way, find_scores
 from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted

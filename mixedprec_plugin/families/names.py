@@ -12,6 +12,11 @@ from mixedprec_plugin.families.record import Family
 Kind = Literal["linear", "expert", "lm_head", "embedding", "router", "norm", "draft", "other"]
 Parallel = Literal["column", "row", "replicated"]
 
+# the tensors that are none of a layer's matrix, and stay as precise as they are stored
+KV_SUFFIXES = frozenset({"k_scale", "v_scale", "kv_scale", "output_scale"})
+_KV_SCALE = re.compile(
+    r"(.+?)(\.attn|\.kv_cache|\.qkv_proj|\.[kv]_proj)?\.(kv?|v)_scale|(.+)\.([kv])_proj\.output_scale"
+)
 _DECODER_LAYER = re.compile(r"(?:(?:model|language_model)\.)+layers\.(\d+)\.")
 
 
@@ -137,3 +142,32 @@ def sglang_name(module: str, family: Family) -> str:
     for pattern, replacement in family.renames.items():
         module = re.sub(pattern, replacement, module)
     return module
+
+
+class KvScale(NamedTuple):
+    """What a scale of the KV cache belongs to: `k`, `v` or `kv` of an attention, by its names."""
+
+    attentions: tuple[str, ...]
+    parts: str
+
+
+def kv_scale(name: str) -> KvScale | None:
+    """Tell what a tensor's name says of the KV cache; None if it says nothing.
+
+        k_scale, v_scale at the attention            vLLM, compressed-tensors
+            in `attn` or `kv_cache` below it         SGLang, and what it saves
+            at k_proj, v_proj or qkv_proj            ModelOpt
+        kv_scale at the attention, for both          AutoFP8
+        output_scale at k_proj and v_proj            Quark, older compressed-tensors
+
+    Source: `maybe_remap_kv_scale_name` (sglang/srt/model_loader/weight_utils.py:1779) and vLLM's.
+    """
+    match = _KV_SCALE.fullmatch(name)
+    if match is None:
+        return None
+    attention, inner, parts, projected, projection = match.groups()
+    if projected:
+        return KvScale((projected,), projection)
+    # a model may call the attention itself `attn`
+    own = (attention + inner,) if inner == ".attn" else ()
+    return KvScale((attention, *own), parts)

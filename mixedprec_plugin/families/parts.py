@@ -77,11 +77,6 @@ PARTS = (
 
 
 def other_parts(without: str, *parts: str) -> tuple[str, ...]:
-    """`PARTS` of a model that some groups do not fit.
-
-    Args:
-        without: the groups' first words.
-        parts: its own in their place.
-    """
+    """`PARTS` but for groups that begin with some words, and a model's own in their place."""
     dropped = tuple(f"{word} " for word in without.split())
     return (*(part for part in PARTS if not part.startswith(dropped)), *parts)

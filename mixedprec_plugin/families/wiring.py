@@ -1,7 +1,6 @@
 """Which layers read a norm's output, and which layer's outputs another reads, told by names.
 
-A tool that smooths weights (AWQ, SmoothQuant) multiplies the columns of a layer and divides what
-comes before: the norm whose output the layer reads, or the rows of the layer before it.
+Tools that smooth weights (AWQ, SmoothQuant) multiply a layer's columns, and divide what is before.
 
     norm                                      its consumers
     input_layernorm                           q, k, v (q_a, kv_a), and where there is no other norm
@@ -103,12 +102,13 @@ def _known_unit(
     if family.norm_offset is None:
         return None
     parent, _, last = norm.rpartition(".")
-    is_gemmas = f"{block}.pre_feedforward_layernorm" in norms
-    before_mlp = "pre_feedforward_layernorm" if is_gemmas else "post_attention_layernorm"
     both = family.attention | family.mlp
-    if norm == f"{block}.input_layernorm":
-        modules = family.attention if f"{block}.{before_mlp}" in norms else both
-    elif norm == f"{block}.{before_mlp}" and f"{block}.input_layernorm" in norms:
+    first, behind = f"{block}.input_layernorm", f"{block}.post_attention_layernorm"
+    if (gemmas := f"{block}.pre_feedforward_layernorm") in norms:
+        behind = gemmas
+    if norm == first:
+        modules = family.attention if behind in norms else both
+    elif norm == behind and first in norms:
         modules = family.mlp
     elif last in family.latent_norms:
         reader = f"{parent}.{family.latent_norms[last]}"

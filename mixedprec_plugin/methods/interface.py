@@ -64,13 +64,13 @@ class LayerShape:
 
 
 class Fault(NamedTuple):
-    """Why a layer is not served: `shape` on any GPU, `gpu` on the one that is planned for.
+    """Why a layer is not served: rule `shape` on any GPU, `gpu` on the one that is planned for.
 
     Attributes:
         remedy: where the method knows one; others are tried.
     """
 
-    rule: Literal["shape", "gpu"]
+    rule: str
     text: str
     remedy: str = ""
 

@@ -5,21 +5,19 @@
     CPU, stored as one of our methods  that method
     CPU, anything else                 dequantized if we can, which the plan says; else refused
 
-What SGLang's class cannot read is found at load. It runs all experts of a layer in the form that it
-finds for the first one: they need one source and one stored format, on the CPU too.
+SGLang's class runs all experts of a layer in the form that it finds for the first one: they need
+one source and one stored format, on the CPU too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import ExpertShard, last_component
-from mixedprec_plugin.methods.interface import Fault, LayerShape, Target
-from mixedprec_plugin.methods.recognition import faults_as_stored
-from mixedprec_plugin.methods.registry import AUTO, METHODS, bind
-from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.registry import METHODS, bind
 from mixedprec_plugin.methods.stored import StoredFormat
 from mixedprec_plugin.plan.conversion import action_of, is_auto
 from mixedprec_plugin.plan.folding import fold_problems
@@ -66,7 +64,7 @@ def find_mixed_modules(
     return mixed, fold_problems(problems)
 
 
-def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
+def find_mixed_experts(layers: Collection[PlannedLayer]) -> list[Problem]:
     """Find layers of experts, some of them quantized and under `auto`, that are not all alike.
 
     Source:
@@ -74,10 +72,9 @@ def find_mixed_experts(layers: Iterable[PlannedLayer]) -> list[Problem]:
         classes for the layer: a group of experts, a layer of its own in a composite, has no name
         that a source's lists and patterns know.
     """
-    experts = [layer for layer in layers if isinstance(layer.shard, ExpertShard)]
-    automatic = {layer.module for layer in experts if is_bound(layer)}
+    automatic = {layer.module for layer in layers if is_bound(layer)}
     modules: dict[str, dict[tuple[str, str], set[int]]] = {}
-    for layer in experts:
+    for layer in layers:
         if layer.module in automatic and isinstance(layer.shard, ExpertShard):
             forms = modules.setdefault(layer.module, {})
             forms.setdefault(_form(layer), set()).add(layer.shard.expert)
@@ -139,20 +136,6 @@ def _told(forms: Mapping[tuple[str, str], Collection[int]]) -> str:
     return ", ".join(parts)
 
 
-def faults_of(layer: PlannedLayer, shape: LayerShape, target: Target) -> list[Fault]:
-    """Return what keeps a layer from being served as planned, with remedies.
-
-    SGLang's classes ask neither shape nor GPU of experts under `auto` in all cases, so they are
-    held against the format that they are stored in.
-    """
-    scheme, stored = layer.scheme, layer.stored
-    assert scheme is not None
-    assert stored is not None
-    if scheme.method == AUTO and layer.kind == "expert":
-        return faults_as_stored(stored, shape, target)
-    return find_faults(scheme.method, scheme.arguments, shape, target)
-
-
 def _held(
     shard: str, rules: Mapping[str, Rule], stored: Mapping[str, tuple[str, StoredFormat | None]]
 ) -> str:
@@ -162,13 +145,14 @@ def _held(
     return f"{described(format_) if format_ else 'nothing'} of {source!r}"
 
 
-def find_auto_notes(layer: PlannedLayer) -> list[str]:
-    """Tell what the CPU platform does otherwise than CUDA."""
+def find_auto_notes(layer: PlannedLayer) -> list[tuple[str, str]]:
+    """(text, no remedy) for what the CPU platform does otherwise than CUDA."""
     if not is_auto(layer.rule) or layer.action != "dequantize" or layer.stored is None:
         return []
     inputs = layer.stored.said.get("inputs")
-    return [
+    text = (
         f"is dequantized here: no method of the CPU platform runs {layer.stored.description}; on "
         f"CUDA it runs as stored{', with quantized activations' if inputs else ''}"
         f"{', if SGLang has a kernel for such experts' if layer.kind == 'expert' else ''}"
-    ]
+    )
+    return [(text, "")]

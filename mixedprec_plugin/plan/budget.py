@@ -1,20 +1,20 @@
 """What the GPU of a rank holds beside the weights: SGLang's reserve and the KV cache, line by line.
 
-SGLang gives weights and KV cache a fraction of the GPU's memory, --mem-fraction-static, and keeps
-the rest for activations and CUDA graphs. Its default is computed here as SGLang does.
-Source: `handle_gpu_memory_settings` (arg_groups/memory_hook.py:44) and
-`DefaultPoolConfigurator._compute_cell_size` (model_executor/pool_configurator.py:340), SGLang
-0.5.23's, below sglang/srt.
+SGLang gives weights and KV cache a fraction of the memory, --mem-fraction-static, and keeps the
+rest for activations and CUDA graphs. Source: `handle_gpu_memory_settings`
+(arg_groups/memory_hook.py:44) and `DefaultPoolConfigurator._compute_cell_size`
+(model_executor/pool_configurator.py:340), SGLang 0.5.23's, below sglang/srt.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mixedprec_plugin.errors import Problem, UsageError
-from mixedprec_plugin.families.config import Config, count_of, text_config
+from mixedprec_plugin.families.config import Config, count_of, sizes, text_config
 from mixedprec_plugin.methods.cards import Gpu
 
 KV_CACHE, STATES = "KV cache", "states of linear attention"
@@ -71,12 +71,7 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What is left of a rank's GPU for weights.
-
-    Attributes:
-        memory: what the GPU holds.
-        taken: what is not for weights.
-    """
+    """What is left of a rank's GPU for weights: its memory but for what else is taken."""
 
     memory: Line
     taken: tuple[Line, ...]
@@ -138,17 +133,16 @@ def _default_reserve(memory_bytes: int, tp_size: int, config: Config, load: Load
 
 
 def _cache(config: Config, tp_size: int, load: Load) -> list[Line]:
-    said = text_config(config)
-    num_linear = _linear_layers(said)
+    said = sizes(config)
+    num_linear = _linear_layers(text_config(config))
     num_layers = count_of(said, "num_hidden_layers") - num_linear
     tokens = load.context * load.concurrency
     if rank := count_of(said, "kv_lora_rank"):
         numbers = rank + count_of(said, "qk_rope_head_dim")
         told = f"({rank} latent + {numbers - rank} rotary)"
     else:
-        heads = count_of(said, "num_attention_heads")
-        size = count_of(said, "head_dim") or count_of(said, "hidden_size") // max(heads, 1)
-        kv_heads = max(1, (count_of(said, "num_key_value_heads") or heads) // tp_size)
+        size = count_of(said, "head_dim")
+        kv_heads = max(1, count_of(said, "num_key_value_heads") // tp_size)
         values = count_of(said, "v_head_dim") or size
         numbers, told = kv_heads * (size + values), f"{kv_heads} heads x ({size} + {values})"
     formula = (
@@ -157,16 +151,12 @@ def _cache(config: Config, tp_size: int, load: Load) -> list[Line]:
     )
     lines = [Line(KV_CACHE, tokens * num_layers * numbers * load.kv_bytes, formula)]
     if num_linear:
-        lines.append(_states(said, num_linear, tp_size, load))
+        lines.append(_states(text_config(config), num_linear, tp_size, load))
     return lines
 
 
 def _linear_layers(said: Config) -> int:
-    """How many layers keep a state of one size a request, and no keys and values.
-
-    Raises:
-        UsageError: it has layers of a kind of which this is not known.
-    """
+    """How many layers keep a state of one size a request, and no keys and values."""
     count, every = (count_of(said, key) for key in ("num_hidden_layers", "full_attention_interval"))
     kinds = said.get("layer_types")
     if not isinstance(kinds, list):
@@ -213,18 +203,12 @@ def nearest_that_fits(
         found.append(f"--concurrency {most}")
     if most := _most(load.context, lambda n: fits(tp_size, context=n)):
         found.append(f"--context {most}")
-    size = tp_size * 2
-    while size <= _MOST_TP and not fits(size):
-        size *= 2
-    if size <= _MOST_TP:
+    more = (tp_size << n for n in range(1, _MOST_TP.bit_length()))
+    if size := next((size for size in more if size <= _MOST_TP and fits(size)), 0):
         found.append(f"--tp {size}")
     return f"it fits with {', or '.join(found)}" if found else "take a larger GPU"
 
 
 def _most(upto: int, fits: Callable[[int], bool]) -> int:
     """The largest number below one that does not fit; 0 if not even 1 does."""
-    low, high = 0, upto
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect.bisect_left(range(1, upto), True, key=lambda number: not fits(number))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mixedprec_plugin.checkpoint.fused_experts import is_fused, why_not_split
 from mixedprec_plugin.checkpoint.headers import unreadable
-from mixedprec_plugin.errors import Problem
+from mixedprec_plugin.errors import Problem, Severity
 from mixedprec_plugin.families.config import Config, num_kv_ranks
 from mixedprec_plugin.families.names import (
     NEVER_QUANTIZED,
@@ -19,10 +19,13 @@ from mixedprec_plugin.families.names import (
     shard_order,
 )
 from mixedprec_plugin.families.table import family_of
-from mixedprec_plugin.methods.interface import LayerShape, Target
+from mixedprec_plugin.methods.interface import Fault, LayerShape, Target
 from mixedprec_plugin.methods.kernels import kernel
-from mixedprec_plugin.methods.registry import AUTO, UNQUANTIZED
-from mixedprec_plugin.plan.auto import faults_of, find_auto_notes
+from mixedprec_plugin.methods.recognition import faults_as_stored
+from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
+from mixedprec_plugin.methods.remedies import find_faults
+from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat
+from mixedprec_plugin.plan.auto import find_auto_notes
 from mixedprec_plugin.plan.family_checks import (
     mla_faults,
     stored_shards,
@@ -31,12 +34,11 @@ from mixedprec_plugin.plan.family_checks import (
 )
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.heads import padded
-from mixedprec_plugin.plan.losses import find_losses, find_shard_losses
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.near_globs import NearGlobs
-from mixedprec_plugin.preset.model import Preset, Rule
+from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
 
 def check_rules(
@@ -51,7 +53,6 @@ def check_rules(
     Args:
         kinds: name of every layer, tied ones too -> its kind.
         fused: name of every layer -> the module that runs it, and the shard of it that it is.
-        tied: tied layer name -> the layer whose weight it shares.
     """
     problems = []
     near_globs = NearGlobs({name: fused.get(name, (name, None)) for name in kinds})
@@ -88,16 +89,14 @@ def check_rules(
 
 
 def _why_nothing_decided(rule: Rule, matched: frozenset[str], matches: Matches) -> Problem:
-    """Say why a rule that matches layers decides none of them."""
     where = str(rule.location)
     later = sorted({matches.deciding[name].index for name in matched & matches.deciding.keys()})
     if not later:
         head = min(matched)
         what = f"decides no layer: a rule that quantizes {head} spells its name"
         remedy = f"write match: {head}, or remove the rule"
-        return Problem(
-            where, what, remedy, "unmatched-rule", "warning" if rule.optional else "error"
-        )
+        severity: Severity = "warning" if rule.optional else "error"
+        return Problem(where, what, remedy, "unmatched-rule", severity)
     what = f"decides no layer: rules {', '.join(map(str, later))} match all of its layers after it"
     return Problem(where, what, "move it after them or remove it", "shadowed-rule", "warning")
 
@@ -135,7 +134,7 @@ def layer_faults(
         key = (alike, layer.rule is None)
         if key not in known:
             own = faults_of_layer(layer, shards, target, config)
-            known[key] = [faults.setdefault(dataclasses.replace(x, where=""), []) for x in own]
+            known[key] = [faults.setdefault(fault, []) for fault in own]
         for names in known[key]:
             names.append(layer.name)
     return faults
@@ -172,35 +171,86 @@ def faults_of_layer(
 
     Args:
         shards: the layers that share its parameter, itself among them.
+    Returns:
+        problems without a `where`: those of layers that are alike are the same.
     """
-    name, stored = layer.name, layer.stored
+    scheme, stored = layer.scheme, layer.stored
     assert stored is not None
     if layer.kind == "draft":
         return
     for text in stored.disagreements:
         remedy = "its tensors decide; check that the checkpoint is whole"
-        yield Problem(name, text, remedy, "stored-disagreement", "warning")
+        yield Problem("", text, remedy, "stored-disagreement", "warning")
     for rule, text, remedy in layer.reasons:
-        yield Problem(name, text, remedy, rule)
-    if layer.reasons or layer.scheme is None or layer.kind in NEVER_QUANTIZED:
+        yield Problem("", text, remedy, rule)
+    if layer.reasons or scheme is None or layer.kind in NEVER_QUANTIZED:
         return
     if text := why_not_stored_fused(layer, config):
-        yield Problem(name, text, "config.json and weights are of different models", "config-shape")
+        yield Problem("", text, "config.json and weights are of different models", "config-shape")
         return
-    for text, remedy in find_losses(layer, target) + find_shard_losses(shards, target):
-        yield Problem(name, text, remedy, "loss", "warning")
-    for text in find_auto_notes(layer):
-        yield Problem(name, text, "", "loss", "warning")
+    losses = *_losses(layer, scheme, stored, target), *_shard_losses(shards, target)
+    for text, remedy in (*losses, *find_auto_notes(layer)):
+        yield Problem("", text, remedy, "loss", "warning")
     shape = layer_shape(layer, shards, target, config)
-    faults = faults_of(layer, shape, target)
-    for rule, text, remedy in faults:
-        yield Problem(name, text, remedy, rule)
-    for text, remedy in mla_faults(layer, shards, target.device, config):
-        yield Problem(name, text, remedy, "mla")
+
+    def faults_on(target: Target) -> list[Fault]:
+        # SGLang's classes ask neither shape nor GPU of experts under `auto` in all cases
+        if scheme.method == AUTO and layer.kind == "expert":
+            return faults_as_stored(stored, shape, target)
+        return find_faults(scheme.method, scheme.arguments, shape, target)
+
+    faults = faults_on(target)
+    for rule, text, remedy in (*faults, *mla_faults(layer, shards, target.device, config)):
+        yield Problem("", text, remedy, rule)
     if target.device == "cpu" and not faults:
-        for fault in faults_of(layer, shape, Target(tp_size=target.tp_size, dtype=target.dtype)):
+        for fault in faults_on(Target(tp_size=target.tp_size, dtype=target.dtype)):
             text = f"does not run on CUDA: {fault.text}"
-            yield Problem(name, text, fault.remedy, "cuda-shape", "warning")
+            yield Problem("", text, fault.remedy, "cuda-shape", "warning")
+
+
+def _losses(
+    layer: PlannedLayer, scheme: Scheme, stored: StoredFormat, target: Target
+) -> list[tuple[str, str]]:
+    """(text, remedy) for what a layer's plan loses beside its one rounding.
+
+    The size of a second one is told from the formats alone, for weights that are normally
+    distributed; those of real models come close to it, larger outliers make it larger.
+    """
+    if layer.action == "requantize":
+        error = METHODS[scheme.method].rounding(scheme.arguments).error(stored.N, stored.K)
+        size = f"about {error:.1%} of the weights' RMS" if error else "its own"
+        text = (
+            f"is rounded twice: what {stored.description} lost stays lost, and {scheme.label} adds "
+            f"an error of {size}"
+        )
+        return [(text, "take it from an unquantized source for one rounding")]
+    # kernels of integers in groups multiply by scales in the dtype that the model runs in
+    scale = layer.inputs.get("scales") or layer.inputs.get("weight_scale")
+    is_rounded = (
+        layer.action in ("repack", "as stored") and stored.numbers == "integers"
+        and target.dtype == "BF16" and scale is not None and scale.dtype != target.dtype
+    )  # fmt: skip
+    if not is_rounded or scale is None:
+        return []
+    name = FLOAT_DTYPES[scale.dtype]
+    text = f"its codes are kept, its {name} scales are rounded to bfloat16, up to 0.2% each"
+    return [(text, "start with --dtype float16 to keep them" if scale.dtype == "F16" else "")]
+
+
+def _shard_losses(layers: Sequence[PlannedLayer], target: Target) -> list[tuple[str, str]]:
+    """(text, remedy) for what a fused module loses whose shards are of several sources.
+
+    Source: `Fp8LinearMethod.process_weights_after_loading` (layers/quantization/fp8.py:1200-1249).
+    """
+    scales = [layer.outputs.get("weight_scale") for layer in layers]
+    per_tensor = all(scale is not None and not scale.shape for scale in scales)
+    if target.device != "cuda" or not per_tensor or len({layer.source for layer in layers}) < 2:
+        return []
+    text = (
+        "its shards are of several sources, each with its own scale; on compute capability 12.x "
+        "SGLang rounds them all again, to the largest scale"
+    )
+    return [(text, "use method: fp8_channel there")]
 
 
 def _parameter(layer: PlannedLayer) -> object:

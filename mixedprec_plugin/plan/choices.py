@@ -50,7 +50,6 @@ class Choices:
         """The number of a layer's list of choices, one for each method.
 
         Args:
-            layer: one with a stored format, that methods may quantize.
             shards: the layers that share its parameter, itself among them.
         """
         key = (
@@ -82,10 +81,7 @@ class Choices:
         rule = Rule(0, (), scheme, False, _RULE, ())
         asked = Asked(scheme, rule, layer.stored, layer.inputs, layer.kind)
         made = self._conversions.of(asked)
-        tried = dataclasses.replace(
-            layer, scheme=scheme, rule=rule, action=made.action, outputs=made.outputs,
-            bytes_after=made.bytes_after, reasons=made.reasons,
-        )  # fmt: skip
+        tried = dataclasses.replace(layer, scheme=scheme, rule=rule, **vars(made))
         others = [dataclasses.replace(s, scheme=scheme, outputs=made.outputs) for s in shards]
         found = faults_of_layer(tried, others, self._target, self._config)
         faults = [f"{p.what}; {p.remedy}" for p in found if p.severity == "error"]

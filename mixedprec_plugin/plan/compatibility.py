@@ -1,20 +1,16 @@
 """Whether the sources of a plan are checkpoints of one model.
 
-Held against the model's own: the architecture and every size in config.json, the shapes of the
-layers that are taken, sampled rows of the embedding, and the signs of norms. Tools that quantize
-leave the embedding alone; those that rotate weights (QuaRot, SpinQuant) change it, and then layers
-of the two work on different activations.
-
-Not held against each other: how a checkpoint is quantized, its dtype and versions, dropout, lengths
-and scaling of positions (the model's config.json decides those), and rows that pad the vocabulary.
+Tools that quantize leave the embedding alone; those that rotate weights (QuaRot, SpinQuant) change
+it, and then layers of the two work on different activations. What the model's config.json decides
+(dtype, dropout, lengths and scaling of positions) may differ, and rows that pad the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
@@ -27,9 +23,6 @@ from mixedprec_plugin.methods.transforms import TRANSFORMS, of_weights
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.preset.model import Preset
-
-if TYPE_CHECKING:
-    from mixedprec_plugin.checkpoint.values import Array
 
 # tools pad the vocabulary to multiples of up to 512 rows
 _PADDING = 512
@@ -45,25 +38,19 @@ def check_sources(
 ) -> list[Problem]:
     """Hold every source that a layer comes from against the model's own checkpoint.
 
-    Args:
-        preset: `trust_sources` turns errors into warnings; has the sources' lines.
     Returns:
         one problem for each source that differs, with every difference.
     Raises:
         CheckpointError: an embedding or a norm cannot be read.
     """
     model = sources["model"]
-    taken: dict[str, list[PlannedLayer]] = {}
-    for layer in layers:
-        taken.setdefault(layer.source, []).append(layer)
     severity: Severity = "warning" if preset.trust_sources else "error"
     problems = []
-    for name in sorted(taken.keys() - {"model"}):
+    for name in sorted({layer.source for layer in layers} - {"model"}):
         source = sources[name]
         differences = [
-            *_config_differences(source.config, model.config),
-            *_transform_differences(source, model),
-            *_shape_differences(taken[name], source, model, formats),
+            *_config_differences(source, model),
+            *_shape_differences(layers, source, model, formats),
             *_embedding_differences(layers, source, model, values),
             *_norm_differences(layers, source, model, values),
         ]
@@ -75,25 +62,19 @@ def check_sources(
     return problems
 
 
-def _config_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Say where two config.json differ; what only one of them tells is no difference."""
-    found = []
-    got, expected = architecture(theirs), architecture(ours)
+def _config_differences(source: Source, model: Source) -> Iterator[str]:
+    """Yield where two config.json differ; what only one of them tells is no difference."""
+    got, expected = architecture(source.config), architecture(model.config)
     if got and expected and got != expected:
-        found.append(f"its architecture is {got} (expected {expected})")
-    own = sizes(ours)
-    return found + [
-        f"{key} is {size} (expected {own[key]})"
-        for key, size in sizes(theirs).items()
-        if key in own and not _is_same(key, size, own[key])
-    ]
-
-
-def _transform_differences(source: Source, model: Source) -> list[str]:
-    """Rotations that are wholly in the weights of one; random ones are never alike."""
+        yield f"its architecture is {got} (expected {expected})"
+    own = sizes(model.config)
+    for key, size in sizes(source.config).items():
+        if key in own and not _is_same(key, size, own[key]):
+            yield f"{key} is {size} (expected {own[key]})"
+    # rotations that are wholly in the weights of one; random ones are never alike
     theirs, ours = (of_weights(s.quantization_config) for s in (source, model))
-    is_same = theirs == ours and not re.search(r"random(?!ize': False)", str(theirs))
-    return [] if is_same else [f"{TRANSFORMS} in its config.json rotates its weights"]
+    if theirs != ours or re.search(r"random(?!ize': False)", str(theirs)):
+        yield f"{TRANSFORMS} in its config.json rotates its weights"
 
 
 def _is_same(key: str, got: Any, expected: Any) -> bool:
@@ -109,6 +90,8 @@ def _shape_differences(
 ) -> list[str]:
     found: dict[str, list[str]] = {}
     for layer in layers:
+        if layer.source != source.name:
+            continue
         ours, theirs = (_shape(layer.name, s, formats) for s in (model, source))
         if ours and theirs and ours != theirs:
             text = f"is {list(theirs)} (expected {list(ours)})"
@@ -129,6 +112,8 @@ def _embedding_differences(
     layers: Iterable[PlannedLayer], source: Source, model: Source, values: Values
 ) -> list[str]:
     """Compare rows of the embedding, spread over the vocabulary, where both store it in floats."""
+    import numpy as np
+
     found = []
     for name in (layer.name for layer in layers if layer.kind == "embedding"):
         theirs, ours = (_matrix(name, s) for s in (source, model))
@@ -141,10 +126,10 @@ def _embedding_differences(
         dtypes = (theirs.dtype, ours.dtype)
         num_different = sum(not are_equal(a, b, dtypes) for a, b in zip(*rows, strict=True))
         if num_different:
-            found.append(
-                f"{num_different} of {_NUM_ROWS} sampled rows of {name} differ (cosine "
-                f"{_cosine(*rows):.3f})"
-            )
+            length = float(np.linalg.norm(rows[0]) * np.linalg.norm(rows[1]))
+            cosine = float((rows[0] * rows[1]).sum()) / length if length else 0.0
+            text = f"{num_different} of {_NUM_ROWS} sampled rows of {name} differ"
+            found.append(f"{text} (cosine {cosine:.3f})")
     return found
 
 
@@ -152,13 +137,6 @@ def _matrix(name: str, source: Source) -> StoredTensor | None:
     weight = source.layers.get(name, {}).get("weight")
     is_float = weight is not None and weight.dtype in ("BF16", "F16", "F32", "F64")
     return weight if weight is not None and is_float and len(weight.shape) == 2 else None
-
-
-def _cosine(first: Array, second: Array) -> float:
-    import numpy as np
-
-    length = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float((first * second).sum()) / length if length else 0.0
 
 
 def _norm_differences(

@@ -23,11 +23,10 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from mixedprec_plugin.families.config import Config, is_half_precision
-from mixedprec_plugin.families.kv_scales import KV_SUFFIXES
-from mixedprec_plugin.families.names import NEVER_QUANTIZED, Kind
+from mixedprec_plugin.families.names import KV_SUFFIXES, NEVER_QUANTIZED, Kind
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import served_dtype, to_dequantize
-from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.interface import Fault, Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED
 from mixedprec_plugin.methods.stored import FLOAT_DTYPES, StoredFormat, Tensors, TensorSpec
 from mixedprec_plugin.preset.model import Rule, Scheme
@@ -45,13 +44,12 @@ _OTHER_FORMAT = "take a checkpoint in another format"
 
 
 class Asked(NamedTuple):
-    """What a layer is to become, and what there is of it.
+    """What a layer is to become, and what there is of it: `tensors`, by their suffixes.
 
     Attributes:
-        scheme: what it runs as; None for what is never quantized.
+        scheme: None for what is never quantized.
         rule: the rule that decides; None where none matches.
         stored: the format of its weight in its source.
-        tensors: suffix -> tensor of the layer, in its source.
     """
 
     scheme: Scheme | None
@@ -61,20 +59,11 @@ class Asked(NamedTuple):
     kind: Kind
 
 
-class Reason(NamedTuple):
-    """Why a layer cannot become what is asked, and what to do."""
-
-    rule: str
-    text: str
-    remedy: str
-
-
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What layers that are alike become.
+    """What layers that are alike become, as `PlannedLayer` has it.
 
     Attributes:
-        action: how stored tensors become served ones.
         outputs: parameter suffix -> what is served.
         reasons: why it is impossible; empty if it is not.
     """
@@ -83,7 +72,7 @@ class Conversion:
     outputs: Mapping[str, TensorSpec]
     bytes_before: int
     bytes_after: int
-    reasons: tuple[Reason, ...] = ()
+    reasons: tuple[Fault, ...] = ()
 
 
 class Conversions:
@@ -129,11 +118,12 @@ class Conversions:
     def _decide(self, asked: Asked, kept: frozenset[str]) -> Conversion:
         scheme, _, stored, tensors, kind = asked
         action: Action = "as stored"
-        reasons: tuple[Reason, ...] = ()
+        reasons: tuple[Fault, ...] = ()
         if stored is not None and kind != "draft":
             if scheme is not None:
                 action = action_of(scheme, stored, tensors, self._target.dtype)
-            reasons = tuple(_reasons(action, asked, stored, self._target))
+            reason = _why_impossible(action, asked, stored, self._target)
+            reasons = (reason,) if reason else ()
         outputs = self._outputs(action, asked, kept)
         if not reasons and action == "as stored" and scheme is not None and stored is not None:
             reasons = tuple(_misfits(scheme, stored, tensors, outputs))
@@ -174,12 +164,7 @@ def is_auto(rule: Rule | None) -> bool:
 
 
 def action_of(scheme: Scheme, stored: StoredFormat, tensors: Tensors, dtype: str) -> Action:
-    """Tell how a layer becomes what its scheme runs.
-
-    Args:
-        tensors: parameter suffix -> stored tensor.
-        dtype: what the model runs in, as a safetensors name.
-    """
+    """Tell how a layer becomes what its scheme runs, in a model of a dtype, `BF16` or `F16`."""
     if scheme.method == UNQUANTIZED:
         if not stored.is_float:
             return "dequantize"
@@ -218,25 +203,22 @@ def _different_arguments(stored: StoredFormat, scheme: Scheme) -> Mapping[str, A
     }
 
 
-def _reasons(
+def _why_impossible(
     action: Action, asked: Asked, stored: StoredFormat, target: Target
-) -> Iterator[Reason]:
+) -> Fault | None:
     scheme, rule, _, tensors, kind = asked
     described = f"is stored as {stored.description}"
     bf16 = f"{to_dequantize(target.dtype)} to dequantize it"
     if stored.obstacle:
         text = f"{described}, and {stored.obstacle}"
-        yield Reason("stored-format", text, "take it from another source")
-        return
+        return Fault("stored-format", text, "take it from another source")
     if scheme is None:
-        if not stored.is_float:
-            remedy = f"match it with {bf16}" if stored.is_readable else _OTHER_FORMAT
-            yield Reason("stored-format", f"{described}: {NEVER_QUANTIZED[kind]}", remedy)
-        return
+        remedy = f"match it with {bf16}" if stored.is_readable else _OTHER_FORMAT
+        text = f"{described}: {NEVER_QUANTIZED[kind]}"
+        return None if stored.is_float else Fault("stored-format", text, remedy)
     why_not_auto = None if stored.is_float else _why_not_auto(stored, target, described)
     if is_auto(rule) and not stored.is_float:
-        yield from () if why_not_auto is None else (why_not_auto,)
-        return
+        return why_not_auto
     auto = "" if why_not_auto else "match it with method: auto to serve it as it is, "
     served = FLOAT_DTYPES[target.dtype]
     wanted = scheme.arguments.get("dtype")
@@ -245,54 +227,55 @@ def _reasons(
         has_it = gpu is None or wanted == "float16" or served_dtype("BF16", gpu.capability) != "F16"
         remedy = f"start with --dtype {wanted}, or " if has_it else ""
         text = f"the model runs in {served}, not in {scheme.label}"
-        yield Reason("dtype", text, f"{remedy}write method: unquantized")
-    elif not stored.is_readable:
+        return Fault("dtype", text, f"{remedy}write method: unquantized")
+    if not stored.is_readable:
         text = f"{described}, which this release does not read"
-        otherwise = f"{'or ' if auto else ''}{_OTHER_FORMAT}"
-        yield Reason("stored-format", text, f"{auto}{otherwise}")
-    elif not stored.method and (action == "impossible" or rule is None):
+        return Fault("stored-format", text, f"{auto}{'or ' if auto else ''}{_OTHER_FORMAT}")
+    if not stored.method and (action == "impossible" or rule is None):
         reason = _why_not_repack(scheme, stored, tensors)
         text = f"{described}, which no method serves as it is{f': {reason}' if reason else ''}"
         again = "" if rule is None else ", or write requantize: true"
         ways = (auto or "match it with ") + f"{'or ' if auto and not again else ''}{bf16}"
-        yield Reason("stored-format", text, f"{ways}{again}")
-    elif action == "impossible":
-        yield _mismatch(scheme, stored, tensors, described, bf16)
-    elif action in ("quantize", "requantize"):
-        spec = METHODS[scheme.method]
-        if not spec.codec:
-            text = f"{scheme.method} cannot quantize at load"
-            yield Reason("conversion", text, "use another method")
-        elif reason := spec.why_not_quantize(scheme.arguments):
-            text = f"cannot be quantized at load: {reason}"
-            yield Reason("conversion", text, "change that argument")
+        return Fault("stored-format", text, f"{ways}{again}")
+    if action == "impossible":
+        return _mismatch(scheme, stored, tensors, described, bf16)
+    return _why_not_quantize(scheme) if action in ("quantize", "requantize") else None
 
 
-def _why_not_auto(stored: StoredFormat, target: Target, described: str) -> Reason | None:
+def _why_not_quantize(scheme: Scheme) -> Fault | None:
+    spec = METHODS[scheme.method]
+    if not spec.codec:
+        return Fault("conversion", f"{scheme.method} cannot quantize at load", "use another method")
+    reason = spec.why_not_quantize(scheme.arguments)
+    text = f"cannot be quantized at load: {reason}"
+    return Fault("conversion", text, "change that argument") if reason else None
+
+
+def _why_not_auto(stored: StoredFormat, target: Target, described: str) -> Fault | None:
     """Why a layer cannot run as it is stored; what SGLang's class says is found at load."""
     if target.device == "cpu":
         remedy = "name another method or source for it to try the rest"
         text = f"{described}, which the CPU platform does not read"
-        return None if stored.is_readable else Reason("stored-format", text, remedy)
+        return None if stored.is_readable else Fault("stored-format", text, remedy)
     bf16 = f"match it with {to_dequantize(target.dtype)} to dequantize it"
     otherwise = f", or {bf16}" if stored.is_readable else ""
     if not stored.method_said:
         # SGLang has classes that are not known here, where config.json names one
         text = f"{described}, and config.json names no quant_method that could read it"
         remedy = "write a quantization_config with the tool's quant_method into it"
-        return Reason("stored-format", text, f"{remedy}{otherwise}")
+        return Fault("stored-format", text, f"{remedy}{otherwise}")
     if stored.format and stored.disagreements:
         text = f"{stored.disagreements[0]}, which method: auto would go by"
-        return Reason("auto-config", text, "correct config.json, or name the layer's method")
+        return Fault("auto-config", text, "correct config.json, or name the layer's method")
     if stored.is_composed:
         text = f"{described}, which SGLang's class would leave out"
-        return Reason("auto-config", text, bf16)
+        return Fault("auto-config", text, bf16)
     return None
 
 
 def _mismatch(
     scheme: Scheme, stored: StoredFormat, tensors: Tensors, described: str, bf16: str
-) -> Reason:
+) -> Fault:
     if stored.method != scheme.method:
         reason = _why_not_repack(scheme, stored, tensors)
         text = f"{described}, not as {scheme.label} asks ({scheme.method})"
@@ -300,13 +283,13 @@ def _mismatch(
             f"write {_as_written(stored)}, {bf16.removeprefix('method: ')}, or requantize: true to "
             f"have it in {scheme.label} with a second rounding"
         )
-        return Reason("stored-format", f"{text}: {reason}" if reason else text, remedy)
+        return Fault("stored-format", f"{text}: {reason}" if reason else text, remedy)
     different = _different_arguments(stored, scheme)
     asked = ", ".join(f"{key}: {scheme.arguments[key]}" for key in different)
     # a name such as fp8_block would contradict what it implies
     implied = {key for given in METHODS[scheme.method].aliases.values() for key in given}
     remedy = f"write {_as_written(stored) if implied & different.keys() else _settings(different)}"
-    return Reason("stored-format", f"{described}, not with {asked}", remedy)
+    return Fault("stored-format", f"{described}, not with {asked}", remedy)
 
 
 def _as_written(stored: StoredFormat) -> str:
@@ -317,7 +300,6 @@ def _as_written(stored: StoredFormat) -> str:
 
 
 def _settings(arguments: Mapping[str, Any]) -> str:
-    """Arguments as a preset writes them."""
     return ", ".join(
         f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
         for key, value in arguments.items()
@@ -326,17 +308,15 @@ def _settings(arguments: Mapping[str, Any]) -> str:
 
 def _misfits(
     scheme: Scheme, stored: StoredFormat, tensors: Tensors, outputs: Mapping[str, TensorSpec]
-) -> Iterator[Reason]:
-    """Hold a layer that is taken as stored against what its method stores."""
+) -> Iterator[Fault]:
     if scheme.method == UNQUANTIZED:
         return
     for suffix, expected in outputs.items():
         tensor = tensors.get(suffix)
-        if tensor is None and suffix in stored.filled:
-            continue
         if tensor is None:
-            text = f"lacks {suffix}, which {scheme.method} needs"
-            yield Reason("stored-tensor", text, "the checkpoint is incomplete")
+            if suffix not in stored.filled:
+                text = f"lacks {suffix}, which {scheme.method} needs"
+                yield Fault("stored-tensor", text, "the checkpoint is incomplete")
             continue
         shapes = {expected.shape} | ({(), (1,)} if expected.shape in ((), (1,)) else set())
         fits_dtype = tensor.dtype == expected.dtype or (
@@ -347,4 +327,4 @@ def _misfits(
                 f"{suffix} is stored as {tensor.dtype} {list(tensor.shape)} "
                 f"(expected {expected.dtype} {list(expected.shape)})"
             )
-            yield Reason("stored-tensor", text, "the checkpoint is damaged")
+            yield Fault("stored-tensor", text, "the checkpoint is damaged")

@@ -1,23 +1,16 @@
 """Layers that are right only behind their own norm, and what the plan does about it.
 
-Where the sources of a norm's consumers store the same norm (each rounded to its own dtype), nothing
-is coupled. Where they differ, the norm is served from
-
-    1. the source that a rule names for norms alone;
-    2. else the one source that all consumers come from;
-    3. else the source of those that are taken as they are stored or repacked, which cannot change;
-    4. else where the rules had it from.
-
-A consumer from elsewhere that is quantized, cast, dequantized or requantized here is rescaled
-exactly: before, its columns are multiplied by (its own source's norm / the served one). Anything
-else is an error that names the unit.
+Where the sources of a norm's consumers store it alike (each rounded to its own dtype), nothing is
+coupled. Elsewhere the norm is served from the source that a rule names for norms alone; or that all
+consumers come from; or that those come from which are taken as stored or repacked, and so cannot
+change; or where the rules had it from. Columns of a consumer from elsewhere are multiplied by (its
+own source's norm / the served one), exactly; where they cannot be, it is an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
@@ -26,12 +19,10 @@ from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import Unit, coupled_units
+from mixedprec_plugin.methods.stored import Tensors
 from mixedprec_plugin.plan.folding import fold_names
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.plan.model import PlannedLayer, Rescale
-
-if TYPE_CHECKING:
-    from mixedprec_plugin.checkpoint.values import Array
 
 _CHANGEABLE = frozenset({"cast", "quantize", "dequantize", "requantize"})
 # what is compared beside a norm: routers' biases, short convolutions; not stacked experts
@@ -43,10 +34,7 @@ class Coupling:
 
     Args:
         layers: of the whole model, as the rules have them.
-        sources: name -> checkpoint.
-        matches: what the rules match.
         tied: tied layer name -> the layer whose weight it shares.
-        values: reads norms.
         dtype: what the model runs in; norms that differ by less than its rounding are one.
         trusted: whether a source that lacks a norm counts as having the model's.
     """
@@ -59,19 +47,21 @@ class Coupling:
         tied: Mapping[str, str],
         values: Values,
         dtype: str,
-        *,
-        trusted: bool = False,
+        trusted: bool,
     ) -> None:
         self.layers = {layer.name: layer for layer in layers}
         kinds = {layer.name: layer.kind for layer in layers}
         self.units = coupled_units(kinds, tied, sources["model"].config)
         self._sources = sources
-        self._offset = family_of(sources["model"].config).norm_offset
+        # where it is not known, no layer is rescaled
+        self._offset = family_of(sources["model"].config).norm_offset or 0.0
         self._values = values
         self._dtype = dtype
-        self._explicit = _named_alone(layers, matches)
+        # norms and the like, under a rule that matches nothing else
+        quantized = {name for name, kind in kinds.items() if kind not in NEVER_QUANTIZED}
+        alone = {index for index, names in matches.matched.items() if not names & quantized}
+        self._explicit = {name for name, rule in matches.deciding.items() if rule.index in alone}
         self._trusted = trusted
-        self._agreed: dict[tuple[str, frozenset[str]], bool] = {}
         self._errors: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
 
     def settle(self) -> list[Problem]:
@@ -79,8 +69,6 @@ class Coupling:
 
         Returns:
             an error for each kind of unit that cannot be made right.
-        Raises:
-            CheckpointError: a norm cannot be read.
         """
         for unit in self.units:
             self._settle(unit)
@@ -95,27 +83,16 @@ class Coupling:
         ]
 
     def _agree(self, name: str, first: str, second: str) -> bool:
-        """Whether two sources store the same values for a norm."""
-        key = (name, frozenset({first, second}))
-        if key not in self._agreed:
-            self._agreed[key] = self._compare(name, first, second)
-        return self._agreed[key]
-
-    def _compare(self, name: str, first: str, second: str) -> bool:
         one, other = self._norm(name, first), self._norm(name, second)
-        if one.keys() != other.keys():
-            return False
-        return all(
-            one[suffix].num_bytes > _SMALL_BYTES
-            or are_equal(
-                self._values.of(one[suffix]),
-                self._values.of(other[suffix]),
-                (one[suffix].dtype, other[suffix].dtype, self._dtype),
-            )
-            for suffix in one
-        )
+        return one.keys() == other.keys() and all(self._is_same(one[s], other[s]) for s in one)
 
-    def _norm(self, name: str, source: str) -> Mapping[str, StoredTensor]:
+    def _is_same(self, one: StoredTensor, other: StoredTensor) -> bool:
+        if one.num_bytes > _SMALL_BYTES:
+            return True
+        values = self._values.of
+        return are_equal(values(one), values(other), (one.dtype, other.dtype, self._dtype))
+
+    def _norm(self, name: str, source: str) -> Tensors:
         """A source's norm; a trusted one that holds none has the model's."""
         layers = self._sources[source].layers
         return layers[name] if name in layers else self._sources["model"].layers[name]
@@ -156,7 +133,6 @@ class Coupling:
                 self._rescale(unit, layer, served)
 
     def _is_changeable(self, layer: PlannedLayer, unit: Unit) -> bool:
-        """Whether the columns of a layer can be multiplied on the way."""
         if layer.name in unit.fixed or layer.kind == "embedding" or layer.stored is None:
             return False
         is_plain = layer.action == "as stored" and layer.stored.is_float
@@ -196,9 +172,7 @@ class Coupling:
 
     def _rescale(self, unit: Unit, layer: PlannedLayer, served: str) -> None:
         own, new = self._norm(unit.norm, layer.source), self._norm(unit.norm, served)
-        assert self._offset is not None
-        reason = self._why_not_rescale(layer, own, new, self._offset)
-        if reason:
+        if reason := self._why_not_rescale(layer, own, new):
             what = (
                 f"differs between {served!r} and {layer.source!r}, and "
                 f"{last_component(layer.name)} cannot be rescaled: {reason}"
@@ -212,23 +186,19 @@ class Coupling:
             rescale=Rescale(own["weight"], new["weight"], self._offset, served),
         )
 
-    def _why_not_rescale(
-        self,
-        layer: PlannedLayer,
-        own: Mapping[str, StoredTensor],
-        new: Mapping[str, StoredTensor],
-        offset: float,
-    ) -> str:
-        """Say why columns cannot be rescaled from one norm to another; empty if they can."""
+    def _why_not_rescale(self, layer: PlannedLayer, own: Tensors, new: Tensors) -> str:
+        import numpy as np
+
         if own.keys() != new.keys() or "weight" not in own:
             return f"it holds {', '.join(sorted(new))} here and {', '.join(sorted(own))} there"
         assert layer.stored is not None
         if own["weight"].shape != (layer.stored.K,):
             return f"it scales {list(own['weight'].shape)} features, not {[layer.stored.K]}"
         read = self._values.of
-        ratio = _ratio(read(own["weight"]) + offset, read(new["weight"]) + offset)
-        if ratio is None:
+        over, under = (read(norm["weight"]) + self._offset for norm in (own, new))
+        if over.shape != under.shape or bool(np.any((over == 0) != (under == 0))):
             return "one of its weights is zero in only one of the two sources"
+        ratio = np.divide(over, under, out=np.ones_like(under), where=under != 0)
         for suffix in own.keys() - {"weight"}:
             if not are_equal(read(own[suffix]), read(new[suffix]) * ratio, ("BF16",)):
                 return f"its {suffix} does not change as its weight does"
@@ -255,7 +225,7 @@ class Coupling:
         suffix = "weight" if "weight" in one.keys() & other.keys() else next(iter(one), "")
         if suffix not in other or one[suffix].shape != other[suffix].shape:
             return float("inf")
-        pair = [np.abs(self._values.of(x[suffix]) + (self._offset or 0.0)) for x in (one, other)]
+        pair = [np.abs(self._values.of(x[suffix]) + self._offset) for x in (one, other)]
         low, high = np.minimum(*pair), np.maximum(*pair)
         return float((high / np.maximum(low, 1e-30)).max())
 
@@ -266,24 +236,7 @@ class Coupling:
         self._errors.setdefault((where, what, remedy), []).append((unit.norm, distance))
 
 
-def _ratio(own: Array, served: Array) -> Array | None:
-    """own / served, 1 where both are zero; None where only one is."""
-    import numpy as np
-
-    if own.shape != served.shape or bool(np.any((own == 0) != (served == 0))):
-        return None
-    zero = served == 0
-    return np.where(zero, np.float32(1), own / np.where(zero, np.float32(1), served))
-
-
 def _named(layers: Sequence[PlannedLayer], source: str) -> str:
     """Last components of the layers that come from a source."""
     names = [last_component(layer.name) for layer in layers if layer.source == source]
     return ", ".join(dict.fromkeys(names))
-
-
-def _named_alone(layers: Sequence[PlannedLayer], matches: Matches) -> frozenset[str]:
-    """Layers that are never quantized, under a rule that matches nothing else."""
-    quantized = {layer.name for layer in layers if layer.kind not in NEVER_QUANTIZED}
-    explicit = {index for index, names in matches.matched.items() if not names & quantized}
-    return frozenset(name for name, rule in matches.deciding.items() if rule.index in explicit)

@@ -1,7 +1,6 @@
 """The plan as one JSON document: what the page of `mixedprec plan --html` shows.
 
-A model of 70,000 layers has few kinds of them, so that each kind stands there once (`forms`), each
-list of matching rules once (`matches`), and layers are runs of these:
+Each kind of layer stands there once, and each list of matching rules; layers are runs of these:
 
     layers   name template, its module's, and rows: [block, experts, runs of forms, of matches]
     forms    what layers that are alike become: shape, scheme, action, tensors, bytes, kernel, and
@@ -15,6 +14,7 @@ value and count in turns. Presentation is the page's.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Hashable, Iterable, Iterator
@@ -53,13 +53,12 @@ def place_of(name: str) -> Place:
     first = _NUMBER.search(name)
     if first is None:
         return Place(name, -1, -1)
-    expert = _EXPERT.search(name, first.end())
-    block = int(first[0])
+    start, rest = f"{name[: first.start()]}{{}}", name[first.end() :]
+    expert = _EXPERT.search(rest)
     if expert is None:
-        return Place(f"{name[: first.start()]}{{}}{name[first.end() :]}", block, -1)
-    between = name[first.end() : expert.start()]
-    template = f"{name[: first.start()]}{{}}{between}{{}}{name[expert.end() :]}"
-    return Place(template, block, int(expert[0]))
+        return Place(start + rest, int(first[0]), -1)
+    template = f"{start}{rest[: expert.start()]}{{}}{rest[expert.end() :]}"
+    return Place(template, int(first[0]), int(expert[0]))
 
 
 class _Table:
@@ -145,7 +144,6 @@ class _Document:
         return self._schemes.add(key, scheme_as_dict(scheme))
 
     def _layers(self) -> list[dict[str, Any]]:
-        """Every template with its rows, in the plan's order."""
         rules: dict[str, list[int]] = {}
         for index, names in self._plan.matches.matched.items():
             for name in names:
@@ -155,7 +153,9 @@ class _Document:
         rows: dict[str, dict[int, list[tuple[int, int, int]]]] = {}
         for layer, shards, alike in with_shards(self._plan.layers):
             faults = self._faults.get(layer.name, ())
-            key = (alike, layer.source, layer.note, faults, self._parameters(layer))
+            # layers without a stored format are alike in what they serve
+            outputs = None if layer.stored else tuple(layer.outputs.items())
+            key = (alike, layer.source, layer.note, faults, outputs)
             if key not in numbers:
                 form = self._form(layer, shards, faults)
                 # each rule of its own scheme has one
@@ -180,34 +180,27 @@ class _Document:
     def _row(self, block: int, row: list[tuple[int, int, int]]) -> list[Any]:
         """A block's layers; its experts as their number where they count from 0, 0 for none."""
         experts = [expert for expert, _, _ in row]
-        told: Any = experts
-        if experts == [-1]:
-            told = 0
-        elif experts == list(range(len(experts))):
-            told = len(experts)
+        is_counted = experts == list(range(len(experts)))
+        told = 0 if experts == [-1] else len(experts) if is_counted else experts
         forms = self._runs.add(tuple(runs_of(form for _, form, _ in row)))
         matches = self._runs.add(tuple(runs_of(match for _, _, match in row)))
         return [block, told, forms, matches]
-
-    def _parameters(self, layer: PlannedLayer) -> Hashable:
-        """What a layer without a stored format is alike in."""
-        return None if layer.stored else tuple(layer.outputs.items())
 
     def _form(self, layer: PlannedLayer, shards: Any, faults: tuple[int, ...]) -> dict[str, Any]:
         stored, scheme, target = layer.stored, layer.scheme, self._plan.target
         runs_as, runs_in, choices = "", "", None
         if stored is not None and scheme is not None:
             runs_as = config_class(scheme.method, target)
-            is_wrong = any(self._plan.problems[n].severity == "error" for n in faults)
-            runs_in = "" if is_wrong else kernel_among(layer, shards, target, self._config)
             choices = self._choices.of(layer, shards)
+            if all(self._plan.problems[n].severity != "error" for n in faults):
+                runs_in = kernel_among(layer, shards, target, self._config)
         return {
             "kind": layer.kind,
             "scheme": scheme and self._scheme(scheme),
             "source": layer.source,
             "stored": stored.description if stored else "",
             "action": layer.action,
-            "note": _note(layer),
+            "note": layer.notes,
             "shape": [stored.N, stored.K] if stored else None,
             "tensors": {s: [spec.dtype, *spec.shape] for s, spec in layer.outputs.items()},
             "bytes_before": layer.bytes_before,
@@ -247,11 +240,9 @@ def _faults(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def _card(plan: Plan) -> dict[str, Any] | None:
-    """What the GPU of a rank holds, as lines of `budget`; None where no GPU is named.
+    """What the GPU of a rank holds, as lines of `budget`, the KV cache by the token.
 
-    Returns:
-        "weights" of a rank, "memory", "taken" but for the KV cache, bytes that a token adds to it;
-        or "unknown": why the rest is not told.
+    None where no GPU is named; with "unknown" for what is not told.
     """
     target, config = plan.target, plan.source.config
     if target.gpu is None:
@@ -273,17 +264,6 @@ def _card(plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def _note(layer: PlannedLayer) -> str:
-    rescaled = f"rescaled to the norm of {layer.rescale.source}" if layer.rescale else ""
-    return ", ".join(filter(None, (rescaled, layer.note)))
-
-
 def runs_of(values: Iterable[int]) -> list[int]:
     """`3, 3, 5` -> `[3, 2, 5, 1]`: each value and how often it comes in a row."""
-    found: list[int] = []
-    for value in values:
-        if found and found[-2] == value:
-            found[-1] += 1
-        else:
-            found += [value, 1]
-    return found
+    return [x for value, run in itertools.groupby(values) for x in (value, len(list(run)))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
@@ -12,11 +12,11 @@ from mixedprec_plugin.families.config import Config, architecture, sizes
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import version
-from mixedprec_plugin.methods.interface import Device, Target
+from mixedprec_plugin.methods.interface import Device, Fault, Target
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.methods.stored import TensorSpec
-from mixedprec_plugin.plan.folding import fold_names, fold_problems, natural_key
-from mixedprec_plugin.plan.model import PlannedLayer
+from mixedprec_plugin.plan.folding import fold_names, fold_problems
+from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
 # SGLang's own kernel for tokens that are routed by groups of experts (environ.py:1485)
 _TRITON_ROUTING = "SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK"
@@ -29,51 +29,64 @@ _NOT_ABSORBED = {
     "GPTQ": "SGLang takes its packed weights for AWQ's",
     "AWQ": "SGLang imports sglang.kernel_api_logging for it, which it does not have since 0.5.20",
 }
+# of layers that are stored fused; `qkv` is of vision towers, whose heads are all alike
+_EQUAL_SHARDS = {"gate_up_proj": ("gate", "up"), "qkv": tuple("qkv"), "in_proj_ba": ("0", "1")}
+# where, what, remedy
+_Found = tuple[str, str, str]
 
 
 def why_not_family(
     config: Config, target: Target, layers: Sequence[PlannedLayer] = ()
 ) -> list[Problem]:
     """List what keeps SGLang from loading or running the model of a config.json at all."""
+    found = (
+        *_routing_problems(config, target),
+        *_layer_problems(config, layers),
+        *_head_problems(config, target.tp_size),
+    )
+    return fold_problems(Problem(*problem, "family") for problem in found)
+
+
+def _layer_problems(config: Config, layers: Sequence[PlannedLayer]) -> Iterator[_Found]:
     name, family = architecture(config), family_of(config)
-    found = [*_routing_problems(config, target)]
-    for end, reader in family.dtype_readers.items():
-        unread = [x for x in layers if x.module.endswith(end) and not _is_readable(x)]
-        for where in fold_names(layer.name for layer in unread):
-            kind = _storage(unread[0].outputs)
-            text = f"SGLang's {reader} looks at the dtype of their weight, and {kind} has none"
-            found.append((where, text, _instead_of_packed()))
-    fp8, asked = " or ".join(_methods("FP8")), []
+    fp8 = " or ".join(_methods("FP8"))
     for layer in layers:
         kind = _storage(layer.outputs)
+        for end, reader in family.dtype_readers.items():
+            if layer.module.endswith(end) and not _is_readable(layer):
+                text = f"SGLang's {reader} looks at the dtype of their weight, and {kind} has none"
+                yield layer.name, text, _instead_of_packed()
         is_asked = last_component(layer.module) in family.asked_for_weight
         if is_asked and kind not in ("floats", "FP8", "INT8"):
-            text = (
-                f"SGLang's {name} fills it from one tensor `weight`, and cannot in {layer.method}"
-            )
-            asked.append(Problem(layer.name, text, f"use method: {fp8}", "family"))
+            text = f"SGLang's {name} fills it from one tensor `weight`, and cannot in"
+            yield layer.name, f"{text} {layer.method}", f"use method: {fp8}"
+    for pattern, remedy in family.not_loaded.items():
+        if names := [layer.name for layer in layers if re.match(pattern, layer.name)]:
+            text = f"SGLang's {name} does not load tensors that are called so"
+            yield ", ".join(fold_names(names)[:3]), text, f"{remedy} in the checkpoint"
+
+
+def _head_problems(config: Config, tp_size: int) -> Iterator[_Found]:
+    name = architecture(config)
     num_heads = config.get("num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads") or num_heads
-    if family.has_joint_head_norms and target.tp_size > 1:
+    if not family_of(config).has_joint_head_norms:
+        return
+    if tp_size > 1:
         text = (
-            f"SGLang's {name} normalizes the heads of q and k together, and does not on "
-            f"{target.tp_size} tensor-parallel ranks"
+            f"SGLang's {name} normalizes the heads of q and k together, and does not on {tp_size} "
+            "tensor-parallel ranks"
         )
-        found.append((name, text, "serve it on one, or on more with --dp"))
-    if family.has_joint_head_norms and num_heads != num_kv_heads:
+        yield name, text, "serve it on one, or on more with --dp"
+    if num_heads != num_kv_heads:
         text = (
             f"it has {num_kv_heads} key-value heads, and SGLang's class a norm of k for "
             f"{num_heads} (num_key_value_heads in config.json)"
         )
-        found.append((name, text, "SGLang cannot serve it"))
-    for pattern, remedy in family.not_loaded.items():
-        if names := [layer.name for layer in layers if re.match(pattern, layer.name)]:
-            text = f"SGLang's {name} does not load tensors that are called so"
-            found.append((", ".join(fold_names(names)[:3]), text, f"{remedy} in the checkpoint"))
-    return [Problem(*problem, "family") for problem in found] + fold_problems(asked)
+        yield name, text, "SGLang cannot serve it"
 
 
-def _routing_problems(config: Config, target: Target) -> Iterator[tuple[str, str, str]]:
+def _routing_problems(config: Config, target: Target) -> Iterator[_Found]:
     """DeepSeek-V3's routing, for which SGLang takes FlashInfer's kernel and does not ask the GPU.
 
     Without groups it takes another: a token would need to go to one expert.
@@ -102,8 +115,8 @@ def _routing_problems(config: Config, target: Target) -> Iterator[tuple[str, str
 
 def mla_faults(
     layer: PlannedLayer, shards: Sequence[PlannedLayer], device: Device, config: Config
-) -> Iterator[tuple[str, str]]:
-    """Yield (text, remedy) for what keeps a projection of latent attention from its scheme.
+) -> Iterator[Fault]:
+    """Yield what keeps a projection of latent attention from its scheme.
 
     Source: SGLang's models/deepseek_common/deepseek_weight_loader.py. `kv_b_proj` is absorbed into
     the attention after loading: `post_load_weights` (:586) takes any `qweight` for AWQ's (:625),
@@ -121,30 +134,24 @@ def mla_faults(
     if last_component(layer.name) == family.absorbed and (reason := _not_absorbed(layer, device)):
         can = _methods("floats", *(("FP8", "FP8 tensor") if device == "cuda" else ()))
         named = " or ".join(filter(None, (", ".join(can[:-1]), can[-1])))
-        remedy = f"give {family.absorbed} the method {named}"
-        yield f"{family.absorbed} cannot be absorbed in {scheme.label}: {reason}", remedy
+        text = f"{family.absorbed} cannot be absorbed in {scheme.label}: {reason}"
+        yield Fault("mla", text, f"give {family.absorbed} the method {named}")
     if last_component(layer.module) != family.latent_inputs or scheme.method == AUTO:
         return
     both = " and ".join(family.fused_modules[family.latent_inputs])
-    if kind == "FP8 tensor":
-        text = (
-            f"{both} are one layer in SGLang, and {scheme.label} has one scale for each of them "
-            "(expected one scale a layer)"
-        )
-        yield text, f"use method: {' or '.join(_methods('FP8'))}"
     if not _is_readable(layer):
         text = (
             f"{both} cannot run in {scheme.label}: SGLang looks at the dtype of their weight, and "
             f"{kind} has none (models/deepseek_v2.py, is_packed_weight)"
         )
-        yield text, _instead_of_packed()
+        yield Fault("mla", text, _instead_of_packed())
     if scheme.arguments.get("desc_act") and len(shards) > 1:
         text = f"{both} are one layer in SGLang, and each has an act order of its own"
-        yield text, f"take a source without act order, or write method: {_methods('floats')[0]}"
+        remedy = f"take a source without act order, or write method: {_methods('floats')[0]}"
+        yield Fault("mla", text, remedy)
 
 
 def _not_absorbed(layer: PlannedLayer, device: Device) -> str:
-    """Why latent attention cannot absorb a quantized layer; empty if it can."""
     kind = _storage(layer.outputs)
     if kind.startswith("FP8"):
         return "the CPU platform absorbs it unquantized only" if device == "cpu" else ""
@@ -185,33 +192,27 @@ def _methods(*kinds: str) -> list[str]:
     return list(found.values())
 
 
-def shared_experts_line(config: Config, layers: Iterable[PlannedLayer]) -> str:
+def shared_experts_line(plan: Plan) -> str:
     """Say so where SGLang would run shared experts as one more routed one if there were no preset.
 
     With a preset they are layers of their own on every GPU, and follow their own rules. The same
     weights are read and multiplied; a layer launches three kernels more (two products, an
     activation), on a second stream beside the routed experts (models/deepseek_v2.py:867).
     """
+    config = plan.source.config
     if config.get("n_shared_experts") != 1 or not family_of(config).fuses_shared_experts(config):
         return ""
-    names = [
-        layer.module
-        for layer in layers
-        if ".mlp.shared_experts." in layer.name and layer.kind != "draft"
-    ]
-    if not names:
-        return ""
-    where = ", ".join(fold_names(sorted(set(names), key=natural_key)))
-    return f"{where}: not fused into the routed experts, they follow their own rules"
+    own = [x for x in plan.layers if ".mlp.shared_experts." in x.name and x.kind != "draft"]
+    where = ", ".join(fold_names(dict.fromkeys(layer.module for layer in own)))
+    return f"{where}: not fused into the routed experts, they follow their own rules" if own else ""
 
 
 def check_config_shapes(layers: Sequence[PlannedLayer], source: Source) -> list[Problem]:
     """Hold stored shapes against config.json, for families whose shapes it spells out."""
     family, said = family_of(source.config), sizes(source.config)
-    if family.shapes:
-        heads = ("num_attention_heads", "num_key_value_heads")
-        if {*heads, "head_dim"} <= said.keys():
-            said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
+    heads = ("num_attention_heads", "num_key_value_heads")
+    if {*heads, "head_dim"} <= said.keys():
+        said |= {f"{key} * head_dim": said[key] * said["head_dim"] for key in heads}
     problems = []
     for layer in layers:
         last, weight, stored = last_component(layer.name), layer.inputs.get("weight"), layer.stored
@@ -239,10 +240,8 @@ def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int],
     if layer.kind != "linear" or not is_one or layer.stored is None:
         return ()
     last, N = last_component(layer.name), layer.stored.N
-    if last == "gate_up_proj":
-        return (("gate", N // 2), ("up", N // 2))
-    if last == "qkv":  # of vision towers, whose heads are all alike
-        return tuple((shard, N // 3) for shard in "qkv")
+    if alike := _EQUAL_SHARDS.get(last):
+        return tuple((shard, N // len(alike)) for shard in alike)
     said = sizes(config)
     if last in ("in_proj_qkv", "in_proj_qkvz"):
         key, value = (
@@ -250,8 +249,6 @@ def stored_shards(layer: PlannedLayer, config: Config) -> tuple[tuple[str, int],
             for part in ("key", "value")
         )
         return tuple(zip("0123", (key, key, value, *[value] * last.endswith("z")), strict=False))
-    if last == "in_proj_ba":
-        return (("0", N // 2), ("1", N // 2))
     if last != "qkv_proj":
         return ()
     num_heads, head = said.get("num_attention_heads", 0), said.get("head_dim", 0)

@@ -53,13 +53,12 @@ def unfold_names(text: str, most: int) -> list[str]:
     names: list[str] = []
     for folded in text.split(", "):
         parts = _FOLDED.split(folded)
-        ranges = [unfold_numbers(part) for part in parts[1::2]]
-        if math.prod(sum(map(len, each)) for each in ranges) > most:
+        numbers = [unfold_numbers(part) for part in parts[1::2]]
+        if math.prod(sum(map(len, ranges)) for ranges in numbers) > most:
             names.append(folded)
             continue
         choices = [[part] for part in parts]
-        for index, each in enumerate(ranges):
-            choices[2 * index + 1] = list(map(str, itertools.chain.from_iterable(each)))
+        choices[1::2] = [[str(n) for each in ranges for n in each] for ranges in numbers]
         names += map("".join, itertools.product(*choices))
     return names
 

@@ -1,8 +1,4 @@
-"""`lm_head`: untied where the preset asks for it, and quantized where a rule spells its name.
-
-`*` leaves it alone, as it leaves embeddings. A rule that names it makes it a layer like others, of
-which the shape rules know that SGLang pads its vocabulary.
-"""
+"""`lm_head`: untied where the preset asks for it, and quantized where a rule spells its name."""
 
 from __future__ import annotations
 
@@ -33,11 +29,7 @@ def tied_layers(source: Source, kinds: Mapping[str, Kind]) -> dict[str, str]:
 
 
 def untied(source: Source, tied: Mapping[str, str]) -> Source:
-    """A checkpoint as if its head were stored, and config.json said so; no byte of it is copied.
-
-    Args:
-        tied: head -> the embedding that it shares a weight with.
-    """
+    """A checkpoint as if its head were stored, and config.json said so; no byte of it is copied."""
     tensors = dict(source.tensors)
     for head, embedding in tied.items():
         if head in source.layers or embedding not in source.layers:
@@ -50,11 +42,7 @@ def untied(source: Source, tied: Mapping[str, str]) -> Source:
 
 
 def with_heads(reference: Source, kinds: Mapping[str, Kind]) -> Source:
-    """A checkpoint that a plan is compared with, untied where the plan's layers are.
-
-    Args:
-        kinds: layer name of the plan -> its kind.
-    """
+    """A checkpoint that a plan, layer name -> kind, is compared with, untied as its layers are."""
     embedding = next((name for name, kind in kinds.items() if kind == "embedding"), "")
     is_apart = HEAD in kinds and bool(reference.config.get(_TIES))
     return untied(reference, {HEAD: embedding}) if is_apart else reference
@@ -65,17 +53,14 @@ def decided_by_name(matches: Matches, rules: Collection[Rule], heads: Collection
     deciding = dict(matches.deciding)
     for head in heads:
         deciding.pop(head, None)
+        word = re.compile(rf"(?<!\w){re.escape(last_component(head))}(?!\w)")
         for rule in rules:
-            if head in matches.matched[rule.index] and _may_decide(rule, head):
+            is_named = rule.scheme.method in (UNQUANTIZED, AUTO) or any(
+                map(word.search, rule.patterns)
+            )
+            if is_named and head in matches.matched[rule.index]:
                 deciding[head] = rule
     return dataclasses.replace(matches, deciding=deciding)
-
-
-def _may_decide(rule: Rule, head: str) -> bool:
-    if rule.scheme.method in (UNQUANTIZED, AUTO):
-        return True
-    word = re.compile(rf"(?<!\w){re.escape(last_component(head))}(?!\w)")
-    return any(word.search(pattern) for pattern in rule.patterns)
 
 
 def is_served_quantized(rule: Rule | None, stored: StoredFormat | None) -> bool:
@@ -92,11 +77,5 @@ def padded(vocabulary: int, tp_size: int) -> int:
 
     Source: `VocabParallelEmbedding.__init__` (layers/vocab_parallel_embedding.py:275).
     """
-    size = _PADDING
-    if _up(vocabulary, size) % tp_size:
-        size *= tp_size
-    return _up(vocabulary, size)
-
-
-def _up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
+    rows = -(-vocabulary // _PADDING) * _PADDING
+    return rows if rows % tp_size == 0 else -(-rows // (_PADDING * tp_size)) * _PADDING * tp_size

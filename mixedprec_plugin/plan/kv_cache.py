@@ -6,20 +6,18 @@ in FP8, one for the keys and one for the values of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import Problem
-from mixedprec_plugin.families.kv_scales import kv_scale
-from mixedprec_plugin.families.names import is_in_decoder, parent_of
+from mixedprec_plugin.families.names import is_in_decoder, kv_scale, parent_of
 from mixedprec_plugin.methods.stored import TensorSpec
 from mixedprec_plugin.plan.conversion import Conversion
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.preset.model import KvCache, Preset
 
-_Layers = dict[str, dict[str, StoredTensor]]
 # the layers that compute keys, and those that compute them among others
 _KEYS = ("k_proj", "qkv_proj", "query_key_value", "W_pack")
 _CALIBRATED = MappingProxyType({"k_scale": TensorSpec("F32", ()), "v_scale": TensorSpec("F32", ())})
@@ -68,24 +66,24 @@ class KvScales:
     def problems(self, preset: Preset) -> list[Problem]:
         """What is wrong with the source that is asked for."""
         where = f"{preset.path}: kv_cache.scales"
-        if self._asked.calibrates:
-            return list(self._why_not_calibrated(where))
-        if self.source is None or self._held:
-            return []
-        what = f"source {self.source.name!r} ({self.source.path}) holds no scales of the KV cache"
-        return [Problem(where, what, "name another source, or leave scales out", "kv-scales")]
-
-    def _why_not_calibrated(self, where: str) -> Iterator[Problem]:
-        if self._asked.dtype not in ("auto", "fp8_e4m3"):
+        found, calibrates = [], self._asked.calibrates
+        if calibrates and self._asked.dtype not in ("auto", "fp8_e4m3"):
             what = f"calibrate beside dtype: {self._asked.dtype} (expected fp8_e4m3)"
-            yield Problem(where, what, "scales are made for that dtype alone", "kv-scales")
-        if not self.alone:
+            found.append((what, "scales are made for that dtype alone"))
+        if calibrates and not self.alone:
             what = "calibrate: no attention layer caches the keys and values of its own projections"
-            yield Problem(where, what, "leave scales out", "kv-scales")
+            found.append((what, "leave scales out"))
+        if self.source is not None and not self._held:
+            what = (
+                f"source {self.source.name!r} ({self.source.path}) holds no scales of the KV cache"
+            )
+            found.append((what, "name another source, or leave scales out"))
+        return [Problem(where, what, remedy, "kv-scales") for what, remedy in found]
 
 
-def _held(source: Source) -> _Layers:
-    found: _Layers = {}
+def _held(source: Source) -> dict[str, dict[str, StoredTensor]]:
+    """Layer name -> suffix -> scale."""
+    found: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in source.tensors.items():
         layer, _, suffix = name.rpartition(".")
         if kv_scale(name) is not None:
@@ -96,7 +94,7 @@ def _held(source: Source) -> _Layers:
 def kv_cache_line(plan: Plan) -> str:
     """Say what becomes of the KV cache; empty where there is nothing to say."""
     asked, (count, sources) = plan.preset.kv_cache, _found(plan)
-    if not asked.is_said and not count:
+    if asked == KvCache() and not count:
         return ""
     dtype = f"in {asked.dtype}" if asked.dtype != "auto" else "as --kv-cache-dtype says"
     where = ", ".join(sources)

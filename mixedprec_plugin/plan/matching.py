@@ -3,9 +3,8 @@
 Layers may be counted from the end, as in Python: `model.layers.-1.*` or `*.layers.{-2..-1}.*`
 match the last layers of a model whatever their number.
 
-A model of 70,000 layers and a preset of hundreds of rules for single experts would be 40 million
-matches. Nearly all of them fail at `layers.7` or `experts.{3,17}`, so that names are found by such
-places first; of those, names that differ in numbers only are matched once.
+70,000 layers times hundreds of rules for single experts would be 40 million matches. Nearly all
+fail at `layers.7` or `experts.{3,17}`, so that names are found by such places first.
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from mixedprec_plugin.names import compile_pattern, without_numbers
+from mixedprec_plugin.names import compile_pattern
 from mixedprec_plugin.preset.model import Rule
 
 _FROM_END = re.compile(r"-\d")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _PLACE = re.compile(r"(?<![^.])[^.]+\.-?\d+(?![^.])")
 _LIST = r"\{-?\d+(?:,-?\d+)+\}"
-# what matches a digit, or a part of a number
-_DIGITS = re.compile(r"[\d?\[]")
 _NESTED = re.compile(r"\{[^}]*\{")
 _OPEN = re.compile(rf"\[[^\]]*\]|(?!{_LIST})\{{[^}}]*\}}")
 _NEEDED = re.compile(rf"(?<![^.])([^\W\d]\w*)\.(-?\d+|{_LIST})(?![^.])")
@@ -91,46 +88,22 @@ def names_from_end(names: Collection[str]) -> dict[str, str]:
 
 
 class Candidates:
-    """Finds the names that globs match.
-
-    Args:
-        names: what is matched.
-    """
+    """Finds which of some names globs match."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
 
     def match(self, pattern: str) -> list[str]:
         """Every name that a glob matches."""
-        matches, narrowed = compile_pattern(pattern), self._narrowed(pattern)
-        shape, places = _shape(pattern)
-        if shape is None:
-            return [name for name in narrowed if matches(name)]
-        # names that are alike but for numbers all match or none does: their places are right
-        fits = compile_pattern(shape)
-        verdicts: dict[str, bool | None] = {}
-        found = []
-        for name in narrowed:
-            alike = self._alike[name]
-            if alike not in verdicts:
-                is_sure = all(f".{alike}.".count(f".{place}.") == 1 for place in places)
-                verdicts[alike] = fits(alike) if is_sure else None
-            verdict = verdicts[alike]
-            if matches(name) if verdict is None else verdict:
-                found.append(name)
-        return found
+        matches = compile_pattern(pattern)
+        return [name for name in self._narrowed(pattern) if matches(name)]
 
     def _narrowed(self, pattern: str) -> Collection[str]:
-        """The names that have all places which a pattern spells out."""
         found = [
             set().union(*(self._by_place.get(place, ()) for place in places))
             for places in _needed(pattern)
         ]
         return set.intersection(*found) if found else self._names
-
-    @functools.cached_property
-    def _alike(self) -> dict[str, str]:
-        return {name: without_numbers(name) for name in self._names}
 
     @functools.cached_property
     def _by_place(self) -> dict[str, set[str]]:
@@ -139,25 +112,6 @@ class Candidates:
             for place in _PLACE.findall(name):
                 index.setdefault(place, set()).add(name)
         return index
-
-
-def _shape(pattern: str) -> tuple[str | None, list[str]]:
-    """A glob with `#` for the numbers of its places, and these places, `layers.#`.
-
-    None for a glob that may match only some of the names that have its places and are alike but for
-    numbers: what is left of it matches single digits.
-    """
-    if _NESTED.search(pattern) or "#" in pattern:
-        return None, []
-    places: list[str] = []
-
-    def masked(place: re.Match[str]) -> str:
-        places.append(f"{place[1]}.#")
-        return places[-1]
-
-    shape = _NEEDED.sub(masked, pattern)
-    is_inside = any(map(_DIGITS.search, _OPEN.findall(pattern)))
-    return (None if is_inside or _DIGITS.search(shape) else shape), places
 
 
 def _needed(pattern: str) -> Iterator[list[str]]:

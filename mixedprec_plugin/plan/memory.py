@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -33,17 +34,16 @@ _SPLIT_KINDS = ("linear", "expert", "embedding", "lm_head")
 
 
 def rank_bytes(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> int:
-    """Return the bytes of weights that each tensor-parallel rank holds.
-
-    Linear layers, experts, embeddings and `lm_head` are split; key and value heads are repeated
-    where there are fewer than ranks; all else is on every rank, and layers for a draft model on
-    none.
-    """
+    """Return the bytes of weights that each tensor-parallel rank holds."""
     return sum(bytes_by_layer(layers, tp_size, config))
 
 
 def bytes_by_layer(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> list[int]:
-    """The bytes of each layer that each rank holds."""
+    """The bytes of each layer that each rank holds.
+
+    Linear layers, experts, embeddings and `lm_head` are split; key and value heads are repeated
+    where there are fewer than ranks; all else is on every rank, and a draft model's on none.
+    """
     num_parts = parts_of(tp_size, config)
     return [-(-x.bytes_after // num_parts(x)) if x.kind != "draft" else 0 for x in layers]
 
@@ -67,16 +67,12 @@ def usual_load(preset: Preset) -> Load:
 
 
 def memory_lines(plan: Plan, load: Load) -> list[str]:
-    """What a rank's GPU holds, a line each in one unit; empty where its memory is not known.
-
-    Args:
-        load: what requests are, and how much of the memory SGLang may take.
-    """
+    """What a rank's GPU holds under a load, a line each; empty where its memory is not known."""
     layers, target, config = plan.layers, plan.target, plan.source.config
     gpu = target.gpu
     if gpu is None or not gpu.memory_bytes:
         return []
-    held, lines = rank_bytes(layers, target.tp_size, config), []
+    held = rank_bytes(layers, target.tp_size, config)
     title = f"{gpu.name} of {_gigabytes(gpu.memory_bytes)}, each of {target.tp_size}:"
     try:
         needs = _needs(target, config, load)
@@ -85,16 +81,13 @@ def memory_lines(plan: Plan, load: Load) -> list[str]:
     reserve, room = needs.reserve, max(0, gpu.memory_bytes - needs.reserve - held)
     tokens, states = needs.held_in(room)
     num_requests = min(tokens // load.context, load.most_requests or tokens)
-    cache = room
+    cache = room - states * needs.state
     if needs.state:
-        cache, num_requests = (
-            room - states * needs.state,
-            min(num_requests, max(0, states - 1) // _STATES_A_REQUEST),
-        )
+        num_requests = min(num_requests, max(0, states - 1) // _STATES_A_REQUEST)
     requests = f", {num_requests} requests of {load.context:,}" if num_requests else ""
     whose = ", by SGLang's default" if load.fraction is None else ""
     fraction = f"{1 - reserve / gpu.memory_bytes:.3g}"
-    lines += [
+    lines = [
         title,
         f"  {_gigabytes(held):>8}  weights",
         f"  {_gigabytes(reserve):>8}  activations and CUDA graphs{whose} "
@@ -129,10 +122,8 @@ class _Needs(NamedTuple):
 
     def held_in(self, room: int) -> tuple[int, int]:
         """Tokens of the KV cache, and states, that SGLang makes of the room beside the weights."""
-        states = 0
-        if self.state:
-            states = max(0, int(room * _STATES_SHARE / self.state))
-            room -= states * self.state
+        states = int(room * _STATES_SHARE / self.state) if self.state else 0
+        room -= states * self.state
         return (room // self.token if self.token else 0), states
 
     @property
@@ -145,11 +136,7 @@ class _Needs(NamedTuple):
 
 
 def _needs(target: Target, config: Config, load: Load) -> _Needs:
-    """What a rank keeps beside the weights.
-
-    Raises:
-        UsageError: what a request keeps is not known.
-    """
+    """What a rank keeps beside the weights; a UsageError where that is not known."""
     assert target.gpu is not None
     one = dataclasses.replace(load, context=1, concurrency=1)
     taken = gpu_budget(target.gpu, target.tp_size, config, one).taken
@@ -182,27 +169,22 @@ def bytes_read(layers: Iterable[PlannedLayer], tp_size: int, config: Config) -> 
 
 def _weight_only(layers: Iterable[PlannedLayer], target: Target) -> list[str]:
     """Methods whose activations stay in 16 bits on this GPU, and do not on others."""
+    assert target.gpu is not None
     found: dict[str, None] = {}
     for layer in layers:
-        if layer.kind == "linear" and layer.scheme is not None and layer.stored is not None:
-            found.update(_kernels(layer, target))
-    assert target.gpu is not None
+        if layer.kind != "linear" or layer.scheme is None or layer.stored is None:
+            continue
+        N, K = layer.stored.N, layer.stored.K
+        shape = LayerShape(N, K, (N,), "column", target.tp_size, target.dtype)
+        kernel, arguments = METHODS[layer.method].kernel, layer.scheme.arguments
+        here, there = (kernel(arguments, shape, x) for x in (target.gpu.capability, _NEWER))
+        if here == "Marlin" != there:
+            found[layer.method] = None
     return [
         f"{name} is weight-only on {target.gpu.name}, which has no units for it: activations stay "
         "in 16 bits"
         for name in found
     ]
-
-
-def _kernels(layer: PlannedLayer, target: Target) -> dict[str, None]:
-    assert layer.scheme is not None
-    assert layer.stored is not None
-    assert target.gpu is not None
-    N, K = layer.stored.N, layer.stored.K
-    shape = LayerShape(N, K, (N,), "column", target.tp_size, target.dtype)
-    kernel, arguments = METHODS[layer.method].kernel, layer.scheme.arguments
-    here, there = (kernel(arguments, shape, x) for x in (target.gpu.capability, _NEWER))
-    return {layer.method: None} if here == "Marlin" != there else {}
 
 
 def why_not_in_memory(
@@ -252,16 +234,16 @@ def why_not_in_memory(
 def _change(layers: Iterable[PlannedLayer], method: str, target: Target, config: Config) -> int:
     """By how many bytes a rank's weights change where linear layers and experts run in a method."""
     spec, num_parts = METHODS[method], parts_of(target.tp_size, config)
-    sizes: dict[tuple[int, int], int] = {}
-    change = 0
-    for layer in layers:
-        if layer.kind in ("linear", "expert") and layer.stored is not None and layer.num_weights:
-            N, K = layer.stored.N, layer.stored.K
-            if (N, K) not in sizes:
-                stored = spec.stored(spec.defaults, N, K, target.dtype)
-                sizes[N, K] = sum(x.num_bytes for x in stored.values())
-            change += min(0, sizes[N, K] - layer.bytes_after) // num_parts(layer)
-    return change
+
+    @functools.cache
+    def size(N: int, K: int) -> int:
+        return sum(x.num_bytes for x in spec.stored(spec.defaults, N, K, target.dtype).values())
+
+    return sum(
+        min(0, size(layer.stored.N, layer.stored.K) - layer.bytes_after) // num_parts(layer)
+        for layer in layers
+        if layer.kind in ("linear", "expert") and layer.stored is not None and layer.num_weights
+    )
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -10,10 +10,10 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import PlanError, Problem
 from mixedprec_plugin.families.names import ExpertShard, Kind, Shard, shard_order
-from mixedprec_plugin.methods.interface import Target
+from mixedprec_plugin.methods.interface import Fault, Target
 from mixedprec_plugin.methods.registry import UNQUANTIZED
 from mixedprec_plugin.methods.stored import StoredFormat, TensorSpec
-from mixedprec_plugin.plan.conversion import Action, Reason
+from mixedprec_plugin.plan.conversion import Action
 from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.matching import Matches
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
@@ -26,8 +26,8 @@ class Rescale:
     Column k is multiplied by (own[k] + offset) / (served[k] + offset), exact but for float32.
 
     Attributes:
-        own: the norm's weight in the layer's source.
-        served: the norm's weight that is served, before it is rounded to the model's dtype.
+        own, served: the norm's weight in the layer's source, and the one that is served, before it
+            is rounded to the model's dtype.
         offset: 1 where the norm scales by 1 + w.
         source: name of the source of `served`.
     """
@@ -43,15 +43,11 @@ class PlannedLayer:
     """What happens to one layer of the checkpoint.
 
     Attributes:
-        name: layer name as the checkpoint spells it.
         module: name of the module that runs it; differs from `name` for a shard of a fused module.
         shard: the shard id that the fused module's weight loader takes; None if not fused.
-        kind: what the layer is.
-        scheme: the scheme that it runs in; None where the layer is never quantized.
+        scheme: None where the layer is never quantized.
         rule: the rule that decided; None where none matched.
-        source: name of the source.
         stored: the format that it is stored in; None where it holds no weight matrix.
-        action: how stored tensors become served ones.
         inputs: parameter suffix -> stored tensor.
         outputs: parameter suffix -> what is served.
         rescale: how its columns change before it is quantized; None where they do not.
@@ -74,7 +70,7 @@ class PlannedLayer:
     bytes_after: int
     rescale: Rescale | None = None
     note: str = ""
-    reasons: tuple[Reason, ...] = ()
+    reasons: tuple[Fault, ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -85,6 +81,12 @@ class PlannedLayer:
     def method(self) -> str:
         """Canonical key of the method that the layer runs in."""
         return self.scheme.method if self.scheme else UNQUANTIZED
+
+    @property
+    def notes(self) -> str:
+        """What else is done with it, in words."""
+        rescaled = f"rescaled to the norm of {self.rescale.source}" if self.rescale else ""
+        return ", ".join(filter(None, (rescaled, self.note)))
 
     @property
     def is_unquantized(self) -> bool:
@@ -107,11 +109,7 @@ class PlannedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGroup:
-    """Experts of one layer that run in one scheme.
-
-    Attributes:
-        experts: their ids, ascending.
-    """
+    """Experts of one layer, by ascending ids, that run in one scheme."""
 
     scheme: Scheme
     experts: tuple[int, ...]
@@ -124,7 +122,6 @@ class Plan:
     Attributes:
         sources: name -> checkpoint, of every source that the preset names; `model` is the server's.
         layers: in natural order of their names.
-        problems: errors and warnings, of the whole preset at once.
         tied: tied layer name -> the layer whose weight it shares (`lm_head` -> the embedding).
         matches: which rules match which layers, shadowed ones too.
     """
@@ -164,10 +161,8 @@ class Plan:
                 experts.add(layer.shard.expert)
         return {
             module: tuple(
-                sorted(
-                    (ExpertGroup(scheme, tuple(sorted(ids))) for scheme, ids in groups.values()),
-                    key=lambda group: group.experts,
-                )
+                ExpertGroup(scheme, tuple(sorted(experts)))
+                for scheme, experts in sorted(groups.values(), key=lambda group: min(group[1]))
             )
             for module, groups in found.items()
         }

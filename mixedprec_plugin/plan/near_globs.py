@@ -38,10 +38,9 @@ class NearGlobs:
         """What the writer can do about a glob that matches nothing; empty if that is not known."""
         self._num_answers += 1
         parts = _COMPONENT.findall(pattern)
-        if self._num_answers > _MAX_ANSWERS or len(self._shapes) > _MAX_SHAPES or not parts:
+        is_too_much = self._num_answers > _MAX_ANSWERS or len(self._shapes) > _MAX_SHAPES
+        if is_too_much or ".".join(parts) != pattern:  # braces within braces, or dots in a row
             return ""
-        if ".".join(parts) != pattern:
-            return ""  # braces within braces, or dots in a row
         if self._fits(parts):
             return self._numbers_there_are(parts)
         if remedy := self._of_fused(parts):
@@ -92,7 +91,6 @@ class NearGlobs:
         return f"the checkpoint stores {parts[-1]} as {listed}: write {'.'.join(meant)!r}"
 
     def _variants(self, parts: Sequence[str]) -> Iterator[list[str]]:
-        """Globs that are nearly what was written, the nearest first."""
         yield [*parts, "*"]
         for index, part in enumerate(parts):
             if not _WILD.search(part):

@@ -1,9 +1,8 @@
 """Numbers of layers from elsewhere, to be shown over a plan: measured errors, predicted losses.
 
-what `mixedprec verify --json` prints    the relative error of each layer
-mixedprec_calibration.json               the predicted loss of each layer in nats a token, as a
-                                         calibrated conversion records it
-scores of `mixedprec search`             what each unit costs in the scheme that the plan gives it
+Of `mixedprec verify --json` the relative error of each layer, of a calibrated conversion
+(mixedprec_calibration.json) its predicted loss in nats a token, and of the scores of `mixedprec
+search` what its unit costs in the scheme that the plan gives it.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ _VALUES = {"relative_error": ("relative error", ""), "loss": ("predicted loss", 
 
 
 def read_overlay(path: Path, plan: Plan) -> dict[str, Any]:
-    """Read a number for each layer of a plan.
+    """Read a number for each layer of a plan, from one of these files or a conversion's folder.
 
-    Args:
-        path: a file of one of the kinds above, or a folder that a calibrated conversion wrote.
     Returns:
         "name" of what it is, "unit", "file", and "values": layer name -> number.
     Raises:

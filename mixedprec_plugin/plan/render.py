@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixedprec_plugin.errors import printable
 from mixedprec_plugin.families.names import ExpertShard, sglang_name
@@ -19,16 +19,14 @@ from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.tables import Page, Table
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Modules that are alike: one row of the table.
 
     Attributes:
         name: folded module names, `model.layers.0-29.self_attn.qkv_proj`.
         sglang: what SGLang calls them; empty where that is `name`, and for layers without a method.
         method: the scheme's method with its main arguments, `gptq 4-bit g128`.
-        source: names of the sources that its layers come from.
-        action: how stored tensors become served ones, and what else the plan decided.
+        source, action, stored: all that its layers have.
     """
 
     name: str
@@ -39,53 +37,33 @@ class Group:
     action: str
     stored: str
     num_modules: int
-    bytes_before: int
-    bytes_after: int
-    num_weights: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Served bits a weight, scales counted; 0 without a weight matrix."""
-        return 8 * self.bytes_after / self.num_weights if self.num_weights else 0.0
+    layers: Sequence[PlannedLayer]
 
 
 def group_modules(plan: Plan) -> list[Group]:
     """Fold the plan's modules into rows: alike but for a number, same scheme, same action."""
     buckets: dict[tuple[str, ...], dict[str, tuple[PlannedLayer, ...]]] = {}
     for module, layers in _units(plan):
-        stored = [layer.stored for layer in layers if layer.stored]
         scheme = layers[0].scheme
         key = (
-            ".".join("#" if part.isdigit() else part for part in module.split(".")),
-            scheme.label if scheme else "-",
             _listed(layer.source for layer in layers),
-            repr(scheme.identity) if scheme else "",
-            _listed(_action(layer) for layer in layers),
-            _listed(each.description for each in stored),
+            _listed(f"{x.action} ({x.notes})" if x.notes else x.action for x in layers),
+            _listed(layer.stored.description for layer in layers if layer.stored),
+            ".".join("#" if part.isdigit() else part for part in module.split(".")),
+            f"{scheme.label} {scheme.identity}" if scheme else "",
             ",".join(f"{x.stored.N}x{x.stored.K}" if x.stored else "" for x in layers),
         )
         buckets.setdefault(key, {})[module] = layers
     groups = []
     family = family_of(plan.source.config)
-    for (_, label, source, _, action, described, _), modules in buckets.items():
+    for (source, action, stored, *_), modules in buckets.items():
         layers = tuple(layer for group in modules.values() for layer in group)
-        scheme = layers[0].scheme
-        name = ", ".join(fold_names(modules))
-        other = ", ".join(fold_names(sglang_name(module, family) for module in modules))
+        name, sglang, label, method = ", ".join(fold_names(modules)), "", "-", ""
+        if scheme := layers[0].scheme:
+            other = ", ".join(fold_names(sglang_name(module, family) for module in modules))
+            sglang, label, method = other if other != name else "", scheme.label, scheme.summary
         groups.append(
-            Group(
-                name=name,
-                sglang=other if other != name and scheme is not None else "",
-                scheme=label,
-                method=scheme.summary if scheme else "",
-                source=source,
-                action=action,
-                stored=described,
-                num_modules=len(modules),
-                bytes_before=sum(layer.bytes_before for layer in layers),
-                bytes_after=sum(layer.bytes_after for layer in layers),
-                num_weights=sum(layer.num_weights for layer in layers),
-            )
+            Group(name, sglang, label, method, source, action, stored, len(modules), layers)
         )
     return groups
 
@@ -98,24 +76,15 @@ def _units(plan: Plan) -> Iterator[tuple[str, tuple[PlannedLayer, ...]]]:
             yield module, layers
         for group in groups:
             ids = set(group.experts)
-            members = [
-                x for x in layers if isinstance(x.shard, ExpertShard) and x.shard.expert in ids
-            ]
-            yield f"{module}.{fold_numbers(ids)}", tuple(members)
+            own = (x for x in layers if isinstance(x.shard, ExpertShard) and x.shard.expert in ids)
+            yield f"{module}.{fold_numbers(ids)}", tuple(own)
 
 
 def _listed(words: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(words))
 
 
-def _action(layer: PlannedLayer) -> str:
-    rescaled = f"rescaled to the norm of {layer.rescale.source}" if layer.rescale else ""
-    notes = ", ".join(filter(None, (rescaled, layer.note)))
-    return f"{layer.action} ({notes})" if notes else layer.action
-
-
 def _has_sources(plan: Plan) -> bool:
-    """Whether layers come from more than the model's own checkpoint."""
     return any(layer.source != plan.source.name for layer in plan.layers)
 
 
@@ -181,24 +150,27 @@ def totals(plan: Plan) -> dict[str, Any]:
     """
     matrices = [layer for layer in plan.layers if layer.num_weights and layer.kind != "draft"]
     linear = [layer for layer in matrices if layer.kind in ("linear", "expert")]
-    served = sum(layer.bytes_after for layer in matrices)
     # a head that was untied would share the embedding's weight
     own = sum(layer.num_weights for layer in matrices if layer.bytes_before)
-    unquantized = plan.bytes_after - served + 2 * own
+    unquantized = plan.bytes_after - _served(matrices) + 2 * own
     return {
         "layers": len(plan.layers),
         "bytes_before": plan.bytes_before,
         "bytes": plan.bytes_after,
         "bytes_unquantized": unquantized,
-        "bits_per_weight": _bits(matrices),
-        "bits_per_linear_weight": _bits(linear),
+        "bits_per_weight": round(_bits(matrices), 4),
+        "bits_per_linear_weight": round(_bits(linear), 4),
     }
 
 
 def _bits(layers: Sequence[PlannedLayer]) -> float:
+    """Served bits a weight, scales counted; 0 without a weight matrix."""
     num_weights = sum(layer.num_weights for layer in layers)
-    served = sum(layer.bytes_after for layer in layers)
-    return round(8 * served / num_weights, 4) if num_weights else 0.0
+    return 8 * _served(layers) / num_weights if num_weights else 0.0
+
+
+def _served(layers: Iterable[PlannedLayer]) -> int:
+    return sum(layer.bytes_after for layer in layers)
 
 
 def print_plan(plan: Plan, page: Page) -> None:
@@ -211,12 +183,13 @@ def print_plan(plan: Plan, page: Page) -> None:
         dropped=("before", "stored", "scheme", "action"),
     )  # fmt: skip
     for group in group_modules(plan):
-        bits = f"{group.bits_per_weight:.2f}" if group.bits_per_weight else ""
+        before = format_bytes(sum(layer.bytes_before for layer in group.layers))
+        bits = _bits(group.layers)
         table.add(
             [group.name, f"SGLang: {group.sglang}"] if group.sglang else group.name,
             group.scheme, group.method, *([group.source] if has_sources else []),
             group.stored, group.action,
-            format_bytes(group.bytes_before), format_bytes(group.bytes_after), bits,
+            before, format_bytes(_served(group.layers)), f"{bits:.2f}" if bits else "",
         )  # fmt: skip
     for name, embedding in plan.tied.items():
         source = [plan.by_name[embedding].source] if has_sources else []
@@ -226,12 +199,12 @@ def print_plan(plan: Plan, page: Page) -> None:
     page.print(totals_line(plan))
     for line in memory_lines(plan, usual_load(plan.preset)):
         page.print(line)
-    for line in filter(None, (kv_cache_line(plan), _shared_experts(plan), _unmatched_line(plan))):
+    for line in filter(None, (*_notes(plan), _unmatched_line(plan))):
         page.print(printable(line))
 
 
-def _shared_experts(plan: Plan) -> str:
-    return shared_experts_line(plan.source.config, plan.layers)
+def _notes(plan: Plan) -> Iterator[str]:
+    return filter(None, (kv_cache_line(plan), shared_experts_line(plan)))
 
 
 def _unmatched_line(plan: Plan) -> str:
@@ -262,17 +235,16 @@ def summary_lines(plan: Plan) -> list[str]:
     """The plan as one screen of log lines."""
     lines = [f"mixedprec: {plan.preset.path} over {plan.source.path}"]
     for group in group_modules(plan):
-        bits = f"{group.bits_per_weight:5.2f} bits" if group.bits_per_weight else ""
+        bits = _bits(group.layers)
         # the label alone where it says as much
         method = f" ({group.method})" if group.method not in ("", group.scheme) else ""
         lines.append(
             f"mixedprec:   {group.name}  {group.scheme}{method}  "
             f"{group.source + '  ' if _has_sources(plan) else ''}{group.action}  "
-            f"{format_bytes(group.bytes_after)}  {bits}".rstrip()
+            f"{format_bytes(_served(group.layers))}  {f'{bits:5.2f} bits' if bits else ''}".rstrip()
         )
     lines.append(f"mixedprec: {totals_line(plan)}")
-    notes = filter(None, (kv_cache_line(plan), _shared_experts(plan)))
-    lines.extend(f"mixedprec: {line}" for line in notes)
+    lines.extend(f"mixedprec: {line}" for line in _notes(plan))
     lines.extend(f"mixedprec: {p.severity}: {p}" for p in plan.problems)
     return list(map(printable, lines))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -27,12 +28,11 @@ from mixedprec_plugin.plan.auto import find_mixed_experts, find_mixed_modules
 from mixedprec_plugin.plan.conversion import Asked, Conversions
 from mixedprec_plugin.plan.family_checks import check_config_shapes
 from mixedprec_plugin.plan.folding import fold_names, natural_key
-from mixedprec_plugin.plan.fusion import check_expert_ids, settle_fused_modules
 from mixedprec_plugin.plan.kv_cache import KvScales
 from mixedprec_plugin.plan.matching import match_rules
 from mixedprec_plugin.plan.mixing import settle_sources
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-from mixedprec_plugin.plan.schemes import SchemeChooser
+from mixedprec_plugin.plan.schemes import SchemeChooser, check_expert_ids, settle_fused_modules
 from mixedprec_plugin.plan.whole import check_whole
 from mixedprec_plugin.preset.model import Preset, Rule
 
@@ -98,12 +98,16 @@ def resolve_plan(
     whole: dict[str, Kind] = {**kinds, **dict.fromkeys(tied, "lm_head")}
     problems += checks.check_rules(preset, matches, whole, fused, tied)
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
+    notes = dict.fromkeys(drafts, "left to a draft model")
+    notes |= {name: f"untied from {embedding}" for name, embedding in apart.items()}
     conversions, planned = Conversions(target, model.config), []
     for name in names:
         module, shard = fused[name]
         tensors = scales.of(name, {} if name in bare else taken[name].layers[name])
         to_do = Asked(schemes[name], rules.get(name), stored[name], tensors, kinds[name])
         conversion = scales.conversion(name) or conversions.of(to_do)
+        if name in apart:  # its bytes are the embedding's
+            conversion = dataclasses.replace(conversion, bytes_before=0)
         matrices = to_do.stored.matrices if to_do.stored else {}
         planned.append(
             PlannedLayer(
@@ -115,18 +119,13 @@ def resolve_plan(
                 rule=rules.get(name),
                 source=taken[name].name,
                 stored=stored[name],
-                action=conversion.action,
                 inputs={**tensors, **matrices},
-                outputs=conversion.outputs,
-                # what an embedding is stored for already
-                bytes_before=0 if name in apart else conversion.bytes_before,
-                bytes_after=conversion.bytes_after,
-                note=_note(name, kinds[name], apart),
-                reasons=conversion.reasons,
+                note=notes.get(name, ""),
+                **vars(conversion),
             )
         )
     problems += find_mixed_experts(
-        layer for layer in planned if scheme_unit(layer.module, layer.shard) not in mixed
+        [layer for layer in planned if scheme_unit(layer.module, layer.shard) not in mixed]
     )
     planned, mismatches = settle_sources(preset, planned, sources, target, matches, tied, formats)
     problems += mismatches
@@ -142,12 +141,6 @@ def resolve_plan(
         MappingProxyType(dict(tied)),
         matches,
     )
-
-
-def _note(name: str, kind: Kind, apart: Mapping[str, str]) -> str:
-    if kind == "draft":
-        return "left to a draft model"
-    return f"untied from {apart[name]}" if name in apart else ""
 
 
 def _kinds(model: Source, names: Sequence[str], formats: FormatCache) -> dict[str, Kind]:
@@ -184,19 +177,11 @@ def _take(
                 missing.setdefault((source.name, str(rule.location)), []).append(name)
             source = sources["model"]
         taken[name] = source
-    problems = [
-        Problem(
-            where,
-            f"source {source!r} ({sources[source].path}) holds no {', '.join(fold_names(lacking))}",
-            _nearest_layers(lacking[0], sources[source]),
-            "missing-layer",
-        )
-        for (source, where), lacking in missing.items()
-    ]
+    problems = []
+    for (asked, where), lacking in missing.items():
+        path, near = sources[asked].path, nearest(lacking[0], sources[asked].layers)
+        what = f"source {asked!r} ({path}) holds no {', '.join(fold_names(lacking))}"
+        remedy = f"it holds {', '.join(near)}; " if near else ""
+        remedy += "take these layers from another source"
+        problems.append(Problem(where, what, remedy, "missing-layer"))
     return taken, problems
-
-
-def _nearest_layers(name: str, source: Source) -> str:
-    near = nearest(name, list(source.layers))
-    hint = f"it holds {', '.join(near)}; " if near else ""
-    return f"{hint}take these layers from another source"

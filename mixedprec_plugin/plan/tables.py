@@ -5,6 +5,7 @@ Names in a checkpoint are anybody's: no cell reaches a terminal but through `pri
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import textwrap
@@ -73,7 +74,6 @@ class Table:
                     yield text, style
 
     def _longest_word(self, index: int) -> int:
-        """Characters of the longest word of a column."""
         lines = [line for cells, _ in self._rows for line in cells[index]]
         return max(
             len(word) for line in [self._titles[index], *lines] for word in [*line.split(), ""]
@@ -107,8 +107,7 @@ class Table:
             [part for line in cell for part in wrap(line, widths[index])]
             for cell, index in zip(cells, kept, strict=True)
         ]
-        for number in range(max(map(len, wrapped), default=0)):
-            texts = [cell[number] if number < len(cell) else "" for cell in wrapped]
+        for texts in itertools.zip_longest(*wrapped, fillvalue=""):
             yield (" " * _GAP).join(
                 text.rjust(widths[index]) if self._are_numbers[index] else text.ljust(widths[index])
                 for text, index in zip(texts, kept, strict=True)

@@ -115,17 +115,12 @@ class Tree:
         """What it holds in its place, by a name that is a letter off."""
         module, _, child = name.rpartition(".")
         known = set(re.split(r"[ &|]+", " ".join(self.family.parts)))
-        held = [x for x in self.children.get(module, ()) if is_a_letter_off(x, child)]
-        held = [x for x in held if x not in known]
-        return f" (it holds {held[0]})" if held else ""
+        held = sorted(self.children.get(module, set()) - known)
+        return next((f" (it holds {x})" for x in held if is_a_letter_off(x, child)), "")
 
 
 def _parts_of(name: str, kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (module, name in it) of a layer's matrix, its bias and its single parameters.
-
-    Args:
-        kinds: as `_kinds_of_parts` gives them.
-    """
+    """Yield (module, name in it) of each part of a layer, of the kinds of `_kinds_of_parts`."""
     module, _, last = name.rpartition(".")
     if last.isdecimal():  # of a list of layers
         module, _, before = module.rpartition(".")

@@ -1,12 +1,8 @@
 """Whether a model is whole: what config.json, its siblings and its module say that there must be.
 
-    config.json     as many blocks and experts as it says; a head unless it is tied, biases and
-                    shared experts where it asks for them
-    its siblings    blocks of one kind hold the same layers, and so do experts
-    its module      layers that go together, `Family.parts`: no k_proj without a v_proj
-
-Of a family that is not known, only what sets one block apart from all others is told: its blocks
-may be of kinds that config.json does not name, and its modules made of other parts.
+config.json tells blocks and experts, a head unless it is tied, biases and shared experts; blocks of
+one kind, and experts, hold the same layers; in a module some go together, `Family.parts`. Of a
+family that is not known, only what sets one block apart from all others is told.
 """
 
 from __future__ import annotations
@@ -42,13 +38,9 @@ Missing = Iterator[tuple[str, str]]
 def check_whole(
     layers: Sequence[PlannedLayer], tied: Mapping[str, str], config: Config
 ) -> list[Problem]:
-    """Find what a model lacks.
+    """Find what a model lacks: an error for each kind of layer.
 
-    Args:
-        layers: of the whole model, from whatever source.
-        tied: tied layer name -> the layer whose weight it shares.
-    Returns:
-        an error for each kind of layer; none of what is no whole language model by config.json.
+    None of what is no whole language model by config.json.
     """
     if not is_language_model(config):
         return []
@@ -96,7 +88,6 @@ def _ends(tree: Tree, tied: Mapping[str, str]) -> Missing:
 
 
 def _said(tree: Tree) -> Missing:
-    """Yield what config.json says that there is."""
     blocks = count_of(tree.said, "num_hidden_layers")
     yield from _numbered(tree, tree.decoder, blocks, "num_hidden_layers is {}")
     vision = tree.config.get("vision_config")

@@ -70,8 +70,8 @@ class Binder:
         if scales is not None and self.document.is_sound(path) and scales not in names:
             self._unknown(path, "source", names)
             scales = None
-        none = scales in (NONE, CALIBRATE)
-        return KvCache(said.get("dtype", "auto"), "" if none else scales, scales == CALIBRATE)
+        source = "" if scales in (NONE, CALIBRATE) else scales
+        return KvCache(said.get("dtype", "auto"), source, scales == CALIBRATE)
 
     def _schemes(self) -> dict[str, Scheme | None]:
         """Every scheme by its name, None where it is broken."""
@@ -160,12 +160,9 @@ class Binder:
 
 
 def _beside(text: str, place: Location, path: str) -> str:
-    """A source's path from the folder of the preset that names it; an id of the Hub as it is.
+    """A source's path, or how it is shown, from its preset's folder; an id of the Hub as it is.
 
-    Args:
-        text: the path, or how messages show it.
-        place: where it was written; not in a file, it counts from the working directory.
-        path: the path.
+    What was not written in a file counts from the working directory.
     """
     folder = FilePath(place.file).parent
     is_there = (folder / path).exists() or FilePath(path).exists()
@@ -175,7 +172,6 @@ def _beside(text: str, place: Location, path: str) -> str:
 
 
 def _listed(match: Any) -> tuple[Any, ...]:
-    """The patterns of a rule, which names one or a list of them."""
     return tuple(match) if isinstance(match, list) else (match,)
 
 

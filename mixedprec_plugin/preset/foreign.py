@@ -12,11 +12,7 @@ _RECIPE = "write rules for it: mixedprec presets lists some to start from"
 
 
 def foreign_kind(data: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Tell what a mapping is that is no preset.
-
-    Returns:
-        what is wrong, and the remedy; None where it may be a preset, however faulty.
-    """
+    """Tell what a mapping is that is no preset, and the remedy; None where it may be one."""
     if "rules" in data or ("version" in data and "quant_method" not in data):
         return None
     if is_config(data):
@@ -31,7 +27,6 @@ def foreign_kind(data: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _keys(data: Any, depth: int = 3) -> Iterator[str]:
-    """The keys of a few levels."""
     if isinstance(data, Mapping) and depth:
         for key, value in data.items():
             yield str(key)

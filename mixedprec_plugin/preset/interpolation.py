@@ -104,11 +104,11 @@ def part_of(text: str, body: str) -> Reference | Variable:
 
 def escape(data: Any) -> Any:
     """Write text so that resolving it gives it back: `${` in it is no interpolation."""
-    return rewrite(data, _escaped)
 
+    def escaped(_path: Path, value: Scalar) -> Scalar:
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
-def _escaped(_path: Path, value: Scalar) -> Scalar:
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    return rewrite(data, escaped)
 
 
 def refuse_environment(document: Document) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from mixedprec_plugin.errors import PresetError
+from mixedprec_plugin.checkpoint.converted import embedded_preset
+from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.errors import PresetError, Problem, UsageError
 from mixedprec_plugin.preset.binding import Binder
 from mixedprec_plugin.preset.document import Document, Findings, Path, RefusedError, at, join_path
 from mixedprec_plugin.preset.interpolation import (
@@ -35,8 +37,6 @@ def load_preset(path: str | FilePath, overrides: Sequence[str] = ()) -> Preset:
     Args:
         path: a YAML file, or the name of a packaged preset (`awq`).
         overrides: `KEY=VALUE` texts as `--mixedprec-set` takes them, applied in order.
-    Returns:
-        The preset, ready to be planned with.
     Raises:
         PresetError: with every problem of all files, by file and line.
     """
@@ -68,6 +68,27 @@ def load_resolved(resolved: Mapping[str, Any], where: str, overrides: Sequence[s
     return _load([document], overrides, findings)
 
 
+def preset_for(named: str, model: Source, overrides: Sequence[str], flag: str) -> Preset:
+    """Load the preset that was named, or else the one that the model's checkpoint carries.
+
+    Args:
+        named: a path or a packaged preset's name; empty for none.
+        flag: what names a preset, for the error.
+    Raises:
+        UsageError: none was named, and the checkpoint carries none.
+        PresetError: with every problem of the preset.
+    """
+    if named:
+        return load_preset(named, overrides)
+    resolved = embedded_preset(model.quantization_config)
+    if resolved is None:
+        text = f"is missing, and {model.path} carries no preset of its own"
+        remedy = "name a preset, or a checkpoint that mixedprec convert wrote"
+        raise UsageError(Problem(flag, text, remedy, "no-preset"))
+    where = f"{model.path / 'config.json'}: quantization_config.preset"
+    return load_resolved(resolved, where, overrides)
+
+
 def _load(documents: list[Document], overrides: Sequence[str], findings: Findings) -> Preset:
     files = [document.file for document in documents]
     readable = [document for document in documents if document.data is not None]
@@ -95,7 +116,6 @@ def _load(documents: list[Document], overrides: Sequence[str], findings: Finding
 
 
 def _preset(bound: Binder, files: Sequence[str]) -> Preset:
-    """The preset of data in which nothing was found wrong."""
     data, shown = bound.data, bound.shown
     # the values of environment variables are written nowhere
     written = data | {key: shown[key] for key in ("description", "sources", "lists") if key in data}

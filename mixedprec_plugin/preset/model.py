@@ -64,12 +64,11 @@ _OURS = frozenset({"rounding", "dtype"})
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """A method with its arguments bound.
+    """A method with its arguments bound, defaults filled in.
 
     Attributes:
         label: the key under `schemes:`, or for an inline scheme the method as it was typed.
         method: canonical registry key.
-        arguments: every argument of the method, defaults filled in.
         source: name of the source the layers are taken from.
         requantize: whether a layer that is stored in another quantized format may be dequantized
             and quantized again.
@@ -146,11 +145,6 @@ class KvCache:
     scales: str | None = None
     calibrates: bool = False
 
-    @property
-    def is_said(self) -> bool:
-        """Whether the preset says anything of it."""
-        return self != KvCache()
-
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
@@ -161,7 +155,6 @@ class Preset:
         files: every file that was read, parents first.
         untie_lm_head: whether an `lm_head` that shares the embedding's weight becomes a matrix of
             its own, for rules to quantize.
-        kv_cache: its dtype, and where its scales come from.
         resolved: the merged mapping, interpolations resolved, as plain data: loading it again as a
             preset of its own gives the same plan.
         warnings: what is odd but no error, such as a scheme that no rule uses.

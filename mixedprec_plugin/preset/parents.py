@@ -97,14 +97,13 @@ def _parents(document: Document) -> Iterator[tuple[str, Path]]:
 
 
 def _find_parent(document: Document, name: str, place: Path) -> FilePath | None:
-    child = FilePath(document.file)
+    child, packaged = FilePath(document.file), preset_names()
     if found := locate_preset(name, child.parent):
         return found
-    stem = name.removesuffix(".yaml")
     siblings = {path.stem for path in child.parent.glob("*.yaml")} - {child.stem}
-    remedy = document.findings.suggest(stem, sorted(siblings | set(preset_names())))
-    packaged = ", ".join(preset_names())
-    what = f"there is no preset {name!r} beside this one or among the packaged ones ({packaged})"
+    remedy = document.findings.suggest(name.removesuffix(".yaml"), sorted({*siblings, *packaged}))
+    what = f"there is no preset {name!r} beside this one or among the packaged ones"
+    what = f"{what} ({', '.join(packaged)})"
     document.report(place, what, remedy, "extends-missing")
     return None
 

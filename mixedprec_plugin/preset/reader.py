@@ -204,16 +204,13 @@ class _Reader:
             line = self._line()
             key = self._key(path, line)
             below = (*path, key)
-            if key not in entries:
-                entries[key] = self._value(below, line)
-                continue
-            places = self.document.places
-            self.document.places = {(): places[()]}
-            self._value(below, line)
-            line, self.document.places = self.document.places[below].line, places
-            first = f" (first on line {places[below].line})" if self.is_file else ""
-            what = f"{key!r} stands here a second time{first}"
-            self._problem(below, line, what, "keep one of them", "duplicate-key")
+            first = self.document.places.get(below)
+            entries[key] = self._value(below, line)
+            if first is not None:
+                where = f" (first on line {first.line})" if self.is_file else ""
+                what = f"{key!r} stands here a second time{where}"
+                line = self.document.places[below].line
+                self._problem(below, line, what, "keep one of them", "duplicate-key")
         self.loader.get_event()
         return entries
 
@@ -252,11 +249,7 @@ class _Reader:
         return str(self.loader.resolve(yaml.ScalarNode, text, (True, False))).removeprefix(_TAG)
 
     def _plain(self, text: str) -> Scalar:
-        """The value of an unquoted scalar.
-
-        Raises:
-            RefusedError: YAML 1.1 and YAML 1.2 disagree about it, or no preset needs it.
-        """
+        """The value of an unquoted scalar; refused where YAML 1.1 and YAML 1.2 disagree."""
         kind = self._old_type(text)
         if len(text) > MAX_DIGITS and (kind == "int" or re.fullmatch("0o[0-7]+", text)):
             what = f"{text[:20]}… has more than {MAX_DIGITS} digits"
@@ -321,7 +314,6 @@ def _in_words(error: yaml.MarkedYAMLError) -> tuple[str, str]:
 
 
 def _name(value: object) -> str:
-    """What a scalar is called in messages."""
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     return {str: "text", datetime.date: "a date"}.get(type(value), "special")

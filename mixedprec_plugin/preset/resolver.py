@@ -5,20 +5,13 @@ text that doubles itself thirty times, is found before it is followed. It is giv
 alone, as it would run any resolver that some package has registered, and recurses as deeply as a
 text nests.
 
-Within a pattern a list stands for the alternatives of a glob, `${lists.hot}` for `{3,17,42}`:
-
-    lists:
-      hot: [3, 17, "40..47"]
-    rules:
-      - {match: "*.mlp.experts.${lists.hot}.*", scheme: fine}
-
-A list that stands alone, `match: ${lists.hot}`, stays a list: that of the rule's patterns.
+Within a pattern a list stands for the alternatives of a glob: with `lists: {hot: [3, "40..47"]}`,
+`*.experts.${lists.hot}.*` is `*.experts.{3,{40..47}}.*`. One that stands alone stays a list.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 from typing import Any, NoReturn
@@ -144,7 +137,7 @@ class _Resolver:
     def _assign(self, path: Path, is_broken: bool = False) -> None:
         try:
             for config in self.configs:
-                parent = _walk(config, path[:-1])
+                parent = at(config, path[:-1])
                 parent[path[-1]] = None if is_broken else escape(parent[path[-1]])
         except OmegaConfBaseException as error:
             what = f"cannot be resolved: {str(error).splitlines()[0]}"
@@ -168,7 +161,7 @@ class _Resolver:
         if reference.dots > len(path):
             self._fail(path, f"{reference.text} points at nothing (no such level)", "", _MISSING)
         target = path[: len(path) - reference.dots] if reference.dots else ()
-        node = _walk(self.configs[0], target)
+        node = at(self.configs[0], target)
         depth = 0
         for number, key in enumerate(reference.keys, start=1):
             names: Any = node.keys() if isinstance(node, DictConfig) else ()
@@ -214,10 +207,6 @@ class _Resolver:
         """What is written for a list within text; empty where nothing is."""
         is_list = len(reference.keys) == 2 and reference.keys[0] == "lists" and not reference.dots
         return self.lists.get(reference.keys[1], "") if is_list else ""
-
-
-def _walk(config: Any, path: Path) -> Any:
-    return functools.reduce(lambda node, key: node[key], path, config)
 
 
 def _alternatives(items: Any) -> str:

@@ -1,11 +1,14 @@
-"""Checks a preset against schemas/preset.schema.json and words what it finds."""
+"""Checks a preset against schemas/preset.schema.json and words what it finds.
+
+python -m mixedprec_plugin.preset.schema writes schemas/ by what the methods know.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path as FilePath
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -13,7 +16,7 @@ from jsonschema.exceptions import ValidationError
 from jsonschema.protocols import Validator
 
 from mixedprec_plugin.methods.interface import Method
-from mixedprec_plugin.methods.registry import AUTO, METHODS, suggest_method
+from mixedprec_plugin.methods.registry import AUTO, BUILT_IN, METHODS, suggest_method
 from mixedprec_plugin.preset.document import Document, Findings, Path, at, is_within
 from mixedprec_plugin.preset.interpolation import is_interpolated
 from mixedprec_plugin.resources import schema_path
@@ -104,11 +107,9 @@ def _report(validator: Validator, data: Any, shown: Any, document: Document) -> 
 def _describe(
     error: ValidationError, value: Any, path: Path, findings: Findings
 ) -> Iterator[tuple[Path, str, str, str]]:
-    """What an error of the validator means: (where, what, remedy, rule).
+    """What an error of the validator at a path means: (where, what, remedy, rule).
 
-    Args:
-        value: what is wrong, as messages may show it.
-        path: where the validator found it.
+    `value` is what is wrong, as messages may show it.
     """
     expected: Any = error.validator_value
     rule, remedy = str(error.validator), ""
@@ -203,10 +204,29 @@ def _is_rule(path: Path) -> bool:
 
 def show(value: Any) -> str:
     """Write a value as YAML would, in one short line."""
-    if isinstance(value, str):
-        text = repr(value)
-    elif isinstance(value, float) and not math.isfinite(value):
-        text = str(value)
-    else:
-        text = json.dumps(value, ensure_ascii=False)
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def schema_files() -> dict[FilePath, str]:
+    """Return the text of every file below schemas/, which editors and other tools read, by path."""
+    schemas = {schema_path(PRESET_SCHEMA): preset_schema(BUILT_IN.values())}
+    for method in BUILT_IN.values():
+        path = schema_path("methods") / f"{method.name}.schema.json"
+        schemas[path] = {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": f"Arguments of method {method.name}",
+            "description": method.description,
+            "type": "object",
+            "properties": dict(method.schema),
+            "additionalProperties": False,
+        }
+    return {
+        path: json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+        for path, schema in schemas.items()
+    }
+
+
+if __name__ == "__main__":
+    for path, text in schema_files().items():
+        path.write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.composite import experts_method
 from mixedprec_plugin.experts.groups import ExpertGroup
 from mixedprec_plugin.experts.loading import keep_apart
-from mixedprec_plugin.families.kv_scales import kv_scale
+from mixedprec_plugin.families.names import kv_scale
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.construct import build_config, offered, repaired
 from mixedprec_plugin.methods.registry import AUTO, METHODS, UNQUANTIZED

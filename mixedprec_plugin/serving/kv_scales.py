@@ -11,7 +11,7 @@ from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.families.kv_scales import kv_scale
+from mixedprec_plugin.families.names import kv_scale
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 
 

@@ -40,9 +40,8 @@ from mixedprec_plugin.errors import LoadError, Problem
 from mixedprec_plugin.experts.deepep import settle_deepep
 from mixedprec_plugin.plan.drafts import as_stored, own_draft
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.render import format_bytes, plan_as_dict, summary_lines
-from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.preset.load import load_preset, preset_for
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.building import build_model
 from mixedprec_plugin.serving.config import MixedPrecisionConfig

@@ -13,9 +13,9 @@ from mixedprec_plugin.methods.cards import Gpu, served_dtype, version
 from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.plan.drafts import resolve_draft_plan
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
 from mixedprec_plugin.plan.sources import open_other_sources
+from mixedprec_plugin.preset.load import preset_for
 from mixedprec_plugin.preset.model import Preset
 from mixedprec_plugin.serving.settings import Settings, read_settings
 

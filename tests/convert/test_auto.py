@@ -12,8 +12,8 @@ from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.interface import Device, Target
 from mixedprec_plugin.plan.model import Plan
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import preset_for
 from tests.checkpoint.peers import FOLDERS, peer_checkpoint, quantization_config
 from tests.checkpoints import write_checkpoint
 from tests.commands import convert, converted

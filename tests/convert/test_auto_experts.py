@@ -10,8 +10,8 @@ import pytest
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.interface import Device, Target
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import preset_for
 from tests.checkpoint.peer_experts import MODULE, write_experts
 from tests.checkpoint.peers import FOLDERS, quantization_config
 from tests.commands import convert

@@ -15,8 +15,8 @@ from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.compose.stream import VirtualCheckpoint
 from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import preset_for
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.commands import convert, run
 from tests.convert.folders import contents, tensors

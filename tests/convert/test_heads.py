@@ -9,8 +9,8 @@ import pytest
 
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import preset_for
 from tests.checkpoints import write_llama
 from tests.commands import converted, run
 from tests.presets import write_preset

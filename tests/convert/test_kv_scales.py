@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.kv_cache import kv_cache_line
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import preset_for
 from tests.commands import converted
 from tests.plan.test_kv_cache import SPELLINGS, expected, write
 from tests.presets import write_preset

@@ -120,7 +120,7 @@ _FP8 = ("fp8", "fp8_channel", "fp8_block")
 MIXES: Mapping[str, tuple[Assignment, ...]] = {
     "FP8 experts": (
         Assignment("fp8_block", "fp8_block", ("fp8_block",), "fp8_block"),
-        Assignment("fp8", "fp8", ("fp8",), "fp8", "fp8_block"),
+        Assignment("fp8", "fp8", ("fp8",), "fp8"),
         Assignment("gptq_int4", "awq", ("gptq_int4",), "unquantized", "awq"),
         Assignment(
             "blockwise_int8",
@@ -130,7 +130,7 @@ MIXES: Mapping[str, tuple[Assignment, ...]] = {
         ),
     ),
     "no FP8 experts": (
-        Assignment("fp8", "fp8", ("unquantized",), "unquantized", "fp8_block"),
+        Assignment("fp8", "fp8", ("unquantized",), "unquantized"),
         Assignment("awq", "awq", ("awq",)),
         Assignment("gptq_int8", "gptq_int4", ("gptq_int4",), "unquantized", "awq"),
         Assignment("blockwise_int8", "fp8_block", (*_ALL, "gptq_column")),

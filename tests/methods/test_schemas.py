@@ -7,7 +7,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from mixedprec_plugin.methods.registry import METHODS, bind, method_names
-from mixedprec_plugin.preset.schema_files import schema_files
+from mixedprec_plugin.preset.schema import schema_files
 from mixedprec_plugin.resources import schema_path
 
 

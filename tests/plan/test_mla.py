@@ -60,11 +60,8 @@ def test_method_that_sglang_absorbs_is_planned(latent: Path, method: str) -> Non
             "their weight, and GPTQ has none (models/deepseek_v2.py, is_packed_weight); use "
             "method: fp8_block or awq",
         ),
-        (
-            "fp8",
-            "q_a_proj and kv_a_proj_with_mqa are one layer in SGLang, and fp8 has one scale for "
-            "each of them (expected one scale a layer); use method: fp8_block or fp8_channel",
-        ),
+        # one scale for each: tests/dryrun/test_models.py, docs/families.md
+        ("fp8", ""),
         ("awq", ""),
         ("fp8_block", ""),
         ("blockwise_int8", ""),
@@ -86,8 +83,8 @@ def test_projections_of_one_input_need_scales_and_dtypes_that_sglang_reads(
 def test_packing_that_sglang_does_not_know_is_not_absorbed(latent: Path) -> None:
     (layer,) = plan(latent, 'match: "*", method: gptq').layers
     packed = dataclasses.replace(layer, outputs={"codes": TensorSpec("U8", (512, 128))})
-    ((text, _),) = mla_faults(packed, (packed,), "cuda", {})
-    assert text.endswith("SGLang absorbs floats and FP8, and it is codes")
+    (fault,) = mla_faults(packed, (packed,), "cuda", {})
+    assert fault.text.endswith("SGLang absorbs floats and FP8, and it is codes")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.plan.preset import preset_for
 from mixedprec_plugin.plan.resolve import resolve_plan
+from mixedprec_plugin.preset.load import preset_for
 from tests.checkpoint.peers import quantization_config
 from tests.checkpoints import write_checkpoint
 from tests.commands import converted
