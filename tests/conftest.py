@@ -21,7 +21,9 @@ settings.load_profile("mixedprec")
 
 TESTS = Path(__file__).resolve().parent
 # what `--quick` leaves out: folders, and each test with one of the fixtures or marks
-SLOW_FOLDERS = {"cpu", "dryrun", "experts", "gpu", "mutants", "server", "serving"}
+SLOW_FOLDERS = {
+    "calibrate", "cpu", "dryrun", "experts", "gpu", "mutants", "search", "server", "serving",
+}  # fmt: skip
 SLOW_FIXTURES = {
     "original_model", "widened_model", "experts_model",
     "expert_layer", "linear_module", "sglang_context", "browser", "dist",
@@ -34,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--quick`."""
     parser.addoption(
         "--quick", action="store_true",
-        help="leave out slow tests: what needs SGLang, an engine of it, the real model, a dry run",
+        help="leave out what is slow: SGLang, engines, dry runs, and whatever runs a model",
     )  # fmt: skip
 
 

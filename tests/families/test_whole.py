@@ -265,6 +265,7 @@ def test_scale_or_zero_point_that_is_missing_is_named(
             assert any(layer in problem.where for problem in problems), (layer, suffix, problems)
 
 
+@pytest.mark.slow
 @EVERY
 def test_wrong_letter_in_a_name_is_told(planner: Planner, architecture: str) -> None:
     config, shapes = saved(architecture)

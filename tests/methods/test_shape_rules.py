@@ -195,6 +195,7 @@ def settings(remedy: str, name: str, given: dict[str, Any]) -> list[tuple[str, d
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize(("name", "given"), SCHEMES)
 def test_every_remedy_works(name: str, given: dict[str, Any], device: Device) -> None:

@@ -54,8 +54,12 @@ def test_shape_that_only_this_gpu_refuses_is_an_error_only_there(tmp_path: Path)
     assert {problem.rule for problem in on("A100", ragged, rule).errors} == {"gpu"}
 
 
-def test_experts_in_fp8_need_fp8_units(tmp_path: Path) -> None:
-    mixture = qwen3_30b_a3b().write(tmp_path / "moe")
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qwen3_30b_a3b().write(tmp_path_factory.mktemp("mixture") / "model")
+
+
+def test_experts_in_fp8_need_fp8_units(mixture: Path) -> None:
     rule = 'match: "*.experts.*", method: fp8'
     assert not on("H100", mixture, rule).errors
     (problem,) = on("A100", mixture, rule).errors
@@ -87,26 +91,25 @@ def test_weights_that_the_gpu_does_not_hold_are_an_error(mixtral: Path) -> None:
     assert not on("H100", mixtral, 'match: "*", method: unquantized', tp_size=2).errors
 
 
-def test_weights_without_room_for_a_cache_are_an_error(tmp_path: Path) -> None:
+def test_weights_without_room_for_a_cache_are_an_error(mixture: Path) -> None:
     """SGLang keeps more than the rest for activations."""
-    model = qwen3_30b_a3b().write(tmp_path / "moe")
     rules = (
         'match: "*.experts.*", method: gptq, group_size: 32',
         'match: "*.self_attn.*", method: fp8',
     )
-    (problem,) = on("RTX 4090", model, *rules).errors
+    (problem,) = on("RTX 4090", mixture, *rules).errors
     assert problem.rule == "memory-reserve"
     assert str(problem) == (
         "--gpu: SGLang would not start: 19.1 GB of weights a rank and 7.6 GB for activations and "
         "CUDA graphs leave no room for a KV cache on RTX 4090 of 24 GB; use --tp 2, or "
         "--mem-fraction-static 0.9, which leaves less for activations"
     )
-    assert not on("RTX 4090", model, *rules, tp_size=2).errors
+    assert not on("RTX 4090", mixture, *rules, tp_size=2).errors
 
 
-def test_lines_of_memory_add_up_to_the_card(tmp_path: Path) -> None:
-    made = on("A6000", qwen3_30b_a3b().write(tmp_path / "moe"), 'match: "*_proj", method: awq',
-              'match: "*.self_attn.*", method: fp8')  # fmt: skip
+def test_lines_of_memory_add_up_to_the_card(mixture: Path) -> None:
+    rules = ('match: "*_proj", method: awq', 'match: "*.self_attn.*", method: fp8')
+    made = on("A6000", mixture, *rules)
     assert not made.errors
     title, *lines = memory_lines(made, usual_load(made.preset))
     assert title == "RTX A6000 of 48 GB, each of 1:"
@@ -118,7 +121,7 @@ def test_lines_of_memory_add_up_to_the_card(tmp_path: Path) -> None:
     # 8 of 128 experts are read
     assert re.search(r"which reads 2\.\d GB of weights", lines[3])
     assert lines[4].startswith("  fp8 is weight-only on RTX A6000, which has no units for it")
-    newer = on("H100", tmp_path / "moe", 'match: "*.self_attn.*", method: fp8')
+    newer = on("H100", mixture, 'match: "*.self_attn.*", method: fp8')
     assert not any("weight-only" in x for x in memory_lines(newer, usual_load(newer.preset)))
 
 

@@ -105,7 +105,8 @@ def decide(preset: Preset, name: str) -> str:
 def test_whole_presets_cover_every_layer(
     name: str, overrides: list[str], expected: set[str]
 ) -> None:
-    assert {decide(load_preset(name, overrides), layer) for layer in LLAMA} == expected
+    preset = load_preset(name, overrides)
+    assert {decide(preset, layer) for layer in LLAMA} == expected
 
 
 def test_mixed_presets_decide_as_their_names_say() -> None:
