@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -153,8 +153,18 @@ def guard(method: QuantizeMethodBase, where: str) -> QuantizeMethodBase:
     """
     owner = type(getattr(method, "scheme", None) or method).__name__
     for name in _GUARDED:
-        setattr(method, name, refusals(where, owner)(getattr(method, name)))
+        setattr(method, name, _guarded(getattr(method, name), where, owner))
     return method
+
+
+def _guarded(function: Callable[..., Any], where: str, owner: str) -> Callable[..., Any]:
+    """The function within `refusals`; as a decorator it leaves a generator that is closed late."""
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        with refusals(where, owner):
+            return function(*args, **keywords)
+
+    return call
 
 
 @contextlib.contextmanager
