@@ -20,9 +20,13 @@ settings.register_profile("mixedprec", deadline=None)
 settings.load_profile("mixedprec")
 
 TESTS = Path(__file__).resolve().parent
-# what `--quick` leaves out: folders, and each test with one of the fixtures or marks
-SLOW_FOLDERS = {
-    "calibrate", "cpu", "dryrun", "experts", "gpu", "mutants", "search", "server", "serving",
+# what `--quick` leaves out: paths, and each test with one of the fixtures or marks
+SLOW_PATHS = {
+    TESTS / path for path in (
+        "benchmarks", "calibrate", "compose/test_transforms.py", "cpu", "dryrun", "experts",
+        "families/test_whole.py", "gpu", "mutants", "search", "server", "serving",
+        "test_demo_model.py",
+    )
 }  # fmt: skip
 SLOW_FIXTURES = {
     "original_model", "widened_model", "experts_model",
@@ -41,9 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Do not even import the folders that are left out."""
-    is_slow = collection_path.parent == TESTS and collection_path.name in SLOW_FOLDERS
-    return True if is_slow and config.getoption("--quick") else None
+    """Do not even import the paths that are left out."""
+    return True if collection_path in SLOW_PATHS and config.getoption("--quick") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from mixedprec_plugin.cli.main import main
-from mixedprec_plugin.evaluate.divergence import Divergence, Mean
-from mixedprec_plugin.evaluate.report import Row, print_rows
 from mixedprec_plugin.plan.tables import Page, Table
 from tests import published
 
@@ -70,6 +68,10 @@ def test_a_pipe_gets_whole_lines(verb: str, model: Path, monkeypatch: pytest.Mon
 
 
 def test_rows_of_eval_fit_80_columns() -> None:
+    # they import transformers, which takes long
+    from mixedprec_plugin.evaluate.divergence import Divergence, Mean
+    from mixedprec_plugin.evaluate.report import Row, print_rows
+
     found = Divergence(Mean(0.1759, 0.0114), Mean(3.51, 0.07), Mean(0.7534, 0.0235), (0.1, 0.2))
     rows = [Row(name, 5.34, 1, found) for name in ("(unquantized)", "a-preset-of-mine-in-4-bits")]
     out = io.StringIO()

@@ -83,6 +83,7 @@ def test_mixtral_names_its_projections_otherwise(opened: Open) -> None:
     assert made.by_name["model.layers.5.self_attn.k_proj"].method == "fp8"
 
 
+@pytest.mark.slow
 def test_deepseek_keeps_what_is_stored_and_rounds_the_rest_twice(opened: Open) -> None:
     made = resolve("deepseek-v3", opened("deepseek_v3"), 8)
     assert [p.rule for p in made.problems] == ["loss"]
@@ -103,6 +104,7 @@ def test_glm_leaves_what_does_not_fit(opened: Open) -> None:
     assert list(groups(made, "model.layers.5.mlp.experts")) == ["experts"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["glm_4_5_air", "deepseek_v3"])
 def test_layer_of_multi_token_prediction_is_left_to_a_draft_model(opened: Open, model: str) -> None:
     source = opened(model)
