@@ -9,6 +9,7 @@ SGLang's correctness test of one batch, whose model and logits are looked at on 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -65,6 +66,7 @@ def main(out: str, model: str, preset: str, *overrides: str) -> None:
     load_plugins()
     load, extend = one_batch.load_model, one_batch.extend
     facts: dict[str, str] = {}
+    calls = itertools.count()
 
     def load_and_look(*args: Any) -> Any:
         runner, tokenizer = load(*args)
@@ -73,7 +75,7 @@ def main(out: str, model: str, preset: str, *overrides: str) -> None:
 
     def extend_and_look(*args: Any) -> Any:
         tokens, logits, batch = extend(*args)
-        facts[f"log-probabilities {len(facts)}"] = digest(torch.log_softmax(logits.float(), -1))
+        facts[f"log-probabilities {next(calls)}"] = digest(torch.log_softmax(logits.float(), -1))
         return tokens, logits, batch
 
     one_batch.load_model, one_batch.extend = load_and_look, extend_and_look
