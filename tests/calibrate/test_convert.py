@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +54,17 @@ def convert(model: Path, preset: Path, out: Path, *more: object) -> str:
     return printed
 
 
-def by_torchrun(words: list[str]) -> None:
+def same_by_two(model: Path, preset: Path, one: Path, *options: object) -> float:
+    """Convert by two processes: the share of numbers that are those of one process."""
+    out = one.with_name("two")
     run = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    _run_module(*run, "-m", "mixedprec_plugin", *words)
-
-
-def by_forks(words: list[str]) -> None:
-    _run_module("tests.calibrate.two_ranks", *words)
-
-
-def _run_module(*words: str) -> None:
+    words = ["convert", "--device", "cpu", "--model", model, "--preset", preset, "--out", out]
     made = subprocess.run(
-        [sys.executable, "-m", *words], check=False, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", *run, "-m", "mixedprec_plugin", *map(str, (*words, *options))],
+        check=False, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
-
-
-def same_by_two(
-    run: Callable[[list[str]], None], model: Path, preset: Path, one: Path, *options: object
-) -> float:
-    """Convert by two processes: the share of numbers that are those of one process."""
-    out = one.with_name("two")
-    words = ["convert", "--device", "cpu", "--model", model, "--preset", preset, "--out", out]
-    run([str(word) for word in (*words, *options)])
     first, second = (load_file(folder / "model.safetensors") for folder in (one, out))
     assert first.keys() == second.keys()
     same = sum(int((first[name] == second[name]).sum()) for name in first)
@@ -310,18 +296,10 @@ def test_eval_in_the_engine_refuses_a_gpu_that_is_not_there(
     assert (code, "--device: cuda is not there" in err) == (2, True), err
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(by_torchrun, marks=pytest.mark.slow),
-        pytest.param(by_forks, marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="CUDA does not survive a fork")),
-    ],
-)  # fmt: skip
-def test_two_ranks_round_as_one_does(tmp_path: Path, run: Callable[[list[str]], None]) -> None:
-    """By gloo: a layer's tokens come together in the order of their windows."""
+def test_two_ranks_round_as_one_does(tmp_path: Path) -> None:
+    """By torchrun and gloo: a layer's tokens come together in the order of their windows."""
     model, preset = given(tmp_path, "qwen3_moe", "gptq")
     options = (*CALIBRATE, "--windows", 7)
     convert(model, preset, tmp_path / "one", *options)
     # products of other numbers of rows round otherwise in their last bits
-    assert same_by_two(run, model, preset, tmp_path / "one", *options) > 0.99
+    assert same_by_two(model, preset, tmp_path / "one", *options) > 0.99

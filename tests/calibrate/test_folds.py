@@ -25,8 +25,6 @@ from tests.calibrate.models import VOCABULARY, write_model
 from tests.calibrate.test_convert import (
     CALIBRATE,
     Killed,
-    by_forks,
-    by_torchrun,
     command,
     convert,
     evaluate,
@@ -254,8 +252,7 @@ def test_killed_and_by_two_ranks_it_ends_the_same(
         convert(model, preset, tmp_path / "out", *options)
     for name in ("model.safetensors", "mixedprec_calibration.json", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    run = by_torchrun if torch.cuda.is_available() else by_forks
-    assert same_by_two(run, model, preset, tmp_path / "whole", *options) > 0.98
+    assert same_by_two(model, preset, tmp_path / "whole", *options) > 0.98
 
 
 def test_without_gradients_it_is_judged_by_the_moments(tmp_path: Path) -> None:

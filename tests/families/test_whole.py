@@ -216,7 +216,6 @@ def test_first_and_last_layers_of_an_unknown_family_are_missed(
         assert problems, name
 
 
-@pytest.mark.slow
 @EVERY
 def test_tensor_that_is_missing_is_named(planner: Planner, architecture: str) -> None:
     config, shapes = saved(architecture)
@@ -265,7 +264,6 @@ def test_scale_or_zero_point_that_is_missing_is_named(
             assert any(layer in problem.where for problem in problems), (layer, suffix, problems)
 
 
-@pytest.mark.slow
 @EVERY
 def test_wrong_letter_in_a_name_is_told(planner: Planner, architecture: str) -> None:
     config, shapes = saved(architecture)
