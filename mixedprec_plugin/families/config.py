@@ -8,6 +8,7 @@ from typing import Any
 from mixedprec_plugin.errors import Problem, UsageError
 
 Config = Mapping[str, Any]
+TIES_HEAD = "tie_word_embeddings"
 
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -19,6 +20,16 @@ _SIZES = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
     "linear_value_head_dim",
 )  # fmt: skip
+# whose class in transformers ties the head where config.json does not say it
+_TIED = frozenset({
+    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon",
+    "falcon_mamba", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text",
+    "gemma4", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "jetmoe", "lfm2", "lfm2_moe",
+    "mamba", "minicpm3", "mpt", "opt", "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma",
+    "xglm", "zamba", "zamba2",
+})  # fmt: skip
+# where SGLang asks the larger model (models/qwen2_vl.py:482, qwen2_5_vl.py:727, qwen3_vl.py:1349)
+_ASKED_ABOVE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
 _DTYPES = {"bfloat16": "BF16", "bf16": "BF16", "float16": "F16", "half": "F16", "fp16": "F16"}
 
 
@@ -46,6 +57,15 @@ def text_config(config: Config) -> Config:
 def model_type(config: Config) -> str:
     """The `model_type` of the language model."""
     return str(text_config(config).get("model_type") or config.get("model_type") or "")
+
+
+def ties_head(config: Config) -> bool:
+    """Whether the head shares the embedding's weight: as config.json says, or else its class."""
+    said = config.get(TIES_HEAD)
+    if said is None and config.get("model_type") not in _ASKED_ABOVE:
+        said = text_config(config).get(TIES_HEAD)
+        said = model_type(config) in _TIED if said is None else said
+    return bool(said)
 
 
 def count_of(section: Config, *keys: str) -> int:

@@ -14,6 +14,8 @@ def _usual(value: Any) -> Any:
     return dataclasses.field(default_factory=lambda: value)
 
 
+# embeddings of positions among a family's `embeddings`
+POSITIONS = frozenset({"wpe", "position_embedding"})
 _VALUES = ("v_proj", "qkv_proj", "kv_b_proj", "W_pack", "query_key_value")
 
 

@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.families.config import (
+    TIES_HEAD,
     Config,
     block_kind,
     count_of,
     is_language_model,
+    ties_head,
 )
 from mixedprec_plugin.families.names import last_component
+from mixedprec_plugin.families.record import POSITIONS
 from mixedprec_plugin.names import without_numbers
 from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -70,7 +73,7 @@ def _ends(tree: Tree, tied: Mapping[str, str]) -> Missing:
     has_norms = tree.said.get("do_layer_norm_before") or any(
         _FIRST_NORM.search(name) for names in blocks for name in names
     )
-    is_embedded = held & (tree.family.embeddings - {"wpe", "position_embedding"})
+    is_embedded = held & (tree.family.embeddings - POSITIONS)
     if not is_embedded and (tree.is_known or not any(map(_EMBEDDING.match, held))):
         yield f"{root}.embed_tokens", "every model has one"
     if has_norms and not any(map(_NORM.search, held)):
@@ -78,13 +81,13 @@ def _ends(tree: Tree, tied: Mapping[str, str]) -> Missing:
     has_biases = any("input_layernorm.bias" in names for names in blocks)
     if tree.is_known and has_biases and not any(name.endswith("norm.bias") for name in held):
         yield f"{root}.norm.bias", "other norms have one"
-    said = {section.get("tie_word_embeddings") for section in (tree.config, tree.said)} - {None}
-    if not tied and said == {False}:
+    ties = ties_head(tree.config) or tree.said.get(TIES_HEAD)
+    if not tied and not ties and (tree.is_known or TIES_HEAD in tree.said):
         around = [module for module in tree.children if f"{root}.".startswith(module)]
         held = held.union(*map(tree.children.__getitem__, around))
         is_headed = held & tree.family.lm_heads
         if not is_headed and (tree.is_known or not any(map(_HEAD.search, held))):
-            yield "lm_head", "tie_word_embeddings is false in config.json"
+            yield "lm_head", "tie_word_embeddings is not true in config.json"
 
 
 def _said(tree: Tree) -> Missing:

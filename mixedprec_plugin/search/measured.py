@@ -22,9 +22,10 @@ from mixedprec_plugin.calibrate.text import open_tokenizer, read_text, text_for
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.compose.stream import Compose, compose_floats, compose_served
 from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.evaluate.divergence import summed_kl
 from mixedprec_plugin.evaluate.engine import distributions
 from mixedprec_plugin.evaluate.server import Server
-from mixedprec_plugin.families.config import text_config
+from mixedprec_plugin.families.config import text_config, ties_head
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.search.candidates import AS_STORED, Choices, Unit
 from mixedprec_plugin.search.finder import Way
@@ -52,7 +53,7 @@ def unmeasured(choices: Choices) -> dict[str, str]:
         what = f"{choices.base.source.path} is quantized itself ({len(quantized)} layers)"
         remedy = "search with --inputs, which a server of this model gathers"
         raise UsageError(Problem("--in-engine", what, remedy))
-    is_tied = bool(text_config(choices.base.source.config).get("tie_word_embeddings"))
+    is_tied = ties_head(choices.base.source.config)
     found = {}
     for name, unit in choices.units.items():
         if not any(can_measure(unit, x) for x in unit.options if x != AS_STORED):
@@ -103,8 +104,7 @@ def measure_scores(
                     for x in layers
                 }
                 save_whole(tensors, weights / "model.safetensors", {"format": "pt"})
-                body = {"model_path": str(weights), "load_format": "safetensors"}
-                server.request("/update_weights_from_disk", body)
+                server.update_weights(weights, load_format="safetensors")
 
             expected = list(predicted())
             task = progress.add_task("measuring", total=sum(map(len, wanted.values())))
@@ -123,7 +123,7 @@ def _divergence(expected: Sequence[np.ndarray], found: Iterable[np.ndarray]) -> 
     """KL in nats a token, of log-probabilities [T, V] of each window."""
     sums = count = 0.0
     for p, q in zip(expected, found, strict=True):
-        sums += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+        sums += summed_kl(torch.from_numpy(p), torch.from_numpy(q))
         count += len(p)
     return sums / count
 

@@ -9,9 +9,11 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mixedprec_plugin.errors import LoadError, Problem
+from mixedprec_plugin.families.config import ties_head
 from mixedprec_plugin.families.names import last_component
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.plan.folding import fold_problems
+from mixedprec_plugin.plan.heads import unbuilt_remedy
 from mixedprec_plugin.serving.config import MixedPrecisionConfig
 from mixedprec_plugin.serving.kv_scales import place_kv_scale
 from mixedprec_plugin.serving.placement import GROUP_INDICES, Orders, check_act_order, place
@@ -98,11 +100,11 @@ class Filling:
 
     def _dropped(self) -> list[Problem]:
         """The tensors that went to `model.load_weights` and into no parameter."""
-        ties = bool(self._config.plan.source.config.get("tie_word_embeddings"))
+        plan = self._config.plan
+        ties = ties_head(plan.source.config)
         what = f"is in the checkpoint, but {type(self._model).__name__} has no parameter for it"
-        remedy = "the model in SGLang and the checkpoint are not of one architecture"
         return [
-            Problem(name, what, remedy, "dropped-tensor")
+            Problem(name, what, unbuilt_remedy(plan, name), "dropped-tensor")
             for name in self._rest
             if name not in self.recorder.arrived and not (ties and name == "lm_head.weight")
         ]

@@ -34,13 +34,14 @@ from mixedprec_plugin.methods.construct import cuda_capability
 from mixedprec_plugin.methods.registry import METHODS
 from mixedprec_plugin.methods.shapes import fp8_marlin_fault
 from mixedprec_plugin.plan.folding import fold_names, fold_problems
+from mixedprec_plugin.plan.heads import DIFFERENT_MODELS, unbuilt_remedy
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Scheme
 from mixedprec_plugin.serving.planner import plan_of
 from mixedprec_plugin.serving.stages import Stage
 
 _AUTO = "auto"
-_OTHER = "config.json and weights are of different models", "built-shape"
+_CODE = "built-shape"
 
 
 def keep_auto(args: Any) -> None:
@@ -123,7 +124,10 @@ def check_built(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) 
     """
     problems = [
         Problem(
-            layer.name, f"is in the checkpoint, but the model builds no {layer.module}", *_OTHER
+            layer.name,
+            f"is in the checkpoint, but the model builds no {layer.module}",
+            unbuilt_remedy(plan, layer.name),
+            _CODE,
         )
         for layer in filter(stage.runs, plan.layers)
         if layer.module not in built and not (layer.is_unquantized or layer.kind == "draft")
@@ -136,7 +140,7 @@ def check_built(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) 
 def shape_problems(plan: Plan, built: Mapping[str, torch.nn.Module], stage: Stage) -> list[Problem]:
     """Planned linear layers and experts that the model built in another shape."""
     return [
-        Problem(layer.name, text, *_OTHER)
+        Problem(layer.name, text, DIFFERENT_MODELS, _CODE)
         for module, own in built.items()
         for layer in filter(stage.runs, plan.modules[module])
         if (text := _difference(layer, own, plan.modules[module]))

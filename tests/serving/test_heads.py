@@ -30,9 +30,12 @@ RULES = {
 
 
 def write(folder: Path, vocabulary: int, *, ties: bool) -> Path:
-    """A Llama whose head is random, or the embedding."""
+    """A Llama whose head is random, or the embedding; of 256 tokens, with a copy beside it."""
     config = llama_config(vocab_size=vocabulary, tie_word_embeddings=ties)
-    return write_checkpoint(folder, config, llama_tensors(config))
+    tensors = llama_tensors(config)
+    if ties and vocabulary == 256:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    return write_checkpoint(folder, config, tensors)
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,16 @@ def saved(name: str, folder: Path, **settings: Any) -> Path:
     return folder
 
 
+def test_head_that_the_class_cannot_untie_is_told_of(tmp_path: Path) -> None:
+    """models/gemma.py:364 takes the embedding, whatever config.json says."""
+    path = saved("Gemma", tmp_path / "model", tie_word_embeddings=True)
+    rule = 'match: "lm_head", method: awq, group_size: 64'
+    made = plan(path, rule, head="untie_lm_head: true\n", target=Target("cpu", 1, "BF16")).check()
+    (problem,) = outline(made).problems
+    assert "GemmaForCausalLM has no parameter for it; take untie_lm_head and" in str(problem)
+    assert not outline(planned(path, rule.replace("lm_head", "*.mlp.*"))).problems
+
+
 @pytest.fixture(scope="module")
 def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SGLang's class builds every layer under the same names (models/hunyuan.py:506)."""
