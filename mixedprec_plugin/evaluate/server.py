@@ -96,12 +96,29 @@ class Server:
 
     def request(self, path: str, body: Any = None, timeout: float = 300.0) -> Any:
         """GET a path, or POST a JSON body to it; the JSON that comes back, or a ServerError."""
+        return json.loads(self._ask(path, body, timeout) or b"null")
+
+    def update_weights(self, model_path: Path, **more: str) -> None:
+        """Have the server load other weights, and forget what it cached of the ones before.
+
+        SGLang lets go of a finished batch a moment after its last reply. Until then it does not
+        flush its cache, and an update fails though the weights are new. So we wait for it.
+
+        Args:
+            more: what else the request says, such as `load_format`.
+        Raises:
+            ServerError: the weights were refused, or the server fails.
+        """
+        self._ask(f"/flush_cache?timeout={STOP_SECONDS:.0f}", None, 2 * STOP_SECONDS)
+        self.request("/update_weights_from_disk", {"model_path": str(model_path), **more})
+
+    def _ask(self, path: str, body: Any, timeout: float) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **self._headers}
         request = urllib.request.Request(f"{self.address}{path}", data, headers)
         try:
             with _opener.open(request, timeout=timeout) as response:
-                return json.loads(response.read() or b"null")
+                return bytes(response.read())
         except urllib.error.HTTPError as error:
             raise ServerError(f"{path}: {error}: {error.read()[:500]!r}") from error
         except OSError as error:

@@ -20,7 +20,7 @@ from mixedprec_plugin.calibrate.text import read_text
 from mixedprec_plugin.checkpoint.source import open_source
 from mixedprec_plugin.evaluate.engine import distributions
 from mixedprec_plugin.evaluate.report import evaluate
-from mixedprec_plugin.evaluate.server import Server
+from mixedprec_plugin.evaluate.server import Server, ServerError
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.plan.render import summary_lines
 from tests import commands
@@ -159,16 +159,6 @@ class TestUpdateWeightsFromDisk:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return folder
 
-    def update(self, mixed: Mixed, path: Path, **extra: str) -> dict[str, object]:
-        from mixedprec_plugin.evaluate.server import ServerError
-
-        try:
-            body = {"model_path": str(path), **extra}
-            answer: dict[str, object] = mixed.server.request("/update_weights_from_disk", body)
-            return answer
-        except ServerError as error:
-            return {"success": False, "message": str(error)}
-
     def logprobs(self, mixed: Mixed) -> list[float]:
         answer = generate(mixed.server, self.TEXT, max_new_tokens=12)
         return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
@@ -177,25 +167,23 @@ class TestUpdateWeightsFromDisk:
         self, mixed: Mixed, widened_model: Path, other_weights: Path
     ) -> None:
         before = self.logprobs(mixed)
-        assert self.update(mixed, other_weights)["success"]
+        mixed.server.update_weights(other_weights)
         changed = self.logprobs(mixed)
         assert changed != before
-        assert self.update(mixed, widened_model, load_format="auto")["success"]
+        mixed.server.update_weights(widened_model, load_format="auto")
         assert self.logprobs(mixed) == before
 
     def test_weights_that_do_not_fit_leave_the_server_as_it_was(
         self, mixed: Mixed, original_model: Path, other_weights: Path
     ) -> None:
         before = self.logprobs(mixed)
-        answer = self.update(mixed, original_model)
-        assert not answer["success"]
-        assert "K = 576" in str(answer["message"])
+        with pytest.raises(ServerError, match="K = 576"):
+            mixed.server.update_weights(original_model)
         tensors = load_file(other_weights / "model.safetensors")
         tensors["model.layers.29.mlp.down_proj.weight"][0, 0] = torch.nan
         save_file(tensors, other_weights / "model.safetensors", {"format": "pt"})
-        answer = self.update(mixed, other_weights)
-        assert not answer["success"]
-        assert "model.layers.29.mlp.down_proj.weight: 1 of" in str(answer["message"])
+        with pytest.raises(ServerError, match=r"model\.layers\.29\.mlp\.down_proj\.weight: 1 of"):
+            mixed.server.update_weights(other_weights)
         assert self.logprobs(mixed) == before
 
 
@@ -227,8 +215,7 @@ class TestConverted:
     ) -> None:
         before = greedy(mixed.server, self.PROMPTS[0])
         for path, action in ((converted, "as stored"), (widened_model, "quantize")):
-            body = {"model_path": str(path)}
-            assert mixed.server.request("/update_weights_from_disk", body)["success"]
+            mixed.server.update_weights(path)
             assert greedy(mixed.server, self.PROMPTS[0]) == before
             layers = mixed.server.request("/mixedprec/plan")["layers"]
             assert {x["action"] for x in layers if x["method"] == "gptq"} == {action}

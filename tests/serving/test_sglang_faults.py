@@ -229,6 +229,15 @@ def test_update_from_disk_forgets_the_loaders_settings() -> None:
     assert "model_loader_extra_config" not in [keyword.arg for keyword in call.keywords]
 
 
+def test_finished_batch_keeps_the_cache_from_being_flushed() -> None:
+    """managers/scheduler.py:5348 and :5520."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    asked = ast.unparse(parsed(Scheduler.is_fully_idle))
+    assert "self.last_batch is None or self.last_batch.is_empty()" in asked
+    assert "self.is_fully_idle(" in ast.unparse(parsed(Scheduler.flush_cache))
+
+
 def test_hook_that_cannot_be_applied_is_only_logged() -> None:
     """plugins/hook_registry.py:166."""
     from sglang.srt.plugins.hook_registry import HookRegistry
