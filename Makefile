@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo     serve a real model with a shipped preset and ask it a question"
-	@echo "make quick    lint, and the tests that run neither SGLang nor a model: two minutes"
+	@echo "make quick    lint, and the tests that run neither SGLang nor a model: a minute"
 	@echo "make test     run all tests"
 	@echo "make test-gpu run the shipped presets on this machine's GPU (tests/gpu)"
 	@echo "make gpu-kit  pack all of that for a machine without network, in pieces (build/gpu-kit)"

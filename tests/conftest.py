@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -17,20 +18,22 @@ from mixedprec_plugin.evaluate.server import Server
 os.environ["MIXEDPREC_CACHE_SIZE"] = "0"
 # times say nothing on a shared machine
 settings.register_profile("mixedprec", deadline=None)
-settings.load_profile("mixedprec")
+settings.register_profile("quick", deadline=None, max_examples=20)
 
 TESTS = Path(__file__).resolve().parent
 # what `--quick` leaves out: paths, and each test with one of the fixtures or marks
 SLOW_PATHS = {
     TESTS / path for path in (
-        "benchmarks", "calibrate", "compose/test_transforms.py", "cpu", "dryrun", "experts",
-        "families/test_whole.py", "gpu", "mutants", "search", "server", "serving",
+        "benchmarks", "calibrate", "compose/test_transforms.py", "convert/test_strange_files.py",
+        "cpu", "dryrun", "experts", "families/test_whole.py", "fuzz", "gpu", "mutants", "search",
+        "server", "serving",
         "test_demo_model.py",
     )
 }  # fmt: skip
 SLOW_FIXTURES = {
     "original_model", "widened_model", "experts_model",
-    "expert_layer", "linear_module", "sglang_context", "browser", "dist",
+    "expert_layer", "linear_module", "sglang_context", "sglang_marlin", "sglang_sources",
+    "browser", "dist",
 }  # fmt: skip
 SLOW_MARKS = {"sglang", "slow"}
 LONG_FOLDERS = {"dryrun", "experts", "server"}
@@ -42,6 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--quick", action="store_true",
         help="leave out what is slow: SGLang, engines, dry runs, and whatever runs a model",
     )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give generated inputs no deadline, and fewer of them under `--quick`."""
+    settings.load_profile("quick" if config.getoption("--quick") else "mixedprec")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -65,6 +73,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not _is_slow(item)]
 
 
+def pytest_collection_finish() -> None:
+    """Leave what imports have made out of every collection of garbage to come."""
+    gc.collect()
+    gc.freeze()
+
+
 def _is_slow(item: pytest.Item) -> bool:
     fixtures = set(getattr(item, "fixturenames", ()))
     marks = {mark.name for mark in item.iter_markers()}
@@ -76,9 +90,8 @@ def is_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Under `--quick`, fail a test that starts a server or imports SGLang."""
     if request.config.getoption("--quick"):
         monkeypatch.setattr(Server, "__enter__", None)
-        was_imported = "sglang.srt" in sys.modules
         yield
-        assert was_imported or "sglang.srt" not in sys.modules, "mark this test with `sglang`"
+        assert "sglang.srt" not in sys.modules, "mark this test with `sglang`"
     else:
         yield
 

@@ -99,6 +99,7 @@ def test_rows_of_gate_and_up_are_told_apart(model: Path, may_map: bool) -> None:
             assert torch.equal(reader.read(layer["weight"]), down)
 
 
+@pytest.mark.slow
 def test_dequantized_they_are_the_weights_that_transformers_makes(model: Path) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

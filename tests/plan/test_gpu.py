@@ -59,7 +59,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return qwen3_30b_a3b().write(tmp_path_factory.mktemp("mixture") / "model")
 
 
-def test_experts_in_fp8_need_fp8_units(mixture: Path) -> None:
+def test_experts_in_fp8_need_fp8_units(tmp_path: Path) -> None:
+    mixture = qwen3_30b_a3b(num_layers=2).write(tmp_path / "model")
     rule = 'match: "*.experts.*", method: fp8'
     assert not on("H100", mixture, rule).errors
     (problem,) = on("A100", mixture, rule).errors
@@ -91,6 +92,7 @@ def test_weights_that_the_gpu_does_not_hold_are_an_error(mixtral: Path) -> None:
     assert not on("H100", mixtral, 'match: "*", method: unquantized', tp_size=2).errors
 
 
+@pytest.mark.slow
 def test_weights_without_room_for_a_cache_are_an_error(mixture: Path) -> None:
     """SGLang keeps more than the rest for activations."""
     rules = (
@@ -107,6 +109,7 @@ def test_weights_without_room_for_a_cache_are_an_error(mixture: Path) -> None:
     assert not on("RTX 4090", mixture, *rules, tp_size=2).errors
 
 
+@pytest.mark.slow
 def test_lines_of_memory_add_up_to_the_card(mixture: Path) -> None:
     rules = ('match: "*_proj", method: awq', 'match: "*.self_attn.*", method: fp8')
     made = on("A6000", mixture, *rules)

@@ -96,7 +96,7 @@ def test_deepseek_keeps_what_is_stored_and_rounds_the_rest_twice(opened: Open) -
 
 
 def test_glm_leaves_what_does_not_fit(opened: Open) -> None:
-    made = resolve("glm-4.5-air", opened("glm_4_5_air"), 2)
+    made = resolve("glm-4.5-air", opened("glm_4_5_air", num_layers=10), 2)
     assert not made.problems
     assert made.by_name["model.layers.0.mlp.down_proj"].method == "bf16"
     assert made.by_name["model.layers.9.mlp.shared_experts.down_proj"].method == "fp8"
@@ -121,7 +121,7 @@ def test_layer_of_multi_token_prediction_is_left_to_a_draft_model(opened: Open, 
 
 def test_block_fp8_does_not_fit_glms_dense_layer(opened: Open) -> None:
     """10944 is 85.5 blocks of 128."""
-    made = resolve("fp8-block", opened("glm_4_5_air"))
+    made = resolve("fp8-block", opened("glm_4_5_air", num_layers=8))
     assert [text.partition(";")[0] for text in problem_texts(made)] == [
         "error: model.layers.0.mlp.down_proj: K = 10944 is not a multiple of 128, the block size "
         "along K and the group of its activations",
@@ -149,9 +149,9 @@ def test_generic_preset_asks_before_it_rounds_deepseeks_experts_twice(
 
 
 def test_shared_experts_follow_their_own_rule(opened: Open) -> None:
-    made = resolve("moe-finer-first-shared", opened("glm_4_5_air"))
-    shared = made.by_name["model.layers.20.mlp.shared_experts.up_proj"]
-    routed = made.by_name["model.layers.20.mlp.experts.0.up_proj"]
+    made = resolve("moe-finer-first-shared", opened("glm_4_5_air", num_layers=8))
+    shared = made.by_name["model.layers.7.mlp.shared_experts.up_proj"]
+    routed = made.by_name["model.layers.7.mlp.experts.0.up_proj"]
     assert (shared.scheme and shared.scheme.label) == "shared"
     assert (routed.scheme and routed.scheme.label) == "experts"
 
@@ -159,10 +159,10 @@ def test_shared_experts_follow_their_own_rule(opened: Open) -> None:
 def test_hot_experts_come_from_a_file(opened: Open, tmp_path: Path) -> None:
     hot = tmp_path / "hot.yaml"
     hot.write_text('version: 1\nextends: moe-hot-experts\nlists: {hot: [5, 17, "120..127"]}\n')
-    made = resolve(str(hot), opened("qwen3_30b_a3b"))
+    made = resolve(str(hot), opened("qwen3_30b_a3b", num_layers=8))
     assert not made.problems
     expected = (5, 17, *range(120, 128))
-    for layer in (0, 47):
+    for layer in (0, 7):
         assert groups(made, f"model.layers.{layer}.mlp.experts")["hot"] == expected
 
 
@@ -173,7 +173,7 @@ def test_hot_experts_may_differ_by_layer(opened: Open, tmp_path: Path) -> None:
         'lists:\n  hot: ["*.layers.0.*.experts.{3,17}.*", "*.layers.1.*.experts.5.*"]\n'
         'rules: [{match: "${lists.hot}", method: fp8_block}]\n'
     )
-    made = resolve(str(hot), opened("qwen3_30b_a3b"))
+    made = resolve(str(hot), opened("qwen3_30b_a3b", num_layers=8))
     assert not made.problems
     found = [
         groups(made, f"model.layers.{i}.mlp.experts").get("fp8_block") for i in range(3)
@@ -199,6 +199,6 @@ def test_files_of_the_header_are_presets(opened: Open, tmp_path: Path) -> None:
     for number, text in enumerate(shown):
         file = tmp_path / f"{number}.yaml"
         file.write_text(re.sub(r"^#               ", "", text, flags=re.M))
-        made = resolve(str(file), opened("qwen3_30b_a3b"))
+        made = resolve(str(file), opened("qwen3_30b_a3b", num_layers=8))
         assert not made.problems
         assert len(made.expert_groups["model.layers.0.mlp.experts"]) == 2

@@ -41,6 +41,7 @@ def theirs_of(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 layers = pytest.mark.parametrize("layer", LAYERS)
 
 
+@pytest.mark.slow
 @layers
 def test_what_the_library_wrote_is_read_as_it_reads_it(layer: str) -> None:
     stored = theirs_of(original(layer))
@@ -52,6 +53,7 @@ def test_what_the_library_wrote_is_read_as_it_reads_it(layer: str) -> None:
     assert 0.1 < relative_rms(read, original(layer)) < 0.13
 
 
+@pytest.mark.slow
 @layers
 def test_what_is_quantized_here_is_read_by_the_library(layer: str) -> None:
     made = codec.quantize(original(layer), {}, torch.bfloat16)
@@ -62,6 +64,7 @@ def test_what_is_quantized_here_is_read_by_the_library(layer: str) -> None:
     np.testing.assert_array_equal(read.numpy(), mxfp4(arrays, {}))
 
 
+@pytest.mark.slow
 @layers
 def test_a_weight_is_rounded_no_worse_than_by_the_library_and_worse_than_in_nvfp4(
     layer: str,
