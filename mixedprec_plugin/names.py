@@ -116,9 +116,12 @@ def _check(pattern: str, shown: str) -> None:
         raise PatternError(f"{shown} is a regular expression (expected a glob)")
     for token in _SET.findall(pattern):
         members = token[1:-1].removeprefix("!")
-        if not members or re.search(r"[\[{},^\\!]", members):
+        if not members or re.search(r"[^\w.-]", members):
             expected = "expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}'"
             raise PatternError(f"'{token}' in {shown} is not a set of characters ({expected})")
+        if len(members) > 3 and re.fullmatch(r"\d+-\d+", members):
+            what = f"'{token}' in {shown} is one character of a set, and no range of numbers"
+            raise PatternError(f"{what} (expected '{{{members.replace('-', '..')}}}')")
         for first, last in re.findall("(.)-(.)", members):
             if first > last:
                 what = f"'{token}' in {shown} counts backwards"
@@ -156,7 +159,7 @@ def _group(content: str, groups: Sequence[_Group], shown: str) -> _Group:
         words = bracex.expand(f"{{{content}}}", limit=0)
     elif len(words) == 1:
         text = _shortened.repr(f"{{{re.sub(_READ, '{…}', content)}}}")
-        if ".." in content and not inner:
+        if re.search(r"\.\.|\d\W+\d", content) and not inner:
             raise PatternError(f"{text} in {shown} is not a range (expected '{{0..15}}')")
         what = f"{text} in {shown} leaves nothing to choose"
         raise PatternError(f"{what} (expected '{{a,b}}' or '{{0..15}}'); leave the braces out")

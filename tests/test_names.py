@@ -122,6 +122,17 @@ def test_pattern_without_wildcards_matches_what_bash_expands_it_to(parts: list[s
             "'[{a,b}]' in '[{a,b}]' is not a set of characters "
             "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')",
         ),
+        (
+            "[10|11]",
+            "'[10|11]' in '[10|11]' is not a set of characters "
+            "(expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}')",
+        ),
+        (
+            "a.[10-15]",
+            "'[10-15]' in 'a.[10-15]' is one character of a set, and no range of numbers "
+            "(expected '{10..15}')",
+        ),
+        ("a.{0-2}", "'{0-2}' in 'a.{0-2}' is not a range (expected '{0..15}')"),
         ("[z-a]", "'[z-a]' in '[z-a]' counts backwards; write 'a-z'"),
         ("re:.*q_proj", "'re:.*q_proj' is a regular expression (expected a glob)"),
         (

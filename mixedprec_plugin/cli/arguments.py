@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mixedprec_plugin.errors import Problem, UsageError
@@ -50,6 +51,8 @@ class _Once(argparse.Action):
     """Store a value, of which there can be one alone."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if option_string and values == "":
+            raise argparse.ArgumentError(self, "is empty")
         given = vars(namespace).setdefault("_given", {})
         if self.dest in given:
             first = given[self.dest]
@@ -58,11 +61,27 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def file_there(text: str) -> Path:
+    """Take an existing file from the command line."""
+    path = Path(text)
+    if not path.exists() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return path
+
+
 def positive(text: str) -> int:
     """Read a number of at least 1 from the command line."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def bits(text: str) -> float:
+    """Read a number of bits from the command line."""
+    value = float(text)
+    if not 0 < value <= 64:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of bits (expected 4.5, say)")
     return value
 
 

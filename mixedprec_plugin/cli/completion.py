@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TextIO
 
+from mixedprec_plugin.cli.output import print_json
 from mixedprec_plugin.resources import preset_names
 
 EXAMPLES = """
@@ -33,25 +34,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print the script."""
+    script = _fish() if args.shell == "fish" else _bash()
+    if args.shell == "zsh":
+        script = f"{_ZSH}{script}"
+    if args.json:
+        print_json({"script": script}, out)
+    else:
+        print(script, end="", file=out)
+    return 0
+
+
+def _bash() -> str:
     from mixedprec_plugin.cli.main import VERBS, parser_of
 
-    options = {verb: parser_of(verb).option_strings for verb in VERBS}
+    presets = preset_names()
+    words = {verb: parser_of(verb).option_strings for verb in VERBS}
+    words["serve"] += presets
+    cases = "\n".join(f"    {verb}) words={' '.join(words[verb])!r};;" for verb in VERBS)
+    return _BASH.format(presets=" ".join(presets), cases=cases, verbs=" ".join(VERBS))
+
+
+def _fish() -> str:
+    from mixedprec_plugin.cli.main import VERBS, parser_of
+
     presets = " ".join(preset_names())
-    if args.shell == "fish":
-        print("complete -c mixedprec -n __fish_use_subcommand -f", file=out)
-        for verb, (_, summary) in VERBS.items():
-            print(f"complete -c mixedprec -n __fish_use_subcommand -a {verb} -d {summary!r}",
-                  file=out)  # fmt: skip
-            for option in options[verb]:
-                how = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
-                more = f" -xa {presets!r}" if option == "--preset" else ""
-                seen = f"-n '__fish_seen_subcommand_from {verb}'"
-                print(f"complete -c mixedprec {seen} {how}{more}", file=out)
-        return 0
-    cases = "\n".join(
-        f"    {verb}) words={' '.join((*words, *(preset_names() if verb == 'serve' else ())))!r};;"
-        for verb, words in options.items()
-    )
-    script = _BASH.format(presets=presets, cases=cases, verbs=" ".join(VERBS))
-    print((_ZSH if args.shell == "zsh" else "") + script, end="", file=out)
-    return 0
+    lines = ["complete -c mixedprec -n __fish_use_subcommand -f"]
+    for verb, (_, summary) in VERBS.items():
+        lines.append(f"complete -c mixedprec -n __fish_use_subcommand -a {verb} -d {summary!r}")
+        for option in parser_of(verb).option_strings:
+            how = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
+            more = f" -xa {presets!r}" if option == "--preset" else ""
+            lines.append(
+                f"complete -c mixedprec -n '__fish_seen_subcommand_from {verb}' {how}{more}"
+            )
+    return "\n".join(lines) + "\n"

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mixedprec_plugin.cli.output import print_json
-from mixedprec_plugin.cli.planning import add_planning_arguments, make_named_plan
+from mixedprec_plugin.cli.planning import (
+    add_model_argument,
+    add_override_argument,
+    add_target_arguments,
+    make_named_plan,
+)
 from mixedprec_plugin.cli.running import ask, is_address
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.plan.folding import fold_names
@@ -28,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "preset, converted folder, plan as JSON, or a running server's address"
     parser.add_argument("a", metavar="A", help=what)
     parser.add_argument("b", metavar="B", help="the same")
-    add_planning_arguments(parser, several=True, needs_model=False)
+    add_model_argument(parser, is_required=False)
+    add_override_argument(parser)
+    add_target_arguments(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

@@ -39,6 +39,9 @@ def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
     plan = make_plan(args)
     layers = [x for x in plan.layers if args.layer in (x.name, x.module)]
     if not layers:
+        if shared := plan.tied.get(args.layer):
+            remedy = f"explain {shared}, or write untie_lm_head: true in the preset"
+            raise UsageError(Problem(args.layer, f"shares the weight of {shared}", remedy))
         what = f"the model has no layer {args.layer!r}"
         near = nearest(args.layer, list({*plan.by_name, *plan.modules}))
         remedy = f"did you mean {' or '.join(near)}?" if near else "mixedprec inspect lists them"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
+from mixedprec_plugin.cli.arguments import bits
 from mixedprec_plugin.cli.output import print_json, write_new
 from mixedprec_plugin.cli.planning import add_model_argument, add_target_arguments, target_of
 from mixedprec_plugin.cli.presets import with_modeline
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--fit", metavar="SIZE", help="memory of the card of each rank, as 24GB")
     size.add_argument(
-        "--bits", type=float, metavar="N", help="bits a weight of linear layers, as 4.5"
+        "--bits", type=bits, metavar="N", help="bits a weight of linear layers, as 4.5"
     )
     add_target_arguments(parser)
     parser.add_argument("--out", metavar="FILE", help="where to write it; else it is printed")
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if target.gpu is not None:  # its memory is held against whole plans, here
         target = dataclasses.replace(target, gpu=dataclasses.replace(gpu, memory_bytes=0))
     budgets = [Budget(bits=args.bits)] if args.bits is not None else []
-    budgets += [Budget(int(_SHARE * gpu.memory_bytes))] if gpu.memory_bytes else []
+    budgets += [Budget(int(_SHARE * gpu.memory_bytes), share=_SHARE)] if gpu.memory_bytes else []
     path = Path(args.out or "mine.yaml")
     try:
         found, text, plan = _preset_for(
@@ -93,12 +94,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _too_large(error: PlanError, args: argparse.Namespace) -> PlanError:
     """Say of init's own options what a search says of its budget."""
-    (problem,) = error.problems
-    what, where = problem.what, problem.where
+    problem = error.problems[0]
+    if problem.rule != "budget":
+        return error
+    what, where, remedy = problem.what, problem.where, "allow more"
     if where == "--budget":
         where = "--fit" if args.fit else "--gpu"
         what = f"{what}; {_SHARE:.0%} of a card are counted for weights"
-    remedy = "allow more, or share it among more ranks: --tp"
+        remedy = "allow more, or share it among more ranks: --tp"
     return PlanError(dataclasses.replace(problem, where=where, what=what, remedy=remedy))
 
 

@@ -81,6 +81,8 @@ class InspectedLayer:
         how["desc_act"] = bool(self.stored.said.get("desc_act"))
         found = []
         for method, spec in registry.METHODS.items():
+            if self.kind != "expert" and not spec.serves_linear:
+                continue
             given = {key: how[key] for key in spec.defaults if key in how}
             scheme = Scheme(method, method, {**spec.defaults, **given})
             if action_of(scheme, self.stored, self.tensors, "BF16") == "repack":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -50,23 +51,26 @@ def main(
 ) -> int:
     """Run words, the process's own if None, write results and errors, and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    out, err = out or sys.stdout, err or sys.stderr
+    # Python has no stream where the shell closed one
+    out, err = out or sys.stdout or io.StringIO(), err or sys.stderr or io.StringIO()
     for stream in (out, err):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(words, out, err)
-    except MixedPrecisionError as error:
-        if "--json" in words:
-            print_json({"problems": error.problems}, out)
-        else:
-            report(error.problems, err)
-        return 2 if isinstance(error, UsageError) else 1
+        code = _run_or_report(words, out, err)
+        out.flush()
     except KeyboardInterrupt:
         print("mixedprec: interrupted", file=err)
         return 130
-    except BrokenPipeError:
-        return 0
+    except OSError as error:
+        if out is sys.stdout:  # what it still holds is not tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0
+        where, what = str(error.filename or "the output"), error.strerror or str(error)
+        report([Problem(where, f"cannot be read or written ({what})")], err)
+        return 1
+    return code
 
 
 def parser_of(verb: str) -> Parser:
@@ -83,6 +87,17 @@ def parser_of(verb: str) -> Parser:
         "-q", "--quiet", action="store_true", help="print errors alone; the exit code tells"
     )
     return parser
+
+
+def _run_or_report(words: Sequence[str], out: TextIO, err: TextIO) -> int:
+    try:
+        return _run(words, out, err)
+    except MixedPrecisionError as error:
+        if "--json" in words:
+            print_json({"problems": error.problems}, out)
+        else:
+            report(error.problems, err)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _run(words: Sequence[str], out: TextIO, err: TextIO) -> int:

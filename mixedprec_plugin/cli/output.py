@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -37,6 +38,9 @@ def write_new(path: Path, text: str) -> None:
             file.write(text)
     except OSError as error:
         is_there = isinstance(error, FileExistsError)
+        if not is_there:  # no part of a file stays
+            with contextlib.suppress(OSError):
+                path.unlink()
         what = "is there already" if is_there else f"cannot be written ({error.strerror})"
         raise ConvertError(Problem(str(path), what, "name another file", "file")) from error
 

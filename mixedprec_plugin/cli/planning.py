@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
-from mixedprec_plugin.cli.arguments import count, positive
+from mixedprec_plugin.cli.arguments import count, file_there, positive
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.config import model_dtype
 from mixedprec_plugin.methods.cards import find_gpu, served_dtype
@@ -20,11 +20,9 @@ from mixedprec_plugin.plan.sources import open_other_sources
 from mixedprec_plugin.preset.load import preset_for
 
 
-def add_planning_arguments(
-    parser: argparse.ArgumentParser, *, several: bool = False, needs_model: bool = True
-) -> None:
+def add_planning_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Declare the arguments that name model, preset (or `several` of them) and target."""
-    add_model_argument(parser, is_required=needs_model)
+    add_model_argument(parser)
     named = (
         "YAML file, or a packaged preset's name; may be left out for a checkpoint that "
         "mixedprec convert wrote"
@@ -79,18 +77,19 @@ def add_load_arguments(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
     parser.add_argument("--concurrency", type=count, metavar="N", help="requests at once (1)")
     parser.add_argument(
-        "--kv-cache-dtype", choices=KV_BYTES, default="auto", help="as SGLang's; auto is 16 bits"
+        "--kv-cache-dtype", choices=KV_BYTES, help="as SGLang's; auto, the default, is 16 bits"
     )
 
 
 def load_of(args: argparse.Namespace) -> Load | None:
     """The load that the command line asks for; None where it names no --context."""
     if args.context is None:
-        if args.concurrency is not None:
-            what = "--concurrency without --context does not tell how much a request holds"
-            raise UsageError(Problem("--concurrency", what, "add --context TOKENS"))
+        for option in given(args, "concurrency", "kv_cache_dtype"):
+            option = f"--{option.replace('_', '-')}"
+            what = f"{option} without --context does not tell how much a request holds"
+            raise UsageError(Problem(option, what, "add --context TOKENS"))
         return None
-    return Load(args.context, args.concurrency or 1, KV_BYTES[args.kv_cache_dtype])
+    return Load(args.context, args.concurrency or 1, KV_BYTES[args.kv_cache_dtype or "auto"])
 
 
 def add_text_arguments(
@@ -101,7 +100,7 @@ def add_text_arguments(
     `writer` writes it where none is named, in so many `windows` of that `length`.
     """
     parser.add_argument(
-        "--text", type=Path, metavar="FILE",
+        "--text", type=file_there, metavar="FILE",
         help=f"UTF-8 text to {what_for}; without it, {writer} writes some",
     )  # fmt: skip
     parser.add_argument("--windows", type=positive, metavar="N", help=f"pieces of text ({windows})")

@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """List, show or copy."""
+    sets = [f"--set {override}" for override in args.overrides]
+    unread = {"list": [args.name, *sets], "show": [args.file], "copy": sets}[args.action]
+    if found := " ".join(filter(None, unread)):
+        raise UsageError(Problem(args.action, f"does not read {found!r}", "leave it out"))
     if args.action == "list":
         _list(args, out)
         return 0

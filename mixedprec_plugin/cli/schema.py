@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from typing import TextIO
 
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Print the schema."""
     if args.path:
-        print(os.path.abspath(schema_path(PRESET_SCHEMA)), file=out)
+        path = os.path.abspath(schema_path(PRESET_SCHEMA))
+        print(json.dumps(path) if args.json else path, file=out)
     else:
         print_json(preset_schema(METHODS.values()), out)
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
-from mixedprec_plugin.cli.arguments import positive
+from mixedprec_plugin.cli.arguments import bits, positive
 from mixedprec_plugin.cli.output import check_plot, print_json, progress_for, save_plot
 from mixedprec_plugin.cli.planning import (
     add_load_arguments,
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     wanted = parser.add_argument_group("budget", "one of these, or --gpu with --context")
     wanted.add_argument(
-        "--bits", type=float, metavar="N", help="bits a weight of linear layers, scales counted"
+        "--bits", type=bits, metavar="N", help="bits a weight of linear layers, scales counted"
     )
     wanted.add_argument(
         "--budget", metavar="SIZE",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import shlex
 import shutil
@@ -37,6 +38,8 @@ EXAMPLES = """
   mixedprec serve mine.yaml --model DIR --check    the checks, and the command that would run
 """
 _NUM_PORTS_TRIED = 100
+# the options by which SGLang gets what was checked
+_OWN = ("--load-format", "--mixedprec-config")
 # what options of SGLang's begin with that change what a GPU holds, or what is kept free of it
 _CHANGE_MEMORY = (
     "--cuda-graph", "--disable-cuda-graph", "--speculative", "--enable-dp-attention",
@@ -63,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="GPU to check for, where nvidia-smi does not tell: H100, 8.9",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="as SGLang's (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=30000, metavar="N", help="as SGLang's (30000)")
+    parser.add_argument(
+        "--port", type=_port, default=30000, metavar="N", help="as SGLang's (30000)"
+    )
     memory = parser.add_argument_group("memory of the GPU", "as SGLang's")
     memory.add_argument("--mem-fraction-static", type=_fraction, metavar="SHARE")
     memory.add_argument("--context-length", type=positive, metavar="TOKENS")
@@ -81,6 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Check, print what is going to run, and become the server; 0 with --check."""
+    for option in (word.partition("=")[0] for word in args.passed_on):
+        # SGLang also takes an abbreviated option, and of two the last
+        if len(option) > 3 and any(own.startswith(option) for own in _OWN):
+            what = "is not handed on: another preset or format would be served than was checked"
+            raise UsageError(Problem(option, what, "leave it out, and name the preset as PRESET"))
     if not args.gpu and (found := _gpu_here()):
         args.gpu = found
     args.device = "cuda" if args.gpu else "cpu"
@@ -109,6 +119,14 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if not args.check:
         os.execv(command[0], command)
     return 0
+
+
+def _port(text: str) -> int:
+    """Read a port from the command line."""
+    value = int(text)
+    if not 0 <= value < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is not a port (expected 0 to 65535)")
+    return value
 
 
 def _fraction(text: str) -> float:
@@ -204,10 +222,15 @@ def _gpu_here() -> str:
 
 def _port_problems(host: str, port: int) -> Sequence[Problem]:
     """Whether something listens on a port already, and which one is free."""
-    if _is_free(host, port):
-        return []
-    ports = range(port + 1, min(port + _NUM_PORTS_TRIED, 65536))
-    free = next((other for other in ports if _is_free(host, other)), None)
+    try:
+        if _is_free(host, port):
+            return []
+        ports = range(port + 1, min(port + _NUM_PORTS_TRIED, 65536))
+        free = next((other for other in ports if _is_free(host, other)), None)
+    except OSError as error:
+        what = f"{host!r} cannot be listened on ({error.strerror})"
+        remedy = "name an address of this machine: 127.0.0.1, or 0.0.0.0 for all"
+        return [Problem("--host", what, remedy, "host")]
     remedy = f"--port {free} is free" if free else "name another one"
     return [Problem("--port", f"{port} is taken on {host}", remedy, "port")]
 
@@ -218,6 +241,8 @@ def _is_free(host: str, port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
             return False
     return True

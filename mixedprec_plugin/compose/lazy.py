@@ -66,12 +66,18 @@ class LazyTensor(torch.Tensor):
         view = _VIEWS.get(func)
         if view is not None and not kwargs:
             return view(*args)
-        args, kwargs = tree_map(_made, (args, kwargs or {}))
+        made = _made if func is _aten.copy_.default else _made_as_told
+        args, kwargs = tree_map(made, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 def _made(value: Any) -> Any:
     return value.read() if isinstance(value, LazyTensor) else value
+
+
+def _made_as_told(value: Any) -> Any:
+    """The same in the order in memory that a lazy tensor says it has: `contiguous` asks no more."""
+    return value.read().contiguous() if isinstance(value, LazyTensor) else value
 
 
 def _sliced(

@@ -118,8 +118,8 @@ class CompressedForm:
 
 
 def served_format(layer: PlannedLayer) -> StoredFormat | None:
-    """What a layer's served tensors are as a stored format; None where it is unquantized."""
-    if layer.scheme is None or layer.is_unquantized:
+    """What a layer's served tensors are as a stored format; None where no method made them."""
+    if layer.scheme is None or layer.is_unquantized or not METHODS[layer.method].codec:
         return None
     declared = METHODS[layer.method].declare(layer.scheme.arguments)
     nowhere = Path()
@@ -134,7 +134,7 @@ def _why_not(layer: PlannedLayer) -> str:
     if layer.scheme is None or layer.is_unquantized:
         return ""
     served = served_format(layer)
-    if served is None or not served.numbers or not METHODS[layer.method].codec:
+    if served is None or not served.numbers:
         return f"{layer.scheme.label} ({layer.method}) has no counterpart there"
     is_expert = isinstance(layer.shard, ExpertShard)
     reason = compressed_tensors.why_not_written(served, is_expert=is_expert)

@@ -8,6 +8,7 @@ Links in it are not ours, and are neither followed nor published.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,8 @@ JOURNAL_NAME = "journal.jsonl"
 _STALE_NAME = "stale.json"
 # small files and copies of the model's, in the work folder
 _STAGED_NAME = "files"
+# no folder can be where it is asked for
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 # what file systems put into a fresh mount
 _NOT_OURS = frozenset({"lost+found"})
 
@@ -246,4 +249,6 @@ def write_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         where, what = str(error.filename or out), f"cannot be written ({error.strerror})"
         remedy = "make room or access, and run the same command again: it continues"
+        if error.errno in _NO_FOLDER:
+            remedy = "name another folder"
         raise ConvertError(Problem(where, what, remedy, "write")) from error

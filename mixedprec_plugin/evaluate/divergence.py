@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ import torch
 
 from mixedprec_plugin.calibrate.network import Network
 from mixedprec_plugin.calibrate.sweep import Sweep
+from mixedprec_plugin.errors import CheckpointError, Problem
 from mixedprec_plugin.evaluate.engine import distributions
 from mixedprec_plugin.evaluate.server import Server
 
@@ -72,6 +74,8 @@ def divergences(
         tokens: int64 [windows, length].
         folder: an empty one for hidden states.
         progress: called after each decoder layer of each model.
+    Raises:
+        CheckpointError: a model's predictions are NaN, or the text impossible to it.
     """
     networks = {"": reference, **models}
     hidden = {
@@ -84,7 +88,7 @@ def divergences(
             made = expected
             if network is not reference:
                 made = own.enter_context(_predictions(network, tokens, hidden[name]))
-            found[name] = _compare(expected, made, tokens)
+            found[name] = _compare(expected, made, tokens, name)
     return found
 
 
@@ -104,6 +108,7 @@ def served_divergences(
         progress: called after each decoder layer of the reference, and each window of a server.
     Raises:
         ServerError: a server does not start, or fails.
+        CheckpointError: as `divergences`.
     """
     hidden = _run(reference, tokens, folder / "reference", progress)
     vocabulary = reference.model.config.get_text_config().vocab_size
@@ -118,7 +123,7 @@ def served_divergences(
                 return torch.from_numpy(whole)
 
             with _predictions(reference, tokens, hidden) as expected:
-                found[name] = _compare(expected, made, tokens)
+                found[name] = _compare(expected, made, tokens, name)
     return found
 
 
@@ -144,12 +149,19 @@ def _predictions(
         yield logits
 
 
-def _compare(expected: Predictions, made: Predictions, tokens: torch.Tensor) -> Divergence:
+def _compare(
+    expected: Predictions, made: Predictions, tokens: torch.Tensor, name: str
+) -> Divergence:
     rows = []
     for window, own in enumerate(tokens):
         first = expected(window)
         rows.append(_compare_window(first, first if made is expected else made(window), own))
     kl, likelihood, top1 = zip(*rows, strict=True)
+    if not all(map(math.isfinite, (*kl, *likelihood))):
+        what = "its predictions are NaN, or rule out what the unquantized model predicts"
+        remedy = "its weights, or the unquantized model's, are damaged; hold them against an "
+        remedy += "original with mixedprec verify"
+        raise CheckpointError(Problem(name or "reference", what, remedy, "predictions"))
     return Divergence(Mean.of(kl), Mean.of(likelihood), Mean.of(top1), tuple(kl))
 
 
@@ -162,8 +174,15 @@ def _compare_window(
     for first in range(0, count, _HEAD_TOKENS):
         at = slice(first, min(first + _HEAD_TOKENS, count))
         p, q = (x[at].to(expected.device).float().log_softmax(-1) for x in (expected, made))
-        kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        kl += summed_kl(p, q)
         following = tokens[at.start + 1 : at.stop + 1, None].to(q.device)
         likelihood -= float(q.gather(1, following).sum(dtype=torch.float64))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
     return kl / count, likelihood / count, same / count
+
+
+def summed_kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL(p || q) in nats, summed over tokens, of log-probabilities float32 [T, V]."""
+    # what the reference never predicts adds nothing, also where the other one is as sure
+    terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
+    return float(terms.sum(dtype=torch.float64))

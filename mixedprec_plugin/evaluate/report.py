@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +28,7 @@ from mixedprec_plugin.plan.tables import Page, Table
 from mixedprec_plugin.preset.load import load_resolved
 
 UNQUANTIZED = "(unquantized)"
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 # name of a row -> what serves it and writes a log to a file
 Servers = Mapping[str, Callable[[Path], AbstractContextManager[Server]]]
@@ -110,7 +112,8 @@ def print_rows(
     table = Table(("preset", False), *((title, True) for title in numbers))
     for row in rows:
         found = row.found
-        perplexity, error = math.exp(found.log_likelihood.value), found.log_likelihood.error
+        likelihood, error = found.log_likelihood.value, found.log_likelihood.error
+        perplexity = math.exp(likelihood) if likelihood < _LARGEST_EXPONENT else math.inf
         table.add(
             row.name, f"{row.bits:.2f}", _with_error(found.kl, 4),
             _with_error(Mean(perplexity, error and perplexity * error), 2),

@@ -182,6 +182,7 @@ class Method(Format):
             in on CUDA, in the words of docs/cuda.md; empty if it is not known. Asked for layers
             without faults only; of experts `moe_kernels` tells it.
         serves_heads: whether SGLang's class on CUDA serves `lm_head`; most leave it unquantized.
+        serves_linear: whether SGLang's class serves linear layers, and not experts alone.
         adds_expert_biases: whether its experts add biases, as gpt-oss's have them, and run the gate
             that these come with.
         moe_kernels: SGLang's kernels that its experts run in where no backend is asked for; empty
@@ -222,6 +223,7 @@ class Method(Format):
     sglang: str = ""
     kernel: Callable[[Arguments, LayerShape, int], str] = lambda _arguments, _shape, _gpu: ""
     serves_heads: bool = False
+    serves_linear: bool = True
     adds_expert_biases: bool = False
     moe_kernels: Literal["triton", "marlin", ""] = ""
     moe_backends: frozenset[str] = frozenset()

@@ -96,9 +96,12 @@ def _with_what_is_beside(
     found: StoredFormat, tensors: Tensors, config: Mapping[str, Any], name: str
 ) -> StoredFormat:
     """A format with the factor or the obstacle that tensors beside it, or config.json, make."""
-    is_served = layer_kind(name, has_matrix=True, family=DECODER) in _SERVED
+    kind = layer_kind(name, has_matrix=True, family=DECODER)
+    is_served = kind in _SERVED
     if found.is_float and not is_served:
         return found
+    if name and kind != "expert" and found.method and not METHODS[found.method].serves_linear:
+        found = dataclasses.replace(found, method="", arguments={})
     # as tools that split a model over processes leave behind
     if empty := sorted(x for x in found.suffixes & tensors.keys() if 0 in tensors[x].shape):
         return dataclasses.replace(found, obstacle=f"its {' and '.join(empty)} has no elements")

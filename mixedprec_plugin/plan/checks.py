@@ -53,27 +53,26 @@ def check_rules(
     Args:
         kinds: name of every layer, tied ones too -> its kind.
         fused: name of every layer -> the module that runs it, and the shard of it that it is.
+        tied: a head -> the embedding that SGLang runs in its place.
     """
     problems = []
     near_globs = NearGlobs({name: fused.get(name, (name, None)) for name in kinds})
     decided = {rule.index for rule in matches.deciding.values()}
     for rule in preset.rules:
         where, matched = str(rule.location), matches.matched[rule.index]
-        if not matched and not rule.optional:
-            what = f"{', '.join(map(repr, rule.shown))} matches no layer of the model"
+        idle = [rule.shown[index] for index in matches.idle[rule.index]]
+        if idle and not rule.optional:
+            what = f"{', '.join(map(repr, idle))} matches no layer of the model"
             # what stands for the value of an environment variable is not repeated
-            hints = map(near_globs.remedy, [p for p in rule.shown if p in rule.patterns])
+            hints = map(near_globs.remedy, [p for p in idle if p in rule.patterns])
             found = [hint for hint in dict.fromkeys(hints) if hint]
             remedy = "; ".join((*found, "add optional: true if it need not match"))
             remedy = remedy.replace("?; ", "? ")
-            problems.append(Problem(where, what, remedy, "unmatched-rule"))
-        elif matched and rule.index not in decided:
+            severity: Severity = "warning" if matched else "error"
+            problems.append(Problem(where, what, remedy, "unmatched-rule", severity))
+        if matched and rule.index not in decided:
             problems.append(_why_nothing_decided(rule, matched, matches))
-        elif (
-            matched
-            and rule.scheme.method not in (UNQUANTIZED, AUTO)
-            and all(kinds[name] in NEVER_QUANTIZED for name in matched)
-        ):
+        elif matched and _asks_in_vain(rule, matched, kinds, tied, matches):
             names = sorted(matched)
             folded, reason = ", ".join(fold_names(names)[:3]), NEVER_QUANTIZED[kinds[names[0]]]
             remedy = "remove the rule; such layers are served as stored"
@@ -83,9 +82,27 @@ def check_rules(
                     "write untie_lm_head: true for it to be a matrix of its own, which takes that "
                     "much more memory, or remove the rule"
                 )
-            what = f"{folded} cannot run in {rule.scheme.label}: {reason}"
+            asked = f"run in {rule.scheme.label}"
+            if rule.scheme.method in (UNQUANTIZED, AUTO):
+                asked = f"come from source {rule.scheme.source!r}"
+            what = f"{folded} cannot {asked}: {reason}"
             problems.append(Problem(where, what, remedy, "never-quantized"))
     return problems
+
+
+def _asks_in_vain(
+    rule: Rule,
+    matched: frozenset[str],
+    kinds: Mapping[str, Kind],
+    tied: Mapping[str, str],
+    matches: Matches,
+) -> bool:
+    """Whether a rule quantizes what never is, or takes a head from where its embedding is not."""
+    if rule.scheme.method not in (UNQUANTIZED, AUTO):
+        return all(kinds[name] in NEVER_QUANTIZED for name in matched)
+    deciding = [matches.deciding.get(tied.get(name, "")) for name in matched]
+    sources = {own.scheme.source if own else "model" for own in deciding}
+    return matched <= tied.keys() and rule.scheme.source not in sources
 
 
 def _why_nothing_decided(rule: Rule, matched: frozenset[str], matches: Matches) -> Problem:

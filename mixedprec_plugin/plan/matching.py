@@ -33,10 +33,12 @@ class Matches:
     Attributes:
         deciding: layer name -> the last rule that matches it.
         matched: rule index -> every layer name that the rule matches, decided by it or not.
+        idle: rule index -> which of its patterns match no layer.
     """
 
     deciding: Mapping[str, Rule]
     matched: Mapping[int, frozenset[str]]
+    idle: Mapping[int, list[int]]
 
 
 def match_rules(
@@ -57,16 +59,18 @@ def match_rules(
     candidates = Candidates(names)
     deciding: dict[str, Rule] = {}
     matched: dict[int, frozenset[str]] = {}
+    idle: dict[int, list[int]] = {}
     for rule in rules:
-        hits: set[str] = set()
+        hits: list[set[str]] = []
         for pattern in rule.patterns:
-            hits.update(candidates.match(pattern))
+            hits.append(set(candidates.match(pattern)))
             if _FROM_END.search(pattern):
                 by_alias, aliases = from_end()
-                hits.update(by_alias[alias] for alias in aliases.match(pattern))
-        matched[rule.index] = frozenset(hits)
-        deciding.update(dict.fromkeys(hits, rule))
-    return Matches(deciding, matched)
+                hits[-1].update(by_alias[alias] for alias in aliases.match(pattern))
+        idle[rule.index] = [index for index, names in enumerate(hits) if not names]
+        matched[rule.index] = frozenset().union(*hits)
+        deciding.update(dict.fromkeys(matched[rule.index], rule))
+    return Matches(deciding, matched, idle)
 
 
 def names_from_end(names: Collection[str]) -> dict[str, str]:

@@ -39,13 +39,14 @@ class NearGlobs:
         self._num_answers += 1
         parts = _COMPONENT.findall(pattern)
         is_too_much = self._num_answers > _MAX_ANSWERS or len(self._shapes) > _MAX_SHAPES
-        if is_too_much or ".".join(parts) != pattern:  # braces within braces, or dots in a row
+        # braces within braces, or dots in a row
+        if is_too_much or not parts or ".".join(parts) != pattern:
             return ""
         if self._fits(parts):
             return self._numbers_there_are(parts)
         if remedy := self._of_fused(parts):
             return remedy
-        found = next(filter(self._fits, self._variants(parts)), None)
+        found = next(filter(self._fits, filter(_is_narrow, self._variants(parts))), None)
         if found is not None:
             return f"did you mean {'.'.join(found)!r}?"
         unknown = [x for x in parts if not _WILD.search(x) and _folded(x) not in self._words]
@@ -124,5 +125,12 @@ def _matcher(parts: Sequence[str]) -> Callable[[str], bool]:
         return lambda _: False
 
 
+def _is_narrow(parts: Sequence[str]) -> bool:
+    """Whether a glob does not match everything, nor a shape in place of a name."""
+    return "#" not in ".".join(parts) and any(re.search(r"\w", part) for part in parts)
+
+
 def _folded(part: str) -> str:
-    return "#" if _NUMBERS.fullmatch(part) else part
+    if _NUMBERS.fullmatch(part):
+        return "#"
+    return part if _WILD.search(part) else without_numbers(part)

@@ -59,14 +59,16 @@ def resolve_plan(
     names = [name for name in names if last_component(name) not in family.computed]
     formats = FormatCache()
     kinds = _kinds(model, names, formats)
-    tied = heads.tied_layers(model, kinds)
+    shared = heads.tied_layers(model, kinds)
     apart: Mapping[str, str] = {}
-    if preset.untie_lm_head and tied:
-        apart, tied = tied, {}
+    if preset.untie_lm_head and shared:
+        apart, shared = shared, {}
         sources = {name: heads.untied(source, apart) for name, source in sources.items()}
         model = sources[model.name]
-        names += apart
+        names += [name for name in apart if name not in kinds]
         kinds |= dict.fromkeys(apart, "lm_head")
+    # SGLang passes over a copy of the embedding, which stays what it is
+    tied = {name: embedding for name, embedding in shared.items() if name not in kinds}
     drafts = {name for name, kind in kinds.items() if kind == "draft"}
     matches = match_rules(preset.rules, (*names, *tied), uncounted=drafts)
     own = [name for name, kind in kinds.items() if kind == "lm_head"]
@@ -82,7 +84,7 @@ def resolve_plan(
     bare = set(scales.alone)
     stored = {n: None if n in bare else formats.of(taken[n], n) for n in names}
     for name in own:
-        if heads.is_served_quantized(rules.get(name), stored[name]):
+        if name not in shared and heads.is_served_quantized(rules.get(name), stored[name]):
             kinds[name] = "linear"
     chooser = SchemeChooser(target)
     asked = {name: chooser.of(rules.get(name), stored[name], kinds[name]) for name in names}
@@ -96,7 +98,7 @@ def resolve_plan(
     schemes, conflicts = settle_fused_modules(preset, settled, asked, rules)
     problems += mixtures + conflicts
     whole: dict[str, Kind] = {**kinds, **dict.fromkeys(tied, "lm_head")}
-    problems += checks.check_rules(preset, matches, whole, fused, tied)
+    problems += checks.check_rules(preset, matches, whole, fused, shared)
     problems += check_expert_ids(preset.rules, [shard for _, shard in fused.values()])
     notes = dict.fromkeys(drafts, "left to a draft model")
     notes |= {name: f"untied from {embedding}" for name, embedding in apart.items()}
@@ -165,15 +167,19 @@ def _take(
 ) -> tuple[dict[str, Source], list[Problem]]:
     """Find every layer in the source that its rule names.
 
-    Layers that no method quantizes follow a rule to its source where that holds them, too.
+    Layers that no method quantizes follow a rule to its source where that holds them, too; a rule
+    that takes nothing else has to find some.
     """
     taken: dict[str, Source] = {}
     missing: dict[tuple[str, str], list[str]] = {}
+    found = {
+        rule.index for name, rule in rules.items() if name in sources[rule.scheme.source].layers
+    }
     for name in names:
         rule = rules.get(name)
         source = sources["model"] if rule is None else sources[rule.scheme.source]
         if name not in source.layers:
-            if rule is not None and kinds[name] not in NEVER_QUANTIZED:
+            if rule and (kinds[name] not in NEVER_QUANTIZED or rule.index not in found):
                 missing.setdefault((source.name, str(rule.location)), []).append(name)
             source = sources["model"]
         taken[name] = source

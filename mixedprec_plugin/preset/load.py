@@ -224,18 +224,24 @@ def _check_given(document: Document) -> None:
 
 
 def _warn_unused(bound: Binder) -> None:
-    """Warn of schemes and sources that the asked-for file itself defines and nothing uses."""
+    """Warn of what the asked-for file itself, or an override, defines and nothing uses."""
     document = bound.document
 
     def warn(kind: str, name: str, what: str, remedy: str) -> None:
         place = document.locate((f"{kind}s", name))
-        if place.file == document.file:
+        if place.file == document.file or place.file.startswith(FLAG):
             document.findings.add(place, what, remedy, f"unused-{kind}", "warning")
 
     texts = " ".join(value for _, value in document.parts() if is_interpolated(value))
     for name in bound.schemes:
         if name not in bound.used and f"schemes.{name}" not in texts:
             warn("scheme", name, "no rule uses this scheme", "give it a rule, or take it away")
+    lists = document.data.get("lists", {})
+    for name in lists:  # what was resolved before has no interpolation left, nor places
+        if f"lists.{name}" not in texts and ("lists", name) in document.places:
+            others = [other for other in lists if other != name]
+            remedy = document.findings.suggest(name, others) or "give it a rule, or take it away"
+            warn("list", name, "no pattern uses this list", remedy)
     used = {rule.scheme.source for rule in (*bound.rules, *bound.draft_rules)}
     used.add(bound.kv_cache.scales or "")
     for name in bound.sources:

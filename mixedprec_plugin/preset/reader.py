@@ -204,7 +204,7 @@ class _Reader:
             line = self._line()
             key = self._key(path, line)
             below = (*path, key)
-            first = self.document.places.get(below)
+            first = self.document.places.get(below) if key in entries else None
             entries[key] = self._value(below, line)
             if first is not None:
                 where = f" (first on line {first.line})" if self.is_file else ""
@@ -220,6 +220,7 @@ class _Reader:
             what = f"{_kind(self._value((*path, text), line))} is used as a key (expected text)"
             remedy = "put quotes around a value that starts with '{' or '['"
             self._problem(path, line, what, remedy, "key")
+            self.document.mark((*path, text))
             return text
         event = self.loader.get_event()
         text = str(event.value)
@@ -237,6 +238,13 @@ class _Reader:
 
     def _scalar(self, event: yaml.ScalarEvent, path: Path) -> Scalar:
         value: Scalar = event.value
+        try:
+            # JSON writes a character above U+FFFF as the two halves that UTF-16 has
+            value = event.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            what = f"{event.value!r} has half of a character in it"
+            self.document.report(path, what, "write the character itself", "encoding")
+            return None
         try:
             if event.tag is None and event.implicit[0]:
                 value = self._plain(event.value)
@@ -285,7 +293,7 @@ class _Reader:
         assert mark is not None
         source = (mark.get_snippet(0, MAX_FILE_BYTES) or "").partition("\n")[0]
         what, remedy = _in_words(error)
-        if "\t" in source[: len(source) - len(source.lstrip())]:
+        if "\t" in source[: len(source) - len(source.lstrip())] or "'\\t'" in what:
             remedy = "indent with spaces, not tabs"
         elif "${" in source:
             remedy = 'within { } or [ ] put interpolations in quotes: "${schemes.NAME}"'

@@ -25,6 +25,13 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_PACK_FACTOR = 8
 
 
+def _in_a_row(tensor: torch.Tensor) -> torch.Tensor:
+    """Lay a tensor out so that bytes are views of words; `contiguous` skips dimensions of one."""
+    if 1 in tensor.shape:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous()
+
+
 def pack(codes: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
     """Pack codes along the last dimension, low bits first.
 
@@ -35,7 +42,7 @@ def pack(codes: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
     Returns:
         int32 [..., n * bits / 32], contiguous.
     """
-    codes = codes.contiguous()
+    codes = _in_a_row(codes)
     if bits not in (4, 8) and is_compiled(codes, num_weights):
         from mixedprec_plugin.quantize import compiled_packing
 
@@ -60,7 +67,7 @@ def pack(codes: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
 
 def unpack(words: torch.Tensor, bits: int, num_weights: int = 0) -> torch.Tensor:
     """Undo `pack`: int32 [..., n] to uint8 [..., n * 32 / bits], contiguous."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = _in_a_row(words).view(torch.uint8)
     if bits not in (4, 8) and is_compiled(octets, num_weights):
         from mixedprec_plugin.quantize import compiled_packing
 
@@ -134,9 +141,7 @@ def unpack_awq_rows(words: torch.Tensor, rows: slice) -> torch.Tensor:
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
     """Undo `pack_awq`: int32 [K, N/8] to uint8 [N, K], contiguous."""
     K, num_words = words.shape
-    # `contiguous` would keep the strides of a single row, which cannot be viewed as bytes.
-    words = words.t().clone(memory_format=torch.contiguous_format)
-    octets = words.view(torch.uint8).view(num_words, K, 4)
+    octets = _in_a_row(words.t()).view(torch.uint8).view(num_words, K, 4)
     codes = torch.empty((num_words, AWQ_PACK_FACTOR, K), dtype=torch.uint8, device=words.device)
     for nibble, column in enumerate(AWQ_ORDER):
         octet = octets[..., nibble // 2]

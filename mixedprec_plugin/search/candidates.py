@@ -167,8 +167,11 @@ def find_choices(
                     options[name][candidate.name] = dataclasses.replace(one, own=own)
     found = {name: Unit(name, units[name], own) for name, own in options.items() if len(own) > 1}
     if not found:
-        what = f"none of {', '.join(c.name for c in candidates)} serves a layer of {model.path}"
-        raise UsageError(Problem("--methods", what, "try others, or another --gpu", "search"))
+        where, which = ("--methods", "none of these") if methods else ("--model", "no method")
+        ranks = f" on {target.tp_size} ranks" if target.tp_size > 1 else ""
+        what = f"{which} serves a layer of {model.path}{ranks}"
+        remedy = "see why with mixedprec plan, or change --tp or --gpu"
+        raise UsageError(Problem(where, what, remedy, "search"))
     used = {name for unit in found.values() for name in unit.options}
     by_name = {c.name: c for c in candidates if c.name in used}
     return Choices(base, found, {AS_STORED: kept, **by_name}, others, apart)

@@ -59,10 +59,15 @@ GUESSES = Way("guesses")
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Bytes of weights on a rank, everything counted, or else bits a weight of linear layers."""
+    """Bytes of weights on a rank, everything counted, or else bits a weight of linear layers.
+
+    Attributes:
+        share: of what the user named, which such bytes are.
+    """
 
     num_bytes: int | None = None
     bits: float = 0.0
+    share: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,11 +256,13 @@ def _too_small(budget: Budget, choices: Choices, table: Table) -> PlanError:
         nearest = 8 * table.smallest / choices.num_weights
         what = f"{budget.bits:g} bits a weight of linear layers is less than anything takes"
         where, expected = "--bits", f"(expected {nearest + 0.005:.2f} or more)"
+        remedy = "allow more, or name more --methods"
     else:
-        size = (table.smallest + choices.rest[1]) / 2**30
-        what = f"{budget.num_bytes / 2**30:.2f} GiB a rank is less than anything takes"
+        unit = budget.share * 2**30
+        size = (table.smallest + choices.rest[1]) / unit
+        what = f"{budget.num_bytes / unit:.2f} GiB a rank is less than anything takes"
         where, expected = "--budget", f"(expected {size + 0.005:.2f}GiB or more)"
-    remedy = "allow more, name more --methods, or more ranks with --tp"
+        remedy = "allow more, name more --methods, or more ranks with --tp"
     return PlanError(Problem(where, f"{what} {expected}", remedy, "budget"))
 
 

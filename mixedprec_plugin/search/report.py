@@ -41,7 +41,7 @@ class Measured:
 def header_lines(found: Found, path: Path, model: str, verb: str = "search") -> list[str]:
     """The comment at the top of a preset: what it is, how to serve it, what it is predicted."""
     point, (unit, what) = found.point, _KINDS[found.way.kind]
-    config, name = shlex.quote(path.name), shlex.quote(model)
+    config, name = (shlex.quote(printable(text)) for text in (path.name, model))
     command = [
         f"sglang serve --model-path {name} --load-format mixedprec --mixedprec-config {config}"
     ]

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixedprec_plugin.errors import ConvertError, Problem
+from mixedprec_plugin.errors import ConvertError, Problem, printable
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.names import ranges_of, without_numbers
 from mixedprec_plugin.plan.conversion import is_auto
@@ -105,7 +105,7 @@ def _description(choices: Choices, weights: Mapping[str, int]) -> str:
     total = sum(weights.values())
     shares = sorted(weights.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{count / total:.0%} in {name}" for name, count in shares)
-    return f"Found for {choices.base.source.shown.rpartition('/')[2]}: {listed}."
+    return f"Found for {printable(choices.base.source.shown.rpartition('/')[2])}: {listed}."
 
 
 def _source(reference: SourceReference) -> str:

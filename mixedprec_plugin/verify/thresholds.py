@@ -18,6 +18,7 @@ Limits lie between. They say nothing of a few wrong rows in a large layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from mixedprec_plugin.errors import Problem, UsageError
@@ -40,7 +41,7 @@ def parse_thresholds(texts: Iterable[str]) -> dict[str, float]:
             limit = float(value)
         except ValueError:
             limit = -1.0
-        if not limit > 0:
+        if not 0 < limit < math.inf:
             what = f"{text!r} is no threshold (expected METHOD=VALUE, such as gptq=0.3)"
             raise UsageError(Problem("--threshold", what))
         if method not in registry.METHODS:

@@ -31,7 +31,7 @@ from mixedprec_plugin.families.config import sizes
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.families.wiring import coupled_units, producers
 from mixedprec_plugin.methods.recognition import FormatCache
-from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.methods.registry import METHODS, UNQUANTIZED
 from mixedprec_plugin.plan.heads import with_heads
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.verify.distance import Columns, Distance, distance, row_factors
@@ -108,6 +108,7 @@ class Verifier:
         pairs = producers(plan.by_name, plan.source.config)
         self._producers = {consumer: producer for producer, consumer in pairs}
         self._consumers = dict(pairs)
+        self._exact = METHODS[UNQUANTIZED].rounding(METHODS[UNQUANTIZED].defaults).limit
         self._norm_columns = functools.lru_cache(maxsize=64)(self._read_norm_columns)
 
     def compare_all(self) -> list[Comparison]:
@@ -168,6 +169,10 @@ class Verifier:
         columns = self._norm_columns(self._norms.get(layer.name))
         note = "with its norm" if columns else ""
         plain = self._result(layer, distance(weight, reference, columns), note)
+        if columns and distance(*columns).relative_error > self._exact:
+            # a layer that does not make up for its norm is nearer without it, however coarse it is
+            alone = max(self._exact, distance(weight, reference).relative_error)
+            plain = dataclasses.replace(plain, limit=min(plain.limit, alone))
         if not plain.is_too_far:
             return plain
         for other in (self._but_for_rows, self._but_for_columns):
@@ -187,8 +192,11 @@ class Verifier:
             return None
         factors = row_factors(weight, reference, columns)
         spread = self._spread(factors, pair[0].shape[1])
-        made_up = spread and distance(*pair, spread)
-        if not made_up or made_up.relative_error > threshold_of(consumer, self.limits):
+        if spread is None:
+            return None
+        made_up, plain = (distance(*pair, own).relative_error for own in (spread, None))
+        # a consumer that knows nothing of them is further away with them, if within its limit
+        if made_up >= plain or made_up > threshold_of(consumer, self.limits):
             return None
         far = distance(weight, reference, columns, factors)
         return self._result(layer, far, f"with {consumer.name}")

@@ -167,6 +167,17 @@ class TestConventions:
             assert found.arguments["activation_scheme"] == scheme
             assert found.suffixes == {*scale, *more}
 
+    def test_fp8_per_tensor_beside_activations_in_16_bits_has_no_method(self) -> None:
+        # SGLang's compressed_tensors.py runs it in CompressedTensorsW8A16Fp8
+        config = quantization_config("llmcompressor-fp8-dynamic")
+        group = config["config_groups"]["group_0"]
+        group["weights"]["strategy"] = "tensor"
+        layer = tensors(weight=("F8_E4M3", (N, K)), weight_scale=("BF16", (1,)))
+        assert detect(layer, config).method == "fp8"
+        group["input_activations"] = None
+        found = detect(layer, config)
+        assert (found.method, found.is_readable) == ("", True)
+
     def test_int8_blocks_are_served(self) -> None:
         layer = tensors(weight=("I8", (N, K)), weight_scale_inv=("BF16", (2, 5)))
         found = detect(layer, {})

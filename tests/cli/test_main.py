@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,25 @@ def test_version_and_help_need_no_verb() -> None:
             "error: --tp: given twice: 1 and 2; see mixedprec plan --help",
         ),
         (("plan", "--model", "x", "--tp", "0"), "error: --tp: 0 is not positive; see "),
+        (
+            ("init", "--model", "x", "--fit", ""),
+            "error: --fit: is empty; see mixedprec init --help",
+        ),
+        *(
+            (
+                (verb, "--model", "x", "--bits", bits),
+                f"--bits: {bits} is not a number of bits (expected",
+            )
+            for verb in ("init", "search")
+            for bits in ("nan", "inf", "1e308", "0")
+        ),
+        (("presets", "list", "awq"), "error: list: does not read 'awq'; leave it out"),
+        (("presets", "show", "awq", "x"), "error: show: does not read 'x'; leave it out"),
+        (
+            ("presets", "copy", "awq", "--set", "a=b"),
+            "copy: does not read '--set a=b'; leave it out",
+        ),
+        (("diff", "awq", "gptq", "--preset", "x"), "error: unknown argument '--preset'; did you"),
         (("plan", "--model", "x", "--json", "-q"), "not allowed with argument --json"),
     ],
 )
@@ -113,6 +133,31 @@ def test_an_interrupt_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(inspect, "run", stopped)
     assert run("inspect", "x") == (130, "", "mixedprec: interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_nothing_is_no_traceback(unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+
+    def say(shell: str) -> tuple[int, str]:
+        command = shell.replace("mixedprec", f"{sys.executable} -m mixedprec_plugin")
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, env=environment
+        )
+        return done.returncode, done.stderr
+
+    full = "mixedprec: error: the output: cannot be read or written (No space left on device)\n"
+    assert say("mixedprec presets > /dev/full") == (1, full)
+    assert say("mixedprec presets | true; exit ${PIPESTATUS[0]}") == (0, "")
+    assert say("mixedprec presets show nope --json | true") == (0, "")
+    assert say("mixedprec presets >&-") == (0, "")
+
+
+def test_a_name_that_no_file_can_have_is_no_traceback() -> None:
+    code, _, err = run("validate", "x" * 5000)
+    assert code == 1
+    assert err.endswith("x: cannot be read or written (File name too long)\n")
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])

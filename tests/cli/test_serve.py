@@ -93,6 +93,23 @@ def test_a_port_that_is_taken_is_refused_with_a_free_one(model: Path, taken: int
     assert free > taken
 
 
+@pytest.mark.parametrize("option", ["--load-format=auto", "--load-f", "--mixedprec-config"])
+def test_what_was_checked_is_what_is_served(model: Path, option: str) -> None:
+    code, _, err = run("serve", "awq", "--model", model, "--check", option, "gptq")
+    assert code == 2
+    assert f"{option.partition('=')[0]}: is not handed on: " in err
+
+
+def test_a_port_or_a_host_that_there_is_not_is_told_from_one_that_is_taken(model: Path) -> None:
+    for port in ("65536", "-1"):
+        code, _, err = run("serve", "awq", "--model", model, "--check", "--port", port)
+        assert (code, f"--port: {port} is not a port" in err) == (2, True)
+    # 192.0.2.0/24 is for documentation: no machine has one of these (RFC 5737)
+    code, _, err = run("serve", "awq", "--model", model, "--check", "--host", "192.0.2.1")
+    assert code == 1
+    assert "--host: '192.0.2.1' cannot be listened on (Cannot assign requested address)" in err
+
+
 def test_what_does_not_fit_the_card_is_refused(model: Path) -> None:
     code, _, err = run("serve", "fp8-block", "--model", model, "--gpu", "RTX 2080 Ti")
     assert code == 1

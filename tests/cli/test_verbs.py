@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import re
+import resource
 import shutil
 import subprocess
 import threading
@@ -108,7 +109,9 @@ def test_schema_checks_presets(tmp_path: Path) -> None:
         text = (Path(load_preset(name).path)).read_text()
         assert validator.is_valid(yaml.safe_load(text)), name
     assert not validator.is_valid({"version": 1, "rules": [{"match": "*", "method": "fp9"}]})
-    assert Path(run("schema", "--path")[1].strip()).is_file()
+    path = run("schema", "--path")[1].strip()
+    assert Path(path).is_file()
+    assert json.loads(run("schema", "--path", "--json")[1]) == path
 
 
 class TestExplain:
@@ -148,6 +151,10 @@ class TestExplain:
         flags = ("--model", model, "--preset", preset)
         assert "no rule matches it" in run("explain", "model.layers.0.self_attn.q_proj", *flags)[1]
         assert "stays as stored: " in run("explain", "model.norm", *flags)[1]
+        code, _, err = run("explain", "lm_head", *flags)
+        assert code == 2
+        assert "lm_head: shares the weight of model.embed_tokens; explain model.embed_tokens" in err
+        assert run("explain", "lm_head", *flags, "--set", "untie_lm_head=true")[0] == 0
         code, _, err = run("explain", "model.layers.0.mlp.up", *flags)
         assert code == 2
         assert f"did you mean {UP}" in err
@@ -207,6 +214,7 @@ class TestCompletion:
     @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
     def test_every_verb_and_option_is_in_the_script(self, shell: str, tmp_path: Path) -> None:
         code, out, _ = run("completion", shell)
+        assert json.loads(run("completion", shell, "--json")[1]) == {"script": out}
         assert code == 0
         assert all(verb in out for verb in VERBS)
         assert "threshold" in out
@@ -254,6 +262,18 @@ class TestInit:
         assert "# yaml-language-server: $schema=" in path.read_text()
         assert run("init", "--model", model, "--out", path)[0] == 1
 
+    @pytest.mark.parametrize(
+        ("ranks", "remedy"),
+        [(5, "or change --tp or --gpu"), (3, "use a tensor-parallel size that divides it")],
+    )
+    def test_ranks_that_fit_no_method_are_told_of_and_no_bits(
+        self, tmp_path: Path, ranks: int, remedy: str
+    ) -> None:
+        model = write_llama(tmp_path / "model", intermediate_size=384)
+        code, _, err = run("init", "--model", model, "--bits", "5", "--tp", ranks)
+        assert code != 0
+        assert err.rstrip().endswith(remedy)
+
     @pytest.mark.parametrize("bits", [4.3, 4.7, 5.0, 5.7, 6.6, 8.0, 10.0])
     def test_the_preset_comes_close_to_the_bits_asked_for(
         self, tmp_path: Path, bits: float
@@ -274,6 +294,35 @@ class TestInit:
             assert code == 1
             assert err.startswith(f"mixedprec: error: {flags[0]}: {found}")
             assert "is less than anything takes (expected " in err
+
+    def test_what_a_refusal_expects_is_enough(self, tmp_path: Path) -> None:
+        model = published.llama_3_1_8b().write(tmp_path / "model")
+        for flag, little in (("--fit", "3GB"), ("--bits", "3")):
+            err = run("init", "--model", model, flag, little)[2]
+            enough = re.findall(r"\(expected (\S+) or more\)", err)[0]
+            assert ("--tp" in err) == (flag == "--fit")
+            assert run("init", "--model", model, flag, enough)[0] == 0
+
+    def test_no_part_of_a_file_stays_where_the_disk_is_full(
+        self, model: Path, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "mine.yaml"
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            code, _, err = run("presets", "copy", "awq", path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (code, path.exists()) == (1, False)
+        assert "cannot be written (File too large)" in err
+
+    @pytest.mark.parametrize("name", ["a\nb: c", "\udcff"])
+    def test_any_folder_name_makes_a_preset_that_is_read(
+        self, model: Path, tmp_path: Path, name: str
+    ) -> None:
+        odd, path = model.rename(tmp_path / name), tmp_path / f"{name}.yaml"
+        assert run("init", "--model", odd, "--bits", "5", "--out", path)[2] == ""
+        assert run("validate", path)[0] == 0
 
     def test_a_card_that_the_stored_model_does_not_fit_gets_fewer_bits(
         self, tmp_path: Path

@@ -67,8 +67,9 @@ def test_a_pipe_gets_whole_lines(verb: str, model: Path, monkeypatch: pytest.Mon
     assert _printed(verb, model, io.StringIO()) == wide
 
 
+@pytest.mark.slow
 def test_rows_of_eval_fit_80_columns() -> None:
-    # they import transformers, which takes long
+    # they import transformers
     from mixedprec_plugin.evaluate.divergence import Divergence, Mean
     from mixedprec_plugin.evaluate.report import Row, print_rows
 

@@ -32,12 +32,14 @@ def said(out: Path) -> dict[str, Any]:
     return quantization
 
 
+@pytest.mark.slow
 def test_library_decompresses_to_the_values_of_the_plan(tmp_path: Path) -> None:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
     model = write_llama(tmp_path / "model")
-    preset = write_preset(tmp_path, *EXPORTED)
+    one_group = 'match: "*.2.self_attn.o_proj", method: awq, group_size: -1'
+    preset = write_preset(tmp_path, *EXPORTED, one_group)
     exported(model, preset, tmp_path / "out")
     plain = write_preset(tmp_path / "plain", 'match: "*", method: unquantized')
     converted(model, preset, tmp_path / "mixed")
@@ -139,6 +141,14 @@ def test_layers_that_cannot_be_written_are_named(tmp_path: Path, rule: str, mess
     assert message in err
     assert "give it another method, or leave out --format compressed-tensors" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_auto_cannot_be_written_whatever_is_stored(tmp_path: Path) -> None:
+    model = peer_checkpoint(tmp_path / "model", "llmcompressor-w4a16-g64")
+    preset = write_preset(tmp_path, 'match: "*_proj", method: auto')
+    code, _, err = convert(model, preset, tmp_path / "out", *AS, device="cuda")
+    assert code == 1
+    assert "auto (auto) has no counterpart there; give it another method, or leave out" in err
 
 
 def test_act_order_cannot_be_written(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def prepare(desk: Path, commands: Iterable[Command]) -> None:
     text = 'version: 1\nschemes: {mlp: {method: awq}}\nrules: [{match: "*.mlp.*", scheme: mlp}]\n'
     for name in {"mine.yaml", "PRESET", "presets/other.yaml"} - written:
         (desk / name).write_text(text)
+    for name in ("page.txt", "FILE"):
+        (desk / name).write_text("A page of text.")
     said = ("--model", "DIR", "--preset", "mine.yaml" if "mine.yaml" not in written else "awq")
     made = run("plan", *said, "--json")[1]
     (desk / "plan.json").write_text(made)

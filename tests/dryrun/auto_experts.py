@@ -39,6 +39,9 @@ def run_all(card: Card, shared: Path) -> dict[str, Any]:
         ("act order, in integers", _W4A16, 1, {"actorder": "group"}),
         ("groups of 128", _W4A16, 1, {"group_size": 128}),
         ("act order, in integers, two ranks", _W4A16, 2, {"actorder": "group"}),
+        ("act order, by its other name", _W4A16, 1, {"actorder": "dynamic"}),
+        ("weights in order, two ranks", _W4A16, 2, {"actorder": "weight"}),
+        ("weights in static order, two ranks", _W4A16, 2, {"actorder": "static"}),
         ("dynamic act order", _GPTQ, 1, {"dynamic": _DYNAMIC}),
         ("ignored by its config", _W4A16, 1, {"ignore": ["re:.*experts.*"]}),
         ("unknown quant_method", _W4A16, 1, {"quant_method": "none_such"}),
@@ -139,7 +142,7 @@ def write(folder: Path, peer: str, inner: int, changes: Mapping[str, Any]) -> No
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
     for name, (_, K) in weights.items():
-        if "actorder" in own:
+        if own.get("actorder") in ("group", "dynamic"):
             tensors[f"{name}.weight_g_idx"] = (torch.arange(K) // 64).int()
         if "group_size" in own:
             scales = tensors[f"{name}.weight_scale"]

@@ -124,6 +124,16 @@ def test_act_order_runs_and_takes_no_new_weights(results: Results) -> None:
     assert (got.get("runs_as"), got.get("again")) == (WNA16[0], "refused"), got
 
 
+def test_order_that_sglang_spells_as_config_json_does_leaves_a_rank_its_own_scales(
+    results: Results,
+) -> None:
+    """CompressedTensorsWNA16MoE.create_weights knows `static`, and not its other name, `weight`."""
+    _, found = results
+    got = found["weights in static order, two ranks"]
+    assert got.get("runs_as") == WNA16[0], got
+    assert got["parameters"]["layer.w2_weight_scale"] == "bfloat16 [4, 8, 512]"
+
+
 def test_one_group_of_the_size_that_the_config_names_is_no_other_format(results: Results) -> None:
     _, found = results
     assert found["one group"].get("runs_as") == WNA16[0], found["one group"]
@@ -132,7 +142,9 @@ def test_one_group_of_the_size_that_the_config_names_is_no_other_format(results:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("act order, in integers, two ranks", "a part of the scales, of which act order"),
+        ("act order, in integers, two ranks", 'where config.json says actorder: "group"'),
+        ("act order, by its other name", "ignores the order of groups of such experts unless"),
+        ("weights in order, two ranks", 'where config.json says actorder: "weight"'),
         ("dynamic act order", "dynamic says desc_act True of its experts, and SGLang does not ask"),
         ("half a group", "K = 96 per rank is not a multiple of 64, which Marlin kernels for"),
         (

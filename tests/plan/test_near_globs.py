@@ -70,14 +70,32 @@ def test_layers_that_the_model_has_not_are_said_to_be_none(dense: Path, written:
     assert remedy(dense, written).startswith("the model has layers.0 to layers.11; ")
 
 
+def test_names_with_numbers_in_them_stay_as_they_are_written(tmp_path: Path) -> None:
+    model = published.mixtral_8x7b(num_layers=1).write(tmp_path / "model")
+    meant = "*.block_sparse_moe.experts.0.w1"
+    assert remedy(model, "*.block_sparse_moe.expert.0.w1").startswith(f"did you mean {meant!r}? ")
+
+
+def test_one_glob_of_several_that_matches_nothing_is_a_warning(dense: Path) -> None:
+    globs = 'match: ["*.mlp.down_proj", "*.o_prj"], method: bf16'
+    made = plan(dense, globs)
+    (problem,) = made.problems
+    assert (problem.severity, problem.what) == (
+        "warning",
+        "'*.o_prj' matches no layer of the model",
+    )
+    assert problem.remedy.startswith("did you mean '*.o_proj'? ")
+    assert not plan(dense, f"{globs}, optional: true").problems
+
+
 def test_experts_that_the_model_has_not_are_said_to_be_none(sparse: Path) -> None:
     said = remedy(sparse, "model.layers.*.mlp.experts.{128..131}.*")
     assert said.startswith("the model has experts.0 to experts.127; ")
 
 
-@pytest.mark.parametrize("written", ["*.w1", "*.mlp.experts.*"])
+@pytest.mark.parametrize("written", ["*.w1", "*.mlp.experts.*", "*.layers.0-2.mlp.*", "*.nope.*"])
 def test_what_is_like_nothing_is_named(dense: Path, written: str) -> None:
-    word = next(part for part in written.split(".") if part in ("w1", "experts"))
+    word = next(part for part in written.split(".") if part in ("w1", "experts", "0-2", "nope"))
     assert remedy(dense, written).startswith(f"no layer's name has '{word}' between its dots; ")
 
 

@@ -10,6 +10,7 @@ from mixedprec_plugin.methods.gptq import codec as gptq
 from mixedprec_plugin.methods.interface import Target
 from tests.checkpoints import llama_config, llama_tensors, write_checkpoint, write_llama
 from tests.commands import run_without_torch
+from tests.plan.mixtures import mixed_plan
 from tests.presets import plan, problem_texts, write_preset
 
 ATTENTION = '"model.layers.*.self_attn.*_proj"'
@@ -118,6 +119,54 @@ def test_rule_that_matches_a_head_and_does_not_spell_it_is_told_to(
     # which is asked then: this model ties its head
     (problem,) = plan(model, f'match: "lm_head", method: awq, group_size: 64{more}').problems
     assert "untie_lm_head: true" in str(problem)
+
+
+def test_head_is_tied_where_the_models_class_ties_it(tmp_path: Path) -> None:
+    config = llama_config(architectures=["GemmaForCausalLM"], model_type="gemma")
+    tensors = llama_tensors(config)
+    del config["tie_word_embeddings"]
+    gemma = write_checkpoint(tmp_path / "gemma", config, tensors)
+    rule = 'match: "lm_head", method: awq, group_size: 64'
+    (problem,) = plan(gemma, rule).errors
+    assert "it shares the weight of model.embed_tokens" in str(problem)
+    made = plan(gemma, rule, head="untie_lm_head: true\n")
+    assert (made.errors, made.by_name["lm_head"].action) == ((), "quantize")
+
+
+@pytest.mark.parametrize("method", ["bf16", "auto"])
+def test_a_tied_head_does_not_come_from_elsewhere_alone(
+    model: Path, tmp_path: Path, method: str
+) -> None:
+    other = write_llama(tmp_path / "other", tie_word_embeddings=False)
+    rule = f'match: "lm_head", method: {method}, source: other'
+    (problem,) = mixed_plan(model, rule, other=other).errors
+    assert problem.what == (
+        "lm_head cannot come from source 'other': it shares the weight of model.embed_tokens"
+    )
+    untied = mixed_plan(model, rule, head="untie_lm_head: true\n", other=other)
+    assert (untied.errors, untied.by_name["lm_head"].source) == ((), "other")
+
+
+def test_head_that_is_tied_is_so_where_a_copy_is_stored_too(tmp_path: Path) -> None:
+    config = llama_config()
+    tensors = llama_tensors(config)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    rule = 'match: "lm_head", method: awq, group_size: 64'
+    (problem,) = plan(model, rule).errors
+    assert "untie_lm_head: true" in str(problem)
+    made = plan(model, rule, head="untie_lm_head: true\n")
+    assert not made.errors
+    assert made.by_name["lm_head"].action == "quantize"
+    assert made.source.config["tie_word_embeddings"] is False
+
+
+def test_head_that_a_source_does_not_have_is_an_error(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model", tie_word_embeddings=False)
+    other = write_llama(tmp_path / "other")
+    rule = 'match: "lm_head", method: unquantized, source: other'
+    (problem,) = mixed_plan(model, rule, other=other).errors
+    assert "holds no lm_head" in str(problem)
 
 
 def test_fused_conflict_names_both_rules_and_the_remedy(model: Path) -> None:

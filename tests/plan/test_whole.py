@@ -70,7 +70,19 @@ def test_head_is_needed_unless_it_is_tied(tmp_path: Path) -> None:
     config, tensors = llama()
     assert missing(tmp_path, config, tensors) == []
     (text,) = missing(tmp_path / "untied", {**config, "tie_word_embeddings": False}, tensors)
-    assert text.startswith("lm_head: the checkpoint lacks it: tie_word_embeddings is false")
+    assert text.startswith("lm_head: the checkpoint lacks it: tie_word_embeddings is not true")
+    # Llama's class has a head of its own by itself, Gemma's has not
+    del config["tie_word_embeddings"]
+    assert missing(tmp_path / "unsaid", config, tensors) == [text]
+    config |= {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
+    assert missing(tmp_path / "gemma", config, tensors) == []
+
+
+def test_embedding_of_positions_is_no_head(tmp_path: Path) -> None:
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 96}
+    tensors = {"wpe.weight": ("BF16", (64, 128)), "wte.weight": ("BF16", (96, 128))}
+    made = plan(write_headers(tmp_path, config, tensors), RULE, head="untie_lm_head: true\n")
+    assert made.by_name["lm_head"].outputs["weight"].shape == (96, 128)
 
 
 def test_biases_are_those_of_config_json(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_resolved_preset_loads_again(write: Write) -> None:
     assert [rule.patterns for rule in again.rules] == [rule.patterns for rule in preset.rules]
 
 
+@pytest.mark.slow
 def test_list_bomb_is_refused_before_it_grows(refuse: Refuse) -> None:
     rules = "".join(f"  - {{match: '{'${lists.hot}' * 200}', method: awq}}\n" for _ in range(4))
     tracemalloc.start()

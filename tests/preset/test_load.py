@@ -308,6 +308,7 @@ def test_thousands_of_mistakes_are_told_in_little_time(write: Write, reference: 
     assert len(str(caught.value)) < 300 * len(names)
 
 
+@pytest.mark.slow
 def test_long_names_are_compared_in_little_time(write: Write) -> None:
     names = [f"{a}{b}{c}" * 20 for a in "abcdef" for b in "ghijk" for c in "lmnop"] * 5
     schemes = "".join(f"  {name}{n}x: {{method: fp8}}\n" for n, name in enumerate(names))

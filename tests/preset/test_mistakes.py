@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixedprec_plugin.errors import PresetError
-from mixedprec_plugin.preset.load import load_preset
+from mixedprec_plugin.preset.load import load_preset, load_resolved
 from tests.checkpoints import write_llama
 from tests.commands import run
 
@@ -115,14 +115,39 @@ def test_an_id_of_the_hub_is_no_folder_beside(tmp_path: Path) -> None:
     assert [one.path for one in sources.values()] == ["Qwen/Qwen3-8B-AWQ", "/models/x"]
 
 
-def test_schemes_and_sources_that_nothing_uses_are_warned_of(tmp_path: Path) -> None:
+def test_a_list_that_replaces_none_of_the_parent_names_the_one_that_was_meant(
+    tmp_path: Path,
+) -> None:
+    parent = HEAD + '  - {match: "*.${lists.hot}.*", method: fp8}\nlists: {hot: [1]}\n'
+    (tmp_path / "parent.yaml").write_text(parent)
+    (tmp_path / "p.yaml").write_text("version: 1\nextends: parent\nlists: {hto: [2]}\n")
+    assert list(map(str, load_preset(tmp_path / "p.yaml").warnings)) == [
+        f"{tmp_path}/p.yaml:3: lists.hto: no pattern uses this list; did you mean 'hot'?"
+    ]
+
+
+def test_a_list_of_a_preset_that_was_resolved_is_not_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(HEAD + '  - {match: "*.${lists.hot}.*", method: fp8}\nlists: {hot: [1]}\n')
+    resolved = load_preset(path).resolved
+    assert "${" not in str(resolved["rules"])
+    assert load_resolved(resolved, "config.json").warnings == ()
+
+
+def test_what_nothing_uses_is_warned_of(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "model")
     preset = tmp_path / "p.yaml"
-    preset.write_text(f"{RULES}schemes:\n  b: {{method: awq}}\nsources:\n  s: {{path: x}}\n")
-    code, _, err = run("plan", "--model", model, "--preset", preset)
+    preset.write_text(
+        f"{RULES}schemes:\n  b: {{method: awq}}\nsources:\n  s: {{path: x}}\nlists: {{hot: [1]}}\n"
+    )
+    added = "schemes.c.method=awq"
+    code, _, err = run("plan", "--model", model, "--preset", preset, "--set", added)
     assert code == 0
     unused = f"mixedprec: warning: {preset}"
     assert err.splitlines() == [
         f"{unused}:5: schemes.b: no rule uses this scheme; give it a rule, or take it away",
         f"{unused}:7: sources.s: no rule takes layers from this source; give it a rule",
+        f"{unused}:8: lists.hot: no pattern uses this list; give it a rule, or take it away",
+        f"mixedprec: warning: --mixedprec-set {added}: no rule uses this scheme; give it a rule, "
+        "or take it away",
     ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,11 @@ def test_keys_and_documents_are_checked(refuse: Refuse, text: str, message: str)
             "indent with spaces, not tabs",
         ),
         (
+            "rules:\n  -\tmatch: a\n  \tmethod: b\n",
+            "p.yaml:2: is not YAML: found character '\\t' that cannot start any token; "
+            "indent with spaces, not tabs",
+        ),
+        (
             "schemes:\n  a: {b: ${schemes.c}}\n",
             "p.yaml:2: is not YAML: a ',' or '}' is missing before this; "
             'within { } or [ ] put interpolations in quotes: "${schemes.NAME}"',
@@ -183,6 +189,20 @@ def test_text_that_is_not_utf8_is_refused_with_its_line(write: Write) -> None:
 
 def test_byte_order_mark_is_read_over(write: Write) -> None:
     assert load_preset(write("p.yaml", "\ufeff" + RULES)).rules[0].scheme.method == "awq"
+
+
+def test_a_character_that_json_writes_in_two_halves_is_one(write: Write, refuse: Refuse) -> None:
+    path = write("p.yaml", json.dumps({"version": 1, "description": "\U0001f600"}) + "\n")
+    assert "\\ud83d\\ude00" in path.read_text()
+    assert reader.read_file(path, Findings()).data["description"] == "\U0001f600"
+    assert refuse(f'{RULES}description: "x\\ud83d"\n') == [
+        "p.yaml:3: description: 'x\\ud83d' has half of a character in it; "
+        "write the character itself"
+    ]
+
+
+def test_a_key_that_is_no_text_is_one_problem(refuse: Refuse) -> None:
+    assert len(refuse(f"{RULES}? [a]\n: 3\n")) == 1
 
 
 def test_windows_line_ends_are_read(write: Write) -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from mixedprec_plugin.methods.foreign.compressed_tensors import codec as pack_quantized
+from mixedprec_plugin.methods.foreign.compressed_tensors import read_config
 from mixedprec_plugin.methods.foreign.compressed_tensors.fp4 import codec as fp4_packed
 from mixedprec_plugin.methods.nvfp4 import codec as nvfp4
 from mixedprec_plugin.quantize import scaled
 
+# the library imports all of transformers
+pytestmark = pytest.mark.slow
 N, K = 72, 192
 
 
@@ -82,6 +85,17 @@ def test_pack_quantized_in_activation_order_is_what_the_library_unpacks() -> Non
     assert torch.equal(ours, theirs("pack-quantized", stored, made))
     in_order = {k: v for k, v in stored.items() if k != "weight_g_idx"}
     assert not torch.equal(ours, pack_quantized.read(in_order, arguments).dequantize())
+
+
+@pytest.mark.parametrize("order", ["group", "dynamic", "weight", "static", True, False, None])
+def test_order_of_groups_is_told_as_the_library_reads_it(order: Any) -> None:
+    from compressed_tensors.quantization import ActivationOrdering
+
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": order}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    told = read_config({"format": "pack-quantized", "config_groups": groups}, "").facts
+    theirs = scheme(**weights).weights.actorder
+    assert bool(told.get("desc_act")) is (theirs == ActivationOrdering.GROUP)
 
 
 @pytest.mark.parametrize(

@@ -86,3 +86,17 @@ def test_strided_input_is_packed_by_value(bits: int) -> None:
     assert torch.equal(pack(array.t(), bits), pack(array.t().contiguous(), bits))
     words = pack(array, bits)
     assert torch.equal(unpack(words.t(), bits), unpack(words.t().contiguous(), bits))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_single_row_or_column_is_packed_however_it_lies(bits: int) -> None:
+    codes = (torch.arange(32) % (1 << bits)).to(torch.uint8)
+    number = sum(int(code) << (bits * i) for i, code in enumerate(codes))
+    expected = torch.frombuffer(bytearray(number.to_bytes(4 * bits, "little")), dtype=torch.int32)
+    # strides of dimensions of one are anything
+    row = torch.empty_strided((1, 32), (1, 1), dtype=torch.uint8).copy_(codes)
+    assert torch.equal(pack(row, bits), expected[None])
+    words = torch.empty_strided((bits, 1), (1, 7), dtype=torch.int32).copy_(expected[:, None])
+    assert torch.equal(unpack(words.t(), bits), codes[None])
+    if bits != 3:
+        assert torch.equal(unpack(words, bits), codes.view(bits, -1))

@@ -277,6 +277,7 @@ def test_card_that_holds_nothing_of_it_is_refused_with_what_fits(tmp_path: Path)
         (["--bits", "5", "--budget", "1GiB"], "--bits and --budget"),
         (["--context", "8k"], "--context: is for a GPU"),
         (["--bits", "5", "--concurrency", "4"], "add --context TOKENS"),
+        (["--bits", "5", "--kv-cache-dtype", "auto"], "add --context TOKENS"),
         (["--bits", "5", "--methods", "awq,foo"], "'foo' is not known"),
         (["--bits", "5", "--methods", "bf16"], "'bf16' quantizes nothing"),
         (["--bits", "5", "--windows", "3"], "--windows: is for scores, and --fast makes none"),

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.peers import FOLDERS
+from tests.checkpoints import llama_config, llama_tensors, write_checkpoint
 from tests.commands import run
 from tests.presets import write_preset
 from tests.quantize.peers import EXPECTED
@@ -161,6 +162,34 @@ class TestFolded:
         assert verify(model, reference)[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("larger", "smaller", "rounded"),
+    [
+        ("self_attn.v_proj", "", "*.o_proj"),
+        ("mlp.up_proj", "", "*.down_proj"),
+        ("input_layernorm", "", "*.{q,k,v}_proj"),
+        # of gate and up, up alone makes up for it
+        ("post_attention_layernorm", "mlp.up_proj", "*.{gate,up}_proj"),
+    ],
+)
+@pytest.mark.parametrize("factor", [1.04, 1.2])
+def test_a_factor_is_not_excused_by_coarse_codes_behind_it(
+    tmp_path: Path, larger: str, smaller: str, rounded: str, factor: float
+) -> None:
+    config = llama_config(num_hidden_layers=1)
+    tensors = llama_tensors(config)
+    reference = write_checkpoint(tmp_path / "reference", config, tensors)
+    for layer, times in ((larger, factor), (smaller, 1 / factor)):
+        if layer:
+            name = f"model.layers.0.{layer}.weight"
+            tensors[name] = (tensors[name].float() * times).bfloat16()
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    preset = write_preset(tmp_path, f'match: "{rounded}", method: gptq, group_size: -1')
+    flags = ("--preset", preset, "--reference", reference)
+    assert run("verify", "--model", reference, *flags)[0] == 0
+    assert run("verify", "--model", model, *flags)[0] == 1
+
+
 def test_threshold_of_a_method_can_be_chosen(reference: Path, tmp_path: Path) -> None:
     model = write_slices(tmp_path / "model", "peers", "gptqmodel-gptq-g64")
     assert verify(model, reference, "--threshold", "gptq=0.01")[0] == 1
@@ -173,6 +202,7 @@ def test_threshold_of_a_method_can_be_chosen(reference: Path, tmp_path: Path) ->
     ("text", "message"),
     [
         ("gptq", "--threshold: 'gptq' is no threshold (expected METHOD=VALUE, such as gptq=0.3)"),
+        ("gptq=1e999", "--threshold: 'gptq=1e999' is no threshold (expected METHOD=VALUE, such as"),
         ("gptq=-1", "--threshold: 'gptq=-1' is no threshold"),
         ("gptq=nan", "--threshold: 'gptq=nan' is no threshold"),
         ("gptk=1", "--threshold: unknown method 'gptk' (expected bf16, "),

@@ -84,7 +84,9 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
             return None
         arguments = {"weight_block_size": found.facts["block"], "activation_scheme": "dynamic"}
     elif found := scaled.recognize_served(tensors, said, CODES, "weight_scale"):
-        if tensors["weight_scale"].shape not in ((), (1,)):
+        # where activations are not quantized, `auto` alone serves a layer so
+        has_inputs = said.of(NAME).get("inputs", {}) is not None
+        if tensors["weight_scale"].shape not in ((), (1,)) or not has_inputs:
             return None
         activations = "static" if "input_scale" in tensors else "dynamic"
         arguments = {"weight_block_size": None, "activation_scheme": activations}

@@ -37,13 +37,11 @@ _ENOUGH, _SAMPLE, _FEW = 32, 512, 8
 
 
 def _words(bits: int) -> Words:
-    def pack_zeros(zeros: torch.Tensor) -> torch.Tensor:
-        # `contiguous` would keep the strides of a single row, which cannot be viewed as words
-        rows = (zeros - 1).to(torch.uint8).t().clone(memory_format=torch.contiguous_format)
-        return pack(rows, bits)
-
     return Words(
-        bits, along_k=32 // bits, pack=lambda codes: pack(codes, bits).t(), pack_zeros=pack_zeros
+        bits,
+        along_k=32 // bits,
+        pack=lambda codes: pack(codes, bits).t(),
+        pack_zeros=lambda zeros: pack((zeros - 1).to(torch.uint8).t(), bits),
     )
 
 

@@ -111,6 +111,7 @@ METHOD = Method(
         "" if stored.numbers == "fp4" and stored.facts.get("group_size") == GROUP_SIZE else None
     ),
     sglang="mixedprec_plugin.methods.mxfp4.sglang",
+    serves_linear=False,
     adds_expert_biases=True,
     moe_kernels="marlin",
     moe_backends=frozenset({"marlin"}),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mixedprec_plugin.cli.inspect import InspectedLayer
 from mixedprec_plugin.methods.interface import LayerShape, Target
 from mixedprec_plugin.methods.recognition import faults_as_stored
 from mixedprec_plugin.methods.registry import METHODS
@@ -85,6 +86,15 @@ def test_gpus_before_hopper_are_refused() -> None:
         assert "use method: nvfp4" in text
     for gpu in ("H100", "B200", "RTX 5090"):
         assert texts(expert, gpu) == []
+
+
+@pytest.mark.parametrize("layout", [OWN, COMPRESSED])
+def test_linear_layers_that_are_stored_so_have_no_method(layout: dict[str, Any]) -> None:
+    """AMD's Quark writes some; what they were told to be written as was refused."""
+    stored = found(layout, name="model.layers.0.mlp.up_proj")
+    assert (stored.method, stored.is_readable) == ("", True)
+    assert InspectedLayer("model.layers.0.mlp.up_proj", "linear", stored, {}).use == "dequantize"
+    assert found(OWN, name=NAME).method == "mxfp4"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

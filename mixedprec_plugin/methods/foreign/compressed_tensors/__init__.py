@@ -16,6 +16,7 @@ Source: compressed-tensors `QuantizationConfig` and `PackedQuantizationCompresso
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +71,8 @@ def read_config(config: Mapping[str, Any], name: str) -> Said:
         facts["group_size"] = -1
     elif strategy == "block" and block:
         facts["block"] = block
-    if weights.get("actorder") in ("group", True):
+    facts |= said_keys(weights, actorder="actorder")
+    if weights.get("actorder") in ("group", "dynamic", True):
         facts["desc_act"] = True
     inputs = group.get("input_activations")
     facts["inputs"] = (
@@ -177,11 +179,12 @@ def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Faul
 
     Source: SGLang 0.5.23. Zero points are stored packed along N, [N / 8, K / G], and are neither
     turned (moe/fused_moe_triton/layer.py:1365) nor told from AWQ's, which are interleaved
-    (compressed_tensors_wNa16_moe.py:387). With act order a rank has the scales of all groups, of
-    which the loader fills its share (:148; layer.py:948). Marlin's kernels are not asked for the
-    shape, and take the repacked gate and up codes' width for K where one group is all of it (:370).
-    On compute capability 10.0 symmetric int4 in groups of 32 or 128 runs in Triton's kernel
-    (compressed_tensors.py:925).
+    (compressed_tensors_wNa16_moe.py:387). With any actorder but `static` a rank has the scales of
+    all groups, of which the loader fills its share (:141; layer.py:948), and `group` alone, not its
+    other name, `dynamic`, is asked for (:310). Marlin's kernels are not asked for the shape, and
+    take the repacked gate and up codes' width for K where one group is all of it (:370). On compute
+    capability 10.0 symmetric int4 in groups of 32 or 128, in no actorder, runs in Triton's kernel
+    (compressed_tensors.py:660).
     """
     if target.device != "cuda" or not shape.is_expert:
         return []
@@ -190,17 +193,19 @@ def faults(stored: StoredFormat, shape: LayerShape, target: Target) -> list[Faul
     if stored.numbers != "integers":
         return []
     texts = []
-    has_order = bool(stored.said.get("desc_act"))
+    size, bits = stored.said.get("group_size", stored.facts["group_size"]), stored.how["bits"]
+    order = stored.said.get("actorder")
     if not stored.facts["symmetric"]:
         texts.append("SGLang reads the zero points of such experts as if they were AWQ's")
-    if has_order and shape.tp_size > 1:
+    if order == "dynamic":
+        texts.append("SGLang ignores the order of groups of such experts unless actorder is group")
+    elif order and order != "static" and size != -1 and shape.tp_size > 1:
         texts.append(
-            f"SGLang gives each of {shape.tp_size} ranks a part of the scales, of which act order "
-            "(actorder) needs all"
+            f"SGLang makes room for all scales on each of {shape.tp_size} ranks, and fills a part "
+            f"of it, where config.json says actorder: {json.dumps(order)}"
         )
-    size, bits = stored.said.get("group_size", stored.facts["group_size"]), stored.how["bits"]
     is_sm100 = target.gpu is not None and target.gpu.capability == 100
-    if not (is_sm100 and not texts and not has_order and bits == 4 and size in (32, 128)):
+    if not (is_sm100 and not texts and not order and bits == 4 and size in (32, 128)):
         texts += marlin_faults(size, shape)
         if size == shape.K and len(shape.shard_sizes) > 1:
             texts.append(f"SGLang turns the scales of one group of {size} inputs")
