@@ -98,18 +98,25 @@ class Server:
         """GET a path, or POST a JSON body to it; the JSON that comes back, or a ServerError."""
         return json.loads(self._ask(path, body, timeout) or b"null")
 
-    def update_weights(self, model_path: Path, **more: str) -> None:
-        """Have the server load other weights, and forget what it cached of the ones before.
+    def flush_cache(self) -> None:
+        """Have the server forget what it cached of earlier prompts, once it is idle.
 
         SGLang lets go of a finished batch a moment after its last reply. Until then it does not
-        flush its cache, and an update fails though the weights are new. So we wait for it.
+        flush.
+        """
+        self._ask(f"/flush_cache?timeout={STOP_SECONDS:.0f}", None, 2 * STOP_SECONDS)
+
+    def update_weights(self, model_path: Path, **more: str) -> None:
+        """Have the server load other weights.
+
+        A server that is not idle yet loads them and fails to flush its cache: so we wait for it.
 
         Args:
             more: what else the request says, such as `load_format`.
         Raises:
             ServerError: the weights were refused, or the server fails.
         """
-        self._ask(f"/flush_cache?timeout={STOP_SECONDS:.0f}", None, 2 * STOP_SECONDS)
+        self.flush_cache()
         self.request("/update_weights_from_disk", {"model_path": str(model_path), **more})
 
     def _ask(self, path: str, body: Any, timeout: float) -> bytes:

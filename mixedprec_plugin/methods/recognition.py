@@ -22,6 +22,7 @@ from mixedprec_plugin.checkpoint.headers import StoredTensor
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.families.names import NEVER_QUANTIZED, last_component, layer_kind
 from mixedprec_plugin.families.table import DECODER
+from mixedprec_plugin.methods.auto import why_no_class
 from mixedprec_plugin.methods.foreign import FOREIGN
 from mixedprec_plugin.methods.foreign.named import BUFFERS, is_coded, unrecognized
 from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Method, Target
@@ -73,14 +74,14 @@ def recognize(
         CheckpointError: a pattern in `quantization_config` is no regular expression.
     """
     said = said_of(quantization_config, name)
-    method = str(quantization_config.get("quant_method") or "")
+    no_class = why_no_class(quantization_config)
     for one in formats():
         if found := one.recognize(tensors, said):
             found = dataclasses.replace(
                 found,
                 said=said.of(found.encoding) if found.encoding else {},
                 disagreements=(*found.disagreements, *_contradictions(found, said)),
-                method_said=method,
+                no_class=no_class,
                 format=one.name,
             )
             found = _with_what_is_beside(found, tensors, quantization_config, name)
@@ -88,7 +89,7 @@ def recognize(
     # a projection has a matrix, whatever its tensors are called; of experts in one tensor that
     # cannot be sliced the plan says why
     if (is_coded(tensors) or name.endswith("_proj")) and not is_fused(name, tensors):
-        return dataclasses.replace(unrecognized(tensors), method_said=method)
+        return dataclasses.replace(unrecognized(tensors), no_class=no_class)
     return None
 
 

@@ -145,7 +145,7 @@ class StoredFormat:
         turns: what its inputs and outputs are multiplied by as it runs, one a side at most.
         matrices: the tensors of `turns`, which may lie with another layer.
         obstacle: why the layer computes something else than its weight says; empty if it does not.
-        method_said: `quant_method` of config.json, by which SGLang chooses its own class.
+        no_class: why SGLang has no class that reads it as config.json says; empty if it has.
         disagreements: where the tensors contradict config.json or each other.
         format: name of the `interface.Format` that recognized it; empty where none did.
     """
@@ -169,7 +169,7 @@ class StoredFormat:
     turns: tuple[Turn, ...] = ()
     matrices: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
     obstacle: str = ""
-    method_said: str = ""
+    no_class: str = ""
     disagreements: tuple[str, ...] = ()
     format: str = ""
 

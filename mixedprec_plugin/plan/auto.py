@@ -149,10 +149,10 @@ def find_auto_notes(layer: PlannedLayer) -> list[tuple[str, str]]:
     """(text, no remedy) for what the CPU platform does otherwise than CUDA."""
     if not is_auto(layer.rule) or layer.action != "dequantize" or layer.stored is None:
         return []
-    inputs = layer.stored.said.get("inputs")
-    text = (
-        f"is dequantized here: no method of the CPU platform runs {layer.stored.description}; on "
-        f"CUDA it runs as stored{', with quantized activations' if inputs else ''}"
-        f"{', if SGLang has a kernel for such experts' if layer.kind == 'expert' else ''}"
-    )
+    stored = layer.stored
+    text = f"is dequantized here: no method of the CPU platform runs {stored.description}"
+    if not stored.no_class:
+        text += "; on CUDA it runs as stored"
+        text += ", with quantized activations" if stored.said.get("inputs") else ""
+        text += ", if SGLang has a kernel for such experts" if layer.kind == "expert" else ""
     return [(text, "")]

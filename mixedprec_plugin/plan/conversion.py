@@ -258,12 +258,11 @@ def _why_not_auto(stored: StoredFormat, target: Target, described: str) -> Fault
         text = f"{described}, which the CPU platform does not read"
         return None if stored.is_readable else Fault("stored-format", text, remedy)
     bf16 = f"match it with {to_dequantize(target.dtype)} to dequantize it"
-    otherwise = f", or {bf16}" if stored.is_readable else ""
-    if not stored.method_said:
-        # SGLang has classes that are not known here, where config.json names one
-        text = f"{described}, and config.json names no quant_method that could read it"
-        remedy = "write a quantization_config with the tool's quant_method into it"
-        return Fault("stored-format", text, f"{remedy}{otherwise}")
+    if stored.no_class:
+        remedy = bf16 if stored.is_readable else _OTHER_FORMAT
+        if stored.method:
+            remedy = f"write {_as_written(stored)}"
+        return Fault("stored-format", f"{described}, and {stored.no_class}", remedy)
     if stored.format and stored.disagreements:
         text = f"{stored.disagreements[0]}, which method: auto would go by"
         return Fault("auto-config", text, "correct config.json, or name the layer's method")

@@ -92,7 +92,7 @@ def test_any_part_is_that_part_of_the_whole(model: Path, scheme: str) -> None:
         ("gptq", "awq"),
         ("gptq", "fp8_channel, requantize: true"),
         ("fp8_channel", "int8, requantize: true"),
-        ("fp8_channel", "auto"),
+        ("fp8_block", "auto"),
     ],
 )
 def test_parts_of_what_is_stored_otherwise_are_of_the_whole(
@@ -110,4 +110,4 @@ def test_parts_of_what_is_stored_otherwise_are_of_the_whole(
 
 def test_zero_points_of_stored_codes_are_told_where_only_parts_are_read(tmp_path: Path) -> None:
     folder = write_slices(tmp_path / "model", "peers", "gptqmodel-asym-g64")
-    assert_parts_are_of_the_whole(made(folder, "auto"), Reading(), least=2)
+    assert_parts_are_of_the_whole(made(folder, "unquantized"), Reading(), least=2)

@@ -20,6 +20,7 @@ from tests.checkpoint.peer_experts import MODULE, NUM_EXPERTS, write_experts
 from tests.checkpoint.peers import FOLDERS
 from tests.checkpoint.test_formats import DETECTED
 from tests.checkpoints import write_checkpoint
+from tests.plan.test_auto import NO_CLASS
 from tests.presets import plan, preset, problem_texts
 from tests.tensors import same_bytes
 
@@ -41,6 +42,10 @@ def test_every_tensor_passes_as_stored_to_cuda(tmp_path: Path, peer: str) -> Non
     if peer == ASYMMETRIC:
         texts = [problem.what for problem in made.errors]
         assert texts == ["SGLang reads the zero points of such experts as if they were AWQ's"]
+        return
+    if peer in NO_CLASS:
+        (problem,) = made.errors
+        assert str(problem).endswith(NO_CLASS[peer])
         return
     assert not made.errors
     (group,) = made.expert_groups[MODULE]
@@ -67,8 +72,9 @@ def test_cpu_runs_our_methods_as_themselves_and_dequantizes_the_rest(
     assert (layer.method, layer.action) == ("bf16", "dequantize")
     notes = [text for text in problem_texts(made) if "dequantized here" in text]
     assert notes
-    assert all("it runs as stored" in text for text in notes)
-    assert all(text.endswith("if SGLang has a kernel for such experts") for text in notes)
+    on_cuda = [text.partition("; on CUDA it runs as stored")[2] for text in notes]
+    assert all(x.endswith("if SGLang has a kernel for such experts") for x in on_cuda if x)
+    assert all(bool(x) == (peer not in NO_CLASS) for x in on_cuda)
 
 
 def test_experts_that_a_source_leaves_unquantized_stay_so(tmp_path: Path) -> None:
@@ -172,7 +178,7 @@ def _two_sources(tmp_path: Path, rule: str, device: Any) -> Plan:
 
 
 def test_what_is_known_by_name_only_is_refused_on_the_cpu(tmp_path: Path) -> None:
-    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "hqq"}}
+    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "modelopt"}}
     expert = f"{MODULE}.0.up_proj"
     tensors = {f"{expert}.W_q": torch.zeros(8, 8, dtype=torch.uint8)}
     model = write_checkpoint(tmp_path / "model", config, tensors)

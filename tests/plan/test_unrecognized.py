@@ -70,7 +70,7 @@ def test_auto_refuses_what_nothing_could_read(
 
 
 def test_auto_leaves_it_to_the_class_that_config_json_names(tmp_path: Path) -> None:
-    folder = write(tmp_path / "model", UNKNOWN[0], quantization_config={"quant_method": "newest"})
+    folder = write(tmp_path / "model", UNKNOWN[0], quantization_config={"quant_method": "w4afp8"})
     assert not plan(folder, 'match: "*", method: auto').errors
 
 

@@ -55,7 +55,11 @@ def greedy(server: Server, text: str, num_tokens: int = 16) -> list[int]:
 
 
 def generate(server: Server, text: str, **sampling: Any) -> Any:
-    """What /generate answers, with the log-probabilities of what it generated."""
+    """What /generate answers, with the log-probabilities of what it generated.
+
+    Nothing is cached: what one scale a tensor makes of activations depends on the tokens beside.
+    """
+    server.flush_cache()
     body = {
         "text": text,
         "sampling_params": {"temperature": 0, **sampling},

@@ -7,7 +7,89 @@ layer becomes is in `plan.auto`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mixedprec_plugin.methods.interface import Method, Rounding
+
+# quant_method -> what SGLang 0.5.23's class for it on CUDA asks config.json for
+# (layers/quantization/__init__.py:63). Of what is registered there bitsandbytes and GGUF need
+# loaders of their own, and the rest stores nothing or is for other devices.
+CLASSES: Mapping[str, tuple[str, ...]] = {
+    "auto-round": ("bits", "group_size", "sym"),
+    "auto-round-int8": (),
+    "awq": ("bits", "group_size", "zero_point"),
+    "awq_marlin": ("bits", "group_size", "zero_point"),
+    "blockwise_int8": ("activation_scheme",),
+    "compressed-tensors": (),
+    "fp8": ("activation_scheme",),
+    # Marlin's (gptq/gptq.py:459); plain GPTQ has no class on CUDA
+    "gptq": ("bits", "group_size", "sym", "desc_act"),
+    "gptq_marlin": ("bits", "group_size", "sym", "desc_act"),
+    "humming": (),
+    "minimax_m3_nvfp4": (),
+    "modelopt": (),
+    "modelopt_fp4": (),
+    "modelopt_fp8": (),
+    "modelopt_mixed": (),
+    "mxfp4": (),
+    "mxfp8": ("activation_scheme",),
+    "quark": ("export",),
+    "w4afp8": (),
+    "w8a8_fp8": (),
+    "w8a8_int8": (),
+}
+# AWQ's own name of a key (awq/awq.py:128)
+_OTHER_NAMES = {"bits": "w_bit", "group_size": "q_group_size"}
+# the group sizes of Marlin's kernels (marlin_utils.py:44)
+_GROUP_SIZES = (-1, 32, 64, 128)
+# quark/quark.py:799, 830
+_QUARK = ("fp8_e4m3", "fp4")
+
+
+def why_no_class(config: Mapping[str, Any]) -> str:
+    """Return why no class of SGLang reads what a `quantization_config` says; empty if one does.
+
+    Source: `get_quantization_config`, and `override_quantization_method` and `from_config` of its
+    classes.
+    """
+    name = str(config.get("quant_method") or "").lower()
+    if not name:
+        return "config.json names no quant_method that could read it"
+    if name not in CLASSES:
+        return f"SGLang has no class for quant_method {name!r}"
+    is_awq = name == "awq"
+    missing = [
+        key
+        for key in CLASSES[name]
+        if config.get(key) is None and not (is_awq and _OTHER_NAMES.get(key) in config)
+    ]
+    if missing:
+        return f"SGLang's class for {name!r} needs {' and '.join(missing)} in quantization_config"
+    bits = config.get("w_bit", config.get("bits"))
+    if is_awq and bits != 4:
+        return f"SGLang reads AWQ of 4 bits only, not {bits}"
+    if name == "quark" and (dtype := _quark_dtype(config)) not in _QUARK:
+        return f"SGLang reads {' and '.join(_QUARK)} of Quark's types only, not {dtype}"
+    return _why_not_marlin(config) if name == "gptq" else ""
+
+
+def _quark_dtype(config: Mapping[str, Any]) -> Any:
+    whole = config.get("global_quant_config")
+    weight = whole.get("weight") if isinstance(whole, Mapping) else None
+    # others are of single layers
+    return weight.get("dtype") if isinstance(weight, Mapping) else _QUARK[0]
+
+
+def _why_not_marlin(config: Mapping[str, Any]) -> str:
+    runs = "SGLang runs GPTQ in Marlin's kernels only"
+    if config.get("checkpoint_format") == "marlin" or config.get("is_marlin_format"):
+        return f"{runs}, and does not read what is packed for them already"
+    if config["bits"] in (4, 8) and config["sym"] and config["group_size"] in _GROUP_SIZES:
+        return ""
+    said = ", ".join(f"{key} {config[key]}" for key in ("bits", "group_size", "sym"))
+    return f"{runs}, of 4 or 8 symmetric bits in groups of 32, 64, 128 or -1, not with {said}"
+
 
 METHOD = Method(
     name="auto",
