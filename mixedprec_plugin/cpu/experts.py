@@ -202,6 +202,22 @@ def prepare_channels(
     return weighed(multiply, x.dtype)
 
 
+def prepare_rows(
+    layer: FusedMoE, quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[Prepare, Prepare]:
+    """Prepare activations for experts with a scale a channel, gate and up and then down.
+
+    Args:
+        layer: holds `w13_weight`, `w2_weight` [E, N, K] and a `..._scale` [E, N, 1] each.
+        quantize: as of `prepare_channels`.
+    """
+    prepare = functools.partial(prepare_channels, quantize)
+    return (
+        functools.partial(prepare, layer.w13_weight.data, layer.w13_weight_scale.data),
+        functools.partial(prepare, layer.w2_weight.data, layer.w2_weight_scale.data),
+    )
+
+
 def weighed(multiply: Callable[[int, Rows], torch.Tensor], dtype: torch.dtype) -> Product:
     """Make (expert, rows) -> float32 [t, N] a product of activations in a dtype, see `weigh`."""
 

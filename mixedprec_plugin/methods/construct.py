@@ -19,8 +19,6 @@ from mixedprec_plugin.methods.registry import METHODS
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.base_config import QuantizationConfig
 
-FALLBACK = "cuda_fallback"
-
 
 def build_config(
     method: str, arguments: Arguments, platform: str, capability: int | None = None
@@ -42,7 +40,9 @@ def build_config(
     keywords = spec.config_arguments(arguments, key)
     check_signature(config_class, keywords, method)
     try:
-        with _without_remarks():
+        # its configs take their arguments for a checkpoint's own, and tell of it: `Detected fp8
+        # checkpoint.` (layers/quantization/fp8.py:284)
+        with quieted("sglang.srt.layers.quantization", logging.WARNING):
             config: QuantizationConfig = config_class(**keywords)
     except ValueError as error:
         what = f"{config_class.__name__} of SGLang {sglang_version()} refuses it: {error}"
@@ -51,31 +51,24 @@ def build_config(
 
 
 @contextlib.contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Keep SGLang from telling of a checkpoint what a preset has asked for.
-
-    Its configs take their arguments for a checkpoint's own: `Detected fp8 checkpoint.`
-    (layers/quantization/fp8.py:284).
-    """
-    logger = logging.getLogger("sglang.srt.layers.quantization")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+def quieted(name: str, level: int) -> Iterator[None]:
+    """Keep what a logger says below a level out of the log."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 def config_key(spec: Method, platform: str, capability: int | None) -> str:
     """Return the key of `config_classes` for a platform, or for a key itself.
 
-    Old GPUs may have a class of their own; `capability` is None where there is no GPU.
-
     Raises:
         MethodError: the method has no class there.
     """
-    old = capability is not None and capability < spec.fallback_below
-    key = FALLBACK if platform == "cuda" and old else platform
+    key = spec.config_key(platform, capability)
     if key in spec.config_classes:
         return key
     what = f"has no SGLang config class on {platform!r} (expected {', '.join(spec.config_classes)})"

@@ -98,6 +98,15 @@ def why_not_integers(
     return ""
 
 
+def why_not_symmetric(stored: StoredFormat, method: str, may_round: bool) -> str:
+    """Say why integers cannot be those of a method that is served symmetric only; else empty."""
+    symmetric = stored.facts.get("symmetric", stored.said.get("symmetric"))
+    if symmetric is None:
+        is_told = stored.encoding == method or not may_round
+        return "" if is_told else "nothing tells that it is symmetric"
+    return "" if symmetric else f"it is asymmetric, and {method} is served symmetric only"
+
+
 def packed_shapes(tensors: Tensors) -> tuple[tuple[int, ...], ...] | None:
     """The shapes of a "qweight" int32, "qzeros" int32 and "scales"; None where they are no such."""
     found = [tensors[suffix] for suffix in PACKED if suffix in tensors]

@@ -238,6 +238,15 @@ class Method(Format):
         """The name and the aliases."""
         return (self.name, *self.aliases)
 
+    def config_key(self, platform: str, capability: int | None) -> str:
+        """The key of `config_classes` for a platform; old GPUs may have a class of their own.
+
+        Args:
+            capability: CUDA compute capability; None where there is no GPU, or it is not known.
+        """
+        is_old = capability is not None and capability < self.fallback_below
+        return "cuda_fallback" if platform == "cuda" and is_old else platform
+
     def holds(
         self,
         arguments: Arguments,

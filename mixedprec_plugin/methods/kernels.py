@@ -10,9 +10,8 @@ _OF_EXPERTS = {"triton": "fused_moe_kernel", "marlin": "Marlin", "": ""}
 
 def config_class(method: str, target: Target) -> str:
     """Name SGLang's config class of a method, `module:Class`; empty for its unquantized methods."""
-    spec, gpu = METHODS[method], target.gpu
-    is_fallback = target.device == "cuda" and gpu and gpu.capability < spec.fallback_below
-    return spec.config_classes.get("cuda_fallback" if is_fallback else target.device, "")
+    spec, capability = METHODS[method], target.gpu.capability if target.gpu else None
+    return spec.config_classes.get(spec.config_key(target.device, capability), "")
 
 
 def kernel(method: str, arguments: Arguments, shape: LayerShape, target: Target) -> str:

@@ -110,6 +110,13 @@ def e4m3_code(magnitude: Any) -> Any:
     return tiny if bits < _LEAST_NORMAL else normal
 
 
+@inlined
+def e4m3_value(code: Any) -> Any:
+    """The number of an e4m3 code that is not negative; of NaN's 480."""
+    normal = np.int32(np.int32(code << 20) + np.int32(120 << 23)).view(np.float32)
+    return normal if code >= 8 else np.float32(code) * np.float32(2.0**-9)
+
+
 @compiled
 def _ranges(weight: Array, size: int, low: Array, high: Array, start: int, stop: int) -> None:
     """As `ranges`, for some rows of a weight, int16 [N, K], the bits of bfloat16."""

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from mixedprec_plugin.quantize.compiled import e4m3_value
 from mixedprec_plugin.quantize.loops import compiled, inlined, over_rows
 
 Array = Any
-_TINY, _NAN = np.float32(2.0**-9), np.float32(np.nan)
+_NAN = np.float32(np.nan)
 
 
 def decode(
@@ -63,9 +64,7 @@ def decode_fp4(
 @inlined
 def _e4m3(code: Any) -> Any:
     magnitude = np.int32(code & np.int32(0x7F))
-    normal = np.int32(np.int32(magnitude << 20) + np.int32(120 << 23)).view(np.float32)
-    value = normal if magnitude >= 8 else np.float32(magnitude) * _TINY
-    value = _NAN if magnitude == 0x7F else value
+    value = _NAN if magnitude == 0x7F else e4m3_value(magnitude)
     sign = np.int32(np.int32(code & np.int32(0x80)) << 24)
     return np.int32(np.float32(value).view(np.int32) | sign).view(np.float32)
 

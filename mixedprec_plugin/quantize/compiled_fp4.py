@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixedprec_plugin.quantize.compiled import e4m3_code
+from mixedprec_plugin.quantize.compiled import e4m3_code, e4m3_value
 from mixedprec_plugin.quantize.loops import compiled, inlined, over_rows
 
 Array = Any
@@ -66,10 +66,7 @@ def _first_code(scale: Any, is_e8m0: Any) -> Any:
 
 @inlined
 def _scale(code: Any, is_e8m0: Any) -> Any:
-    if is_e8m0:
-        return np.int32(code << 23).view(np.float32)
-    normal = np.int32(np.int32(code << 20) + np.int32(120 << 23)).view(np.float32)
-    return normal if code >= 8 else np.float32(code) * np.float32(2.0**-9)
+    return np.int32(code << 23).view(np.float32) if is_e8m0 else e4m3_value(code)
 
 
 @inlined

@@ -19,7 +19,7 @@ import torch
 from mixedprec_plugin.quantize.checks import refuse, require_finite, take, take_matrix, weight_shape
 from mixedprec_plugin.quantize.chunks import empty, float_chunks, is_compiled, row_chunks
 from mixedprec_plugin.quantize.codec import Tensors
-from mixedprec_plugin.quantize.rounding import Levels, Tiles, divided
+from mixedprec_plugin.quantize.rounding import Levels, Pair, Tiles, divided
 from mixedprec_plugin.quantize.scaled import Scaled
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -99,9 +99,7 @@ class Fp4Tiles(Tiles):
     def levels(self) -> Levels:
         return Levels(1.0, 0.5, 2)
 
-    def candidates(
-        self, low: torch.Tensor, high: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def candidates(self, low: torch.Tensor, high: torch.Tensor) -> Pair:
         """Scales to try for blocks that range from `low` to `high`; see `Grid.candidates`.
 
         Raises:
@@ -125,9 +123,7 @@ class Mxfp4Tiles(Fp4Tiles):
     # a smaller one cuts off more than it makes finer
     ratios = (1.0, 2.0)
 
-    def candidates(
-        self, low: torch.Tensor, high: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def candidates(self, low: torch.Tensor, high: torch.Tensor) -> Pair:
         return Tiles.candidates(self, low, high)
 
     def store(self, magnitude: torch.Tensor) -> torch.Tensor:

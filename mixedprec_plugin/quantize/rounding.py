@@ -47,6 +47,7 @@ class Levels(NamedTuple):
     bits: int
 
 
+# scales and zero points
 Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 WHOLE = Levels(math.inf, 1.0, 0)
@@ -89,9 +90,7 @@ class Tiles:
     def levels(self) -> Levels:
         return Levels(2.0**-6, 2.0**-9, 4) if self.dtype.is_floating_point else WHOLE
 
-    def candidates(
-        self, low: torch.Tensor, high: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def candidates(self, low: torch.Tensor, high: torch.Tensor) -> Pair:
         """Scales to try for tiles that range from `low` to `high`; see `Grid.candidates`."""
         plain = torch.maximum(high, -low) / self.largest_code
         scales = self.store(_multiples(plain, self.ratios))
@@ -125,9 +124,7 @@ class Grid:
     def largest_code(self) -> int:
         return (1 << self.bits) - 1
 
-    def candidates(
-        self, low: torch.Tensor, high: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def candidates(self, low: torch.Tensor, high: torch.Tensor) -> Pair:
         """Scales and zero points to try for groups that range from `low` to `high`.
 
         Args:

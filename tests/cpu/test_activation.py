@@ -14,7 +14,7 @@ from mixedprec_plugin.cpu.activation import (
     quantize_int8_groups,
     quantize_int8_tokens,
 )
-from mixedprec_plugin.cpu.scaled_matmul import E4M3_UNIT, decode_e4m3
+from mixedprec_plugin.quantize.scaled import E4M3_UNIT, e4m3_halves
 
 SEEDS = st.integers(0, 2**31)
 
@@ -29,7 +29,7 @@ def _random(seed: int, num_tokens: int, K: int, dtype: torch.dtype) -> torch.Ten
 def test_every_e4m3_code_decodes_exactly():
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     codes = codes[(codes & 0x7F) != 0x7F].view(torch.float8_e4m3fn)
-    assert torch.equal(decode_e4m3(codes).float() * E4M3_UNIT, codes.float())
+    assert torch.equal(e4m3_halves(codes).float() * E4M3_UNIT, codes.float())
 
 
 @given(seed=SEEDS, dtype=st.sampled_from([torch.bfloat16, torch.float16]))

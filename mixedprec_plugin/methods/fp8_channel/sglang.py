@@ -8,8 +8,6 @@ on CUDA stay SGLang's own.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -18,7 +16,7 @@ from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 
 from mixedprec_plugin.cpu.activation import quantize_fp8_tokens
 from mixedprec_plugin.cpu.config import CpuConfig
-from mixedprec_plugin.cpu.experts import LoopedExperts, Prepare, prepare_channels
+from mixedprec_plugin.cpu.experts import LoopedExperts, Prepare, prepare_rows
 from mixedprec_plugin.cpu.linear import QuantizedLinear, multiply_channels
 
 UNSUMMED_EXPERTS = (w8a8_fp8.W8A8FP8MoEMethod,)
@@ -59,11 +57,7 @@ class W8A8FP8MoEMethod(LoopedExperts, w8a8_fp8.W8A8FP8MoEMethod):
     preset_name = "fp8_channel"
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
-        prepare = partial(prepare_channels, quantize_fp8_tokens)
-        return (
-            partial(prepare, layer.w13_weight.data, layer.w13_weight_scale.data),
-            partial(prepare, layer.w2_weight.data, layer.w2_weight_scale.data),
-        )
+        return prepare_rows(layer, quantize_fp8_tokens)
 
 
 class CpuChannelFp8Config(CpuConfig, ChannelFp8Config):

@@ -32,7 +32,7 @@ from mixedprec_plugin.methods.stored import (
 NAME = "gptq"
 
 _V1_PACKINGS = frozenset({"", "gptq", "auto_round:auto_gptq"})
-_V2 = "gptq_v2"
+V2 = "gptq_v2"
 _BITS = (4, 8)
 # of what config.json says of a layer that `dynamic` overrides: what it says of the others
 _WHOLE = "without dynamic"
@@ -131,7 +131,7 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
     g_idx, desc_act = tensors.get("g_idx"), bool(said.facts.get("desc_act"))
     if rest or bits not in _BITS:
         return unusable(tensors, label, N, K, encoding=NAME)
-    if packing not in {*_V1_PACKINGS, _V2}:
+    if packing not in {*_V1_PACKINGS, V2}:
         return unusable(tensors, f"{label} packed as {packing}", N, K, encoding=NAME)
     if group_size is None:
         return integers.ragged(tensors, label, N, K, groups, NAME)
@@ -140,7 +140,7 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
         return unusable(tensors, label, N, K, encoding=NAME, disagreements=(text,))
     if desc_act and g_idx is None:
         return incomplete(tensors, f"{label} with act order", ["g_idx"], NAME)
-    is_symmetric, is_v2 = bool(said.facts.get("symmetric", True)), packing == _V2
+    is_symmetric, is_v2 = bool(said.facts.get("symmetric", True)), packing == V2
     notes = {
         f"{label} group {group_size}": True,
         "asymmetric": not is_symmetric,
@@ -158,7 +158,7 @@ def recognize(tensors: Tensors, said: Said) -> StoredFormat | None:
         is_served=is_symmetric and not is_v2,
         numbers="integers",
         facts=facts,
-        how={**facts, "desc_act": desc_act, "checkpoint_format": _V2 if is_v2 else NAME},
+        how={**facts, "desc_act": desc_act, "checkpoint_format": V2 if is_v2 else NAME},
         filled={"g_idx": TensorSpec("I32", (K,))} if g_idx is None else {},
     )
 
@@ -182,11 +182,7 @@ def why_not_repack(
         return "its groups are in act order"
     if arguments["desc_act"] and not has_order:
         return "its groups are in no act order"
-    symmetric = stored.facts.get("symmetric", stored.said.get("symmetric"))
-    if symmetric is None:
-        is_told = stored.encoding == NAME or not may_round
-        return "" if is_told else "nothing tells that it is symmetric"
-    return "" if symmetric else "it is asymmetric, and gptq is served symmetric only"
+    return integers.why_not_symmetric(stored, NAME, may_round)
 
 
 def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:

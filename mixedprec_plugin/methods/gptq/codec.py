@@ -19,6 +19,7 @@ from functools import partial
 import torch
 
 from mixedprec_plugin.errors import MethodError, Problem
+from mixedprec_plugin.methods.gptq import V2
 from mixedprec_plugin.quantize.checks import refuse, resolve_group_size, take, take_matrix
 from mixedprec_plugin.quantize.codec import (
     Arguments,
@@ -31,7 +32,6 @@ from mixedprec_plugin.quantize.integers import Integers, Words, plain_order
 from mixedprec_plugin.quantize.packing import pack, unpack, unpack_along_k
 from mixedprec_plugin.quantize.rounding import Grid
 
-_V2 = "gptq_v2"
 # zero points that are not alike by chance, and rows whose mean tells something
 _ENOUGH, _SAMPLE, _FEW = 32, 512, 8
 
@@ -104,10 +104,10 @@ def _zero_points(tensors: Tensors, arguments: Arguments) -> torch.Tensor:
     first = int(stored[0, 0])
     if stored.numel() >= _ENOUGH and bool((stored == first).all()):
         if first not in (middle - 1, middle):
-            what = f"all are {first} (expected {middle - 1}, or {middle} in {_V2}, or several)"
+            what = f"all are {first} (expected {middle - 1}, or {middle} in {V2}, or several)"
             refuse("qzeros", what, "take the layer from another source", "zero-points")
         return torch.full_like(stored, middle)
-    is_v1 = arguments.get("checkpoint_format") != _V2
+    is_v1 = arguments.get("checkpoint_format") != V2
     rows = stored[:, :_SAMPLE].float()
     codes = unpack(qweight[:, :_SAMPLE].t(), bits).float()
     # a v1 zero of 0 is stored as the largest code
@@ -180,7 +180,7 @@ def take_stored(tensors: Tensors, arguments: Arguments, *, checks: bool) -> Tens
     zeros, most = _zero_points(tensors, arguments), (1 << bits) - 1
     if not checks:
         # a symmetric layer's are not read
-        is_v1 = arguments.get("checkpoint_format") != _V2
+        is_v1 = arguments.get("checkpoint_format") != V2
         said = unpack(tensors["qzeros"], bits).short() + int(is_v1)
         wrong = int((zeros != said).sum())
         if wrong and bool((zeros != 1 << (bits - 1)).any()):

@@ -125,10 +125,7 @@ def why_not_repack(
         return reason
     if stored.said.get("desc_act"):
         return "its groups are in act order"
-    symmetric = stored.facts.get("symmetric", stored.said.get("symmetric"))
-    if symmetric is None:
-        return "nothing tells that it is symmetric" if may_round else ""
-    return "" if symmetric else f"it is asymmetric, and {NAME} is served symmetric only"
+    return integers.why_not_symmetric(stored, NAME, may_round)
 
 
 def faults(arguments: Arguments, shape: LayerShape, target: Target) -> list[Fault]:

@@ -16,7 +16,7 @@ from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
 
 from mixedprec_plugin.cpu.activation import quantize_int8_tokens
 from mixedprec_plugin.cpu.config import CpuConfig
-from mixedprec_plugin.cpu.experts import LoopedExperts, Prepare, prepare_channels
+from mixedprec_plugin.cpu.experts import LoopedExperts, Prepare, prepare_rows
 from mixedprec_plugin.cpu.linear import QuantizedLinear, multiply_channels, multiply_rows
 from mixedprec_plugin.errors import MethodError, Problem
 from mixedprec_plugin.methods.construct import cuda_capability
@@ -59,11 +59,7 @@ class W8A8Int8MoEMethod(LoopedExperts, w8a8_int8.W8A8Int8MoEMethod):
     preset_name = "int8_channel"
 
     def prepare(self, layer: FusedMoE) -> tuple[Prepare, Prepare]:
-        prepare = partial(prepare_channels, quantize_int8_tokens)
-        return (
-            partial(prepare, layer.w13_weight.data, layer.w13_weight_scale.data),
-            partial(prepare, layer.w2_weight.data, layer.w2_weight_scale.data),
-        )
+        return prepare_rows(layer, quantize_int8_tokens)
 
 
 class CpuChannelInt8Config(CpuConfig, w8a8_int8.W8A8Int8Config):
