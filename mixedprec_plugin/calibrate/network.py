@@ -58,10 +58,8 @@ class Network:
         self.parts: dict[str, list[PlannedLayer]] = {}
         for layer in plan.layers:
             for suffix in _float_suffixes(layer):
-                key = f"{layer.name}.{suffix}" if layer.name else suffix
-                name, _ = rename_source_key(
-                    key, renamings, converters, self.model.base_model_prefix, known
-                )
+                key, prefix = layer.tensor_name(suffix), self.model.base_model_prefix
+                name, _ = rename_source_key(key, renamings, converters, prefix, known)
                 if layer.kind != "draft" and name in known:
                     self.parts.setdefault(name, []).append(layer)
         decoder = self.model.get_decoder()
@@ -128,7 +126,7 @@ class Network:
         held: Tensors = {}
         for layer in layers:
             made = self._compose(layer, self._plan.target, self._reader)
-            held |= {f"{layer.name}.{s}" if layer.name else s: t for s, t in made.items()}
+            held |= {layer.tensor_name(suffix): tensor for suffix, tensor in made.items()}
         convert_and_load_state_dict_in_model(self.model, held, self._loading)
         held.clear()
         self.model.tie_weights()

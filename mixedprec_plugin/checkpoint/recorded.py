@@ -21,6 +21,7 @@ from mixedprec_plugin.checkpoint.hub import fetch_if_missing, is_remote
 from mixedprec_plugin.errors import Problem
 
 PROVENANCE_NAME = "mixedprec_provenance.json"
+CALIBRATION_NAME = "mixedprec_calibration.json"
 
 _CHUNK = 1 << 20
 # of the safetensors library
@@ -127,6 +128,11 @@ def read_chunks(path: Path) -> Iterator[bytes]:
     with reading(path), open_plain(path) as file:
         while chunk := file.read(_CHUNK):
             yield chunk
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of plain data, the same for mappings whose keys stand in another order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -15,7 +15,7 @@ from mixedprec_plugin.cli.planning import (
     given,
     make_plan,
 )
-from mixedprec_plugin.convert.parts import parse_size
+from mixedprec_plugin.convert.parts import SHARD_SIZE, parse_size
 from mixedprec_plugin.errors import PlanError, Problem, UsageError, printable
 from mixedprec_plugin.plan.drafts import as_stored, own_draft, resolve_draft_plan, with_draft
 from mixedprec_plugin.plan.model import Plan
@@ -41,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="new folder; if an earlier run of the same command was stopped, it is continued",
     )  # fmt: skip
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of a file (5GB)"
-    )
+        "--max-shard-size", default=SHARD_SIZE, metavar="SIZE",
+        help=f"most bytes of a file ({SHARD_SIZE})",
+    )  # fmt: skip
     parser.add_argument(
         "--format", choices=("mixedprec", "compressed-tensors"), default="mixedprec",
         help="compressed-tensors: for stock SGLang and vLLM, where the plan can be written so",
@@ -145,8 +146,7 @@ def _written(args: argparse.Namespace, plan: Plan) -> Plan:
         remedy = "remove the section: they are written as they are stored"
         raise PlanError(Problem(f"{draft.path}: draft", what, remedy, "compressed-tensors"))
     made = resolve_draft_plan(draft or as_stored(plan.preset), plan.source, plan.target)
-    problems = (*made.problems, *made.not_calibrated())
-    return with_draft(plan, dataclasses.replace(made, problems=problems))
+    return with_draft(plan, made.servable())
 
 
 def _calibration(args: argparse.Namespace, plan: Plan, bar: Progress) -> Calibration | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import logging
 import platform
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mixedprec_plugin.cli.output import print_json
@@ -59,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Examine the installation and print the report; 1 if anything is wrong."""
-    with _quiet_sglang():
+    from mixedprec_plugin.methods.construct import quieted
+
+    # SGLang's chatter about each config; its errors still show
+    with quieted("sglang", logging.ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         findings = [*examine_versions(), *examine_sglang()]
     if args.json:
         print_json(_as_data(findings), out)
@@ -68,20 +71,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     else:
         _print_answer(findings, Page(out))
     return 1 if any(finding.status == "failed" for finding in findings) else 0
-
-
-@contextlib.contextmanager
-def _quiet_sglang() -> Iterator[None]:
-    """Keep SGLang's chatter about each config out of the report; its errors still show."""
-    logger = logging.getLogger("sglang")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def examine_versions() -> list[Finding]:

@@ -16,7 +16,7 @@ from mixedprec_plugin.cli.planning import (
     add_text_arguments,
     make_named_plan,
 )
-from mixedprec_plugin.errors import PlanError, Problem, UsageError
+from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.tables import Page
 
@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     """Compare the predictions of presets and converted folders with the unquantized model's."""
     check_plot(args.plot)
-    plans = {name or args.model: _plan(args, name) for name in args.presets or [""]}
+    plans = {
+        name or args.model: make_named_plan(args, name).servable().check()
+        for name in args.presets or [""]
+    }
     # the verbs that only read run without torch
     from mixedprec_plugin.evaluate.report import as_dict, draw, evaluate, print_rows
 
@@ -68,13 +71,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     else:
         print_rows(rows, args.text, Page(out), is_served=is_served)
     return 0
-
-
-def _plan(args: argparse.Namespace, named: str) -> Plan:
-    plan = make_named_plan(args, named).check()
-    if problems := plan.not_calibrated():
-        raise PlanError(problems)
-    return plan
 
 
 def _servers(args: argparse.Namespace, plans: Mapping[str, Plan], reference: Path) -> Servers:

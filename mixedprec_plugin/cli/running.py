@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 
 from mixedprec_plugin.errors import Problem, UsageError
+from mixedprec_plugin.serving.settings import DOCUMENT_ADDRESS, PLAN_ADDRESS
 
-_PATH = "/mixedprec/plan"
-_DOCUMENT = f"{_PATH}/document"
 _KEY = "MIXEDPREC_API_KEY"
 # a plan of 70,000 layers takes some
 _SECONDS = 60
@@ -25,7 +24,7 @@ def ask(address: str, *, document: bool = False) -> tuple[str, str]:
     """
     import httpx
 
-    url = f"{address.rstrip('/')}{_DOCUMENT if document else _PATH}"
+    url = f"{address.rstrip('/')}{DOCUMENT_ADDRESS if document else PLAN_ADDRESS}"
     key = os.environ.get(_KEY, "")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:

@@ -22,7 +22,7 @@ from mixedprec_plugin.cli.planning import (
     load_of,
     target_of,
 )
-from mixedprec_plugin.convert.parts import parse_size
+from mixedprec_plugin.convert.parts import SHARD_SIZE, parse_size
 from mixedprec_plugin.errors import PlanError, Problem, UsageError
 from mixedprec_plugin.plan.budget import Budget as CardBudget
 from mixedprec_plugin.plan.budget import gpu_budget, nearest_that_fits
@@ -272,7 +272,7 @@ def _convert(args: argparse.Namespace, plan: Plan, out: Path, bar: Progress) -> 
         calibration = Calibration(plan, options, bar, everything=False)
     task = bar.add_task("converting", total=None)
     convert(
-        plan, MixedForm(), out, parse_size("5GB"), calibration=calibration,
+        plan, MixedForm(), out, parse_size(SHARD_SIZE), calibration=calibration,
         progress=lambda done, total: bar.update(task, completed=done, total=total),
     )  # fmt: skip
     bar.remove_task(task)

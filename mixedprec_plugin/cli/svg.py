@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mixedprec_plugin.errors import printable
 from mixedprec_plugin.plan.document import place_of
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
-from mixedprec_plugin.plan.render import format_bytes, totals_line
+from mixedprec_plugin.plan.render import bits_a_weight, format_bytes, totals_line
 from mixedprec_plugin.resources import page_path
 
 _WIDTH, _HEIGHT, _HEAD, _FOOT = 1000, 520, 58, 34
@@ -41,12 +41,6 @@ class Tile(NamedTuple):
     def num_bytes(self) -> int:
         """What they take, served."""
         return sum(layer.bytes_after for layer in self.layers)
-
-    @property
-    def bits(self) -> float:
-        """Served bits a weight; 0 without a weight matrix."""
-        weights = sum(layer.num_weights for layer in self.layers)
-        return 8 * self.num_bytes / weights if weights else 0.0
 
 
 def _tiles(plan: Plan) -> list[Tile]:
@@ -104,11 +98,12 @@ def halved(sizes: Sequence[int], place: Rect) -> list[Rect]:
 
 
 def _tile(kind: Tile, place: Rect, scale: dict[str, Any]) -> str:
-    color = _color(kind.bits, scale)
+    bits = bits_a_weight(kind.layers)
+    color = _color(bits, scale)
     x, y, width, height = place
-    bits = f", {kind.bits:.2f} bits" if kind.bits else ""
     count = f"{len(kind.layers):,} layer{'s' if len(kind.layers) > 1 else ''}"
-    words = [kind.name, kind.method, f"{format_bytes(kind.num_bytes)}{bits}", count]
+    told = f", {bits:.2f} bits" if bits else ""
+    words = [kind.name, kind.method, f"{format_bytes(kind.num_bytes)}{told}", count]
     title = f"<title>{_text(', '.join(words))}</title>"
     shape = f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width - 1):.1f}" height="'
     shape += f'{max(0.0, height - 1):.1f}" fill="{color}"/>'

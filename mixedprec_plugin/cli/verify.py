@@ -8,7 +8,7 @@ from typing import TextIO
 
 from mixedprec_plugin.cli.output import print_json
 from mixedprec_plugin.cli.planning import add_planning_arguments, make_plan
-from mixedprec_plugin.errors import PlanError, Problem
+from mixedprec_plugin.errors import Problem
 from mixedprec_plugin.plan.tables import Page
 
 EXAMPLES = """
@@ -36,9 +36,7 @@ def run(args: argparse.Namespace, out: TextIO) -> Sequence[Problem]:
         errors of layers that are further from their reference than their method explains, or were
         not compared; warnings of those that it rounds badly.
     """
-    plan = make_plan(args).check()
-    if problems := plan.not_calibrated():
-        raise PlanError(problems)
+    plan = make_plan(args).servable().check()
     # the verbs that only read run without torch
     from mixedprec_plugin.checkpoint.reader import Reader, Reading
     from mixedprec_plugin.verify.report import (

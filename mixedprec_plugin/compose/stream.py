@@ -17,6 +17,8 @@ from mixedprec_plugin.plan.model import Plan, PlannedLayer, Rescale
 from mixedprec_plugin.quantize.codec import NotTheSameNumbersError, load_codec
 
 Tensors = dict[str, torch.Tensor]
+# (tensor name, tensor), one by one
+Weights = Iterator[tuple[str, torch.Tensor]]
 Quantize = Callable[[PlannedLayer, torch.Tensor, Target], Tensors]
 Compose = Callable[[PlannedLayer, Target, Reader], Tensors]
 
@@ -51,13 +53,13 @@ class VirtualCheckpoint:
             in_reading_order(x for x in plan.layers if x.kind != "draft" and wanted(x))
         )
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def __iter__(self) -> Weights:
         with self.plan.preset.concealing(), Reader(self._how) as reader:
             for layer in self.layers:
                 outputs = self._compose(layer, self.plan.target, reader)
                 for suffix in list(outputs):
                     # handed over: what is placed is gone before the next is made
-                    yield f"{layer.name}.{suffix}" if layer.name else suffix, outputs.pop(suffix)
+                    yield layer.tensor_name(suffix), outputs.pop(suffix)
             for source in self.plan.sources.values():
                 source.check_unchanged()
 

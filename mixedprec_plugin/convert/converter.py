@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixedprec_plugin.checkpoint.converted import FOLDED_KEY, fold_layers, is_converted
-from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, damage, file_digest, reading
+from mixedprec_plugin.checkpoint.recorded import (
+    CALIBRATION_NAME,
+    PROVENANCE_NAME,
+    damage,
+    file_digest,
+    reading,
+)
 from mixedprec_plugin.checkpoint.source import INDEX_NAME
 from mixedprec_plugin.compose.stream import compose_layer, in_file_order
 from mixedprec_plugin.convert import folder
 from mixedprec_plugin.convert.form import Form
-from mixedprec_plugin.convert.inputs import (
-    CALIBRATION_NAME,
-    RECORDED,
-    changed,
-    copied_files,
-    input_facts,
-)
+from mixedprec_plugin.convert.inputs import RECORDED, changed, copied_files, input_facts
 from mixedprec_plugin.convert.journal import FinishedPart, Journal
 from mixedprec_plugin.convert.parts import Part, plan_parts
 from mixedprec_plugin.convert.provenance import sources_provenance
@@ -247,7 +247,7 @@ def _check_sources(job: _Job, copies: Mapping[str, str], layers: Sequence[dict[s
 
 
 def _index(parts: tuple[Part, ...]) -> dict[str, Any]:
-    total = sum(tensor.num_bytes for part in parts for tensor in part.tensors.values())
+    total = sum(tensor.spec.num_bytes for part in parts for tensor in part.tensors.values())
     return {
         "metadata": {"total_size": total},
         "weight_map": dict(sorted((name, part.file) for part in parts for name in part.tensors)),

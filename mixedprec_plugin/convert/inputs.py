@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,12 @@ from typing import Any
 from mixedprec_plugin import __version__
 from mixedprec_plugin.checkpoint.files import check_place
 from mixedprec_plugin.checkpoint.hub import fetch_if_missing
-from mixedprec_plugin.checkpoint.recorded import PROVENANCE_NAME, reading
+from mixedprec_plugin.checkpoint.recorded import (
+    CALIBRATION_NAME,
+    PROVENANCE_NAME,
+    digest_of,
+    reading,
+)
 from mixedprec_plugin.checkpoint.source import facts_of
 from mixedprec_plugin.convert.folder import CONFIG_NAME
 from mixedprec_plugin.convert.parts import Part
@@ -20,7 +23,6 @@ from mixedprec_plugin.plan.model import Plan
 
 # raised whenever the same inputs would give other files
 LAYOUT_VERSION = 1
-CALIBRATION_NAME = "mixedprec_calibration.json"
 INPUTS = {"type": "object", "additionalProperties": {"type": "string"}}
 # of a finished conversion's provenance
 RECORDED = {
@@ -85,12 +87,12 @@ def input_facts(
         "the format": form,
         "the dtype": plan.target.dtype,
         "the preset": plan.preset.digest,
-        "config.json": _digest([dict(plan.source.config), said]),
-        _SOURCES: _digest([_identity(path) for path in paths]),
-        "the model's other files": _digest(copied),
+        "config.json": digest_of([dict(plan.source.config), said]),
+        _SOURCES: digest_of([_identity(path) for path in paths]),
+        "the model's other files": digest_of(copied),
         "the calibration": rounding,
-        "the size of parts": _digest([[part.file, len(part.tensors)] for part in parts]),
-        "the plan": _digest([part.header.decode("latin-1") for part in parts]),
+        "the size of parts": digest_of([[part.file, len(part.tensors)] for part in parts]),
+        "the plan": digest_of([part.header.decode("latin-1") for part in parts]),
     }
 
 
@@ -99,11 +101,6 @@ def _identity(path: Path) -> list[object]:
     fetch_if_missing(path)
     with reading(path):
         return [str(path.resolve()), *facts_of(path)]
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def changed(

@@ -18,6 +18,8 @@ _UNITS = {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+# of a file at most, where nobody says how much
+SHARD_SIZE = "5GB"
 # every dtype's size divides it: libraries view a tensor's bytes in place
 _ALIGNMENT = 8
 
@@ -32,7 +34,6 @@ class PlacedTensor:
 
     spec: TensorSpec
     start: int
-    num_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
-        return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors.values())
+        return len(self.header) + sum(tensor.spec.num_bytes for tensor in self.tensors.values())
 
 
 def parse_size(text: str, flag: str = "--max-shard-size") -> int:
@@ -92,9 +93,7 @@ def plan_parts(
         groups[-1].append(layer)
         filled += size
     names = _file_names(len(groups))
-    return tuple(
-        _part(name, group, outputs) for name, group in zip(names, groups, strict=True) if group
-    )
+    return tuple(_part(name, group, outputs) for name, group in zip(names, groups, strict=True))
 
 
 def _file_names(count: int) -> list[str]:
@@ -109,8 +108,8 @@ def _part(
     tensors: dict[str, PlacedTensor] = {}
     start = 0
     for name, spec in _in_aligned_order(layers, outputs):
-        tensors[name] = PlacedTensor(spec, start, spec.num_bytes)
-        start += tensors[name].num_bytes
+        tensors[name] = PlacedTensor(spec, start)
+        start += spec.num_bytes
     return Part(file, tuple(layers), tensors, _header(tensors))
 
 
@@ -124,7 +123,7 @@ def _in_aligned_order(
     whole: list[tuple[str, TensorSpec]] = []
     rest: list[tuple[str, TensorSpec]] = []
     for layer in layers:
-        named = [(tensor_name(layer.name, s), spec) for s, spec in outputs[layer.name].items()]
+        named = [(layer.tensor_name(s), spec) for s, spec in outputs[layer.name].items()]
         size = sum(spec.num_bytes for _, spec in named)
         (rest if size % _ALIGNMENT else whole).extend(_widest_first(named))
     return whole + _widest_first(rest)
@@ -141,13 +140,8 @@ def _header(tensors: Mapping[str, PlacedTensor]) -> bytes:
         entries[name] = {
             "dtype": tensor.spec.dtype,
             "shape": list(tensor.spec.shape),
-            "data_offsets": [tensor.start, tensor.start + tensor.num_bytes],
+            "data_offsets": [tensor.start, tensor.start + tensor.spec.num_bytes],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def tensor_name(layer: str, suffix: str) -> str:
-    """Name of a layer's tensor; the layer without a name is the model itself."""
-    return f"{layer}.{suffix}" if layer else suffix

@@ -16,7 +16,7 @@ from mixedprec_plugin.checkpoint.headers import read_header
 from mixedprec_plugin.compose.stream import Compose
 from mixedprec_plugin.convert.folder import create
 from mixedprec_plugin.convert.form import Form
-from mixedprec_plugin.convert.parts import Part, tensor_name
+from mixedprec_plugin.convert.parts import Part
 from mixedprec_plugin.convert.provenance import HashingReader, bytes_of, layer_provenance
 from mixedprec_plugin.plan.model import Plan
 
@@ -45,11 +45,11 @@ def write_part(
         for layer in part.layers:
             tensors = form.tensors(layer, compose(layer, plan.target, reader))
             for suffix, tensor in tensors.items():
-                place, data = part.tensors[tensor_name(layer.name, suffix)], bytes_of(tensor)
-                assert data.nbytes == place.num_bytes, (place, tensor.dtype, tensor.shape)
+                place, data = part.tensors[layer.tensor_name(suffix)], bytes_of(tensor)
+                assert data.nbytes == place.spec.num_bytes, (place, tensor.dtype, tensor.shape)
                 file.seek(len(part.header) + place.start)
                 file.write(data)
-                advance(place.num_bytes)
+                advance(data.nbytes)
             provenance.append(layer_provenance(layer, reader.take_digests()))
         file.flush()
         os.fsync(file.fileno())

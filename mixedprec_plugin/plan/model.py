@@ -72,6 +72,10 @@ class PlannedLayer:
     note: str = ""
     reasons: tuple[Fault, ...] = ()
 
+    def tensor_name(self, suffix: str) -> str:
+        """Name of one of its tensors; the layer without a name is the model itself."""
+        return f"{self.name}.{suffix}" if self.name else suffix
+
     @property
     def num_weights(self) -> int:
         """Elements of the weight matrix; 0 where there is none."""
@@ -208,6 +212,10 @@ class Plan:
             what = "scales of the KV cache are not calibrated while a model is loaded"
             problems.append(Problem(where, what, convert, "not-calibrated"))
         return fold_problems(problems)
+
+    def servable(self) -> Plan:
+        """The plan with what keeps it from being served as it is loaded among its problems."""
+        return dataclasses.replace(self, problems=(*self.problems, *self.not_calibrated()))
 
     def check(self) -> Plan:
         """Return the plan itself if it can be carried out.

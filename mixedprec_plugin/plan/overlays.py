@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mixedprec_plugin.checkpoint.files import read_json
+from mixedprec_plugin.checkpoint.recorded import CALIBRATION_NAME
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.names import scheme_unit
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 
-CALIBRATION_NAME = "mixedprec_calibration.json"
 # key of a layer's record -> what it is, and its unit
 _VALUES = {"relative_error": ("relative error", ""), "loss": ("predicted loss", "nats a token")}
 

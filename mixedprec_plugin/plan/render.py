@@ -158,12 +158,12 @@ def totals(plan: Plan) -> dict[str, Any]:
         "bytes_before": plan.bytes_before,
         "bytes": plan.bytes_after,
         "bytes_unquantized": unquantized,
-        "bits_per_weight": round(_bits(matrices), 4),
-        "bits_per_linear_weight": round(_bits(linear), 4),
+        "bits_per_weight": round(bits_a_weight(matrices), 4),
+        "bits_per_linear_weight": round(bits_a_weight(linear), 4),
     }
 
 
-def _bits(layers: Sequence[PlannedLayer]) -> float:
+def bits_a_weight(layers: Sequence[PlannedLayer]) -> float:
     """Served bits a weight, scales counted; 0 without a weight matrix."""
     num_weights = sum(layer.num_weights for layer in layers)
     return 8 * _served(layers) / num_weights if num_weights else 0.0
@@ -184,7 +184,7 @@ def print_plan(plan: Plan, page: Page) -> None:
     )  # fmt: skip
     for group in group_modules(plan):
         before = format_bytes(sum(layer.bytes_before for layer in group.layers))
-        bits = _bits(group.layers)
+        bits = bits_a_weight(group.layers)
         table.add(
             [group.name, f"SGLang: {group.sglang}"] if group.sglang else group.name,
             group.scheme, group.method, *([group.source] if has_sources else []),
@@ -235,7 +235,7 @@ def summary_lines(plan: Plan) -> list[str]:
     """The plan as one screen of log lines."""
     lines = [f"mixedprec: {plan.preset.path} over {plan.source.path}"]
     for group in group_modules(plan):
-        bits = _bits(group.layers)
+        bits = bits_a_weight(group.layers)
         # the label alone where it says as much
         method = f" ({group.method})" if group.method not in ("", group.scheme) else ""
         lines.append(

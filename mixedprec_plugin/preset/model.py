@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from mixedprec_plugin.checkpoint.recorded import digest_of
 from mixedprec_plugin.errors import MixedPrecisionError, Problem
 
 
@@ -177,8 +176,7 @@ class Preset:
     @property
     def digest(self) -> str:
         """SHA-256 of `resolved`: the same for presets that say the same, whatever their files."""
-        text = json.dumps(self.resolved, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of(self.resolved)
 
     def conceal(self, problem: Problem) -> Problem:
         """A problem of the sources with the names of environment variables for their values."""

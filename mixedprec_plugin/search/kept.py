@@ -6,7 +6,6 @@ A file holds those on one basis, by unit and candidate: other methods need but t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -14,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mixedprec_plugin.checkpoint.recorded import file_digest
+from mixedprec_plugin.checkpoint.recorded import digest_of, file_digest
 from mixedprec_plugin.checkpoint.source import Source
 from mixedprec_plugin.errors import CheckpointError, ConvertError, Problem
 from mixedprec_plugin.preset.model import Scheme
@@ -148,8 +147,3 @@ def _identity(source: Source) -> str:
     }
     tensors = [(t.path.name, name, t.dtype, t.shape) for name, t in source.tensors.items()]
     return digest_of([dict(source.config), sizes, tensors])
-
-
-def digest_of(value: Any) -> str:
-    """A digest of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

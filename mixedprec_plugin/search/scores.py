@@ -28,13 +28,14 @@ from mixedprec_plugin.calibrate.rounding import LayerRounding, Moments
 from mixedprec_plugin.calibrate.sweep import Sweep, read_records, rounded_paths, save_whole
 from mixedprec_plugin.calibrate.text import held_last, text_for
 from mixedprec_plugin.checkpoint.reader import Reader
+from mixedprec_plugin.checkpoint.recorded import digest_of
 from mixedprec_plugin.compose.stream import Tensors, compose_floats, compose_layer, served_floats
 from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.quantize.codec import load_codec
 from mixedprec_plugin.search.candidates import Choices, Unit
-from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted, digest_of
+from mixedprec_plugin.search.kept import Basis, KeptScores, Scores, Wanted
 
 
 class Scoring:

@@ -23,9 +23,8 @@ from mixedprec_plugin.plan.document import plan_document
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import plan_as_dict
 from mixedprec_plugin.serving.planner import plan_of, planner_of
+from mixedprec_plugin.serving.settings import DOCUMENT_ADDRESS, PLAN_ADDRESS
 
-PATH = "/mixedprec/plan"
-DOCUMENT_PATH = f"{PATH}/document"
 router = APIRouter()
 
 
@@ -76,12 +75,12 @@ def tell(server_args: Any) -> None:
         _tell_metrics(plan)
 
 
-@router.get(PATH)
+@router.get(PLAN_ADDRESS)
 def _plan() -> Response:
     return _answer(plan_as_dict)
 
 
-@router.get(DOCUMENT_PATH)
+@router.get(DOCUMENT_ADDRESS)
 def _document() -> Response:
     return _answer(plan_document)
 

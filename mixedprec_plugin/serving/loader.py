@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from mixedprec_plugin.compose.stream import (
     Compose,
     Quantize,
     VirtualCheckpoint,
+    Weights,
     compose_layer,
     round_to_nearest,
 )
@@ -56,8 +56,6 @@ from mixedprec_plugin.verify.stream import verified
 from mixedprec_plugin.verify.verifier import reference_of
 
 logger = logging.getLogger(__name__)
-
-Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 @dataclasses.dataclass

@@ -211,7 +211,7 @@ class _Tensors:
             if layer.kind == "draft" or is_elsewhere or layer.module in self.left_out:
                 continue
             for suffix, spec in layer.outputs.items():
-                self.last = f"{layer.name}.{suffix}" if layer.name else suffix
+                self.last = layer.tensor_name(suffix)
                 dtype = TORCH_DTYPES[spec.dtype]
                 yield self.last, torch.empty(spec.shape, dtype=dtype, device=_META)
 

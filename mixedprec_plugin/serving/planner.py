@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from mixedprec_plugin.checkpoint.converted import embedded_preset
@@ -70,7 +69,7 @@ class Planner:
         last, asked = self.last, (preset, target, {model.name: model, **others})
         # sources that are equal have the same files, see `Source.facts`
         if last is None or (last.preset, last.target, dict(last.sources)) != asked:
-            last = self.last = _servable(resolve_plan(preset, model, target, others))
+            last = self.last = resolve_plan(preset, model, target, others).servable()
         return last
 
 
@@ -122,12 +121,7 @@ def make_draft_plan(
     """
     source = open_source(model_path)
     target = _target(source, dtype, tp_size, device)
-    return _servable(resolve_draft_plan(preset, source, target))
-
-
-def _servable(plan: Plan) -> Plan:
-    """A plan that can be served as it is loaded, or says why it cannot."""
-    return dataclasses.replace(plan, problems=(*plan.problems, *plan.not_calibrated()))
+    return resolve_draft_plan(preset, source, target).servable()
 
 
 def _target(source: Source, dtype: str, tp_size: int, device: Device) -> Target:

@@ -23,6 +23,9 @@ KEYS: Mapping[str, str] = {
     "input_tokens": "mixedprec_inputs_tokens",
 }
 PLACES = ("device", "cpu")
+# where a server tells its plan
+PLAN_ADDRESS = "/mixedprec/plan"
+DOCUMENT_ADDRESS = f"{PLAN_ADDRESS}/document"
 _INPUT_TOKENS = 2048
 
 

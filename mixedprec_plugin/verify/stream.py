@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import torch
 
 from mixedprec_plugin.checkpoint.reader import Reader
 from mixedprec_plugin.checkpoint.source import Source
+from mixedprec_plugin.compose.stream import Weights
 from mixedprec_plugin.errors import LoadError, printable
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.verify.report import problems, worst_first
 from mixedprec_plugin.verify.verifier import Comparison, Verifier, check_recorded
 
 logger = logging.getLogger(__name__)
-
-Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 def verified(weights: Weights, plan: Plan, reference: Source) -> Weights:

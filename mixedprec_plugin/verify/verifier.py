@@ -148,7 +148,7 @@ class Verifier:
     def _compare_beside(
         self, layer: PlannedLayer, suffix: str, tensor: torch.Tensor, reference: torch.Tensor
     ) -> Comparison:
-        name = f"{layer.name}.{suffix}" if layer.name else suffix
+        name = layer.tensor_name(suffix)
         if reference.shape != tensor.shape:
             result = self._result(layer, None, _shapes(tensor, reference))
             return dataclasses.replace(result, layer=name)
