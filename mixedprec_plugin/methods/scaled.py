@@ -31,6 +31,8 @@ CODES = {
 }
 # of activations, beside their "input_scale": Mistral's, fbgemm's, compressed-tensors'
 _INPUTS = frozenset({"activation_scale", "input_scale_ub", "input_zero_point"})
+# its parameters are e4m3's, and its loaders cast what they are given (layers/parameter.py:224)
+_NO_E5M2 = "SGLang's classes hold FP8 weights in e4m3"
 _USUAL_BLOCK_SIZES = (128, 64, 32, 256)
 
 
@@ -105,6 +107,7 @@ def recognize_scaled(tensors: Tensors, said: Said) -> StoredFormat | None:
             "reciprocal": divides,
         },
         limit=limit,
+        no_class=_NO_E5M2 if weight.dtype == "F8_E5M2" else "",
     )
 
 

@@ -114,6 +114,24 @@ def test_what_is_known_by_name_only_runs_on_cuda_and_not_on_the_cpu(tmp_path: Pa
     )
 
 
+def test_e5m2_is_no_format_of_sglangs(tmp_path: Path) -> None:
+    # its parameters are e4m3's, whose largest number is 448
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    model = peer_checkpoint(tmp_path / "model", "bf16", **config)
+    tensors = load_file(PEERS / "bf16" / FILE)
+    for name in LAYERS:
+        codes = tensors[f"{name}.weight"].to(torch.float8_e5m2)
+        tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": torch.ones(1)}
+    (model / "model.safetensors").unlink()
+    save_file(tensors, model / "model.safetensors")
+    (problem,) = plan(model, AUTO).errors
+    assert str(problem).endswith(
+        "is stored as fp8 e5m2 per tensor, and SGLang's classes hold FP8 weights in e4m3; match "
+        "it with method: bf16 to dequantize it"
+    )
+    assert not plan(model, AUTO.replace("auto", "bf16")).errors
+
+
 def test_config_that_the_tensors_contradict_is_an_error_where_sglang_goes_by_it(
     tmp_path: Path,
 ) -> None:
