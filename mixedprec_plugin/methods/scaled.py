@@ -80,7 +80,8 @@ def recognize_scaled(tensors: Tensors, said: Said) -> StoredFormat | None:
     if reason or grid is None:
         return unusable(tensors, f"{label} {reason}", N, K, encoding=encoding)
     has_zeros = "weight_zero_point" in tensors
-    notes = {"asymmetric": has_zeros, "reciprocal scales": divides, said.label: said.label}
+    own_label = said.label if said.encoding in (None, encoding) else ""
+    notes = {"asymmetric": has_zeros, "reciprocal scales": divides, own_label: own_label}
     noted = ", ".join(note for note, is_so in notes.items() if is_so)
     facts: dict[str, Any] = {"bits": 8, "strategy": grid.strategy, "symmetric": not has_zeros}
     if grid.strategy == "block":

@@ -170,6 +170,21 @@ def test_shards_of_one_source_are_one_scheme(tmp_path: Path) -> None:
     assert made.by_name["model.layers.0.mlp.up_proj"].method == "bf16"
 
 
+def test_shards_in_a_format_that_is_not_read_differ_in_their_shapes_only(tmp_path: Path) -> None:
+    """SGLang's class says what it makes of such scales; they are of one kind."""
+    config = llama_config(quantization_config={"quant_method": "w8a8_fp8"})
+    tensors = llama_tensors(config)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        N, K = tensors[name].shape
+        tensors[name] = torch.zeros(N, K).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = torch.ones(1, N)
+    made = plan(write_checkpoint(tmp_path / "model", config, tensors), AUTO)
+    assert not made.errors
+    scheme = made.by_name["model.layers.0.self_attn.k_proj"].scheme
+    assert scheme is not None
+    assert scheme.arguments["stored"] == "fp8 with weight_scale, which fits no usual block size"
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("head", ["", "on_fused_conflict: highest\n"])
 def test_shards_of_two_sources_under_auto_are_an_error(
