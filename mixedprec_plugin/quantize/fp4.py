@@ -38,7 +38,7 @@ _USUAL_GLOBAL_EXPONENT = -7
 # numbers that compiled loops read
 _COMPILED = (torch.bfloat16, torch.float32)
 USUAL_GLOBAL = 2.0**_USUAL_GLOBAL_EXPONENT
-# the largest weight of a block that has the least scale of e4m3; and one that float16 has no number for
+# the largest weight of a block that has the least scale of e4m3; the least that float16 has
 _LEAST, _NOTHING = LARGEST * 2.0**-9 * USUAL_GLOBAL, 2.0**-24
 
 

@@ -97,8 +97,8 @@ def _zero_points(tensors: Tensors, arguments: Arguments) -> torch.Tensor:
     mean, is nearer to what the other convention says.
 
     Raises:
-        ShapeError: they are alike, and the middle in neither convention; or of 8 bits, and the codes
-            do not bear out what config.json says.
+        ShapeError: they are alike, and the middle in neither convention; or, of 8 bits, codes
+            are nearer to another one than config.json says.
     """
     bits, qzeros, qweight = int(arguments["bits"]), tensors["qzeros"], tensors["qweight"]
     stored, middle = unpack(qzeros, bits).to(torch.int16), 1 << (bits - 1)
