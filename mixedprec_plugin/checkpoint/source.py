@@ -253,7 +253,9 @@ def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
         tensors |= {name: header[name] for name in names if name in header}
         if lacking := [name for name in names if name not in header]:
             what = f"lacks {_listed(lacking)}, which {INDEX_NAME} promises"
-            problems.append(Problem(str(path), what, "download both again", "file"))
+            these = "them" if lacking[1:] else "it"
+            remedy = f"download both again, or take {these} out of the index"
+            problems.append(Problem(str(path), what, remedy, "file"))
     if absent and problems:
         others = [file.name for file in _weight_files(folder) if file.name not in promised]
         if others:

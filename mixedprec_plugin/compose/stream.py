@@ -235,7 +235,7 @@ def _dequantize(layer: PlannedLayer, stored: Tensors) -> Tensors:
     with _naming(layer.name):
         weight = layer.stored.dequantize(stored)
         bias = {"bias": layer.stored.own_bias(stored)} if "bias" in stored else {}
-    if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
+    if not _is_finite(weight):
         what = f"its {layer.stored.description} weights dequantize to NaN or infinite values"
         remedy = "the checkpoint is damaged; download it again"
         raise CheckpointError(Problem(layer.name, what, remedy, "finite"))
@@ -253,7 +253,7 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
     try:
         with _naming(layer.name):
             numbers = load_codec(layer.stored.codec).read(stored, layer.stored.how)
-            return codec.write(numbers, scheme.arguments, dtype) | rest
+            made = codec.write(numbers, scheme.arguments, dtype)
     except NotTheSameNumbersError as error:
         bf16 = f"{to_dequantize(target.dtype)} to dequantize it"
         remedy = error.remedy or f"match it with {bf16}"
@@ -264,6 +264,17 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
             f"but {error}"
         )
         raise CheckpointError(Problem(layer.name, what, remedy, "repack")) from error
+    for suffix, tensor in made.items():
+        # codes of 8 bits are as they were read; a scale that divides may be zero
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not _is_finite(tensor):
+            what = f"its {layer.stored.description} scales make a {suffix} that is infinite"
+            remedy = "the checkpoint is damaged; take the layer from another source"
+            raise CheckpointError(Problem(layer.name, what, remedy, "finite"))
+    return made | rest
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def take_as_stored(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:

@@ -123,12 +123,12 @@ def check_expert_part(
         return
     part, tp_size = _part_size(layer, parameter, shard, suffix), layer.moe_tp_size
     size = _size(tensor)
-    if _is_same_kind(tensor, parameter) and size in (part, part * tp_size):
+    if is_same_kind(tensor, parameter) and size in (part, part * tp_size):
         return
-    held = f"{_dtype(parameter)} {list(parameter.shape[1:])}"
+    held = f"{dtype_name(parameter)} {list(parameter.shape[1:])}"
     ranks = f" on each of {tp_size} ranks" if tp_size > 1 else ""
     what = (
-        f"is stored as {_dtype(tensor)} {list(tensor.shape)}, which does not make up an "
+        f"is stored as {dtype_name(tensor)} {list(tensor.shape)}, which does not make up an "
         f"expert's {held} in {type(layer.scheme or layer.quant_method).__name__}{ranks}"
     )
     remedy = "name a method for the experts, or take them from another source"
@@ -154,7 +154,7 @@ def _are_codes(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or tensor.dtype in _FLOAT_CODES
 
 
-def _is_same_kind(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
+def is_same_kind(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
     """Whether both are scales, both the same FP8, or both integers."""
     if not (_are_codes(tensor) and _are_codes(parameter)):
         return not (_are_codes(tensor) or _are_codes(parameter))
@@ -162,5 +162,5 @@ def _is_same_kind(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
     return not is_float or tensor.dtype == parameter.dtype
 
 
-def _dtype(tensor: torch.Tensor) -> str:
+def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")

@@ -81,7 +81,7 @@ def recognize(
                 found,
                 said=said.of(found.encoding) if found.encoding else {},
                 disagreements=(*found.disagreements, *_contradictions(found, said)),
-                no_class=no_class,
+                no_class=found.no_class or no_class,
                 format=one.name,
             )
             found = _with_what_is_beside(found, tensors, quantization_config, name)

@@ -31,6 +31,8 @@ CODES = {
 }
 # of activations, beside their "input_scale": Mistral's, fbgemm's, compressed-tensors'
 _INPUTS = frozenset({"activation_scale", "input_scale_ub", "input_zero_point"})
+# its parameters are e4m3's, and its loaders cast what they are given (layers/parameter.py:224)
+_NO_E5M2 = "SGLang's classes hold FP8 weights in e4m3"
 _USUAL_BLOCK_SIZES = (128, 64, 32, 256)
 
 
@@ -78,7 +80,8 @@ def recognize_scaled(tensors: Tensors, said: Said) -> StoredFormat | None:
     if reason or grid is None:
         return unusable(tensors, f"{label} {reason}", N, K, encoding=encoding)
     has_zeros = "weight_zero_point" in tensors
-    notes = {"asymmetric": has_zeros, "reciprocal scales": divides, said.label: said.label}
+    own_label = said.label if said.encoding in (None, encoding) else ""
+    notes = {"asymmetric": has_zeros, "reciprocal scales": divides, own_label: own_label}
     noted = ", ".join(note for note, is_so in notes.items() if is_so)
     facts: dict[str, Any] = {"bits": 8, "strategy": grid.strategy, "symmetric": not has_zeros}
     if grid.strategy == "block":
@@ -105,6 +108,7 @@ def recognize_scaled(tensors: Tensors, said: Said) -> StoredFormat | None:
             "reciprocal": divides,
         },
         limit=limit,
+        no_class=_NO_E5M2 if weight.dtype == "F8_E5M2" else "",
     )
 
 

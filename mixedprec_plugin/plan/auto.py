@@ -12,6 +12,7 @@ one source and one stored format, on the CPU too.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 from mixedprec_plugin.errors import Problem
@@ -24,11 +25,18 @@ from mixedprec_plugin.plan.folding import fold_problems
 from mixedprec_plugin.plan.model import PlannedLayer
 from mixedprec_plugin.preset.model import Rule
 
+_SHAPE = re.compile(r"( of)? \[[\d, ]*\]")
+
 
 def described(stored: StoredFormat) -> str:
-    """The format in words, the same for an expert's layers of one group and of several."""
+    """The format in words, the same for layers of several shapes.
+
+    An expert's may be of one group and of several; and what is not read is told by its shapes.
+    """
     if stored.is_one_group:
         return stored.description.replace("group -1", f"group {stored.K}")
+    if not stored.is_float and not stored.codec:
+        return _SHAPE.sub("", stored.description)
     return stored.description
 
 

@@ -38,6 +38,8 @@ _USUAL_GLOBAL_EXPONENT = -7
 # numbers that compiled loops read
 _COMPILED = (torch.bfloat16, torch.float32)
 USUAL_GLOBAL = 2.0**_USUAL_GLOBAL_EXPONENT
+# the largest weight of a block that has the least scale of e4m3; the least that float16 has
+_LEAST, _NOTHING = LARGEST * 2.0**-9 * USUAL_GLOBAL, 2.0**-24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,8 @@ def quantize_blocks(
         packed uint8 [N, K/2], scales [N, K/G] and the global scale, float32, a power of two, beside
         e8m0 1.
     Raises:
-        ShapeError: not a matrix of floats, not finite, or K no multiple of the group size.
+        ShapeError: not a matrix of floats, not finite, K no multiple of the group size, or, beside
+            e4m3, all too small.
     """
     N, K = weight_shape(weight)
     if K % group_size:
@@ -188,9 +191,7 @@ def quantize_blocks(
         refuse("weight", what, "keep this layer in bf16", "group-size")
     packed = empty((N, K // 2), torch.uint8, weight.device)
     scales = empty((N, K // group_size), dtype, weight.device)
-    global_scale = _global_scale(weight)
-    if dtype == E8M0:
-        global_scale.fill_(1.0)
+    global_scale = _global_scale(weight, dtype)
     is_whole = is_compiled(weight, dtypes=_COMPILED)
     for rows, values in [(slice(N), weight)] if is_whole else float_chunks(weight):
         if is_compiled(values, N * K, _COMPILED):
@@ -207,11 +208,20 @@ def quantize_blocks(
     return packed, scales, global_scale
 
 
-def _global_scale(weight: torch.Tensor) -> torch.Tensor:
-    """The power of two with which the largest block scale is an e4m3 number, float32."""
+def _global_scale(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The power of two with which the largest block scale is an e4m3 number, float32.
+
+    Raises:
+        ShapeError: not finite, or so small that no block has another scale than the least.
+    """
     low, high = torch.aminmax(weight)
     largest = torch.maximum(high, -low).float()
     require_finite(largest, weight)
+    if dtype == E8M0:
+        return torch.tensor(1.0, device=weight.device)
+    if _NOTHING <= float(largest) < _LEAST:
+        what = f"values no larger than {float(largest):.3g} (expected {_LEAST:.3g} or more)"
+        refuse("weight", what, "keep this layer in bf16", "scale-underflow")
     needed = math.frexp(float(largest) / LARGEST / 448)[1]
     return torch.tensor(2.0 ** max(_USUAL_GLOBAL_EXPONENT, needed), device=weight.device)
 

@@ -15,7 +15,12 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mixedprec_plugin.errors import LoadError, Problem
-from mixedprec_plugin.experts.loading import check_expert_part, load_expert_tensor
+from mixedprec_plugin.experts.loading import (
+    check_expert_part,
+    dtype_name,
+    is_same_kind,
+    load_expert_tensor,
+)
 from mixedprec_plugin.families.names import ExpertShard, scheme_unit
 from mixedprec_plugin.methods.registry import AUTO
 from mixedprec_plugin.plan.model import PlannedLayer
@@ -78,7 +83,7 @@ def _place_tensor(
             check_expert_part(module, layer.name, projection, suffix, tensor)
         load_expert_tensor(module, expert, projection, suffix, tensor)
         return
-    parameter = _parameter(module, suffix, layer)
+    parameter = _parameter(module, suffix, layer, tensor)
     if isinstance(module, ParallelLMHead):
         _fill_head(module, parameter, tensor)
         return
@@ -111,7 +116,7 @@ def _lay_end_to_end(
     tensor: torch.Tensor,
 ) -> None:
     """Place a shard of a layer that SGLang builds as one whole: q_a and kv_a of an MLA block."""
-    parameter = _parameter(module, suffix, layer)
+    parameter = _parameter(module, suffix, layer, tensor)
     dim = getattr(parameter, "output_dim", None)
     if dim is None and parameter.numel() == len(shards):  # each has a scale
         parameter.data.narrow(0, shards.index(layer), 1).copy_(tensor)
@@ -145,7 +150,17 @@ def _fill_head(module: ParallelLMHead, parameter: Any, tensor: torch.Tensor) -> 
         parameter.data.narrow(dim, size, rest).zero_()
 
 
-def _parameter(module: torch.nn.Module, suffix: str, layer: PlannedLayer) -> Any:
+def _parameter(
+    module: torch.nn.Module, suffix: str, layer: PlannedLayer, tensor: torch.Tensor
+) -> Any:
+    """The parameter that takes a tensor.
+
+    SGLang's loaders cast what they are given (layers/parameter.py:224): exponents in bytes would
+    become scales of 120, and the largest codes of e5m2 those of e4m3.
+
+    Raises:
+        LoadError: there is none, or codes would be cast, which `auto` alone may ask for.
+    """
     parameter = getattr(module, suffix, None)
     if not isinstance(parameter, torch.Tensor):
         names = ", ".join(name for name, _ in module.named_parameters())
@@ -153,4 +168,9 @@ def _parameter(module: torch.nn.Module, suffix: str, layer: PlannedLayer) -> Any
         what = f"{owner} has no parameter {suffix!r} (expected {names})"
         remedy = "the checkpoint holds a tensor that the model does not use"
         raise LoadError(Problem(f"{layer.name}.{suffix}", what, remedy, "unknown-parameter"))
+    if layer.method == AUTO and not is_same_kind(tensor, parameter):
+        what = f"is stored as {dtype_name(tensor)}, which {type(module.quant_method).__name__} "
+        what += f"would cast to {dtype_name(parameter)}"
+        remedy = "name a method for it, or take it from another source"
+        raise LoadError(Problem(f"{layer.name}.{suffix}", what, remedy, "auto-part"))
     return parameter

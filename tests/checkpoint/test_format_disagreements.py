@@ -56,6 +56,12 @@ class TestAgainstTheConfig:
             "is stored with symmetric False, config.json says True",
         )
 
+    def test_what_config_json_says_of_another_encoding_describes_no_layer(self) -> None:
+        config = quantization_config("llmcompressor-w4a16-g64")
+        assert detect(stored_layer("llmcompressor-w8a8-int8"), config).disagreements == (
+            "is stored as int8 per channel, config.json says pack-quantized",
+        )
+
     def test_layer_on_an_ignore_list_agrees_with_its_floats(self) -> None:
         config = {**quantization_config("autoawq-g64"), "modules_to_not_convert": ["self_attn"]}
         assert detect(stored_layer("bf16"), config).disagreements == ()

@@ -52,6 +52,20 @@ def test_missing_part_and_lacking_tensor_are_reported_together(tmp_path: Path) -
     assert "lacks 'model.ghost.weight', which model.safetensors.index.json promises" in texts[1]
 
 
+def test_line_of_an_index_that_no_file_bears_out_can_be_taken_out(tmp_path: Path) -> None:
+    # as old Llamas' rotary_emb.inv_freq, where the tensors were written anew
+    folder = write_llama(tmp_path, parts=3)
+    index = json.loads((folder / INDEX_NAME).read_text())
+    whole = open_source(folder).tensors.keys()
+    index["weight_map"]["model.ghost.weight"] = "model-00002-of-00003.safetensors"
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="download both again, or take it out of the index"):
+        open_source(folder)
+    del index["weight_map"]["model.ghost.weight"]
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    assert open_source(folder).tensors.keys() == whole
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/b"])
 def test_index_that_leaves_the_folder_raises(tmp_path: Path, name: str) -> None:
     folder = write_llama(tmp_path)

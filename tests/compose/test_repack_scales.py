@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixedprec_plugin.errors import CheckpointError
 from mixedprec_plugin.methods.fp8 import codec as fp8
 from mixedprec_plugin.methods.interface import Target
 from mixedprec_plugin.quantize.codec import load_codec
@@ -119,3 +120,28 @@ def test_one_scale_a_channel_is_not_one_a_tensor(tmp_path: Path, folder: str, me
     model = peer_checkpoint(tmp_path / "model", folder)
     (problem,) = plan(model, 'match: "*_proj", method: fp8', target=Target(device="cpu")).errors
     assert re.search(message, str(problem))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rule", "made"),
+    [
+        ("weight_global_scale", "method: nvfp4", "weight_scale_2"),
+        ("input_global_scale", "method: nvfp4, keep_input_scale: true", "input_scale"),
+    ],
+)
+def test_scale_of_zero_that_divides_is_refused(
+    tmp_path: Path, suffix: str, rule: str, made: str
+) -> None:
+    # compressed-tensors' NVFP4PackedCompressor: W = q * weight_scale / weight_global_scale
+    tensors = {
+        f"{LAYER}.weight_packed": torch.zeros(256, 192, dtype=torch.uint8),
+        f"{LAYER}.weight_scale": torch.ones(256, 24).to(torch.float8_e4m3fn),
+        f"{LAYER}.weight_global_scale": torch.ones(1),
+        f"{LAYER}.input_global_scale": torch.ones(1),
+    }
+    tensors[f"{LAYER}.{suffix}"].zero_()
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    config = compressed("nvfp4-pack-quantized", weights, weights)
+    model = write_checkpoint(tmp_path / "model", config, tensors)
+    with pytest.raises(CheckpointError, match=f"{LAYER}: .* make a {made} that is infinite; the"):
+        stream(model, rule)

@@ -46,6 +46,26 @@ SAID = [
         "quant_method": "quark", "global_quant_config": {}, "layer_quant_config": {},
         "export": {"kv_cache_group": []},
     },
+    *(
+        {"quant_method": name, "quant_algo": algorithm, "group_size": 16, "ignore": ["lm_head"]}
+        for name in ("modelopt", "modelopt_fp8", "modelopt_fp4", "modelopt_mixed")
+        for algorithm in (
+            "FP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A8_AWQ", "W4A8_NVFP4_FP8", "FP8_PB_WO",
+            "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8", "MXFP4", "MIXED_PRECISION", None,
+        )
+        if (name, algorithm) not in {
+            ("modelopt_fp4", "FP8"),  # it reads it, and runs FP4
+            ("modelopt_mixed", "MIXED_PRECISION"),
+        }
+    ),
+    {
+        "quant_method": "modelopt_mixed", "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {"lm_head": {"quant_algo": "NVFP4", "group_size": 16}},
+    },
+    {
+        "quant_method": "modelopt_fp4",
+        "quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": []},
+    },
 ]  # fmt: skip
 
 

@@ -114,6 +114,24 @@ def test_what_is_known_by_name_only_runs_on_cuda_and_not_on_the_cpu(tmp_path: Pa
     )
 
 
+def test_e5m2_is_no_format_of_sglangs(tmp_path: Path) -> None:
+    # its parameters are e4m3's, whose largest number is 448
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    model = peer_checkpoint(tmp_path / "model", "bf16", **config)
+    tensors = load_file(PEERS / "bf16" / FILE)
+    for name in LAYERS:
+        codes = tensors[f"{name}.weight"].to(torch.float8_e5m2)
+        tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": torch.ones(1)}
+    (model / "model.safetensors").unlink()
+    save_file(tensors, model / "model.safetensors")
+    (problem,) = plan(model, AUTO).errors
+    assert str(problem).endswith(
+        "is stored as fp8 e5m2 per tensor, and SGLang's classes hold FP8 weights in e4m3; match "
+        "it with method: bf16 to dequantize it"
+    )
+    assert not plan(model, AUTO.replace("auto", "bf16")).errors
+
+
 def test_config_that_the_tensors_contradict_is_an_error_where_sglang_goes_by_it(
     tmp_path: Path,
 ) -> None:
@@ -150,6 +168,21 @@ def test_shards_of_one_source_are_one_scheme(tmp_path: Path) -> None:
     assert dict(q.scheme.arguments) == {"source": "other", "stored": "fp8 per tensor"}
     assert q.outputs["weight_scale"] == TensorSpec("F32", ())
     assert made.by_name["model.layers.0.mlp.up_proj"].method == "bf16"
+
+
+def test_shards_in_a_format_that_is_not_read_differ_in_their_shapes_only(tmp_path: Path) -> None:
+    """SGLang's class says what it makes of such scales; they are of one kind."""
+    config = llama_config(quantization_config={"quant_method": "w8a8_fp8"})
+    tensors = llama_tensors(config)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        N, K = tensors[name].shape
+        tensors[name] = torch.zeros(N, K).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = torch.ones(1, N)
+    made = plan(write_checkpoint(tmp_path / "model", config, tensors), AUTO)
+    assert not made.errors
+    scheme = made.by_name["model.layers.0.self_attn.k_proj"].scheme
+    assert scheme is not None
+    assert scheme.arguments["stored"] == "fp8 with weight_scale, which fits no usual block size"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -178,7 +178,7 @@ def _two_sources(tmp_path: Path, rule: str, device: Any) -> Plan:
 
 
 def test_what_is_known_by_name_only_is_refused_on_the_cpu(tmp_path: Path) -> None:
-    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "modelopt"}}
+    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "w4afp8"}}
     expert = f"{MODULE}.0.up_proj"
     tensors = {f"{expert}.W_q": torch.zeros(8, 8, dtype=torch.uint8)}
     model = write_checkpoint(tmp_path / "model", config, tensors)

@@ -221,6 +221,29 @@ def test_codes_tell_the_format_of_asymmetric_zero_points(wrong: str) -> None:
     assert_as_reference(gptq.read(tensors, arguments).dequantize(), GPTQ_ASYMMETRIC, LAYERS[0])
 
 
+@pytest.mark.parametrize(("mean", "form"), [(-0.02, "gptq"), (0.02, "gptq_v2")])
+def test_eight_bits_whose_weights_have_a_mean_of_one_code_are_refused(
+    mean: float, form: str
+) -> None:
+    """W = (q - zero) * scale, each group's range over 255; AutoGPTQ's `Quantizer.find_params`."""
+    weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)) + mean
+    groups = weight.view(64, 32, 128)
+    low, high = groups.amin(2), groups.amax(2)
+    scales = (high - low) / 255
+    zeros = (-low / scales).round()
+    codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 255)
+    stored = zeros - float(form == "gptq")
+    tensors = {
+        "qweight": codes.view(64, 4096).T.to(torch.uint8).view(1024, 4, 64).transpose(1, 2)
+        .contiguous().view(torch.int32).squeeze(2),
+        "qzeros": stored.T.to(torch.uint8).contiguous().view(torch.int32),
+        "scales": scales.T.contiguous(),
+    }  # fmt: skip
+    arguments = {"bits": 8, "group_size": 128, "checkpoint_format": form}
+    with pytest.raises(ShapeError, match="qzeros: nothing tells whether all of them are stored"):
+        gptq.read(tensors, arguments)
+
+
 def test_transposed_block_scales_are_refused() -> None:
     tensors = torch_layer("llmcompressor-fp8-block", LAYERS[0])
     turned = {"weight": tensors["weight"], "weight_scale_inv": tensors["weight_scale"].t()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
 
@@ -129,6 +129,8 @@ def test_gptq_steps_are_never_coarser_than_the_usual_ones(
 @settings(max_examples=30)
 @given(weight=weights())
 def test_dequantize_equals_the_reference(method: Case, weight: torch.Tensor) -> None:
+    # nvfp4 refuses what is all small
+    assume(method.method != "nvfp4" or not 2.0**-24 <= float(weight.abs().max()) < 1e-4)
     tensors = method.quantize(weight)
     expected = reference.dequantize_method(method.method, as_arrays(tensors), method.arguments)
     np.testing.assert_array_equal(method.dequantize(tensors).numpy(), expected, strict=True)

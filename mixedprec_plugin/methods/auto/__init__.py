@@ -43,6 +43,14 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 _OTHER_NAMES = {"bits": "w_bit", "group_size": "q_group_size"}
 # the group sizes of Marlin's kernels (marlin_utils.py:44)
 _GROUP_SIZES = (-1, 32, 64, 128)
+# ModelOpt's algorithms, spelled so (modelopt_quant.py:510, 885, 1673; modelopt_utils.py:23)
+_FP4 = ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4")
+_MODELOPT: Mapping[str, tuple[str, ...]] = {
+    "modelopt": ("FP8", *_FP4),
+    "modelopt_fp4": _FP4,
+    "modelopt_fp8": ("FP8",),
+    "modelopt_mixed": ("MIXED_PRECISION",),
+}
 # quark/quark.py:799, 830
 _QUARK = ("fp8_e4m3", "fp4")
 
@@ -66,12 +74,22 @@ def why_no_class(config: Mapping[str, Any]) -> str:
     ]
     if missing:
         return f"SGLang's class for {name!r} needs {' and '.join(missing)} in quantization_config"
+    if name in _MODELOPT and (algorithm := _modelopt_algorithm(config)) not in _MODELOPT[name]:
+        known = ", ".join(_MODELOPT[name])
+        return f"SGLang's class for {name!r} reads {known} of ModelOpt's only, not {algorithm}"
     bits = config.get("w_bit", config.get("bits"))
     if is_awq and bits != 4:
         return f"SGLang reads AWQ of 4 bits only, not {bits}"
     if name == "quark" and (dtype := _quark_dtype(config)) not in _QUARK:
         return f"SGLang reads {' and '.join(_QUARK)} of Quark's types only, not {dtype}"
     return _why_not_marlin(config) if name == "gptq" else ""
+
+
+def _modelopt_algorithm(config: Mapping[str, Any]) -> Any:
+    """As config.json says it, or within what once was hf_quant_config.json."""
+    whole = config.get("quantization")
+    inner = whole if isinstance(whole, Mapping) and config.get("quant_algo") is None else config
+    return inner.get("quant_algo")
 
 
 def _quark_dtype(config: Mapping[str, Any]) -> Any:

@@ -9,12 +9,14 @@ from mixedprec_plugin.methods import blockwise_int8, fp8, scaled
 from mixedprec_plugin.methods.interface import Fault, Format, LayerShape, Target
 from mixedprec_plugin.methods.stored import FLOAT, Said, StoredFormat, Tensors, incomplete, unusable
 
+# of its formats in 4 bits the one that config.json, or else nearly every checkpoint, says
+_MODELOPT = "modelopt nvfp4"
 # a suffix that no other format has -> the format that writes it
 _SIGNATURES = {
     "SCB": "bitsandbytes 8-bit",
     "quant_map": "bitsandbytes 4-bit",
     "absmax": "bitsandbytes 4-bit",
-    "weight_scale_2": "modelopt nvfp4",
+    "weight_scale_2": _MODELOPT,
     "weight_global_scale": "nvfp4",
     "W_q": "hqq",
     "codebooks": "aqlm",
@@ -47,6 +49,8 @@ def _by_signature(tensors: Tensors, said: Said) -> StoredFormat | None:
         return unusable(tensors, "w4afp8") if tensors["weight"].dtype == "I8" else None
     if "qweight" not in tensors:
         name = next((name for suffix, name in _SIGNATURES.items() if suffix in tensors), None)
+        if name == _MODELOPT and said.label:
+            name = f"modelopt {said.label}"
         return unusable(tensors, name) if name else None
     if missing := [suffix for suffix in ("scales", "qzeros") if suffix not in tensors]:
         encoding = "" if said.encoding == FLOAT else said.encoding or ""

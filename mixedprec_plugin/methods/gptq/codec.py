@@ -97,7 +97,8 @@ def _zero_points(tensors: Tensors, arguments: Arguments) -> torch.Tensor:
     mean, is nearer to what the other convention says.
 
     Raises:
-        ShapeError: they are alike, and the middle in neither convention.
+        ShapeError: they are alike, and the middle in neither convention; or, of 8 bits, codes
+            are nearer to another one than config.json says.
     """
     bits, qzeros, qweight = int(arguments["bits"]), tensors["qzeros"], tensors["qweight"]
     stored, middle = unpack(qzeros, bits).to(torch.int16), 1 << (bits - 1)
@@ -115,6 +116,10 @@ def _zero_points(tensors: Tensors, arguments: Arguments) -> torch.Tensor:
     if len(differences) >= _ENOUGH:
         mean, error = float(differences.mean()), float(differences.std()) / len(differences) ** 0.5
         if abs(mean - (not is_v1)) < 0.25 and error < 0.1:
+            if bits == 8:
+                # one code is a fiftieth of the weights' RMS, as small as their mean may be
+                what = "nothing tells whether all of them are stored one less"
+                refuse("qzeros", what, "take the layer from another source", "zero-points")
             is_v1 = not is_v1
     zeros = (stored + int(is_v1)) & (2 * middle - 1)
     if bits == 4 and is_v1:

@@ -121,6 +121,17 @@ def test_the_scale_of_the_whole_is_a_power_of_two_that_nearly_all_weights_share(
     assert error <= largest / (6 if largest > 1e-3 else 3)
 
 
+@pytest.mark.parametrize("largest", [9e-5, 1e-7])
+def test_weights_too_small_for_any_scale_but_the_least_are_refused(largest: float) -> None:
+    weight = torch.linspace(-largest, largest, 64).reshape(2, 32)
+    with pytest.raises(ShapeError, match=rf"no larger than {largest:.3g} .* keep this layer in"):
+        codec.quantize(weight, NONE, torch.bfloat16)
+    # nothing is lost of zeros, and little of what float16 has no number for
+    for nearly in (weight * 0, weight * 0 + 2.0**-25):
+        made = codec.quantize(nearly, NONE, torch.bfloat16)
+        assert not codec.read(made, NONE).dequantize().any()
+
+
 def test_what_cannot_be_quantized_is_refused() -> None:
     with pytest.raises(ShapeError, match="K = 24 is not whole blocks"):
         codec.quantize(torch.ones(4, 24), NONE, torch.bfloat16)
