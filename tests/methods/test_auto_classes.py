@@ -13,10 +13,6 @@ from tests.checkpoint.peers import FOLDERS, quantization_config
 
 pytestmark = pytest.mark.sglang
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from sglang.srt.layers.quantization import QUANTIZATION_METHODS, marlin_utils
-
 # they have loaders of their own, store nothing, or are for AMD and Ascend
 OTHERS = {
     "bitsandbytes", "gguf", "modelslim", "moe_wna16", "mxfp_w4a8", "nvfp4_online", "petit_nvfp4",
@@ -69,10 +65,19 @@ SAID = [
 ]  # fmt: skip
 
 
-def reads(said: dict[str, Any]) -> bool:
+@pytest.fixture(scope="module")
+def classes() -> dict[str, Any]:
+    """SGLang's, by name, imported with the warnings that it gives where there is no GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+    return dict(QUANTIZATION_METHODS)
+
+
+def reads(said: dict[str, Any], classes: dict[str, Any]) -> bool:
     """Whether SGLang makes a config of it, as `ModelConfig` and `get_quantization_config` do."""
-    # what only other devices' classes answer to
-    classes = {name: x for name, x in QUANTIZATION_METHODS.items() if name != "gptq"}
+    # on CUDA only Marlin's class answers to it
+    classes = {name: x for name, x in classes.items() if name != "gptq"}
     asked = "modelopt" if said["quant_method"] == "modelopt" else None
     taken = (x.override_quantization_method(said, asked) for x in classes.values())
     name = next(filter(None, taken), str(said["quant_method"]).lower())
@@ -85,13 +90,15 @@ def reads(said: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("said", SAID, ids=str)
 def test_a_config_is_refused_where_sglang_makes_none_of_it(
-    said: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    said: dict[str, Any], classes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sglang.srt.layers.quantization import marlin_utils
+
     monkeypatch.setattr(marlin_utils, "get_device_capability", lambda: (9, 0))
     said = {key: value for key, value in said.items() if value is not None}
-    assert (why_no_class(said) == "") == reads(said), why_no_class(said)
+    assert (why_no_class(said) == "") == reads(said, classes), why_no_class(said)
 
 
-def test_every_class_of_sglang_is_taken_or_left_out_for_a_reason() -> None:
+def test_every_class_of_sglang_is_taken_or_left_out_for_a_reason(classes: dict[str, Any]) -> None:
     # registered where SGLang sees a device: MXFP4; GPTQ, which has no class on CUDA but Marlin's
-    assert set(QUANTIZATION_METHODS) | {"gptq", "mxfp4"} == set(CLASSES) | OTHERS
+    assert set(classes) | {"gptq", "mxfp4"} == set(CLASSES) | OTHERS
