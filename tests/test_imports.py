@@ -14,7 +14,7 @@ import mixedprec_plugin
 from tests.checkpoints import write_llama
 
 # what decides from files alone, without what of a method needs torch or SGLang
-ROOMS = ("names", "resources", "lazy", "errors", "families", "methods", "preset", "plan", "cli")
+ROOMS = ("names", "resources", "errors", "families", "methods", "preset", "plan", "cli")
 NOT_OF_FILES = (".codec", ".sglang", ".marlin_experts")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import logging
 import platform
@@ -30,14 +31,6 @@ EXAMPLES = """
   mixedprec doctor --verbose
   mixedprec doctor --json
 """
-# names as people type them, with the arguments that are worth a try beside the defaults
-_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("fp8", {}), ("fp8_block", {}), ("fp8", {"activation_scheme": "static"}), ("fp8_channel", {}),
-    ("blockwise_int8", {}), ("blockwise_int8", {"weight_block_size": [64, 64]}),
-    ("awq", {}), ("awq", {"group_size": 64}),
-    ("gptq", {}), ("gptq", {"group_size": 64}), ("gptq", {"group_size": -1}),
-    ("gptq", {"desc_act": True}), ("gptq_int8", {}),
-)  # fmt: skip
 # docs/compat.md
 TESTED = "0.5.23"
 PACKAGES = ("mixedprec-plugin", "sglang", "torch", "transformers", "safetensors")
@@ -45,11 +38,17 @@ _STYLES: Mapping[Status, str] = {"ok": "green", "absent": "yellow", "failed": "r
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
-    """Every method as people may write it, with its defaults at least: name and arguments."""
-    from mixedprec_plugin.methods.registry import METHODS, bind
+    """Every method with its defaults, and with each argument changed alone: name and arguments."""
+    from mixedprec_plugin.methods.registry import METHODS
 
-    tried = {bind(name, arguments)[0] for name, arguments in _VARIANTS}
-    return [*_VARIANTS, *((name, {}) for name in METHODS if name not in tried)]
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name, spec in METHODS.items():
+        changed = [
+            {key: value} for key, entry in spec.schema.items() for value in entry.get("enum", ())
+        ]
+        others = [x for x in changed if not x.items() <= spec.defaults.items()]
+        found += [(name, x) for x in ({}, *others) if not spec.conflict({**spec.defaults, **x})]
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +59,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     """Examine the installation and print the report; 1 if anything is wrong."""
     from mixedprec_plugin.methods.construct import quieted
 
-    # SGLang's chatter about each config; its errors still show
-    with quieted("sglang", logging.ERROR), warnings.catch_warnings():
+    # what SGLang warns of each config, and torch where there is no CUDA; errors still show
+    with contextlib.ExitStack() as quiet:
+        for name in ("sglang", "torch"):
+            quiet.enter_context(quieted(name, logging.ERROR))
+        quiet.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         findings = [*examine_versions(), *examine_sglang()]
     if args.json:
@@ -213,14 +215,14 @@ def _print_answer(findings: list[Finding], page: Page) -> None:
     )
     page.print(f"  methods  {', '.join(works) or 'none'}: SGLang takes their arguments")
     if unseen:
-        what = "the CUDA form is not looked at without a GPU that runs it"
-        page.print(f"           of {', '.join(sorted(unseen))} {what}")
+        what = "the CUDA class needs a GPU to be checked"
+        page.print(f"           {', '.join(sorted(unseen))}: {what}")
     for finding in of("versions", "absent"):
         page.print(f"  note     {finding.text}", "yellow")
     for finding in wrong:
         page.print(f"  failed  {finding.name}  {finding.text}", "red")
     closing = "all well; next: mixedprec serve PRESET --model DIR"
-    page.print(f"{len(wrong)} wrong; --verbose tells of the rest" if wrong else closing, "bold")
+    page.print(f"{len(wrong)} wrong; --verbose shows the rest" if wrong else closing, "bold")
 
 
 def _print(findings: list[Finding], page: Page) -> None:

@@ -19,7 +19,7 @@ from mixedprec_plugin.convert.parts import parse_size
 from mixedprec_plugin.errors import PlanError
 from mixedprec_plugin.methods.cards import Gpu
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.methods.registry import AUTO
+from mixedprec_plugin.methods.registry import AUTO, USUAL_4_BITS, USUAL_8_BITS
 from mixedprec_plugin.plan.memory import why_not_in_memory
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import totals, totals_line
@@ -37,9 +37,6 @@ EXAMPLES = """
 """
 # of a card, for weights; the rest is for activations, CUDA graphs and the KV cache
 _SHARE = 0.75
-# the first that serves a unit; of activations in 8-bit integers a guess knows nothing
-_EIGHT_BITS = ("fp8_channel", "fp8")
-_FOUR_BITS = "awq"
 # a share of a guess that is worth a scheme less
 _TOLERANCE = 0.05
 # bits a weight of more than any quantized format
@@ -100,7 +97,7 @@ def _too_large(error: PlanError, args: argparse.Namespace) -> PlanError:
     what, where, remedy = problem.what, problem.where, "allow more"
     if where == "--budget":
         where = "--fit" if args.fit else "--gpu"
-        what = f"{what}; {_SHARE:.0%} of a card are counted for weights"
+        what = f"{what}; {_SHARE:.0%} of a card is kept for weights"
         remedy = "allow more, or share it among more ranks: --tp"
     return PlanError(dataclasses.replace(problem, where=where, what=what, remedy=remedy))
 
@@ -151,8 +148,9 @@ def _smallest(found: Sequence[Found]) -> Found:
 def _usual(unit: Unit, has_floats: bool) -> Unit:
     """A unit with the methods to start from."""
     methods = {name: option.candidate.scheme.method for name, option in unit.options.items()}
-    eight = next((method for method in _EIGHT_BITS if method in methods.values()), None)
-    usual = (eight, _FOUR_BITS, AUTO) if eight else methods.values()
+    # none with integer activations: the rule of thumb cannot judge those
+    eight = next((method for method in USUAL_8_BITS if method in methods.values()), None)
+    usual = (eight, USUAL_4_BITS, AUTO) if eight else methods.values()
     options = {name: unit.options[name] for name, method in methods.items() if method in usual}
     if not has_floats and 8 * options[AS_STORED].num_bytes > _FLOATS * unit.num_weights:
         del options[AS_STORED]

@@ -21,6 +21,7 @@ from mixedprec_plugin.compose.stream import compose_served
 from mixedprec_plugin.errors import Problem, UsageError, printable
 from mixedprec_plugin.evaluate.divergence import Divergence, Mean, divergences, served_divergences
 from mixedprec_plugin.evaluate.server import Server
+from mixedprec_plugin.methods.registry import AUTO
 from mixedprec_plugin.plan.model import Plan
 from mixedprec_plugin.plan.render import totals
 from mixedprec_plugin.plan.resolve import resolve_plan
@@ -89,7 +90,7 @@ def _found(
 def _unquantized(reference: Source, plans: Mapping[str, Plan]) -> Plan:
     """The reference as it is stored."""
     target = next(iter(plans.values())).target
-    preset = load_resolved({"version": 1, "rules": [{"match": "*", "method": "auto"}]}, "reference")
+    preset = load_resolved({"version": 1, "rules": [{"match": "*", "method": AUTO}]}, "reference")
     plan = resolve_plan(preset, reference, target)
     quantized = [x.name for x in plan.layers if x.stored is not None and not x.stored.is_float]
     if quantized:

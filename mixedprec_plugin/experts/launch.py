@@ -162,7 +162,8 @@ def deepep_fault(schemes: Collection[tuple[str, Mapping[str, Any]]], capability:
     layers/quantization/fp8.py:2190.
     """
     for method, arguments in schemes:
-        if method != "fp8" or list(arguments.get("weight_block_size") or ()) != _DEEPGEMM_BLOCK:
+        is_block = list(arguments.get("weight_block_size") or ()) == _DEEPGEMM_BLOCK
+        if not is_block or "deep_gemm" not in METHODS[method].moe_backends:
             return _A_SCHEME
     if capability != _DEEPGEMM_CAPABILITY:
         return (

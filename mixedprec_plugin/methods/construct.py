@@ -52,10 +52,10 @@ def build_config(
 
 @contextlib.contextmanager
 def quieted(name: str, level: int) -> Iterator[None]:
-    """Keep what a logger says below a level out of the log."""
+    """Keep what a logger says below a level, or below one that holds already, out of the log."""
     logger = logging.getLogger(name)
     before = logger.level
-    logger.setLevel(level)
+    logger.setLevel(max(level, logger.getEffectiveLevel()))
     try:
         yield
     finally:

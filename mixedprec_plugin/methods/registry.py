@@ -42,6 +42,8 @@ def _built_in() -> Iterator[Method]:
 BUILT_IN = MappingProxyType({method.name: method for method in _built_in()})
 # the two that other packages need to tell from the rest
 UNQUANTIZED, AUTO = bf16.METHOD.name, auto.METHOD.name
+# what advice starts from: the best of 8 bits first, then what more GPUs run; and 4 bits
+USUAL_8_BITS, USUAL_4_BITS = ("fp8_channel", "fp8"), "awq"
 
 
 class MethodTable(Mapping[str, Method]):

@@ -13,7 +13,7 @@ from mixedprec_plugin.families.names import ExpertShard, parallel_kind
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.cards import bandwidth_of
 from mixedprec_plugin.methods.interface import LayerShape, Target
-from mixedprec_plugin.methods.registry import METHODS
+from mixedprec_plugin.methods.registry import METHODS, USUAL_4_BITS, USUAL_8_BITS
 from mixedprec_plugin.plan.budget import KV_BYTES, KV_CACHE, STATES, Load, gpu_budget
 from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.preset.model import Preset
@@ -73,7 +73,7 @@ def memory_lines(plan: Plan, load: Load) -> list[str]:
     if gpu is None or not gpu.memory_bytes:
         return []
     held = rank_bytes(layers, target.tp_size, config)
-    title = f"{gpu.name} of {_gigabytes(gpu.memory_bytes)}, each of {target.tp_size}:"
+    title = f"{gpu.name} of {_gigabytes(gpu.memory_bytes)}, per rank (--tp {target.tp_size}):"
     try:
         needs = _needs(target, config, load)
     except UsageError as error:
@@ -101,8 +101,8 @@ def memory_lines(plan: Plan, load: Load) -> list[str]:
     if bandwidth := bandwidth_of(gpu):
         read = bytes_read(layers, target.tp_size, config)
         lines.append(
-            f"  a bound: {bandwidth / read:,.0f} tokens a second for one request, which reads "
-            f"{_gigabytes(read)} of weights for each at {bandwidth // 10**9:,} GB/s"
+            f"  at most {bandwidth / read:,.0f} tokens a second for one request, which reads "
+            f"{_gigabytes(read)} of weights for each token at {bandwidth // 10**9:,} GB/s"
         )
     return lines + [f"  {text}" for text in _weight_only(layers, target)]
 
@@ -206,7 +206,7 @@ def why_not_in_memory(
     if fits(held, target.tp_size):
         return []
     ways = []
-    for method in ("fp8", "awq"):
+    for method in (USUAL_8_BITS[-1], USUAL_4_BITS):
         size = held + _change(layers, method, target, config)
         if size < held and fits(size, target.tp_size):
             ways.append(f"method: {method} for all linear layers, {_gigabytes(size)} a rank")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import platform
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +13,7 @@ import torch
 
 from mixedprec_plugin.cli import doctor
 from mixedprec_plugin.methods import registry
+from mixedprec_plugin.methods.construct import quieted
 from mixedprec_plugin.methods.registry import METHODS, MethodTable
 from tests import commands
 from tests.methods.packages import install
@@ -39,6 +41,25 @@ def test_installation_is_well(report: tuple[int, dict[str, Any]]) -> None:
     assert (code, data["ok"]) == (0, True)
 
 
+def test_warnings_stay_out_of_the_report(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGLang says of some configs that they are experimental, and torch that there is no CUDA."""
+    logger = logging.getLogger("sglang.srt.layers.quantization")
+
+    def examine() -> list[doctor.Finding]:
+        with quieted(logger.name, logging.WARNING):
+            logger.warning("chatter")
+        logging.getLogger("torch.utils").warning("no CUDA")
+        return []
+
+    monkeypatch.setattr(doctor, "examine_sglang", examine)
+    assert run("--quiet") == (0, "")
+    assert caplog.messages == []
+    logger.warning("heard again")
+    assert caplog.messages == ["heard again"]
+
+
 def test_every_method_is_constructed(report: tuple[int, dict[str, Any]]) -> None:
     constructed = {line["method"] for line in report[1]["configs"] if line["status"] == "ok"}
     assert constructed == set(METHODS)
@@ -48,7 +69,7 @@ def test_every_method_is_constructed(report: tuple[int, dict[str, Any]]) -> None
     ("name", "attributes"),
     [
         (
-            "fp8_block (cuda)",
+            "fp8 weight_block_size=[128, 128] (cuda)",
             {
                 "is_checkpoint_fp8_serialized": True,
                 "activation_scheme": "dynamic",
@@ -64,7 +85,7 @@ def test_every_method_is_constructed(report: tuple[int, dict[str, Any]]) -> None
             },
         ),
         (
-            "gptq_int8 (cuda)",
+            "gptq bits=8 (cuda)",
             {
                 "weight_bits": 8,
                 "group_size": 128,

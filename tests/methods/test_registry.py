@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -23,6 +24,21 @@ def test_table_keys_are_the_specs_names() -> None:
         "humming", "nvfp4", "mxfp4", "auto",
     ]  # fmt: skip
     assert all(name == spec.name for name, spec in METHODS.items())
+
+
+def test_no_code_outside_methods_spells_a_methods_name() -> None:
+    """But for `auto` and `bf16`: SGLang's options and dtypes are called so, too."""
+    names = set(METHODS) - {registry.AUTO, registry.UNQUANTIZED}
+    package = Path(registry.__file__).parents[1]
+    files = [x for x in package.rglob("*.py") if x.relative_to(package).parts[0] != "methods"]
+    found = [
+        f"{path.name}:{node.lineno}: {node.value}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+    ]
+    assert found == []
+    assert len(files) > 150
 
 
 def test_table_cannot_be_changed() -> None:

@@ -115,7 +115,7 @@ def test_lines_of_memory_add_up_to_the_card(mixture: Path) -> None:
     made = on("A6000", mixture, *rules)
     assert not made.errors
     title, *lines = memory_lines(made, usual_load(made.preset))
-    assert title == "RTX A6000 of 48 GB, each of 1:"
+    assert title == "RTX A6000 of 48 GB, per rank (--tp 1):"
     sizes = [float(line.split(" GB")[0]) for line in lines[:3]]
     assert sum(sizes) == pytest.approx(48, abs=0.2)
     # 4 key and value heads of 128, 48 layers, 2 bytes
