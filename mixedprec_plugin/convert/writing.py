@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mixedprec_plugin.checkpoint.headers import read_header
+from mixedprec_plugin.checkpoint.headers import open_tensors
 from mixedprec_plugin.compose.stream import Compose
 from mixedprec_plugin.convert.folder import create
 from mixedprec_plugin.convert.form import Form
@@ -53,5 +53,6 @@ def write_part(
             provenance.append(layer_provenance(layer, reader.take_digests()))
         file.flush()
         os.fsync(file.fileno())
-    read_header(path)
+    with open_tensors(path, "numpy"):
+        pass
     return provenance
