@@ -44,6 +44,7 @@ class Problem:
         remedy: what the reader can do about it; may be empty.
         rule: stable identifier of the check that failed, such as `fused-conflict`.
         severity: only errors stop the work.
+        asked_at: where the rules stand that ask for what is wrong with a layer.
     """
 
     where: str
@@ -51,6 +52,7 @@ class Problem:
     remedy: str = ""
     rule: str = ""
     severity: Severity = "error"
+    asked_at: str = ""
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what

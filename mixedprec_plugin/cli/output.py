@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mixedprec_plugin.errors import ConvertError, Problem, UsageError
+from mixedprec_plugin.errors import ConvertError, Problem, UsageError, printable
 from mixedprec_plugin.plan.tables import styled
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def write_new(path: Path, text: str) -> None:
         if not is_there:  # no part of a file stays
             with contextlib.suppress(OSError):
                 path.unlink()
-        what = "is there already" if is_there else f"cannot be written ({error.strerror})"
+        what = "already exists" if is_there else f"cannot be written ({error.strerror})"
         raise ConvertError(Problem(str(path), what, "name another file", "file")) from error
 
 
@@ -64,7 +64,8 @@ def report(problems: Iterable[Problem], err: TextIO) -> None:
     """Print problems, a line each."""
     for problem in problems:
         style = "red" if problem.severity == "error" else "yellow"
-        print("mixedprec:", styled(f"{problem.severity}:", style, err), problem, file=err)
+        text = printable(f"{problem}; see {problem.asked_at}" if problem.asked_at else f"{problem}")
+        print("mixedprec:", styled(f"{problem.severity}:", style, err), text, file=err)
 
 
 def progress_for(args: argparse.Namespace) -> Progress:

@@ -40,6 +40,9 @@ from mixedprec_plugin.plan.model import Plan, PlannedLayer
 from mixedprec_plugin.plan.near_globs import NearGlobs
 from mixedprec_plugin.preset.model import Preset, Rule, Scheme
 
+# that a message names
+_MOST_RULES = 3
+
 
 def check_rules(
     preset: Preset,
@@ -120,12 +123,22 @@ def _why_nothing_decided(rule: Rule, matched: frozenset[str], matches: Matches) 
 
 def check_layers(layers: Sequence[PlannedLayer], target: Target, config: Config) -> list[Problem]:
     """Check that each layer can be made what the plan says and that its method serves its shape."""
+    rules = {layer.name: layer.rule for layer in layers if layer.rule is not None}
     faults = layer_faults(layers, target, config)
     return [
-        *(dataclasses.replace(f, where=", ".join(fold_names(x))) for f, x in faults.items()),
+        *(_located(fault, names, rules) for fault, names in faults.items()),
         *why_not_family(config, target, layers),
         *why_not_in_memory(layers, target, config),
     ]
+
+
+def _located(fault: Problem, names: Sequence[str], rules: Mapping[str, Rule]) -> Problem:
+    """Say which layers have a fault, and which rules asked for it."""
+    asking = {rules[name].index: str(rules[name].location) for name in names if name in rules}
+    places = list(asking.values())[:_MOST_RULES] if fault.severity == "error" else []
+    more = [f"{len(asking) - len(places)} more"] if 0 < len(places) < len(asking) else []
+    asked_at = ", ".join([*places, *more])
+    return dataclasses.replace(fault, where=", ".join(fold_names(names)), asked_at=asked_at)
 
 
 def layer_faults(

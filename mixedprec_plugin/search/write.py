@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixedprec_plugin.errors import ConvertError, Problem, printable
+from mixedprec_plugin.errors import ConvertError, PlanError, Problem, printable
 from mixedprec_plugin.methods.registry import AUTO, METHODS
 from mixedprec_plugin.names import ranges_of, without_numbers
 from mixedprec_plugin.plan.conversion import is_auto
@@ -80,6 +80,10 @@ def publish(text: str, choices: Choices, choice: Mapping[str, str], path: Path) 
         plan = resolve_plan(preset, base.source, base.target, sources).check()
         _check(plan, choices, choice)
         os.replace(temporary, path)
+    except PlanError as error:
+        # the file that the rules stand in is gone
+        problems = [dataclasses.replace(problem, asked_at="") for problem in error.problems]
+        raise PlanError(problems) from None
     except OSError as error:
         what = f"cannot be written ({error.strerror})"
         raise ConvertError(Problem(str(path), what, "name another file", "write")) from error

@@ -44,6 +44,21 @@ def test_plan_prints_folded_groups_totals_and_exits_0(model: Path, tmp_path: Pat
     ]
 
 
+def test_a_shape_that_does_not_fit_is_told_with_the_rules_that_ask_for_it(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model", hidden_size=192, intermediate_size=320)
+    preset = write_preset(
+        tmp_path, 'match: "*.down_proj", method: gptq', 'match: "*.gate_proj", method: gptq',
+        'match: "*.up_proj", method: gptq',
+    )  # fmt: skip
+    code, _, err = run("plan", "--model", model, "--preset", preset)
+    assert code == 1
+    lines = {
+        line.partition(": group_size 128")[0].split(".")[-1]: line for line in err.splitlines()
+    }
+    assert lines["down_proj"].endswith(f"; see {preset}:3: rules[0]")
+    assert lines["up_proj"].endswith(f"; see {preset}:4: rules[1], {preset}:5: rules[2]")
+
+
 def test_json_has_the_documented_keys(model: Path, tmp_path: Path) -> None:
     preset = write_preset(tmp_path, 'match: "*", method: awq')
     code, out, _ = run("plan", "--model", model, "--preset", preset, "--json")
@@ -135,7 +150,7 @@ def test_gpu_that_does_not_run_a_method_exits_1(model: Path, tmp_path: Path) -> 
     argv = ("plan", "--model", model, "--preset", preset)
     code, out, _ = run(*argv, "--gpu", "H100")
     assert code == 0
-    assert "H100 of 80 GB, each of 1:\n      0 GB  weights\n" in out
+    assert "H100 of 80 GB, per rank (--tp 1):\n      0 GB  weights\n" in out
     code, _, err = run(*argv, "--gpu", "RTX 2080 Ti")
     assert code == 1
     assert "fp8 does not run on this GPU, whose compute capability is 7.5 (expected 8.0" in err

@@ -54,7 +54,7 @@ class TestPresets:
         code, _, err = run("presets", "copy", "awq", path)
         assert (code, err) == (
             1,
-            f"mixedprec: error: {path}: is there already; name another file\n",
+            f"mixedprec: error: {path}: already exists; name another file\n",
         )
 
     def test_a_name_is_needed(self) -> None:
