@@ -6,9 +6,9 @@ import argparse
 import functools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from mixedprec_plugin.checkpoint.source import Source, open_source
 from mixedprec_plugin.cli.arguments import bits, positive
@@ -40,6 +40,8 @@ from mixedprec_plugin.search.write import Chosen, preset_text, publish
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+T = TypeVar("T")
 
 EXAMPLES = """
   mixedprec search --model DIR --bits 4.5 --out mine.yaml
@@ -123,12 +125,19 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     choices = find_choices(model, target_of(args, model), methods, _others(args.sources))
     budget, card = _budget(args, choices)
     with progress_for(args) as bar:
-        scores, made, way = _scores(args, choices, bar)
         own = Search(choices, args.at_load, args.experts == "layer")
-        try:
-            found = own.run(budget, scores, way, made)
-        except PlanError as error:
-            raise _with_nearest(args, error, choices, own.smallest(scores), card) from None
+
+        def within(attempt: Callable[[], T], scores: Scores) -> T:
+            try:
+                return attempt()
+            except PlanError as error:
+                raise _with_nearest(args, error, choices, own.smallest(scores), card) from None
+
+        if not args.inputs and not args.in_engine:  # which may leave units without scores
+            # scores can take hours
+            within(lambda: own.check(budget, own.unscored), own.unscored)
+        scores, made, way = _scores(args, choices, bar)
+        found = within(lambda: own.run(budget, scores, way, made), scores)
         lines = header_lines(found, args.out, args.model)
         text = preset_text(found.choices, Chosen(found.choice, found.losses, lines))
         plan = publish(text, found.choices, found.choice, args.out)
@@ -292,5 +301,5 @@ def _measure(
     seed = (args.seed or 0) + 1
     rows = evaluate({"found": plan}, reference, args.text, windows, length, seed, work, bar)
     kl = rows[1].found.kl
-    what = f"{args.text}" if args.text else "text that the model wrote anew"
+    what = f"{args.text}" if args.text else "new text that the model wrote"
     return Measured(kl.value, kl.error, f"{what}, {windows} windows of {length} tokens")

@@ -16,7 +16,7 @@ from mixedprec_plugin.errors import Problem, UsageError
 from mixedprec_plugin.families.names import last_component, scheme_unit
 from mixedprec_plugin.families.table import family_of
 from mixedprec_plugin.methods.interface import Target
-from mixedprec_plugin.methods.registry import AUTO, METHODS, bind, method_names
+from mixedprec_plugin.methods.registry import AUTO, METHODS, bind, method_names, suggest_method
 from mixedprec_plugin.names import without_numbers
 from mixedprec_plugin.plan.auto import by_method
 from mixedprec_plugin.plan.checks import layer_faults
@@ -185,7 +185,8 @@ def canonical_methods(names: Iterable[str]) -> tuple[str, ...]:
         if method is None:
             known = ", ".join(m.name for m in METHODS.values() if m.searched)
             listed = "quantizes nothing" if name in method_names() else "is not known"
-            raise UsageError(Problem("--methods", f"{name!r} {listed} (expected {known})"))
+            remedy = suggest_method(name) if listed == "is not known" else ""
+            raise UsageError(Problem("--methods", f"{name!r} {listed} (expected {known})", remedy))
         found.append(method.name)
     return tuple(dict.fromkeys(found))
 

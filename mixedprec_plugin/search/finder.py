@@ -168,8 +168,23 @@ class Search:
     is_by_layer: bool = False
     tolerance: float = TOLERANCE
 
-    def run(self, budget: Budget, scores: Scores, way: Way, num_made: int = 0) -> Found:
-        """Choose; a PlanError, where nothing is so small."""
+    @property
+    def unscored(self) -> Scores:
+        """Every option at no loss: what `check` and `smallest` go by before any is scored."""
+        found: Scores = {}
+        for name, unit in self.choices.units.items():
+            for key, option in unit.options.items():
+                if key != AS_STORED and self._is_allowed(option):
+                    found.setdefault(name, {})[key] = 0.0
+        return found
+
+    def check(self, budget: Budget, scores: Scores) -> tuple[Choices, Table, Table, Table, int]:
+        """See that something is within a budget; a PlanError, where nothing is so small.
+
+        Returns:
+            the units that have scores; the tables of all bytes and of a rank's, the one of the two
+            that the budget is of, and its limit.
+        """
         scored = _scored(self.choices, scores)
         total, ranks = (self._table(scored, scores, is_rank=x) for x in (False, True))
         table, limit = ranks, (budget.num_bytes or 0) - scored.rest[1]
@@ -178,6 +193,11 @@ class Search:
             table, limit = total, int(budget.bits * scored.num_weights / 8)
         if table.smallest > limit:
             raise _too_small(budget, scored, table)
+        return scored, total, ranks, table, limit
+
+    def run(self, budget: Budget, scores: Scores, way: Way, num_made: int = 0) -> Found:
+        """Choose; a PlanError, where nothing is so small."""
+        scored, total, ranks, table, limit = self.check(budget, scores)
         allocation = with_fewest_schemes(table, limit, {AS_STORED}, self.tolerance)
         groups = self._groups(scored.units)
         choice = {unit: allocation.choice[groups[unit]] for unit in scored.units}

@@ -91,7 +91,7 @@ def test_what_is_measured_stands_beside_what_is_predicted(model: Path, tmp_path:
         model, *TEXT, *FEW, "--bits", 6, "--out", preset, "--convert", folder, "--check"
     )
     assert code == 0, err
-    pattern = r"measured KL (\S+) ± (\S+) nats a token, predicted (\S+) \(text that the model wrote"
+    pattern = r"measured KL (\S+) ± (\S+) nats a token, predicted (\S+) \(new text that the model"
     line = re.search(pattern, out)
     assert line is not None, out
     kl, error, predicted = map(float, line.groups())
@@ -279,6 +279,10 @@ def test_card_that_holds_nothing_of_it_is_refused_with_what_fits(tmp_path: Path)
         (["--bits", "5", "--concurrency", "4"], "add --context TOKENS"),
         (["--bits", "5", "--kv-cache-dtype", "auto"], "add --context TOKENS"),
         (["--bits", "5", "--methods", "awq,foo"], "'foo' is not known"),
+        (
+            ["--bits", "5", "--methods", "awk"],
+            r"'awk' is not known \(expected .*\); did you mean 'awq'",
+        ),
         (["--bits", "5", "--methods", "bf16"], "'bf16' quantizes nothing"),
         (["--bits", "5", "--windows", "3"], "--windows: is for scores, and --fast makes none"),
     ],
@@ -291,3 +295,13 @@ def test_what_does_not_go_is_refused(
     assert code in (1, 2)
     assert re.search(message, err), err
     assert not path.exists()
+
+
+@pytest.mark.parametrize("words", [["--bits", "2"], ["--budget", "50KiB"]])
+def test_a_budget_that_nothing_fits_is_refused_before_anything_is_scored(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr("mixedprec_plugin.cli.search._scores", lambda *_: pytest.fail("scored"))
+    code, _, err = run(model, *words, "--out", tmp_path / "found.yaml")
+    assert code == 1
+    assert "is less than anything takes (expected" in err
