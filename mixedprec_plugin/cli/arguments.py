@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,19 +26,31 @@ class Parser(argparse.ArgumentParser):
 
         A verb with a default for `passed_on` has what is not known there.
         """
-        parsed, unknown = self.parse_known_args(args, namespace)
+        try:
+            parsed, unknown = self.parse_known_args(args, namespace)
+        except UsageError:
+            # a required option that is misspelt counts as missing
+            words = [word for word in args or () if word.startswith("--") and word != "--"]
+            self._check_known([] if self.get_default("passed_on") is not None else words)
+            raise
         if "passed_on" in parsed:
             parsed.passed_on = unknown[1:] if unknown[:1] == ["--"] else unknown
-        elif unknown:
-            option = unknown[0].partition("=")[0]
-            near = nearest(option, self._option_string_actions) if option[0] == "-" else []
-            remedy = f"did you mean {' or '.join(near)}?" if near else self._see_help()
-            raise UsageError(Problem("", f"unknown argument {option!r}", remedy))
+        else:
+            self._check_known(unknown)
         return parsed
+
+    def _check_known(self, words: Sequence[str]) -> None:
+        for option in (word.partition("=")[0] for word in words):
+            if option not in self._option_string_actions:
+                near = nearest(option, self._option_string_actions) if option[0] == "-" else []
+                remedy = f"did you mean {' or '.join(near)}?" if near else self._see_help()
+                raise UsageError(Problem("", f"unknown argument {option!r}", remedy))
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
-        raise UsageError(Problem("", message.removeprefix("argument "), self._see_help()))
+        # argparse names the function that reads the number
+        text = re.sub(r"invalid \w+ value: (.*)", r"\1 is not a number", message)
+        raise UsageError(Problem("", text.removeprefix("argument "), self._see_help()))
 
     @property
     def option_strings(self) -> list[str]:

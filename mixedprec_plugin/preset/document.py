@@ -53,7 +53,8 @@ class Findings:
 
     def suggest(self, name: str, names: Collection[str]) -> str:
         """The remedy that names what was meant; empty where nothing is near."""
-        near = self._nearest.find(name, names)
+        begun = [other for other in names if other.startswith(f"{name}_")]
+        near = begun[:3] or self._nearest.find(name, names)
         return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

@@ -54,12 +54,19 @@ def test_version_and_help_need_no_verb() -> None:
     ("argv", "message"),
     [
         (("plam",), "error: unknown verb 'plam' (expected init, "),
+        (
+            ("plan", "--modle", "x", "--preset", "y"),
+            "unknown argument '--modle'; did you mean --model",
+        ),
         (("plan", "--model", "x", "--presett", "y"), "unknown argument '--presett'; did you mean"),
-        (("plan", "--mod", "x"), "error: the following arguments are required: --model; see mixed"),
+        (("plan", "--mod", "x"), "error: unknown argument '--mod'; did you mean --model"),
+        (("plan", "--preset", "x"), "error: the following arguments are required: --model; see "),
         (
             ("plan", "--model", "x", "--tp", "1", "--tp", "2"),
             "error: --tp: given twice: 1 and 2; see mixedprec plan --help",
         ),
+        (("plan", "--model", "x", "--tp", "two"), "error: --tp: 'two' is not a number; see "),
+        (("serve", "awq", "--model", "x", "--port", "x"), "--port: 'x' is not a number; see "),
         (("plan", "--model", "x", "--tp", "0"), "error: --tp: 0 is not positive; see "),
         (
             ("init", "--model", "x", "--fit", ""),

@@ -111,7 +111,7 @@ def test_source_without_scales_is_an_error(tmp_path: Path) -> None:
     ("said", "message"),
     [
         ("{scales: othr}", r"kv_cache.scales: unknown source 'othr' .*model, other, none"),
-        ("{dtype: fp8}", r"kv_cache.dtype: 'fp8' is not one of 'auto', 'bf16', 'fp8_e4m3'"),
+        ("{dtype: fp8}", r"not one of .*; did you mean 'fp8_e4m3' or 'fp8_e5m2'"),
         ("{dtypes: bf16}", r"unknown key 'dtypes' .expected dtype, scales"),
     ],
 )
