@@ -107,14 +107,14 @@ ours.
   what each weight loader writes.
 
 Tensors are mapped by the safetensors library, as SGLang's own loader does, looked at, and copied
-once by the parameters' own weight loaders. A file is opened anew after every 32 MiB, so that pages
+once by the parameters' own weight loaders. A file is reopened after every 32 MiB, so that pages
 that were copied do not stay in memory. For the two large models {warm} of SGLang's time from the
 page cache, {cold} from the disk, and 64 MiB beside the model are the limits that the measurement
 holds ours to.
 
 What remains above the limits of time, by a profile of the large model: a quarter is the search for
 weights that are NaN or infinite, which reads every byte once more; an eighth is building the model
-without weights, to hold the plan against it; files are read in one thread, by SGLang in several.
+without weights, to check the plan against it; files are read in one thread, by SGLang in several.
 
 {tables}
 """

@@ -105,7 +105,7 @@ class Gathered:
             facts: dict[str, Any] = json.loads((file.metadata() or {}).get(_KEY, "{}"))
         if facts.get("version") != VERSION:
             what = f"{path.name} is of version {facts.get('version')} (expected {VERSION})"
-            raise self._wrong(what, "gather them anew")
+            raise self._wrong(what, "gather them again")
         return facts
 
     def _check(self, first: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ class Gathered:
                 yield file
         except (OSError, SafetensorError, ValueError) as error:
             what = f"{path.name} cannot be read ({error})"
-            raise self._wrong(what, "gather them anew") from error
+            raise self._wrong(what, "gather them again") from error
 
     def _wrong(self, what: str, remedy: str) -> CheckpointError:
         return CheckpointError(Problem(str(self.folder), what, remedy, "gathered"))

@@ -156,6 +156,7 @@ def _reaching(where: str, revision: str | None) -> Iterator[None]:
     except (HTTPError, InvalidURL, OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().partition("\n")[0]
         at = f" at revision {revision!r}" if revision else ""
-        what = f"cannot be had from the Hugging Face Hub{at} ({type(error).__name__}: {first_line})"
+        why = f"({type(error).__name__}: {first_line})"
+        what = f"cannot be fetched from the Hugging Face Hub{at} {why}"
         remedy = "check the id, the revision, the network and the token, or give a local folder"
         raise CheckpointError(Problem(where, what, remedy, "hub")) from error

@@ -84,7 +84,7 @@ def _read(pattern: str) -> re.Pattern[str] | tuple[_Step, ...]:
         _lay_out(parsed, parsed.state, steps)
         return (*steps, _Step(()))
     except (re.error, RecursionError, OverflowError) as error:
-        what = f"{pattern!r:.200} is no regular expression that can be followed ({error})"
+        what = f"{pattern!r:.200} is not a regular expression that can be followed ({error})"
         where = "config.json: quantization_config"
         problem = Problem(where, what, "correct the pattern", "config-pattern")
         raise CheckpointError(problem) from error

@@ -1,6 +1,6 @@
 """Reading tensors as torch's, through mappings of their files by the safetensors library.
 
-Pages of a mapping count as the process's memory until it is closed: files are opened anew after
+Pages of a mapping count as the process's memory until it is closed: files are reopened after
 every few MiB, which takes no time. Where nothing may be mapped, ranges of bytes are read instead:
 the library would read a whole tensor for a part of it.
 """

@@ -234,7 +234,7 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
         return file_error(folder, "is an empty folder", "download the checkpoint into it")
     if any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
         return file_error(folder / "config.json", "is not there", "download it beside the weights")
-    what = "is no checkpoint: it has neither config.json nor weights"
+    what = "is not a checkpoint: it has neither config.json nor weights"
     return file_error(folder, what, "give a folder that has both, or a Hugging Face id")
 
 

@@ -58,7 +58,7 @@ def _build(args: argparse.Namespace) -> list[list[dict[str, Any]]]:
             outline = outline_alone(plan, is_draft=index > 0)
             problems = list(outline.problems)
             if outline.unchecked:
-                what = f"not held against the model: {outline.unchecked}"
+                what = f"not checked against the model: {outline.unchecked}"
                 remedy = "start the server to see"
                 problems.append(Problem("--build", what, remedy, "unchecked", "warning"))
         except MixedPrecisionError as error:

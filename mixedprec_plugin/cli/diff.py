@@ -83,7 +83,7 @@ def _parsed(text: str, where: str) -> Mapping[str, Any]:
         plan: Mapping[str, Any] = json.loads(text)
         return {"layers": plan["layers"], "totals": plan["totals"]}
     except (ValueError, KeyError, TypeError) as error:
-        what = "is no plan (expected what --mixedprec-plan or mixedprec plan --json writes)"
+        what = "is not a plan (expected what --mixedprec-plan or mixedprec plan --json writes)"
         raise UsageError(Problem(where, what)) from error
 
 

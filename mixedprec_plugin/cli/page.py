@@ -24,8 +24,8 @@ def write_pages(args: argparse.Namespace, plan: Plan) -> None:
     """Write what the command line asks for."""
     for flag in ("against", "overlay"):
         if getattr(args, flag) and not args.html:
-            what = "goes into the page, and none is asked for"
-            raise UsageError(Problem(f"--{flag}", what, "write --html FILE as well"))
+            what = "is for the page only"
+            raise UsageError(Problem(f"--{flag}", what, "add --html FILE"))
     if args.html:
         write_page(args.html, plan, _against(args), args.overlay)
     if args.svg:
@@ -43,7 +43,7 @@ def _against(args: argparse.Namespace) -> dict[str, Any] | None:
         document: dict[str, Any] = json.loads(text)
         said = document["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(Problem(url, "is no document of a plan")) from error
+        raise UsageError(Problem(url, "is not a plan's document")) from error
     if said != FORMAT:
         what = f"is of another release: its format is {said!r} (expected {FORMAT})"
         raise UsageError(Problem(url, what, "run the release that the server runs"))

@@ -133,7 +133,9 @@ def _fraction(text: str) -> float:
     """Read a share of memory from the command line."""
     value = float(text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share (expected more than 0, less than 1)")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a fraction (expected more than 0, less than 1)"
+        )
     return value
 
 

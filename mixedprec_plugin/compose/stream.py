@@ -258,7 +258,7 @@ def _repack(layer: PlannedLayer, stored: Tensors, target: Target) -> Tensors:
         bf16 = f"{to_dequantize(target.dtype)} to dequantize it"
         remedy = error.remedy or f"match it with {bf16}"
         if error.can_round and not scheme.requantize:
-            remedy = f"write requantize: true to round it anew, or {bf16}"
+            remedy = f"write requantize: true to quantize it again, or {bf16}"
         what = (
             f"is stored as {layer.stored.description} and was to be repacked as {scheme.method}, "
             f"but {error}"

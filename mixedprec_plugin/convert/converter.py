@@ -144,7 +144,7 @@ def _is_done(job: _Job) -> bool:
         raise ConvertError(Problem(str(job.out), text, remedy, "out-complete"))
     problems = damage(job.out, digests=job.overwrite)
     if problems and not job.overwrite:
-        remedy = "add --overwrite to write all anew"
+        remedy = "add --overwrite to write everything again"
         raise ConvertError([dataclasses.replace(p, remedy=remedy) for p in problems])
     return not differences and not problems
 
@@ -167,7 +167,7 @@ def _take_up(job: _Job, journal: Journal) -> None:
     text = f"holds an unfinished conversion of other inputs ({', '.join(differences)} changed)"
     where, text = (journal.path, journal.damage) if journal.damage else (job.out, text)
     if (differences or journal.damage) and not job.overwrite:
-        remedy = "add --overwrite to start anew, or name another folder"
+        remedy = "add --overwrite to start over, or name another folder"
         raise ConvertError(Problem(str(where), text, remedy, "out-partial"))
     if differences or journal.damage or not journal.inputs:
         folder.empty_work(journal.path.parent)

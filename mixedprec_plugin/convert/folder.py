@@ -66,7 +66,7 @@ def check_apart(out: Path, plan: Plan) -> None:
     for name, source in plan.sources.items():
         theirs = _with_parents(source.path)
         if theirs[0] in own or own[0] in theirs:
-            text = f"is, holds or lies in the source {name!r} ({source.path})"
+            text = f"is, contains or is inside the source {name!r} ({source.path})"
             raise ConvertError(Problem(str(out), text, "name a folder elsewhere", "out-in-source"))
 
 

@@ -91,7 +91,7 @@ def input_facts(
         _SOURCES: digest_of([_identity(path) for path in paths]),
         "the model's other files": digest_of(copied),
         "the calibration": rounding,
-        "the size of parts": digest_of([[part.file, len(part.tensors)] for part in parts]),
+        "how the files are split": digest_of([[part.file, len(part.tensors)] for part in parts]),
         "the plan": digest_of([part.header.decode("latin-1") for part in parts]),
     }
 

@@ -68,7 +68,9 @@ def parse_size(text: str, flag: str = "--max-shard-size") -> int:
         what = f"{text!r} has no unit (expected one such as {text}GB)"
         raise UsageError(Problem(flag, what))
     if not 1 <= size < math.inf:
-        raise UsageError(Problem(flag, f"{text!r} is no size (expected one such as 5GB or 500MB)"))
+        raise UsageError(
+            Problem(flag, f"{text!r} is not a size (expected one such as 5GB or 500MB)")
+        )
     return int(size)
 
 

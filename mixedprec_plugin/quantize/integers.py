@@ -122,7 +122,7 @@ class Integers:
         if dtype == torch.float16 and self.scales.dtype != dtype:
             wrong = int((made.float() != self.scales.float()).sum())
             if wrong:
-                what = f"{wrong:,} of its {made.numel():,} scales are no float16 numbers"
+                what = f"{wrong:,} of its {made.numel():,} scales do not fit in float16"
                 raise NotTheSameNumbersError(what, "start with --dtype bfloat16")
         return made.t().contiguous()
 

@@ -48,7 +48,7 @@ def unscored(choices: Choices, gathered: Gathered) -> dict[str, str]:
         elif why := _why_not_experts(choices.base, unit):
             found[name] = why
     if len(found) == len(choices.units):
-        what = f"tells of no layer what it reads: {'; '.join(dict.fromkeys(found.values()))}"
+        what = f"does not say what any layer reads: {'; '.join(dict.fromkeys(found.values()))}"
         remedy = "search with --text, or --fast"
         raise CheckpointError(Problem(str(gathered.folder), what, remedy, "gathered"))
     return found

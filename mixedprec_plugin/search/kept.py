@@ -130,7 +130,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["scores"]
     except (OSError, ValueError, KeyError) as error:
-        what = f"is no file of scores ({error})"
+        what = f"is not a file of scores ({error})"
         raise CheckpointError(Problem(str(path), what, "remove it", "scores")) from error
 
 

@@ -170,7 +170,9 @@ def _difference(layer: PlannedLayer, built: torch.nn.Module, shards: Sequence[Pl
     stored, whose = (layer.stored.N, layer.stored.K), "its weight is"
     if isinstance(built, FusedMoE):
         if not isinstance(layer.shard, ExpertShard):
-            return f"is no projection of an expert, the model builds {type(built).__name__} for it"
+            return (
+                f"is not a projection of an expert, the model builds {type(built).__name__} for it"
+            )
         if layer.shard.expert >= built.num_experts:
             return f"is expert {layer.shard.expert} of a layer with {built.num_experts}"
         expected = built.intermediate_size_per_partition * built.moe_tp_size, built.hidden_size
@@ -231,7 +233,7 @@ def check_reloadable(built: Mapping[str, torch.nn.Module]) -> None:
                 what = (
                     f"takes no new weights: {own} gave its weight another form after it was loaded"
                 )
-                found[Problem(name, what, "start the server anew with them", "reload")] = None
+                found[Problem(name, what, "restart the server with them", "reload")] = None
     if found:
         raise LoadError(fold_problems(found))
 

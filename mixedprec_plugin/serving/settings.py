@@ -105,7 +105,9 @@ class Settings:
         from mixedprec_plugin.calibrate.gathered import MIN_TOKENS
 
         if not self.input_tokens.isdecimal() or int(self.input_tokens) < MIN_TOKENS:
-            what = f"{self.input_tokens!r} is no number of tokens (expected {MIN_TOKENS} or more)"
+            what = (
+                f"{self.input_tokens!r} is not a number of tokens (expected {MIN_TOKENS} or more)"
+            )
             raise UsageError(Problem("--mixedprec-inputs-tokens", what))
         return int(self.input_tokens)
 

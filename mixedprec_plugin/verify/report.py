@@ -46,7 +46,7 @@ def problems(found: Sequence[Comparison]) -> list[Problem]:
 
 
 def _not_compared(one: Comparison) -> Problem:
-    remedy = "give a reference that holds the whole model in a format that can be read"
+    remedy = "give a reference that holds the whole of this model in a format that can be read"
     return Problem(one.layer, f"was not compared: {one.note}", remedy, "verify")
 
 

@@ -42,7 +42,7 @@ def parse_thresholds(texts: Iterable[str]) -> dict[str, float]:
         except ValueError:
             limit = -1.0
         if not 0 < limit < math.inf:
-            what = f"{text!r} is no threshold (expected METHOD=VALUE, such as gptq=0.3)"
+            what = f"{text!r} is not a threshold (expected METHOD=VALUE, such as gptq=0.3)"
             raise UsageError(Problem("--threshold", what))
         if method not in registry.METHODS:
             what = f"unknown method {method!r} (expected {', '.join(registry.METHODS)})"

@@ -143,7 +143,8 @@ def test_offline_the_cache_serves_what_it_has_and_says_what_it_lacks(
     done = run(*argv, HF_HUB_OFFLINE="1")
     assert done.returncode == 1
     assert (
-        f"{preset}:3: sources.other: {REPO}: cannot be had from the Hugging Face Hub" in done.stderr
+        f"{preset}:3: sources.other: {REPO}: cannot be fetched from the Hugging Face Hub"
+        in done.stderr
     )
     assert run(*argv).returncode == 0
     hub.shutdown()
@@ -153,7 +154,7 @@ def test_offline_the_cache_serves_what_it_has_and_says_what_it_lacks(
     ("path", "message"),
     [
         (f"{{path: {REPO}, revision: nowhere}}", "at revision 'nowhere' (RevisionNotFoundError"),
-        ("{path: someone/else}", "someone/else: cannot be had from the Hugging Face Hub"),
+        ("{path: someone/else}", "someone/else: cannot be fetched from the Hugging Face Hub"),
         ("{path: not a folder}", "not a folder: no such folder; give a local checkpoint folder or"),
     ],
 )
@@ -179,7 +180,7 @@ def test_connection_that_is_lost_is_an_error_at_its_line(
     done = run(PLAN, tmp_path, hub, "plan", "--model", str(model), "--preset", str(preset))
     assert done.returncode == 1
     assert f"{preset}:3: sources.other: {what}" in done.stderr
-    assert "cannot be had from the Hugging Face Hub at revision" in done.stderr
+    assert "cannot be fetched from the Hugging Face Hub at revision" in done.stderr
     assert "(RemoteProtocolError: Server disconnected" in done.stderr.replace("\n", " ")
 
 

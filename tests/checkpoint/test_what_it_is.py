@@ -73,7 +73,7 @@ def test_weights_without_a_config_ask_for_it(model: Path) -> None:
 
 def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    assert "is no checkpoint: it has neither config.json nor weights" in refusal(tmp_path)
+    assert "is not a checkpoint: it has neither config.json nor weights" in refusal(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

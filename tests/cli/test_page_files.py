@@ -92,7 +92,7 @@ def test_svg_has_areas_in_proportion_to_bytes(llama: Path, tmp_path: Path) -> No
     [
         (
             ["--against", "fp8"],
-            r"--against: goes into the page, and none is asked for; write --html",
+            r"--against: is for the page only; add --html",
         ),
         (["--html", "/proc/none/plan.html"], r"--html: /proc/none/plan\.html cannot be written"),
     ],

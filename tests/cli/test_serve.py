@@ -151,7 +151,7 @@ def test_the_lines_of_the_card_go_by_the_options(tmp_path: Path) -> None:
         assert "KV cache" not in out
     code, _, err = run(*words[:-1], 1.5)
     assert code == 2
-    assert err.startswith("mixedprec: error: --mem-fraction-static: 1.5 is no share")
+    assert err.startswith("mixedprec: error: --mem-fraction-static: 1.5 is not a fraction")
 
 
 def test_a_longer_chunk_of_prefill_takes_from_the_cache(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_awq_without_a_config_is_gptq_if_its_zero_points_say_so(tmp_path: Path) 
     message = (
         r"k_proj: is stored as awq 4-bit group 64 and was to be repacked as gptq, but [\d,]+ of "
         r"its 1,728 zero points are not 8, and gptq is served symmetric only; write requantize: "
-        r"true to round it anew, or method: bf16"
+        r"true to quantize it again, or method: bf16"
     )
     with pytest.raises(CheckpointError, match=message):
         stream(asymmetric, rule)
@@ -178,7 +178,7 @@ def test_scale_that_float16_does_not_hold_is_an_error(tmp_path: Path) -> None:
     first = torch.tensor(0)
     for value in (1e-7, 1e5):
         replace(model, folder, "weight_scale", lambda t, v=value: t.index_fill(0, first, v))
-        with pytest.raises(CheckpointError, match="9 of its 1,728 scales are no float16 numbers; "
+        with pytest.raises(CheckpointError, match="9 of its 1,728 scales do not fit in float16; "
                            "start with --dtype bfloat16"):  # fmt: skip
             stream(model, "method: gptq, group_size: 64", "F16")
 

@@ -78,5 +78,5 @@ def test_error_of_the_work_itself_names_the_variable(
     )
     code, text, err = convert(model, preset, tmp_path / "hunter2" / "out")
     assert code == 1
-    assert f"lies in the source 'other' ({tmp_path}" in err
+    assert f"is inside the source 'other' ({tmp_path}" in err
     assert secret not in text + err

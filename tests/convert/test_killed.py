@@ -209,7 +209,7 @@ def test_unfinished_conversion_of_other_inputs_is_not_continued(
     assert code == 1
     assert (
         f"{out}: holds an unfinished conversion of other inputs (the dtype, the plan changed); add "
-        "--overwrite to start anew" in err
+        "--overwrite to start over" in err
     )
     assert converter.run([*other, "--overwrite"])[0] == 0
     assert {t.dtype for t in open_source(out).tensors.values()} >= {"F16"}

@@ -28,7 +28,9 @@ def test_conversion_of_other_inputs_is_replaced_only_if_asked(
     other = write_preset(tmp_path / "other", 'match: "*", method: fp8')
     code, _, err = convert(model, other, tmp_path / "out")
     assert code == 1
-    assert "holds a conversion of other inputs (the preset, the size of parts, the plan" in err
+    assert (
+        "holds a conversion of other inputs (the preset, how the files are split, the plan" in err
+    )
     assert contents(tmp_path / "out") == before
     assert convert(model, other, tmp_path / "out", "--overwrite")[0] == 0
     assert convert(model, other, tmp_path / "fresh")[0] == 0
@@ -68,7 +70,7 @@ def test_output_beside_the_source_only(
     before = contents(model)
     code, _, err = convert(model, preset, tmp_path / where)
     assert code == 1
-    assert "is, holds or lies in the source 'model'" in err
+    assert "is, contains or is inside the source 'model'" in err
     assert contents(model) == before
 
 
@@ -110,7 +112,7 @@ def test_size_that_is_none_is_a_usage_error(
 ) -> None:
     code, _, err = convert(model, preset, tmp_path / "out", f"--max-shard-size={size}")
     assert code == 2
-    assert f"--max-shard-size: {size!r} is no size (expected one such as 5GB or 500MB)" in err
+    assert f"--max-shard-size: {size!r} is not a size (expected one such as 5GB or 500MB)" in err
 
 
 def test_size_without_a_unit_is_asked_for_one(model: Path, preset: Path, tmp_path: Path) -> None:

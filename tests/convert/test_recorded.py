@@ -110,7 +110,7 @@ def test_damaged_output_is_not_called_done(model: Path, preset: Path, out: Path)
     flags = (model, preset, out, "--max-shard-size", "300KB")
     code, _, err = convert(*flags)
     assert code == 1
-    assert f"is missing, which {PROVENANCE} lists; add --overwrite to write all anew" in err
+    assert f"is missing, which {PROVENANCE} lists; add --overwrite to write everything again" in err
     assert convert(*flags, "--overwrite")[0] == 0
     assert run("plan", "--model", out)[0] == 0
 

@@ -142,7 +142,7 @@ def test_output_in_the_model_by_another_path_is_refused(
              "circle": "circle/out"}  # fmt: skip
     code, _, err = convert(model, preset, tmp_path / paths[how])
     assert code == 1
-    expected = "cannot be written (" if how == "circle" else "is, holds or lies in the source"
+    expected = "cannot be written (" if how == "circle" else "is, contains or is inside the source"
     assert expected in err
     assert contents(model) == before
 
@@ -164,7 +164,7 @@ def test_damaged_journal_is_told_and_begun_anew_if_asked(
     code, _, err = convert(model, preset, out)
     assert code == 1
     assert "journal.jsonl: is no" in err
-    assert "add --overwrite to start anew" in err
+    assert "add --overwrite to start over" in err
     assert convert(model, preset, out, "--overwrite")[0] == 0
     assert contents(out) == contents(converted(model, preset, tmp_path / "fresh"))
 

@@ -146,7 +146,7 @@ def test_what_the_engine_did_not_see_stays_as_it_is(
     [
         ({"num_tokens": 200}, r"has 200 tokens \(expected 320 or more\); send the server more"),
         ({"model": "x"}, "was gathered from there, whose norms are others than this model's"),
-        ({"version": 9}, r"is of version 9 \(expected 1\); gather them anew"),
+        ({"version": 9}, r"is of version 9 \(expected 1\); gather them again"),
         ({"tp_size": 3}, "of 3 tensor-parallel ranks in 1 stages, and inputs-tp2-pp0.safetensors"),
         ({"tp_size": 1}, "and inputs-tp1-pp0.safetensors is of another start"),
     ],

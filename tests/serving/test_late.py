@@ -35,7 +35,7 @@ def test_weights_that_sglang_turned_around_are_not_written_over() -> None:
 
     message = (
         r"model.layers.0-1.mlp.down_proj: takes no new weights: W8A8Fp8LinearMethod gave its "
-        r"weight another form after it was loaded; start the server anew with them"
+        r"weight another form after it was loaded; restart the server with them"
     )
     built = {f"model.layers.{n}.mlp.down_proj": layer(config()) for n in range(2)}
     with pytest.raises(LoadError, match=message):

@@ -201,10 +201,16 @@ def test_threshold_of_a_method_can_be_chosen(reference: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gptq", "--threshold: 'gptq' is no threshold (expected METHOD=VALUE, such as gptq=0.3)"),
-        ("gptq=1e999", "--threshold: 'gptq=1e999' is no threshold (expected METHOD=VALUE, such as"),
-        ("gptq=-1", "--threshold: 'gptq=-1' is no threshold"),
-        ("gptq=nan", "--threshold: 'gptq=nan' is no threshold"),
+        (
+            "gptq",
+            "--threshold: 'gptq' is not a threshold (expected METHOD=VALUE, such as gptq=0.3)",
+        ),
+        (
+            "gptq=1e999",
+            "--threshold: 'gptq=1e999' is not a threshold (expected METHOD=VALUE, such as",
+        ),
+        ("gptq=-1", "--threshold: 'gptq=-1' is not a threshold"),
+        ("gptq=nan", "--threshold: 'gptq=nan' is not a threshold"),
         ("gptk=1", "--threshold: unknown method 'gptk' (expected bf16, "),
     ],
 )
