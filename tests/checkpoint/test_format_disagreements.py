@@ -135,5 +135,5 @@ class TestAgainstTheConfig:
 
     def test_broken_pattern_is_an_error(self) -> None:
         config = {**quantization_config("llmcompressor-w8a8-int8"), "ignore": ["re:("]}
-        with pytest.raises(CheckpointError, match=r"quantization_config: '\(' is no regular"):
+        with pytest.raises(CheckpointError, match=r"quantization_config: '\(' is not a regular"):
             detect(stored_layer("llmcompressor-w8a8-int8"), config)
