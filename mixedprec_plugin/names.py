@@ -120,7 +120,7 @@ def _check(pattern: str, shown: str) -> None:
             expected = "expected '[abc]', '[a-z]' or '[!abc]'; for words write '{a,b}'"
             raise PatternError(f"'{token}' in {shown} is not a set of characters ({expected})")
         if len(members) > 3 and re.fullmatch(r"\d+-\d+", members):
-            what = f"'{token}' in {shown} is one character of a set, and no range of numbers"
+            what = f"'{token}' in {shown} matches one character, not a range of numbers"
             raise PatternError(f"{what} (expected '{{{members.replace('-', '..')}}}')")
         for first, last in re.findall("(.)-(.)", members):
             if first > last:

@@ -129,7 +129,7 @@ def test_pattern_without_wildcards_matches_what_bash_expands_it_to(parts: list[s
         ),
         (
             "a.[10-15]",
-            "'[10-15]' in 'a.[10-15]' is one character of a set, and no range of numbers "
+            "'[10-15]' in 'a.[10-15]' matches one character, not a range of numbers "
             "(expected '{10..15}')",
         ),
         ("a.{0-2}", "'{0-2}' in 'a.{0-2}' is not a range (expected '{0..15}')"),

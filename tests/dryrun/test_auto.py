@@ -35,7 +35,7 @@ RUNS: Mapping[str, Any] = {
         "CompressedTensorsLinearMethod/CompressedTensorsW4A16Fp4",
         MARLIN,
     ),
-    "gptqmodel-asym-g64": "SGLang runs GPTQ in Marlin's kernels only",
+    "gptqmodel-asym-g64": "SGLang runs GPTQ only in Marlin's kernels",
     "gptqmodel-fp8-row": "SGLang's class for 'fp8' needs activation_scheme",
     "gptqmodel-gptq-g64": GPTQ,
     "llmcompressor-fp8-block": (FP8, ["jit:per_token_group_quant", "deep_gemm:fp8_fp4_gemm_nt"]),

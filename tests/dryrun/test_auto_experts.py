@@ -31,7 +31,7 @@ RUNS: Mapping[str, Any] = {
     "bf16": ("UnquantizedFusedMoEMethod", _TRITON, "taken"),
     "compressedtensors-nvfp4": FP4,
     "deepseek": ("Fp8MoEMethod", _TRITON, "taken"),
-    "gptqmodel-asym-g64": "SGLang runs GPTQ in Marlin's kernels only",
+    "gptqmodel-asym-g64": "SGLang runs GPTQ only in Marlin's kernels",
     "gptqmodel-fp8-row": "SGLang's class for 'fp8' needs activation_scheme",
     "gptqmodel-gptq-g64": GPTQ,
     "llmcompressor-fp8-block": FP8,

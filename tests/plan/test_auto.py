@@ -27,8 +27,9 @@ CPU = Target(device="cpu")
 AUTO = 'match: "*_proj", method: auto'
 # SGLang's own words for the two are in tests/dryrun/test_auto.py
 NO_CLASS = {
-    "gptqmodel-asym-g64": "of 4 or 8 symmetric bits in groups of 32, 64, 128 or -1, not with bits "
-    "4, group_size 64, sym False; match it with method: bf16 to dequantize it",
+    "gptqmodel-asym-g64": "which take 4 or 8 bits, symmetric, group_size 32, 64, 128 or -1; "
+    "config.json says bits 4, group_size 64, sym False; match it with method: bf16 to dequantize "
+    "it",
     "gptqmodel-fp8-row": "SGLang's class for 'fp8' needs activation_scheme in quantization_config; "
     "match it with method: bf16 to dequantize it",
 }

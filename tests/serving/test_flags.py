@@ -70,7 +70,9 @@ def test_inputs_go_to_a_folder_that_every_rank_can_open(
     assert settings == Settings(inputs=str(tmp_path / "inputs"))
     assert settings.num_input_tokens == 2048
     for wrong in ("many", "319"):
-        with pytest.raises(UsageError, match=rf"'{wrong}' is not a number .*\(expected 320 or more\)"):
+        with pytest.raises(
+            UsageError, match=rf"'{wrong}' is not a number .*\(expected 320 or more\)"
+        ):
             fold_flags(parse(*asked, "--mixedprec-inputs-tokens", wrong))
 
 

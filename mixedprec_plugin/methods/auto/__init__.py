@@ -76,12 +76,12 @@ def why_no_class(config: Mapping[str, Any]) -> str:
         return f"SGLang's class for {name!r} needs {' and '.join(missing)} in quantization_config"
     if name in _MODELOPT and (algorithm := _modelopt_algorithm(config)) not in _MODELOPT[name]:
         known = ", ".join(_MODELOPT[name])
-        return f"SGLang's class for {name!r} reads {known} of ModelOpt's only, not {algorithm}"
+        return f"SGLang's class for {name!r} reads only ModelOpt's {known}, not {algorithm}"
     bits = config.get("w_bit", config.get("bits"))
     if is_awq and bits != 4:
-        return f"SGLang reads AWQ of 4 bits only, not {bits}"
+        return f"SGLang reads only 4-bit AWQ, not {bits}-bit"
     if name == "quark" and (dtype := _quark_dtype(config)) not in _QUARK:
-        return f"SGLang reads {' and '.join(_QUARK)} of Quark's types only, not {dtype}"
+        return f"SGLang reads only {' and '.join(_QUARK)} of Quark's types, not {dtype}"
     return _why_not_marlin(config) if name == "gptq" else ""
 
 
@@ -100,13 +100,14 @@ def _quark_dtype(config: Mapping[str, Any]) -> Any:
 
 
 def _why_not_marlin(config: Mapping[str, Any]) -> str:
-    runs = "SGLang runs GPTQ in Marlin's kernels only"
+    runs = "SGLang runs GPTQ only in Marlin's kernels"
     if config.get("checkpoint_format") == "marlin" or config.get("is_marlin_format"):
-        return f"{runs}, and does not read what is packed for them already"
+        return f"{runs}, and does not read weights that are packed for them already"
     if config["bits"] in (4, 8) and config["sym"] and config["group_size"] in _GROUP_SIZES:
         return ""
     said = ", ".join(f"{key} {config[key]}" for key in ("bits", "group_size", "sym"))
-    return f"{runs}, of 4 or 8 symmetric bits in groups of 32, 64, 128 or -1, not with {said}"
+    takes = "4 or 8 bits, symmetric, group_size 32, 64, 128 or -1"
+    return f"{runs}, which take {takes}; config.json says {said}"
 
 
 METHOD = Method(
